@@ -1,0 +1,58 @@
+"""What the command lines of `minsae_jax` and `convert` share: flags from a dataclass, and errors in one sentence."""
+
+import contextlib
+import io
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+from minsae_jax.config import UserError
+
+Settings = TypeVar("Settings")
+
+
+def parse(cls: type[Settings], args: list[str], prog: str, default: Settings | None = None) -> Settings:
+    """The dataclass filled from flags; raises UserError on flags that do not fit, ends the process after --help."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            start = {} if default is None else {"default": default}
+            return tyro.cli(cls, args=args, prog=prog, use_underscores=True, **start)
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise UserError(f"{_sentence(stderr.getvalue())}; see {prog} --help") from None
+
+
+def _sentence(box: str) -> str:
+    """The first paragraph of the box that tyro draws around an error, and the flag that it suggests."""
+    paragraphs, rule = [""], "─" * 8
+    for line in box.splitlines()[1:]:
+        if rule in line:
+            paragraphs.append("")
+        else:
+            paragraphs[-1] += " " + line.strip("│ ")
+    suggestion = re.search(r"Perhaps you meant: .*?(--\w+)", " ".join(paragraphs[1:]))
+    return paragraphs[0].strip().rstrip(".") + (f" (did you mean {suggestion[1]}?)" if suggestion else "")
+
+
+def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> None:
+    """Call main and end the process with 0, with 2 after one sentence for what a user can put right, or with 130 when
+    interrupted. `--debug` shows the traceback; warnings are a line each."""
+    args = sys.argv[1:] if args is None else args
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main([a for a in args if a != "--debug"])
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
+    except UserError as e:
+        if "--debug" in args:
+            traceback.print_exc()
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,299 @@
+"""Every setting of every verb, and the strict YAML that they can be read from.
+
+A file given by `--config` has one section a verb, named like it, whose keys are the flags:
+
+    extract:
+      root_path: tuhab_preprocessed
+    train:
+      lambda_sparsity: [2, 5, 10]
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+Split = Literal["train", "val", "test", "all"]
+Settings = TypeVar("Settings")
+
+
+class UserError(Exception):
+    """Something that the user can put right, in one sentence: what is wrong, where, and what to do."""
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+def _require_positive(settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(value is None or value > 0, f"--{name} must be above 0, but is {value}")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Write synthetic EEG with planted, labelled events in the layout of the TUH corpus."""
+
+    root_path: str = "data/demo/tuhab_preprocessed"
+    """Folder to write: recordings, file_lengths_map.csv and events.csv."""
+    patients: int = 16
+    """Number of patients, with one or two recordings each."""
+    minutes: float = 6.0
+    """Mean length of a recording, in minutes at 100 Hz; lengths vary by a quarter."""
+    seed: int = 0
+    """Seed of everything random in the recordings."""
+    overwrite: bool = False
+    """Replace a folder written before with other settings."""
+
+    def __post_init__(self) -> None:
+        _require(self.patients >= 10, f"--patients must be 10 or more, so that no split is empty, but is {self.patients}")
+        _require(self.minutes >= 0.5, f"--minutes must be 0.5 or more, but is {self.minutes}")
+        _require(self.seed >= 0, f"--seed must be 0 or more, but is {self.seed}")
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Run recordings through the encoder and store the activations of one layer."""
+
+    root_path: str | None = None
+    """Folder of the recordings and of file_lengths_map.csv."""
+    checkpoint_path: str | None = None
+    """A converted encoder (a folder), or a PyTorch .pth, which is then converted in memory."""
+    config_path: str | None = None
+    """The encoder's YAML: needed by most .pth files, and only checked against a converted encoder."""
+    cache_layer: int = -1
+    """Layer whose output is stored, from 0; negative numbers count from the last."""
+    split: tuple[Split, ...] = ("train",)
+    """Patients to take; several splits make several stores."""
+    split_seed: int = 42
+    """Seed of the patient split, as in tuh_patient_splits_seed_{seed}.pkl."""
+    batch_size: int = 128
+    """Windows a batch, and so a shard."""
+    max_batches: int | None = None
+    """Stop after so many batches of each split."""
+    out: str | None = None
+    """Folder that holds l{layer}/ (default: embeddings/store for train, embeddings/store_{split} for the others)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format on disk; readers give float32."""
+    force_revin: bool = False
+    """Normalise with RevIN also where the encoder's settings say no, as the reference's embed.py does."""
+    overwrite: bool = False
+    """Discard a store written before with other settings."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "batch_size", "max_batches")
+        _require(len(self.split) > 0, "--split needs at least one of train, val, test, all")
+        _require(len(set(self.split)) == len(self.split), f"--split names a split twice: {' '.join(self.split)}")
+        _require(
+            self.out is None or len(self.split) == 1,
+            f"--out names one store, but --split asks for {len(self.split)}: leave out --out, or give one split",
+        )
+        _require(self.split_seed >= 0, f"--split_seed must be 0 or more, but is {self.split_seed}")
+
+    def store(self, split: Split) -> Path:
+        """The folder that holds this split's shards."""
+        default = "embeddings/store" if split == "train" else f"embeddings/store_{split}"
+        return Path(self.out or default) / f"l{self.cache_layer}"
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a sweep of sparse autoencoders, one member for each combination of λ, lr, seed and size."""
+
+    recipe: Literal["april2024", "minsae"] = "april2024"
+    """april2024: Anthropic's April 2024 update, as in Scaling Monosemanticity; minsae: the PyTorch minSAE's loop."""
+    store: str = "embeddings/store"
+    """Folder of shards, or the folder that holds l{cache_layer}/."""
+    cache_layer: int = -1
+    """Layer of the store to train on."""
+    checkpoint_path: str | None = None
+    """The encoder that the store must come from, where that is to be checked."""
+    run_dir: str | None = None
+    """Folder of the run (default: runs/{recipe})."""
+    init: str | None = None
+    """A member's folder whose weights every member starts from."""
+
+    lambda_sparsity: tuple[float, ...] = ()
+    """λ, weight of the L1 penalty (default: 5; minsae 0.01)."""
+    lr: tuple[float, ...] = ()
+    """Adam's learning rate (default: 5e-5; minsae 1e-3)."""
+    seed: tuple[int, ...] = (0,)
+    """Seed of the initial weights."""
+    feature_dim_factor: tuple[float, ...] = (8.0,)
+    """d_sae / d_model."""
+
+    num_steps: int | None = None
+    """Steps of all members (default: 50,000; minsae 10,720)."""
+    batch_size: int | None = None
+    """Tokens a step, seen by all members; april2024 only (default: 4,096)."""
+    number_of_arrays: int | None = None
+    """Whole shard files a step, in order; minsae only (default: 1)."""
+    recon_weight: float | None = None
+    """Weight of the reconstruction error; minsae only (default: 1)."""
+    shuffle_seed: int = 0
+    """Seed of the token order; april2024 only, since minsae does not shuffle."""
+
+    lambda_warmup: float | None = None
+    """Share of the steps over which λ rises linearly from 0 (default: 0.05; minsae 0)."""
+    lr_decay: float | None = None
+    """Share of the steps, at the end, over which lr falls linearly to 0 (default: 0.2; minsae 0)."""
+    max_grad_norm: float | None = None
+    """A member's gradient is clipped to this L2 norm (default: 1; minsae never clips)."""
+    decoder_norm: float | None = None
+    """Initial L2 norm of every decoder row; april2024 only (default: 0.1)."""
+    scale_tokens: int | None = None
+    """Tokens on which the input scale is measured, E‖x‖ = √d_model; april2024 only (default: 1,000,000)."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.999
+    """Adam's decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Adam's ε, outside the root."""
+
+    eval_window: int = 50
+    """Steps a row of metrics.csv and act_freqs.csv."""
+    dead_after: int = 10_000_000
+    """A feature is dead once it was silent for so many tokens (or since the start)."""
+    checkpoint_every: int = 1000
+    """Steps from one checkpoint to the next."""
+    max_to_keep: int = 2
+    """Checkpoints kept."""
+    deterministic: bool = False
+    """On GPU, use deterministic kernels only, so that an interrupted run ends with the very same weights."""
+    overwrite: bool = False
+    """Discard a run that is in the folder already."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "num_steps", "batch_size", "number_of_arrays", "recon_weight", "max_grad_norm", "decoder_norm",
+            "scale_tokens", "adam_eps", "eval_window", "dead_after", "checkpoint_every", "max_to_keep",
+        )  # fmt: skip
+        _require(self.dead_after < 2**30, f"--dead_after must be below {2**30:,}, but is {self.dead_after:,}")
+        _require(self.shuffle_seed >= 0, f"--shuffle_seed must be 0 or more, but is {self.shuffle_seed}")
+        for name in ("lambda_warmup", "lr_decay"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= 1, f"--{name} is a share from 0 to 1, but is {value}")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"--{name} must be from 0 to below 1, but is {getattr(self, name)}")
+        for name, lowest in (("lambda_sparsity", 0), ("lr", 0), ("seed", 0), ("feature_dim_factor", 0)):
+            values = getattr(self, name)
+            _require(len(set(values)) == len(values), f"--{name} names a value twice: {' '.join(map(str, values))}")
+            below = [v for v in values if not lowest <= v < float("inf")]
+            _require(not below, f"--{name} must be finite and not below 0, but is {' '.join(map(str, below))}")
+        _require(0 not in self.feature_dim_factor, "--feature_dim_factor must be above 0")
+        _require(bool(self.seed) and bool(self.feature_dim_factor), "--seed and --feature_dim_factor need a value each")
+        for name in _OTHER_RECIPE_ONLY[self.recipe]:
+            _require(
+                getattr(self, name) is None, f"--{name} has no meaning under --recipe {self.recipe}: leave it out"
+            )
+
+    def resolved(self) -> "Train":
+        """The same settings with the recipe's own numbers where none were given."""
+        recipe = _RECIPES[self.recipe] | {"run_dir": f"runs/{self.recipe}"}
+        return dataclasses.replace(self, **{k: v for k, v in recipe.items() if getattr(self, k) in (None, ())})
+
+
+_OTHER_RECIPE_ONLY = {
+    "april2024": ("number_of_arrays", "recon_weight"),
+    "minsae": ("batch_size", "lambda_warmup", "lr_decay", "max_grad_norm", "decoder_norm", "scale_tokens"),
+}
+_RECIPES: dict[str, dict[str, Any]] = {
+    "april2024": {
+        "lambda_sparsity": (5.0,), "lr": (5e-5,), "num_steps": 50_000, "batch_size": 4096, "lambda_warmup": 0.05,
+        "lr_decay": 0.2, "max_grad_norm": 1.0, "decoder_norm": 0.1, "scale_tokens": 1_000_000,
+    },
+    "minsae": {
+        "lambda_sparsity": (0.01,), "lr": (1e-3,), "num_steps": 10_720, "number_of_arrays": 1, "recon_weight": 1.0,
+    },
+}  # fmt: skip
+
+SECTIONS: dict[str, type] = {"demo": Demo, "extract": Extract, "train": Train}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise UserError(f"key {twice[0]!r} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError where there is none."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no YAML mapping")
+    return content
+
+
+def load_settings(cls: type[Settings], path: str | Path) -> Settings:
+    """The settings of one verb from the section of that name. All sections are checked, so that no slip hides."""
+    content = read_yaml(path)
+    _refuse_unknown(content, list(SECTIONS), f"{path}: unknown section")
+    settings = {}
+    for name, section in content.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: section {name} must hold settings, but is {section!r}")
+        try:
+            settings[name] = from_dict(SECTIONS[name], section)
+        except UserError as e:
+            raise UserError(f"{path}: {e}, in section {name}") from None
+    name = next(name for name, section_cls in SECTIONS.items() if section_cls is cls)
+    return settings.get(name, cls())
+
+
+def from_dict(cls: type[Settings], values: dict[str, Any]) -> Settings:
+    """A settings dataclass from plain values of exactly the right types (a whole number passes as a float)."""
+    hints = get_type_hints(cls)
+    _refuse_unknown(values, list(hints), "unknown key")
+    return cls(**{name: _coerce(value, hints[name], name) for name, value in values.items()})
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Plain values that `from_dict` and YAML take."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+
+
+def _refuse_unknown(given: dict[str, Any], known: list[str], what: str) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise UserError(f"{what} {key!r}, did you mean {close[0]!r}?")
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _coerce(value, next(a for a in args if a is not type(None)), name)
+    if origin is tuple:
+        return tuple(_coerce(v, args[0], name) for v in (value if isinstance(value, list) else [value]))
+    if origin is Literal:
+        if value in args and type(value) is type(args[0]):
+            return value
+        raise UserError(f"{name} must be one of {', '.join(map(str, args))}, but is {value!r}")
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise UserError(f"{name} must be {words[hint]}, but is {value!r}")
+    return value

@@ -1,0 +1,127 @@
+"""A converted encoder: a folder with the parameters (Orbax) and config.json, and the Encoder that is loaded from it.
+
+`config.json`: format_version, architecture, sources (where each setting came from), source_file and its sha256.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from minsae_jax.config import UserError, from_dict
+from minsae_jax.encoder.patchtst import Architecture, PatchTST, layer_count
+
+FORMAT_VERSION = 1
+Params = dict[str, Any]
+
+
+def split_model(architecture: Architecture) -> tuple[nnx.GraphDef, Params]:
+    """Graph and abstract parameters (shapes and dtypes) of the model; nothing is allocated."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: PatchTST(architecture, rngs=nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(state)
+
+
+class Encoder:
+    """PatchTST with its weights, under jit, in full float32 (no TF32 on GPU).
+
+    `fingerprint` tells encoders apart: sha256 over the architecture and all parameters.
+    """
+
+    def __init__(self, architecture: Architecture, params: Params):
+        self.architecture = architecture
+        self.graph, _ = split_model(architecture)
+        self.params = params
+        self.fingerprint = _fingerprint(architecture, params)
+
+    def __call__(self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"]) -> Float[Array, "..."]:
+        """What the reference's head gives; see `patchtst.Head` for the shapes."""
+        return _forward(self.graph, self.params, self._checked(past_values))
+
+    def activations(
+        self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"], layer: int = -1
+    ) -> Float[Array, "batch n_vars n_tokens d_model"]:
+        """Output of a layer, float32, for EEG in SD. RevIN is applied where the encoder was trained with it.
+
+        Raises UserError where the window's length or channels are not the encoder's, or there is no such layer.
+        """
+        n_layers = layer_count(layer, self.architecture.n_layers)
+        return hidden(self.graph, self.params, self._checked(past_values), n_layers, False)
+
+    def _checked(self, past_values: Array | np.ndarray) -> Array:
+        a = self.architecture
+        if np.ndim(past_values) != 3 or past_values.shape[1:] != (a.seq_len, a.n_vars):
+            raise UserError(
+                f"past_values must be [batch, {a.seq_len} samples, {a.n_vars} channels] for this encoder, "
+                f"but is {list(np.shape(past_values))}"
+            )
+        return jnp.asarray(past_values, jnp.float32)
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def hidden(graph: nnx.GraphDef, params: Params, past_values: Array, n_layers: int, force_revin: bool) -> Array:
+    """`PatchTST.hidden` as a pure function of its parameters."""
+    with jax.default_matmul_precision("highest"):
+        return nnx.merge(graph, params).hidden(past_values, n_layers, force_revin)
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(graph: nnx.GraphDef, params: Params, past_values: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+        return nnx.merge(graph, params)(past_values)
+
+
+def _fingerprint(architecture: Architecture, params: Params) -> str:
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(architecture), sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def save_encoder(folder: str | Path, encoder: Encoder, notes: dict[str, Any]) -> None:
+    """Write a converted encoder, aside first, so that a half-written one never looks complete."""
+    folder = Path(folder)
+    aside = folder.with_name(folder.name + f".tmp{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((aside / "params").absolute(), encoder.params)
+        architecture = {"format_version": FORMAT_VERSION, "architecture": dataclasses.asdict(encoder.architecture)}
+        (aside / "config.json").write_text(json.dumps(architecture | notes, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_encoder(folder: str | Path) -> Encoder:
+    """The encoder in a folder that `python -m convert encoder` wrote. Raises UserError where it holds none."""
+    folder = Path(folder)
+    if not folder.exists():
+        raise UserError(f"there is no encoder at {folder}: convert one with `python -m convert encoder`")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config["format_version"] > FORMAT_VERSION:
+            raise UserError(f"{folder} was written by a newer minsae_jax (format {config['format_version']}): update")
+        architecture = from_dict(Architecture, config["architecture"])
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore((folder / "params").absolute(), split_model(architecture)[1])
+    except UserError:
+        raise
+    except Exception as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{folder} is no converted encoder, or a damaged one ({reason}): convert it again") from e
+    return Encoder(architecture, params)
