@@ -1,0 +1,75 @@
+"""Batches of tokens from a store, read ahead by grain, at positions that fit into a checkpoint.
+
+Both streams are endless iterators of float32 [tokens, d_model] with `get_state()` and `set_state()`, the state being
+plain JSON; what comes next depends on the store, the seed and the position alone.
+"""
+
+import bisect
+from itertools import accumulate
+
+import grain
+import numpy as np
+from jaxtyping import Float
+
+from minsae_jax.activations.shards import Store
+from minsae_jax.config import UserError
+
+CHUNK = 256  # consecutive rows a read: single rows are a hundred times slower
+WINDOW = 256  # chunks whose rows are mixed with one another
+
+
+class Chunks:
+    """Random access to a store in runs of at most CHUNK rows; a shard's shorter tail is a run too."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.ends = list(accumulate(-(-shard.rows // CHUNK) for shard in store.shards))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Float[np.ndarray, "rows d_model"]:
+        shard = bisect.bisect_right(self.ends, index)
+        start = (index - (self.ends[shard - 1] if shard else 0)) * CHUNK
+        return self.store.read(shard, start, start + CHUNK)
+
+
+class FileGroups:
+    """Whole shard files, `size` at a time, in order; what does not fill a group at the end is never used."""
+
+    def __init__(self, store: Store, size: int):
+        if size > len(store.shards):
+            raise UserError(f"--number_of_arrays {size} is more than the {len(store.shards)} files in {store.folder}")
+        self.store, self.size = store, size
+
+    def __len__(self) -> int:
+        return len(self.store.shards) // self.size
+
+    def __getitem__(self, index: int) -> Float[np.ndarray, "rows d_model"]:
+        first = index * self.size
+        return np.concatenate([self.store.read(i) for i in range(first, first + self.size)])
+
+
+def _permuted(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return rows[rng.permutation(len(rows))]
+
+
+def shuffled_tokens(store: Store, batch_size: int, shuffle_seed: int) -> grain.DatasetIterator:
+    """batch_size tokens at a time: chunks in random order over the whole store, anew each epoch, then rows in random
+    order within a window of chunks. Every token comes once an epoch; batches run on from one epoch to the next."""
+    windows = (
+        grain.MapDataset.source(Chunks(store))
+        .seed(shuffle_seed)
+        .shuffle()
+        .repeat()
+        .batch(WINDOW, drop_remainder=True, batch_fn=np.concatenate)
+        .random_map(_permuted)
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+    )
+    return iter(grain.experimental.RebatchIterDataset(windows, batch_size, drop_remainder=True))
+
+
+def files_in_order(store: Store, number_of_arrays: int) -> grain.DatasetIterator:
+    """`number_of_arrays` whole files at a time, in order and over again: minSAE's batches."""
+    groups = grain.MapDataset.source(FileGroups(store, number_of_arrays)).repeat()
+    return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))

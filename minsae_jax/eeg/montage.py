@@ -1,0 +1,15 @@
+"""The 19 channels of the international 10-20 system, as the preprocessed TUH corpus orders and names them."""
+
+import numpy as np
+
+# Old names: T3, T4, T5 and T6 are T7, T8, P7 and P8 of the newer 10-10 system.
+CHANNELS = (
+    "FP1", "FP2", "F7", "F3", "FZ", "F4", "F8", "T3", "C3", "CZ",
+    "C4", "T4", "T5", "P3", "PZ", "P4", "T6", "O1", "O2",
+)  # fmt: skip
+
+# x to the right and y to the front on a unit head seen from above, [19, 2].
+POSITIONS = np.array([
+    (-0.3, 0.9), (0.3, 0.9), (-0.8, 0.55), (-0.4, 0.5), (0, 0.45), (0.4, 0.5), (0.8, 0.55), (-1, 0), (-0.5, 0), (0, 0),
+    (0.5, 0), (1, 0), (-0.8, -0.55), (-0.4, -0.5), (0, -0.45), (0.4, -0.5), (0.8, -0.55), (-0.3, -0.9), (0.3, -0.9),
+])  # fmt: skip

@@ -1,0 +1,112 @@
+"""What a person watches: progress bars, tables, and a member's CSV files and TensorBoard run."""
+
+import csv
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from tensorboard.plugins.hparams import summary_v2 as hparams_protos
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary
+from tqdm import tqdm
+
+METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")
+
+
+class Bar:
+    """A progress bar with a rate and the time left."""
+
+    def __init__(self, bar: tqdm):
+        self._bar = bar
+
+    def start_at(self, done: int) -> None:
+        """So much was done before, and does not count for the rate."""
+        self._bar.initial = self._bar.n = done
+
+    def advance(self, count: int, **notes: str) -> None:
+        if notes:
+            self._bar.set_postfix(notes, refresh=False)
+        self._bar.update(count)
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str) -> Iterator[Bar]:
+    """A bar on stderr; where that is no terminal, a line every ten seconds."""
+    terminal = sys.stderr.isatty()
+    pace = {"mininterval": 0.1} if terminal else {"mininterval": 10, "maxinterval": 30, "ascii": True}
+    with tqdm(total=total, desc=title, unit=f" {unit}", dynamic_ncols=True, **pace) as bar:
+        yield Bar(bar)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """Aligned columns, the first to the left."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = [[c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))] for row in [columns, *rows]]
+    return "\n".join("  ".join(line) for line in lines)
+
+
+class MemberLog:
+    """metrics.csv, act_freqs.csv and TensorBoard events of one member, a row every window.
+
+    A log that goes on from a checkpoint forgets what was written after it: no row is lost, and none comes twice.
+    """
+
+    def __init__(self, folder: Path, hparams: Mapping[str, Any], d_sae: int, step: int, tokens: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokens = tokens
+        self._metrics = _open_csv(folder / "metrics.csv", METRICS, last=step)
+        self._act_freqs = _open_csv(folder / "act_freqs.csv", ("step", *(f"feat_{i}" for i in range(d_sae))), last=tokens)
+        self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None, flush_secs=10)
+        if not step:
+            self._write_hparams(folder.name, hparams)
+
+    def _write_hparams(self, name: str, hparams: Mapping[str, Any]) -> None:
+        metrics = [hparams_protos.Metric(f"train/{m}") for m in ("mse", "l0", "l1", "dead_fraction")]
+        experiment = hparams_protos.hparams_config_pb([hparams_protos.HParam(k) for k in hparams], metrics)
+        for proto in (experiment, hparams_protos.hparams_pb(dict(hparams), trial_id=name)):
+            self._board.file_writer.add_summary(Summary.FromString(proto.SerializeToString()))
+
+    def write(self, row: Mapping[str, float], active: Int[np.ndarray, "d_sae"], tokens_per_second: float) -> None:
+        """`active` counts the tokens of the window on which each feature was active."""
+        tokens_in_window = int(row["tokens"]) - self.tokens
+        self.tokens = int(row["tokens"])
+        self._metrics.writerow([row[name] for name in METRICS])
+        self._act_freqs.writerow([self.tokens, *active.tolist()])
+        self._metrics.flush()
+        self._act_freqs.flush()
+        step = int(row["step"])
+        for name in METRICS[2:]:
+            self._board.add_scalar(f"train/{name}", row[name], step)
+        self._board.add_scalar("train/tokens_per_second", tokens_per_second, step)
+        alive = active[active > 0] / tokens_in_window
+        if len(alive):
+            self._board.add_histogram("feature density/log10, active features", np.log10(alive), step)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._act_freqs.close()
+        self._board.close()
+
+
+class _Csv:
+    def __init__(self, path: Path):
+        self._file = path.open("a", newline="")
+        self._writer = csv.writer(self._file)
+        self.writerow, self.flush, self.close = self._writer.writerow, self._file.flush, self._file.close
+
+
+def _open_csv(path: Path, header: tuple[str, ...], last: int) -> _Csv:
+    """Append to the rows whose first column is at most `last`; a fresh file where last is 0."""
+    kept = [",".join(header)]
+    if last and path.exists():
+        lines = path.read_text().splitlines()[1:]
+        kept += [line for line in lines if line.count(",") == len(header) - 1 and int(line.split(",", 1)[0]) <= last]
+    aside = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    aside.write_text("\r\n".join(kept) + "\r\n", newline="")
+    aside.rename(path)
+    return _Csv(path)

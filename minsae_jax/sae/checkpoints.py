@@ -1,0 +1,52 @@
+"""Checkpoints of a sweep: the whole state and a small JSON beside it, by Orbax, saved while training goes on."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from minsae_jax.config import UserError
+from minsae_jax.sae.sweep import State
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run. A save that was cut off is not seen again."""
+
+    def __init__(self, folder: Path, max_to_keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.wait()
+        self._manager.close()
+
+    def wait(self) -> None:
+        """Until all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State, notes: dict[str, Any]) -> None:
+        """Returns once the state is copied from the devices; `notes` must be plain JSON."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+        self._manager.save(step, args=items, force=True)
+
+    def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        """State and notes, laid out over the devices as `like` is. Raises UserError where the checkpoint is damaged."""
+        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), notes=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as e:
+            raise UserError(
+                f"checkpoint {step} in {self._manager.directory} is damaged ({type(e).__name__}): remove that folder "
+                "to go on from the one before it, or use --overwrite"
+            ) from e
+        return restored["state"], restored["notes"]

@@ -1,0 +1,251 @@
+"""Members of a sweep side by side: their state, and one jitted step that moves them all.
+
+Members of one d_sae form a group, whose arrays have a leading member axis; all groups see the same tokens. The state
+is a plain tree and all of it goes into a checkpoint, the running sums of the unfinished window too, so that an
+interruption leaves no gap.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from minsae_jax import sharding
+from minsae_jax.config import Train, UserError
+from minsae_jax.sae import model
+from minsae_jax.sae.objective import Objective, Statistics, Sums, batch_sums, finish
+
+State = dict[str, Any]
+PIECE = {"cpu": 512}  # tokens at a time on a device; elsewhere:
+LARGE_PIECE = 8192
+
+
+@dataclass(frozen=True)
+class Member:
+    name: str
+    lambda_sparsity: float
+    lr: float
+    seed: int
+    d_sae: int
+
+
+Group = tuple[Member, ...]
+
+
+def make_groups(settings: Train, d_model: int) -> tuple[Group, ...]:
+    """The members of a sweep by size: in each group all combinations of λ, lr and seed."""
+    sizes = [int(factor * d_model) for factor in settings.feature_dim_factor]
+    if len(set(sizes)) < len(sizes) or min(sizes) < 1:
+        raise UserError(
+            f"--feature_dim_factor makes d_sae {', '.join(map(str, sizes))} at d_model {d_model}: "
+            "each must be 1 or more, and no two the same"
+        )
+    varied = [
+        name
+        for name, values in (("lr", settings.lr), ("seed", settings.seed), ("d_sae", settings.feature_dim_factor))
+        if len(values) > 1
+    ]
+    combinations = list(product(settings.lambda_sparsity, settings.lr, settings.seed))
+    groups = ([Member("", *combination, d_sae) for combination in combinations] for d_sae in sizes)
+    return tuple(tuple(dataclasses.replace(m, name=_name(m, varied)) for m in group) for group in groups)
+
+
+def _name(member: Member, varied: list[str]) -> str:
+    """`lambda=5`, with `,lr=…,seed=…,d_sae=…` where the sweep varies them."""
+    values = {"lambda": member.lambda_sparsity} | {name: getattr(member, name) for name in varied}
+    return ",".join(f"{k}={v:.12g}" for k, v in values.items())
+
+
+@dataclass(frozen=True)
+class Window:
+    """Means over a window of steps, on the host, of every member of a group: [members], active [members, d_sae]."""
+
+    loss: Float[np.ndarray, "members"]
+    mse: Float[np.ndarray, "members"]
+    l1: Float[np.ndarray, "members"]
+    l0: Float[np.ndarray, "members"]
+    fvu: Float[np.ndarray, "members"]  # Σ‖x - x̂‖² / Σ‖x - mean of x‖², both over the window's tokens
+    dead_fraction: Float[np.ndarray, "members"]  # at the window's end
+    active: Int[np.ndarray, "members d_sae"]  # tokens on which each feature was active: a count, not a mean
+
+
+class Sweep:
+    """The program of a sweep on all devices: `init`, `put`, `step`, `take_window`."""
+
+    def __init__(self, settings: Train, groups: tuple[Group, ...], d_model: int):
+        self.settings, self.groups, self.d_model = settings, groups, d_model
+        self.mesh = sharding.make_mesh(*map(len, groups))
+        self.objective = Objective(settings.recipe == "minsae", settings.recon_weight or 1.0)
+        clip = [optax.clip_by_global_norm(settings.max_grad_norm)] if settings.max_grad_norm else []
+        self.adam = optax.chain(*clip, optax.scale_by_adam(settings.beta1, settings.beta2, settings.adam_eps))
+        per_member, whole = sharding.members(self.mesh), sharding.everywhere(self.mesh)
+        self.shardings = {"groups": per_member, "step": whole, "seen": whole, "moments": whole}
+        self.hyper = jax.device_put(
+            [{n: np.array([getattr(m, n) for m in g], np.float32) for n in ("lambda_sparsity", "lr")} for g in groups],
+            per_member,
+        )
+        self.step = jax.jit(
+            self._step, donate_argnums=0, static_argnames="tokens", out_shardings=(self.shardings, None)
+        )
+
+    def init(self, start: dict[str, np.ndarray] | None = None) -> State:
+        """The state before the first step, with weights by the recipe's law from each member's seed, or from `start`."""
+        return jax.jit(partial(self._init, start), out_shardings=self.shardings)()
+
+    def _init(self, start: dict[str, np.ndarray] | None) -> State:
+        groups = []
+        for group in self.groups:
+            if start is None:
+                seeds = jnp.array([m.seed for m in group], jnp.uint32)
+                params = jax.vmap(partial(self._init_member, d_sae=group[0].d_sae))(seeds)
+            else:
+                params = {k: jnp.broadcast_to(v, (len(group), *v.shape)) for k, v in start.items()}
+            silent = jnp.zeros(params["b_enc"].shape, jnp.int32)  # tokens since a feature was active, up to dead_after
+            groups.append({"params": params, "opt": jax.vmap(self.adam.init)(params), "silent": silent})
+        state = {"groups": groups, "step": jnp.int32(0), "seen": jnp.int32(0)}  # seen: tokens, up to dead_after
+        return self._with_empty_window(state)
+
+    def _init_member(self, seed: Array, d_sae: int) -> model.Params:
+        if self.settings.recipe == "minsae":
+            return model.init_torch(jax.random.key(seed), self.d_model, d_sae)
+        return model.init_tied(jax.random.key(seed), self.d_model, d_sae, _given(self.settings.decoder_norm))
+
+    def _with_empty_window(self, state: State) -> State:
+        groups = []
+        for group, members in zip(state["groups"], self.groups, strict=True):
+            zero = jnp.zeros(len(members))
+            sums = Statistics(zero, zero, zero, zero, zero, jnp.zeros(group["silent"].shape, jnp.int32))
+            groups.append(group | {"window": sums})
+        moments = {"steps": jnp.int32(0), "tokens": jnp.zeros(()), "mean": jnp.zeros(self.d_model), "m2": jnp.zeros(())}
+        return state | {"groups": groups, "moments": moments}
+
+    def take_window(self, state: State) -> tuple[State, State]:
+        """The state with an empty window, and what `read_window` wants of the ended one (still on the devices)."""
+        return self._split_window(state)
+
+    @partial(jax.jit, static_argnums=0)
+    def _split_window(self, state: State) -> tuple[State, State]:
+        limit = jnp.minimum(state["seen"], self.settings.dead_after)
+        ended = {
+            "groups": [(g["window"], (g["silent"] >= limit).mean(1)) for g in state["groups"]],
+            "moments": state["moments"],
+        }
+        return self._with_empty_window(state), ended
+
+    def _piece(self, tokens: int) -> tuple[int, int]:
+        """Into how many pieces of how many tokens each device of `data` cuts its share of a batch."""
+        share = -(-tokens // self.mesh.shape[sharding.DATA])
+        pieces = -(-share // PIECE.get(jax.default_backend(), LARGE_PIECE))
+        return pieces, -(-share // pieces)
+
+    def put(self, x: Float[np.ndarray, "tokens d_model"]) -> Float[Array, "rows d_model"]:
+        """A batch on the devices, padded where it does not divide evenly."""
+        pieces, piece = self._piece(len(x))
+        return sharding.put_rows(self.mesh, x, pieces * piece)
+
+    def schedules(self, step: Array | int) -> tuple[Array, Array]:
+        """Factors of λ and lr at a step, counted from 0: λ rises from 0 linearly, lr falls to 0 linearly at the end."""
+        s, step = self.settings, jnp.asarray(step, jnp.float32)
+        num_steps = _given(s.num_steps)
+        warmup, decay = num_steps * (s.lambda_warmup or 0), num_steps * (s.lr_decay or 0)
+        lambda_factor = jnp.minimum(step / warmup, 1) if warmup else jnp.ones(())
+        return lambda_factor, jnp.minimum((num_steps - step) / decay, 1) if decay else jnp.ones(())
+
+    def _step(
+        self, state: State, hyper: Any, x: Float[Array, "rows d_model"], scale: Float[Array, ""], *, tokens: int
+    ) -> tuple[State, Array]:
+        """One step of all members on scale * x, of which the first `tokens` rows count. Returns a loss to wait on."""
+        lambda_factor, lr_factor = self.schedules(state["step"])
+        lambdas = [h["lambda_sparsity"] * lambda_factor for h in hyper]
+        with jax.default_matmul_precision("highest"):
+            sums, moments = self._sums([g["params"] for g in state["groups"]], lambdas, x * scale, tokens)
+        news = min(tokens, self.settings.dead_after)
+        groups = []
+        for group, lambda_now, lr, sums_here in zip(state["groups"], lambdas, hyper, sums, strict=True):
+            move = partial(self._move, tokens, news)
+            groups.append(jax.vmap(move)(group, lambda_now, lr["lr"] * lr_factor, sums_here))
+        new_state = {
+            "groups": groups,
+            "step": state["step"] + 1,
+            "seen": jnp.minimum(state["seen"] + news, self.settings.dead_after),
+            "moments": _merge_moments(state["moments"], *moments, tokens),
+        }
+        return new_state, groups[0]["window"].loss[0]
+
+    def _move(self, tokens: int, news: int, member: State, lambda_now: Array, lr: Array, sums: Sums) -> State:
+        """One member after a step of Adam."""
+        gradients, statistics = finish(member["params"], sums, tokens, lambda_now, self.objective)
+        updates, opt = self.adam.update(gradients, member["opt"])
+        silent = jnp.minimum(member["silent"] + news, self.settings.dead_after)
+        return {
+            "params": jax.tree.map(lambda p, u: p - lr * u, member["params"], updates),
+            "opt": opt,
+            "silent": jnp.where(statistics.active > 0, 0, silent),
+            "window": jax.tree.map(jnp.add, member["window"], statistics),
+        }
+
+    def _sums(
+        self, params: list[model.Params], lambdas: list[Array], x: Array, tokens: int
+    ) -> tuple[list[Sums], tuple[Array, Array]]:
+        """Sums of every group over all tokens, and x's mean and Σ‖x - mean‖²."""
+        pieces, piece = self._piece(tokens)
+        padded = tokens < len(x)
+
+        def on_one_device(params: list[model.Params], lambdas: list[Array], x: Array):
+            first = jax.lax.axis_index(sharding.DATA) * len(x)
+            is_token = (first + jnp.arange(len(x)) < tokens).astype(x.dtype)
+            cut = x.reshape(pieces, piece, -1)
+            mask = is_token.reshape(pieces, piece) if padded else None
+            sums = [
+                _each_member(lambda p, lam: batch_sums(p, cut, mask, lam, self.objective), group, lambdas_here)
+                for group, lambdas_here in zip(params, lambdas, strict=True)
+            ]
+            mean = jax.lax.psum(x.sum(0), sharding.DATA) / tokens  # padding is 0
+            m2 = (jnp.square(x - mean).sum(1) * is_token).sum()
+            sums, m2 = jax.lax.psum((sums, m2), sharding.DATA)
+            return sums, (mean, m2)
+
+        return sharding.on_members_and_rows(self.mesh, on_one_device)(params, lambdas, x)
+
+
+def _each_member(function: Any, params: model.Params, lambdas: Array) -> Any:
+    """function over the leading axis: on CPU one member after the other, since batched products are slow there."""
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda member: function(*member), (params, lambdas))
+    return jax.vmap(function)(params, lambdas)
+
+
+def _merge_moments(before: State, mean: Array, m2: Array, tokens: int) -> State:
+    """Mean and Σ‖x - mean‖² of a window with a batch more (Chan et al. 1983)."""
+    total = before["tokens"] + tokens
+    shift = mean - before["mean"]
+    return {
+        "steps": before["steps"] + 1,
+        "tokens": total,
+        "mean": before["mean"] + shift * (tokens / total),
+        "m2": before["m2"] + m2 + jnp.square(shift).sum() * before["tokens"] * tokens / total,
+    }
+
+
+def read_window(ended: State) -> list[Window]:
+    """Fetch an ended window from the devices, a Window a group."""
+    host = jax.device_get(ended)
+    steps, variance = int(host["moments"]["steps"]), np.maximum(host["moments"]["m2"], 1e-30)
+    windows = []
+    for sums, dead_fraction in host["groups"]:
+        means = {name: getattr(sums, name) / steps for name in ("loss", "mse", "l1", "l0")}
+        windows.append(Window(**means, fvu=sums.residual / variance, dead_fraction=dead_fraction, active=sums.active))
+    return windows
+
+
+def _given(value: Any) -> Any:
+    """A setting that `Train.resolved` has filled in."""
+    assert value is not None
+    return value
