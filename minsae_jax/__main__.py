@@ -1,11 +1,87 @@
-"""The command line: `python -m minsae_jax VERB`, installed as `minsae`."""
-import sys
-from convert.architecture import check_yaml
-from convert.encoder import convert_encoder
+"""The command line: `python -m minsae_jax VERB [--config FILE] [flags]`, installed as `minsae`.
+
+verbs:
+  demo      write synthetic EEG with planted, labelled events
+  extract   run recordings through the encoder and store the activations of one layer
+  train     train a sweep of sparse autoencoders on a store
+
+`VERB --help` tells a verb's flags. Flags override the file given by --config; --debug shows tracebacks.
+"""
+
+from pathlib import Path
+
 from minsae_jax import cli, sharding
-from minsae_jax.config import Extract
+from minsae_jax.config import Demo, Extract, Settings, Train, UserError, load_settings, read_yaml
+from minsae_jax.eeg.synthetic import write_demo
+from minsae_jax.encoder.converted import Encoder, load_encoder
 from minsae_jax.encoder.extract import extract
-s = cli.parse(Extract, sys.argv[1:], "x")
-sharding.start()
-enc,_=convert_encoder(s.checkpoint_path, s.config_path)
-for sp in s.split: print(extract(enc,s,sp))
+from minsae_jax.sae.train import train
+
+
+def main(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    verb, flags = args[0], args[1:]
+    if verb == "demo":
+        print(write_demo(_settings(Demo, verb, flags)))
+    elif verb == "extract":
+        _extract(_settings(Extract, verb, flags))
+    elif verb == "train":
+        settings = _settings(Train, verb, flags)
+        sharding.start(settings.deterministic)
+        checkpoint = settings.checkpoint_path
+        print(train(settings, open_encoder(checkpoint).fingerprint if checkpoint else None))
+    else:
+        raise UserError(f"there is no verb {verb!r}: it is demo, extract or train; see python -m minsae_jax --help")
+
+
+def _settings(cls: type[Settings], verb: str, flags: list[str]) -> Settings:
+    """The verb's settings: flags over the file given by --config over the defaults."""
+    files, rest = [], []
+    arguments = iter(flags)
+    for argument in arguments:
+        if argument == "--config":
+            files.append(next(arguments, ""))
+        elif argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        else:
+            rest.append(argument)
+    if len(files) > 1 or "" in files:
+        raise UserError("--config takes one YAML file")
+    default = load_settings(cls, files[0]) if files else cls()
+    return cli.parse(cls, rest, f"minsae {verb}", default)
+
+
+def _extract(settings: Extract) -> None:
+    for name in ("root_path", "checkpoint_path"):
+        if getattr(settings, name) is None:
+            raise UserError(f"extract needs --{name}, as a flag or in the section extract of the --config file")
+    sharding.start()
+    encoder = open_encoder(str(settings.checkpoint_path), settings.config_path)
+    for split in settings.split:
+        print(extract(encoder, settings, split), flush=True)
+
+
+def open_encoder(checkpoint_path: str, config_path: str | None = None) -> Encoder:
+    """A converted encoder, held against the YAML where one is given; or a PyTorch file, converted in memory."""
+    path = Path(checkpoint_path)
+    if path.is_file() or path.suffix in (".pth", ".pt"):
+        from convert.encoder import convert_encoder  # torch is imported for PyTorch files only
+
+        return convert_encoder(path, config_path)[0]
+    encoder = load_encoder(path)
+    if config_path:
+        from convert.architecture import check_yaml
+
+        check_yaml(encoder.architecture, read_yaml(config_path))
+    return encoder
+
+
+def entry() -> None:
+    """The installed command `minsae`."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    entry()

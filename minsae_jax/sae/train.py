@@ -118,6 +118,7 @@ class _Trainer:
         self.sweep = Sweep(inputs.settings, inputs.groups, inputs.store.d_model)
         self.stream = self._stream()
         self.step, self.tokens = 0, 0
+        self.figures: list[list[dict[str, float]]] = []  # of every group's members, over the last window
         latest = checkpoints.latest()
         if latest is None:
             self.scale = self._measure_scale()
@@ -158,12 +159,14 @@ class _Trainer:
                 "use --overwrite"
             )
         self.step, self.tokens, self.scale = step, notes["tokens"], notes["scale"]
+        self.figures = notes["figures"]
         self.stream.set_state(notes["stream"])
 
     def _save(self) -> None:
         notes = {
             "tokens": self.tokens,
             "scale": self.scale,
+            "figures": self.figures,
             "stream": self.stream.get_state(),
             "store": self.inputs.store.fingerprint,
         }
@@ -174,7 +177,6 @@ class _Trainer:
         scale = np.float32(self.scale)
         in_flight: deque[jax.Array] = deque()
         ended: tuple[int, int, State] | None = None
-        windows: list[Window] = []
         self._window_began = time.perf_counter()
         n_members = sum(map(len, self.inputs.groups))
         with progress("train", total, "steps") as bar:
@@ -187,8 +189,7 @@ class _Trainer:
                 if len(in_flight) > 2:  # the devices always have a next step, and the host never runs far ahead
                     in_flight.popleft().block_until_ready()
                 if ended is not None:  # a step late, so that the devices need not wait while it is written
-                    windows, rate = self._write(ended)
-                    bar.advance(0, **{"tokens/s": f"{n_members} x {rate:,.0f}"})
+                    bar.advance(0, **{"tokens/s": f"{n_members} x {self._write(ended):,.0f}"})
                     ended = None
                 bar.advance(1)
                 last = self.step == total
@@ -197,32 +198,31 @@ class _Trainer:
                     self.state, window = self.sweep.take_window(self.state)
                     ended = (self.step, self.tokens, window)
                     if saving:
-                        windows, _ = self._write(ended)
+                        self._write(ended)
                         ended = None
                 if saving:
                     self._save()
         for log in (log for group in self.logs for log in group):
             log.close()
-        self._export(windows)
+        self._export()
 
-    def _write(self, ended: tuple[int, int, State]) -> tuple[list[Window], float]:
-        """A window's row of every member. Returns the windows, and tokens a second."""
+    def _write(self, ended: tuple[int, int, State]) -> float:
+        """A window's row of every member. Returns tokens a second."""
         step, tokens, on_devices = ended
         windows = read_window(on_devices)
         now = time.perf_counter()
         seconds, self._window_began = now - self._window_began, now
+        rate = (tokens - self.logs[0][0].tokens) / seconds
         lambda_factor, lr_factor = map(float, self.sweep.schedules(step - 1))
-        rate = 0.0
+        self.figures = []
         for group, logs, window in zip(self.inputs.groups, self.logs, windows, strict=True):
-            for i, (member, log) in enumerate(zip(group, logs, strict=True)):
-                rate = (tokens - log.tokens) / seconds
-                figures = _figures(window, i, member, self.settings)
-                row = {"step": step, "tokens": tokens, **{k: v for k, v in figures.items() if k != "fvu"}}
-                row |= {"lr": member.lr * lr_factor, "lambda": member.lambda_sparsity * lambda_factor}
-                log.write(row, window.active[i], rate)
-        return windows, rate
+            self.figures.append([_figures(window, i, member, self.settings) for i, member in enumerate(group)])
+            for member, log, figures, active in zip(group, logs, self.figures[-1], window.active, strict=True):
+                schedule = {"lr": member.lr * lr_factor, "lambda": member.lambda_sparsity * lambda_factor}
+                log.write({"step": step, "tokens": tokens} | figures | schedule, active, rate)
+        return rate
 
-    def _export(self, windows: list[Window]) -> None:
+    def _export(self) -> None:
         """Every member's weights for raw activations, and sweep.csv, which says that the run is finished."""
         store = self.inputs.store
         common = {
@@ -241,10 +241,9 @@ class _Trainer:
         }
         rows = []
         groups = jax.device_get([g["params"] for g in self.state["groups"]])
-        for group, params, window in zip(self.inputs.groups, groups, windows, strict=True):
-            for i, member in enumerate(group):
+        for group, params, all_figures in zip(self.inputs.groups, groups, self.figures, strict=True):
+            for i, (member, figures) in enumerate(zip(group, all_figures, strict=True)):
                 own = {name: value[i] for name, value in params.items()}
-                figures = _figures(window, i, member, self.settings)
                 finite = all(np.isfinite(v).all() for v in own.values()) and np.isfinite(figures["loss"])
                 status = "finished" if finite else "not finite"
                 rows.append({"member": member.name, **_hparams(member), **figures, "status": status})

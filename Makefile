@@ -1,0 +1,64 @@
+# The whole way of the data: `make extract train` runs the demo; CONFIG=my.yaml runs your own.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
+	$p -c 'import sys; sys.version_info >= (3, 11) and print("$p")' 2>/dev/null)) python3)
+CONFIG ?= configs/demo.yaml
+EXTRA  ?= $(if $(GPU),cuda12)
+TORCH  ?= torch==2.13.0
+comma  := ,
+BIN     = .venv/bin
+MINSAE  = $(BIN)/python -m minsae_jax
+SETUP   = .venv/.installed$(if $(EXTRA),-$(EXTRA))
+
+# What the demo needs before it can be extracted; a CONFIG of one's own names its own data and encoder.
+CHECKPOINT ?= configs/demo/encoder.pth
+CHECKPOINT_YAML ?= $(if $(filter configs/demo/encoder.pth,$(CHECKPOINT)),configs/demo/encoder.yaml)
+ENCODER ?= checkpoints/demo
+DEMO_DATA = data/demo/tuhab_preprocessed/file_lengths_map.csv
+INPUTS = $(if $(filter configs/demo.yaml,$(CONFIG)),$(DEMO_DATA) $(ENCODER)/config.json)
+
+.PHONY: help setup demo convert extract train tensorboard test check bench clean
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # train reads what extract writes
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
+	@echo; echo "  CONFIG=my.yaml runs extract and train on your own data; GPU=1 installs JAX for CUDA."
+
+setup: $(SETUP) ## make .venv and install the project in it (GPU=1, or EXTRA=cuda12 or cuda13, for CUDA)
+
+$(SETUP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("minsae_jax needs Python 3.11 or newer, not " + sys.version.split()[0] + ": name one with PYTHON=...") if sys.version_info < (3, 11) else 0'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[torch,dev$(if $(EXTRA),$(comma)$(EXTRA))]"
+	@touch $@
+
+demo: $(DEMO_DATA) ## write the demo's recordings
+
+$(DEMO_DATA): | $(SETUP)
+	@$(MINSAE) demo --config configs/demo.yaml
+
+convert: $(ENCODER)/config.json ## convert a PyTorch encoder (CHECKPOINT=x.pth CHECKPOINT_YAML=x.yaml ENCODER=folder)
+
+$(ENCODER)/config.json: $(CHECKPOINT) $(CHECKPOINT_YAML) | $(SETUP)
+	@$(BIN)/python -m convert encoder $(CHECKPOINT) $(if $(CHECKPOINT_YAML),--config_path $(CHECKPOINT_YAML)) --out $(ENCODER)
+
+extract: $(SETUP) $(INPUTS) ## store the encoder's activations, for train, val and test patients
+	@$(MINSAE) extract --config $(CONFIG)
+
+train: $(SETUP) ## train the sweep on the store
+	@$(MINSAE) train --config $(CONFIG)
+
+tensorboard: $(SETUP) ## watch all runs at http://localhost:6006
+	@$(BIN)/tensorboard --logdir runs
+
+test: $(SETUP) ## run the tests
+	@$(BIN)/python -m pytest
+
+check: $(SETUP) ## format, lint and types
+	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && $(BIN)/mypy
+
+bench: $(SETUP) ## measure extraction and training on this machine
+	@$(BIN)/python -m benchmarks.train && $(BIN)/python -m benchmarks.extract
+
+clean: ## remove what the demo made, and caches (stores in embeddings/ stay: they may be yours)
+	rm -rf data/demo checkpoints/demo runs/demo .pytest_cache .mypy_cache .ruff_cache
