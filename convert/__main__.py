@@ -1,4 +1,10 @@
-"""PyTorch in and out: `python -m convert encoder CHECKPOINT --out DIR`, `python -m convert sae PATH --to KIND --out PATH`."""
+"""PyTorch in and out.
+
+    python -m convert encoder CHECKPOINT [--config_path YAML] --out DIR
+    python -m convert sae PATH --to member|minsae --out PATH
+
+`encoder --help` and `sae --help` tell more.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -36,12 +42,9 @@ class SaeCommand:
     """Folder (member) or file (minsae) to write."""
 
 
-USAGE = f"usage: python -m convert {{encoder,sae}} ... (--help after either tells its flags)\n\n{__doc__}"
-
-
 def main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
-        print(USAGE)
+        print(__doc__)
     elif args[0] == "encoder":
         command = cli.parse(EncoderCommand, args[1:], "python -m convert encoder")
         encoder, notes = convert_encoder(command.checkpoint, command.config_path)

@@ -132,9 +132,7 @@ def _from_state_dict(tensors: Tensors, given: Mapping[str, Setting]) -> dict[str
     return told | _head(tensors, told, position.shape[0], given)
 
 
-def _head(
-    tensors: Tensors, told: Mapping[str, Any], n_tokens: int, given: Mapping[str, Setting]
-) -> dict[str, Any]:
+def _head(tensors: Tensors, told: Mapping[str, Any], n_tokens: int, given: Mapping[str, Setting]) -> dict[str, Any]:
     """The head's kind, as far as its shape tells, and its number of outputs."""
     weight = _tensor(tensors, "head.linears.0.weight" if told["individual_head"] else "head.linear.weight", 2)
     n_out, n_in = weight.shape
@@ -163,7 +161,8 @@ def check_yaml(architecture: Architecture, yaml: Mapping[str, Any]) -> None:
 
 def _compare(told: dict[str, Any], given: Mapping[str, Setting], teller: str = "state dict") -> None:
     """Settings that the state dict tells too: a warning for those that the reference ignores, an error for sizes."""
-    ignored, wrong = [], []
+    ignored: list[str] = []
+    wrong: list[str] = []
     values = {n: s.value for n, s in given.items()} | told
     for name, setting in given.items():
         if setting.value == values[name]:
@@ -184,8 +183,8 @@ def _check_sizes(a: Architecture, tensors: Tensors) -> None:
     n_patches = tensors["backbone.W_pos"].shape[0] - a.use_cls_token
     if a.seq_len < a.patch_len or a.n_patches != n_patches:
         raise UserError(
-            f"seq_len {a.seq_len}, patch_length {a.patch_len} and stride {a.stride} make {max(a.n_patches, 0)} patches, "
-            f"but the state dict has positions for {n_patches}"
+            f"seq_len {a.seq_len}, patch_length {a.patch_len} and stride {a.stride} make {max(a.n_patches, 0)} "
+            f"patches, but the state dict has positions for {n_patches}"
         )
     if a.d_model % a.n_heads:
         raise UserError(f"num_heads {a.n_heads} does not divide d_model {a.d_model}")

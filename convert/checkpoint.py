@@ -33,7 +33,7 @@ def load_torch(path: str | Path) -> Any:
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
     scalar = np.float64(0).__reduce__()[0]
-    numpy_scalars = [
+    numpy_scalars: list[Any] = [
         scalar,
         (scalar, "numpy.core.multiarray.scalar"),  # as numpy 1 names it
         np.dtype,

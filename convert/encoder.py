@@ -68,14 +68,14 @@ def apply_rules(tensors: Tensors, target: Params) -> Params:
     filled: dict[str, np.ndarray] = {}
     complaints = []
     for key, tensor in tensors.items():
-        rule = next(((m, *rest) for pattern, *rest in RULES if (m := re.fullmatch(pattern, key))), None)
+        rule = next(((m, path, f) for pattern, path, f in RULES if (m := re.fullmatch(pattern, key))), None)
         if rule is None:
             complaints.append(f"unknown key {key}")
             continue
-        match, path, transform = rule
-        if path is None:
+        match, template, transform = rule
+        if template is None:
             continue
-        path, value = match.expand(path), transform(tensor)
+        path, value = match.expand(template), transform(tensor)
         if path not in wanted:
             complaints.append(f"{key} has no place in this architecture")
         elif value.shape != wanted[path].shape or value.dtype != wanted[path].dtype:
@@ -87,10 +87,12 @@ def apply_rules(tensors: Tensors, target: Params) -> Params:
     if complaints:
         more = f" and {len(complaints) - 6} more" if len(complaints) > 6 else ""
         raise UserError(f"the state dict does not fit: {'; '.join(complaints[:6])}{more}")
-    return jax.tree_util.tree_unflatten(structure, [np.ascontiguousarray(filled[path]) for path in wanted])
+    return jax.tree_util.tree_unflatten(structure, [np.array(filled[path], order="C") for path in wanted])
 
 
-def convert_encoder(checkpoint_path: str | Path, config_path: str | Path | None = None) -> tuple[Encoder, dict[str, Any]]:
+def convert_encoder(
+    checkpoint_path: str | Path, config_path: str | Path | None = None
+) -> tuple[Encoder, dict[str, Any]]:
     """The encoder in a checkpoint, and notes: sources (where each setting came from), source_file, source_sha256.
 
     Raises UserError where the file, its settings or its tensors are not those of a PatchTST.
@@ -113,7 +115,9 @@ def describe(encoder: Encoder, notes: dict[str, Any]) -> str:
         f"({a.n_patches} patches of {a.patch_len}, stride {a.stride}{', and CLS' if a.use_cls_token else ''}), "
         f"RevIN {'on' if a.revin else 'off'}",
     ]
-    for source in dict.fromkeys(notes["sources"].values()):
-        lines.append(f"from the {source}: {', '.join(n for n, s in notes['sources'].items() if s == source)}")
+    lines += [
+        f"from the {source}: {', '.join(n for n, s in notes['sources'].items() if s == source)}"
+        for source in dict.fromkeys(notes["sources"].values())
+    ]
     count = sum(leaf.size for leaf in jax.tree.leaves(encoder.params))
     return "\n".join([*lines, f"{count:,} parameters, fingerprint {encoder.fingerprint[:12]}"])

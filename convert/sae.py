@@ -23,7 +23,9 @@ def read_minsae(path: Path) -> dict[str, np.ndarray]:
     state = load_torch(path)
     if not isinstance(state, dict) or set(state) != {theirs for theirs, _, _ in MINSAE}:
         held = ", ".join(map(str, list(state)[:6])) if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path} is no autoencoder of minSAE: it must hold {', '.join(k for k, _, _ in MINSAE)}, not {held}")
+        raise UserError(
+            f"{path} is no autoencoder of minSAE: it must hold {', '.join(k for k, _, _ in MINSAE)}, not {held}"
+        )
     tensors = to_numpy(state, str(path))
     params = {ours: tensors[theirs].T if t else tensors[theirs] for theirs, ours, t in MINSAE}
     if any(str(v.dtype) != "torch.float32" for v in state.values()):
@@ -36,7 +38,10 @@ def write_minsae(path: Path, params: dict[str, np.ndarray]) -> None:
     """The state dict that minSAE saves, written aside and renamed."""
     import torch
 
-    state = {theirs: torch.from_numpy(np.array(params[ours].T if t else params[ours], order="C")) for theirs, ours, t in MINSAE}
+    state = {
+        theirs: torch.from_numpy(np.array(params[ours].T if t else params[ours], order="C"))
+        for theirs, ours, t in MINSAE
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp{os.getpid()}")
     torch.save(state, aside)

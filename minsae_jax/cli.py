@@ -21,8 +21,8 @@ def parse(cls: type[Settings], args: list[str], prog: str, default: Settings | N
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            start = {} if default is None else {"default": default}
-            return tyro.cli(cls, args=args, prog=prog, use_underscores=True, **start)
+            missing = tyro.MISSING_NONPROP if default is None else default
+            return tyro.cli(cls, args=args, prog=prog, use_underscores=True, default=missing)
     except SystemExit as e:
         if not e.code:
             raise

@@ -53,7 +53,9 @@ class Demo:
     """Replace a folder written before with other settings."""
 
     def __post_init__(self) -> None:
-        _require(self.patients >= 10, f"--patients must be 10 or more, so that no split is empty, but is {self.patients}")
+        _require(
+            self.patients >= 10, f"--patients must be 10 or more, so that no split is empty, but is {self.patients}"
+        )
         _require(self.minutes >= 0.5, f"--minutes must be 0.5 or more, but is {self.minutes}")
         _require(self.seed >= 0, f"--seed must be 0 or more, but is {self.seed}")
 
@@ -190,9 +192,7 @@ class Train:
         _require(0 not in self.feature_dim_factor, "--feature_dim_factor must be above 0")
         _require(bool(self.seed) and bool(self.feature_dim_factor), "--seed and --feature_dim_factor need a value each")
         for name in _OTHER_RECIPE_ONLY[self.recipe]:
-            _require(
-                getattr(self, name) is None, f"--{name} has no meaning under --recipe {self.recipe}: leave it out"
-            )
+            _require(getattr(self, name) is None, f"--{name} has no meaning under --recipe {self.recipe}: leave it out")
 
     def resolved(self) -> "Train":
         """The same settings with the recipe's own numbers where none were given."""
@@ -250,7 +250,7 @@ def load_settings(cls: type[Settings], path: str | Path) -> Settings:
     """The settings of one verb from the section of that name. All sections are checked, so that no slip hides."""
     content = read_yaml(path)
     _refuse_unknown(content, list(SECTIONS), f"{path}: unknown section")
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, section in content.items():
         if not isinstance(section, dict):
             raise UserError(f"{path}: section {name} must hold settings, but is {section!r}")

@@ -28,10 +28,12 @@ class Bar:
         """So much was done before, and does not count for the rate."""
         self._bar.initial = self._bar.n = done
 
-    def advance(self, count: int, **notes: str) -> None:
-        if notes:
-            self._bar.set_postfix(notes, refresh=False)
+    def advance(self, count: int) -> None:
         self._bar.update(count)
+
+    def note(self, text: str) -> None:
+        """Shown after the rate."""
+        self._bar.set_postfix_str(text, refresh=False)
 
 
 @contextmanager
@@ -46,7 +48,10 @@ def progress(title: str, total: int, unit: str) -> Iterator[Bar]:
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """Aligned columns, the first to the left."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    lines = [[c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))] for row in [columns, *rows]]
+    lines = [
+        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        for row in [columns, *rows]
+    ]
     return "\n".join("  ".join(line) for line in lines)
 
 
@@ -60,7 +65,9 @@ class MemberLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokens = tokens
         self._metrics = _open_csv(folder / "metrics.csv", METRICS, last=step)
-        self._act_freqs = _open_csv(folder / "act_freqs.csv", ("step", *(f"feat_{i}" for i in range(d_sae))), last=tokens)
+        self._act_freqs = _open_csv(
+            folder / "act_freqs.csv", ("step", *(f"feat_{i}" for i in range(d_sae))), last=tokens
+        )
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None, flush_secs=10)
         if not step:
             self._write_hparams(folder.name, hparams)
@@ -71,7 +78,7 @@ class MemberLog:
         for proto in (experiment, hparams_protos.hparams_pb(dict(hparams), trial_id=name)):
             self._board.file_writer.add_summary(Summary.FromString(proto.SerializeToString()))
 
-    def write(self, row: Mapping[str, float], active: Int[np.ndarray, "d_sae"], tokens_per_second: float) -> None:
+    def write(self, row: Mapping[str, float], active: Int[np.ndarray, " d_sae"], tokens_per_second: float) -> None:
         """`active` counts the tokens of the window on which each feature was active."""
         tokens_in_window = int(row["tokens"]) - self.tokens
         self.tokens = int(row["tokens"])

@@ -67,7 +67,9 @@ class Store:
         """Read every shard and compare its checksum. Raises UserError naming those that fail."""
         known = [s for s in self.shards if s.sha256]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            failed = [s.path for s, d in zip(known, pool.map(_sha256, [s.path for s in known]), strict=True) if d != s.sha256]
+            failed = [
+                s.path for s, d in zip(known, pool.map(_sha256, [s.path for s in known]), strict=True) if d != s.sha256
+            ]
         if failed:
             raise UserError(f"{', '.join(map(str, failed[:5]))} fails its checksum: extract the store again")
 
@@ -135,7 +137,9 @@ def _without_manifest(folder: Path, files: list[Path]) -> Store:
         except Exception as e:
             raise UserError(f"{path} is no .npy array, or a damaged one ({' '.join(str(e).split())})") from e
         if array.ndim < 2 or array.dtype.kind != "f" or array.size == 0:
-            raise UserError(f"{path} must hold [sequences, n_tokens, d_model] floats, but is {array.dtype}{list(array.shape)}")
+            raise UserError(
+                f"{path} must hold [sequences, n_tokens, d_model] floats, but is {array.dtype}{list(array.shape)}"
+            )
         shards.append(Shard(path, array.size // array.shape[-1], None))
         kinds.add((array.shape[-1], str(array.dtype)))
     if len(kinds) > 1:
@@ -190,7 +194,8 @@ class StoreWriter:
         other = [f"{k} ({_short(was.get(k))}, now {_short(v)})" for k, v in flat.items() if was.get(k) != v]
         if other:
             raise UserError(
-                f"{self.folder} holds a store of other settings: {', '.join(other)}; name another --out, or use --overwrite"
+                f"{self.folder} holds a store of other settings: {', '.join(other)}; "
+                "name another --out, or use --overwrite"
             )
 
     def _damages(self, manifest: Mapping[str, Any]) -> Iterable[str | None]:
@@ -232,11 +237,11 @@ class StoreWriter:
         self.manifest["shards"].append(entry)
         self._write_manifest()
 
-    def finish(self, provenance: Mapping[str, np.ndarray]) -> None:
+    def finish(self, provenance: dict[str, np.ndarray]) -> None:
         """Write the provenance, an entry a sequence in the shards' order, and declare the store complete."""
         aside = self.folder / (PROVENANCE + ".tmp")
         with aside.open("wb") as f:
-            np.savez_compressed(f, **provenance)
+            np.savez_compressed(f, allow_pickle=False, **provenance)
         aside.rename(self.folder / PROVENANCE)
         self.manifest["shards"].sort(key=lambda e: int(_NAME.fullmatch(e["file"])[1]))  # type: ignore[index]
         self.manifest["complete"] = True

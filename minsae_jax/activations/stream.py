@@ -6,6 +6,7 @@ plain JSON; what comes next depends on the store, the seed and the position alon
 
 import bisect
 from itertools import accumulate
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -16,6 +17,14 @@ from minsae_jax.config import UserError
 
 CHUNK = 256  # consecutive rows a read: single rows are a hundred times slower
 WINDOW = 256  # chunks whose rows are mixed with one another
+
+
+class TokenStream(Protocol):
+    """Endless batches; the state is the position, in plain JSON."""
+
+    def __next__(self) -> Float[np.ndarray, "tokens d_model"]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 class Chunks:
@@ -54,7 +63,7 @@ def _permuted(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rows[rng.permutation(len(rows))]
 
 
-def shuffled_tokens(store: Store, batch_size: int, shuffle_seed: int) -> grain.DatasetIterator:
+def shuffled_tokens(store: Store, batch_size: int, shuffle_seed: int) -> TokenStream:
     """batch_size tokens at a time: chunks in random order over the whole store, anew each epoch, then rows in random
     order within a window of chunks. Every token comes once an epoch; batches run on from one epoch to the next."""
     windows = (
@@ -69,7 +78,7 @@ def shuffled_tokens(store: Store, batch_size: int, shuffle_seed: int) -> grain.D
     return iter(grain.experimental.RebatchIterDataset(windows, batch_size, drop_remainder=True))
 
 
-def files_in_order(store: Store, number_of_arrays: int) -> grain.DatasetIterator:
+def files_in_order(store: Store, number_of_arrays: int) -> TokenStream:
     """`number_of_arrays` whole files at a time, in order and over again: minSAE's batches."""
     groups = grain.MapDataset.source(FileGroups(store, number_of_arrays)).repeat()
     return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))

@@ -64,7 +64,9 @@ class Windows:
             out[rows] = samples.reshape(len(rows), self.seq_len, self.n_vars)
             if not np.isfinite(out[rows]).all():
                 bad = int(first) * self.seq_len + int(np.flatnonzero(~np.isfinite(samples).all(1))[0])
-                raise UserError(f"recording {self.files[file]} holds NaN or infinity at sample {bad}: repair or remove it")
+                raise UserError(
+                    f"recording {self.files[file]} holds NaN or infinity at sample {bad}: repair or remove it"
+                )
         return out
 
     @cached_property
@@ -100,7 +102,9 @@ def open_windows(
             f"split {split} is empty: {len(patients)} patients with {len(files)} recordings in {folder} "
             f"make no window of {seq_len} samples"
         )
-    problems = [p for f, n in zip(files, windows.counts, strict=True) if (p := _problem(folder / f, n * seq_len, n_vars))]
+    problems = [
+        p for f, n in zip(files, windows.counts, strict=True) if (p := _problem(folder / f, n * seq_len, n_vars))
+    ]
     if problems:
         raise UserError(_some(problems, "; "))
     return windows
@@ -201,7 +205,7 @@ def _problem(path: Path, samples: int, n_vars: int) -> str | None:
     except Exception as e:
         return f"recording {path} cannot be read ({' '.join(str(e).split()) or type(e).__name__})"
     if array.ndim != 2 or array.dtype.kind != "f":
-        return f"recording {path} must be [time, channels] of floating-point numbers, but is {array.dtype}{list(array.shape)}"
+        return f"recording {path} must be floating-point [time, channels], but is {array.dtype}{list(array.shape)}"
     if array.shape[1] != n_vars:
         return f"recording {path} has {array.shape[1]} channels, but the encoder wants {n_vars}"
     if len(array) < samples:

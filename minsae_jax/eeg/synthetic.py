@@ -57,7 +57,7 @@ def recording(
     """One recording, z-scored per channel, and its events in order of time."""
     rng = np.random.default_rng(seed)
     n = max(samples, 400)
-    mix = np.stack([field(*rng.uniform(-1, 1, 2), rng.uniform(0.3, 0.8)) for _ in range(10)], axis=1)
+    mix = np.stack([field(rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(0.3, 0.8)) for _ in range(10)], axis=1)
     x = mix @ pink(rng, 10, n) + 0.3 * pink(rng, 19, n)
     alpha_hz, spindle_hz = rng.uniform(8.5, 11.5), rng.uniform(12, 14)
     kinds: list[tuple[str, int, Wave, np.ndarray]] = [  # name, samples, course, scalp field
@@ -90,7 +90,9 @@ def write_demo(settings: Demo) -> str:
         if read_yaml(note) == record:
             return f"the demo recordings are in {folder} already"
         if not settings.overwrite:
-            raise UserError(f"{folder} holds a demo of other settings ({read_yaml(note)}): use --overwrite to replace it")
+            raise UserError(
+                f"{folder} holds a demo of other settings ({read_yaml(note)}): use --overwrite to replace it"
+            )
     aside = folder.with_name(folder.name + f".tmp{os.getpid()}")
     try:
         aside.mkdir(parents=True)

@@ -3,7 +3,6 @@
 import hashlib
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from minsae_jax.config import UserError
 
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
-Params = dict[str, Array]
+Params = dict[str, Any]  # name -> array, numpy's or JAX's
 
 
 def shapes(d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
@@ -42,11 +42,13 @@ def init_torch(key: Key[Array, ""], d_model: int, d_sae: int) -> Params:
 
 
 def encode(params: Params, x: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens d_sae"]:
-    return jax.nn.relu(x @ params["W_enc"] + params["b_enc"])
+    pre = x @ params["W_enc"]
+    return jax.nn.relu(pre + jnp.broadcast_to(params["b_enc"], pre.shape))
 
 
 def decode(params: Params, features: Float[Array, "*tokens d_sae"]) -> Float[Array, "*tokens d_model"]:
-    return features @ params["W_dec"] + params["b_dec"]
+    x_hat = features @ params["W_dec"]
+    return x_hat + jnp.broadcast_to(params["b_dec"], x_hat.shape)
 
 
 def fold_scale(params: Params, scale: float) -> Params:
@@ -62,7 +64,8 @@ def fold_scale(params: Params, scale: float) -> Params:
 class SparseAutoencoder:
     """A trained autoencoder for raw activations, in full float32.
 
-    >>> sae = SparseAutoencoder({"W_enc": np.eye(2, 3), "b_enc": np.zeros(3), "W_dec": np.eye(3, 2), "b_dec": np.zeros(2)})
+    >>> W, b = np.eye(2, 3), np.zeros
+    >>> sae = SparseAutoencoder({"W_enc": W, "b_enc": b(3), "W_dec": W.T, "b_dec": b(2)})
     >>> sae.encode(np.array([[1.0, -1.0]])).tolist()
     [[1.0, 0.0, 0.0]]
     >>> sae.decode(np.array([[1.0, 0.0, 5.0]])).tolist()
@@ -93,7 +96,9 @@ class SparseAutoencoder:
 
     def _checked(self, x: Array | np.ndarray, size: int) -> Array:
         if np.ndim(x) < 1 or x.shape[-1] != size:
-            raise UserError(f"the last axis must have {size} entries for this autoencoder, but shape is {list(np.shape(x))}")
+            raise UserError(
+                f"the last axis must have {size} entries for this autoencoder, but shape is {list(np.shape(x))}"
+            )
         return jnp.asarray(x, jnp.float32)
 
 
@@ -132,4 +137,6 @@ def check_params(params: dict[str, np.ndarray], where: str) -> None:
     d_model, d_sae = params["b_dec"].size, params["b_enc"].size
     wrong = [f"{n} {list(params[n].shape)}" for n, s in shapes(d_model, d_sae).items() if params[n].shape != s]
     if wrong or any(p.dtype != np.float32 for p in params.values()):
-        raise UserError(f"{where} does not fit together as float32 of d_model {d_model}, d_sae {d_sae}: {', '.join(wrong)}")
+        raise UserError(
+            f"{where} does not fit together as float32 of d_model {d_model}, d_sae {d_sae}: {', '.join(wrong)}"
+        )

@@ -2,7 +2,8 @@
 
     loss = recon_weight * mse + λ * l1,    l1 = mean over tokens of Σ_i f_i ‖W_dec_i‖₂
 
-with mse = mean over tokens of Σ_d (x̂ - x)², as in Anthropic's April 2024 update, or its mean over d_model, as in minSAE.
+with mse = mean over tokens of Σ_d (x̂ - x)², as in Anthropic's April 2024 update, or its mean over d_model, as minSAE
+has it.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Statistics(NamedTuple):
     l1: Float[Array, ""]  # without λ
     l0: Float[Array, ""]  # active features a token
     residual: Float[Array, ""]  # Σ over tokens and d_model of (x̂ - x)²
-    active: Int[Array, "d_sae"]  # tokens on which each feature is active
+    active: Int[Array, " d_sae"]  # tokens on which each feature is active
 
 
 class Sums(NamedTuple):
@@ -43,8 +44,8 @@ class Sums(NamedTuple):
 
     gradients: Params
     residual: Float[Array, ""]
-    features: Float[Array, "d_sae"]
-    active: Int[Array, "d_sae"]
+    features: Float[Array, " d_sae"]
+    active: Int[Array, " d_sae"]
 
 
 def plain_loss(
@@ -80,10 +81,10 @@ def batch_sums(
         x_t = x.T
         f_t = jax.nn.relu(w_enc_t @ x_t + b_enc)
         if mask is not None:
-            f_t = f_t * mask
+            f_t = f_t * mask[None]
         error_t = w_dec_t @ f_t + b_dec - x_t
         if mask is not None:
-            error_t = error_t * mask
+            error_t = error_t * mask[None]
         active = f_t > 0
         pre_t = jnp.where(active, error_factor * (w_dec @ error_t) + penalty, 0)
         gradients = {

@@ -23,7 +23,7 @@ from minsae_jax.sae import model
 from minsae_jax.sae.objective import Objective, Statistics, Sums, batch_sums, finish
 
 State = dict[str, Any]
-PIECE = {"cpu": 512}  # tokens at a time on a device; elsewhere:
+PIECE = {"cpu": 256}  # tokens at a time on a device; elsewhere:
 LARGE_PIECE = 8192
 
 
@@ -67,12 +67,12 @@ def _name(member: Member, varied: list[str]) -> str:
 class Window:
     """Means over a window of steps, on the host, of every member of a group: [members], active [members, d_sae]."""
 
-    loss: Float[np.ndarray, "members"]
-    mse: Float[np.ndarray, "members"]
-    l1: Float[np.ndarray, "members"]
-    l0: Float[np.ndarray, "members"]
-    fvu: Float[np.ndarray, "members"]  # Σ‖x - x̂‖² / Σ‖x - mean of x‖², both over the window's tokens
-    dead_fraction: Float[np.ndarray, "members"]  # at the window's end
+    loss: Float[np.ndarray, " members"]
+    mse: Float[np.ndarray, " members"]
+    l1: Float[np.ndarray, " members"]
+    l0: Float[np.ndarray, " members"]
+    fvu: Float[np.ndarray, " members"]  # Σ‖x - x̂‖² / Σ‖x - mean of x‖², both over the window's tokens
+    dead_fraction: Float[np.ndarray, " members"]  # at the window's end
     active: Int[np.ndarray, "members d_sae"]  # tokens on which each feature was active: a count, not a mean
 
 
@@ -95,11 +95,11 @@ class Sweep:
             self._step, donate_argnums=0, static_argnames="tokens", out_shardings=(self.shardings, None)
         )
 
-    def init(self, start: dict[str, np.ndarray] | None = None) -> State:
-        """The state before the first step, with weights by the recipe's law from each member's seed, or from `start`."""
+    def init(self, start: model.Params | None = None) -> State:
+        """The state before the first step: weights by the recipe's law from each member's seed, or from `start`."""
         return jax.jit(partial(self._init, start), out_shardings=self.shardings)()
 
-    def _init(self, start: dict[str, np.ndarray] | None) -> State:
+    def _init(self, start: model.Params | None) -> State:
         groups = []
         for group in self.groups:
             if start is None:
@@ -182,7 +182,8 @@ class Sweep:
     def _move(self, tokens: int, news: int, member: State, lambda_now: Array, lr: Array, sums: Sums) -> State:
         """One member after a step of Adam."""
         gradients, statistics = finish(member["params"], sums, tokens, lambda_now, self.objective)
-        updates, opt = self.adam.update(gradients, member["opt"])
+        with jax.numpy_dtype_promotion("standard"):  # optax raises β, a float, to the power of an integer count
+            updates, opt = self.adam.update(gradients, member["opt"])
         silent = jnp.minimum(member["silent"] + news, self.settings.dead_after)
         return {
             "params": jax.tree.map(lambda p, u: p - lr * u, member["params"], updates),
@@ -208,7 +209,7 @@ class Sweep:
                 for group, lambdas_here in zip(params, lambdas, strict=True)
             ]
             mean = jax.lax.psum(x.sum(0), sharding.DATA) / tokens  # padding is 0
-            m2 = (jnp.square(x - mean).sum(1) * is_token).sum()
+            m2 = (jnp.square(x - mean[None]).sum(1) * is_token).sum()
             sums, m2 = jax.lax.psum((sums, m2), sharding.DATA)
             return sums, (mean, m2)
 

@@ -1,0 +1,48 @@
+"""Eight simulated devices, strict promotion, and small data that several tests share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from minsae_jax.config import Demo
+from minsae_jax.eeg.synthetic import write_demo
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ENCODERS = ("tuhab_patch_10", "tuhab_patch_100", "revin_affine_gelu_overlap", "layernorm_prenorm")
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Meshes made in the test have one device instead of eight."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory) -> Path:
+    """A small demo: ten patients with half a minute each."""
+    folder = tmp_path_factory.mktemp("demo") / "tuhab_preprocessed"
+    write_demo(Demo(root_path=str(folder), patients=10, minutes=0.5))
+    return folder
+
+
+@pytest.fixture
+def small_store(tmp_path) -> Path:
+    """What minSAE writes: three files of [5, 7, 16] tokens with structure, no manifest."""
+    folder = tmp_path / "store" / "l-1"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(24, 16))
+    for i in range(3):
+        sources = rng.exponential(size=(5, 7, 24)) * (rng.random((5, 7, 24)) < 0.1)
+        np.save(folder / f"b{i:04d}.npy", (sources @ directions + 0.1 * rng.normal(size=(5, 7, 16))).astype(np.float32))
+    return folder.parent

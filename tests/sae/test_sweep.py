@@ -1,0 +1,144 @@
+"""Members side by side are the members alone, on however many devices; measures against closed forms."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from minsae_jax import UserError
+from minsae_jax.config import Train
+from minsae_jax.sae.sweep import Sweep, make_groups, read_window
+
+D = 16
+SETTINGS = Train(
+    lambda_sparsity=(1.0, 4.0), lr=(1e-3, 3e-3), seed=(0, 1), feature_dim_factor=(2.0, 3.0), num_steps=20, batch_size=48
+).resolved()
+
+
+def batches(count, tokens=48):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(tokens, D)).astype(np.float32) for _ in range(count)]
+
+
+def run(settings, xs):
+    """Final parameters by member, and figures of every step."""
+    sweep = Sweep(settings, make_groups(settings, D), D)
+    state, windows = sweep.init(), []
+    for x in xs:
+        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
+        state, ended = sweep.take_window(state)
+        windows.append(read_window(ended))
+    params = {}
+    for group, arrays in zip(sweep.groups, state["groups"], strict=True):
+        for i, member in enumerate(group):
+            params[member] = {k: np.asarray(v[i]) for k, v in arrays["params"].items()}
+    return params, windows
+
+
+def test_members():
+    groups = make_groups(SETTINGS, D)
+    assert [len(g) for g in groups] == [8, 8]
+    names = [m.name for g in groups for m in g]
+    assert names[0] == "lambda=1,lr=0.001,seed=0,d_sae=32"
+    assert len(set(names)) == 16
+    alone = make_groups(replace(SETTINGS, lr=(5e-5,), seed=(3,), feature_dim_factor=(2.0,)), D)
+    assert [m.name for m in alone[0]] == ["lambda=1", "lambda=4"]
+    with pytest.raises(UserError, match="makes d_sae 32, 32"):
+        make_groups(replace(SETTINGS, feature_dim_factor=(2.0, 2.01)), D)
+
+
+def test_a_sweep_is_its_members_alone():
+    together, windows = run(SETTINGS, batches(12))
+    place = {m: (g, i) for g, group in enumerate(make_groups(SETTINGS, D)) for i, m in enumerate(group)}
+    for member in list(together)[::5]:
+        own = {n: (getattr(member, n),) for n in ("lambda_sparsity", "lr", "seed")}
+        alone, own_windows = run(replace(SETTINGS, **own, feature_dim_factor=(member.d_sae / D,)), batches(12))
+        ((_, params),) = alone.items()
+        for name, value in params.items():
+            np.testing.assert_allclose(together[member][name], value, atol=2e-5, rtol=0)
+        g, i = place[member]
+        for ours, theirs in zip(windows, own_windows, strict=True):
+            assert ours[g].loss[i] == pytest.approx(theirs[0].loss[0], rel=1e-5)
+
+
+def test_members_differ():
+    params, _ = run(SETTINGS, batches(12))
+    weights = [p["W_enc"] for m, p in params.items() if m.d_sae == 32]
+    assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(weights) for b in weights[:i])
+
+
+@pytest.mark.parametrize("tokens", [48, 45])  # 45 do not divide evenly over eight devices
+@pytest.mark.parametrize("members", [(1.0, 2.0, 3.0), (1.0, 2.0, 3.0, 4.0)])  # along data alone, along both axes
+def test_eight_devices_are_one(monkeypatch, tokens, members):
+    settings = replace(SETTINGS, lambda_sparsity=members, lr=(1e-3,), seed=(0,))
+    _, eight = run(settings, batches(12, tokens))
+    monkeypatch.setattr(jax, "devices", lambda devices=tuple(jax.devices()): list(devices[:1]))
+    _, one = run(settings, batches(12, tokens))
+    for a, b in zip(eight, one, strict=True):
+        for ours, theirs in zip(a, b, strict=True):
+            np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
+            np.testing.assert_allclose(ours.fvu, theirs.fvu, rtol=1e-5)
+            np.testing.assert_allclose(ours.l0, theirs.l0, rtol=2e-3)
+
+
+def test_schedules():
+    sweep = Sweep(replace(SETTINGS, num_steps=100), make_groups(SETTINGS, D), D)
+    factors = np.array([[float(f) for f in sweep.schedules(step)] for step in range(100)])
+    np.testing.assert_allclose(factors[:6, 0], [0, 0.2, 0.4, 0.6, 0.8, 1], atol=1e-6)
+    assert (factors[5:, 0] == 1).all()
+    assert (factors[:81, 1] == 1).all()
+    np.testing.assert_allclose(factors[80:, 1], np.arange(20, 0, -1) / 20, atol=1e-6)
+    constant = Sweep(Train(recipe="minsae").resolved(), make_groups(Train(recipe="minsae").resolved(), D), D)
+    assert [tuple(map(float, constant.schedules(s))) for s in (0, 5000, 10_719)] == [(1, 1)] * 3
+
+
+def test_clipped_gradients_move_no_further_than_unclipped():
+    """Adam hides a constant factor, so the first moment is looked at: it is (1 - β1) of the clipped gradient."""
+    settings = replace(SETTINGS, max_grad_norm=0.01)
+    sweep = Sweep(settings, make_groups(settings, D), D)
+    x = batches(1)[0] * 10
+    state, _ = sweep.step(sweep.init(), sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
+    for group in state["groups"]:
+        moments = jax.tree.leaves(group["opt"][1].mu)
+        norms = np.sqrt(sum((np.asarray(m) ** 2).reshape(len(m), -1).sum(1) for m in moments))
+        np.testing.assert_allclose(norms, 0.1 * 0.01, rtol=1e-4)
+
+
+def test_fvu_is_of_the_whole_window():
+    """A decoder of zeros reconstructs b_dec = 0, so residual = Σ‖x‖², and the variance is about the window's mean."""
+    settings = replace(SETTINGS, lambda_sparsity=(0.0,), lr=(0.0,), seed=(0,), feature_dim_factor=(2.0,))
+    sweep = Sweep(settings, make_groups(settings, D), D)
+    start = {
+        k: np.zeros(v, np.float32)
+        for k, v in {"W_enc": (D, 32), "b_enc": (32,), "W_dec": (32, D), "b_dec": (D,)}.items()
+    }
+    state = sweep.init(start)
+    xs = [x + 5 + i for i, x in enumerate(batches(3))]
+    for x in xs:
+        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
+    _, ended = sweep.take_window(state)
+    x = np.concatenate(xs).astype(np.float64)
+    expected = (x**2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert read_window(ended)[0].fvu[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_dead_features():
+    """Feature 0 always fires, feature 1 never, feature 2 in the first step only."""
+    settings = replace(
+        SETTINGS, lambda_sparsity=(0.0,), lr=(0.0,), seed=(0,), feature_dim_factor=(3 / D,), dead_after=100
+    )
+    sweep = Sweep(settings, make_groups(settings, D), D)
+    start = {"W_enc": np.zeros((D, 3)), "b_enc": np.array([1, -1, 0]), "W_dec": np.zeros((3, D)), "b_dec": np.zeros(D)}
+    start["W_enc"][0, 2] = 1
+    state = sweep.init({k: v.astype(np.float32) for k, v in start.items()})
+    dead, active = [], []
+    for i in range(4):
+        x = np.full((40, D), 1 if i == 0 else -1, np.float32)
+        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
+        state, ended = sweep.take_window(state)
+        (window,) = read_window(ended)
+        dead.append(round(float(window.dead_fraction[0]) * 3))
+        active.append(window.active[0].tolist())
+    assert dead == [1, 1, 1, 2]  # feature 2 was silent for 40, 80, 120 >= 100 tokens
+    assert active == [[40, 0, 40], [40, 0, 0], [40, 0, 0], [40, 0, 0]]
