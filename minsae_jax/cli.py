@@ -7,6 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from itertools import groupby
 from typing import TypeVar
 
 import tyro
@@ -30,15 +31,16 @@ def parse(cls: type[Settings], args: list[str], prog: str, default: Settings | N
 
 
 def _sentence(box: str) -> str:
-    """The first paragraph of the box that tyro draws around an error, and the flag that it suggests."""
-    paragraphs, rule = [""], "─" * 8
-    for line in box.splitlines()[1:]:
-        if rule in line:
-            paragraphs.append("")
-        else:
-            paragraphs[-1] += " " + line.strip("│ ")
-    suggestion = re.search(r"Perhaps you meant: .*?(--\w+)", " ".join(paragraphs[1:]))
-    return paragraphs[0].strip().rstrip(".") + (f" (did you mean {suggestion[1]}?)" if suggestion else "")
+    """The first paragraph in the box that tyro draws around an error, and the flag that it suggests."""
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]  # the first is a title
+    paragraphs = [" ".join(group) for is_rule, group in groupby(lines, key=_is_rule) if not is_rule]
+    problem = paragraphs[0].partition("  Got errors:")[0].strip().rstrip(".")
+    suggestion = re.search(r"Perhaps you meant: .*?(--\w+)", " ".join(lines))
+    return problem + (f" (did you mean {suggestion[1]}?)" if suggestion else "")
+
+
+def _is_rule(line: str) -> bool:
+    return re.search("[─-]{8}", line) is not None
 
 
 def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from minsae_jax.config import UserError
 FORMAT_VERSION = 1
 MANIFEST, PROVENANCE = "manifest.json", "provenance.npz"
 _NAME = re.compile(r"b(\d+)\.npy")
+_OURS = re.compile(rf"({_NAME.pattern}|{MANIFEST}|{PROVENANCE})(\.tmp)?")
 
 
 @dataclass(frozen=True)
@@ -175,18 +175,26 @@ class StoreWriter:
 
     def __init__(self, folder: Path, identity: dict[str, Any], overwrite: bool = False):
         self.folder = folder
-        if overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        before = read_manifest(folder)
+        self._refuse_foreign_files(overwrite)
+        before = {} if overwrite else read_manifest(folder)
         if before:
             self._refuse_other(before, identity)
-        elif any(folder.iterdir()):
-            raise UserError(f"{folder} holds files without a manifest: name another --out, or use --overwrite")
         self.finished = bool(before) and before["complete"] and not any(self._damages(before))
         self.manifest = before or {"format_version": FORMAT_VERSION, "complete": False, **identity, "shards": []}
         if not self.finished:
             self._begin()
+
+    def _refuse_foreign_files(self, overwrite: bool) -> None:
+        """Nothing but a store's own files is ever removed, and shards without a manifest only when asked for."""
+        names = {path.name for path in self.folder.iterdir()}
+        foreign = sorted(name for name in names if not _OURS.fullmatch(name))
+        if foreign:
+            raise UserError(f"{self.folder} holds {foreign[0]}, which is no store's: name another --out")
+        if names and MANIFEST not in names and not overwrite:
+            raise UserError(
+                f"{self.folder} holds {min(names)} without a manifest: name another --out, or use --overwrite"
+            )
 
     def _refuse_other(self, before: dict[str, Any], identity: dict[str, Any]) -> None:
         flat = {k: v for k, v in identity.items() if k != "data"} | identity["data"]

@@ -6,7 +6,7 @@ plain JSON; what comes next depends on the store, the seed and the position alon
 
 import bisect
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -19,6 +19,7 @@ CHUNK = 256  # consecutive rows a read: single rows are a hundred times slower
 WINDOW = 256  # chunks whose rows are mixed with one another
 
 
+@runtime_checkable
 class TokenStream(Protocol):
     """Endless batches; the state is the position, in plain JSON."""
 
@@ -65,14 +66,15 @@ def _permuted(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def shuffled_tokens(store: Store, batch_size: int, shuffle_seed: int) -> TokenStream:
     """batch_size tokens at a time: chunks in random order over the whole store, anew each epoch, then rows in random
-    order within a window of chunks. Every token comes once an epoch; batches run on from one epoch to the next."""
+    order within a window of chunks. No window reaches into the next epoch, so that every token comes once an epoch;
+    batches run on from one epoch to the next."""
     windows = (
         grain.MapDataset.source(Chunks(store))
         .seed(shuffle_seed)
         .shuffle()
-        .repeat()
-        .batch(WINDOW, drop_remainder=True, batch_fn=np.concatenate)
+        .batch(WINDOW, batch_fn=np.concatenate)
         .random_map(_permuted)
+        .repeat()
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
     )
     return iter(grain.experimental.RebatchIterDataset(windows, batch_size, drop_remainder=True))

@@ -103,7 +103,7 @@ def open_windows(
             f"make no window of {seq_len} samples"
         )
     problems = [
-        p for f, n in zip(files, windows.counts, strict=True) if (p := _problem(folder / f, n * seq_len, n_vars))
+        p for f, n in zip(files, windows.counts, strict=True) if (p := _problem(folder / f, int(n) * seq_len, n_vars))
     ]
     if problems:
         raise UserError(_some(problems, "; "))

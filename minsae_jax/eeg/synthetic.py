@@ -61,12 +61,12 @@ def recording(
     x = mix @ pink(rng, 10, n) + 0.3 * pink(rng, 19, n)
     alpha_hz, spindle_hz = rng.uniform(8.5, 11.5), rng.uniform(12, 14)
     kinds: list[tuple[str, int, Wave, np.ndarray]] = [  # name, samples, course, scalp field
-        ("alpha", 250, lambda k, r: 3 * _sine(alpha_hz, k, r.uniform(0, 6)), field(0, -0.95, 0.5)),
-        ("spindle", 100, lambda k, r: 2.5 * _sine(spindle_hz, k), field(0, 0.2, 0.5)),
-        ("slow_wave", 120, lambda k, r: -4 * _sine(SAMPLING_RATE / k, k), field(0, 0.5, 0.6)),
-        ("blink", 35, lambda k, r: 7 * np.hanning(k), field(0, 1.05, 0.35)),
-        ("spike", 30, lambda k, r: 7 * np.r_[np.hanning(8), -0.45 * np.hanning(k - 8)], field(-1, 0.05, 0.35)),
-        ("muscle", 80, lambda k, r: 2.2 * r.normal(size=k) * np.hanning(k), field(1, 0.1, 0.4)),
+        ("alpha", 250, lambda k, r: 3 * _sine(alpha_hz, k, r.uniform(0, 6)), field(0.0, -0.95, 0.5)),
+        ("spindle", 100, lambda k, r: 2.5 * _sine(spindle_hz, k), field(0.0, 0.2, 0.5)),
+        ("slow_wave", 120, lambda k, r: -4 * _sine(SAMPLING_RATE / k, k), field(0.0, 0.5, 0.6)),
+        ("blink", 35, lambda k, r: 7 * np.hanning(k), field(0.0, 1.05, 0.35)),
+        ("spike", 30, lambda k, r: 7 * np.r_[np.hanning(8), -0.45 * np.hanning(k - 8)], field(-1.0, 0.05, 0.35)),
+        ("muscle", 80, lambda k, r: 2.2 * r.normal(size=k) * np.hanning(k), field(1.0, 0.1, 0.4)),
     ]
     events = []
     for kind, length, wave, weights in kinds:

@@ -1,0 +1,83 @@
+"""Batches: every token once an epoch, in an order that seed and position alone decide."""
+
+import json
+
+import numpy as np
+import pytest
+
+from minsae_jax import UserError
+from minsae_jax.activations import stream
+from minsae_jax.activations.shards import open_store
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Four files of unlike length whose tokens are numbered, 2,000 in all."""
+    start = 0
+    for i, rows in enumerate((700, 650, 600, 50)):
+        x = np.arange(start, start + rows, dtype=np.float32)[:, None].repeat(2, 1)
+        np.save(tmp_path / f"b{i:04d}.npy", x.reshape(-1, 10, 2))
+        start += rows
+    return open_store(tmp_path, -1)
+
+
+def take(it, count):
+    return np.concatenate([next(it)[:, 0] for _ in range(count)]).astype(int)
+
+
+def test_chunks_cover_the_store(numbered):
+    chunks = stream.Chunks(numbered)
+    sizes = [len(chunks[i]) for i in range(len(chunks))]
+    assert sizes == [256, 256, 188, 256, 256, 138, 256, 256, 88, 50]
+    assert np.concatenate([chunks[i][:, 0] for i in range(len(chunks))]).tolist() == list(range(2000))
+
+
+@pytest.mark.parametrize("window", [256, 5, 3])
+def test_every_token_once_an_epoch(numbered, monkeypatch, window):
+    monkeypatch.setattr(stream, "WINDOW", window)
+    epochs = take(stream.shuffled_tokens(numbered, 80, 0), 25 * 4).reshape(4, 2000)
+    for i, epoch in enumerate(epochs):
+        assert sorted(epoch) == list(range(2000))
+        for other in epochs[:i]:
+            assert (epoch != other).mean() > 0.9
+
+
+def test_order(numbered):
+    one, same, other = (stream.shuffled_tokens(numbered, 100, seed) for seed in (0, 0, 1))
+    a, b, c = take(one, 40), take(same, 40), take(other, 40)
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).mean() > 0.9
+    assert (np.diff(a) == 1).mean() < 0.05  # neighbours are torn apart
+    assert np.abs(np.diff(a)).mean() > 400  # and far apart: 667 where the order is random
+
+
+def test_a_store_smaller_than_a_batch_repeats(numbered):
+    batch = next(stream.shuffled_tokens(numbered, 5000, 0))
+    assert batch.shape == (5000, 2)
+    assert batch.dtype == np.float32
+    assert len(np.unique(batch)) == 2000
+
+
+@pytest.mark.parametrize("make", [lambda s: stream.shuffled_tokens(s, 300, 0), lambda s: stream.files_in_order(s, 1)])
+@pytest.mark.parametrize("cut", [0, 1, 7, 23])
+def test_resume(numbered, monkeypatch, make, cut):
+    monkeypatch.setattr(stream, "WINDOW", 4)
+    it = make(numbered)
+    for _ in range(cut):
+        next(it)
+    state = json.loads(json.dumps(it.get_state()))
+    expected = [next(it) for _ in range(30)]
+    fresh = make(numbered)
+    fresh.set_state(state)
+    for batch in expected:
+        np.testing.assert_array_equal(next(fresh), batch)
+
+
+def test_whole_files_in_order(numbered):
+    it = stream.files_in_order(numbered, 3)
+    for _ in range(3):  # the fourth file fills no group, and is never used
+        assert next(it)[:, 0].tolist() == list(range(1950))
+    lengths = [len(b) for b, _ in zip(stream.files_in_order(numbered, 1), range(5), strict=False)]
+    assert lengths == [700, 650, 600, 50, 700]
+    with pytest.raises(UserError, match="--number_of_arrays 5 is more than the 4 files"):
+        stream.files_in_order(numbered, 5)

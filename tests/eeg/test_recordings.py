@@ -1,0 +1,172 @@
+"""Files, splits and windows as the reference's data set gives them, and what is refused."""
+
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from minsae_jax import UserError
+from minsae_jax.eeg.recordings import open_windows
+from tests.conftest import FIXTURES
+
+EXPECTED = json.loads((FIXTURES / "tuh_layout/expected.json").read_text())
+SIZES = (EXPECTED["seq_len"], EXPECTED["patch_length"], EXPECTED["n_vars"])
+
+
+@pytest.fixture
+def root(tmp_path):
+    return shutil.copytree(FIXTURES / "tuh_layout", tmp_path / "tuh")
+
+
+@pytest.fixture
+def data(root):
+    """The folder of the recordings, without a pickle."""
+    return root / "tuhab_preprocessed"
+
+
+@pytest.mark.parametrize("split", EXPECTED["splits"])
+@pytest.mark.parametrize("folder", [".", "tuhab_preprocessed"])  # splits read from the pickle, and made anew
+def test_as_the_reference(root, split, folder):
+    expected = EXPECTED["splits"][split]
+    windows = open_windows(root / folder, split, EXPECTED["split_seed"], *SIZES)
+    assert list(windows.files) == expected["files"]
+    assert windows.ends.tolist() == expected["cumulative"]
+    assert len(windows) == expected["num_sequences"]
+    x = windows.read(0, len(windows))
+    np.testing.assert_array_equal(np.stack([x[:, 0, 0], x[:, -1, -1]], 1), np.float32(expected["first_last"]))
+    np.testing.assert_array_equal(windows.read(3, 9), x[3:9])
+    assert (root / folder / "tuh_patient_splits_seed_42.pkl").exists()
+
+
+def test_written_splits_are_the_references_own(root, data):
+    open_windows(data, "train", 42, *SIZES)
+    ours, theirs = (pickle.loads((f / "tuh_patient_splits_seed_42.pkl").read_bytes()) for f in (data, root))
+    assert ours == theirs
+
+
+def test_another_seed_is_another_split(data):
+    assert open_windows(data, "train", 42, *SIZES).files != open_windows(data, "train", 7, *SIZES).files
+    assert (data / "tuh_patient_splits_seed_7.pkl").exists()
+
+
+def test_an_existing_pickle_decides(data):
+    splits = {"train": ["aaaaabgf"], "val": ["aaaaadpi", "gone"], "test": ["aaaaabxw"]}
+    (data / "tuh_patient_splits_seed_42.pkl").write_bytes(pickle.dumps(splits))
+    with pytest.warns(UserWarning, match="in no split"):
+        windows = open_windows(data, "val", 42, *SIZES)
+    assert [f.split("_")[0] for f in windows.files] == ["aaaaadpi"] * 3
+    with pytest.warns(UserWarning, match="in no split"):
+        everyone = open_windows(data, "all", 42, *SIZES)
+    assert [f.split("_")[0] for f in everyone.files] == ["aaaaabgf", *["aaaaadpi"] * 3, "aaaaabxw"]
+
+
+def test_all_is_every_split(data):
+    together = open_windows(data, "all", 42, *SIZES).files
+    assert together == sum((open_windows(data, s, 42, *SIZES).files for s in ("train", "val", "test")), ())
+
+
+def test_windows_leave_room_for_a_target(tmp_path):
+    """120,000 samples give 118 windows of 1,000, not 120."""
+    np.save(tmp_path / "a_s001_t000_preprocessed.npy", np.zeros(120_000, np.float32))
+    (tmp_path / "file_lengths_map.csv").write_text("filename,time_len\na_s001_t000_preprocessed.npy,120000\n")
+    windows = open_windows(tmp_path, "test", 42, 1000, 10, 1)  # a single patient is in test
+    assert len(windows) == 118
+    assert windows.read(117, 118).shape == (1, 1000, 1)  # a 1-D file is one channel
+
+
+def test_shifted_columns_are_seen(data):
+    name = open_windows(data, "test", 42, *SIZES).files[1]
+    array = np.load(data / name)
+    array[:, -1] = 0
+    np.save(data / name, array)
+    windows = open_windows(data, "test", 42, *SIZES)
+    assert [f for f, s in zip(windows.files, windows.shifted, strict=True) if s] == [name]
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+@pytest.mark.parametrize("content", [{"train": [Hostile()], "val": [], "test": []}, Hostile(), [1], {"train": []}])
+def test_pickles_that_are_not_plain_lists(data, monkeypatch, tmp_path, content):
+    monkeypatch.chdir(tmp_path)
+    (data / "tuh_patient_splits_seed_42.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="tuh_patient_splits_seed_42.pkl"):
+        open_windows(data, "train", 42, *SIZES)
+    assert not (tmp_path / "hacked").exists()
+
+
+def change(data, how):
+    """One recording of the test split, changed."""
+    name = open_windows(data, "test", 42, *SIZES).files[0]
+    how(data / name, np.load(data / name))
+    return name
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        (lambda p, x: np.save(p, x[:, :2]), "has 2 channels, but the encoder wants 3"),
+        (lambda p, x: np.save(p, x[:50]), "has 50 samples, but file_lengths_map.csv promises"),
+        (lambda p, x: np.save(p, x.astype(int)), "must be floating-point"),
+        (lambda p, x: np.save(p, x[None]), "must be floating-point [time, channels]"),
+        (lambda p, x: np.save(p, x.astype(object)), "cannot be read"),
+        (lambda p, x: p.write_bytes(p.read_bytes()[:-40]), "cannot be read"),
+        (lambda p, x: p.write_bytes(b""), "cannot be read"),
+        (lambda p, x: p.write_bytes(b"no array"), "cannot be read"),
+    ],
+)
+def test_bad_recordings(data, how, told):
+    name = change(data, how)
+    with pytest.raises(UserError) as e:
+        open_windows(data, "test", 42, *SIZES)
+    assert told in str(e.value)
+    assert name in str(e.value)
+    open_windows(data, "train", 42, *SIZES)  # not its patient
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_not_finite(data, value):
+    def how(path, x):
+        x[130, 1] = value
+        np.save(path, x)
+
+    name = change(data, how)
+    windows = open_windows(data, "test", 42, *SIZES)
+    with pytest.raises(UserError, match=rf"{name} holds NaN or infinity at sample 130"):
+        windows.read(0, len(windows))
+
+
+@pytest.mark.parametrize(
+    ("csv", "told"),
+    [
+        ("filename,length\nx,5\n", "lacks the column time_len; it has filename, length"),
+        ("", "lacks the column filename and time_len"),
+        ("filename,time_len\n", "has no row for"),
+        ("filename,time_len\nx,long\n", "line 2: time_len must be a number of samples, but is 'long'"),
+        ("filename,time_len\nx,-5\n", "time_len must be a number of samples"),
+        ("filename,time_len\nx\n", "time_len must be a number of samples"),
+    ],
+)
+def test_bad_csv(data, csv, told):
+    (data / "file_lengths_map.csv").write_text(csv)
+    with pytest.raises(UserError) as e:
+        open_windows(data, "train", 42, *SIZES)
+    assert told in str(e.value)
+
+
+def test_nothing_there(tmp_path, data):
+    with pytest.raises(UserError, match="there is no folder"):
+        open_windows(tmp_path / "nowhere", "train", 42, *SIZES)
+    with pytest.raises(UserError, match="there is no file_lengths_map.csv"):
+        open_windows(tmp_path, "train", 42, *SIZES)
+    with pytest.raises(UserError, match="split train is empty"):
+        open_windows(data, "train", 42, 100_000, *SIZES[1:])
+    for path in data.glob("*.npy"):
+        path.unlink()
+    with pytest.raises(UserError, match="there are no recordings"):
+        open_windows(data, "train", 42, *SIZES)
