@@ -10,9 +10,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from tensorboard.plugins.hparams import summary_v2 as hparams_protos
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")
@@ -62,23 +59,38 @@ class MemberLog:
     """
 
     def __init__(self, folder: Path, hparams: Mapping[str, Any], d_sae: int, step: int, tokens: int):
+        from tensorboardX import SummaryWriter  # imports torch where it is installed: a second that few verbs need
+
         folder.mkdir(parents=True, exist_ok=True)
         self.tokens = tokens
         self._metrics = _open_csv(folder / "metrics.csv", METRICS, last=step)
         self._act_freqs = _open_csv(
             folder / "act_freqs.csv", ("step", *(f"feat_{i}" for i in range(d_sae))), last=tokens
         )
-        self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None, flush_secs=10)
+        # A file of its own even where two begin in one second; what an earlier one holds beyond `step` is hidden.
+        purge = {"purge_step": step + 1, "filename_suffix": f".{step}"} if step else {}
+        self._board = SummaryWriter(str(folder), flush_secs=10, **purge)
         if not step:
             self._write_hparams(folder.name, hparams)
 
     def _write_hparams(self, name: str, hparams: Mapping[str, Any]) -> None:
+        from tensorboard.plugins.hparams import summary_v2 as hparams_protos
+        from tensorboardX.proto.summary_pb2 import Summary
+
         metrics = [hparams_protos.Metric(f"train/{m}") for m in ("mse", "l0", "l1", "dead_fraction")]
         experiment = hparams_protos.hparams_config_pb([hparams_protos.HParam(k) for k in hparams], metrics)
         for proto in (experiment, hparams_protos.hparams_pb(dict(hparams), trial_id=name)):
             self._board.file_writer.add_summary(Summary.FromString(proto.SerializeToString()))
 
-    def write(self, row: Mapping[str, float], active: Int[np.ndarray, " d_sae"], tokens_per_second: float) -> None:
+    def __enter__(self) -> "MemberLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(
+        self, row: Mapping[str, int | float], active: Int[np.ndarray, " d_sae"], tokens_per_second: float
+    ) -> None:
         """`active` counts the tokens of the window on which each feature was active."""
         tokens_in_window = int(row["tokens"]) - self.tokens
         self.tokens = int(row["tokens"])

@@ -21,7 +21,7 @@ def random_state_dict(a: Architecture, seed: int = 0) -> dict[str, torch.Tensor]
         state[f"{name}.bias"] = 0.1 * torch.randn(a.d_model, generator=g)
         if a.norm == "BatchNorm":
             state[f"{name}.running_mean"] = 0.3 * torch.randn(a.d_model, generator=g)
-            state[f"{name}.running_var"] = 0.5 + torch.rand(a.d_model, generator=g)
+            state[f"{name}.running_var"] = 2 + 2 * torch.rand(a.d_model, generator=g)
             state[f"{name}.num_batches_tracked"] = torch.tensor(7)
 
     for name in ["W_P"] if a.shared_embedding else [f"W_P.{i}" for i in range(a.n_vars)]:

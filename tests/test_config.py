@@ -62,7 +62,8 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize(
     ("cls", "values"),
     [
-        (Train, {"num_steps": 0}), (Train, {"batch_size": -1}), (Train, {"lr": [-1e-3]}), (Train, {"lr": [float("nan")]}),
+        (Train, {"num_steps": 0}), (Train, {"batch_size": -1}), (Train, {"lr": [-1e-3]}),
+        (Train, {"lr": [float("nan")]}),
         (Train, {"lambda_sparsity": [1, 1]}), (Train, {"feature_dim_factor": [0]}), (Train, {"seed": [-1]}),
         (Train, {"lambda_warmup": 1.5}), (Train, {"beta2": 1.0}), (Train, {"eval_window": 0}), (Train, {"seed": []}),
         (Train, {"number_of_arrays": 2}), (Train, {"recon_weight": 2}), (Train, {"recipe": "minsae", "lr_decay": 0.2}),

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -29,6 +30,7 @@ class Inputs:
     store: Store
     groups: tuple[Group, ...]
     start: Params | None  # weights of --init, for raw activations
+    scale: float  # of the activations, before they are trained on
 
 
 def train(settings: Train, encoder_fingerprint: str | None = None) -> str:
@@ -65,9 +67,8 @@ def check_inputs(settings: Train, encoder_fingerprint: str | None) -> Inputs:
             f"--init {settings.init} is of d_model {start.d_model} and d_sae {start.d_sae}, but the sweep wants "
             f"{' and '.join(f'{d_model} and {d_sae}' for d_model, d_sae in wanted)}: see --feature_dim_factor"
         )
-    open_stream(settings, store)
     store.verify()
-    return Inputs(settings, store, groups, start.params if start else None)
+    return Inputs(settings, store, groups, start.params if start else None, measure_scale(settings, store))
 
 
 def open_stream(settings: Train, store: Store) -> TokenStream:
@@ -79,10 +80,11 @@ def open_stream(settings: Train, store: Store) -> TokenStream:
 
 def measure_scale(settings: Train, store: Store) -> float:
     """√d_model / mean ‖x‖₂ over the stream's first scale_tokens tokens, or over one epoch if that is less."""
+    stream = open_stream(settings, store)
     if settings.recipe == "minsae":
         return 1.0
     wanted = min(settings.scale_tokens or 1, store.rows)
-    total, left, stream = 0.0, wanted, open_stream(settings, store)
+    total, left = 0.0, wanted
     while left:
         norms = np.linalg.norm(next(stream)[:left], axis=1)
         total += norms.sum(dtype=np.float64)
@@ -106,12 +108,9 @@ class Trainer:
         if latest is not None:
             self._restore(latest)
         else:
-            self.scale = measure_scale(self.settings, self.store)
+            self.scale = inputs.scale
             self.state = self.sweep.init(fold_scale(inputs.start, 1 / self.scale) if inputs.start else None)
-        self.logs = [
-            [MemberLog(run.member(m), hyper(m), m.d_sae, self.step, self.tokens) for m in group]
-            for group in self.groups
-        ]
+        self.logs: list[list[MemberLog]] = []
 
     def _restore(self, step: int) -> None:
         self.state, notes = self.checkpoints.restore(step, self.sweep.init())
@@ -135,6 +134,19 @@ class Trainer:
         self.checkpoints.save(self.step, self.state, notes)
 
     def train(self) -> None:
+        """Steps to the end, then the exports."""
+        with ExitStack() as open_logs:
+            self.logs = [
+                [
+                    open_logs.enter_context(MemberLog(self.run.member(m), hyper(m), m.d_sae, self.step, self.tokens))
+                    for m in group
+                ]
+                for group in self.groups
+            ]
+            self._loop()
+        self._export()
+
+    def _loop(self) -> None:
         num_steps = self.settings.num_steps or 0
         scale = np.float32(self.scale)
         in_flight: deque[jax.Array] = deque()
@@ -164,10 +176,6 @@ class Trainer:
                         self._log(*ended)
                         ended = None
                     self._save()
-        for logs in self.logs:
-            for log in logs:
-                log.close()
-        self._export()
 
     def _log(self, step: int, tokens: int, ended: State) -> float:
         """Every member's row of a window. Returns tokens a second over the window."""

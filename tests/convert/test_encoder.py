@@ -141,7 +141,7 @@ def test_defaults(convert, checkpoint, settings):
 def test_ignored_settings_are_one_warning(convert, checkpoint, settings):
     for config in (settings, checkpoint["config"]):
         config["model"] |= {"norm": "BatchNorm", "use_cls_token": False}
-    with pytest.warns(UserWarning) as seen:
+    with pytest.warns(UserWarning, match="the state dict decides") as seen:
         encoder, _ = convert(checkpoint, settings)
     assert len(seen) == 1
     assert "norm is BatchNorm in the YAML, but LayerNorm in the state dict" in str(seen[0].message)
@@ -150,7 +150,7 @@ def test_ignored_settings_are_one_warning(convert, checkpoint, settings):
 
 def test_yaml_precedes_the_own_config_with_one_warning(convert, checkpoint, settings):
     settings["model"] |= {"activation": "relu", "res_attention": False}
-    with pytest.warns(UserWarning) as seen:
+    with pytest.warns(UserWarning, match="precedes") as seen:
         encoder, _ = convert(checkpoint, settings)
     assert len(seen) == 1
     assert "activation ('relu', not 'gelu'), res_attention (False, not True)" in str(seen[0].message)

@@ -95,7 +95,7 @@ class Hostile:
 def test_pickles_that_are_not_plain_lists(data, monkeypatch, tmp_path, content):
     monkeypatch.chdir(tmp_path)
     (data / "tuh_patient_splits_seed_42.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(UserError, match="tuh_patient_splits_seed_42.pkl"):
+    with pytest.raises(UserError, match=r"tuh_patient_splits_seed_42\.pkl"):
         open_windows(data, "train", 42, *SIZES)
     assert not (tmp_path / "hacked").exists()
 
@@ -162,7 +162,7 @@ def test_bad_csv(data, csv, told):
 def test_nothing_there(tmp_path, data):
     with pytest.raises(UserError, match="there is no folder"):
         open_windows(tmp_path / "nowhere", "train", 42, *SIZES)
-    with pytest.raises(UserError, match="there is no file_lengths_map.csv"):
+    with pytest.raises(UserError, match=r"there is no file_lengths_map\.csv"):
         open_windows(tmp_path, "train", 42, *SIZES)
     with pytest.raises(UserError, match="split train is empty"):
         open_windows(data, "train", 42, 100_000, *SIZES[1:])

@@ -84,11 +84,13 @@ VARIANTS = {
 def test_against_plain_torch(name):
     a = replace(BASE, **VARIANTS[name])
     state = random_state_dict(a)
-    x = torch.randn(2, a.seq_len, a.n_vars, generator=torch.Generator().manual_seed(1)) * 2 + 1
-    hidden, output = forward(a, state, x)
+    x = torch.randn(2, a.seq_len, a.n_vars, generator=torch.Generator().manual_seed(1)) + 0.5
+    # In float64, so that the difference is ours alone.
+    hidden, output = forward(a, {k: v.double() for k, v in state.items()}, x.double())
     tensors = {k: v.numpy() for k, v in state.items()}
     encoder = Encoder(a, apply_rules(tensors, split_model(a)[1]))
     for layer, expected in enumerate(hidden):
+        assert 0.1 < expected.std() < 5
         np.testing.assert_allclose(encoder.activations(x.numpy(), layer), expected, atol=TOLERANCE, rtol=0)
     got = encoder(x.numpy())
     assert got.shape == tuple(output.shape)

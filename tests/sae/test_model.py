@@ -63,7 +63,7 @@ def test_member_files(tmp_path):
 
 def test_wrong_members(tmp_path):
     params = {k: np.asarray(v) for k, v in model.init_torch(jax.random.key(0), 8, 20).items()}
-    with pytest.raises(UserError, match="there is no sae.safetensors"):
+    with pytest.raises(UserError, match=r"there is no sae\.safetensors"):
         load_sae(tmp_path)
     save_file(params | {"more": np.zeros(2, np.float32)}, tmp_path / "sae.safetensors")
     with pytest.raises(UserError, match="must hold exactly W_enc, b_enc, W_dec, b_dec"):

@@ -1,0 +1,275 @@
+"""The whole loop: parity with a run of minSAE, interruption, refusals, files."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from convert.sae import convert_sae
+from minsae_jax import UserError, load_sae
+from minsae_jax.activations.shards import open_store
+from minsae_jax.config import Train, load_settings
+from minsae_jax.sae.checkpoints import Checkpoints
+from minsae_jax.sae.train import measure_scale, train
+from tests.conftest import FIXTURES
+
+PARITY = FIXTURES / "sae_parity"
+
+
+def table(path):
+    return np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
+
+
+def files(folder, *names):
+    return {str(p.relative_to(folder)): p.read_bytes() for name in names for p in sorted(folder.rglob(name))}
+
+
+@pytest.fixture
+def settings(small_store, tmp_path):
+    return Train(
+        store=str(small_store), run_dir=str(tmp_path / "run"), lambda_sparsity=(0.1, 3.0), lr=(3e-3,), num_steps=40,
+        feature_dim_factor=(2.0, 3.0), batch_size=32, eval_window=8, checkpoint_every=10,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("eval_window", [1, 10])
+def test_parity_with_minsae(tmp_path, eval_window):
+    """Every step within DESIGN's 2e-4 (figures) and 2e-3 (active features, which flip at the ReLU's edge)."""
+    args = json.loads((PARITY / "args.json").read_text())
+    convert_sae(PARITY / "sparse_autoencoder_init.pt", "member", tmp_path / "init")
+    train(
+        Train(
+            recipe="minsae", store=str(PARITY / "embeddings/store"), run_dir=str(tmp_path / "run"),
+            init=str(tmp_path / "init"), num_steps=args["num_steps"], number_of_arrays=args["number_of_arrays"],
+            feature_dim_factor=(float(args["feature_dim_factor"]),), lr=(args["lr"],),
+            lambda_sparsity=(args["lambda_sparsity"],), recon_weight=args["recon_weight"], eval_window=eval_window,
+        )
+    )  # fmt: skip
+    member = tmp_path / "run/members/lambda=0.01"
+    ours, theirs = table(member / "metrics.csv"), table(PARITY / "metrics.csv")
+    assert len(ours) == 60 // eval_window
+    tolerances = {"loss": ("total", 2e-4), "mse": ("mse", 2e-4), "l1": ("l1", 2e-4), "l0": ("active", 2e-3)}
+    for name, (their_name, tolerance) in tolerances.items():
+        expected = theirs[their_name].reshape(-1, eval_window).mean(1)
+        np.testing.assert_allclose(ours[name], expected, rtol=tolerance)
+    assert (ours["lr"] == 1e-3).all()
+    assert (ours["lambda"] == 0.01).all()
+    if eval_window == args["eval_window"]:
+        ours_active = np.loadtxt(member / "act_freqs.csv", delimiter=",", skiprows=1)
+        active = np.loadtxt(PARITY / "act_freqs.csv", delimiter=",", skiprows=1)
+        np.testing.assert_array_equal(ours_active[:, 0], active[:, 0])
+        assert np.abs(ours_active - active)[:, 1:].sum() <= 2e-3 * active[:, 1:].sum()
+        headers = [(p / "act_freqs.csv").read_text().splitlines()[0] for p in (member, PARITY)]
+        assert headers[0] == headers[1]
+    convert_sae(member, "minsae", tmp_path / "final.pt")
+    import torch
+
+    final, expected = (
+        torch.load(p, weights_only=True) for p in (tmp_path / "final.pt", PARITY / "sparse_autoencoder_final.pt")
+    )
+    for name in expected:
+        np.testing.assert_allclose(final[name], expected[name], atol=1e-3)
+
+
+def test_what_a_run_leaves(settings, tmp_path):
+    told = train(settings)
+    run = tmp_path / "run"
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "members", "sweep.csv"]
+    names = ["lambda=0.1,d_sae=32", "lambda=0.1,d_sae=48", "lambda=3,d_sae=32", "lambda=3,d_sae=48"]
+    assert sorted(p.name for p in (run / "members").iterdir()) == names
+    assert all(name in told for name in names)
+    assert load_settings(Train, run / "config.yaml") == settings.resolved()
+    with (run / "sweep.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    assert list(rows[0]) == [
+        "member", "lambda_sparsity", "lr", "seed", "d_sae", "loss", "mse", "l1", "l0", "fvu", "dead_fraction", "status",
+    ]  # fmt: skip
+    assert {r["status"] for r in rows} == {"finished"}
+    for row in rows:
+        member = run / "members" / row["member"]
+        metrics = table(member / "metrics.csv")
+        assert metrics.dtype.names == ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")
+        assert metrics["step"].tolist() == [8, 16, 24, 32, 40]
+        assert metrics["tokens"].tolist() == [256, 512, 768, 1024, 1280]
+        for name in ("loss", "mse", "l1", "l0", "dead_fraction"):
+            assert float(row[name]) == metrics[name][-1]
+        active = np.loadtxt(member / "act_freqs.csv", delimiter=",", skiprows=1)
+        np.testing.assert_allclose(active[:, 1:].sum(1) / 256, metrics["l0"], rtol=1e-5)
+        held = load_file(member / "sae.safetensors")
+        assert held["W_enc"].shape == (16, int(row["d_sae"]))
+        config = json.loads((member / "config.json").read_text())
+        assert (config["lambda_sparsity"], config["d_sae"]) == (float(row["lambda_sparsity"]), int(row["d_sae"]))
+        assert any(p.name.startswith("events.out.tfevents") for p in member.iterdir())
+
+
+def test_exported_weights_reconstruct_raw_activations(settings, small_store, tmp_path, one_device):
+    """The last window's FVU, in the scaled space of training, is that of the export on the raw store."""
+    settings = replace(settings, num_steps=400, lambda_sparsity=(0.1,), feature_dim_factor=(3.0,), batch_size=105)
+    train(settings)
+    store = open_store(small_store, -1)
+    x = np.concatenate([store.read(i) for i in range(3)])
+    sae = load_sae(tmp_path / "run/members/lambda=0.1")
+    fvu = ((sae.decode(sae.encode(x)) - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    with (tmp_path / "run/sweep.csv").open() as f:
+        told = float(next(csv.DictReader(f))["fvu"])
+    assert float(fvu) == pytest.approx(told, rel=0.05)
+    assert told < 0.2
+
+
+def test_scale(settings, small_store):
+    store = open_store(small_store, -1)
+    x = np.concatenate([store.read(i) for i in range(3)])
+    expected = 4 / np.linalg.norm(x.astype(np.float64), axis=1).mean()
+    assert measure_scale(settings.resolved(), store) == pytest.approx(expected, rel=1e-6)
+    half = measure_scale(replace(settings, scale_tokens=50).resolved(), store)
+    assert half == pytest.approx(expected, rel=0.2)
+    assert half != pytest.approx(expected, rel=1e-6)
+    assert measure_scale(Train(recipe="minsae").resolved(), store) == 1
+
+
+def minsae(settings):
+    """The same under the other recipe."""
+    return replace(settings, recipe="minsae", batch_size=None, num_steps=40)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("recipe", ["april2024", "minsae"])
+@pytest.mark.parametrize("kills", [(13,), (9, 26, 39)])
+def test_interrupted_is_uninterrupted(settings, tmp_path, monkeypatch, recipe, kills):
+    """Weights to the bit, rows without gap or repeat; checkpoints fall inside windows of metrics."""
+    if recipe == "minsae":
+        settings = minsae(settings)
+    train(settings)
+    other = replace(settings, run_dir=str(tmp_path / "other"))
+    from minsae_jax.sae.sweep import Sweep
+
+    put = Sweep.put
+    for kill in kills:
+        calls = [0]
+
+        def dying(self, x, kill=kill, calls=calls):
+            if self.steps_before + calls[0] == kill:
+                raise Killed
+            calls[0] += 1
+            return put(self, x)
+
+        latest = _latest(tmp_path / "other")
+        monkeypatch.setattr(Sweep, "put", dying)
+        monkeypatch.setattr(Sweep, "steps_before", latest, raising=False)
+        with pytest.raises(Killed):
+            train(other)
+        monkeypatch.setattr(Sweep, "put", put)
+    assert _latest(tmp_path / "other") > 0 or kills == (9,)
+    train(other)
+    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
+    one, two = files(tmp_path / "run", *names), files(tmp_path / "other", *names)
+    assert len(one) == 4 * 3 + 1
+    assert one == two
+
+
+def _latest(run):
+    steps = [int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()]
+    return max(steps, default=0)
+
+
+def test_cut_off_between_the_last_checkpoint_and_the_exports(settings, tmp_path, monkeypatch):
+    from minsae_jax.sae.train import Trainer
+
+    export = Trainer._export
+
+    def dying(self):
+        raise Killed
+
+    monkeypatch.setattr(Trainer, "_export", dying)
+    with pytest.raises(Killed):
+        train(settings)
+    monkeypatch.setattr(Trainer, "_export", export)
+    assert not (tmp_path / "run/sweep.csv").exists()
+    train(settings)
+    train(replace(settings, run_dir=str(tmp_path / "other")))
+    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
+    assert files(tmp_path / "run", *names) == files(tmp_path / "other", *names)
+
+
+def test_finished_runs_are_left_alone(settings, tmp_path):
+    train(settings)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    assert "finished already" in train(settings)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+def test_other_settings_are_refused_by_name(settings, tmp_path):
+    train(settings)
+    before = files(tmp_path / "run", "*.csv", "*.yaml")
+    with pytest.raises(UserError, match=r"lr \(\[0.003\], now \[0.001\]\), num_steps \(40, now 41\)"):
+        train(replace(settings, lr=(1e-3,), num_steps=41))
+    assert files(tmp_path / "run", "*.csv", "*.yaml") == before
+    train(replace(settings, lr=(1e-3,), overwrite=True))
+    assert load_settings(Train, tmp_path / "run/config.yaml").lr == (1e-3,)
+    assert "finished already" in train(replace(settings, lr=(1e-3,)))
+
+
+def test_a_store_that_changed_is_refused(settings, small_store, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def dying(self, step, *args):
+        save(self, step, *args)
+        raise Killed
+
+    monkeypatch.setattr(Checkpoints, "save", dying)
+    with pytest.raises(Killed):
+        train(settings)
+    np.save(small_store / "l-1/b0003.npy", np.zeros((1, 7, 16), np.float32))
+    with pytest.raises(UserError, match="has changed since"):
+        train(settings)
+
+
+def test_nothing_appears_before_all_inputs_have_passed(settings, small_store, tmp_path):
+    convert_sae(PARITY / "sparse_autoencoder_init.pt", "member", tmp_path / "init")
+    np.save(small_store / "l-1/b0002.npy", np.full((5, 7, 16), np.nan, np.float32))
+    wrong = [
+        (replace(settings, store=str(tmp_path / "nowhere")), "there is no store"),
+        (replace(settings, cache_layer=0), "no store of layer 0"),
+        (replace(settings, init=str(tmp_path / "init")), "--init .* d_model 32 and d_sae 128, but the sweep wants 16"),
+        (replace(settings, init=str(tmp_path)), "there is no sae.safetensors"),
+        (replace(settings, feature_dim_factor=(0.01,)), "makes d_sae 0"),
+        (replace(minsae(settings), number_of_arrays=4), "--number_of_arrays 4 is more than the 3 files"),
+        (settings, "holds NaN"),
+    ]
+    for bad, told in wrong:
+        with pytest.raises(UserError, match=told):
+            train(bad)
+        assert not (tmp_path / "run").exists()
+
+
+def test_folders_of_others_are_never_overwritten(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds files but no run"):
+            train(replace(settings, overwrite=overwrite))
+    assert (tmp_path / "run/thesis.tex").exists()
+
+
+def test_init_starts_every_member_from_the_given_weights(settings, tmp_path):
+    """With λ = 0 and lr = 0 nothing moves: in and out are the same, through the scale and back."""
+    first = replace(settings, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,), num_steps=5)
+    train(first)
+    init = tmp_path / "run/members/lambda=3"
+    train(replace(first, init=str(init), lr=(0.0,), seed=(0, 1), run_dir=str(tmp_path / "two")))
+    for name in ("lambda=3,seed=0", "lambda=3,seed=1"):
+        for key, value in load_file(tmp_path / "two/members" / name / "sae.safetensors").items():
+            np.testing.assert_allclose(value, load_file(init / "sae.safetensors")[key], rtol=1e-6, atol=1e-7)
+
+
+def test_a_member_that_diverges_is_marked(settings, tmp_path):
+    train(replace(settings, lr=(3e-3, 1e30), lambda_sparsity=(0.1,), feature_dim_factor=(2.0,)))
+    with (tmp_path / "run/sweep.csv").open() as f:
+        status = {row["member"]: row["status"] for row in csv.DictReader(f)}
+    assert status == {"lambda=0.1,lr=0.003": "finished", "lambda=0.1,lr=1e+30": "diverged"}
