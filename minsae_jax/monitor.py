@@ -104,7 +104,7 @@ class MemberLog:
         self._board.add_scalar("train/tokens_per_second", tokens_per_second, step)
         alive = active[active > 0] / tokens_in_window
         if len(alive):
-            self._board.add_histogram("feature density/log10, active features", np.log10(alive), step)
+            self._board.add_histogram("train_density/log10", np.log10(alive), step)
 
     def close(self) -> None:
         self._metrics.close()

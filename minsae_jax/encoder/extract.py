@@ -58,7 +58,7 @@ def _batches(
     """Activations [sequences, n_tokens, d_model] of each batch; the next one is computed while the caller writes."""
     mesh = sharding.make_mesh()
     params = jax.device_put(encoder.params, sharding.everywhere(mesh))
-    run = _sharded_hidden(mesh, encoder.graph, n_layers, settings.force_revin, settings.dtype)
+    run = sharded_hidden(mesh, encoder.graph, n_layers, settings.force_revin, settings.dtype)
     # All batches have one shape, so that there is one compilation; the last may be shorter, and is padded.
     padded = min(settings.batch_size, len(windows))
     padded += -padded % mesh.shape[sharding.DATA]
@@ -74,7 +74,7 @@ def _batches(
         pending = started
 
 
-def _sharded_hidden(mesh: jax.sharding.Mesh, graph: nnx.GraphDef, n_layers: int, force_revin: bool, dtype: str):
+def sharded_hidden(mesh: jax.sharding.Mesh, graph: nnx.GraphDef, n_layers: int, force_revin: bool, dtype: str):
     def on_one_device(params, past_values):
         with jax.default_matmul_precision("highest"):
             z = nnx.merge(graph, params).hidden(past_values, n_layers, force_revin)

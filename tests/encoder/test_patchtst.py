@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from convert.encoder import apply_rules, convert_encoder
+from convert.plain_torch import forward
 from minsae_jax import UserError
 from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder, split_model
 from minsae_jax.encoder.patchtst import Architecture, patches
 from minsae_jax.encoder.revin import RevIN
 from tests.conftest import ENCODERS, FIXTURES
-from tests.plain_torch import forward, random_state_dict
+from tests.random_encoder import random_state_dict
 
 TOLERANCE = 1e-4
 

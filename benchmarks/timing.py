@@ -1,0 +1,33 @@
+"""Contestants side by side: alternating in one process, medians, and the machine's name."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+
+def alternate(contestants: dict[str, Callable[[], None]], rounds: int = 5) -> dict[str, float]:
+    """Median seconds of a call of each, after one call to warm up; the contestants take turns in every round."""
+    for run in contestants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def machine() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{device.device_kind} x {jax.device_count()}, jax {jax.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {len(os.sched_getaffinity(0))} cores, jax {jax.__version__}"
