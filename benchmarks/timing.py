@@ -30,4 +30,4 @@ def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, jax {jax.__version__}"
+    return f"{name}, {os.cpu_count()} cores, jax {jax.__version__}"

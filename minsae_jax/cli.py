@@ -44,8 +44,8 @@ def _is_rule(line: str) -> bool:
 
 
 def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> None:
-    """Call main and end the process with 0, with 2 after one sentence for what a user can put right, or with 130 when
-    interrupted. `--debug` shows the traceback; warnings are a line each."""
+    """Call main and end the process with 0, with 2 after one sentence for what a user can put right (the disk's state
+    too), or with 130 when interrupted. `--debug` shows the traceback; warnings are a line each."""
     args = sys.argv[1:] if args is None else args
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -53,8 +53,9 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
-    except UserError as e:
+    except (UserError, OSError) as e:
         if "--debug" in args:
             traceback.print_exc()
-        print(f"error: {e}", file=sys.stderr)
+        place = f": {e.filename}" if isinstance(e, OSError) and e.filename else ""
+        print(f"error: {e.strerror or e}{place}" if isinstance(e, OSError) else f"error: {e}", file=sys.stderr)
         sys.exit(2)

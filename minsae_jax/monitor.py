@@ -34,11 +34,11 @@ class Bar:
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str) -> Iterator[Bar]:
-    """A bar on stderr; where that is no terminal, a line every ten seconds."""
+def progress(title: str, total: int, unit: str, delay: float = 0) -> Iterator[Bar]:
+    """A bar on stderr, shown after `delay` seconds; where that is no terminal, a line every ten seconds."""
     terminal = sys.stderr.isatty()
     pace = {"mininterval": 0.1} if terminal else {"mininterval": 10, "maxinterval": 30, "ascii": True}
-    with tqdm(total=total, desc=title, unit=f" {unit}", dynamic_ncols=True, **pace) as bar:
+    with tqdm(total=total, desc=title, unit=f" {unit}", dynamic_ncols=True, delay=delay, **pace) as bar:
         yield Bar(bar)
 
 

@@ -103,3 +103,14 @@ def test_flags_override_the_file(tmp_path):
     for config in (["--config", str(tmp_path / "x.yaml")], [f"--config={tmp_path / 'x.yaml'}"]):
         settings = minsae_jax.__main__._settings(Train, "train", [*config, "--num_steps", "9"])
         assert (settings.lr, settings.num_steps) == ((1e-4,), 9)
+
+
+def test_the_disks_refusals_are_one_sentence_too(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "below")
+    assert "Not a directory" in fails(capsys, minsae_jax.__main__.main, "demo", "--root_path", out)
+
+    def full(args):
+        raise OSError(28, "No space left on device")
+
+    assert fails(capsys, full) == "error: No space left on device"

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from minsae_jax.config import UserError
+from minsae_jax.monitor import progress
 
 FORMAT_VERSION = 1
 MANIFEST, PROVENANCE = "manifest.json", "provenance.npz"
@@ -66,12 +67,17 @@ class Store:
     def verify(self) -> None:
         """Read every shard and compare its checksum. Raises UserError naming those that fail."""
         known = [s for s in self.shards if s.sha256]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            failed = [
-                s.path for s, d in zip(known, pool.map(_sha256, [s.path for s in known]), strict=True) if d != s.sha256
-            ]
+        failed = []
+        with (
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+            progress("verify store", len(known), "shards", delay=2) as bar,
+        ):
+            for shard, digest in zip(known, pool.map(_sha256, [s.path for s in known]), strict=True):
+                bar.advance(1)
+                if digest != shard.sha256:
+                    failed.append(str(shard.path))
         if failed:
-            raise UserError(f"{', '.join(map(str, failed[:5]))} fails its checksum: extract the store again")
+            raise UserError(f"{', '.join(failed[:5])} fails its checksum: extract the store again")
 
 
 def _sha256(path: Path) -> str:

@@ -91,8 +91,13 @@ def _fingerprint(architecture: Architecture, params: Params) -> str:
 
 
 def save_encoder(folder: str | Path, encoder: Encoder, notes: dict[str, Any]) -> None:
-    """Write a converted encoder, aside first, so that a half-written one never looks complete."""
+    """Write a converted encoder, aside first, so that a half-written one never looks complete.
+
+    Replaces an encoder that is there; raises UserError where the folder holds anything else.
+    """
     folder = Path(folder)
+    if folder.exists() and not is_encoder(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no converted encoder, and is not overwritten: name another folder")
     aside = folder.with_name(folder.name + f".tmp{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -105,6 +110,10 @@ def save_encoder(folder: str | Path, encoder: Encoder, notes: dict[str, Any]) ->
         aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_encoder(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "params").is_dir()
 
 
 def load_encoder(folder: str | Path) -> Encoder:

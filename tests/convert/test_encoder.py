@@ -211,3 +211,10 @@ def test_a_failed_conversion_leaves_what_was_there(tmp_path, checkpoint):
     with pytest.raises(UserError):
         main(["encoder", str(tmp_path / "x.pth"), "--out", str(out)])
     assert load_encoder(out).fingerprint == before
+
+
+def test_folders_of_others_are_never_overwritten(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="is no converted encoder, and is not overwritten"):
+        main(["encoder", str(SOURCE / "checkpoint.pth"), "--out", str(tmp_path)])
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
