@@ -70,7 +70,7 @@ class Store:
         failed = []
         with (
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-            progress("verify store", len(known), "shards", delay=2) as bar,
+            progress("verify store", len(known), "shards", delay=2.0) as bar,
         ):
             for shard, digest in zip(known, pool.map(_sha256, [s.path for s in known]), strict=True):
                 bar.advance(1)
