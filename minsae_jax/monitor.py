@@ -67,8 +67,9 @@ class MemberLog:
         self._act_freqs = _open_csv(
             folder / "act_freqs.csv", ("step", *(f"feat_{i}" for i in range(d_sae))), last=tokens
         )
-        # A file of its own even where two begin in one second; what an earlier one holds beyond `step` is hidden.
-        purge = {"purge_step": step + 1, "filename_suffix": f".{step}"} if step else {}
+        # What an earlier file holds beyond `step` is hidden; the suffix keeps two of one second apart.
+        earlier = len(list(folder.glob("events.out.tfevents.*")))
+        purge = {"purge_step": step + 1, "filename_suffix": f".{earlier}"} if earlier else {}
         self._board = SummaryWriter(str(folder), flush_secs=10, **purge)
         if not step:
             self._write_hparams(folder.name, hparams)

@@ -49,9 +49,10 @@ def test_going_on_forgets_what_came_after_the_checkpoint(tmp_path):
     log.close()
     with (tmp_path / "m/metrics.csv").open("a") as f:
         f.write("40,40")  # a row that was cut off
-    log = open_log(tmp_path / "m", step=20)
-    write(log, 30)
-    log.close()
+    for _ in range(2):
+        log = open_log(tmp_path / "m", step=20)
+        write(log, 30)
+        log.close()
     for name, first in (("metrics.csv", 10), ("act_freqs.csv", 1000)):
         rows = np.loadtxt(tmp_path / "m" / name, delimiter=",", skiprows=1)
         assert rows[:, 0].tolist() == [first, 2 * first, 3 * first]
@@ -66,6 +67,9 @@ def test_starting_anew_forgets_all(tmp_path):
         write(log, 10)
         log.close()
     assert len((tmp_path / "m/metrics.csv").read_text().splitlines()) == 2
+    events = EventAccumulator(str(tmp_path / "m"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/mse")] == [10]
 
 
 def test_table():
