@@ -50,7 +50,8 @@ def _settings(cls: type[Settings], verb: str, flags: list[str]) -> Settings:
     if len(files) > 1 or "" in files:
         raise UserError("--config takes one YAML file")
     default = load_settings(cls, files[0]) if files else cls()
-    return cli.parse(cls, rest, f"minsae {verb}", default)
+    also = f"--config FILE reads the section {verb} of a YAML file, which flags override; --debug shows tracebacks."
+    return cli.parse(cls, rest, f"minsae {verb}", default, also)
 
 
 def _extract(settings: Extract) -> None:

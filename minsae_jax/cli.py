@@ -1,29 +1,54 @@
 """What the command lines of `minsae_jax` and `convert` share: flags from a dataclass, and errors in one sentence."""
 
 import contextlib
+import inspect
 import io
 import re
 import sys
 import traceback
+import types
 import warnings
 from collections.abc import Callable
 from itertools import groupby
-from typing import TypeVar
+from typing import TypeVar, Union, get_args
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from minsae_jax.config import UserError
 
 Settings = TypeVar("Settings")
 
 
-def parse(cls: type[Settings], args: list[str], prog: str, default: Settings | None = None) -> Settings:
-    """The dataclass filled from flags; raises UserError on flags that do not fit, ends the process after --help."""
+_registry = ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """A number or text that may also be left out: shown and read like one that may not."""
+    kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if info.type_origin not in (Union, types.UnionType) or len(kinds) != 1 or kinds[0] not in (int, float, str):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TEXT" if kinds[0] is str else kinds[0].__name__.upper(),
+        instance_from_str=lambda words: kinds[0](words[0]),
+        is_instance=lambda value: value is None or isinstance(value, kinds[0]),
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
+    )
+
+
+def parse(cls: type[Settings], args: list[str], prog: str, default: Settings | None = None, also: str = "") -> Settings:
+    """The dataclass filled from flags; raises UserError on flags that do not fit, ends the process after --help, which
+    shows `also` below the class's docstring."""
     stderr = io.StringIO()
+    start = tyro.MISSING_NONPROP if default is None else default
+    about = f"{inspect.getdoc(cls)}\n{also}".strip()
     try:
         with contextlib.redirect_stderr(stderr):
-            missing = tyro.MISSING_NONPROP if default is None else default
-            return tyro.cli(cls, args=args, prog=prog, use_underscores=True, default=missing)
+            return tyro.cli(
+                cls, args=args, prog=prog, use_underscores=True, default=start, description=about, registry=_registry
+            )
     except SystemExit as e:
         if not e.code:
             raise
