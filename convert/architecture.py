@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -60,7 +61,7 @@ def read_architecture(checkpoint: Checkpoint, yaml: Mapping[str, Any]) -> tuple[
 def _merge_settings(yaml: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Setting]:
     """Our names to settings; the YAML precedes the checkpoint's config, and one warning tells where they disagree."""
     ours, theirs = _flat(yaml), _flat(config)
-    both = [n for n in ours if n in theirs and ours[n] != theirs[n]]
+    both = [n for n in ours if n in theirs and ours[n] != theirs[n] and n not in FOLLOWS_STATE_DICT]
     if both:
         told = ", ".join(f"{n} ({ours[n]!r}, not {theirs[n]!r})" for n in both)
         warnings.warn(f"the YAML disagrees with the checkpoint's own config and precedes it: {told}", stacklevel=2)
@@ -91,7 +92,7 @@ def _checked(name: str, setting: Setting) -> Any:
         with contextlib.suppress(ValueError):
             value = float(value)
     lowest = 0 if name == "target_dim" else 1e-30
-    fits = value in choices if choices else type(value) is hint and (hint is bool or value >= lowest)
+    fits = value in choices if choices else type(value) is hint and (hint is bool or lowest <= value < math.inf)
     if not fits:
         words = {int: "a whole number above 0", bool: "true or false", float: "a number above 0"}
         wanted = " or ".join(choices) or words[hint]
@@ -123,7 +124,7 @@ def _from_state_dict(tensors: Tensors, given: Mapping[str, Setting]) -> dict[str
         "individual_head": "head.linears.0.weight" in tensors,
     }
     heads = float(_tensor(tensors, f"{layer}.self_attn.sdp_attn.scale", 0)) ** 2 * d_model
-    if abs(heads - round(heads)) < 1e-3 and round(heads) > 0 and d_model % round(heads) == 0:
+    if math.isfinite(heads) and abs(heads - round(heads)) < 1e-3 and round(heads) > 0 and d_model % round(heads) == 0:
         told["n_heads"] = round(heads)  # else the scale was trained, and tells nothing
     if individual:
         told["n_vars"] = _count(tensors, r"backbone\.W_P\.(\d+)\.weight")

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def load_torch(path: str | Path) -> Any:
         *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?")),
     ]
     try:
-        with torch.serialization.safe_globals(numpy_scalars):
+        with torch.serialization.safe_globals(numpy_scalars), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, on how it would rather be called
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         unsafe = _unsafe_globals(path)
@@ -69,7 +71,10 @@ def to_numpy(state: Any, where: str) -> Tensors:
     wrong = [str(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
     if wrong:
         raise UserError(f"{where} is no state dict: {', '.join(wrong[:3])} is no tensor")
-    return {k: (v.float() if v.is_floating_point() else v).detach().numpy() for k, v in state.items()}
+    try:
+        return {k: (v.float() if v.is_floating_point() else v).detach().numpy() for k, v in state.items()}
+    except Exception as e:
+        raise UserError(f"{where} holds tensors that are not plain numbers (sparse, quantized or without data)") from e
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -79,7 +79,9 @@ def apply_rules(tensors: Tensors, target: Params) -> Params:
         if path not in wanted:
             complaints.append(f"{key} has no place in this architecture")
         elif value.shape != wanted[path].shape or value.dtype != wanted[path].dtype:
-            complaints.append(f"{key} is {list(tensor.shape)}, but {path} wants {list(wanted[path].shape)}")
+            complaints.append(
+                f"{key} is {value.dtype}{list(tensor.shape)}, not what fits {path}, float32{list(wanted[path].shape)}"
+            )
         elif not np.isfinite(value).all():
             complaints.append(f"{key} holds NaN or infinity")
         filled[path] = value

@@ -1,12 +1,13 @@
 """Sparse autoencoders in and out: `python -m convert sae PATH --to member|minsae --out PATH`."""
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from convert.checkpoint import load_torch, to_numpy
 from minsae_jax.config import UserError
+from minsae_jax.files import written_aside
 from minsae_jax.sae.model import check_params, load_sae, save_member
 
 # minSAE's key, ours, whether it is transposed
@@ -43,14 +44,22 @@ def write_minsae(path: Path, params: dict[str, np.ndarray]) -> None:
         for theirs, ours, t in MINSAE
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    torch.save(state, aside)
-    aside.rename(path)
+    with written_aside(path) as aside:
+        torch.save(state, aside)
+
+
+def _refuse_other(out: Path, wanted: str, read: Callable[[Path], object]) -> None:
+    """What is there is replaced only if it is an autoencoder of the same kind."""
+    if out.exists() and not (out.is_dir() and wanted == "a folder" and not any(out.iterdir())):
+        try:
+            read(out)
+        except UserError:
+            raise UserError(f"{out} exists and is no such autoencoder: this writes {wanted}, name another") from None
 
 
 def convert_sae(path: str | Path, to: str, out: str | Path) -> str:
     """Read a member's folder or a minSAE file and write either; returns what to tell."""
-    path, out = Path(path), Path(out)
+    path, out = Path(path), Path(out).absolute()
     if not path.exists():
         raise UserError(f"there is no autoencoder {path}")
     if path.is_dir():
@@ -60,11 +69,9 @@ def convert_sae(path: str | Path, to: str, out: str | Path) -> str:
         params, config = read_minsae(path), {"format_version": 1, "kind": "relu", "source_file": path.name}
     d_model, d_sae = params["W_enc"].shape
     if to == "minsae":
-        if out.is_dir():
-            raise UserError(f"{out} is a folder: --to minsae writes a file, such as sparse_autoencoder_final.pt")
+        _refuse_other(out, "a file such as sparse_autoencoder_final.pt", read_minsae)
         write_minsae(out, params)
     else:
-        if out.is_file():
-            raise UserError(f"{out} is a file: --to member writes a folder")
+        _refuse_other(out, "a folder", load_sae)
         save_member(out, params, config | {"d_model": d_model, "d_sae": d_sae})
     return f"autoencoder of d_model {d_model}, d_sae {d_sae} written to {out}"

@@ -60,8 +60,8 @@ def _extract(settings: Extract) -> None:
             raise UserError(f"extract needs --{name}, as a flag or in the section extract of the --config file")
     sharding.start()
     encoder = open_encoder(str(settings.checkpoint_path), settings.config_path)
-    for split in settings.split:
-        print(extract(encoder, settings, split), flush=True)
+    for told in extract(encoder, settings):
+        print(told, flush=True)
 
 
 def open_encoder(checkpoint_path: str, config_path: str | None = None) -> Encoder:

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import os
 import re
 import sys
 import traceback
@@ -72,9 +73,16 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
     """Call main and end the process with 0, with 2 after one sentence for what a user can put right (the disk's state
     too), or with 130 when interrupted. `--debug` shows the traceback; warnings are a line each."""
     args = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a λ on a terminal without it is no reason to stop
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main([a for a in args if a != "--debug"])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)

@@ -31,10 +31,13 @@ def _require(condition: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
+LARGEST = 1e38  # float32 ends a little above
+
+
 def _require_positive(settings: object, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        _require(value is None or value > 0, f"--{name} must be above 0, but is {value}")
+        _require(value is None or 0 < value < LARGEST, f"--{name} must be above 0 and finite, but is {value}")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Demo:
         _require(
             self.patients >= 10, f"--patients must be 10 or more, so that no split is empty, but is {self.patients}"
         )
-        _require(self.minutes >= 0.5, f"--minutes must be 0.5 or more, but is {self.minutes}")
+        _require(0.5 <= self.minutes <= 10_000, f"--minutes must be from 0.5 to 10,000, but is {self.minutes}")
         _require(self.seed >= 0, f"--seed must be 0 or more, but is {self.seed}")
 
 
@@ -139,8 +142,8 @@ class Train:
     """Whole shard files a step, in order; minsae only (default: 1)."""
     recon_weight: float | None = None
     """Weight of the reconstruction error; minsae only (default: 1)."""
-    shuffle_seed: int = 0
-    """Seed of the token order; april2024 only, since minsae does not shuffle."""
+    shuffle_seed: int | None = None
+    """Seed of the token order; april2024 only, since minsae does not shuffle (default: 0)."""
 
     lambda_warmup: float | None = None
     """Share of the steps over which λ rises linearly from 0 (default: 0.05; minsae 0)."""
@@ -178,17 +181,19 @@ class Train:
             "scale_tokens", "adam_eps", "eval_window", "dead_after", "checkpoint_every", "max_to_keep",
         )  # fmt: skip
         _require(self.dead_after < 2**30, f"--dead_after must be below {2**30:,}, but is {self.dead_after:,}")
-        _require(self.shuffle_seed >= 0, f"--shuffle_seed must be 0 or more, but is {self.shuffle_seed}")
+        shuffle_seed = self.shuffle_seed or 0
+        _require(0 <= shuffle_seed < 2**32, f"--shuffle_seed must be from 0 to {2**32 - 1:,}, but is {shuffle_seed}")
         for name in ("lambda_warmup", "lr_decay"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= 1, f"--{name} is a share from 0 to 1, but is {value}")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"--{name} must be from 0 to below 1, but is {getattr(self, name)}")
-        for name, lowest in (("lambda_sparsity", 0), ("lr", 0), ("seed", 0), ("feature_dim_factor", 0)):
+        for name in ("lambda_sparsity", "lr", "seed", "feature_dim_factor"):
             values = getattr(self, name)
             _require(len(set(values)) == len(values), f"--{name} names a value twice: {' '.join(map(str, values))}")
-            below = [v for v in values if not lowest <= v < float("inf")]
-            _require(not below, f"--{name} must be finite and not below 0, but is {' '.join(map(str, below))}")
+            wrong = [v for v in values if not 0 <= v < (2**32 if name == "seed" else LARGEST)]
+            limit = f"below {2**32:,}" if name == "seed" else "finite"
+            _require(not wrong, f"--{name} must be {limit} and not below 0, but is {' '.join(map(str, wrong))}")
         _require(0 not in self.feature_dim_factor, "--feature_dim_factor must be above 0")
         _require(bool(self.seed) and bool(self.feature_dim_factor), "--seed and --feature_dim_factor need a value each")
         for name in _OTHER_RECIPE_ONLY[self.recipe]:
@@ -202,12 +207,21 @@ class Train:
 
 _OTHER_RECIPE_ONLY = {
     "april2024": ("number_of_arrays", "recon_weight"),
-    "minsae": ("batch_size", "lambda_warmup", "lr_decay", "max_grad_norm", "decoder_norm", "scale_tokens"),
+    "minsae": (
+        "batch_size",
+        "lambda_warmup",
+        "lr_decay",
+        "max_grad_norm",
+        "decoder_norm",
+        "scale_tokens",
+        "shuffle_seed",
+    ),
 }
 _RECIPES: dict[str, dict[str, Any]] = {
     "april2024": {
         "lambda_sparsity": (5.0,), "lr": (5e-5,), "num_steps": 50_000, "batch_size": 4096, "lambda_warmup": 0.05,
         "lr_decay": 0.2, "max_grad_norm": 1.0, "decoder_norm": 0.1, "scale_tokens": 1_000_000,
+        "shuffle_seed": 0,
     },
     "minsae": {
         "lambda_sparsity": (0.01,), "lr": (1e-3,), "num_steps": 10_720, "number_of_arrays": 1, "recon_weight": 1.0,
@@ -221,8 +235,8 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-5 as a number (YAML 1.2) and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = [key for key in keys if isinstance(key, str) and keys.count(key) > 1]
         if twice:
             raise yaml.constructor.ConstructorError(
                 problem=f"key {twice[0]!r} stands twice", problem_mark=node.start_mark
@@ -241,7 +255,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(e).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no YAML mapping")

@@ -1,7 +1,6 @@
 """What a person watches: progress bars, tables, and a member's CSV files and TensorBoard run."""
 
 import csv
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
+
+from minsae_jax.files import written_aside
 
 METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")
 
@@ -124,9 +125,10 @@ def _open_csv(path: Path, header: tuple[str, ...], last: int) -> _Csv:
     """Append to the rows whose first column is at most `last`; a fresh file where last is 0."""
     kept = [",".join(header)]
     if last and path.exists():
-        lines = path.read_text().splitlines()[1:]
-        kept += [line for line in lines if line.count(",") == len(header) - 1 and int(line.split(",", 1)[0]) <= last]
-    aside = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    aside.write_text("\r\n".join(kept) + "\r\n", newline="")
-    aside.rename(path)
+        for line in path.read_text(errors="replace").splitlines()[1:]:
+            first = line.split(",", 1)[0]
+            if line.count(",") == len(header) - 1 and first.isdecimal() and int(first) <= last:
+                kept.append(line)
+    with written_aside(path) as aside:
+        aside.write_text("\r\n".join(kept) + "\r\n", newline="")
     return _Csv(path)

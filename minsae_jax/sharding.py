@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from minsae_jax.config import UserError
+
 SWEEP, DATA = "sweep", "data"
 MAX_CPU_DEVICES = 8  # each holds the weights whole, and adds up gradients with all others
 
@@ -26,6 +28,10 @@ def start(deterministic: bool = False) -> None:
         os.environ["XLA_FLAGS"] = flags = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     if "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, MAX_CPU_DEVICES))
+    try:
+        jax.devices()
+    except RuntimeError as e:
+        raise UserError(f"JAX finds no device to run on ({' '.join(str(e).split())[:200]})") from e
 
 
 def make_mesh(*group_sizes: int) -> Mesh:

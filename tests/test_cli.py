@@ -26,7 +26,7 @@ def fails(capsys, main, *args: str) -> str:
         (["train", "--lrr", "3"], "Unrecognized options: --lrr, 3 (did you mean --lr?)"),
         (["train", "--lr", "x"], "Could not find valid parse for arguments: ['x']"),
         (["train", "--lr", "-1"], "--lr must be finite and not below 0, but is -1"),
-        (["train", "--num_steps", "0"], "--num_steps must be above 0, but is 0"),
+        (["train", "--num_steps", "0"], "--num_steps must be above 0 and finite, but is 0"),
         (["train", "--number_of_arrays", "2"], "--number_of_arrays has no meaning under --recipe april2024"),
         (["train", "--recipe", "minsea"], "invalid choice 'minsea'"),
         (["train", "--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
@@ -37,7 +37,7 @@ def fails(capsys, main, *args: str) -> str:
         (["extract", "--root_path", "x"], "extract needs --checkpoint_path"),
         (["extract", "--root_path", "x", "--checkpoint_path", "no.pth"], "there is no checkpoint file no.pth"),
         (["extract", "--split", "tset"], "invalid choice 'tset'"),
-        (["extract", "--batch_size", "0"], "--batch_size must be above 0"),
+        (["extract", "--batch_size", "0"], "--batch_size must be above 0 and finite"),
         (["demo", "--patients", "2"], "--patients must be 10 or more"),
     ],
 )

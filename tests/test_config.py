@@ -40,7 +40,9 @@ def test_a_section_a_verb(load):
         ("train: {overwrite: 1}", "overwrite must be true or false, but is 1"),
         ("train: {store: 5}", "store must be text, but is 5"),
         ("train: {recipe: april2023}", "recipe must be one of april2024, minsae, but is 'april2023'"),
-        ("train: {lr: 1, lr: 2}", "key 'lr' stands twice"),
+        ("train: {lr: 1, lr: 2}", "x.yaml cannot be read as YAML: key 'lr' stands twice"),
+        ("train: {store: 2024-13-45}", "cannot be read as YAML"),
+        ("[" * 3000, "cannot be read as YAML"),
         ("train: [1]", "section train must hold settings"),
         ("[1]", "holds no YAML mapping"),
         ("train: {", "cannot be read as YAML"),
@@ -54,6 +56,10 @@ def test_slips_are_named(load, text, told):
     assert told in str(e.value)
 
 
+def test_anchors_and_merges(load):
+    assert load("extract: &x {batch_size: 5}\ntrain: {<<: *x, lr: 1}").batch_size == 5
+
+
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         load_settings(Train, tmp_path / "nowhere.yaml")
@@ -62,7 +68,10 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize(
     ("cls", "values"),
     [
-        (Train, {"num_steps": 0}), (Train, {"batch_size": -1}), (Train, {"lr": [-1e-3]}),
+        (Train, {"seed": [2**32]}), (Train, {"adam_eps": float("inf")}),
+        (Train, {"recipe": "minsae", "shuffle_seed": 1}),
+        (Demo, {"minutes": float("inf")}), (Train, {"num_steps": 0}), (Train, {"batch_size": -1}),
+        (Train, {"lr": [-1e-3]}),
         (Train, {"lr": [float("nan")]}),
         (Train, {"lambda_sparsity": [1, 1]}), (Train, {"feature_dim_factor": [0]}), (Train, {"seed": [-1]}),
         (Train, {"lambda_warmup": 1.5}), (Train, {"beta2": 1.0}), (Train, {"eval_window": 0}), (Train, {"seed": []}),

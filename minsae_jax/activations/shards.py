@@ -1,15 +1,15 @@
-"""The store: activations of one encoder layer on disk, one file a batch of windows.
+"""The store: activations of one encoder layer on disk, one file a batch of windows; its format and its reader.
 
 `b0000.npy`, `b0001.npy`, … hold [sequences, n_tokens, d_model]; bfloat16 is kept as its uint16 bits, since .npy has no
 such type. `manifest.json` says what belongs, `provenance.npz` where each sequence came from. A folder without a
-manifest, as minSAE writes it, is read too. Every file is written aside and renamed.
+manifest, as minSAE writes it, is read too.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +17,16 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 from minsae_jax.config import UserError
 from minsae_jax.monitor import progress
 
 FORMAT_VERSION = 1
 MANIFEST, PROVENANCE = "manifest.json", "provenance.npz"
-_NAME = re.compile(r"b(\d+)\.npy")
-_OURS = re.compile(rf"({_NAME.pattern}|{MANIFEST}|{PROVENANCE})(\.tmp)?")
+SHARD_NAME = re.compile(r"b(\d+)\.npy")
+ON_DISK = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}  # dtype -> what .npy calls it
+Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Store:
     folder: Path
     shards: tuple[Shard, ...]
     d_model: int
-    dtype: str  # of the numbers on disk: float32, float16, float64 or bfloat16
+    dtype: str  # of the numbers on disk: float32, float16, bfloat16, or float64 where minSAE's folder has it
     manifest: Mapping[str, Any]
     _maps: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -72,37 +73,40 @@ class Store:
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
             progress("verify store", len(known), "shards", delay=2.0) as bar,
         ):
-            for shard, digest in zip(known, pool.map(_sha256, [s.path for s in known]), strict=True):
+            for shard, digest in zip(known, pool.map(sha256_of, [s.path for s in known]), strict=True):
                 bar.advance(1)
                 if digest != shard.sha256:
                     failed.append(str(shard.path))
         if failed:
-            raise UserError(f"{', '.join(failed[:5])} fails its checksum: extract the store again")
+            raise UserError(f"{', '.join(failed[:5])} fails its checksum: remove it, and {AGAIN}")
 
 
-def _sha256(path: Path) -> str:
+AGAIN = "give the extract command again, which makes what is missing"
+
+
+def sha256_of(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _shard_files(folder: Path) -> list[Path]:
+def shard_files(folder: Path) -> list[Path]:
     """b*.npy in the order of their numbers, of however many digits."""
-    numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := SHARD_NAME.fullmatch(p.name))]
     return [p for _, p in sorted(numbered)]
 
 
 def open_store(path: str | Path, layer: int | None = None) -> Store:
     """The store in a folder of shards, or in the l{layer} of a folder of stores.
 
-    Sizes are checked; checksums only by `Store.verify`. Raises UserError where there is no finished, whole store.
+    Headers and sizes are checked; checksums only by `Store.verify`. Raises UserError where there is no finished, whole
+    store.
     """
     folder = Path(path)
     if layer is not None and (folder / f"l{layer}").is_dir():
         folder = folder / f"l{layer}"
     if not folder.is_dir():
         raise UserError(f"there is no store {folder}: make one with `python -m minsae_jax extract`")
-    files = _shard_files(folder)
-    manifest = read_manifest(folder)
+    files, manifest = shard_files(folder), read_manifest(folder)
     if not manifest:
         if not files:
             layers = sorted(p.name for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"l-?\d+", p.name))
@@ -110,28 +114,41 @@ def open_store(path: str | Path, layer: int | None = None) -> Store:
             raise UserError(f"there is no store of layer {layer} in {folder}: {held}")
         return _without_manifest(folder, files)
     if not manifest["complete"]:
-        raise UserError(f"the store {folder} is unfinished: run the extract command that began it again")
+        raise UserError(f"the store {folder} is unfinished: {AGAIN}")
     if layer is not None and layer not in (manifest["layer"], manifest["layer_index"]):
         raise UserError(f"the store {folder} is of layer {manifest['layer']}, not {layer}")
-    listed = {entry["file"]: entry for entry in manifest["shards"]}
-    strange = [p for p in files if p.name not in listed]
-    if strange:
-        raise UserError(f"{strange[0]} is not in the manifest of its store: remove it, or extract the store again")
-    shards = tuple(Shard(folder / name, e["rows"], e["sha256"]) for name, e in listed.items())
-    for shard, entry in zip(shards, listed.values(), strict=True):
-        if problem := _damage(shard.path, entry):
-            raise UserError(f"{problem}: extract the store again")
+    if problem := next(damages(folder, manifest), None):
+        raise UserError(f"{problem}, and {AGAIN}")
+    shards = tuple(Shard(folder / e["file"], e["rows"], e["sha256"]) for e in manifest["shards"])
     return Store(folder, shards, manifest["d_model"], manifest["dtype"], manifest)
 
 
-def _damage(path: Path, entry: Mapping[str, Any]) -> str | None:
-    """Why a shard cannot be the one in the manifest, from its size and header."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
+def damages(folder: Path, manifest: Manifest):
+    """Why the files of a finished store are not those of its manifest, from names, sizes and headers: an iterator of
+    sentences without an end."""
+    listed = {entry["file"]: entry for entry in manifest["shards"]}
+    for path in shard_files(folder):
+        if path.name not in listed:
+            yield f"{path} is not in the manifest of its store: remove it"
+    if not (folder / PROVENANCE).is_file():
+        yield f"{folder / PROVENANCE} is missing"
+    for entry in listed.values():
+        if problem := shard_damage(folder / entry["file"], entry, manifest):
+            yield problem
+
+
+def shard_damage(path: Path, entry: Mapping[str, Any], manifest: Manifest) -> str | None:
+    """Why a file is not the manifest's shard, from its size and header."""
+    if not path.is_file():
         return f"{path} is missing"
-    if size != entry["bytes"]:
-        return f"{path} has {size} bytes instead of {entry['bytes']}"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}: remove it"
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as e:
+        return f"{path} is no .npy array ({' '.join(str(e).split())}): remove it"
+    if [*array.shape] != entry["shape"] or str(array.dtype) != ON_DISK[manifest["dtype"]]:
+        return f"{path} is {array.dtype}{list(array.shape)}, not {manifest['dtype']}{entry['shape']}: remove it"
     return None
 
 
@@ -154,119 +171,39 @@ def _without_manifest(folder: Path, files: list[Path]) -> Store:
     return Store(folder, tuple(shards), d_model, dtype, {})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, or {} where there is none."""
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest, or {} where there is none. Raises UserError where it is damaged."""
     path = folder / MANIFEST
     if not path.exists():
         return {}
     try:
         manifest = json.loads(path.read_text())
-        version = manifest["format_version"]
-        known = manifest.keys() >= {"complete", "layer", "layer_index", "dtype", "d_model", "encoder", "data", "shards"}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({type(e).__name__}): extract the store again with --overwrite") from e
-    if version > FORMAT_VERSION:
-        raise UserError(f"{folder} was written by a newer minsae_jax (format {version}): update")
-    if not known:
-        raise UserError(f"{path} lacks entries: extract the store again with --overwrite")
+        if isinstance(manifest["format_version"], int) and manifest["format_version"] > FORMAT_VERSION:
+            raise UserError(f"{folder} was written by a newer minsae_jax: update")
+        whole = _is_whole(manifest)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged: extract the store again with --overwrite")
     return manifest
 
 
-class StoreWriter:
-    """Writes a store, or goes on with one that was begun with the same settings.
-
-    `identity` is what makes it this store: layer, encoder, shapes, dtype, data. Raises UserError where another store,
-    or files without a manifest, are in the folder and `overwrite` is not asked for.
-    """
-
-    def __init__(self, folder: Path, identity: dict[str, Any], overwrite: bool = False):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._refuse_foreign_files(overwrite)
-        before = {} if overwrite else read_manifest(folder)
-        if before:
-            self._refuse_other(before, identity)
-        self.finished = bool(before) and before["complete"] and not any(self._damages(before))
-        self.manifest = before or {"format_version": FORMAT_VERSION, "complete": False, **identity, "shards": []}
-        if not self.finished:
-            self._begin()
-
-    def _refuse_foreign_files(self, overwrite: bool) -> None:
-        """Nothing but a store's own files is ever removed, and shards without a manifest only when asked for."""
-        names = {path.name for path in self.folder.iterdir()}
-        foreign = sorted(name for name in names if not _OURS.fullmatch(name))
-        if foreign:
-            raise UserError(f"{self.folder} holds {foreign[0]}, which is no store's: name another --out")
-        if names and MANIFEST not in names and not overwrite:
-            raise UserError(
-                f"{self.folder} holds {min(names)} without a manifest: name another --out, or use --overwrite"
-            )
-
-    def _refuse_other(self, before: dict[str, Any], identity: dict[str, Any]) -> None:
-        flat = {k: v for k, v in identity.items() if k != "data"} | identity["data"]
-        was = {k: v for k, v in before.items() if k != "data"} | before["data"]
-        other = [f"{k} ({_short(was.get(k))}, now {_short(v)})" for k, v in flat.items() if was.get(k) != v]
-        if other:
-            raise UserError(
-                f"{self.folder} holds a store of other settings: {', '.join(other)}; "
-                "name another --out, or use --overwrite"
-            )
-
-    def _damages(self, manifest: Mapping[str, Any]) -> Iterable[str | None]:
-        return (_damage(self.folder / e["file"], e) for e in manifest["shards"])
-
-    def _begin(self) -> None:
-        """Keep the shards that are whole, remove what else a broken run left."""
-        kept = [
-            e for e in self.manifest["shards"]
-            if not _damage(self.folder / e["file"], e) and _sha256(self.folder / e["file"]) == e["sha256"]
-        ]  # fmt: skip
-        self.manifest |= {"shards": kept, "complete": False}
-        self._write_manifest()
-        names = {e["file"] for e in kept} | {MANIFEST}
-        for path in self.folder.iterdir():
-            if path.name not in names:
-                path.unlink()
-
-    @property
-    def done(self) -> set[int]:
-        """Numbers of the shards that are there."""
-        return {int(_NAME.fullmatch(e["file"])[1]) for e in self.manifest["shards"]}  # type: ignore[index]
-
-    def write(self, number: int, activations: Shaped[np.ndarray, "sequences n_tokens d_model"]) -> None:
-        """One shard; `activations` is of the store's dtype."""
-        array = activations.view(np.uint16) if activations.dtype == ml_dtypes.bfloat16 else activations
-        path = self.folder / f"b{number:04d}.npy"
-        aside = path.with_name(path.name + ".tmp")
-        with aside.open("wb") as f:
-            np.save(f, array)
-        entry = {
-            "file": path.name,
-            "shape": list(array.shape),
-            "rows": array.shape[0] * array.shape[1],
-            "bytes": aside.stat().st_size,
-            "sha256": _sha256(aside),
-        }
-        aside.rename(path)
-        self.manifest["shards"].append(entry)
-        self._write_manifest()
-
-    def finish(self, provenance: dict[str, np.ndarray]) -> None:
-        """Write the provenance, an entry a sequence in the shards' order, and declare the store complete."""
-        aside = self.folder / (PROVENANCE + ".tmp")
-        with aside.open("wb") as f:
-            np.savez_compressed(f, allow_pickle=False, **provenance)
-        aside.rename(self.folder / PROVENANCE)
-        self.manifest["shards"].sort(key=lambda e: int(_NAME.fullmatch(e["file"])[1]))  # type: ignore[index]
-        self.manifest["complete"] = True
-        self._write_manifest()
-
-    def _write_manifest(self) -> None:
-        aside = self.folder / (MANIFEST + ".tmp")
-        aside.write_text(json.dumps(self.manifest, indent=1) + "\n")
-        aside.rename(self.folder / MANIFEST)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text[:12] + "…" if len(text) == 64 else text
+def _is_whole(manifest: Manifest) -> bool:
+    """Whether everything that others rely on is there and of its type."""
+    kinds = {
+        "format_version": int, "complete": bool, "layer": int, "layer_index": int, "dtype": str, "n_tokens": int,
+        "d_model": int, "encoder": str, "data": dict, "shards": list,
+    }  # fmt: skip
+    return (
+        all(type(manifest[name]) is kind for name, kind in kinds.items())
+        and manifest["dtype"] in ON_DISK
+        and (bool(manifest["shards"]) or not manifest["complete"])
+        and all(
+            SHARD_NAME.fullmatch(e["file"])
+            and type(e["bytes"]) is int
+            and re.fullmatch("[0-9a-f]{64}", e["sha256"])
+            and e["shape"][1:] == [manifest["n_tokens"], manifest["d_model"]]
+            and e["rows"] == e["shape"][0] * e["shape"][1] > 0
+            for e in manifest["shards"]
+        )
+    )

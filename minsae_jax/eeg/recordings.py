@@ -6,11 +6,13 @@ split. Files, splits and windows follow gPatchTST's data set, so that the same s
 """
 
 import csv
+import hashlib
 import os
 import pickle
 import random
 import warnings
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +20,8 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.config import Split, UserError
+from minsae_jax.files import written_aside
+from minsae_jax.monitor import progress
 
 TRAIN_SHARE, TEST_SHARE = 0.7, 0.2
 Splits = dict[str, list[str]]
@@ -53,8 +57,15 @@ class Windows:
         file = np.searchsorted(self.ends, index, side="right")
         return np.stack([file, index - (self.ends[file] - self.counts[file])], axis=1)
 
+    def first(self, count: int) -> "Windows":
+        """The same, ended after `count` windows."""
+        files = int(np.searchsorted(self.ends, count)) + 1
+        kept = np.minimum(self.counts[:files], count - (self.ends[:files] - self.counts[:files]))
+        lengths = tuple(int(n) * (self.seq_len + self.patch_len) for n in kept)
+        return replace(self, files=self.files[:files], lengths=lengths)
+
     def read(self, start: int, stop: int) -> Float[np.ndarray, "windows seq_len n_vars"]:
-        """Windows start to stop, float32, in SD. Raises UserError where one holds NaN or infinity."""
+        """Windows start to stop, float32, in SD."""
         places = self.places(start, stop)
         out = np.empty((len(places), self.seq_len, self.n_vars), np.float32)
         for file in np.unique(places[:, 0]):
@@ -62,18 +73,49 @@ class Windows:
             first, last = places[rows[0], 1], places[rows[-1], 1]
             samples = load_recording(self.folder / self.files[file])[first * self.seq_len : (last + 1) * self.seq_len]
             out[rows] = samples.reshape(len(rows), self.seq_len, self.n_vars)
-            if not np.isfinite(out[rows]).all():
-                bad = int(first) * self.seq_len + int(np.flatnonzero(~np.isfinite(samples).all(1))[0])
-                raise UserError(
-                    f"recording {self.files[file]} holds NaN or infinity at sample {bad}: repair or remove it"
-                )
         return out
 
-    @cached_property
-    def shifted(self) -> np.ndarray:
-        """Files whose last channel is all zero: missing electrodes were packed to the end, so that columns no longer
-        stand for the channels of their names. [files] bool."""
-        return np.array([self.n_vars > 1 and _is_zero(load_recording(self.folder / f)[:, -1]) for f in self.files])
+    def survey(self) -> "Survey":
+        """Look at every sample of all windows once. Raises UserError naming the recordings with NaN or infinity."""
+        digest, shifted, bad = hashlib.sha256(), [], []
+        with (
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+            progress("check recordings", len(self.files), "recordings", delay=2.0) as bar,
+        ):
+            looks = pool.map(self._look, range(len(self.files)))
+            for name, (sha256, is_shifted, not_finite) in zip(self.files, looks, strict=True):
+                bar.advance(1)
+                digest.update(f"{name} {sha256}".encode())
+                shifted.append(is_shifted)
+                if not_finite is not None:
+                    bad.append(f"recording {name} holds NaN or infinity at sample {not_finite}")
+        if bad:
+            raise UserError(f"{_some(bad, '; ')}: repair or remove it")
+        return Survey(digest.hexdigest(), np.array(shifted, bool))
+
+    def _look(self, file: int) -> tuple[str, bool, int | None]:
+        """sha256 of a file's windows, whether its last channel is all zero, and its first sample that is not finite."""
+        digest, zero = hashlib.sha256(), self.n_vars > 1
+        samples = load_recording(self.folder / self.files[file])[: int(self.counts[file]) * self.seq_len]
+        for start in range(0, len(samples), 100_000):
+            with np.errstate(over="ignore"):
+                block = np.ascontiguousarray(samples[start : start + 100_000], np.float32)
+            finite = np.isfinite(block).all(1)
+            if not finite.all():
+                return "", False, start + int(np.flatnonzero(~finite)[0])
+            digest.update(block.tobytes())
+            zero = zero and not block[:, -1].any()
+        return digest.hexdigest(), zero and len(samples) > 0, None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at all samples tells."""
+
+    sha256: str  # over all windows
+    # Files whose last channel is all zero: missing electrodes were packed to the end, so that columns no longer stand
+    # for the channels of their names. [files] bool
+    shifted: np.ndarray
 
 
 def open_windows(
@@ -137,7 +179,7 @@ def read_lengths(path: Path) -> dict[str, int]:
 def _length(text: str | None, path: Path, line: int) -> int:
     try:
         value = float(text or "")
-        if value >= 0 and value == int(value):
+        if 0 <= value < 2**53 and value == int(value):
             return int(value)
     except (ValueError, OverflowError):
         pass
@@ -154,7 +196,11 @@ def patient_splits(root: Path, names: list[str], seed: int) -> Splits:
     path = root / f"tuh_patient_splits_seed_{seed}.pkl"
     if path.exists():
         splits = read_splits(path)
-        known = {patient for patients in splits.values() for patient in patients}
+        everyone = [patient for patients in splits.values() for patient in patients]
+        known = set(everyone)
+        if len(everyone) > len(known):
+            twice = sorted(p for p in known if everyone.count(p) > 1)
+            warnings.warn(f"{_some(twice)} stands in {path.name} more than once: splits overlap", stacklevel=2)
         new = sorted({patient_of(n) for n in names} - known)
         if new:
             warnings.warn(f"{_some(new)} of {root} is in no split of {path.name}, and left out", stacklevel=2)
@@ -165,9 +211,8 @@ def patient_splits(root: Path, names: list[str], seed: int) -> Splits:
     val_end = train_end + int(len(patients) * (1 - TRAIN_SHARE - TEST_SHARE))
     splits = {"train": patients[:train_end], "val": patients[train_end:val_end], "test": patients[val_end:]}
     if os.access(root, os.W_OK):
-        aside = path.with_name(path.name + f".tmp{os.getpid()}")
-        aside.write_bytes(pickle.dumps(splits))
-        aside.rename(path)
+        with written_aside(path) as aside:
+            aside.write_bytes(pickle.dumps(splits))
     return splits
 
 
@@ -194,7 +239,10 @@ def read_splits(path: Path) -> Splits:
 
 def load_recording(path: Path) -> np.ndarray:
     """A recording [time, channels], mapped, not read."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(mapped, np.ndarray):
+        raise ValueError("it is an archive of arrays")
+    array = mapped.view(np.ndarray)
     return array[:, None] if array.ndim == 1 else array
 
 
@@ -211,10 +259,6 @@ def _problem(path: Path, samples: int, n_vars: int) -> str | None:
     if len(array) < samples:
         return f"recording {path} has {len(array)} samples, but file_lengths_map.csv promises windows up to {samples}"
     return None
-
-
-def _is_zero(channel: np.ndarray, block: int = 100_000) -> bool:
-    return not any(channel[i : i + block].any() for i in range(0, len(channel), block))
 
 
 def _some(items: list[str], separator: str = ", ") -> str:

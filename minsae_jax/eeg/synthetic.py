@@ -5,7 +5,7 @@ that what an autoencoder finds can be held against what was planted. The demo en
 """
 
 import csv
-import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +17,12 @@ from jaxtyping import Float
 
 from minsae_jax.config import Demo, UserError, read_yaml, to_dict
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
+from minsae_jax.eeg.recordings import read_lengths
 
 SAMPLING_RATE = 100  # Hz
+_OURS = re.compile(
+    r"demo\d+_s\d+_t\d+_preprocessed\.npy|(file_lengths_map|events)\.csv|demo\.yaml|tuh_patient_splits_.*"
+)
 Wave = Callable[[int, np.random.Generator], np.ndarray]
 
 
@@ -84,16 +88,20 @@ def write_demo(settings: Demo) -> str:
     folder = Path(settings.root_path)
     record = {k: v for k, v in to_dict(settings).items() if k not in ("root_path", "overwrite")}
     if folder.exists():
-        note = folder / "demo.yaml"
-        if not note.is_file():
-            raise UserError(f"{folder} exists and holds no demo: name another folder with --root_path")
-        if read_yaml(note) == record:
-            return f"the demo recordings are in {folder} already"
-        if not settings.overwrite:
+        foreign = sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name))
+        if foreign or not (folder / "demo.yaml").is_file():
             raise UserError(
-                f"{folder} holds a demo of other settings ({read_yaml(note)}): use --overwrite to replace it"
+                f"{folder} holds {foreign[0] if foreign else 'no demo.yaml'}, and so no demo: name another folder with "
+                "--root_path"
             )
-    aside = folder.with_name(folder.name + f".tmp{os.getpid()}")
+        if not settings.overwrite:
+            before = read_yaml(folder / "demo.yaml")
+            if before != record:
+                raise UserError(f"{folder} holds a demo of other settings ({before}): use --overwrite to replace it")
+            if _is_whole(folder):
+                return f"the demo recordings are in {folder} already"
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         count, events = _write_recordings(aside, settings)
@@ -103,6 +111,17 @@ def write_demo(settings: Demo) -> str:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return f"{count} recordings of {settings.patients} patients with {events} planted events written to {folder}"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is there, and of the length that is listed."""
+    try:
+        lengths = read_lengths(folder / "file_lengths_map.csv")
+        return (folder / "events.csv").is_file() and all(
+            len(np.load(folder / name, mmap_mode="r")) == length for name, length in lengths.items()
+        )
+    except (UserError, OSError, ValueError):
+        return False
 
 
 def _write_recordings(folder: Path, settings: Demo) -> tuple[int, int]:

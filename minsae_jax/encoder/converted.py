@@ -1,12 +1,12 @@
 """A converted encoder: a folder with the parameters (Orbax) and config.json, and the Encoder that is loaded from it.
 
-`config.json`: format_version, architecture, sources (where each setting came from), source_file and its sha256.
+`config.json`: format_version, fingerprint, architecture, sources (where each setting came from), source_file and its
+sha256.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -95,17 +95,21 @@ def save_encoder(folder: str | Path, encoder: Encoder, notes: dict[str, Any]) ->
 
     Replaces an encoder that is there; raises UserError where the folder holds anything else.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if folder.exists() and not is_encoder(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no converted encoder, and is not overwritten: name another folder")
-    aside = folder.with_name(folder.name + f".tmp{os.getpid()}")
+    aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((aside / "params").absolute(), encoder.params)
-        architecture = {"format_version": FORMAT_VERSION, "architecture": dataclasses.asdict(encoder.architecture)}
-        (aside / "config.json").write_text(json.dumps(architecture | notes, indent=2) + "\n")
+        config = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": encoder.fingerprint,
+            "architecture": dataclasses.asdict(encoder.architecture),
+        }
+        (aside / "config.json").write_text(json.dumps(config | notes, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     finally:
@@ -128,9 +132,12 @@ def load_encoder(folder: str | Path) -> Encoder:
         architecture = from_dict(Architecture, config["architecture"])
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore((folder / "params").absolute(), split_model(architecture)[1])
+        encoder = Encoder(architecture, params)
+        if encoder.fingerprint != config["fingerprint"]:
+            raise ValueError("it is not what its fingerprint says")
+        return encoder
     except UserError:
         raise
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{folder} is no converted encoder, or a damaged one ({reason}): convert it again") from e
-    return Encoder(architecture, params)

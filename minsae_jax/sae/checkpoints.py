@@ -1,5 +1,7 @@
 """Checkpoints of a sweep: the whole state and a small JSON beside it, by Orbax, saved while training goes on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +11,18 @@ import orbax.checkpoint as ocp
 
 from minsae_jax.config import UserError
 from minsae_jax.sae.sweep import State
+
+
+@contextmanager
+def _told_as_full_disk(folder: object) -> Iterator[None]:
+    """Orbax and what is below it raise all kinds of errors when a checkpoint cannot be written."""
+    try:
+        yield
+    except Exception as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(
+            f"a checkpoint could not be written to {folder} ({reason}): make room, and give the same command again"
+        ) from e
 
 
 class Checkpoints:
@@ -27,7 +41,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        with _told_as_full_disk(self._manager.directory):
+            self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
         """Step of the newest whole checkpoint."""
@@ -36,7 +51,8 @@ class Checkpoints:
     def save(self, step: int, state: State, notes: dict[str, Any]) -> None:
         """Returns once the state is copied from the devices; `notes` must be plain JSON."""
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
-        self._manager.save(step, args=items, force=True)
+        with _told_as_full_disk(self._manager.directory):
+            self._manager.save(step, args=items, force=True)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """State and notes, laid out over the devices as `like` is. Raises UserError where the checkpoint is damaged."""

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from minsae_jax.config import UserError
+from minsae_jax.files import written_aside
 
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 Params = dict[str, Any]  # name -> array, numpy's or JAX's
@@ -108,12 +109,10 @@ _encode, _decode = jax.jit(encode), jax.jit(decode)
 def save_member(folder: Path, params: dict[str, np.ndarray], config: dict[str, Any]) -> None:
     """sae.safetensors and config.json, each written aside and renamed."""
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / (WEIGHTS + ".tmp")
-    save_file({name: np.ascontiguousarray(params[name], np.float32) for name in shapes(0, 0)}, aside)
-    aside.rename(folder / WEIGHTS)
-    aside = folder / (CONFIG + ".tmp")
-    aside.write_text(json.dumps(config, indent=2) + "\n")
-    aside.rename(folder / CONFIG)
+    with written_aside(folder / WEIGHTS) as aside:
+        save_file({name: np.ascontiguousarray(params[name], np.float32) for name in shapes(0, 0)}, aside)
+    with written_aside(folder / CONFIG) as aside:
+        aside.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_sae(folder: str | Path) -> SparseAutoencoder:
@@ -124,6 +123,8 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
     try:
         params = load_file(folder / WEIGHTS)
         config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
+        if not isinstance(config, dict) or config.get("kind", "relu") != "relu":
+            raise ValueError(f"{CONFIG} is not that of a ReLU autoencoder")
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{folder} holds a damaged autoencoder ({' '.join(str(e).split())})") from e
     check_params(params, str(folder / WEIGHTS))
@@ -131,12 +132,17 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
 
 
 def check_params(params: dict[str, np.ndarray], where: str) -> None:
-    """Raise UserError where names, shapes or dtypes are not those of an autoencoder."""
+    """Raise UserError where names, shapes, dtypes or values are not those of an autoencoder."""
     if set(params) != set(shapes(0, 0)):
         raise UserError(f"{where} must hold exactly {', '.join(shapes(0, 0))}, but holds {', '.join(sorted(params))}")
     d_model, d_sae = params["b_dec"].size, params["b_enc"].size
-    wrong = [f"{n} {list(params[n].shape)}" for n, s in shapes(d_model, d_sae).items() if params[n].shape != s]
-    if wrong or any(p.dtype != np.float32 for p in params.values()):
+    wrong = [
+        f"{n} is {params[n].dtype}{list(params[n].shape)}" for n, s in shapes(d_model, d_sae).items()
+        if params[n].shape != s or params[n].dtype != np.float32
+    ]  # fmt: skip
+    if wrong or not d_model or not d_sae:
         raise UserError(
             f"{where} does not fit together as float32 of d_model {d_model}, d_sae {d_sae}: {', '.join(wrong)}"
         )
+    if not all(np.isfinite(p).all() for p in params.values()):
+        raise UserError(f"{where} holds NaN or infinity: it is of a member that diverged")

@@ -5,6 +5,8 @@
 
 import csv
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from typing import Any
 import yaml
 
 from minsae_jax.config import Train, UserError, load_settings, to_dict
+from minsae_jax.files import locked, written_aside
 from minsae_jax.monitor import table
 from minsae_jax.sae.sweep import Member
 
+OURS = {"config.yaml", "config.yaml.tmp", "checkpoints", "members", "sweep.csv", "sweep.csv.tmp", "report"}
 HYPER = ("lambda_sparsity", "lr", "seed", "d_sae")
 FIGURES = ("loss", "mse", "l1", "l0", "fvu", "dead_fraction")
 
@@ -33,16 +37,19 @@ class Run:
         return self.folder / "members" / member.name
 
     def is_finished(self) -> bool:
-        """Whether there is nothing left to do. Raises UserError where the folder is not this run's."""
-        config = self.folder / "config.yaml"
-        if not config.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise UserError(f"{self.folder} holds files but no run: name another folder with --run_dir")
-            return False
+        """Whether there is nothing left to do. Raises UserError where the folder holds anything but this run."""
+        foreign = sorted({p.name for p in self.folder.iterdir()} - OURS) if self.folder.is_dir() else []
+        if foreign:
+            raise UserError(f"{self.folder} holds {foreign[0]}, which is no run's: name another folder with --run_dir")
         if self.settings.overwrite:
             return False
+        config = self.folder / "config.yaml"
+        if not config.exists():
+            if self.checkpoints.exists():
+                raise UserError(f"{self.folder} holds checkpoints but no config.yaml: use --overwrite to start anew")
+            return False
         now, before = _kept(self.settings), _kept(load_settings(Train, config))
-        other = [f"{k} ({before[k]}, now {now[k]})" for k in now if now[k] != before[k]]
+        other = [f"{k} ({before[k]}, now {now[k]})" for k in now if _differs(k, before[k], now[k])]
         if other:
             raise UserError(
                 f"{self.folder} holds a run of other settings: {', '.join(other)}; name another --run_dir, or use "
@@ -50,33 +57,44 @@ class Run:
             )
         return (self.folder / "sweep.csv").exists()
 
-    def begin(self) -> None:
-        """Make the folder, or clear it where it is to be overwritten."""
-        if self.settings.overwrite and self.folder.exists():
-            shutil.rmtree(self.folder)
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """The folder made, or cleared where it is to be overwritten, and locked."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self.folder / "config.yaml.tmp"
-        aside.write_text(yaml.safe_dump({"train": _kept(self.settings)}, sort_keys=False))
-        aside.rename(self.folder / "config.yaml")
+        with locked(self.folder):
+            if self.settings.overwrite:
+                for path in self.folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            with written_aside(self.folder / "config.yaml") as aside:
+                aside.write_text(yaml.safe_dump({"train": _kept(self.settings)}, sort_keys=False))
+            yield
 
     def finish(self, rows: list[dict[str, Any]]) -> None:
         """Write sweep.csv, a row a member: its name, HYPER, FIGURES, status."""
-        aside = self.folder / "sweep.csv.tmp"
-        with aside.open("w", newline="") as f:
+        with written_aside(self.folder / "sweep.csv") as aside, aside.open("w", newline="") as f:
             writer = csv.DictWriter(f, ("member", *HYPER, *FIGURES, "status"))
             writer.writeheader()
             writer.writerows(rows)
-        aside.rename(self.folder / "sweep.csv")
 
     def summary(self) -> str:
         """The members of a finished run, as a table for the terminal."""
-        with (self.folder / "sweep.csv").open(newline="") as f:
-            rows = list(csv.DictReader(f))
         formats = {"lambda_sparsity": "g", "mse": ".4g", "l0": ".1f", "fvu": ".3f", "dead_fraction": ".1%"}
-        cells = [[r["member"], *(format(float(r[k]), f) for k, f in formats.items()), r["status"]] for r in rows]
+        try:
+            with (self.folder / "sweep.csv").open(newline="") as f:
+                rows = list(csv.DictReader(f))
+            cells = [[r["member"], *(format(float(r[k]), f) for k, f in formats.items()), r["status"]] for r in rows]
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{self.folder / 'sweep.csv'} is damaged ({e}): use --overwrite to train anew") from e
         return table(["member", "λ", "MSE", "L0", "FVU", "dead", "status"], cells)
 
 
 def _kept(settings: Train) -> dict[str, Any]:
     """What a run remembers of its settings; overwriting is an act, not a property."""
     return to_dict(replace(settings, overwrite=False))
+
+
+def _differs(name: str, before: Any, now: Any) -> bool:
+    """Whether a setting has changed; paths are compared for where they lead."""
+    if name in ("store", "checkpoint_path", "init") and before and now:
+        return Path(before).resolve() != Path(now).resolve()
+    return name != "run_dir" and before != now

@@ -25,6 +25,7 @@ from minsae_jax.sae.objective import Objective, Statistics, Sums, batch_sums, fi
 State = dict[str, Any]
 PIECE = {"cpu": 256}  # tokens at a time on a device; elsewhere:
 LARGE_PIECE = 8192
+LARGEST_D_SAE = 2**24
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ Group = tuple[Member, ...]
 def make_groups(settings: Train, d_model: int) -> tuple[Group, ...]:
     """The members of a sweep by size: in each group all combinations of λ, lr and seed."""
     sizes = [int(factor * d_model) for factor in settings.feature_dim_factor]
-    if len(set(sizes)) < len(sizes) or min(sizes) < 1:
+    if len(set(sizes)) < len(sizes) or not 1 <= min(sizes) <= max(sizes) <= LARGEST_D_SAE:
         raise UserError(
             f"--feature_dim_factor makes d_sae {', '.join(map(str, sizes))} at d_model {d_model}: "
-            "each must be 1 or more, and no two the same"
+            f"each must be from 1 to {LARGEST_D_SAE:,}, and no two the same"
         )
     varied = [
         name
@@ -60,7 +61,14 @@ def make_groups(settings: Train, d_model: int) -> tuple[Group, ...]:
 def _name(member: Member, varied: list[str]) -> str:
     """`lambda=5`, with `,lr=…,seed=…,d_sae=…` where the sweep varies them."""
     values = {"lambda": member.lambda_sparsity} | {name: getattr(member, name) for name in varied}
-    return ",".join(f"{k}={v:.12g}" for k, v in values.items())
+    return ",".join(f"{k}={_short(v)}" for k, v in values.items())
+
+
+def _short(value: int | float) -> str:
+    """A short text that is exactly this number: 5, 0.01, 5e-05, 1024."""
+    return (
+        str(value) if isinstance(value, int) else next(t for d in range(6, 18) if float(t := f"{value:.{d}g}") == value)
+    )
 
 
 @dataclass(frozen=True)
@@ -235,14 +243,18 @@ def _merge_moments(before: State, mean: Array, m2: Array, tokens: int) -> State:
     }
 
 
-def read_window(ended: State) -> list[Window]:
-    """Fetch an ended window from the devices, a Window a group."""
+def read_window(ended: State) -> list[Window] | None:
+    """Fetch an ended window from the devices, a Window a group; None where the tokens were not finite."""
     host = jax.device_get(ended)
-    steps, variance = int(host["moments"]["steps"]), np.maximum(host["moments"]["m2"], 1e-30)
+    steps, variance = int(host["moments"]["steps"]), host["moments"]["m2"]
+    if not np.isfinite(variance):
+        return None
     windows = []
     for sums, dead_fraction in host["groups"]:
         means = {name: getattr(sums, name) / steps for name in ("loss", "mse", "l1", "l0")}
-        windows.append(Window(**means, fvu=sums.residual / variance, dead_fraction=dead_fraction, active=sums.active))
+        windows.append(
+            Window(**means, fvu=sums.residual / (variance or np.nan), dead_fraction=dead_fraction, active=sums.active)
+        )
     return windows
 
 

@@ -44,8 +44,7 @@ def train(settings: Train, encoder_fingerprint: str | None = None) -> str:
     if run.is_finished():
         return f"the run {run.folder} is finished already\n{run.summary()}"
     inputs = check_inputs(settings, encoder_fingerprint)
-    run.begin()
-    with Checkpoints(run.checkpoints, settings.max_to_keep) as checkpoints:
+    with run.begun(), Checkpoints(run.checkpoints, settings.max_to_keep) as checkpoints:
         Trainer(inputs, run, checkpoints).train()
     return f"the run {run.folder} is finished\n{run.summary()}"
 
@@ -75,7 +74,7 @@ def open_stream(settings: Train, store: Store) -> TokenStream:
     """The recipe's batches, from the first."""
     if settings.recipe == "minsae":
         return files_in_order(store, settings.number_of_arrays or 1)
-    return shuffled_tokens(store, settings.batch_size or 1, settings.shuffle_seed)
+    return shuffled_tokens(store, settings.batch_size or 1, settings.shuffle_seed or 0)
 
 
 def measure_scale(settings: Train, store: Store) -> float:
@@ -180,6 +179,8 @@ class Trainer:
     def _log(self, step: int, tokens: int, ended: State) -> float:
         """Every member's row of a window. Returns tokens a second over the window."""
         windows = read_window(ended)
+        if windows is None:
+            raise UserError(f"the store {self.store.folder} holds NaN or infinity: extract it again")
         now = time.perf_counter()
         rate = (tokens - self.logs[0][0].tokens) / (now - self.window_began)
         self.window_began = now

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from minsae_jax import UserError
-from minsae_jax.activations.shards import StoreWriter, open_store
+from minsae_jax.activations.shards import open_store
+from minsae_jax.activations.writer import StoreWriter
 
 IDENTITY = {
     "layer": -1, "layer_index": 2, "dtype": "float32", "n_tokens": 3, "d_model": 4, "encoder": "e" * 64,
@@ -22,12 +23,18 @@ def arrays(dtype=np.float32):
 
 
 def write(folder, xs, **changes):
-    writer = StoreWriter(folder, IDENTITY | changes)
-    for i, x in enumerate(xs):
-        if i not in writer.done:
-            writer.write(i, x)
-    writer.finish({"window": np.arange(10)})
+    with StoreWriter(folder, IDENTITY | changes) as writer:
+        for i, x in enumerate(xs):
+            if i not in writer.done:
+                writer.write(i, x)
+        writer.finish({"window": np.arange(10)})
     return folder
+
+
+def opened(folder, identity=IDENTITY, overwrite=False):
+    """A writer's view of the folder: what is finished, and which shards are there."""
+    with StoreWriter(folder, identity, overwrite) as writer:
+        return writer.finished, writer.done
 
 
 @pytest.fixture
@@ -83,36 +90,33 @@ def test_without_manifest_in_numerical_order(tmp_path):
 def test_an_interrupted_store_goes_on(tmp_path, folder):
     undisturbed = {p.name: p.read_bytes() for p in folder.iterdir()}
     broken = tmp_path / "broken"
-    writer = StoreWriter(broken, IDENTITY)
-    writer.write(2, arrays()[2])
-    writer.write(0, arrays()[0])
+    with StoreWriter(broken, IDENTITY) as writer:
+        writer.write(2, arrays()[2])
+        writer.write(0, arrays()[0])
     (broken / "b0001.npy.tmp").write_bytes(b"half")
     (broken / "b0001.npy").write_bytes(b"renamed, but not in the manifest yet")
     with pytest.raises(UserError, match="is unfinished"):
         open_store(broken)
-    assert StoreWriter(broken, IDENTITY).done == {0, 2}
+    assert opened(broken) == (False, {0, 2})
     (broken / "b0000.npy").write_bytes((broken / "b0000.npy").read_bytes()[:-1] + b"x")
-    assert StoreWriter(broken, IDENTITY).done == {2}
+    assert opened(broken) == (False, {2})
     write(broken, arrays())
     assert {p.name: p.read_bytes() for p in broken.iterdir()} == undisturbed
 
 
 def test_a_finished_store_is_left_alone(folder):
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert StoreWriter(folder, IDENTITY).finished
+    assert opened(folder)[0]
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
     (folder / "b0001.npy").unlink()
-    writer = StoreWriter(folder, IDENTITY)
-    assert not writer.finished
-    assert writer.done == {0, 2}
+    assert opened(folder) == (False, {0, 2})
 
 
 def test_another_store_in_the_folder(folder):
     with pytest.raises(UserError, match=r"other settings: encoder \(eeee.*, now ffff.*\), split \(train, now val\)"):
-        StoreWriter(folder, IDENTITY | {"encoder": "f" * 64, "data": {"split": "val", "batch_size": 2}})
+        opened(folder, IDENTITY | {"encoder": "f" * 64, "data": {"split": "val", "batch_size": 2}})
     assert open_store(folder).rows == 30
-    writer = StoreWriter(folder, IDENTITY | {"encoder": "f" * 64}, overwrite=True)
-    assert writer.done == set()
+    assert opened(folder, IDENTITY | {"encoder": "f" * 64}, overwrite=True) == (False, set())
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json"]
 
 
@@ -120,15 +124,15 @@ def test_files_of_others_are_never_removed(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(UserError, match=r"thesis.tex"):
-            StoreWriter(tmp_path, IDENTITY, overwrite)
+            opened(tmp_path, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_minsae_files_need_overwrite(tmp_path):
     np.save(tmp_path / "b0000.npy", np.zeros((1, 2, 4), np.float32))
     with pytest.raises(UserError, match=r"b0000.npy.*--overwrite"):
-        StoreWriter(tmp_path, IDENTITY)
-    assert StoreWriter(tmp_path, IDENTITY, overwrite=True).done == set()
+        opened(tmp_path)
+    assert opened(tmp_path, overwrite=True) == (False, set())
 
 
 def test_damage_is_named(folder):
@@ -146,9 +150,50 @@ def test_damage_is_named(folder):
     (folder / "b0001.npy").unlink()
     with pytest.raises(UserError, match=r"b0001.npy is missing"):
         open_store(folder)
+    write(folder, arrays())  # what is missing is made again, as the sentences say
+    open_store(folder).verify()
+    (folder / "provenance.npz").unlink()
+    with pytest.raises(UserError, match=r"provenance.npz is missing"):
+        open_store(folder)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest.json is damaged"):
         open_store(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": []}, {"shards": None}, {"shards": [{}]}, {"shards": [1]}, {"format_version": "1"}, {"data": None},
+        {"d_model": None}, {"dtype": "float17"}, {"layer": None}, {"complete": 1}, {"n_tokens": 5},
+        {"rows": 5}, {"rows": "5"}, {"sha256": "x"}, {"file": 3}, {"bytes": None}, {"shape": [4, 3]},
+    ],
+)  # fmt: skip
+def test_manifests_of_wrong_content(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    ((key, _),) = change.items()
+    (manifest if key in manifest else manifest["shards"][0]).update(change)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for attempt in (lambda: open_store(folder), lambda: opened(folder)):
+        with pytest.raises(UserError, match=r"manifest.json is damaged.*--overwrite"):
+            attempt()
+
+
+def test_headers_are_held_against_the_manifest(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"dtype": "bfloat16"}))
+    with pytest.raises(UserError, match=r"b0000.npy is float32\[4, 3, 4\], not bfloat16"):
+        open_store(folder)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with StoreWriter(tmp_path / "l-1", IDENTITY), pytest.raises(UserError, match="by another process"):
+        opened(tmp_path / "l-1")
+    assert opened(tmp_path / "l-1") == (False, set())
+
+
+def test_a_store_cut_off_at_its_very_start_goes_on(tmp_path):
+    (tmp_path / "manifest.json.tmp").write_text("{")
+    assert opened(tmp_path) == (False, set())
 
 
 def test_wrong_places(folder, tmp_path):

@@ -55,5 +55,22 @@ def test_wrong_paths(tmp_path):
         main(["sae", str(tmp_path / "x.pt"), "--to", "member", "--out", str(tmp_path / "m")])
     with pytest.raises(UserError, match=r"there is no sae\.safetensors"):
         main(["sae", str(tmp_path), "--to", "minsae", "--out", str(tmp_path / "m.pt")])
-    with pytest.raises(UserError, match="is a folder"):
-        main(["sae", str(SOURCE), "--to", "minsae", "--out", str(tmp_path)])
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for to, out in (("minsae", "."), ("member", "."), ("minsae", "thesis.tex"), ("member", "thesis.tex")):
+        with pytest.raises(UserError, match="exists and is no such autoencoder"):
+            main(["sae", str(SOURCE), "--to", to, "--out", str(tmp_path / out)])
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_its_own_kind_is_replaced(tmp_path):
+    for _ in range(2):
+        main(["sae", str(SOURCE), "--to", "member", "--out", str(tmp_path / "member")])
+        main(["sae", str(tmp_path / "member"), "--to", "minsae", "--out", str(tmp_path / "back.pt")])
+
+
+def test_nan_is_refused(tmp_path):
+    state = dict(torch.load(SOURCE, weights_only=True))
+    state["encoder.bias"] = torch.full_like(state["encoder.bias"], torch.nan)
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="holds NaN"):
+        main(["sae", str(tmp_path / "x.pt"), "--to", "member", "--out", str(tmp_path / "m")])

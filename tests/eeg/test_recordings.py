@@ -83,7 +83,33 @@ def test_shifted_columns_are_seen(data):
     array[:, -1] = 0
     np.save(data / name, array)
     windows = open_windows(data, "test", 42, *SIZES)
-    assert [f for f, s in zip(windows.files, windows.shifted, strict=True) if s] == [name]
+    assert [f for f, s in zip(windows.files, windows.survey().shifted, strict=True) if s] == [name]
+
+
+def test_a_survey_sees_every_sample(data):
+    windows = open_windows(data, "test", 42, *SIZES)
+    before = windows.survey().sha256
+    assert windows.survey().sha256 == before
+    file = int(np.argmax(windows.counts))
+    array = np.load(data / windows.files[file])
+    used = int(windows.counts[file]) * EXPECTED["seq_len"]
+    for sample in (0, used // 2, used - 1):
+        array[sample, 1] += 1e-3
+        np.save(data / windows.files[file], array)
+        assert windows.survey().sha256 != before
+        before = windows.survey().sha256
+    array[used:] = np.nan  # in no window
+    np.save(data / windows.files[file], array)
+    assert windows.survey().sha256 == before
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 40])
+def test_first_windows(data, count):
+    windows = open_windows(data, "train", 42, *SIZES)
+    first = windows.first(count)
+    assert len(first) == count
+    assert first.files == windows.files[: len(first.files)]
+    np.testing.assert_array_equal(first.read(0, count), windows.read(0, count))
 
 
 class Hostile:
@@ -129,16 +155,17 @@ def test_bad_recordings(data, how, told):
     open_windows(data, "train", 42, *SIZES)  # not its patient
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
 def test_not_finite(data, value):
     def how(path, x):
+        x = x.astype(np.float64)
         x[130, 1] = value
         np.save(path, x)
 
     name = change(data, how)
     windows = open_windows(data, "test", 42, *SIZES)
     with pytest.raises(UserError, match=rf"{name} holds NaN or infinity at sample 130"):
-        windows.read(0, len(windows))
+        windows.survey()
 
 
 @pytest.mark.parametrize(

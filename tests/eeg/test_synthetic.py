@@ -83,6 +83,13 @@ def test_again_and_otherwise(tmp_path):
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
     write_demo(Demo(root_path=str(folder), patients=10, minutes=0.5, seed=1, overwrite=True))
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} != before
+    (folder / "events.csv").unlink()
+    write_demo(Demo(root_path=str(folder), patients=10, minutes=0.5, seed=1))  # what is damaged is written again
+    assert (folder / "events.csv").exists()
+    (folder / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"holds notes\.txt"):
+            write_demo(Demo(root_path=str(folder), overwrite=overwrite))
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="holds no demo"):
+    with pytest.raises(UserError, match="no demo"):
         write_demo(Demo(root_path=str(tmp_path / "mine"), overwrite=True))

@@ -1,6 +1,5 @@
 """Recordings to a store: right numbers in the right order, each with its origin, and nothing done twice."""
 
-import json
 import shutil
 import warnings
 from dataclasses import replace
@@ -10,11 +9,12 @@ import pytest
 
 from convert.encoder import convert_encoder
 from minsae_jax import UserError
-from minsae_jax.activations.shards import StoreWriter, open_store
+from minsae_jax.activations.shards import open_store
+from minsae_jax.activations.writer import StoreWriter
 from minsae_jax.config import Extract
 from minsae_jax.eeg.recordings import open_windows
+from minsae_jax.encoder import extract as extraction
 from minsae_jax.encoder.converted import Encoder
-from minsae_jax.encoder.extract import extract
 from tests.conftest import FIXTURES
 
 
@@ -26,6 +26,11 @@ def encoder():
 @pytest.fixture
 def settings(demo_folder, tmp_path):
     return Extract(root_path=str(demo_folder), batch_size=4, out=str(tmp_path / "store"))
+
+
+def extract(encoder, settings, *splits):
+    """All at once, and what was told."""
+    return "\n".join(extraction.extract(encoder, replace(settings, split=splits)))
 
 
 def contents(folder):
@@ -98,6 +103,13 @@ def test_another_store_is_never_mixed_in(encoder, settings, tmp_path):
     for change, split in ((replace(settings, batch_size=5), "val"), (settings, "test")):
         with pytest.raises(UserError, match="holds a store of other settings"):
             extract(encoder, change, split)
+    changed = shutil.copytree(settings.root_path, tmp_path / "changed")
+    name = open_windows(changed, "val", 42, 1000, 100, 19).files[0]
+    eeg = np.load(changed / name)
+    eeg[500, 7] += 1e-3  # somewhere in the middle
+    np.save(changed / name, eeg)
+    with pytest.raises(UserError, match="other settings: recordings_sha256"):
+        extract(encoder, replace(settings, root_path=str(changed)), "val")
     assert contents(tmp_path / "store" / "l-1") == before
     extract(other, replace(settings, overwrite=True), "val")
     assert contents(tmp_path / "store" / "l-1").keys() == before.keys()
@@ -143,18 +155,29 @@ def test_default_folders():
     ]  # fmt: skip
 
 
-def test_nan_stops_without_losing_what_is_there(encoder, settings, demo_folder, tmp_path):
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_nothing_is_written_before_all_recordings_are_seen(encoder, demo_folder, tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
     root = shutil.copytree(demo_folder, tmp_path / "data")
-    windows = open_windows(root, "train", 42, 1000, 100, 19)
-    name = windows.files[-1]
-    eeg = np.load(root / name)
-    eeg[5, 3] = np.nan
-    np.save(root / name, eeg)
-    with pytest.raises(UserError, match=f"{name} holds NaN or infinity at sample 5"):
-        extract(encoder, replace(settings, root_path=str(root)), "train")
-    manifest = json.loads((tmp_path / "store" / "l-1" / "manifest.json").read_text())
-    assert not manifest["complete"]
-    assert len(manifest["shards"]) >= 1
+    names = [open_windows(root, "test", 42, 1000, 100, 19).files[i] for i in (0, -1)]
+    for name in names:
+        eeg = np.load(root / name)
+        eeg[5, 3] = value
+        np.save(root / name, eeg)
+    with pytest.raises(UserError) as e:
+        extract(encoder, Extract(root_path=str(root)), "train", "test")
+    for name in names:
+        assert f"{name} holds NaN or infinity at sample 5" in str(e.value)
+    assert not (tmp_path / "embeddings").exists()
+
+
+def test_activations_that_are_not_finite_are_not_stored(encoder, demo_folder, tmp_path):
+    root = shutil.copytree(demo_folder, tmp_path / "data")
+    for name in open_windows(root, "val", 42, 1000, 100, 19).files:
+        np.save(root / name, np.load(root / name) * 1e25)
+    with pytest.raises(UserError, match="the encoder gives NaN or infinity in float32"):
+        extract(encoder, Extract(root_path=str(root), out=str(tmp_path / "store")), "val")
+    assert [p.name for p in (tmp_path / "store/l-1").iterdir()] == ["manifest.json"]
 
 
 def test_no_warnings_otherwise(encoder, settings):

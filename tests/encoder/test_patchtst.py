@@ -1,5 +1,6 @@
 """Parity with the reference: its own outputs on the fixtures, and plain torch on every variant."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -141,6 +142,11 @@ def test_wrong_use(tmp_path):
     with pytest.raises(UserError, match="there is no encoder at"):
         load_encoder(tmp_path / "nowhere")
     save_encoder(tmp_path / "encoder", encoder, notes)
+    config = json.loads((tmp_path / "encoder/config.json").read_text())
+    config["architecture"]["activation"] = "relu"
+    (tmp_path / "encoder/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="not what its fingerprint says"):
+        load_encoder(tmp_path / "encoder")
     for path in (tmp_path / "encoder" / "params").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")

@@ -44,6 +44,8 @@ def test_members():
     assert len(set(names)) == 16
     alone = make_groups(replace(SETTINGS, lr=(5e-5,), seed=(3,), feature_dim_factor=(2.0,)), D)
     assert [m.name for m in alone[0]] == ["lambda=1", "lambda=4"]
+    close = make_groups(replace(SETTINGS, lambda_sparsity=(1.0, 1.0000000000001)), D)
+    assert len({m.name for g in close for m in g}) == 16
     with pytest.raises(UserError, match="makes d_sae 32, 32"):
         make_groups(replace(SETTINGS, feature_dim_factor=(2.0, 2.01)), D)
 

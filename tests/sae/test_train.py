@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
@@ -12,6 +13,7 @@ from convert.sae import convert_sae
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.shards import open_store
 from minsae_jax.config import Train, load_settings
+from minsae_jax.files import locked
 from minsae_jax.sae.checkpoints import Checkpoints
 from minsae_jax.sae.train import measure_scale, train
 from tests.conftest import FIXTURES
@@ -252,9 +254,52 @@ def test_folders_of_others_are_never_overwritten(settings, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="holds files but no run"):
+        with pytest.raises(UserError, match=r"holds thesis\.tex"):
             train(replace(settings, overwrite=overwrite))
+    (tmp_path / "run/config.yaml").write_text("a: 1")
+    with pytest.raises(UserError, match=r"holds thesis\.tex"):
+        train(replace(settings, overwrite=True))
     assert (tmp_path / "run/thesis.tex").exists()
+
+
+def test_a_run_cut_off_at_its_very_start_goes_on(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml.tmp").write_text("tra")
+    train(settings)
+    assert "finished already" in train(settings)
+
+
+def test_paths_are_compared_for_where_they_lead(settings, small_store, tmp_path, monkeypatch):
+    train(settings)
+    monkeypatch.chdir(tmp_path)
+    assert "finished already" in train(replace(settings, store="store", run_dir="run"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert "finished already" in train(replace(settings, run_dir="moved"))
+
+
+@pytest.mark.parametrize("recipe", ["april2024", "minsae"])
+def test_nan_far_into_the_store_stops_the_run(settings, small_store, recipe):
+    settings = minsae(settings) if recipe == "minsae" else replace(settings, scale_tokens=32)
+    x = np.load(small_store / "l-1/b0002.npy")
+    x[-1, -1, -1] = np.nan
+    np.save(small_store / "l-1/b0002.npy", x)
+    with pytest.raises(UserError, match="holds NaN"):
+        train(settings)
+
+
+def test_one_trainer_at_a_time(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="by another process"):
+        train(settings)
+
+
+def test_a_full_disk_is_told(settings, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match=r"could not be written to .*No space left.*make room"):
+        train(settings)
 
 
 def test_init_starts_every_member_from_the_given_weights(settings, tmp_path):
