@@ -30,7 +30,7 @@ def start(deterministic: bool = False) -> None:
         jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, MAX_CPU_DEVICES))
     try:
         jax.devices()
-    except RuntimeError as e:
+    except (RuntimeError, AssertionError) as e:
         raise UserError(f"JAX finds no device to run on ({' '.join(str(e).split())[:200]})") from e
 
 
