@@ -60,14 +60,15 @@ def read_architecture(checkpoint: Checkpoint, yaml: Mapping[str, Any]) -> tuple[
 
 def _merge_settings(yaml: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Setting]:
     """Our names to settings; the YAML precedes the checkpoint's config, and one warning tells where they disagree."""
-    ours, theirs = _flat(yaml), _flat(config)
-    both = [n for n in ours if n in theirs and ours[n] != theirs[n] and n not in FOLLOWS_STATE_DICT]
+    ours = {n: Setting(v, "YAML") for n, v in _flat(yaml).items()}
+    theirs = {n: Setting(v, "checkpoint's config") for n, v in _flat(config).items()}
+    for settings in (theirs, ours):
+        settings.update({n: Setting(_checked(n, s), s.source) for n, s in settings.items()})
+    both = [n for n in ours if n in theirs and ours[n].value != theirs[n].value and n not in FOLLOWS_STATE_DICT]
     if both:
-        told = ", ".join(f"{n} ({ours[n]!r}, not {theirs[n]!r})" for n in both)
+        told = ", ".join(f"{_spelling(n)} ({ours[n].value!r}, not {theirs[n].value!r})" for n in both)
         warnings.warn(f"the YAML disagrees with the checkpoint's own config and precedes it: {told}", stacklevel=2)
-    settings = {n: Setting(v, "checkpoint's config") for n, v in theirs.items()}
-    settings |= {n: Setting(v, "YAML") for n, v in ours.items()}
-    return {n: Setting(_checked(n, s), s.source) for n, s in settings.items()}
+    return theirs | ours
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

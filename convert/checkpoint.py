@@ -94,8 +94,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _without_prefixes(tensors: Tensors) -> Tensors:
-    """Without what DataParallel and torch.compile put before every key."""
-    for prefix in ("module.", "_orig_mod.") * 2:
+    """Without what DataParallel, torch.compile and a wrapping module put before every key."""
+    for prefix in ("module.", "_orig_mod.", "model.") * 2:
         if all(k.startswith(prefix) for k in tensors):
             tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
     return tensors

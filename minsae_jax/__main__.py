@@ -31,7 +31,8 @@ def main(args: list[str]) -> None:
         settings = _settings(Train, verb, flags)
         sharding.start(settings.deterministic)
         checkpoint = settings.checkpoint_path
-        print(train(settings, open_encoder(checkpoint).fingerprint if checkpoint else None))
+        fingerprint = open_encoder(checkpoint, settings.config_path).fingerprint if checkpoint else None
+        print(train(settings, fingerprint))
     else:
         raise UserError(f"there is no verb {verb!r}: it is demo, extract or train; see python -m minsae_jax --help")
 

@@ -92,3 +92,12 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         place = f": {e.filename}" if isinstance(e, OSError) and e.filename else ""
         print(f"error: {e.strerror or e}{place}" if isinstance(e, OSError) else f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except Exception as e:
+        if "RESOURCE_EXHAUSTED" not in str(e) or "--debug" in args:
+            raise
+        print(
+            f"error: out of memory ({' '.join(str(e).split())[:150]}): try a smaller --batch_size, "
+            "--feature_dim_factor or sweep",
+            file=sys.stderr,
+        )
+        sys.exit(2)

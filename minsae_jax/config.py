@@ -84,7 +84,8 @@ class Extract:
     max_batches: int | None = None
     """Stop after so many batches of each split."""
     out: str | None = None
-    """Folder that holds l{layer}/ (default: embeddings/store for train, embeddings/store_{split} for the others)."""
+    """Folder that holds l{layer}/ (default: embeddings/store for train, embeddings/store_{split} for the others; with
+    several splits the same is made of the name given)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format on disk; readers give float32."""
     force_revin: bool = False
@@ -96,16 +97,13 @@ class Extract:
         _require_positive(self, "batch_size", "max_batches")
         _require(len(self.split) > 0, "--split needs at least one of train, val, test, all")
         _require(len(set(self.split)) == len(self.split), f"--split names a split twice: {' '.join(self.split)}")
-        _require(
-            self.out is None or len(self.split) == 1,
-            f"--out names one store, but --split asks for {len(self.split)}: leave out --out, or give one split",
-        )
         _require(self.split_seed >= 0, f"--split_seed must be 0 or more, but is {self.split_seed}")
 
     def store(self, split: Split) -> Path:
         """The folder that holds this split's shards."""
-        default = "embeddings/store" if split == "train" else f"embeddings/store_{split}"
-        return Path(self.out or default) / f"l{self.cache_layer}"
+        out = (self.out or "embeddings/store").rstrip("/")
+        is_named = self.out is not None and len(self.split) == 1
+        return Path(out if is_named or split == "train" else f"{out}_{split}") / f"l{self.cache_layer}"
 
 
 @dataclass(frozen=True)
@@ -120,6 +118,8 @@ class Train:
     """Layer of the store to train on."""
     checkpoint_path: str | None = None
     """The encoder that the store must come from, where that is to be checked."""
+    config_path: str | None = None
+    """That encoder's YAML, where it is a .pth file that needs one."""
     run_dir: str | None = None
     """Folder of the run (default: runs/{recipe})."""
     init: str | None = None

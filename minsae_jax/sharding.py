@@ -3,13 +3,14 @@
 Members of a sweep lie along `sweep`, windows and tokens along `data`; weights are whole on every device of `data`.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from minsae_jax.config import UserError
@@ -27,7 +28,8 @@ def start(deterministic: bool = False) -> None:
     if deterministic and "xla_gpu_deterministic_ops" not in flags:
         os.environ["XLA_FLAGS"] = flags = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     if "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, MAX_CPU_DEVICES))
+        with contextlib.suppress(RuntimeError):  # JAX was used before in this process: its devices stay as they are
+            jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, MAX_CPU_DEVICES))
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
@@ -39,7 +41,12 @@ def make_mesh(*group_sizes: int) -> Mesh:
     have to divide evenly; the rest along `data`. Without members, all along `data`."""
     devices = np.array(jax.devices())
     sweep = math.gcd(len(devices), *group_sizes) if group_sizes else 1
-    return Mesh(devices.reshape(sweep, -1), (SWEEP, DATA))
+    return Mesh(devices.reshape(sweep, -1), (SWEEP, DATA), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def on_cpu() -> bool:
+    """Whether work is best done in pieces that fit the cache, and members one after the other."""
+    return jax.default_backend() == "cpu"
 
 
 def members(mesh: Mesh) -> NamedSharding:

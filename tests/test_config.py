@@ -78,7 +78,7 @@ def test_no_file(tmp_path):
         (Train, {"number_of_arrays": 2}), (Train, {"recon_weight": 2}), (Train, {"recipe": "minsae", "lr_decay": 0.2}),
         (Train, {"dead_after": 2**31}), (Train, {"shuffle_seed": -1}), (Train, {"checkpoint_every": 0}),
         (Extract, {"batch_size": 0}), (Extract, {"max_batches": 0}), (Extract, {"split": []}),
-        (Extract, {"split": ["val", "val"]}), (Extract, {"split": ["train", "val"], "out": "x"}),
+        (Extract, {"split": ["val", "val"]}),
         (Demo, {"patients": 3}), (Demo, {"minutes": 0}), (Demo, {"seed": -1}),
     ],
 )  # fmt: skip

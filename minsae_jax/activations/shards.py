@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ Manifest = dict[str, Any]
 class Shard:
     path: Path
     rows: int  # tokens: sequences * n_tokens
+    offset: int  # of the first number in the file, in bytes
     sha256: str | None  # None where there is no manifest
 
 
@@ -45,7 +46,6 @@ class Store:
     d_model: int
     dtype: str  # of the numbers on disk: float32, float16, bfloat16, or float64 where minSAE's folder has it
     manifest: Mapping[str, Any]
-    _maps: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -58,12 +58,16 @@ class Store:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def read(self, shard: int, start: int = 0, stop: int | None = None) -> Float[np.ndarray, "rows d_model"]:
-        """Consecutive tokens of one shard as float32, whatever the store's dtype."""
-        if shard not in self._maps:
-            mapped = np.load(self.shards[shard].path, mmap_mode="r", allow_pickle=False)
-            self._maps[shard] = mapped.view(np.ndarray).reshape(-1, self.d_model)
-        rows = self._maps[shard][start:stop]
-        return (rows.view(ml_dtypes.bfloat16) if self.dtype == "bfloat16" else rows).astype(np.float32)
+        """Consecutive tokens of one shard as float32, whatever the store's dtype.
+
+        The file is opened for each read: a map of every shard would take as many file descriptors.
+        """
+        file = self.shards[shard]
+        start, stop, _ = slice(start, stop).indices(file.rows)
+        dtype = np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+        row_bytes = self.d_model * dtype.itemsize
+        numbers = np.fromfile(file.path, dtype, (stop - start) * self.d_model, offset=file.offset + start * row_bytes)
+        return numbers.reshape(-1, self.d_model).astype(np.float32, copy=False)
 
     def verify(self) -> None:
         """Read every shard and compare its checksum. Raises UserError naming those that fail."""
@@ -119,7 +123,10 @@ def open_store(path: str | Path, layer: int | None = None) -> Store:
         raise UserError(f"the store {folder} is of layer {manifest['layer']}, not {layer}")
     if problem := next(damages(folder, manifest), None):
         raise UserError(f"{problem}, and {AGAIN}")
-    shards = tuple(Shard(folder / e["file"], e["rows"], e["sha256"]) for e in manifest["shards"])
+    shards = tuple(
+        Shard(folder / e["file"], e["rows"], _header(folder / e["file"]).offset, e["sha256"])
+        for e in manifest["shards"]
+    )
     return Store(folder, shards, manifest["d_model"], manifest["dtype"], manifest)
 
 
@@ -144,26 +151,34 @@ def shard_damage(path: Path, entry: Mapping[str, Any], manifest: Manifest) -> st
     if path.stat().st_size != entry["bytes"]:
         return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}: remove it"
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as e:
-        return f"{path} is no .npy array ({' '.join(str(e).split())}): remove it"
+        array = _header(path)
+    except UserError as e:
+        return f"{e}: remove it"
     if [*array.shape] != entry["shape"] or str(array.dtype) != ON_DISK[manifest["dtype"]]:
         return f"{path} is {array.dtype}{list(array.shape)}, not {manifest['dtype']}{entry['shape']}: remove it"
     return None
 
 
+def _header(path: Path) -> np.memmap:
+    """A shard's shape, dtype and offset; its numbers are not read."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as e:
+        raise UserError(f"{path} is no .npy array, or a damaged one ({' '.join(str(e).split())})") from e
+    if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
+        raise UserError(f"{path} is no .npy array in C order")
+    return array
+
+
 def _without_manifest(folder: Path, files: list[Path]) -> Store:
     shards, kinds = [], set()
     for path in files:
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as e:
-            raise UserError(f"{path} is no .npy array, or a damaged one ({' '.join(str(e).split())})") from e
+        array = _header(path)
         if array.ndim < 2 or array.dtype.kind != "f" or array.size == 0:
             raise UserError(
                 f"{path} must hold [sequences, n_tokens, d_model] floats, but is {array.dtype}{list(array.shape)}"
             )
-        shards.append(Shard(path, array.size // array.shape[-1], None))
+        shards.append(Shard(path, array.size // array.shape[-1], array.offset, None))
         kinds.add((array.shape[-1], str(array.dtype)))
     if len(kinds) > 1:
         raise UserError(f"the shards in {folder} do not belong together: (d_model, dtype) is {sorted(kinds)}")

@@ -28,9 +28,9 @@ _OURS = re.compile(rf"({SHARD_NAME.pattern}|{MANIFEST}|{PROVENANCE})(\.tmp)?")
 
 def refuse_other_store(folder: Path, identity: dict[str, Any]) -> None:
     """Raise UserError where the folder holds a store that was begun with other settings, or shards of no manifest."""
-    refuse_foreign_files(folder)
     before = read_manifest(folder)
     if not before:
+        refuse_foreign_files(folder)
         shards = sorted(p.name for p in folder.iterdir() if SHARD_NAME.fullmatch(p.name)) if folder.is_dir() else []
         if shards:
             raise UserError(f"{folder} holds {shards[0]} without a manifest: name another --out, or use --overwrite")
@@ -68,7 +68,8 @@ class StoreWriter:
         self._lock = ExitStack()
 
     def __enter__(self) -> "StoreWriter":
-        refuse_foreign_files(self.folder)
+        if self.overwrite:
+            refuse_foreign_files(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             stack.enter_context(locked(self.folder))
@@ -97,7 +98,7 @@ class StoreWriter:
         self._write_manifest()
         names = {e["file"] for e in kept} | {MANIFEST}
         for path in self.folder.iterdir():
-            if path.name not in names:
+            if path.name not in names and _OURS.fullmatch(path.name):
                 path.unlink()
 
     @property

@@ -103,7 +103,7 @@ class Windows:
             finite = np.isfinite(block).all(1)
             if not finite.all():
                 return "", False, start + int(np.flatnonzero(~finite)[0])
-            digest.update(block.tobytes())
+            digest.update(block.data)
             zero = zero and not block[:, -1].any()
         return digest.hexdigest(), zero and len(samples) > 0, None
 
@@ -134,7 +134,10 @@ def open_windows(
     lengths = read_lengths(folder / "file_lengths_map.csv")
     splits = patient_splits(root, names, split_seed)
     patients = splits["train"] + splits["val"] + splits["test"] if split == "all" else splits[split]
-    files = [name for patient in patients for name in names if patient_of(name) == patient]
+    files_of: dict[str, list[str]] = {}
+    for name in names:
+        files_of.setdefault(patient_of(name), []).append(name)
+    files = [name for patient in patients for name in files_of.get(patient, [])]
     missing = [name for name in files if name not in lengths]
     if missing:
         raise UserError(f"{folder / 'file_lengths_map.csv'} has no row for {_some(missing)}")
@@ -211,7 +214,7 @@ def patient_splits(root: Path, names: list[str], seed: int) -> Splits:
     val_end = train_end + int(len(patients) * (1 - TRAIN_SHARE - TEST_SHARE))
     splits = {"train": patients[:train_end], "val": patients[train_end:val_end], "test": patients[val_end:]}
     if os.access(root, os.W_OK):
-        with written_aside(path) as aside:
+        with written_aside(path, shared=True) as aside:
             aside.write_bytes(pickle.dumps(splits))
     return splits
 

@@ -85,7 +85,8 @@ def _fingerprint(architecture: Architecture, params: Params) -> str:
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(architecture), sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        name = "/".join(str(getattr(part, "key", part)) for part in path)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 

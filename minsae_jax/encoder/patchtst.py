@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from minsae_jax import sharding
 from minsae_jax.config import UserError
 from minsae_jax.encoder.revin import RevIN
 
@@ -183,7 +184,7 @@ class PatchTST(nnx.Module):
         x = self.revin(past_values) if a.revin or force_revin else past_values
         x = self.embed(patches(x, a.patch_len, a.stride))
         sequences = x.reshape(-1, *x.shape[2:])
-        if jax.default_backend() == "cpu":
+        if sharding.on_cpu():
             z = jax.lax.map(lambda s: self.run_layers(s[None], n_layers)[0], sequences)
         else:
             z = self.run_layers(sequences, n_layers)

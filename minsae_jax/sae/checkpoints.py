@@ -6,7 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from minsae_jax.config import UserError
@@ -18,7 +17,7 @@ def _told_as_full_disk(folder: object) -> Iterator[None]:
     """Orbax and what is below it raise all kinds of errors when a checkpoint cannot be written."""
     try:
         yield
-    except Exception as e:
+    except (OSError, ValueError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(
             f"a checkpoint could not be written to {folder} ({reason}): make room, and give the same command again"
@@ -36,8 +35,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def wait(self) -> None:
         """Until all that was saved is on disk."""
@@ -55,9 +56,9 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        """State and notes, laid out over the devices as `like` is. Raises UserError where the checkpoint is damaged."""
-        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(target), notes=ocp.args.JsonRestore())
+        """State and notes, the state of the shapes and laid out over the devices as the abstract state `like` is.
+        Raises UserError where the checkpoint is damaged."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), notes=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as e:

@@ -21,6 +21,9 @@ WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 Params = dict[str, Any]  # name -> array, numpy's or JAX's
 
 
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
 def shapes(d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
     return {"W_enc": (d_model, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_model), "b_dec": (d_model,)}
 
@@ -110,7 +113,7 @@ def save_member(folder: Path, params: dict[str, np.ndarray], config: dict[str, A
     """sae.safetensors and config.json, each written aside and renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     with written_aside(folder / WEIGHTS) as aside:
-        save_file({name: np.ascontiguousarray(params[name], np.float32) for name in shapes(0, 0)}, aside)
+        save_file({name: np.ascontiguousarray(params[name], np.float32) for name in NAMES}, aside)
     with written_aside(folder / CONFIG) as aside:
         aside.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -133,8 +136,8 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
 
 def check_params(params: dict[str, np.ndarray], where: str) -> None:
     """Raise UserError where names, shapes, dtypes or values are not those of an autoencoder."""
-    if set(params) != set(shapes(0, 0)):
-        raise UserError(f"{where} must hold exactly {', '.join(shapes(0, 0))}, but holds {', '.join(sorted(params))}")
+    if set(params) != set(NAMES):
+        raise UserError(f"{where} must hold exactly {', '.join(NAMES)}, but holds {', '.join(sorted(params))}")
     d_model, d_sae = params["b_dec"].size, params["b_enc"].size
     wrong = [
         f"{n} is {params[n].dtype}{list(params[n].shape)}" for n, s in shapes(d_model, d_sae).items()

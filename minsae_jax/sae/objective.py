@@ -117,6 +117,8 @@ def finish(
     direction = jnp.where(norm[:, None] > 0, w_dec / norm[:, None], 0)
     gradients["W_dec"] += lambda_sparsity * (sums.features / tokens)[:, None] * direction
     mse = objective.mse_factor(w_dec.shape[1]) * sums.residual / tokens
-    l1 = (sums.features @ norm) / tokens
+    l1 = (sums.features * norm).sum() / tokens
     loss = objective.recon_weight * mse + lambda_sparsity * l1
-    return gradients, Statistics(loss, mse, l1, sums.active.sum() / tokens, sums.residual, sums.active)
+    return gradients, Statistics(
+        loss, mse, l1, sums.active.astype(jnp.float32).sum() / tokens, sums.residual, sums.active
+    )

@@ -38,12 +38,12 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do. Raises UserError where the folder holds anything but this run."""
+        config = self.folder / "config.yaml"
         foreign = sorted({p.name for p in self.folder.iterdir()} - OURS) if self.folder.is_dir() else []
-        if foreign:
+        if foreign and (self.settings.overwrite or not config.exists()):
             raise UserError(f"{self.folder} holds {foreign[0]}, which is no run's: name another folder with --run_dir")
         if self.settings.overwrite:
             return False
-        config = self.folder / "config.yaml"
         if not config.exists():
             if self.checkpoints.exists():
                 raise UserError(f"{self.folder} holds checkpoints but no config.yaml: use --overwrite to start anew")
@@ -56,6 +56,10 @@ class Run:
                 "--overwrite"
             )
         return (self.folder / "sweep.csv").exists()
+
+    def is_new(self) -> bool:
+        """Whether there is nothing to go on from."""
+        return self.settings.overwrite or not self.checkpoints.is_dir() or not any(self.checkpoints.iterdir())
 
     @contextmanager
     def begun(self) -> Iterator[None]:

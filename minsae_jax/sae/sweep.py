@@ -23,8 +23,8 @@ from minsae_jax.sae import model
 from minsae_jax.sae.objective import Objective, Statistics, Sums, batch_sums, finish
 
 State = dict[str, Any]
-PIECE = {"cpu": 256}  # tokens at a time on a device; elsewhere:
-LARGE_PIECE = 8192
+CPU_PIECE = 256  # tokens at a time, so that their features fit the cache
+PIECE_NUMBERS = 2**27  # features of all members at a time on an accelerator: 512 MB
 LARGEST_D_SAE = 2**24
 
 
@@ -102,10 +102,17 @@ class Sweep:
         self.step = jax.jit(
             self._step, donate_argnums=0, static_argnames="tokens", out_shardings=(self.shardings, None)
         )
+        self.take_window = jax.jit(self._take_window, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def init(self, start: model.Params | None = None) -> State:
         """The state before the first step: weights by the recipe's law from each member's seed, or from `start`."""
-        return jax.jit(partial(self._init, start), out_shardings=self.shardings)()
+        return jax.jit(self._init, out_shardings=self.shardings)(start)
+
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and shardings of the state; nothing is allocated."""
+        shapes = jax.eval_shape(self._init, None)
+        shardings = {name: jax.tree.map(lambda _, s=s: s, shapes[name]) for name, s in self.shardings.items()}
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
     def _init(self, start: model.Params | None) -> State:
         groups = []
@@ -134,12 +141,8 @@ class Sweep:
         moments = {"steps": jnp.int32(0), "tokens": jnp.zeros(()), "mean": jnp.zeros(self.d_model), "m2": jnp.zeros(())}
         return state | {"groups": groups, "moments": moments}
 
-    def take_window(self, state: State) -> tuple[State, State]:
+    def _take_window(self, state: State) -> tuple[State, State]:
         """The state with an empty window, and what `read_window` wants of the ended one (still on the devices)."""
-        return self._split_window(state)
-
-    @partial(jax.jit, static_argnums=0)
-    def _split_window(self, state: State) -> tuple[State, State]:
         limit = jnp.minimum(state["seen"], self.settings.dead_after)
         ended = {
             "groups": [(g["window"], (g["silent"] >= limit).mean(1)) for g in state["groups"]],
@@ -150,7 +153,9 @@ class Sweep:
     def _piece(self, tokens: int) -> tuple[int, int]:
         """Into how many pieces of how many tokens each device of `data` cuts its share of a batch."""
         share = -(-tokens // self.mesh.shape[sharding.DATA])
-        pieces = -(-share // PIECE.get(jax.default_backend(), LARGE_PIECE))
+        features = max(len(g) * g[0].d_sae for g in self.groups)  # of a token, for all members of a group at once
+        most = CPU_PIECE if sharding.on_cpu() else max(CPU_PIECE, PIECE_NUMBERS // features)
+        pieces = -(-share // most)
         return pieces, -(-share // pieces)
 
     def put(self, x: Float[np.ndarray, "tokens d_model"]) -> Float[Array, "rows d_model"]:
@@ -172,8 +177,7 @@ class Sweep:
         """One step of all members on scale * x, of which the first `tokens` rows count. Returns a loss to wait on."""
         lambda_factor, lr_factor = self.schedules(state["step"])
         lambdas = [h["lambda_sparsity"] * lambda_factor for h in hyper]
-        with jax.default_matmul_precision("highest"):
-            sums, moments = self._sums([g["params"] for g in state["groups"]], lambdas, x * scale, tokens)
+        sums, moments = self._sums([g["params"] for g in state["groups"]], lambdas, x * scale, tokens)
         news = min(tokens, self.settings.dead_after)
         groups = []
         for group, lambda_now, lr, sums_here in zip(state["groups"], lambdas, hyper, sums, strict=True):
@@ -221,12 +225,13 @@ class Sweep:
             sums, m2 = jax.lax.psum((sums, m2), sharding.DATA)
             return sums, (mean, m2)
 
-        return sharding.on_members_and_rows(self.mesh, on_one_device)(params, lambdas, x)
+        with jax.default_matmul_precision("highest"):
+            return sharding.on_members_and_rows(self.mesh, on_one_device)(params, lambdas, x)
 
 
 def _each_member(function: Any, params: model.Params, lambdas: Array) -> Any:
     """function over the leading axis: on CPU one member after the other, since batched products are slow there."""
-    if jax.default_backend() == "cpu":
+    if sharding.on_cpu():
         return jax.lax.map(lambda member: function(*member), (params, lambdas))
     return jax.vmap(function)(params, lambdas)
 

@@ -30,7 +30,8 @@ class Inputs:
     store: Store
     groups: tuple[Group, ...]
     start: Params | None  # weights of --init, for raw activations
-    scale: float  # of the activations, before they are trained on
+    stream: TokenStream
+    scale: float | None  # of the activations before they are trained on; None where the checkpoint has it
 
 
 def train(settings: Train, encoder_fingerprint: str | None = None) -> str:
@@ -43,14 +44,17 @@ def train(settings: Train, encoder_fingerprint: str | None = None) -> str:
     run = Run(settings)
     if run.is_finished():
         return f"the run {run.folder} is finished already\n{run.summary()}"
-    inputs = check_inputs(settings, encoder_fingerprint)
+    inputs = check_inputs(settings, encoder_fingerprint, run.is_new())
     with run.begun(), Checkpoints(run.checkpoints, settings.max_to_keep) as checkpoints:
         Trainer(inputs, run, checkpoints).train()
     return f"the run {run.folder} is finished\n{run.summary()}"
 
 
-def check_inputs(settings: Train, encoder_fingerprint: str | None) -> Inputs:
-    """Store, members and initial weights, all fitting one another. Raises UserError where they do not."""
+def check_inputs(settings: Train, encoder_fingerprint: str | None, is_new: bool) -> Inputs:
+    """Store, members and initial weights, all fitting one another. Raises UserError where they do not.
+
+    A new run reads the whole store once, to hold it against its checksums.
+    """
     store = open_store(settings.store, settings.cache_layer)
     made_by = store.manifest.get("encoder")
     if encoder_fingerprint and made_by and made_by != encoder_fingerprint:
@@ -66,8 +70,22 @@ def check_inputs(settings: Train, encoder_fingerprint: str | None) -> Inputs:
             f"--init {settings.init} is of d_model {start.d_model} and d_sae {start.d_sae}, but the sweep wants "
             f"{' and '.join(f'{d_model} and {d_sae}' for d_model, d_sae in wanted)}: see --feature_dim_factor"
         )
+    stream = open_stream(settings, store)
+    window = settings.eval_window * _tokens_a_step(settings, store)
+    if window >= 2**31:
+        raise UserError(f"--eval_window {settings.eval_window} is {window:,} tokens: it must be below {2**31:,}")
+    if not is_new:
+        return Inputs(settings, store, groups, None, stream, None)
     store.verify()
-    return Inputs(settings, store, groups, start.params if start else None, measure_scale(settings, store))
+    scale = measure_scale(settings, store)
+    return Inputs(settings, store, groups, start.params if start else None, stream, scale)
+
+
+def _tokens_a_step(settings: Train, store: Store) -> int:
+    """At the most."""
+    if settings.recipe == "minsae":
+        return (settings.number_of_arrays or 1) * max(shard.rows for shard in store.shards)
+    return settings.batch_size or 1
 
 
 def open_stream(settings: Train, store: Store) -> TokenStream:
@@ -79,9 +97,9 @@ def open_stream(settings: Train, store: Store) -> TokenStream:
 
 def measure_scale(settings: Train, store: Store) -> float:
     """√d_model / mean ‖x‖₂ over the stream's first scale_tokens tokens, or over one epoch if that is less."""
-    stream = open_stream(settings, store)
     if settings.recipe == "minsae":
         return 1.0
+    stream = open_stream(settings, store)
     wanted = min(settings.scale_tokens or 1, store.rows)
     total, left = 0.0, wanted
     while left:
@@ -100,19 +118,19 @@ class Trainer:
         self.settings, self.store, self.groups = inputs.settings, inputs.store, inputs.groups
         self.run, self.checkpoints = run, checkpoints
         self.sweep = Sweep(self.settings, self.groups, self.store.d_model)
-        self.stream = open_stream(self.settings, self.store)
+        self.stream = inputs.stream
         self.step, self.tokens = 0, 0
         self.figures: list[list[dict[str, float]]] = []  # of every group's members, in the last window
         latest = checkpoints.latest()
         if latest is not None:
             self._restore(latest)
         else:
-            self.scale = inputs.scale
+            self.scale = inputs.scale or measure_scale(self.settings, self.store)
             self.state = self.sweep.init(fold_scale(inputs.start, 1 / self.scale) if inputs.start else None)
         self.logs: list[list[MemberLog]] = []
 
     def _restore(self, step: int) -> None:
-        self.state, notes = self.checkpoints.restore(step, self.sweep.init())
+        self.state, notes = self.checkpoints.restore(step, self.sweep.abstract_state())
         if notes["store"] != self.store.fingerprint:
             raise UserError(
                 f"the store {self.store.folder} has changed since {self.run.folder} began: bring the old one back, or "
@@ -177,7 +195,7 @@ class Trainer:
                     self._save()
 
     def _log(self, step: int, tokens: int, ended: State) -> float:
-        """Every member's row of a window. Returns tokens a second over the window."""
+        """Every member's row of a window; of a shorter one at the end only `figures`. Returns tokens a second."""
         windows = read_window(ended)
         if windows is None:
             raise UserError(f"the store {self.store.folder} holds NaN or infinity: extract it again")
@@ -189,6 +207,8 @@ class Trainer:
         for group, logs, window in zip(self.groups, self.logs, windows, strict=True):
             self.figures.append([self._figures(window, i, member) for i, member in enumerate(group)])
             for member, log, figures, active in zip(group, logs, self.figures[-1], window.active, strict=True):
+                if step % self.settings.eval_window:
+                    continue
                 schedule = {"lr": member.lr * lr_factor, "lambda": member.lambda_sparsity * lambda_factor}
                 log.write({"step": step, "tokens": tokens} | figures | schedule, active, rate)
         return rate

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import resource
 
 import ml_dtypes
 import numpy as np
@@ -63,7 +65,23 @@ def test_read(folder, tmp_path, path):
     store.verify()
     assert (store.rows, store.d_model, len(store.shards)) == (30, 4, 3)
     np.testing.assert_array_equal(store.read(1, 2, 7), arrays()[1].reshape(-1, 4)[2:7])
-    assert open_store(tmp_path / path, 2).rows == 30 if path.endswith("l-1") else True  # -1 of three layers is 2
+
+
+def test_a_layer_has_two_numbers(folder):
+    assert open_store(folder, 2).rows == open_store(folder, -1).rows == 30  # of three layers
+
+
+def test_more_shards_than_file_descriptors(tmp_path):
+    for i in range(100):
+        np.save(tmp_path / f"b{i:04d}.npy", np.full((1, 2, 4), i, np.float32))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, before[1]))
+    try:
+        store = open_store(tmp_path, -1)
+        assert [int(store.read(i)[0, 0]) for i in range(100)] == list(range(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

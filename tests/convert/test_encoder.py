@@ -75,7 +75,7 @@ def test_bare_state_dict_and_prefixes(convert, checkpoint, settings):
     expected = convert(checkpoint, settings)[0].fingerprint
     state = checkpoint["model_state_dict"]
     assert convert(dict(state), settings)[0].fingerprint == expected
-    for prefix in ("module.", "_orig_mod.", "_orig_mod.module."):
+    for prefix in ("module.", "_orig_mod.", "_orig_mod.module.", "model.", "module.model."):
         prefixed = checkpoint | {"model_state_dict": {prefix + k: v for k, v in state.items()}}
         assert convert(prefixed, settings)[0].fingerprint == expected
 
@@ -145,6 +145,13 @@ def test_ignored_settings_are_one_warning(convert, checkpoint, settings):
     assert len(seen) == 1
     assert "norm is BatchNorm in the YAML, but LayerNorm in the state dict" in str(seen[0].message)
     assert (encoder.architecture.norm, encoder.architecture.use_cls_token) == ("LayerNorm", True)
+
+
+def test_equal_settings_in_other_spellings_are_no_disagreement(convert, checkpoint, settings):
+    checkpoint["config"]["model"] |= {"revin_eps": "1e-05", "activation": "GELU"}  # as PyYAML reads 1e-05
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(checkpoint, settings)
 
 
 def test_yaml_precedes_the_own_config_with_one_warning(convert, checkpoint, settings):

@@ -149,6 +149,9 @@ def test_shifted_columns_are_told_and_marked(encoder, settings, demo_folder, tmp
 
 
 def test_default_folders():
+    assert str(Extract(out="x", split=("val",)).store("val")) == "x/l-1"
+    several = Extract(out="x/y/", split=("train", "val"))
+    assert [str(several.store(s)) for s in several.split] == ["x/y/l-1", "x/y_val/l-1"]
     settings = Extract(split=("train", "val", "test", "all"), cache_layer=2)
     assert [str(settings.store(s)) for s in settings.split] == [
         "embeddings/store/l2", "embeddings/store_val/l2", "embeddings/store_test/l2", "embeddings/store_all/l2",

@@ -11,7 +11,7 @@ import torch
 
 from convert.encoder import apply_rules, convert_encoder
 from convert.plain_torch import forward
-from minsae_jax import UserError
+from minsae_jax import UserError, sharding
 from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder, split_model
 from minsae_jax.encoder.patchtst import Architecture, patches
 from minsae_jax.encoder.revin import RevIN
@@ -97,6 +97,16 @@ def test_against_plain_torch(name):
     got = encoder(x.numpy())
     assert got.shape == tuple(output.shape)
     np.testing.assert_allclose(got, output, atol=TOLERANCE, rtol=0)
+
+
+def test_accelerators_do_the_same(monkeypatch):
+    folder = FIXTURES / "tuhab_patch_100"
+    x = np.load(folder / "expected.npz")["past_values"]
+    on_cpu = convert_encoder(folder / "checkpoint.pth")[0].activations(x)
+    monkeypatch.setattr(sharding, "on_cpu", lambda: False)
+    jax.clear_caches()
+    np.testing.assert_allclose(convert_encoder(folder / "checkpoint.pth")[0].activations(x), on_cpu, atol=1e-5)
+    jax.clear_caches()
 
 
 def test_variants_differ():

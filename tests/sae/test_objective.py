@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minsae_jax.sae import model
-from minsae_jax.sae.objective import Objective, batch_sums, finish, plain_loss
+from minsae_jax.sae.objective import Objective, Sums, batch_sums, finish, plain_loss
 
 D, F, TOKENS = 12, 40, 60
 OBJECTIVES = {"april2024": Objective(mean_over_d_model=False), "minsae": Objective(True, recon_weight=3.0)}
@@ -64,6 +64,15 @@ def test_statistics_follow_their_definitions(params, x, name):
     assert float(s.l0) == pytest.approx((features > 0).sum(1).mean(), rel=1e-6)
     assert float(s.residual) == pytest.approx((error**2).sum(), rel=1e-5)
     np.testing.assert_array_equal(s.active, (features > 0).sum(0))
+
+
+def test_l0_of_many_tokens_and_features():
+    """More activations in a batch than an int32 counts."""
+    params = {"W_dec": jnp.ones((1, 1)), "b_dec": jnp.zeros(1)}
+    active = jnp.full(4, 2**30, jnp.int32)
+    sums = Sums({"W_dec": jnp.zeros((1, 1))}, jnp.zeros(()), jnp.zeros(1), active)
+    _, statistics = finish(params, sums, 2**30, jnp.float32(1), OBJECTIVES["april2024"])
+    assert float(statistics.l0) == 4
 
 
 def test_a_decoder_row_of_zeros_has_a_finite_gradient(params, x):

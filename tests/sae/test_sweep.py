@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from minsae_jax import UserError
+from minsae_jax import UserError, sharding
 from minsae_jax.config import Train
 from minsae_jax.sae.sweep import Sweep, make_groups, read_window
 
@@ -62,6 +62,26 @@ def test_a_sweep_is_its_members_alone():
         g, i = place[member]
         for ours, theirs in zip(windows, own_windows, strict=True):
             assert ours[g].loss[i] == pytest.approx(theirs[0].loss[0], rel=1e-5)
+
+
+def test_accelerators_do_the_same(monkeypatch):
+    """What a GPU runs, members side by side in large pieces, gives what a CPU gives, one by one in small ones."""
+    _, cpu = run(SETTINGS, batches(6, 45))
+    monkeypatch.setattr(sharding, "on_cpu", lambda: False)
+    _, accelerator = run(SETTINGS, batches(6, 45))
+    for step, same_step in zip(cpu, accelerator, strict=True):
+        for ours, theirs in zip(step, same_step, strict=True):
+            np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
+            np.testing.assert_allclose(ours.l0, theirs.l0, rtol=2e-3)
+
+
+def test_one_compilation(one_device):
+    sweep = Sweep(SETTINGS, make_groups(SETTINGS, D), D)
+    state = sweep.init()
+    for x in batches(4):
+        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
+        state, _ = sweep.take_window(state)
+    assert sweep.step._cache_size() == 1
 
 
 def test_members_differ():

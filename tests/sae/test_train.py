@@ -107,6 +107,13 @@ def test_what_a_run_leaves(settings, tmp_path):
         assert any(p.name.startswith("events.out.tfevents") for p in member.iterdir())
 
 
+def test_a_last_window_that_is_shorter_counts_for_the_sweep_alone(settings, tmp_path):
+    train(replace(settings, num_steps=20, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,)))
+    assert table(tmp_path / "run/members/lambda=3/metrics.csv")["step"].tolist() == [8, 16]
+    with (tmp_path / "run/sweep.csv").open() as f:
+        assert float(next(csv.DictReader(f))["mse"]) > 0
+
+
 def test_exported_weights_reconstruct_raw_activations(settings, small_store, tmp_path, one_device):
     """The last window's FVU, in the scaled space of training, is that of the export on the raw store."""
     settings = replace(settings, num_steps=400, lambda_sparsity=(0.1,), feature_dim_factor=(3.0,), batch_size=105)
@@ -142,7 +149,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("recipe", ["april2024", "minsae"])
-@pytest.mark.parametrize("kills", [(13,), (9, 26, 39)])
+@pytest.mark.parametrize("kills", [(13,), (13, 26, 39)])
 def test_interrupted_is_uninterrupted(settings, tmp_path, monkeypatch, recipe, kills):
     """Weights to the bit, rows without gap or repeat; checkpoints fall inside windows of metrics."""
     if recipe == "minsae":
@@ -167,7 +174,7 @@ def test_interrupted_is_uninterrupted(settings, tmp_path, monkeypatch, recipe, k
         with pytest.raises(Killed):
             train(other)
         monkeypatch.setattr(Sweep, "put", put)
-    assert _latest(tmp_path / "other") > 0 or kills == (9,)
+    assert _latest(tmp_path / "other") > 0
     train(other)
     names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
     one, two = files(tmp_path / "run", *names), files(tmp_path / "other", *names)
