@@ -110,6 +110,30 @@ def test_make(checkout, environment):
     assert time.time() - began < 30
 
 
+def test_killed_at_any_moment(small_store, tmp_path, environment):
+    """SIGKILL between checkpoints, twice, then the same command: the files of an undisturbed run, to the byte."""
+    command = (
+        f"minsae train --store {small_store} --lambda_sparsity 0.1 1 --lr 1e-3 --num_steps 2000 --batch_size 64 "
+        "--checkpoint_every 100 --eval_window 130 --run_dir "
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(command + "whole", tmp_path, environment)
+    for wanted in (100, 900):
+        with subprocess.Popen(
+            shlex.split(command + "killed"), cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+        ) as process:
+            while max((int(p.name) for p in killed.glob("checkpoints/*") if p.name.isdigit()), default=0) < wanted:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.kill()
+    assert not (killed / "sweep.csv").exists()
+    run(command + "killed", tmp_path, environment)
+    compared = [p.relative_to(whole) for p in whole.rglob("*") if p.suffix in (".csv", ".safetensors")]
+    assert len(compared) == 7
+    for name in compared:
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+
+
 def test_make_explains_itself(checkout, environment):
     told = run(["make"], checkout, environment)
     makefile = (ROOT / "Makefile").read_text()
