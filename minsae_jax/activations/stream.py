@@ -5,6 +5,7 @@ plain JSON; what comes next depends on the store, the seed and the position alon
 """
 
 import bisect
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,24 +61,33 @@ class FileGroups:
         return np.concatenate([self.store.read(i) for i in range(first, first + self.size)])
 
 
-def _permuted(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return rows[rng.permutation(len(rows))]
+class ShuffledWindows:
+    """The store in random order, epoch after epoch: element i is a window of at most WINDOW chunks, its rows mixed.
+
+    Chunks are drawn over the whole store, anew each epoch; no window reaches into the next one, so that every token
+    comes once an epoch. (Grain's own shuffle takes milliseconds an element where there are few.)
+    """
+
+    def __init__(self, store: Store, seed: int):
+        self.chunks, self.seed = Chunks(store), seed
+        self.windows_per_epoch = -(-len(self.chunks) // WINDOW)
+        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(self.chunks)))
+
+    def __len__(self) -> int:
+        return 2**40  # without end, as far as anybody trains
+
+    def __getitem__(self, index: int) -> Float[np.ndarray, "rows d_model"]:
+        epoch, window = divmod(int(index), self.windows_per_epoch)
+        chunks = self._order(epoch)[window * WINDOW : (window + 1) * WINDOW].tolist()
+        rows = np.concatenate([self.chunks[i] for i in chunks])
+        return rows[np.random.default_rng([self.seed, epoch, window]).permutation(len(rows))]
 
 
 def shuffled_tokens(store: Store, batch_size: int, shuffle_seed: int) -> TokenStream:
-    """batch_size tokens at a time: chunks in random order over the whole store, anew each epoch, then rows in random
-    order within a window of chunks. No window reaches into the next epoch, so that every token comes once an epoch;
-    batches run on from one epoch to the next."""
-    windows = (
-        grain.MapDataset.source(Chunks(store))
-        .seed(shuffle_seed)
-        .shuffle()
-        .batch(WINDOW, batch_fn=np.concatenate)
-        .random_map(_permuted)
-        .repeat()
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-    )
-    return iter(grain.experimental.RebatchIterDataset(windows, batch_size, drop_remainder=True))
+    """batch_size tokens at a time, from ShuffledWindows; batches run on from one window and epoch to the next."""
+    windows = grain.MapDataset.source(ShuffledWindows(store, shuffle_seed))
+    ahead = windows.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
+    return iter(grain.experimental.RebatchIterDataset(ahead, batch_size, drop_remainder=True))
 
 
 def files_in_order(store: Store, number_of_arrays: int) -> TokenStream:
