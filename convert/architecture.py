@@ -35,7 +35,7 @@ def read_architecture(checkpoint: Checkpoint, yaml: Mapping[str, Any]) -> tuple[
 
     Raises UserError naming every setting that nothing gives and both values of every size that disagrees.
     """
-    given = _merge_settings(yaml, checkpoint.config)
+    given, disagreement = _merge_settings(yaml, checkpoint.config)
     told = _from_state_dict(checkpoint.tensors, given)
     _compare(told, given)
     values: dict[str, Any] = {}
@@ -55,20 +55,22 @@ def read_architecture(checkpoint: Checkpoint, yaml: Mapping[str, Any]) -> tuple[
         )
     architecture = Architecture(**values)
     _check_sizes(architecture, checkpoint.tensors)
+    if disagreement:
+        warnings.warn(
+            f"the YAML disagrees with the checkpoint's own config and precedes it: {disagreement}", stacklevel=2
+        )
     return architecture, sources
 
 
-def _merge_settings(yaml: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Setting]:
-    """Our names to settings; the YAML precedes the checkpoint's config, and one warning tells where they disagree."""
+def _merge_settings(yaml: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Setting], str]:
+    """Our names to settings, the YAML preceding the checkpoint's config; and in words where those two disagree."""
     ours = {n: Setting(v, "YAML") for n, v in _flat(yaml).items()}
     theirs = {n: Setting(v, "checkpoint's config") for n, v in _flat(config).items()}
     for settings in (theirs, ours):
         settings.update({n: Setting(_checked(n, s), s.source) for n, s in settings.items()})
     both = [n for n in ours if n in theirs and ours[n].value != theirs[n].value and n not in FOLLOWS_STATE_DICT]
-    if both:
-        told = ", ".join(f"{_spelling(n)} ({ours[n].value!r}, not {theirs[n].value!r})" for n in both)
-        warnings.warn(f"the YAML disagrees with the checkpoint's own config and precedes it: {told}", stacklevel=2)
-    return theirs | ours
+    disagreement = ", ".join(f"{_spelling(n)} ({ours[n].value!r}, not {theirs[n].value!r})" for n in both)
+    return theirs | ours, disagreement
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +160,7 @@ def _head(tensors: Tensors, told: Mapping[str, Any], n_tokens: int, given: Mappi
 
 def check_yaml(architecture: Architecture, yaml: Mapping[str, Any]) -> None:
     """Refuse a YAML that describes another encoder than a converted one; raises UserError with both values."""
-    _compare(dataclasses.asdict(architecture), _merge_settings(yaml, {}), "converted encoder")
+    _compare(dataclasses.asdict(architecture), _merge_settings(yaml, {})[0], "converted encoder")
 
 
 def _compare(told: dict[str, Any], given: Mapping[str, Setting], teller: str = "state dict") -> None:
