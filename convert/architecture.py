@@ -9,101 +9,132 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from convert.checkpoint import Checkpoint, Tensors
+import numpy as np
+
+from convert.checkpoint import Checkpoint, Program, Tensors, shown
 from minsae_jax.config import UserError
 from minsae_jax.encoder.patchtst import Architecture
 
-# our name -> the names that settings use for it
+# our name -> the names that settings use for it: gPatchTST's YAML, its code, the official programs
 SPELLINGS = {
     "patch_len": ("patch_length", "patch_len"),
-    "n_layers": ("num_layers", "n_layers"),
+    "n_layers": ("num_layers", "n_layers", "e_layers"),
     "n_heads": ("num_heads", "n_heads"),
-    "n_vars": ("n_vars", "num_variates"),
+    "n_vars": ("n_vars", "num_variates", "enc_in", "c_in"),
+    "activation": ("activation", "act"),
+    "revin_affine": ("revin_affine", "affine"),
+    "individual_head": ("individual_head", "individual"),
 }
-DEFAULTS = {"pre_norm": False}
+# What a program's code fixes and its settings leave out.
+DEFAULTS: dict[Program, dict[str, Any]] = {
+    "gpatchtst": {"pre_norm": False},
+    "supervised": {
+        "pre_norm": False, "activation": "gelu", "res_attention": True, "revin_eps": 1e-5, "scaler": "mean_sd",
+    },
+    "transformers": {},
+}  # fmt: skip
 FOLLOWS_STATE_DICT = ("norm", "use_cls_token")  # the reference ignores these two settings
+HINTS = get_type_hints(Architecture)
+REQUIRED = [f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING]
 
 
 @dataclass(frozen=True)
 class Setting:
     value: Any
-    source: str  # "YAML" or "checkpoint's config"
+    source: str  # "flags", "YAML", "checkpoint's config" and so on
 
 
-def read_architecture(checkpoint: Checkpoint, yaml: Mapping[str, Any]) -> tuple[Architecture, dict[str, str]]:
-    """The architecture, and where each setting came from.
+def read_architecture(
+    checkpoint: Checkpoint, yaml: Mapping[str, Any], flags: Mapping[str, Any]
+) -> tuple[Architecture, dict[str, str]]:
+    """The architecture, and where each setting came from. Flags precede the YAML, and that the checkpoint's own config.
 
     Raises UserError naming every setting that nothing gives and both values of every size that disagrees.
     """
-    given, disagreement = _merge_settings(yaml, checkpoint.config)
+    given, disagreement = _merge_settings(checkpoint, yaml, flags)
     told = _from_state_dict(checkpoint.tensors, given)
     _compare(told, given)
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for name in get_type_hints(Architecture):
-        if name in told:
-            values[name], sources[name] = told[name], "state dict"
-        elif name in given:
-            values[name], sources[name] = given[name].value, given[name].source
-        elif name in DEFAULTS:
-            values[name], sources[name] = DEFAULTS[name], "default"
-    missing = [_spelling(n) for n in get_type_hints(Architecture) if n not in values]
+    default = {n: Setting(v, "program's default") for n, v in DEFAULTS[checkpoint.program].items()}
+    settings = default | given | {n: Setting(v, "state dict") for n, v in told.items()}
+    if checkpoint.program == "supervised":
+        fixed = _supervised({n: s.value for n, s in settings.items()}, checkpoint.tensors)
+        settings |= {n: Setting(v, "program's own way") for n, v in fixed.items()}
+    missing = [spelling(n) for n in REQUIRED if n not in settings]
     if missing:
         raise UserError(
             f"neither the YAML nor the config in {checkpoint.path.name} gives {', '.join(missing)}: "
-            "add it to a YAML and name that with --config_path"
+            f"say --{missing[0]} and so on, or add it to a YAML and name that with --config_path"
         )
-    architecture = Architecture(**values)
+    settings = {n: settings[n] for n in HINTS if n in settings}
+    architecture = Architecture(**{n: s.value for n, s in settings.items()})
     _check_sizes(architecture, checkpoint.tensors)
     if disagreement:
-        warnings.warn(
-            f"the YAML disagrees with the checkpoint's own config and precedes it: {disagreement}", stacklevel=2
-        )
-    return architecture, sources
+        warnings.warn(f"{disagreement}", stacklevel=2)
+    return architecture, {n: s.source for n, s in settings.items()}
 
 
-def _merge_settings(yaml: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict[str, Setting], str]:
-    """Our names to settings, the YAML preceding the checkpoint's config; and in words where those two disagree."""
+def _merge_settings(
+    checkpoint: Checkpoint | None, yaml: Mapping[str, Any], flags: Mapping[str, Any]
+) -> tuple[dict[str, Setting], str]:
+    """Our names to settings, each source preceding the ones before it; and in words where the YAML and the checkpoint's
+    own config disagree."""
+    config: Mapping[str, Any] = checkpoint.config if checkpoint else {}
+    if checkpoint and checkpoint.program == "transformers":
+        own = {n: Setting(v, "config.json") for n, v in config.items()}
+    else:
+        own = {n: Setting(v, "checkpoint's config") for n, v in _flat(config).items()}
     ours = {n: Setting(v, "YAML") for n, v in _flat(yaml).items()}
-    theirs = {n: Setting(v, "checkpoint's config") for n, v in _flat(config).items()}
-    for settings in (theirs, ours):
+    said = {n: Setting(v, "flags") for n, v in _flat(flags).items()}
+    for settings in (own, ours, said):
         settings.update({n: Setting(_checked(n, s), s.source) for n, s in settings.items()})
-    both = [n for n in ours if n in theirs and ours[n].value != theirs[n].value and n not in FOLLOWS_STATE_DICT]
-    disagreement = ", ".join(f"{_spelling(n)} ({ours[n].value!r}, not {theirs[n].value!r})" for n in both)
-    return theirs | ours, disagreement
+    both = [n for n in ours if n in own and ours[n].value != own[n].value and n not in FOLLOWS_STATE_DICT]
+    disagreement = ", ".join(f"{spelling(n)} ({ours[n].value!r}, not {own[n].value!r})" for n in both if n not in said)
+    if disagreement:
+        disagreement = f"the YAML disagrees with the checkpoint's own config and precedes it: {disagreement}"
+    return own | ours | said, disagreement
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The values that we know, from the sections `model` and `data` or from the top level."""
-    sections = [settings.get("model"), settings.get("data"), settings]
+    sections = [s for s in (settings.get("model"), settings.get("data"), settings) if isinstance(s, Mapping)]
     found: dict[str, Any] = {}
-    for name in get_type_hints(Architecture):
+    for name in REQUIRED:
         for section in sections:
             for spelling in SPELLINGS.get(name, (name,)):
-                if isinstance(section, Mapping) and section.get(spelling) is not None:
+                if section.get(spelling) is not None:
                     found.setdefault(name, section[spelling])
+    last = next((s["subtract_last"] for s in sections if s.get("subtract_last") is not None), None)
+    if last is not None:
+        found["scaler"] = "last_sd" if last in (True, 1) else "mean_sd"
     return found
 
 
 def _checked(name: str, setting: Setting) -> Any:
     """The setting's value, of the type that the architecture wants."""
-    value, hint = setting.value, get_type_hints(Architecture)[name]
+    value, hint = setting.value, HINTS[name]
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     if choices:
-        value = next((c for c in choices if c.lower() == str(value).lower()), value)
+        value = next((c for c in choices if isinstance(value, str) and c.lower() == value.lower()), value)
+    elif hint is bool and type(value) is int and value in (0, 1):  # as the official programs' flags have it
+        value = bool(value)
     elif hint is float and type(value) in (int, str):  # PyYAML reads 1e-5 as text, and so may the checkpoint's config
         with contextlib.suppress(ValueError):
             value = float(value)
-    lowest = 0 if name == "target_dim" else 1e-30
-    fits = value in choices if choices else type(value) is hint and (hint is bool or lowest <= value < math.inf)
+    lowest, highest = 0 if name == "target_dim" else 1e-30, 2**31 if hint is int else math.inf
+    fits = (
+        any(value is c for c in choices)
+        if choices
+        else type(value) is hint and (hint is bool or lowest <= value < highest)
+    )
     if not fits:
-        words = {int: "a whole number above 0", bool: "true or false", float: "a number above 0"}
+        words = {int: "a whole number above 0 and below 2^31", bool: "true or false", float: "a number above 0"}
         wanted = " or ".join(choices) or words[hint]
-        raise UserError(f"{_spelling(name)} must be {wanted}, but the {setting.source} says {setting.value!r}")
+        raise UserError(f"{spelling(name)} must be {wanted}, but the {setting.source} says {shown(setting.value)}")
     return value
 
 
-def _spelling(name: str) -> str:
+def spelling(name: str) -> str:
+    """gPatchTST's name for one of ours."""
     return SPELLINGS.get(name, (name,))[0]
 
 
@@ -129,38 +160,68 @@ def _from_state_dict(tensors: Tensors, given: Mapping[str, Setting]) -> dict[str
     heads = float(_tensor(tensors, f"{layer}.self_attn.sdp_attn.scale", 0)) ** 2 * d_model
     if math.isfinite(heads) and abs(heads - round(heads)) < 1e-3 and round(heads) > 0 and d_model % round(heads) == 0:
         told["n_heads"] = round(heads)  # else the scale was trained, and tells nothing
-    if individual:
-        told["n_vars"] = _count(tensors, r"backbone\.W_P\.(\d+)\.weight")
-    elif told["revin_affine"]:
-        told["n_vars"] = tensors["revin.affine_weight"].size
+    counts = {
+        "embeddings": _count(tensors, r"backbone\.W_P\.(\d+)\.weight"),
+        "heads": _count(tensors, r"head\.linears\.(\d+)\.weight"),
+        "RevIN weights": _tensor(tensors, "revin.affine_weight", 1).size if told["revin_affine"] else 0,
+    }
+    counts = {what: n for what, n in counts.items() if n}
+    if counts:
+        told["n_vars"] = max(counts.values())
+        if min(counts.values()) < told["n_vars"]:
+            said = ", ".join(f"{n} {what}" for what, n in counts.items())
+            raise UserError(f"the state dict disagrees with itself on the number of channels: {said}")
     return told | _head(tensors, told, position.shape[0], given)
 
 
 def _head(tensors: Tensors, told: Mapping[str, Any], n_tokens: int, given: Mapping[str, Setting]) -> dict[str, Any]:
     """The head's kind, as far as its shape tells, and its number of outputs."""
+    asked = given.get("head_type")
+    if not any(k.startswith("head.") for k in tensors):
+        if asked and asked.value != "none":
+            raise UserError(
+                f"the head is {asked.value!r} in the {asked.source}, but the state dict has none: say --without_head"
+            )
+        return {"head_type": "none", "target_dim": 0}
     weight = _tensor(tensors, "head.linears.0.weight" if told["individual_head"] else "head.linear.weight", 2)
     n_out, n_in = weight.shape
     d_model, cls = told["d_model"], told["use_cls_token"]
     n_vars = told.get("n_vars", given["n_vars"].value if "n_vars" in given else None)
+    reads_all = not cls and ("pooling" not in given or given["pooling"].value == "gpatchtst")
     fits = {
         "pretrain": n_in == d_model and n_out == told["patch_len"] and not told["individual_head"],
-        "prediction": n_in == d_model * (1 if cls else n_tokens),
+        "prediction": n_in == d_model * (n_tokens if reads_all else 1),
         "regression": n_in == d_model * n_vars if isinstance(n_vars, int) else n_in % d_model == 0,
     }
     fits["classification"] = fits["regression"]
     kinds = [kind for kind, fit in fits.items() if fit]
-    asked = given["head_type"].value if "head_type" in given else None
-    if not kinds or (asked is not None and asked not in kinds):
+    if not kinds or (asked and asked.value not in kinds):
         raise UserError(
-            f"the head is {asked!r} in the {given['head_type'].source if asked else 'settings'}, but its weights "
-            f"{list(weight.shape)} fit {' or '.join(kinds) or 'no head that is known'}"
+            f"the head is {asked.value!r} in the {asked.source}, but its weights {list(weight.shape)} fit "
+            f"{' or '.join(kinds) or 'no head that is known'}"
+            if asked
+            else f"the head's weights {list(weight.shape)} fit no head that is known: say --without_head"
         )
     return {"target_dim": n_out} | ({"head_type": kinds[0]} if len(kinds) == 1 else {})
 
 
+def _supervised(values: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+    """What the official supervised program does in its own way: it repeats the last sample for a stride where its
+    positions tell so, leaves out samples at the end, has one kind of head, and takes its output back by RevIN."""
+    fixed: dict[str, Any] = {"leftover": "end"}
+    if "seq_len" in values and "stride" in values:
+        n_patches = (values["seq_len"] - values["patch_len"]) // values["stride"] + 1
+        fixed["end_padding"] = values["stride"] * (len(tensors["backbone.W_pos"]) == n_patches + 1)
+    if values["revin_affine"]:
+        fixed["revin"] = True
+    if values.get("head_type") != "none":
+        fixed |= {"head_type": "prediction", "denormalize": (values | fixed).get("revin", False)}
+    return fixed
+
+
 def check_yaml(architecture: Architecture, yaml: Mapping[str, Any]) -> None:
     """Refuse a YAML that describes another encoder than a converted one; raises UserError with both values."""
-    _compare(dataclasses.asdict(architecture), _merge_settings(yaml, {})[0], "converted encoder")
+    _compare(dataclasses.asdict(architecture), _merge_settings(None, yaml, {})[0], "converted encoder")
 
 
 def _compare(told: dict[str, Any], given: Mapping[str, Setting], teller: str = "state dict") -> None:
@@ -171,11 +232,11 @@ def _compare(told: dict[str, Any], given: Mapping[str, Setting], teller: str = "
     for name, setting in given.items():
         if setting.value == values[name]:
             continue
-        if name == "target_dim" and values.get("head_type") == "pretrain":
-            continue  # the pretrain head has none; YAMLs say 0
+        if name == "target_dim" and values.get("head_type") in ("pretrain", "none"):
+            continue  # these heads have none; YAMLs say 0
         if name == "revin_affine" and not told[name] and not values.get("revin"):
             continue  # nothing is normalised, so nothing is missing
-        said = f"{_spelling(name)} is {setting.value} in the {setting.source}, but {told[name]} in the {teller}"
+        said = f"{spelling(name)} is {setting.value} in the {setting.source}, but {told[name]} in the {teller}"
         (ignored if name in FOLLOWS_STATE_DICT else wrong).append(said)
     if wrong:
         raise UserError("; ".join(wrong))
@@ -184,7 +245,7 @@ def _compare(told: dict[str, Any], given: Mapping[str, Setting], teller: str = "
 
 
 def _check_sizes(a: Architecture, tensors: Tensors) -> None:
-    n_patches = tensors["backbone.W_pos"].shape[0] - a.use_cls_token
+    n_patches = len(tensors["backbone.W_pos"]) - a.use_cls_token
     if a.seq_len < a.patch_len or a.n_patches != n_patches:
         raise UserError(
             f"seq_len {a.seq_len}, patch_length {a.patch_len} and stride {a.stride} make {max(a.n_patches, 0)} "
@@ -194,13 +255,15 @@ def _check_sizes(a: Architecture, tensors: Tensors) -> None:
         raise UserError(f"num_heads {a.n_heads} does not divide d_model {a.d_model}")
 
 
-def _tensor(tensors: Tensors, key: str, ndim: int):
+def _tensor(tensors: Tensors, key: str, ndim: int) -> np.ndarray:
     if key not in tensors:
         raise UserError(f"the state dict has no {key}: it is no PatchTST that can be converted")
-    if tensors[key].ndim != ndim:
-        raise UserError(f"{key} must have {ndim} dimensions, but is {list(tensors[key].shape)}")
-    return tensors[key]
+    tensor = tensors[key]
+    if tensor.ndim != ndim or tensor.dtype != np.float32 or 0 in tensor.shape:
+        raise UserError(f"{key} must be floating-point of {ndim} dimensions, but is {tensor.dtype}{list(tensor.shape)}")
+    return tensor
 
 
 def _count(tensors: Tensors, pattern: str) -> int:
-    return 1 + max((int(m[1]) for k in tensors if (m := re.fullmatch(pattern, k))), default=-1)
+    """How many different numbers the keys have at one place."""
+    return len({m[1] for k in tensors if (m := re.fullmatch(pattern, k))})

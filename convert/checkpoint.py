@@ -1,27 +1,49 @@
-"""Opening a PyTorch file without running code from it, as plain numpy arrays."""
+"""Opening what PyTorch programs saved, without running code from it, as plain numpy arrays under gPatchTST's names.
 
+What comes in may be hostile: archives are looked at before they are opened, no tensor may be larger than the file that
+holds it, and the memory that reading may take is limited.
+"""
+
+import contextlib
 import hashlib
+import json
 import pickle
+import reprlib
 import warnings
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import ml_dtypes  # noqa: F401  numpy learns bfloat16, for safetensors
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from minsae_jax.config import UserError
 
 Tensors = dict[str, np.ndarray]
+Program = Literal["gpatchtst", "supervised", "transformers"]
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, a wrapping module
+SPARE_MEMORY = 1 << 30  # bytes that reading may take beside four times the file
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What an encoder's checkpoint says. RevIN's own state is among the tensors, under `revin.`."""
+    """What an encoder's checkpoint says.
+
+    tensors: under gPatchTST's names, RevIN's own under `revin.`. dtypes: of those that are not kept as they came.
+    config: the settings that the checkpoint carries, {} where it has none. form: "checkpoint" as gPatchTST's training
+    saves it, or a bare state dict.
+    """
 
     path: Path
     sha256: str
+    program: Program
     tensors: Tensors
-    config: dict[str, Any]  # the settings that the checkpoint carries, {} where it has none
+    config: dict[str, Any]
+    form: Literal["checkpoint", "state dict"] = "state dict"
+    dtypes: dict[str, str] = field(default_factory=dict)
 
 
 def load_torch(path: str | Path) -> Any:
@@ -33,6 +55,7 @@ def load_torch(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
+    _look_at_archive(path)
     scalar = np.float64(0).__reduce__()[0]
     numpy_scalars: list[Any] = [
         scalar,
@@ -41,7 +64,7 @@ def load_torch(path: str | Path) -> Any:
         *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?")),
     ]
     try:
-        with torch.serialization.safe_globals(numpy_scalars), warnings.catch_warnings():
+        with torch.serialization.safe_globals(numpy_scalars), warnings.catch_warnings(), _little_memory(path):
             warnings.simplefilter("ignore")  # torch's own, on how it would rather be called
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
@@ -49,8 +72,47 @@ def load_torch(path: str | Path) -> Any:
         if unsafe:
             raise UserError(f"{path} holds code or objects ({unsafe}), not only weights: it was not opened") from e
         raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one") from e
+    except MemoryError as e:
+        raise UserError(f"{path} asks for far more memory than its size explains: it was not opened") from e
     except Exception as e:
         raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one ({type(e).__name__})") from e
+
+
+def _look_at_archive(path: Path) -> None:
+    """Refuse what torch.save never writes: no archive at all, or one that grows when it is opened."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception:
+        raise UserError(
+            f"{path} is no PyTorch checkpoint, or a damaged one (one from before PyTorch 1.6 must be loaded and saved "
+            "again with torch)"
+        ) from None
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+        raise UserError(f"{path} is compressed, which no PyTorch checkpoint is: it was not opened")
+    if sum(e.file_size for e in entries) > path.stat().st_size:
+        raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one: its parts say that they exceed the file")
+
+
+@contextlib.contextmanager
+def _little_memory(path: Path) -> Iterator[None]:
+    """Reading a file must not take the machine's memory, whatever the file says. Only Linux enforces this."""
+    try:
+        import resource
+
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = taken + SPARE_MEMORY + 4 * path.stat().st_size
+        if soft != resource.RLIM_INFINITY:
+            limit = min(limit, soft)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    except (ImportError, OSError, ValueError):  # not Linux
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _unsafe_globals(path: Path) -> str:
@@ -63,39 +125,119 @@ def _unsafe_globals(path: Path) -> str:
 
 
 def to_numpy(state: Any, where: str) -> Tensors:
-    """A state dict's tensors; floating-point ones as float32. Raises UserError where a value is no tensor."""
+    """A state dict's tensors, in their own dtype. Raises UserError where a value is no tensor, or not plain numbers."""
     import torch
 
     if not isinstance(state, dict) or not state:
         raise UserError(f"{where} holds no state dict")
-    wrong = [str(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
+    wrong = [str(k)[:80] for k, v in state.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
     if wrong:
         raise UserError(f"{where} is no state dict: {', '.join(wrong[:3])} is no tensor")
     try:
-        return {k: (v.float() if v.is_floating_point() else v).detach().numpy() for k, v in state.items()}
+        return {k: _numpy(v.detach()) for k, v in state.items()}
     except Exception as e:
-        raise UserError(f"{where} holds tensors that are not plain numbers (sparse, quantized or without data)") from e
+        raise UserError(
+            f"{where} holds tensors that are not plain numbers (sparse, quantized, without data, or larger than what "
+            "is stored of them)"
+        ) from e
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    import torch
+
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError("a view that repeats its numbers")
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy().view("bfloat16")
+    return tensor.numpy()
+
+
+def load_safetensors(path: Path) -> Tensors:
+    """A safetensors file's tensors, in their own dtype. Raises UserError on a damaged one."""
+    try:
+        with safe_open(path, framework="numpy") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  it is no dict
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{path} is no safetensors file, or a damaged one ({_short(e)})") from e
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises UserError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read as JSON ({_short(e)})") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON mapping")
+    return content
+
+
+def _short(e: Exception) -> str:
+    return " ".join(str(e).split())[:150]
+
+
+def shown(value: Any) -> str:
+    """A value from a file, for a sentence: short, however large it is."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """A gPatchTST checkpoint: the dict that its training saves, or a bare state dict."""
+    """A .pth of gPatchTST or of the official PatchTST, in any of the forms that their users meet: what training saved,
+    a bare state dict, one under `model` or `state_dict`, with the prefixes that wrappers leave."""
     content = load_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    whole = "model_state_dict" in content
-    tensors = _without_prefixes(to_numpy(content["model_state_dict"] if whole else content, str(path)))
-    if whole and content.get("revin_state_dict"):
-        revin = _without_prefixes(to_numpy(content["revin_state_dict"], f"{path} (revin_state_dict)"))
-        tensors |= {f"revin.{k}": v for k, v in revin.items()}
-    config = content.get("config") if whole else None
+    key = next((k for k in ("model_state_dict", "state_dict", "model") if isinstance(content.get(k), dict)), None)
+    tensors, wrappers = without_prefixes(to_numpy(content[key] if key else content, str(path)))
+    if any(k.startswith("model_trend.") for k in tensors):
+        raise UserError(
+            f"{path} decomposes its input for two PatchTSTs (model_trend, model_res), which is not supported"
+        )
+    revin = content.get("revin_state_dict") if key else None
+    if revin:
+        own, _ = without_prefixes(to_numpy(revin, f"{path} (revin_state_dict)"))
+        tensors |= {f"revin.{k}": v for k, v in own.items()}
+    is_supervised = key is None and "model." in wrappers and "backbone.cls_token" not in tensors
+    program: Program = "supervised" if is_supervised and not _is_pretrain_head(tensors) else "gpatchtst"
+    if any(k.startswith("revin_layer.") for k in tensors):
+        program = "supervised"
+        tensors = {k.replace("revin_layer.", "revin."): v for k, v in tensors.items()}
+    config = content.get("config") if key else None
+    return checkpoint_of(
+        Path(path), sha256_of(path), program, tensors, config if isinstance(config, dict) else {},
+        "checkpoint" if key == "model_state_dict" else "state dict",
+    )  # fmt: skip
+
+
+def checkpoint_of(
+    path: Path, sha256: str, program: Program, tensors: Tensors, config: dict[str, Any],
+    form: Literal["checkpoint", "state dict"] = "state dict",
+) -> Checkpoint:  # fmt: skip
+    """The same with every floating-point tensor in float32. Rounding float64 is worth a warning."""
+    halves = {k: str(t.dtype) for k, t in tensors.items() if t.dtype in (np.float16, np.dtype("bfloat16"))}
+    if any(t.dtype == np.float64 for t in tensors.values()):
+        warnings.warn(f"{path.name} holds float64, which is rounded to float32", stacklevel=2)
+    floats = {k for k, t in tensors.items() if t.dtype == np.float64} | set(halves)
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
+        kept = {k: t.astype(np.float32) if k in floats else t for k, t in tensors.items()}
+    return Checkpoint(path, sha256, program, kept, config, form, halves)
+
+
+def sha256_of(path: str | Path) -> str:
     with Path(path).open("rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    return Checkpoint(Path(path), sha256, tensors, config if isinstance(config, dict) else {})
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _without_prefixes(tensors: Tensors) -> Tensors:
-    """Without what DataParallel, torch.compile and a wrapping module put before every key."""
-    for prefix in ("module.", "_orig_mod.", "model.") * 2:
-        if all(k.startswith(prefix) for k in tensors):
-            tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-    return tensors
+def without_prefixes(tensors: Tensors) -> tuple[Tensors, set[str]]:
+    """Without what wrappers put before every key, in any order and number; and which these were."""
+    found: set[str] = set()
+    while prefix := next((p for p in WRAPPERS if all(k.startswith(p) for k in tensors)), None):
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+        found.add(prefix)
+    return tensors, found
+
+
+def _is_pretrain_head(tensors: Tensors) -> bool:
+    head, embedding = (tensors.get(k) for k in ("head.linear.weight", "backbone.W_P.weight"))
+    return head is not None and embedding is not None and head.shape == embedding.T.shape

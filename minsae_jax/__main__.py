@@ -13,7 +13,7 @@ from pathlib import Path
 from minsae_jax import cli, sharding
 from minsae_jax.config import Demo, Extract, Settings, Train, UserError, load_settings, read_yaml
 from minsae_jax.eeg.synthetic import write_demo
-from minsae_jax.encoder.converted import Encoder, load_encoder
+from minsae_jax.encoder.converted import Encoder, is_encoder, load_encoder
 from minsae_jax.encoder.extract import extract
 from minsae_jax.sae.train import train
 
@@ -66,9 +66,10 @@ def _extract(settings: Extract) -> None:
 
 
 def open_encoder(checkpoint_path: str, config_path: str | None = None) -> Encoder:
-    """A converted encoder, held against the YAML where one is given; or a PyTorch file, converted in memory."""
+    """A converted encoder, held against the YAML where one is given; or any other, converted in memory."""
     path = Path(checkpoint_path)
-    if path.is_file() or path.suffix in (".pth", ".pt"):
+    is_source = (path / "config.json").is_file() and not is_encoder(path)  # a folder of transformers
+    if path.is_file() or path.suffix in (".pth", ".pt") or is_source:
         from convert.encoder import convert_encoder  # torch is imported for PyTorch files only
 
         return convert_encoder(path, config_path)[0]

@@ -11,7 +11,7 @@ import types
 import warnings
 from collections.abc import Callable
 from itertools import groupby
-from typing import TypeVar, Union, get_args
+from typing import Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -26,15 +26,20 @@ _registry = ConstructorRegistry()
 
 @_registry.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """A number or text that may also be left out: shown and read like one that may not."""
+    """A number, text or choice that may also be left out: shown and read like one that may not."""
     kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
-    if info.type_origin not in (Union, types.UnionType) or len(kinds) != 1 or kinds[0] not in (int, float, str):
+    if info.type_origin not in (Union, types.UnionType) or len(kinds) != 1:
+        return None
+    kind = kinds[0]
+    is_choice = get_origin(kind) is Literal
+    if not is_choice and kind not in (int, float, str):
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="TEXT" if kinds[0] is str else kinds[0].__name__.upper(),
-        instance_from_str=lambda words: kinds[0](words[0]),
-        is_instance=lambda value: value is None or isinstance(value, kinds[0]),
+        metavar="{" + ",".join(get_args(kind)) + "}" if is_choice else "TEXT" if kind is str else kind.__name__.upper(),
+        choices=get_args(kind) if is_choice else None,
+        instance_from_str=lambda words: words[0] if is_choice else kind(words[0]),
+        is_instance=lambda value: value is None or (value in get_args(kind) if is_choice else isinstance(value, kind)),
         str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
 

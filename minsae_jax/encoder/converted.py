@@ -82,7 +82,12 @@ def _forward(graph: nnx.GraphDef, params: Params, past_values: Array) -> Array:
 
 
 def _fingerprint(architecture: Architecture, params: Params) -> str:
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(architecture), sort_keys=True).encode())
+    settings = {
+        f.name: value
+        for f in dataclasses.fields(architecture)
+        if (value := getattr(architecture, f.name)) != f.default  # so that a new field leaves known encoders alone
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)
         name = "/".join(str(getattr(part, "key", part)) for part in path)
@@ -119,6 +124,12 @@ def save_encoder(folder: str | Path, encoder: Encoder, notes: dict[str, Any]) ->
 
 def is_encoder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "params").is_dir()
+
+
+def load_notes(folder: str | Path) -> dict[str, Any]:
+    """What config.json says of the source, beside the architecture."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    return {k: v for k, v in config.items() if k not in ("format_version", "fingerprint", "architecture")}
 
 
 def load_encoder(folder: str | Path) -> Encoder:

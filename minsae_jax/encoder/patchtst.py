@@ -1,9 +1,11 @@
-"""PatchTST (Nie et al. 2023) as gPatchTST trains it on EEG, in evaluation mode: there is no dropout here.
+"""PatchTST (Nie et al. 2023) as gPatchTST, the official program and `transformers` have it, in evaluation mode: there
+is no dropout and no masking here.
 
 Every channel of a window is a sequence of its own; a sequence's tokens are its patches, after a CLS token if there is
 one. Shapes: B windows, T tokens, N = B * n_vars sequences, row b * n_vars + channel.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -15,7 +17,7 @@ from jaxtyping import Array, Float
 
 from minsae_jax import sharding
 from minsae_jax.config import UserError
-from minsae_jax.encoder.revin import RevIN
+from minsae_jax.encoder.revin import RevIN, Scaler
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,30 @@ class Architecture:
     shared_embedding: bool
     use_cls_token: bool
     pos_dim: int  # d_model, or 1: one learnt number a position, the same for every dimension
-    head_type: Literal["pretrain", "prediction", "regression", "classification"]
+    head_type: Literal["pretrain", "prediction", "regression", "classification", "none"]
     target_dim: int  # outputs of the head; the pretrain head's is patch_len
     individual_head: bool  # prediction head with a linear map for each channel
     revin: bool
     revin_affine: bool
     revin_eps: float
+    # What other programs than gPatchTST do differently.
+    scaler: Scaler = "mean_sd"
+    end_padding: int = 0  # samples that repeat the window's last one
+    leftover: Literal["start", "end"] = "start"  # where samples that fill no patch are dropped
+    norm_stream: bool = True  # pre_norm normalises the stream itself, not only each branch's input
+    norm_eps: float = 1e-5
+    pooling: Literal["gpatchtst", "cls", "mean", "max"] = "gpatchtst"  # what the head reads of a channel's tokens
+    denormalize: bool = False  # the prediction head's output is taken back to the window's own mean and SD
 
     @property
     def n_patches(self) -> int:
-        return (self.seq_len - self.patch_len) // self.stride + 1
+        return (self.seq_len + self.end_padding - self.patch_len) // self.stride + 1
+
+    @property
+    def first_sample(self) -> int:
+        """Where in the window the first patch begins; patch p begins p strides later."""
+        left = self.seq_len + self.end_padding - self.patch_len - self.stride * (self.n_patches - 1)
+        return left if self.leftover == "start" else 0
 
     @property
     def n_tokens(self) -> int:
@@ -54,13 +70,12 @@ class Architecture:
 
 
 def patches(
-    x: Float[Array, "batch time n_vars"], patch_len: int, stride: int
-) -> Float[Array, "batch n_patches n_vars {patch_len}"]:
-    """Cut windows into patches that end with the window: what does not fill a patch is dropped at its start."""
-    n_patches = (x.shape[1] - patch_len) // stride + 1
-    first = x.shape[1] - patch_len - stride * (n_patches - 1)
-    samples = first + stride * jnp.arange(n_patches)[:, None] + jnp.arange(patch_len)[None, :]
-    return x[:, samples].swapaxes(2, 3)
+    a: Architecture, x: Float[Array, "batch seq_len n_vars"]
+) -> Float[Array, "batch n_patches n_vars patch_len"]:
+    """Cut windows into patches."""
+    x = jnp.pad(x, ((0, 0), (0, a.end_padding), (0, 0)), mode="edge")
+    starts = a.first_sample + a.stride * jnp.arange(a.n_patches)
+    return x[:, starts[:, None] + jnp.arange(a.patch_len)[None, :]].swapaxes(2, 3)
 
 
 class Attention(nnx.Module):
@@ -89,56 +104,77 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and feed-forward branch. `pre_norm` normalises the stream itself before each branch, as gPatchTST's
-    does (a usual pre-norm normalises the branch's input alone)."""
+    """Attention and feed-forward branch, normalised after each sum, or before each branch (`pre_norm`)."""
 
     def __init__(self, a: Architecture, *, rngs: nnx.Rngs):
-        batch_norm = partial(nnx.BatchNorm, use_running_average=True, epsilon=1e-5)
-        layer_norm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+        batch_norm = partial(nnx.BatchNorm, use_running_average=True, epsilon=a.norm_eps)
+        layer_norm = partial(nnx.LayerNorm, epsilon=a.norm_eps, use_fast_variance=False)
         norm = batch_norm if a.norm == "BatchNorm" else layer_norm
-        self.pre_norm, self.res_attention = a.pre_norm, a.res_attention
+        self.pre_norm, self.norm_stream, self.res_attention = a.pre_norm, a.norm_stream, a.res_attention
         self.activation = jax.nn.relu if a.activation == "relu" else partial(jax.nn.gelu, approximate=False)
         self.attention = Attention(a.d_model, a.n_heads, rngs=rngs)
         self.norm_attention, self.norm_ff = norm(a.d_model, rngs=rngs), norm(a.d_model, rngs=rngs)
         self.ff_in, self.ff_out = nnx.Linear(a.d_model, a.d_ff, rngs=rngs), nnx.Linear(a.d_ff, a.d_model, rngs=rngs)
 
     def __call__(self, x: Float[Array, "N T d_model"], earlier: tuple[Array, Array] | None = None):
-        if self.pre_norm:
-            x = self.norm_attention(x)
-        branch, queries_keys = self.attention(x, earlier if self.res_attention else None)
-        x = x + branch
-        x = self.norm_ff(x) if self.pre_norm else self.norm_attention(x)
-        x = x + self.ff_out(self.activation(self.ff_in(x)))
-        return x if self.pre_norm else self.norm_ff(x), queries_keys
+        x, y = self._before(self.norm_attention, x)
+        branch, queries_keys = self.attention(y, earlier if self.res_attention else None)
+        x, y = self._before(self.norm_ff, self._after(self.norm_attention, x + branch))
+        x = self._after(self.norm_ff, x + self.ff_out(self.activation(self.ff_in(y))))
+        return x, queries_keys
+
+    def _before(self, norm: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
+        """The stream and the branch's input."""
+        y = norm(x) if self.pre_norm else x
+        return y if self.norm_stream else x, y
+
+    def _after(self, norm: Callable[[Array], Array], x: Array) -> Array:
+        return x if self.pre_norm else norm(x)
 
 
 class Head(nnx.Module):
-    """The reference's four heads. Nothing is denormalised."""
+    """What the programs' heads give from the last layer's output, before it is denormalised."""
 
     def __init__(self, a: Architecture, *, rngs: nnx.Rngs):
-        self.kind, self.use_cls_token = a.head_type, a.use_cls_token
+        self.kind, self.use_cls_token, self.pooling = a.head_type, a.use_cls_token, a.pooling
+        reads_all = a.pooling == "gpatchtst" and not a.use_cls_token
         n_in = {
+            "none": 0,
             "pretrain": a.d_model,
-            "prediction": a.d_model * (1 if a.use_cls_token else a.n_patches),
+            "prediction": a.d_model * (a.n_patches if reads_all else 1),
             "regression": a.n_vars * a.d_model,
             "classification": a.n_vars * a.d_model,
         }[a.head_type]
-        n_linear = a.n_vars if a.individual_head else 1
+        n_linear = 0 if a.head_type == "none" else a.n_vars if a.individual_head else 1
         self.linears = nnx.List([nnx.Linear(n_in, a.target_dim, rngs=rngs) for _ in range(n_linear)])
 
     def __call__(self, z: Float[Array, "B n_vars T d_model"]) -> Array:
-        """pretrain: [B, n_patches, n_vars, patch_len]; prediction: [B, target_dim, n_vars], but with a CLS token the
-        reference leaves its linear map out: [B, d_model, n_vars]; regression, classification: [B, target_dim]."""
+        """pretrain: [B, n_patches, n_vars, patch_len]; prediction: [B, target_dim, n_vars], but gPatchTST leaves its
+        linear map out where there is a CLS token: [B, d_model, n_vars]; regression, classification: [B, target_dim];
+        none: z itself."""
+        if self.kind == "none":
+            return z
         if self.kind == "pretrain":
             return self.linears[0](z[:, :, int(self.use_cls_token) :]).swapaxes(1, 2)
-        if self.kind == "prediction":
-            if self.use_cls_token:
-                return z[:, :, 0].swapaxes(1, 2)
-            flat = z.swapaxes(2, 3).reshape(*z.shape[:2], -1)
-            if len(self.linears) == 1:
-                return self.linears[0](flat).swapaxes(1, 2)
-            return jnp.stack([linear(flat[:, i]) for i, linear in enumerate(self.linears)], axis=-1)
-        return self.linears[0](z[:, :, 0 if self.use_cls_token else -1].reshape(len(z), -1))
+        pooled = self._pool(z)
+        if self.kind != "prediction":
+            return self.linears[0](pooled.reshape(len(z), -1))
+        if self.use_cls_token and self.pooling == "gpatchtst":
+            return pooled.swapaxes(1, 2)
+        if len(self.linears) == 1:
+            return self.linears[0](pooled).swapaxes(1, 2)
+        return jnp.stack([linear(pooled[:, i]) for i, linear in enumerate(self.linears)], axis=-1)
+
+    def _pool(self, z: Float[Array, "B n_vars T d_model"]) -> Float[Array, "B n_vars n_in"]:
+        """What the head reads of each channel. gPatchTST: the CLS token, or else all tokens for a prediction (d_model
+        outermost), the last one for the other kinds."""
+        if self.pooling == "mean":
+            return z.mean(2)
+        if self.pooling == "max":
+            return z.max(2)
+        if self.use_cls_token:
+            return z[:, :, 0]
+        return z.swapaxes(2, 3).reshape(*z.shape[:2], -1) if self.kind == "prediction" else z[:, :, -1]
 
 
 class PatchTST(nnx.Module):
@@ -146,7 +182,7 @@ class PatchTST(nnx.Module):
 
     def __init__(self, a: Architecture, *, rngs: nnx.Rngs):
         self.architecture = a
-        self.revin = RevIN(a.n_vars, a.revin_eps, a.revin_affine)
+        self.revin = RevIN(a.n_vars, a.revin_eps, a.revin_affine, a.scaler)
         n_embeddings = 1 if a.shared_embedding else a.n_vars
         self.embeddings = nnx.List([nnx.Linear(a.patch_len, a.d_model, rngs=rngs) for _ in range(n_embeddings)])
         self.cls_token = nnx.Param(jnp.zeros(a.d_model)) if a.use_cls_token else None
@@ -182,7 +218,7 @@ class PatchTST(nnx.Module):
         """
         a = self.architecture
         x = self.revin(past_values) if a.revin or force_revin else past_values
-        x = self.embed(patches(x, a.patch_len, a.stride))
+        x = self.embed(patches(a, x))
         sequences = x.reshape(-1, *x.shape[2:])
         if sharding.on_cpu():
             z = jax.lax.map(lambda s: self.run_layers(s[None], n_layers)[0], sequences)
@@ -191,7 +227,8 @@ class PatchTST(nnx.Module):
         return z.reshape(x.shape)
 
     def __call__(self, past_values: Float[Array, "B seq_len n_vars"]) -> Array:
-        return self.head(self.hidden(past_values, self.architecture.n_layers))
+        output = self.head(self.hidden(past_values, self.architecture.n_layers))
+        return self.revin.denormalize(output, past_values) if self.architecture.denormalize else output
 
 
 def layer_count(layer: int, n_layers: int) -> int:

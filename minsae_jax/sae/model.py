@@ -110,12 +110,12 @@ _encode, _decode = jax.jit(encode), jax.jit(decode)
 
 
 def save_member(folder: Path, params: dict[str, np.ndarray], config: dict[str, Any]) -> None:
-    """sae.safetensors and config.json, each written aside and renamed."""
+    """config.json and then sae.safetensors, without which it is no member; each written aside and renamed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with written_aside(folder / WEIGHTS) as aside:
-        save_file({name: np.ascontiguousarray(params[name], np.float32) for name in NAMES}, aside)
     with written_aside(folder / CONFIG) as aside:
         aside.write_text(json.dumps(config, indent=2) + "\n")
+    with written_aside(folder / WEIGHTS) as aside:
+        save_file({name: np.ascontiguousarray(params[name], np.float32) for name in NAMES}, aside)
 
 
 def load_sae(folder: str | Path) -> SparseAutoencoder:

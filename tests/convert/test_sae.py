@@ -1,11 +1,20 @@
-"""minSAE's files in and out, exact to the bit and strict."""
+"""Autoencoders of minSAE, SAELens and dictionary_learning in and out: the same numbers, and strict.
+
+Each library's own arithmetic is written out here, from its documentation, in float64.
+"""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
+from convert.sae import kind_of
 from minsae_jax import UserError, load_sae
+from minsae_jax.sae.model import fold_scale, save_member, shapes
 from tests.conftest import FIXTURES
 
 SOURCE = FIXTURES / "sae_parity/sparse_autoencoder_final.pt"
@@ -74,3 +83,205 @@ def test_nan_is_refused(tmp_path):
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(UserError, match="holds NaN"):
         main(["sae", str(tmp_path / "x.pt"), "--to", "member", "--out", str(tmp_path / "m")])
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def minsae(state):
+    return (
+        lambda x: relu(x @ state["encoder.weight"].T + state["encoder.bias"]),
+        lambda f: f @ state["decoder.weight"].T + state["decoder.bias"],
+    )
+
+
+def dictionary_learning(state):
+    return (
+        lambda x: relu((x - state["bias"]) @ state["encoder.weight"].T + state["encoder.bias"]),
+        lambda f: f @ state["decoder.weight"].T + state["bias"],
+    )
+
+
+def saelens(cfg, state):
+    """`architecture: standard`; apply_b_dec_to_input is true unless said otherwise."""
+    shift = state["b_dec"] if cfg.get("apply_b_dec_to_input", True) else 0
+    return lambda x: relu((x - shift) @ state["W_enc"] + state["b_enc"]), lambda f: f @ state["W_dec"] + state["b_dec"]
+
+
+def read(kind, path):
+    """(encode, decode) of what was written, as the library would run it."""
+    if kind == "saelens":
+        cfg = json.loads((path / "cfg.json").read_text())
+        tensors = load_file(path / "sae_weights.safetensors")
+        return saelens(cfg, {k: v.astype(np.float64) for k, v in tensors.items()})
+    state = {k: v.double().numpy() for k, v in torch.load(path, weights_only=True).items()}
+    return minsae(state) if kind == "minsae" else dictionary_learning(state)
+
+
+D_MODEL, D_SAE, SCALE = 6, 10, 0.125
+OTHERS = ("minsae", "saelens", "dictionary_learning")
+
+
+@pytest.fixture
+def trained():
+    """Parameters for scaled inputs, biases far from 0, so that a wrong scale, sign or transpose is seen."""
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes(D_MODEL, D_SAE).items()}
+
+
+@pytest.fixture
+def member(tmp_path, trained):
+    config = {"format_version": 1, "kind": "relu", "layer": -1, "encoder": "abc", "d_model": D_MODEL, "d_sae": D_SAE}
+    save_member(tmp_path / "member", fold_scale(trained, SCALE), config)
+    return tmp_path / "member"
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_libraries_compute_the_same(kind, member, trained, tmp_path):
+    """From training's own parameters, on scale * x, to what each library makes of the file, on x."""
+    main(["sae", str(member), "--to", kind, "--out", str(tmp_path / "out")])
+    encode, decode = read(kind, tmp_path / "out")
+    x = 8 * np.random.default_rng(1).normal(size=(50, D_MODEL))
+    features = relu(SCALE * x @ trained["W_enc"] + trained["b_enc"])
+    assert 0.2 < (features > 0).mean() < 0.8
+    np.testing.assert_allclose(encode(x), features, atol=1e-5, rtol=1e-5)
+    x_hat = (features @ trained["W_dec"] + trained["b_dec"]) / SCALE
+    np.testing.assert_allclose(decode(features), x_hat, atol=1e-4, rtol=1e-5)
+    ours = load_sae(member)
+    np.testing.assert_allclose(ours.encode(x), encode(x), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(ours.decode(features), decode(features), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_back_in(kind, member, tmp_path):
+    main(["sae", str(member), "--to", kind, "--out", str(tmp_path / "out")])
+    main(["sae", str(tmp_path / "out"), "--to", "member", "--out", str(tmp_path / "back")])
+    before, after = load_sae(member), load_sae(tmp_path / "back")
+    for name in before.params:
+        tolerance = 1e-6 if (kind, name) == ("dictionary_learning", "b_enc") else 0
+        np.testing.assert_allclose(after.params[name], before.params[name], atol=tolerance, rtol=0)
+    if kind == "saelens":
+        assert after.config == before.config
+
+
+@pytest.mark.parametrize("source", OTHERS)
+@pytest.mark.parametrize("target", OTHERS)
+def test_any_to_any(source, target, member, tmp_path):
+    main(["sae", str(member), "--to", source, "--out", str(tmp_path / "one")])
+    main(["sae", str(tmp_path / "one"), "--to", target, "--out", str(tmp_path / "two")])
+    encode, decode = read(source, tmp_path / "one")
+    other_encode, other_decode = read(target, tmp_path / "two")
+    x = np.random.default_rng(1).normal(size=(50, D_MODEL))
+    np.testing.assert_allclose(other_encode(x), encode(x), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(other_decode(encode(x)), decode(encode(x)), atol=1e-5, rtol=1e-5)
+
+
+def test_documented_names_and_shapes(member, tmp_path):
+    for kind in OTHERS:
+        main(["sae", str(member), "--to", kind, "--out", str(tmp_path / kind)])
+    cfg = json.loads((tmp_path / "saelens/cfg.json").read_text())
+    assert cfg["architecture"] == "standard"
+    assert cfg["apply_b_dec_to_input"] is False
+    assert (cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (D_MODEL, D_SAE, "float32")
+    tensors = load_file(tmp_path / "saelens/sae_weights.safetensors")
+    assert {k: v.shape for k, v in tensors.items()} == shapes(D_MODEL, D_SAE)
+    state = torch.load(tmp_path / "dictionary_learning", weights_only=True)
+    assert {k: tuple(v.shape) for k, v in state.items()} == {
+        "bias": (D_MODEL,), "encoder.weight": (D_SAE, D_MODEL), "encoder.bias": (D_SAE,),
+        "decoder.weight": (D_MODEL, D_SAE),
+    }  # fmt: skip
+    assert all(v.is_contiguous() and v.dtype == torch.float32 for v in state.values())
+
+
+@pytest.fixture
+def lens(member, tmp_path):
+    """change(cfg, tensors) of a SAELens folder, through files."""
+    main(["sae", str(member), "--to", "saelens", "--out", str(tmp_path / "lens")])
+    folder = tmp_path / "lens"
+
+    def change(cfg=(), **tensors):
+        config = json.loads((folder / "cfg.json").read_text())
+        (folder / "cfg.json").write_text(json.dumps(config | dict(cfg)))
+        save_file(load_file(folder / "sae_weights.safetensors") | tensors, folder / "sae_weights.safetensors")
+        return folder
+
+    return change
+
+
+@pytest.mark.parametrize("said", [True, None])
+def test_saelens_default_takes_the_bias_away_first(lens, tmp_path, said):
+    folder = lens({"apply_b_dec_to_input": said, "metadata": {}})
+    if said is None:
+        cfg = json.loads((folder / "cfg.json").read_text())
+        del cfg["apply_b_dec_to_input"]
+        (folder / "cfg.json").write_text(json.dumps(cfg))
+    main(["sae", str(folder), "--to", "member", "--out", str(tmp_path / "back")])
+    encode, decode = read("saelens", folder)
+    x = np.random.default_rng(1).normal(size=(50, D_MODEL))
+    sae = load_sae(tmp_path / "back")
+    np.testing.assert_allclose(sae.encode(x), encode(x), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(sae.decode(encode(x)), decode(encode(x)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "told"),
+    [
+        ({"architecture": "jumprelu"}, "has architecture 'jumprelu': only 'standard'"),
+        ({"architecture": ["standard"]}, "has architecture"),
+        ({"normalize_activations": "layer_norm"}, "has normalize_activations 'layer_norm'"),
+        ({"normalize_activations": "expected_average_only_in"}, "has normalize_activations"),
+        ({"reshape_activations": "hook_z"}, "has reshape_activations"),
+        ({"activation_fn": "tanh-relu"}, "has activation_fn"),
+        ({"activation_fn_str": "topk"}, "has activation_fn_str"),
+        ({"finetuning_scaling_factor": True}, "has finetuning_scaling_factor True"),
+        ({"apply_b_dec_to_input": "yes"}, "has apply_b_dec_to_input 'yes'"),
+    ],
+)
+def test_what_saelens_has_and_we_have_not(lens, tmp_path, cfg, told):
+    with pytest.raises(UserError, match=told):
+        main(["sae", str(lens(cfg)), "--to", "member", "--out", str(tmp_path / "back")])
+    assert not (tmp_path / "back").exists()
+
+
+def test_damaged_saelens(lens, tmp_path):
+    args = ["--to", "member", "--out", str(tmp_path / "back")]
+    with pytest.raises(UserError, match="must hold exactly"):
+        main(["sae", str(lens(threshold=np.zeros(D_SAE, np.float32))), *args])
+    (tmp_path / "lens/sae_weights.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="no safetensors file, or a damaged one"):
+        main(["sae", str(tmp_path / "lens"), *args])
+    (tmp_path / "lens/cfg.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        main(["sae", str(tmp_path / "lens"), *args])
+
+
+def test_a_trainers_folder_of_dictionary_learning(member, tmp_path):
+    main(["sae", str(member), "--to", "dictionary_learning", "--out", str(tmp_path / "trainer_0/ae.pt")])
+    main(["sae", str(tmp_path / "trainer_0"), "--to", "member", "--out", str(tmp_path / "back")])
+    np.testing.assert_allclose(load_sae(tmp_path / "back").params["b_enc"], load_sae(member).params["b_enc"], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["member", *OTHERS])
+def test_a_killed_conversion_never_looks_complete(kind, member, tmp_path, monkeypatch):
+    """Whatever rename it dies at, what is there is no autoencoder."""
+    for survived in range(2):
+        out = tmp_path / f"out{survived}"
+        renames = []
+
+        def rename(self, target, renames=renames, survived=survived, real=Path.replace):
+            renames.append(target)
+            if len(renames) > survived:
+                raise KeyboardInterrupt
+            return real(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", rename)
+            try:
+                main(["sae", str(member), "--to", kind, "--out", str(out)])
+            except KeyboardInterrupt:
+                with pytest.raises(UserError):
+                    kind_of(out)
+            else:
+                assert len(renames) == survived == 1
+    assert not list(tmp_path.rglob("*.tmp*"))

@@ -12,7 +12,7 @@ import torch
 from convert.encoder import apply_rules, convert_encoder
 from convert.plain_torch import forward
 from minsae_jax import UserError, sharding
-from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder, split_model
+from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder
 from minsae_jax.encoder.patchtst import Architecture, patches
 from minsae_jax.encoder.revin import RevIN
 from tests.conftest import ENCODERS, FIXTURES
@@ -52,7 +52,7 @@ def test_fixture_parts(name):
         np.testing.assert_allclose(x, expected["normalized"], atol=1e-5, rtol=0)
     else:
         assert not a.revin
-    got = patches(x, a.patch_len, a.stride)
+    got = patches(a, x)
     k = expected["patches"].shape[2]
     np.testing.assert_allclose(got[:, :, :k], expected["patches"], atol=1e-5, rtol=0)
 
@@ -90,7 +90,7 @@ def test_against_plain_torch(name):
     # In float64, so that the difference is ours alone.
     hidden, output = forward(a, {k: v.double() for k, v in state.items()}, x.double())
     tensors = {k: v.numpy() for k, v in state.items()}
-    encoder = Encoder(a, apply_rules(tensors, split_model(a)[1]))
+    encoder = Encoder(a, apply_rules(a, tensors))
     for layer, expected in enumerate(hidden):
         assert 0.1 < expected.std() < 5
         np.testing.assert_allclose(encoder.activations(x.numpy(), layer), expected, atol=TOLERANCE, rtol=0)
@@ -113,7 +113,7 @@ def test_variants_differ():
     """A variant that changed nothing would be tested by nothing."""
     x = np.random.default_rng(0).normal(size=(1, 50, 3)).astype(np.float32)
     tensors = {k: v.numpy() for k, v in random_state_dict(BASE).items()}
-    params = apply_rules(tensors, split_model(BASE)[1])
+    params = apply_rules(BASE, tensors)
     outputs = [
         np.asarray(Encoder(replace(BASE, **change), params).activations(x))
         for change in ({}, {"pre_norm": True}, {"res_attention": False}, {"activation": "gelu"}, {"revin": True})
