@@ -23,7 +23,11 @@ Settings = TypeVar("Settings")
 
 
 class UserError(Exception):
-    """Something that the user can put right, in one sentence: what is wrong, where, and what to do."""
+    """Something that the user can put right, in one sentence: what is wrong, where, and what to do. It is one line, and
+    harmless to a terminal, whatever names from a file it holds."""
+
+    def __init__(self, sentence: str):
+        super().__init__("".join(c if c.isprintable() else "?" for c in sentence))
 
 
 def _require(condition: bool, sentence: str) -> None:

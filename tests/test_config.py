@@ -118,3 +118,7 @@ def test_every_setting_is_explained(cls):
     for field in fields(cls):
         line = source.index(f"    {field.name}: ")
         assert '"""' in source[line:].splitlines()[1], field.name
+
+
+def test_errors_are_one_harmless_line():
+    assert str(UserError("key a\n\x1b[31mb\x85c is λ – no")) == "key a??[31mb?c is λ – no"

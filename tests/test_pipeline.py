@@ -47,7 +47,7 @@ def test_readme(tmp_path, demo_folder, environment):
     for source, target in (("checkpoint.pth", "checkpoint.pth"), ("config.yaml", "config.yaml")):
         shutil.copy(FIXTURES / "tuhab_patch_100" / source, tmp_path / target)
     commands = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith("make ")]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         if command.startswith("tensorboard"):
             continue  # test_tensorboard_starts
