@@ -30,7 +30,7 @@ def main() -> None:
     batch = 128 if "--quick" not in sys.argv else 8
     x = np.random.default_rng(0).normal(size=(batch, a.seq_len, a.n_vars)).astype(np.float32)
     params = jax.device_put(encoder.params, sharding.everywhere(mesh))
-    run = sharded_hidden(mesh, encoder.graph, a.n_layers, False, "float32")
+    run = sharded_hidden(mesh, a, (a.n_layers - 1,))
 
     def pytorch(piece: int) -> None:
         with torch.inference_mode():
@@ -39,7 +39,7 @@ def main() -> None:
 
     seconds = alternate(
         {
-            "ours": lambda: np.asarray(run(params, sharding.put_rows(mesh, x))),
+            "ours": lambda: np.asarray(run(params, sharding.put_rows(mesh, x))[0]),
             "PyTorch, batch 128": lambda: pytorch(128),
             "PyTorch, batch 4": lambda: pytorch(4),
         },

@@ -8,6 +8,7 @@ verbs:
 `VERB --help` tells a verb's flags. Flags override the file given by --config; --debug shows tracebacks.
 """
 
+from functools import partial
 from pathlib import Path
 
 from minsae_jax import cli, sharding
@@ -15,6 +16,7 @@ from minsae_jax.config import Demo, Extract, Settings, Train, UserError, load_se
 from minsae_jax.eeg.synthetic import write_demo
 from minsae_jax.encoder.converted import Encoder, is_encoder, load_encoder
 from minsae_jax.encoder.extract import extract
+from minsae_jax.encoder.live import open_live
 from minsae_jax.sae.train import train
 
 
@@ -28,11 +30,7 @@ def main(args: list[str]) -> None:
     elif verb == "extract":
         _extract(_settings(Extract, verb, flags))
     elif verb == "train":
-        settings = _settings(Train, verb, flags)
-        sharding.start(settings.deterministic)
-        checkpoint = settings.checkpoint_path
-        fingerprint = open_encoder(checkpoint, settings.config_path).fingerprint if checkpoint else None
-        print(train(settings, fingerprint))
+        print(_train(_settings(Train, verb, flags)))
     else:
         raise UserError(f"there is no verb {verb!r}: it is demo, extract or train; see python -m minsae_jax --help")
 
@@ -59,10 +57,18 @@ def _extract(settings: Extract) -> None:
     for name in ("root_path", "checkpoint_path"):
         if getattr(settings, name) is None:
             raise UserError(f"extract needs --{name}, as a flag or in the section extract of the --config file")
-    sharding.start()
+    sharding.start(distributed=settings.distributed)
     encoder = open_encoder(str(settings.checkpoint_path), settings.config_path)
     for told in extract(encoder, settings):
         print(told, flush=True)
+
+
+def _train(settings: Train) -> str:
+    sharding.start(settings.deterministic)
+    if not settings.checkpoint_path:
+        return train(settings)
+    encoder = open_encoder(settings.checkpoint_path, settings.config_path)
+    return train(settings, encoder.fingerprint, partial(open_live, encoder, settings) if settings.live else None)
 
 
 def open_encoder(checkpoint_path: str, config_path: str | None = None) -> Encoder:

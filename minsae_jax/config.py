@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 Split = Literal["train", "val", "test", "all"]
+OnBadRecording = Literal["error", "skip"]
 Settings = TypeVar("Settings")
 
 
@@ -77,8 +78,8 @@ class Extract:
     """A converted encoder (a folder), or a PyTorch .pth, which is then converted in memory."""
     config_path: str | None = None
     """The encoder's YAML: needed by most .pth files, and only checked against a converted encoder."""
-    cache_layer: int = -1
-    """Layer whose output is stored, from 0; negative numbers count from the last."""
+    cache_layer: tuple[int | Literal["all"], ...] = (-1,)
+    """Layers whose outputs are stored, from 0; negative numbers count from the last, and all are all of them."""
     split: tuple[Split, ...] = ("train",)
     """Patients to take; several splits make several stores."""
     split_seed: int = 42
@@ -92,6 +93,13 @@ class Extract:
     several splits the same is made of the name given)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format on disk; readers give float32."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the layers' products are computed in; sums and norms stay float32. bfloat16 is for GPUs."""
+    on_bad_recording: OnBadRecording = "error"
+    """What to do about recordings that cannot be used: list them all and stop, or leave them out (the manifest says
+    which and why)."""
+    distributed: bool = False
+    """Share the work with the other processes of a cluster, each started with the same command."""
     force_revin: bool = False
     """Normalise with RevIN also where the encoder's settings say no, as the reference's embed.py does."""
     overwrite: bool = False
@@ -99,15 +107,19 @@ class Extract:
 
     def __post_init__(self) -> None:
         _require_positive(self, "batch_size", "max_batches")
+        _require(len(self.cache_layer) > 0, "--cache_layer needs at least one layer")
+        _require(
+            self.cache_layer == ("all",) or "all" not in self.cache_layer, "--cache_layer all stands for every layer"
+        )
         _require(len(self.split) > 0, "--split needs at least one of train, val, test, all")
         _require(len(set(self.split)) == len(self.split), f"--split names a split twice: {' '.join(self.split)}")
         _require(self.split_seed >= 0, f"--split_seed must be 0 or more, but is {self.split_seed}")
 
-    def store(self, split: Split) -> Path:
-        """The folder that holds this split's shards."""
+    def store(self, split: Split, layer: int) -> Path:
+        """The folder that holds the shards of a split and layer."""
         out = (self.out or "embeddings/store").rstrip("/")
         is_named = self.out is not None and len(self.split) == 1
-        return Path(out if is_named or split == "train" else f"{out}_{split}") / f"l{self.cache_layer}"
+        return Path(out if is_named or split == "train" else f"{out}_{split}") / f"l{layer}"
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,20 @@ class Train:
     """The encoder that the store must come from, where that is to be checked."""
     config_path: str | None = None
     """That encoder's YAML, where it is a .pth file that needs one."""
+    live: bool = False
+    """Take activations straight from the recordings in --root_path through the encoder: no store is needed."""
+    root_path: str | None = None
+    """Folder of the recordings (with --live, as are the next five)."""
+    split: Split = "train"
+    """Patients to take."""
+    split_seed: int = 42
+    """Seed of the patient split."""
+    live_batch_size: int = 128
+    """Windows that stand for a shard file; under minsae they are a step's batch."""
+    force_revin: bool = False
+    """Normalise with RevIN also where the encoder's settings say no."""
+    on_bad_recording: OnBadRecording = "error"
+    """What to do about recordings that cannot be used: list them all and stop, or leave them out."""
     run_dir: str | None = None
     """Folder of the run (default: runs/{recipe})."""
     init: str | None = None
@@ -182,7 +208,8 @@ class Train:
     def __post_init__(self) -> None:
         _require_positive(
             self, "num_steps", "batch_size", "number_of_arrays", "recon_weight", "max_grad_norm", "decoder_norm",
-            "scale_tokens", "adam_eps", "eval_window", "dead_after", "checkpoint_every", "max_to_keep",
+            "scale_tokens", "adam_eps", "live_batch_size", "eval_window", "dead_after", "checkpoint_every",
+            "max_to_keep",
         )  # fmt: skip
         _require(self.dead_after < 2**30, f"--dead_after must be below {2**30:,}, but is {self.dead_after:,}")
         shuffle_seed = self.shuffle_seed or 0
@@ -200,6 +227,11 @@ class Train:
             _require(not wrong, f"--{name} must be {limit} and not below 0, but is {' '.join(map(str, wrong))}")
         _require(0 not in self.feature_dim_factor, "--feature_dim_factor must be above 0")
         _require(bool(self.seed) and bool(self.feature_dim_factor), "--seed and --feature_dim_factor need a value each")
+        for name in ("root_path", "checkpoint_path"):
+            _require(not self.live or bool(getattr(self, name)), f"--live needs --{name}")
+        for name in ("root_path", "split", "split_seed", "live_batch_size", "force_revin", "on_bad_recording"):
+            is_default = getattr(self, name) == type(self).__dataclass_fields__[name].default
+            _require(self.live or is_default, f"--{name} has no meaning without --live: leave it out")
         for name in _OTHER_RECIPE_ONLY[self.recipe]:
             _require(getattr(self, name) is None, f"--{name} has no meaning under --recipe {self.recipe}: leave it out")
 
@@ -304,7 +336,11 @@ def _refuse_unknown(given: dict[str, Any], known: list[str], what: str) -> None:
 def _coerce(value: Any, hint: Any, name: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return None if value is None else _coerce(value, next(a for a in args if a is not type(None)), name)
+        if value is None and type(None) in args:
+            return None
+        kinds = [a for a in args if a is not type(None)]
+        fits = next((a for a in kinds if type(value) is a or value in get_args(a)), kinds[0])
+        return _coerce(value, fits, name)
     if origin is tuple:
         return tuple(_coerce(v, args[0], name) for v in (value if isinstance(value, list) else [value]))
     if origin is Literal:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,8 +20,11 @@ SWEEP, DATA = "sweep", "data"
 MAX_CPU_DEVICES = 8  # each holds the weights whole, and adds up gradients with all others
 
 
-def start(deterministic: bool = False) -> None:
+def start(deterministic: bool = False, distributed: bool = False) -> None:
     """Set up JAX; to be called before anything touches a device.
+
+    distributed: with the other processes of a cluster. JAX knows Slurm, Open MPI and Kubernetes; elsewhere the
+    environment says JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     On CPU a core becomes a device, up to eight: XLA uses cores better with work split over devices than within one.
     """
@@ -30,10 +34,24 @@ def start(deterministic: bool = False) -> None:
     if "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
         with contextlib.suppress(RuntimeError):  # JAX was used before in this process: its devices stay as they are
             jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, MAX_CPU_DEVICES))
+    if distributed:
+        _join_cluster()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"JAX finds no device to run on ({' '.join(str(e).split())[:200]})") from e
+
+
+def _join_cluster() -> None:
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, count, number = (os.environ.get(name) or None for name in names)
+    try:
+        jax.distributed.initialize(address, int(count) if count else None, int(number) if number else None)
+    except (ValueError, RuntimeError) as e:
+        raise UserError(
+            f"--distributed finds no cluster ({' '.join(str(e).split())[:200]}): start it under Slurm, or set "
+            f"{', '.join(names)}"
+        ) from e
 
 
 def make_mesh(*group_sizes: int) -> Mesh:
@@ -44,9 +62,35 @@ def make_mesh(*group_sizes: int) -> Mesh:
     return Mesh(devices.reshape(sweep, -1), (SWEEP, DATA), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def make_local_mesh() -> Mesh:
+    """This process's own devices along `data`, for work that processes share without talking."""
+    devices = np.array(jax.local_devices()).reshape(1, -1)
+    return Mesh(devices, (SWEEP, DATA), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def process() -> int:
+    """This process's number among those that share the work; 0 tidies up."""
+    return jax.process_index()
+
+
+def process_count() -> int:
+    return jax.process_count()
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here."""
+    if process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def on_cpu() -> bool:
     """Whether work is best done in pieces that fit the cache, and members one after the other."""
     return jax.default_backend() == "cpu"
+
+
+def has_fused_attention(dims: int) -> bool:
+    """Whether cuDNN's attention, for half precision alone, takes queries and keys of this width."""
+    return jax.default_backend() == "gpu" and dims % 8 == 0 and dims <= 128
 
 
 def members(mesh: Mesh) -> NamedSharding:
@@ -70,6 +114,18 @@ def put_rows(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
     if short:
         x = np.concatenate([x, np.zeros((short, *x.shape[1:]), x.dtype)])
     return jax.device_put(x, rows(mesh))
+
+
+def host_pieces(x: jax.Array, n_rows: int) -> list[np.ndarray]:
+    """The first n_rows rows on the host, a piece a device, in order; on CPU nothing is copied."""
+    pieces = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    for piece in pieces:
+        piece.data.copy_to_host_async()
+    host, left = [], n_rows
+    for piece in pieces:
+        host.append(np.asarray(piece.data)[:left])
+        left -= len(host[-1])
+    return [piece for piece in host if len(piece)]
 
 
 def on_rows(mesh: Mesh, function: Callable) -> Callable:

@@ -5,13 +5,16 @@ such type. `manifest.json` says what belongs, `provenance.npz` where each sequen
 manifest, as minSAE writes it, is read too.
 """
 
+import bisect
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ FORMAT_VERSION = 1
 MANIFEST, PROVENANCE = "manifest.json", "provenance.npz"
 SHARD_NAME = re.compile(r"b(\d+)\.npy")
 ON_DISK = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}  # dtype -> what .npy calls it
+CHUNK_ROWS = 256  # consecutive rows a read: single rows are a hundred times slower
 Manifest = dict[str, Any]
 
 
@@ -52,6 +56,23 @@ class Store:
         return sum(shard.rows for shard in self.shards)
 
     @property
+    def rows_of_shards(self) -> list[int]:
+        return [shard.rows for shard in self.shards]
+
+    @property
+    def n_chunks(self) -> int:
+        """Runs of at most chunk_rows rows; a shard's shorter tail is one too."""
+        return self._chunk_ends[-1]
+
+    @property
+    def chunk_rows(self) -> int:
+        return CHUNK_ROWS
+
+    @cached_property
+    def _chunk_ends(self) -> list[int]:
+        return list(accumulate(-(-shard.rows // CHUNK_ROWS) for shard in self.shards))
+
+    @property
     def fingerprint(self) -> str:
         """Tells stores apart: of the manifest, or of names and sizes where there is none."""
         content = self.manifest or [(s.path.name, s.rows, self.d_model) for s in self.shards]
@@ -68,6 +89,15 @@ class Store:
         row_bytes = self.d_model * dtype.itemsize
         numbers = np.fromfile(file.path, dtype, (stop - start) * self.d_model, offset=file.offset + start * row_bytes)
         return numbers.reshape(-1, self.d_model).astype(np.float32, copy=False)
+
+    def read_chunks(self, chunks: Sequence[int]) -> Float[np.ndarray, "rows d_model"]:
+        """The rows of some chunks, one after the other."""
+        found = []
+        for chunk in chunks:
+            shard = bisect.bisect_right(self._chunk_ends, chunk)
+            start = (chunk - (self._chunk_ends[shard - 1] if shard else 0)) * CHUNK_ROWS
+            found.append(self.read(shard, start, start + CHUNK_ROWS))
+        return np.concatenate(found)
 
     def verify(self) -> None:
         """Read every shard and compare its checksum. Raises UserError naming those that fail."""

@@ -1,15 +1,19 @@
 """Writing a store, so that it can be cut off at any moment and goes on where it was."""
 
+import hashlib
+import io
 import json
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
+from minsae_jax import sharding
 from minsae_jax.activations.shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -23,7 +27,8 @@ from minsae_jax.activations.shards import (
 from minsae_jax.config import UserError
 from minsae_jax.files import locked, written_aside
 
-_OURS = re.compile(rf"({SHARD_NAME.pattern}|{MANIFEST}|{PROVENANCE})(\.tmp)?")
+BLOCK = 1 << 20  # bytes hashed and written at a time, while they are in the cache
+_OURS = re.compile(rf"({SHARD_NAME.pattern}|{MANIFEST}|manifest\.\d+\.json|{PROVENANCE})(\.tmp)?")
 
 
 def refuse_other_store(folder: Path, identity: dict[str, Any]) -> None:
@@ -61,36 +66,48 @@ class StoreWriter:
 
     `identity` is what makes it this store: layer, encoder, shapes, dtype, data. Use it in a `with`: the folder is
     locked. Raises UserError as `refuse_other_store` does, unless `overwrite` is asked for.
+
+    Several processes may write shards of one store, all going through `with` and `finish` together: the first keeps
+    manifest.json, the n-th notes its shards in manifest.{n}.json, which are put together at the end, or at the next
+    start.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], overwrite: bool = False):
         self.folder, self.identity, self.overwrite = folder, identity, overwrite
+        self.process = sharding.process()
         self._lock = ExitStack()
 
     def __enter__(self) -> "StoreWriter":
-        if self.overwrite:
-            refuse_foreign_files(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            stack.enter_context(locked(self.folder))
-            if not self.overwrite:
-                refuse_other_store(self.folder, self.identity)
-            before = {} if self.overwrite else read_manifest(self.folder)
-            self.finished = bool(before) and before["complete"] and not any(damages(self.folder, before))
-            fresh = {"format_version": FORMAT_VERSION, "complete": False, **self.identity, "shards": []}
-            self.manifest = before or fresh
-            if not self.finished:
-                self._begin()
+            if self.process == 0:
+                self._tidy_up(stack)
+            sharding.barrier(f"begin {self.folder}")
+            manifest = read_manifest(self.folder)
+            self.finished = manifest["complete"]
+            self.done = {_number(e) for e in manifest["shards"]}
+            self.manifest = manifest if self.process == 0 else {"shards": []}
             self._lock = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
 
-    def _begin(self) -> None:
-        """Keep the shards that are whole, remove what else a broken run left."""
+    def _tidy_up(self, stack: ExitStack) -> None:
+        """Lock the folder, and make it a store that is finished, or one with whole shards only."""
+        if self.overwrite:
+            refuse_foreign_files(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(self.folder))
+        if not self.overwrite:
+            refuse_other_store(self.folder, self.identity)
+        before = {} if self.overwrite else read_manifest(self.folder)
+        if before and before["complete"] and not any(damages(self.folder, before)):
+            return
+        fresh = {"format_version": FORMAT_VERSION, "complete": False, **self.identity, "shards": []}
+        self.manifest = before or fresh
+        entries = self.manifest["shards"] + ([] if self.overwrite else self._others())
         kept = [
-            e for e in self.manifest["shards"]
+            e for e in entries
             if not shard_damage(self.folder / e["file"], e, self.manifest)
             and sha256_of(self.folder / e["file"]) == e["sha256"]
         ]  # fmt: skip
@@ -101,39 +118,60 @@ class StoreWriter:
             if path.name not in names and _OURS.fullmatch(path.name):
                 path.unlink()
 
-    @property
-    def done(self) -> set[int]:
-        """Numbers of the shards that are there."""
-        return {_number(e) for e in self.manifest["shards"]}
+    def _others(self) -> list[dict[str, Any]]:
+        """What other processes have noted."""
+        noted = [json.loads(path.read_text()) for path in sorted(self.folder.glob("manifest.*.json"))]
+        return [entry for part in noted for entry in part["shards"]]
 
-    def write(self, number: int, activations: Shaped[np.ndarray, "sequences n_tokens d_model"]) -> None:
-        """One shard; `activations` is of the store's dtype."""
-        array = activations.view(np.uint16) if activations.dtype == ml_dtypes.bfloat16 else activations
+    def write(self, number: int, pieces: Sequence[Shaped[np.ndarray, "sequences n_tokens d_model"]]) -> None:
+        """One shard, from pieces that follow one another along the first axis, of the store's dtype."""
+        arrays = [p.view(np.uint16) if p.dtype == ml_dtypes.bfloat16 else p for p in pieces]
+        shape = (sum(len(p) for p in arrays), *arrays[0].shape[1:])
+        header = io.BytesIO()
+        described = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, described)
+        digest = hashlib.sha256()
         path = self.folder / f"b{number:04d}.npy"
         with written_aside(path) as aside:
-            with aside.open("wb") as f:
-                np.save(f, array)
+            with aside.open("wb", buffering=0) as f:
+                for content in (header.getbuffer(), *(np.ascontiguousarray(a).data.cast("B") for a in arrays)):
+                    for start in range(0, len(content), BLOCK):
+                        digest.update(content[start : start + BLOCK])
+                        _write_all(f, content[start : start + BLOCK])
             entry = {
                 "file": path.name,
-                "shape": list(array.shape),
-                "rows": array.shape[0] * array.shape[1],
+                "shape": list(shape),
+                "rows": shape[0] * shape[1],
                 "bytes": aside.stat().st_size,
-                "sha256": sha256_of(aside),
+                "sha256": digest.hexdigest(),
             }
         self.manifest["shards"].append(entry)
+        self.done.add(number)
         self._write_manifest()
 
     def finish(self, provenance: dict[str, np.ndarray]) -> None:
         """Write the provenance, an entry a sequence in the shards' order, and declare the store complete."""
-        with written_aside(self.folder / PROVENANCE) as aside, aside.open("wb") as f:
-            np.savez_compressed(f, allow_pickle=False, **provenance)
-        self.manifest["shards"].sort(key=_number)
-        self.manifest["complete"] = True
-        self._write_manifest()
+        sharding.barrier(f"written {self.folder}")
+        if self.process == 0:
+            with written_aside(self.folder / PROVENANCE) as aside, aside.open("wb") as f:
+                np.savez_compressed(f, allow_pickle=False, **provenance)
+            self.manifest["shards"] = sorted(self.manifest["shards"] + self._others(), key=_number)
+            self.manifest["complete"] = True
+            self._write_manifest()
+            for path in self.folder.glob("manifest.*.json"):
+                path.unlink()
+        sharding.barrier(f"finished {self.folder}")
 
     def _write_manifest(self) -> None:
-        with written_aside(self.folder / MANIFEST) as aside:
+        name = MANIFEST if self.process == 0 else f"manifest.{self.process}.json"
+        with written_aside(self.folder / name) as aside:
             aside.write_text(json.dumps(self.manifest, indent=1) + "\n")
+
+
+def _write_all(file: IO[bytes], block: memoryview) -> None:
+    """An unbuffered file may take less than it is given."""
+    while len(block):
+        block = block[file.write(block) :]
 
 
 def _number(entry: dict[str, Any]) -> int:

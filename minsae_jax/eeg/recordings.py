@@ -11,20 +11,26 @@ import os
 import pickle
 import random
 import warnings
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-from minsae_jax.config import Split, UserError
+from minsae_jax.config import OnBadRecording, Split, UserError
 from minsae_jax.files import written_aside
 from minsae_jax.monitor import progress
 
+LENGTHS = "file_lengths_map.csv"
 TRAIN_SHARE, TEST_SHARE = 0.7, 0.2
 Splits = dict[str, list[str]]
+_one_header = (
+    Lock()
+)  # Python 3.11 cannot parse in two threads at a time (SystemError), which is how numpy reads headers
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,8 @@ class Windows:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.files) else 0
 
-    def places(self, start: int, stop: int) -> np.ndarray:
-        """File index and window number within the file of windows start to stop: [windows, 2]."""
-        index = np.arange(start, min(stop, len(self)))
+    def places(self, index: Int[np.ndarray, " windows"]) -> Int[np.ndarray, "windows 2"]:
+        """File index and window number within the file."""
         file = np.searchsorted(self.ends, index, side="right")
         return np.stack([file, index - (self.ends[file] - self.counts[file])], axis=1)
 
@@ -66,35 +71,36 @@ class Windows:
 
     def read(self, start: int, stop: int) -> Float[np.ndarray, "windows seq_len n_vars"]:
         """Windows start to stop, float32, in SD."""
-        places = self.places(start, stop)
+        return self.read_at(np.arange(start, min(stop, len(self))))
+
+    def read_at(self, index: Int[np.ndarray, " windows"]) -> Float[np.ndarray, "windows seq_len n_vars"]:
+        """Any windows, float32, in SD."""
+        places = self.places(index)
         out = np.empty((len(places), self.seq_len, self.n_vars), np.float32)
         for file in np.unique(places[:, 0]):
-            rows = np.flatnonzero(places[:, 0] == file)
-            first, last = places[rows[0], 1], places[rows[-1], 1]
-            samples = load_recording(self.folder / self.files[file])[first * self.seq_len : (last + 1) * self.seq_len]
-            out[rows] = samples.reshape(len(rows), self.seq_len, self.n_vars)
+            recording = load_recording(self.folder / self.files[file])
+            for i in np.flatnonzero(places[:, 0] == file):
+                out[i] = recording[places[i, 1] * self.seq_len : (places[i, 1] + 1) * self.seq_len]
         return out
 
-    def survey(self) -> "Survey":
-        """Look at every sample of all windows once. Raises UserError naming the recordings with NaN or infinity."""
-        digest, shifted, bad = hashlib.sha256(), [], []
+    def without(self, names: Collection[str]) -> "Windows":
+        """The same without some files."""
+        kept = [(f, n) for f, n in zip(self.files, self.lengths, strict=True) if f not in names]
+        return replace(self, files=tuple(f for f, _ in kept), lengths=tuple(n for _, n in kept))
+
+    def survey(self) -> dict[str, "Look"]:
+        """Look at every sample of all windows once; file name to what was seen."""
         with (
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
             progress("check recordings", len(self.files), "recordings", delay=2.0) as bar,
         ):
-            looks = pool.map(self._look, range(len(self.files)))
-            for name, (sha256, is_shifted, not_finite) in zip(self.files, looks, strict=True):
+            looks = {}
+            for name, look in zip(self.files, pool.map(self._look, range(len(self.files))), strict=True):
                 bar.advance(1)
-                digest.update(f"{name} {sha256}".encode())
-                shifted.append(is_shifted)
-                if not_finite is not None:
-                    bad.append(f"recording {name} holds NaN or infinity at sample {not_finite}")
-        if bad:
-            raise UserError(f"{_some(bad, '; ')}: repair or remove it")
-        return Survey(digest.hexdigest(), np.array(shifted, bool))
+                looks[name] = look
+        return looks
 
-    def _look(self, file: int) -> tuple[str, bool, int | None]:
-        """sha256 of a file's windows, whether its last channel is all zero, and its first sample that is not finite."""
+    def _look(self, file: int) -> "Look":
         digest, zero = hashlib.sha256(), self.n_vars > 1
         samples = load_recording(self.folder / self.files[file])[: int(self.counts[file]) * self.seq_len]
         for start in range(0, len(samples), 100_000):
@@ -102,63 +108,128 @@ class Windows:
                 block = np.ascontiguousarray(samples[start : start + 100_000], np.float32)
             finite = np.isfinite(block).all(1)
             if not finite.all():
-                return "", False, start + int(np.flatnonzero(~finite)[0])
+                return Look("", False, start + int(np.flatnonzero(~finite)[0]))
             digest.update(block.data)
             zero = zero and not block[:, -1].any()
-        return digest.hexdigest(), zero and len(samples) > 0, None
+        return Look(digest.hexdigest(), zero and len(samples) > 0, None)
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What a look at all samples tells."""
+class Look:
+    """What a look at all samples of a file's windows tells."""
 
+    sha256: str
+    # The last channel is all zero: missing electrodes were packed to the end, so that columns no longer stand for the
+    # channels of their names.
+    shifted: bool
+    not_finite: int | None  # the first sample that is NaN or infinite
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """Windows of which every sample has been looked at."""
+
+    windows: Windows
     sha256: str  # over all windows
-    # Files whose last channel is all zero: missing electrodes were packed to the end, so that columns no longer stand
-    # for the channels of their names. [files] bool
-    shifted: np.ndarray
+    shifted: np.ndarray  # [files] bool, see Look
+    skipped: dict[str, str]  # files that were left out, and why
+
+
+def open_recordings(
+    root_path: str | Path, splits: Sequence[Split], split_seed: int, sizes: tuple[int, int, int],
+    max_windows: int | None = None, on_bad_recording: OnBadRecording = "error",
+) -> list[Recordings]:  # fmt: skip
+    """The windows of each split's patients, of (seq_len, patch_len, n_vars).
+
+    Raises UserError naming all recordings of all splits that cannot be used; with "skip" they are left out instead.
+    """
+    found = []
+    for split in splits:
+        windows, bad = find_windows(root_path, split, split_seed, *sizes)
+        if max_windows:
+            windows = windows.first(min(max_windows, len(windows)))
+        looks = windows.survey()
+        bad |= {
+            name: f"holds NaN or infinity at sample {look.not_finite}"
+            for name, look in looks.items()
+            if look.not_finite is not None
+        }
+        found.append((windows.without(bad), looks, bad))
+    if on_bad_recording == "error":
+        refuse_bad({name: reason for _, _, bad in found for name, reason in bad.items()})
+    recordings = []
+    for split, (windows, looks, bad) in zip(splits, found, strict=True):
+        if not len(windows):
+            raise UserError(f"split {split} is empty: none of its recordings can be used ({_listed(bad)})")
+        digest = hashlib.sha256("".join(f"{name} {looks[name].sha256}" for name in windows.files).encode())
+        shifted = np.array([looks[name].shifted for name in windows.files], bool)
+        recordings.append(Recordings(windows, digest.hexdigest(), shifted, bad))
+    return recordings
+
+
+def refuse_bad(bad: Mapping[str, str]) -> None:
+    """Raise UserError where there is any."""
+    if bad:
+        raise UserError(f"{_listed(bad)}: repair or remove, or leave out with --on_bad_recording skip")
+
+
+def _listed(bad: Mapping[str, str]) -> str:
+    return _some([f"recording {name} {reason}" for name, reason in bad.items()], "; ", at_most=50)
 
 
 def open_windows(
     root_path: str | Path, split: Split, split_seed: int, seq_len: int, patch_len: int, n_vars: int
 ) -> Windows:
-    """The windows of a split's patients. Everything but the samples' values is checked here, before any work.
+    """`find_windows`, where recordings that cannot be used are an error."""
+    windows, bad = find_windows(root_path, split, split_seed, seq_len, patch_len, n_vars)
+    refuse_bad(bad)
+    return windows
 
-    `all` is train, val and test, one after the other. Raises UserError on a folder, CSV, split or recording that is
-    not as it should be.
+
+def find_windows(
+    root_path: str | Path, split: Split, split_seed: int, seq_len: int, patch_len: int, n_vars: int
+) -> tuple[Windows, dict[str, str]]:
+    """The windows of a split's patients, and the recordings that cannot be used, with the reason; from names, headers
+    and the CSV, not from the samples' values.
+
+    `all` is train, val and test, one after the other. Raises UserError on a folder, CSV or split that is not as it
+    should be.
     """
     root = Path(root_path)
     folder = recordings_folder(root)
     names = sorted(f.name for f in folder.iterdir() if f.suffix == ".npy")
     if not names:
         raise UserError(f"there are no recordings (.npy) in {folder}")
-    lengths = read_lengths(folder / "file_lengths_map.csv")
+    lengths = read_lengths(folder / LENGTHS)
     splits = patient_splits(root, names, split_seed)
     patients = splits["train"] + splits["val"] + splits["test"] if split == "all" else splits[split]
+    elsewhere = {p for s in splits.values() for p in s} - set(patients)
     files_of: dict[str, list[str]] = {}
     for name in names:
         files_of.setdefault(patient_of(name), []).append(name)
     files = [name for patient in patients for name in files_of.get(patient, [])]
-    missing = [name for name in files if name not in lengths]
-    if missing:
-        raise UserError(f"{folder / 'file_lengths_map.csv'} has no row for {_some(missing)}")
-    windows = Windows(folder, tuple(files), tuple(lengths[f] for f in files), seq_len, patch_len, n_vars)
-    if len(windows) == 0:
+    bad = {
+        name: f"is listed in {LENGTHS}, but there is no such file"
+        for name in sorted(lengths.keys() - set(names))
+        if patient_of(name) not in elsewhere
+    }
+    for name in files:
+        if reason := _problem(folder / name, lengths.get(name), n_vars):
+            bad[name] = reason
+    good = tuple(f for f in files if f not in bad)
+    windows = Windows(folder, good, tuple(lengths[f] for f in good), seq_len, patch_len, n_vars)
+    if len(windows) == 0 and not bad:
         raise UserError(
             f"split {split} is empty: {len(patients)} patients with {len(files)} recordings in {folder} "
             f"make no window of {seq_len} samples"
         )
-    problems = [
-        p for f, n in zip(files, windows.counts, strict=True) if (p := _problem(folder / f, int(n) * seq_len, n_vars))
-    ]
-    if problems:
-        raise UserError(_some(problems, "; "))
-    return windows
+    return windows, bad
 
 
 def recordings_folder(root: Path) -> Path:
     """The folder with file_lengths_map.csv: root itself, or its tuhab_preprocessed."""
     for folder in (root, root / "tuhab_preprocessed"):
-        if (folder / "file_lengths_map.csv").is_file():
+        if (folder / LENGTHS).is_file():
             return folder
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: --root_path must hold recordings and file_lengths_map.csv")
@@ -242,28 +313,31 @@ def read_splits(path: Path) -> Splits:
 
 def load_recording(path: Path) -> np.ndarray:
     """A recording [time, channels], mapped, not read."""
-    mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    with _one_header:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(mapped, np.ndarray):
         raise ValueError("it is an archive of arrays")
     array = mapped.view(np.ndarray)
     return array[:, None] if array.ndim == 1 else array
 
 
-def _problem(path: Path, samples: int, n_vars: int) -> str | None:
-    """Why a recording cannot be used, from its header and size alone."""
+def _problem(path: Path, length: int | None, n_vars: int) -> str | None:
+    """Why a recording cannot be used, from its header, its size and its length in the CSV."""
+    if length is None:
+        return f"cannot be used: {LENGTHS} has no row for it"
     try:
         array = load_recording(path)
     except Exception as e:
-        return f"recording {path} cannot be read ({' '.join(str(e).split()) or type(e).__name__})"
+        return f"cannot be read ({' '.join(str(e).split()) or type(e).__name__})"
     if array.ndim != 2 or array.dtype.kind != "f":
-        return f"recording {path} must be floating-point [time, channels], but is {array.dtype}{list(array.shape)}"
+        return f"must be floating-point [time, channels], but is {array.dtype}{list(array.shape)}"
     if array.shape[1] != n_vars:
-        return f"recording {path} has {array.shape[1]} channels, but the encoder wants {n_vars}"
-    if len(array) < samples:
-        return f"recording {path} has {len(array)} samples, but file_lengths_map.csv promises windows up to {samples}"
+        return f"has {array.shape[1]} channels, but the encoder wants {n_vars}"
+    if len(array) != length:
+        return f"has {len(array)} samples, but {LENGTHS} says {length}"
     return None
 
 
-def _some(items: list[str], separator: str = ", ") -> str:
-    more = f"{separator}and {len(items) - 5} more" if len(items) > 5 else ""
-    return separator.join(items[:5]) + more
+def _some(items: list[str], separator: str = ", ", at_most: int = 5) -> str:
+    more = f"{separator}and {len(items) - at_most} more" if len(items) > at_most else ""
+    return separator.join(items[:at_most]) + more

@@ -8,9 +8,9 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,23 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from minsae_jax.config import UserError, from_dict
-from minsae_jax.encoder.patchtst import Architecture, PatchTST, layer_count
+from minsae_jax.encoder.patchtst import Architecture, PatchTST, layer_index
 
 FORMAT_VERSION = 1
 Params = dict[str, Any]
+Precision = Literal["float32", "bfloat16"]
 
 
-def split_model(architecture: Architecture) -> tuple[nnx.GraphDef, Params]:
-    """Graph and abstract parameters (shapes and dtypes) of the model; nothing is allocated."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: PatchTST(architecture, rngs=nnx.Rngs(0))))
+@lru_cache(64)
+def _split(architecture: Architecture, precision: Precision) -> tuple[nnx.GraphDef, Any]:
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[precision]
+    return nnx.split(nnx.eval_shape(lambda: PatchTST(architecture, dtype, rngs=nnx.Rngs(0))))
+
+
+def split_model(architecture: Architecture, precision: Precision = "float32") -> tuple[nnx.GraphDef, Params]:
+    """Graph and abstract parameters (shapes and dtypes) of the model; nothing is allocated. precision: of the layers'
+    products."""
+    graph, state = _split(architecture, precision)
     return graph, nnx.to_pure_dict(state)
 
 
@@ -55,8 +63,8 @@ class Encoder:
 
         Raises UserError where the window's length or channels are not the encoder's, or there is no such layer.
         """
-        n_layers = layer_count(layer, self.architecture.n_layers)
-        return hidden(self.graph, self.params, self._checked(past_values), n_layers, False)
+        layers = (layer_index(layer, self.architecture.n_layers),)
+        return _hidden(self.graph, self.params, self._checked(past_values), layers)[0]
 
     def _checked(self, past_values: Array | np.ndarray) -> Array:
         a = self.architecture
@@ -68,11 +76,10 @@ class Encoder:
         return jnp.asarray(past_values, jnp.float32)
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def hidden(graph: nnx.GraphDef, params: Params, past_values: Array, n_layers: int, force_revin: bool) -> Array:
-    """`PatchTST.hidden` as a pure function of its parameters."""
+@partial(jax.jit, static_argnums=(0, 3))
+def _hidden(graph: nnx.GraphDef, params: Params, past_values: Array, layers: tuple[int, ...]) -> tuple[Array, ...]:
     with jax.default_matmul_precision("highest"):
-        return nnx.merge(graph, params).hidden(past_values, n_layers, force_revin)
+        return nnx.merge(graph, params).hidden(past_values, layers)
 
 
 @partial(jax.jit, static_argnums=0)

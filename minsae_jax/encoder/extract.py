@@ -1,11 +1,16 @@
 """Recordings through the encoder into stores of activations: `python -m minsae_jax extract`."""
 
+import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import ml_dtypes
 import numpy as np
@@ -14,47 +19,76 @@ from flax import nnx
 from minsae_jax import sharding
 from minsae_jax.activations.writer import StoreWriter, refuse_other_store
 from minsae_jax.config import Extract, Split, UserError
-from minsae_jax.eeg.recordings import Survey, Windows, open_windows
-from minsae_jax.encoder.converted import Encoder
-from minsae_jax.encoder.patchtst import layer_count
-from minsae_jax.monitor import progress
+from minsae_jax.eeg.recordings import Recordings, Windows, open_recordings
+from minsae_jax.encoder.converted import Encoder, Precision, split_model
+from minsae_jax.encoder.patchtst import Architecture, layer_index
+from minsae_jax.monitor import Bar, progress
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+CHECKED = 1 << 22  # numbers looked at for NaN at a time
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A store to be written."""
+    """The stores to be written of one split, one a layer."""
 
     split: Split
-    folder: Path
-    windows: Windows
-    survey: Survey
-    identity: dict[str, Any]  # what makes a store this store
+    recordings: Recordings
+    stores: dict[int, tuple[Path, dict[str, Any]]]  # number of the layer -> folder, and what makes it this store
+
+    @property
+    def windows(self) -> Windows:
+        return self.recordings.windows
 
 
 def extract(encoder: Encoder, settings: Extract) -> Iterator[str]:
-    """Write the store of every split asked for, or what is missing of it; yields what to tell of each.
+    """Write the stores of every split and layer asked for, or what is missing of them; yields what to tell of each
+    split.
 
-    Raises UserError, before anything is written, on recordings that do not fit the encoder or hold NaN, and on another
-    store in a folder.
+    Raises UserError, before anything is written, on recordings that do not fit the encoder or hold NaN, on another
+    store in a folder, and where the disk has no room.
     """
-    plans = [_plan(encoder, settings, split) for split in settings.split]
+    plans = make_plans(encoder, settings)
+    _refuse_full_disk(encoder.architecture, settings, plans)
     for plan in plans:
-        with StoreWriter(plan.folder, plan.identity, settings.overwrite) as writer:
-            yield _write(encoder, settings, plan, writer)
+        yield Extraction(encoder, settings, plan).run()
 
 
-def _plan(encoder: Encoder, settings: Extract, split: Split) -> Plan:
-    a, folder = encoder.architecture, settings.store(split)
-    layer_index = layer_count(settings.cache_layer, a.n_layers) - 1
-    windows = open_windows(str(settings.root_path), split, settings.split_seed, a.seq_len, a.patch_len, a.n_vars)
-    if settings.max_batches:
-        windows = windows.first(min(settings.max_batches * settings.batch_size, len(windows)))
-    survey = windows.survey()
-    identity = {
-        "layer": settings.cache_layer,
-        "layer_index": layer_index,
+def make_plans(encoder: Encoder, settings: Extract) -> list[Plan]:
+    """What is to be written, after a look at all recordings."""
+    a = encoder.architecture
+    layers = {layer_index(layer, a.n_layers): layer for layer in _layers(settings, a)}
+    if len(layers) < len(_layers(settings, a)):
+        raise UserError(f"--cache_layer names a layer twice: {' '.join(map(str, settings.cache_layer))}")
+    found = open_recordings(
+        str(settings.root_path), settings.split, settings.split_seed, (a.seq_len, a.patch_len, a.n_vars),
+        settings.max_batches and settings.max_batches * settings.batch_size, settings.on_bad_recording,
+    )  # fmt: skip
+    plans = []
+    for split, recordings in zip(settings.split, found, strict=True):
+        stores = {
+            index: (settings.store(split, layer), _identity(encoder, settings, split, recordings, layer, index))
+            for index, layer in layers.items()
+        }
+        if not settings.overwrite:
+            for folder, identity in stores.values():
+                refuse_other_store(folder, identity)
+        plans.append(Plan(split, recordings, stores))
+    return plans
+
+
+def _layers(settings: Extract, a: Architecture) -> list[int]:
+    return list(range(a.n_layers)) if settings.cache_layer == ("all",) else [int(i) for i in settings.cache_layer]
+
+
+def _identity(
+    encoder: Encoder, settings: Extract, split: Split, recordings: Recordings, layer: int, index: int
+) -> dict[str, Any]:
+    a = encoder.architecture
+    precision = {"precision": settings.precision} if settings.precision != "float32" else {}
+    return {
+        "layer": layer,
+        "layer_index": index,
         "dtype": settings.dtype,
         "n_tokens": a.n_tokens,
         "d_model": a.d_model,
@@ -68,97 +102,201 @@ def _plan(encoder: Encoder, settings: Extract, split: Split) -> Plan:
             "patch_len": a.patch_len,
             "n_vars": a.n_vars,
             "revin": a.revin or settings.force_revin,
-            "n_windows": len(windows),
-            "recordings_sha256": survey.sha256,
-        },
+            "n_windows": len(recordings.windows),
+            "recordings_sha256": recordings.sha256,
+            "skipped": recordings.skipped,
+        }
+        | precision,
     }
-    if not settings.overwrite:
-        refuse_other_store(folder, identity)
-    return Plan(split, folder, windows, survey, identity)
 
 
-def _write(encoder: Encoder, settings: Extract, plan: Plan, writer: StoreWriter) -> str:
-    windows, a = plan.windows, encoder.architecture
-    if writer.finished:
-        return f"the store {plan.folder} is finished already: {len(windows):,} windows of split {plan.split}"
-    _warn_of_shifted(plan)
-    todo = [i for i in range(-(-len(windows) // settings.batch_size)) if i not in writer.done]
-    with progress(f"extract {plan.split}", len(windows), "windows") as bar:
-        bar.start_at(len(windows) - sum(len(range(*_bounds(i, settings, windows))) for i in todo))
-        for number, activations in _batches(encoder, settings, windows, todo):
-            if not np.isfinite(activations).all():
+def _refuse_full_disk(a: Architecture, settings: Extract, plans: list[Plan]) -> None:
+    """Compare what is needed with what is free on each file system, before the start."""
+    window_bytes = a.n_vars * a.n_tokens * a.d_model * np.dtype(DTYPES[settings.dtype]).itemsize
+    needed: dict[int, tuple[Path, int]] = {}
+    for plan in plans:
+        for folder, _ in plan.stores.values():
+            there = sum(p.stat().st_size for p in folder.glob("b*.npy")) if folder.is_dir() else 0
+            parent = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+            wanted = needed.get(parent.stat().st_dev, (parent, 0))[1] + len(plan.windows) * window_bytes - there
+            needed[parent.stat().st_dev] = (parent, wanted)
+    for parent, wanted in needed.values():
+        free = shutil.disk_usage(parent).free
+        if wanted > free:
+            raise UserError(
+                f"the activations need {wanted / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free: make room, "
+                "name another --out, or take --dtype bfloat16"
+            )
+
+
+class Extraction:
+    """One split on its way into its stores.
+
+    Windows are read ahead and shards written in the background, so that the devices always have a batch to work on.
+    With several processes each does every n-th batch, and the stores are the same.
+    """
+
+    def __init__(self, encoder: Encoder, settings: Extract, plan: Plan):
+        self.settings, self.plan, self.windows = settings, plan, plan.windows
+        self.encoder, self.n_vars = encoder, encoder.architecture.n_vars
+        self.lost, self.began = 0.0, 0.0  # seconds that this thread waited for reading or writing; when it began
+
+    def run(self) -> str:
+        """Returns what to tell."""
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(StoreWriter(folder, identity, self.settings.overwrite))
+                for folder, identity in self.plan.stores.values()
+            ]
+            if not all(w.finished for w in writers):
+                self._write(writers)
+        folders = " and ".join(str(folder) for folder, _ in self.plan.stores.values())
+        if all(w.finished for w in writers):
+            return f"the store {folders} is finished already: {len(self.windows):,} windows of split {self.plan.split}"
+        a = self.encoder.architecture
+        return (
+            f"{len(self.windows):,} windows of split {self.plan.split}, "
+            f"{len(self.windows) * a.n_vars * a.n_tokens:,} tokens of d_model {a.d_model}, written to {folders}"
+        )
+
+    def _write(self, writers: list[StoreWriter]) -> None:
+        self._warn()
+        n_batches = -(-len(self.windows) // self.settings.batch_size)
+        missing = [i for i in range(n_batches) if any(i not in w.done for w in writers if not w.finished)]
+        todo = missing[sharding.process() :: sharding.process_count()]
+        with progress(f"extract {self.plan.split}", len(self.windows), "windows") as bar:
+            bar.start_at(len(self.windows) - sum(stop - start for start, stop in map(self._bounds, missing)))
+            self._run_batches(todo, writers, bar)
+        provenance = _provenance(self.plan.recordings)
+        for writer in writers:
+            if not writer.finished:
+                writer.finish(provenance)
+
+    def _run_batches(self, todo: list[int], writers: list[StoreWriter], bar: Bar) -> None:
+        settings, mesh = self.settings, sharding.make_local_mesh()
+        params = jax.device_put(self.encoder.params, sharding.everywhere(mesh))
+        run = sharded_hidden(
+            mesh, self.encoder.architecture, tuple(self.plan.stores), settings.force_revin, settings.dtype,
+            settings.precision,
+        )  # fmt: skip
+        # All batches are padded to one shape, so that there is one compilation.
+        rows_per_device = -(-min(settings.batch_size, len(self.windows)) // mesh.shape[sharding.DATA])
+        self.began = time.perf_counter()
+        batches = read_ahead(self.windows, [self._bounds(i) for i in todo])
+        running: tuple[int, int, tuple[jax.Array, ...]] | None = None
+        with ThreadPoolExecutor(1) as background:
+            writing: Future[None] | None = None
+            for number in [*todo, None]:
+                started = None
+                if number is not None:
+                    x = self._waited_for(batches.__next__)
+                    started = (number, len(x), run(params, sharding.put_rows(mesh, x, rows_per_device)))
+                if running is not None:
+                    jax.block_until_ready(running[2])
+                    if writing:
+                        self._waited_for(writing.result)
+                    writing = background.submit(self._write_batch, *running, writers)
+                    bar.advance(running[1])
+                    bar.note(f"waiting {self.lost / (time.perf_counter() - self.began):.0%}")
+                running = started
+            if writing:
+                self._waited_for(writing.result)
+
+    def _write_batch(
+        self, number: int, n_windows: int, outputs: tuple[jax.Array, ...], writers: list[StoreWriter]
+    ) -> None:
+        for z, writer in zip(outputs, writers, strict=True):
+            if writer.finished or number in writer.done:
+                continue
+            pieces = [p.reshape(-1, *p.shape[2:]) for p in sharding.host_pieces(z, n_windows)]
+            if not all(_is_finite(p) for p in pieces):
                 raise UserError(
-                    f"the encoder gives NaN or infinity in {settings.dtype} for windows from "
-                    f"{number * settings.batch_size} on of split {plan.split}: see whether the recordings are in SD"
+                    f"the encoder gives NaN or infinity in {self.settings.dtype} for windows from "
+                    f"{number * self.settings.batch_size} on of split {self.plan.split}: see whether the recordings "
+                    "are in SD"
                 )
-            writer.write(number, activations)
-            bar.advance(len(activations) // a.n_vars)
-    writer.finish(_provenance(plan))
-    tokens = len(windows) * a.n_vars * a.n_tokens
-    return (
-        f"{len(windows):,} windows of split {plan.split}, {tokens:,} tokens of d_model {a.d_model}, "
-        f"written to {plan.folder}"
-    )
+            writer.write(number, pieces)
+
+    def _waited_for(self, get: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        got = get()
+        self.lost += time.perf_counter() - began
+        return got
+
+    def _bounds(self, number: int) -> tuple[int, int]:
+        start = number * self.settings.batch_size
+        return start, min(start + self.settings.batch_size, len(self.windows))
+
+    def _warn(self) -> None:
+        if sharding.process():
+            return
+        recordings = self.plan.recordings
+        shifted = [f for f, s in zip(self.windows.files, recordings.shifted, strict=True) if s]
+        if shifted:
+            warnings.warn(
+                f"last channel all zero in {_some(shifted)}: missing electrodes shifted the columns, so that channel "
+                "names do not hold there; provenance.npz marks these recordings",
+                stacklevel=2,
+            )
+        if recordings.skipped:
+            reasons = _some([f"{name} {reason}" for name, reason in recordings.skipped.items()])
+            warnings.warn(f"left out of split {self.plan.split}: {reasons}; the manifest names them all", stacklevel=2)
 
 
-def _bounds(number: int, settings: Extract, windows: Windows) -> tuple[int, int]:
-    return number * settings.batch_size, min((number + 1) * settings.batch_size, len(windows))
+class _Batches:
+    """Windows between given bounds, for grain."""
+
+    def __init__(self, windows: Windows, bounds: list[tuple[int, int]]):
+        self.windows, self.bounds = windows, bounds
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.windows.read(*self.bounds[index])
 
 
-def _batches(
-    encoder: Encoder, settings: Extract, windows: Windows, todo: list[int]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Activations [sequences, n_tokens, d_model] of each batch; the next one is computed while the caller writes."""
-    mesh = sharding.make_mesh()
-    params = jax.device_put(encoder.params, sharding.everywhere(mesh))
-    n_layers = layer_count(settings.cache_layer, encoder.architecture.n_layers)
-    run = sharded_hidden(mesh, encoder.graph, n_layers, settings.force_revin, settings.dtype)
-    # All batches are padded to one shape, so that there is one compilation.
-    rows_per_device = -(-min(settings.batch_size, len(windows)) // mesh.shape[sharding.DATA])
-    pending: tuple[int, int, jax.Array] | None = None
-    for number in [*todo, None]:
-        started = None
-        if number is not None:
-            x = windows.read(*_bounds(number, settings, windows))
-            started = (number, len(x), run(params, sharding.put_rows(mesh, x, rows_per_device)))
-        if pending is not None:
-            z = np.asarray(pending[2])[: pending[1]]
-            yield pending[0], z.reshape(-1, *z.shape[2:])
-        pending = started
+def read_ahead(windows: Windows, bounds: list[tuple[int, int]]) -> Iterator[np.ndarray]:
+    """Windows [n, seq_len, n_vars] of each (start, stop), two at a time read by grain before they are asked for."""
+    if not bounds:
+        return iter(())
+    batches = grain.MapDataset.source(_Batches(windows, bounds))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
 
 
 def sharded_hidden(
-    mesh: jax.sharding.Mesh, graph: nnx.GraphDef, n_layers: int, force_revin: bool, dtype: str
-) -> Callable[[Any, jax.Array], jax.Array]:
-    """(params, windows) -> output of layer n_layers - 1, every device working on its own windows; full float32."""
+    mesh: jax.sharding.Mesh, a: Architecture, layers: tuple[int, ...], force_revin: bool = False,
+    dtype: str = "float32", precision: Precision = "float32",
+) -> Callable[[Any, jax.Array], tuple[jax.Array, ...]]:  # fmt: skip
+    """(params, windows) -> outputs of the layers as dtype, every device working on its own windows. float32 precision
+    is full float32, without TF32."""
+    graph, _ = split_model(a, precision)
 
     def on_one_device(params, past_values):
-        with jax.default_matmul_precision("highest"):
-            z = nnx.merge(graph, params).hidden(past_values, n_layers, force_revin)
-        return z.astype(DTYPES[dtype])
+        with jax.default_matmul_precision("highest" if precision == "float32" else "default"):
+            outputs = nnx.merge(graph, params).hidden(past_values, layers, force_revin)
+        return tuple(z.astype(DTYPES[dtype]) for z in outputs)
 
     return jax.jit(sharding.on_rows(mesh, on_one_device))
 
 
-def _warn_of_shifted(plan: Plan) -> None:
-    shifted = [f for f, s in zip(plan.windows.files, plan.survey.shifted, strict=True) if s]
-    if shifted:
-        names = ", ".join(shifted[:3]) + (f" and {len(shifted) - 3} more" if len(shifted) > 3 else "")
-        warnings.warn(
-            f"last channel all zero in {names}: missing electrodes shifted the columns, so that channel names do not "
-            "hold there; provenance.npz marks these recordings",
-            stacklevel=2,
-        )
+def _is_finite(array: np.ndarray) -> bool:
+    flat = array.reshape(-1)
+    return all(np.isfinite(flat[i : i + CHECKED]).all() for i in range(0, len(flat), CHECKED))
 
 
-def _provenance(plan: Plan) -> dict[str, np.ndarray]:
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+def _provenance(recordings: Recordings) -> dict[str, np.ndarray]:
     """recordings [files] names; shifted [files]; of each sequence its recording (index of the name), window (number
     within the recording) and channel."""
-    windows = plan.windows
-    places = np.repeat(windows.places(0, len(windows)), windows.n_vars, axis=0).astype(np.int32)
+    windows = recordings.windows
+    places = np.repeat(windows.places(np.arange(len(windows))), windows.n_vars, axis=0).astype(np.int32)
     return {
         "recordings": np.array(windows.files),
-        "shifted": plan.survey.shifted,
+        "shifted": recordings.shifted,
         "recording": places[:, 0],
         "window": places[:, 1],
         "channel": np.tile(np.arange(windows.n_vars, dtype=np.int32), len(windows)),

@@ -8,16 +8,18 @@ one. Shapes: B windows, T tokens, N = B * n_vars sequences, row b * n_vars + cha
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from minsae_jax import sharding
 from minsae_jax.config import UserError
 from minsae_jax.encoder.revin import RevIN, Scaler
+
+Dtype = Any  # jnp.float32 or jnp.bfloat16
 
 
 @dataclass(frozen=True)
@@ -85,43 +87,69 @@ class Attention(nnx.Module):
     on, and no score matrix outlives its layer.
     """
 
-    def __init__(self, d_model: int, n_heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, n_heads: int, dtype: Dtype, *, rngs: nnx.Rngs):
         self.n_heads = n_heads
-        self.query, self.key, self.value, self.out = (nnx.Linear(d_model, d_model, rngs=rngs) for _ in range(4))
+        linear = partial(nnx.Linear, d_model, d_model, dtype=dtype, rngs=rngs)
+        self.query, self.key, self.value, self.out = (linear() for _ in range(4))
         self.scale = nnx.Param(jnp.array((d_model // n_heads) ** -0.5))
 
     def __call__(self, x: Float[Array, "N T d_model"], earlier: tuple[Array, Array] | None = None):
-        """Returns the branch's output and (queries, keys) [N, T, heads, dims] of this layer after the earlier ones."""
+        """Returns the branch's output and (queries, keys) [N, heads, T, dims] of this layer after the earlier ones."""
         query, key, value = (
-            linear(x).reshape(*x.shape[:2], self.n_heads, -1) for linear in (self.query, self.key, self.value)
+            linear(x).reshape(*x.shape[:2], self.n_heads, -1).swapaxes(1, 2)
+            for linear in (self.query, self.key, self.value)
         )
-        query = query * self.scale[...]
+        query = query * self.scale[...].astype(query.dtype)
         if earlier is not None:
             query, key = jnp.concatenate([earlier[0], query], -1), jnp.concatenate([earlier[1], key], -1)
-        weights = jax.nn.softmax(jnp.einsum("nthd,nshd->nhts", query, key), axis=-1)
-        mixed = jnp.einsum("nhts,nshd->nthd", weights, value)
-        return self.out(mixed.reshape(x.shape)), (query, key)
+        return self.out(attend(query, key, value).swapaxes(1, 2).reshape(x.shape)), (query, key)
+
+
+def attend(
+    query: Num[Array, "N heads T dims"], key: Num[Array, "N heads T dims"], value: Num[Array, "N heads T d_head"]
+) -> Num[Array, "N heads T d_head"]:
+    """softmax(query keyᵀ) value, scores and sums in float32 whatever the inputs."""
+    if query.dtype == jnp.bfloat16 and sharding.has_fused_attention(query.shape[-1]):
+        return _fused_attention(query, key, value)
+    scores = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (mixed / weights.sum(-1, keepdims=True)).astype(value.dtype)  # dividing d_head numbers, not T
+
+
+def _fused_attention(query: Array, key: Array, value: Array) -> Array:
+    """cuDNN's flash attention, which wants [N, T, heads, dims] and values as wide as keys."""
+    d_head = value.shape[-1]
+    value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, key.shape[-1] - d_head)))
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    mixed = jax.nn.dot_product_attention(query, key, value, scale=1.0, implementation="cudnn")
+    return mixed.swapaxes(1, 2)[..., :d_head]
 
 
 class Layer(nnx.Module):
-    """Attention and feed-forward branch, normalised after each sum, or before each branch (`pre_norm`)."""
+    """Attention and feed-forward branch, normalised after each sum, or before each branch (`pre_norm`).
 
-    def __init__(self, a: Architecture, *, rngs: nnx.Rngs):
+    The stream and its normalisation are float32; the branches compute in `dtype`. BatchNorm is a multiplication and an
+    addition, which XLA puts into the pass that adds the branch: folding it into the linear maps would save nothing.
+    """
+
+    def __init__(self, a: Architecture, dtype: Dtype, *, rngs: nnx.Rngs):
         batch_norm = partial(nnx.BatchNorm, use_running_average=True, epsilon=a.norm_eps)
         layer_norm = partial(nnx.LayerNorm, epsilon=a.norm_eps, use_fast_variance=False)
         norm = batch_norm if a.norm == "BatchNorm" else layer_norm
+        linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
         self.pre_norm, self.norm_stream, self.res_attention = a.pre_norm, a.norm_stream, a.res_attention
         self.activation = jax.nn.relu if a.activation == "relu" else partial(jax.nn.gelu, approximate=False)
-        self.attention = Attention(a.d_model, a.n_heads, rngs=rngs)
+        self.attention = Attention(a.d_model, a.n_heads, dtype, rngs=rngs)
         self.norm_attention, self.norm_ff = norm(a.d_model, rngs=rngs), norm(a.d_model, rngs=rngs)
-        self.ff_in, self.ff_out = nnx.Linear(a.d_model, a.d_ff, rngs=rngs), nnx.Linear(a.d_ff, a.d_model, rngs=rngs)
+        self.ff_in, self.ff_out = linear(a.d_model, a.d_ff), linear(a.d_ff, a.d_model)
 
     def __call__(self, x: Float[Array, "N T d_model"], earlier: tuple[Array, Array] | None = None):
         x, y = self._before(self.norm_attention, x)
         branch, queries_keys = self.attention(y, earlier if self.res_attention else None)
-        x, y = self._before(self.norm_ff, self._after(self.norm_attention, x + branch))
-        x = self._after(self.norm_ff, x + self.ff_out(self.activation(self.ff_in(y))))
-        return x, queries_keys
+        x, y = self._before(self.norm_ff, self._after(self.norm_attention, x + branch.astype(x.dtype)))
+        branch = self.ff_out(self.activation(self.ff_in(y)))
+        return self._after(self.norm_ff, x + branch.astype(x.dtype)), queries_keys
 
     def _before(self, norm: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
         """The stream and the branch's input."""
@@ -178,16 +206,20 @@ class Head(nnx.Module):
 
 
 class PatchTST(nnx.Module):
-    """The whole model; `Encoder` in converted.py is the same under jit, for everyday use."""
+    """The whole model; `Encoder` in converted.py is the same under jit, for everyday use.
 
-    def __init__(self, a: Architecture, *, rngs: nnx.Rngs):
+    `dtype` is what the layers' products are computed in, float32 or bfloat16; parameters, stream, embedding and head
+    stay in float32.
+    """
+
+    def __init__(self, a: Architecture, dtype: Dtype = jnp.float32, *, rngs: nnx.Rngs):
         self.architecture = a
         self.revin = RevIN(a.n_vars, a.revin_eps, a.revin_affine, a.scaler)
         n_embeddings = 1 if a.shared_embedding else a.n_vars
         self.embeddings = nnx.List([nnx.Linear(a.patch_len, a.d_model, rngs=rngs) for _ in range(n_embeddings)])
         self.cls_token = nnx.Param(jnp.zeros(a.d_model)) if a.use_cls_token else None
         self.position = nnx.Param(jnp.zeros((a.n_tokens, a.pos_dim)))
-        self.layers = nnx.List([Layer(a, rngs=rngs) for _ in range(a.n_layers)])
+        self.layers = nnx.List([Layer(a, dtype, rngs=rngs) for _ in range(a.n_layers)])
         self.head = Head(a, rngs=rngs)
 
     def embed(self, x: Float[Array, "B n_patches n_vars patch_len"]) -> Float[Array, "B n_vars T d_model"]:
@@ -202,17 +234,18 @@ class PatchTST(nnx.Module):
             z = jnp.concatenate([cls_token, z], axis=2)
         return z + self.position[None, None]
 
-    def run_layers(self, x: Float[Array, "N T d_model"], n_layers: int) -> Float[Array, "N T d_model"]:
-        """The first n_layers layers, for sequences that know nothing of each other."""
-        queries_keys = None
-        for layer in self.layers[:n_layers]:
+    def run_layers(self, x: Float[Array, "N T d_model"], layers: tuple[int, ...]) -> tuple[Array, ...]:
+        """Outputs of the layers asked for, for sequences that know nothing of each other; those after are not run."""
+        queries_keys, outputs = None, {}
+        for i, layer in enumerate(self.layers[: max(layers) + 1]):
             x, queries_keys = layer(x, queries_keys)
-        return x
+            outputs[i] = x
+        return tuple(outputs[i] for i in layers)
 
     def hidden(
-        self, past_values: Float[Array, "B seq_len n_vars"], n_layers: int, force_revin: bool = False
-    ) -> Float[Array, "B n_vars T d_model"]:
-        """Output of layer n_layers - 1; later layers are not run.
+        self, past_values: Float[Array, "B seq_len n_vars"], layers: tuple[int, ...], force_revin: bool = False
+    ) -> tuple[Float[Array, "B n_vars T d_model"], ...]:
+        """Outputs of the layers asked for, in one pass.
 
         On CPU the sequences go through the layers one at a time, so that all they need stays in the cache.
         """
@@ -221,22 +254,23 @@ class PatchTST(nnx.Module):
         x = self.embed(patches(a, x))
         sequences = x.reshape(-1, *x.shape[2:])
         if sharding.on_cpu():
-            z = jax.lax.map(lambda s: self.run_layers(s[None], n_layers)[0], sequences)
+            outputs = jax.lax.map(lambda s: tuple(z[0] for z in self.run_layers(s[None], layers)), sequences)
         else:
-            z = self.run_layers(sequences, n_layers)
-        return z.reshape(x.shape)
+            outputs = self.run_layers(sequences, layers)
+        return tuple(z.reshape(x.shape) for z in outputs)
 
     def __call__(self, past_values: Float[Array, "B seq_len n_vars"]) -> Array:
-        output = self.head(self.hidden(past_values, self.architecture.n_layers))
+        (z,) = self.hidden(past_values, (self.architecture.n_layers - 1,))
+        output = self.head(z)
         return self.revin.denormalize(output, past_values) if self.architecture.denormalize else output
 
 
-def layer_count(layer: int, n_layers: int) -> int:
-    """How many layers have to run for the output of `layer`, which may count from the end.
+def layer_index(layer: int, n_layers: int) -> int:
+    """The layer's number, where negative ones count from the end.
 
-    >>> layer_count(0, 3), layer_count(-1, 3)
-    (1, 3)
+    >>> layer_index(0, 3), layer_index(-1, 3)
+    (0, 2)
     """
     if not -n_layers <= layer < n_layers:
         raise UserError(f"there is no layer {layer}: this encoder has {n_layers} layers, {-n_layers} to {n_layers - 1}")
-    return layer % n_layers + 1
+    return layer % n_layers

@@ -99,6 +99,6 @@ def _kept(settings: Train) -> dict[str, Any]:
 
 def _differs(name: str, before: Any, now: Any) -> bool:
     """Whether a setting has changed; paths are compared for where they lead."""
-    if name in ("store", "checkpoint_path", "init") and before and now:
+    if name in ("store", "checkpoint_path", "init", "root_path") and before and now:
         return Path(before).resolve() != Path(now).resolve()
     return name != "run_dir" and before != now

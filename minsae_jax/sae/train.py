@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -10,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from minsae_jax.activations.shards import Store, open_store
-from minsae_jax.activations.stream import TokenStream, files_in_order, shuffled_tokens
+from minsae_jax.activations.shards import open_store
+from minsae_jax.activations.stream import Source, TokenStream, files_in_order, shuffled_tokens
 from minsae_jax.config import Train, UserError
 from minsae_jax.monitor import MemberLog, progress
 from minsae_jax.sae.checkpoints import Checkpoints
@@ -27,35 +28,38 @@ class Inputs:
     """What is checked before a run folder appears."""
 
     settings: Train
-    store: Store
+    store: Source
     groups: tuple[Group, ...]
     start: Params | None  # weights of --init, for raw activations
     stream: TokenStream
     scale: float | None  # of the activations before they are trained on; None where the checkpoint has it
 
 
-def train(settings: Train, encoder_fingerprint: str | None = None) -> str:
+def train(
+    settings: Train, encoder_fingerprint: str | None = None, open_live: Callable[[], Source] | None = None
+) -> str:
     """Train a sweep, or go on with it; returns what to tell.
 
-    With `encoder_fingerprint` the store must be that encoder's. Raises UserError on settings, a store or a run folder
+    With `encoder_fingerprint` the store must be that encoder's; with `open_live` there is none, and that gives what is
+    read in its place. Raises UserError on settings, a store or a run folder
     that do not fit, before anything is written.
     """
     settings = settings.resolved()
     run = Run(settings)
     if run.is_finished():
         return f"the run {run.folder} is finished already\n{run.summary()}"
-    inputs = check_inputs(settings, encoder_fingerprint, run.is_new())
+    store = open_live() if open_live else open_store(settings.store, settings.cache_layer)
+    inputs = check_inputs(settings, store, encoder_fingerprint, run.is_new())
     with run.begun(), Checkpoints(run.checkpoints, settings.max_to_keep) as checkpoints:
         Trainer(inputs, run, checkpoints).train()
     return f"the run {run.folder} is finished\n{run.summary()}"
 
 
-def check_inputs(settings: Train, encoder_fingerprint: str | None, is_new: bool) -> Inputs:
+def check_inputs(settings: Train, store: Source, encoder_fingerprint: str | None, is_new: bool) -> Inputs:
     """Store, members and initial weights, all fitting one another. Raises UserError where they do not.
 
     A new run reads the whole store once, to hold it against its checksums.
     """
-    store = open_store(settings.store, settings.cache_layer)
     made_by = store.manifest.get("encoder")
     if encoder_fingerprint and made_by and made_by != encoder_fingerprint:
         raise UserError(
@@ -81,21 +85,21 @@ def check_inputs(settings: Train, encoder_fingerprint: str | None, is_new: bool)
     return Inputs(settings, store, groups, start.params if start else None, stream, scale)
 
 
-def _tokens_a_step(settings: Train, store: Store) -> int:
+def _tokens_a_step(settings: Train, store: Source) -> int:
     """At the most."""
     if settings.recipe == "minsae":
-        return (settings.number_of_arrays or 1) * max(shard.rows for shard in store.shards)
+        return (settings.number_of_arrays or 1) * max(store.rows_of_shards)
     return settings.batch_size or 1
 
 
-def open_stream(settings: Train, store: Store) -> TokenStream:
+def open_stream(settings: Train, store: Source) -> TokenStream:
     """The recipe's batches, from the first."""
     if settings.recipe == "minsae":
         return files_in_order(store, settings.number_of_arrays or 1)
     return shuffled_tokens(store, settings.batch_size or 1, settings.shuffle_seed or 0)
 
 
-def measure_scale(settings: Train, store: Store) -> float:
+def measure_scale(settings: Train, store: Source) -> float:
     """√d_model / mean ‖x‖₂ over the stream's first scale_tokens tokens, or over one epoch if that is less."""
     if settings.recipe == "minsae":
         return 1.0
@@ -229,7 +233,7 @@ class Trainer:
             "d_model": self.store.d_model,
             "layer": self.store.manifest.get("layer"),
             "encoder_fingerprint": self.store.manifest.get("encoder"),
-            "store": self.settings.store,
+            "store": str(self.store.folder),
             "store_fingerprint": self.store.fingerprint,
             "scale": self.scale,
             "steps": self.step,

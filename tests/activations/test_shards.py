@@ -28,7 +28,7 @@ def write(folder, xs, **changes):
     with StoreWriter(folder, IDENTITY | changes) as writer:
         for i, x in enumerate(xs):
             if i not in writer.done:
-                writer.write(i, x)
+                writer.write(i, [x])
         writer.finish({"window": np.arange(10)})
     return folder
 
@@ -109,8 +109,8 @@ def test_an_interrupted_store_goes_on(tmp_path, folder):
     undisturbed = {p.name: p.read_bytes() for p in folder.iterdir()}
     broken = tmp_path / "broken"
     with StoreWriter(broken, IDENTITY) as writer:
-        writer.write(2, arrays()[2])
-        writer.write(0, arrays()[0])
+        writer.write(2, np.array_split(arrays()[2], 2))
+        writer.write(0, [arrays()[0]])
     (broken / "b0001.npy.tmp").write_bytes(b"half")
     (broken / "b0001.npy").write_bytes(b"renamed, but not in the manifest yet")
     with pytest.raises(UserError, match="is unfinished"):

@@ -26,15 +26,16 @@ def take(it, count):
 
 
 def test_chunks_cover_the_store(numbered):
-    chunks = stream.Chunks(numbered)
-    sizes = [len(chunks[i]) for i in range(len(chunks))]
-    assert sizes == [256, 256, 188, 256, 256, 138, 256, 256, 88, 50]
-    assert np.concatenate([chunks[i][:, 0] for i in range(len(chunks))]).tolist() == list(range(2000))
+    chunks = [numbered.read_chunks([i])[:, 0] for i in range(numbered.n_chunks)]
+    assert [len(c) for c in chunks] == [256, 256, 188, 256, 256, 138, 256, 256, 88, 50]
+    assert np.concatenate(chunks).tolist() == list(range(2000))
+    some = [9, 0, 3, 2]
+    np.testing.assert_array_equal(numbered.read_chunks(some)[:, 0], np.concatenate([chunks[i] for i in some]))
 
 
 @pytest.mark.parametrize("window", [256, 5, 3])
 def test_every_token_once_an_epoch(numbered, monkeypatch, window):
-    monkeypatch.setattr(stream, "WINDOW", window)
+    monkeypatch.setattr(stream, "MIXED_ROWS", 256 * window)
     epochs = take(stream.shuffled_tokens(numbered, 80, 0), 25 * 4).reshape(4, 2000)
     for i, epoch in enumerate(epochs):
         assert sorted(epoch) == list(range(2000))
@@ -61,7 +62,7 @@ def test_a_store_smaller_than_a_batch_repeats(numbered):
 @pytest.mark.parametrize("make", [lambda s: stream.shuffled_tokens(s, 300, 0), lambda s: stream.files_in_order(s, 1)])
 @pytest.mark.parametrize("cut", [0, 1, 7, 23])
 def test_resume(numbered, monkeypatch, make, cut):
-    monkeypatch.setattr(stream, "WINDOW", 4)
+    monkeypatch.setattr(stream, "MIXED_ROWS", 256 * 4)
     it = make(numbered)
     for _ in range(cut):
         next(it)

@@ -39,7 +39,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("layer", [-1, 0])
 def test_store(encoder, settings, tmp_path, layer, capsys):
-    settings = replace(settings, cache_layer=layer)
+    settings = replace(settings, cache_layer=(layer,))
     told = extract(encoder, settings, "train")
     folder = tmp_path / "store" / f"l{layer}"
     windows = open_windows(settings.root_path, "train", 42, 1000, 100, 19)
@@ -149,11 +149,11 @@ def test_shifted_columns_are_told_and_marked(encoder, settings, demo_folder, tmp
 
 
 def test_default_folders():
-    assert str(Extract(out="x", split=("val",)).store("val")) == "x/l-1"
+    assert str(Extract(out="x", split=("val",)).store("val", -1)) == "x/l-1"
     several = Extract(out="x/y/", split=("train", "val"))
-    assert [str(several.store(s)) for s in several.split] == ["x/y/l-1", "x/y_val/l-1"]
-    settings = Extract(split=("train", "val", "test", "all"), cache_layer=2)
-    assert [str(settings.store(s)) for s in settings.split] == [
+    assert [str(several.store(s, -1)) for s in several.split] == ["x/y/l-1", "x/y_val/l-1"]
+    settings = Extract(split=("train", "val", "test", "all"))
+    assert [str(settings.store(s, 2)) for s in settings.split] == [
         "embeddings/store/l2", "embeddings/store_val/l2", "embeddings/store_test/l2", "embeddings/store_all/l2",
     ]  # fmt: skip
 

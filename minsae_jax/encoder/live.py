@@ -1,0 +1,98 @@
+"""Activations made from recordings as they are read, with the interface of a store: `minsae train --live`."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from minsae_jax import sharding
+from minsae_jax.activations.stream import MIXED_ROWS
+from minsae_jax.config import Train, UserError
+from minsae_jax.eeg.recordings import Recordings, open_recordings
+from minsae_jax.encoder.converted import Encoder
+from minsae_jax.encoder.extract import sharded_hidden
+from minsae_jax.encoder.patchtst import layer_index
+
+
+class LiveStore:
+    """The store that `extract` would write, of which nothing is written.
+
+    A chunk is a window of EEG with all its channels; a shard is `batch_size` windows. What is read is computed on the
+    devices, and comes to the host to be shuffled.
+    """
+
+    def __init__(
+        self, encoder: Encoder, recordings: Recordings, layer: int, batch_size: int, force_revin: bool = False
+    ):
+        a = encoder.architecture
+        index = layer_index(layer, a.n_layers)
+        self.windows, self.batch_size = recordings.windows, batch_size
+        self.folder, self.d_model = self.windows.folder, a.d_model
+        self.chunk_rows = a.n_vars * a.n_tokens
+        self.manifest: dict[str, Any] = {
+            "layer": layer,
+            "layer_index": index,
+            "encoder": encoder.fingerprint,
+            "recordings_sha256": recordings.sha256,
+            "n_windows": len(self.windows),
+            "batch_size": batch_size,
+            "revin": a.revin or force_revin,
+        }
+        self._mesh = sharding.make_local_mesh()
+        self._params = jax.device_put(encoder.params, sharding.everywhere(self._mesh))
+        self._run = sharded_hidden(self._mesh, a, (index,), force_revin)
+
+    @property
+    def n_chunks(self) -> int:
+        return len(self.windows)
+
+    @property
+    def rows(self) -> int:
+        return self.n_chunks * self.chunk_rows
+
+    @property
+    def rows_of_shards(self) -> list[int]:
+        starts = range(0, len(self.windows), self.batch_size)
+        return [min(self.batch_size, len(self.windows) - start) * self.chunk_rows for start in starts]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    def read(self, shard: int) -> Float[np.ndarray, "rows d_model"]:
+        start = shard * self.batch_size
+        return self._activations(self.windows.read(start, start + self.batch_size), self.batch_size)
+
+    def read_chunks(self, chunks: Sequence[int]) -> Float[np.ndarray, "rows d_model"]:
+        # One compilation for all, the last of an epoch too.
+        size = min(self.n_chunks, max(1, MIXED_ROWS // self.chunk_rows))
+        return self._activations(self.windows.read_at(np.asarray(chunks)), size)
+
+    def verify(self) -> None:
+        """All samples have been looked at already."""
+
+    def _activations(self, x: np.ndarray, size: int) -> Float[np.ndarray, "rows d_model"]:
+        rows_per_device = -(-min(size, len(self.windows)) // self._mesh.shape[sharding.DATA])
+        (z,) = self._run(self._params, sharding.put_rows(self._mesh, x, rows_per_device))
+        pieces = [piece.reshape(-1, self.d_model) for piece in sharding.host_pieces(z, len(x))]
+        return np.concatenate(pieces)
+
+
+def open_live(encoder: Encoder, settings: Train) -> LiveStore:
+    """The split's recordings as a store. Raises UserError where they cannot be used."""
+    a = encoder.architecture
+    (recordings,) = open_recordings(
+        str(settings.root_path), (settings.split,), settings.split_seed, (a.seq_len, a.patch_len, a.n_vars),
+        on_bad_recording=settings.on_bad_recording,
+    )  # fmt: skip
+    store = LiveStore(encoder, recordings, settings.cache_layer, settings.live_batch_size, settings.force_revin)
+    if not np.isfinite(store.read_chunks([0])).all():
+        raise UserError(
+            f"the encoder gives NaN or infinity for {recordings.windows.files[0]}: see whether the recordings are in SD"
+        )
+    return store
