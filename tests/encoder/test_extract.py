@@ -1,16 +1,24 @@
 """Recordings to a store: right numbers in the right order, each with its origin, and nothing done twice."""
 
+import io
+import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
+from socket import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from convert.encoder import convert_encoder
 from minsae_jax import UserError
+from minsae_jax.activations import writer
 from minsae_jax.activations.shards import open_store
-from minsae_jax.activations.writer import StoreWriter
 from minsae_jax.config import Extract
 from minsae_jax.eeg.recordings import open_windows
 from minsae_jax.encoder import extract as extraction
@@ -71,20 +79,200 @@ def test_again_and_after_a_break(encoder, settings, tmp_path, monkeypatch):
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == times
 
     other = replace(settings, out=str(tmp_path / "broken"))
-    write, count = StoreWriter.write, [0]
-
-    def failing(self, number, activations):
-        if count[0] == 1:
-            raise OSError("disk full")
-        count[0] += 1
-        write(self, number, activations)
-
-    monkeypatch.setattr(StoreWriter, "write", failing)
-    with pytest.raises(OSError, match="disk full"):
+    with failing_write(monkeypatch, after=1), pytest.raises(OSError, match="disk full"):
         extract(encoder, other, "train")
-    monkeypatch.setattr(StoreWriter, "write", write)
     extract(encoder, other, "train")
     assert contents(tmp_path / "broken" / "l-1") == before
+
+
+@contextmanager
+def failing_write(monkeypatch, after):
+    """The disk is full in the middle of a shard."""
+    write_all, count = writer._write_all, [0]
+
+    def failing(file, block):
+        if file.name.endswith(f"b{after:04d}.npy.tmp"):
+            count[0] += 1
+            if count[0] == 2:  # after the header
+                raise OSError("disk full")
+        write_all(file, block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_all", failing)
+        yield
+    assert count == [2]
+
+
+def test_several_layers_in_one_pass(encoder, settings, tmp_path, monkeypatch):
+    for layer in (0, 2):
+        extract(encoder, replace(settings, cache_layer=(layer,), out=str(tmp_path / "alone")), "train")
+    told = extract(encoder, replace(settings, cache_layer=(2, 0)), "train")
+    assert told.endswith(f"written to {tmp_path}/store/l2 and {tmp_path}/store/l0")
+    for layer in ("l0", "l2"):
+        assert contents(tmp_path / "store" / layer) == contents(tmp_path / "alone" / layer)
+    every = replace(settings, cache_layer=("all",), out=str(tmp_path / "every"))
+    with failing_write(monkeypatch, after=1), pytest.raises(OSError, match="disk full"):
+        extract(encoder, every, "train")
+    extract(encoder, every, "train")  # one layer is a shard ahead of the others
+    assert sorted(p.name for p in (tmp_path / "every").iterdir()) == ["l0", "l1", "l2"]
+    for layer in ("l0", "l2"):
+        assert contents(tmp_path / "every" / layer) == contents(tmp_path / "alone" / layer)
+    assert "l1 and" in extract(encoder, every, "train")  # finished already
+    for layers, told in (((0, -3), "names a layer twice: 0 -3"), ((3,), "there is no layer 3")):
+        with pytest.raises(UserError, match=told):
+            extract(encoder, replace(settings, cache_layer=layers), "train")
+
+
+def test_a_full_disk_is_seen_before_the_start(encoder, settings, tmp_path, monkeypatch):
+    windows = len(open_windows(settings.root_path, "train", 42, 1000, 100, 19))
+    needed = 2 * windows * 19 * 11 * 128 * 2
+    both = replace(settings, cache_layer=(0, 1), dtype="float16")
+
+    def free(bytes_free):
+        monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: SimpleNamespace(free=bytes_free))
+
+    free(needed - 1)
+    with pytest.raises(UserError, match=rf"need {needed / 1e9:.1f} GB, but .* has {needed / 1e9:.1f} GB free"):
+        extract(encoder, both, "train")
+    assert list(tmp_path.iterdir()) == []
+    free(needed)
+    extract(encoder, both, "train")
+    free(1)  # what is there needs no room
+    assert "finished already" in extract(encoder, both, "train")
+
+
+def spoil(root, names):
+    """One recording of each kind that cannot be used; name to what is told of it."""
+    told = {}
+
+    def save(name, change, reason):
+        np.save(root / name, change(np.load(root / name)))
+        told[name] = reason
+
+    def set_nan(x):
+        x[70, 3] = np.nan
+        return x
+
+    save(names[0], lambda x: x[:, :18], "has 18 channels, but the encoder wants 19")
+    save(names[1], set_nan, "holds NaN or infinity at sample 70")
+    save(names[2], lambda x: x[:, 0], "has 1 channels")
+    save(names[3], lambda x: (x * 100).astype(np.int16), "must be floating-point")
+    save(names[4], lambda x: x[:-7], "file_lengths_map.csv says")
+    (root / names[5]).write_bytes((root / names[5]).read_bytes()[:-40])
+    (root / names[6]).write_bytes(b"")
+    told |= {names[5]: "cannot be read", names[6]: "cannot be read"}
+    lengths = (root / "file_lengths_map.csv").read_text().splitlines()
+    kept = [line for line in lengths if not line.startswith(names[7])]
+    (root / "file_lengths_map.csv").write_text("\n".join([*kept, "demo9999_s001_t000_preprocessed.npy,9000"]) + "\n")
+    return told | {names[7]: "has no row for it", "demo9999_s001_t000_preprocessed.npy": "there is no such file"}
+
+
+def test_bad_recordings_are_told_together_or_left_out(encoder, settings, demo_folder, tmp_path):
+    root = shutil.copytree(demo_folder, tmp_path / "data")
+    settings = replace(settings, root_path=str(root))
+    names = open_windows(root, "all", 42, 1000, 100, 19).files
+    told = spoil(root, names)
+    with pytest.raises(UserError) as e:
+        extract(encoder, settings, "train", "val", "test")
+    for name, reason in told.items():
+        (sentence,) = [one for one in str(e.value).split("; ") if name in one]
+        assert reason in sentence
+    assert "--on_bad_recording skip" in str(e.value)
+    assert not (tmp_path / "store").exists()
+
+    skipping = replace(settings, on_bad_recording="skip")
+    with pytest.warns(UserWarning, match=r"left out of split all: .* and 6 more; the manifest names them all"):
+        extract(encoder, skipping, "all")
+    store = open_store(tmp_path / "store" / "l-1")
+    assert store.manifest["data"]["skipped"].keys() == told.keys()
+    origin = np.load(tmp_path / "store/l-1/provenance.npz")
+    good = [n for n in names if n not in told]
+    assert origin["recordings"].tolist() == good
+    x = np.load(root / good[0])[None, :1000]
+    np.testing.assert_allclose(store.read(0, 0, 11), np.asarray(encoder.activations(x))[0, 0], atol=1e-5)
+
+    for name in good:
+        (root / name).write_bytes(b"")
+    with pytest.raises(UserError, match="split test is empty: none of its recordings can be used"):
+        extract(encoder, replace(skipping, out=str(tmp_path / "other")), "test")
+
+
+def test_bfloat16_products(encoder, settings, tmp_path):
+    extract(encoder, settings, "val")
+    extract(encoder, replace(settings, precision="bfloat16", out=str(tmp_path / "half")), "val")
+    exact, half = (open_store(tmp_path / name, -1).read(0) for name in ("store", "half"))
+    assert 1e-4 < np.abs(half - exact).mean() / exact.std() < 1e-2
+    with pytest.raises(UserError, match="other settings: precision"):
+        extract(encoder, replace(settings, precision="bfloat16"), "val")
+
+
+PROCESS = """
+import sys
+from minsae_jax import sharding
+from minsae_jax.config import Extract
+sharding.start(distributed=True)
+from minsae_jax.__main__ import open_encoder
+from minsae_jax.encoder.extract import extract
+import jax
+assert jax.process_count() == 2
+checkpoint, root, out, batches = sys.argv[1:]
+settings = Extract(root_path=root, out=out, batch_size=4, cache_layer=(0, -1), split=("train", "val"))
+writes = []
+if batches != "all" and jax.process_index() == 1:  # dies
+    import os
+    from minsae_jax.activations import writer
+    StoreWriter = writer.StoreWriter
+    write = StoreWriter.write
+    def dying(self, number, pieces):
+        write(self, number, pieces)
+        writes.append(number)
+        if len(writes) == int(batches):
+            os._exit(9)
+    StoreWriter.write = dying
+list(extract(open_encoder(checkpoint), settings))
+"""
+
+
+def test_two_processes_write_the_store_of_one(encoder, settings, tmp_path):
+    extract(encoder, replace(settings, cache_layer=(0, -1)), "train", "val")
+    checkpoint = FIXTURES / "tuhab_patch_100/checkpoint.pth"
+
+    def run_both(batches):
+        with socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", PROCESS, checkpoint, settings.root_path, tmp_path / "two", batches]
+        both = [
+            subprocess.Popen(list(map(str, command)), env=environment | {"JAX_PROCESS_ID": str(i)},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            for i in range(2)
+        ]  # fmt: skip
+        if batches != "all":  # the other would wait for the dead one until it is missed
+            both[1].wait(100)
+            both[0].kill()
+        told = [process.communicate(timeout=100)[1] for process in both]
+        return [process.returncode for process in both], told
+
+    codes, told = run_both("3")
+    assert codes[1] == 9, told
+    assert not any((tmp_path / "two" / layer / "provenance.npz").exists() for layer in ("l0", "l-1"))
+    assert list(tmp_path.glob("two/*/manifest.1.json"))
+    codes, told = run_both("all")
+    assert codes == [0, 0], told
+    for name in ("store/l0", "store/l-1", "store_val/l0", "store_val/l-1"):
+        one, two = (contents(tmp_path / name.replace("store", base, 1)) for base in ("store", "two"))
+        assert one.keys() == two.keys()
+        for file in one:
+            if file.endswith("npy"):
+                np.testing.assert_allclose(*(np.load(io.BytesIO(c[file])) for c in (one, two)), atol=1e-5, rtol=0)
+        manifests = [json.loads(c["manifest.json"]) for c in (one, two)]
+        for manifest in manifests:
+            for entry in manifest["shards"]:
+                entry.pop("sha256")  # another number of devices a process
+        assert manifests[0] == manifests[1]
+        assert one["provenance.npz"] == two["provenance.npz"]
 
 
 def test_max_batches(encoder, settings, tmp_path):

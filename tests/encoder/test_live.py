@@ -1,0 +1,154 @@
+"""Training without a store: the same activations, the same curves, the same restart."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+
+from convert.encoder import convert_encoder
+from minsae_jax import UserError
+from minsae_jax.activations import stream
+from minsae_jax.activations.shards import open_store
+from minsae_jax.config import Extract, Train
+from minsae_jax.encoder import live
+from minsae_jax.encoder.extract import extract
+from minsae_jax.encoder.live import open_live
+from minsae_jax.sae.sweep import Sweep
+from minsae_jax.sae.train import train
+from tests.conftest import FIXTURES
+
+CHECKPOINT = FIXTURES / "tuhab_patch_100/checkpoint.pth"
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return convert_encoder(CHECKPOINT)[0]
+
+
+@pytest.fixture
+def settings(demo_folder, tmp_path):
+    return Train(
+        live=True, root_path=str(demo_folder), checkpoint_path=str(CHECKPOINT), live_batch_size=4,
+        run_dir=str(tmp_path / "run"), lambda_sparsity=(0.1, 3.0), lr=(3e-3,), num_steps=40, feature_dim_factor=(2.0,),
+        batch_size=500, eval_window=10, checkpoint_every=10,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def few_mixed(monkeypatch):
+    """Four windows are mixed, so that there are several lots an epoch."""
+    for module in (stream, live):
+        monkeypatch.setattr(module, "MIXED_ROWS", 4 * 19 * 11)
+
+
+def run(encoder, settings):
+    return train(settings, encoder.fingerprint, partial(open_live, encoder, settings))
+
+
+def stored(encoder, settings, tmp_path):
+    made = Extract(root_path=settings.root_path, batch_size=4, out=str(tmp_path / "store"))
+    list(extract(encoder, made))
+    return open_store(tmp_path / "store", -1)
+
+
+def test_it_reads_what_a_store_holds(encoder, settings, tmp_path, few_mixed):
+    store, source = stored(encoder, settings, tmp_path), open_live(encoder, settings)
+    assert isinstance(source, stream.Source)
+    assert isinstance(store, stream.Source)
+    assert source.rows_of_shards == store.rows_of_shards
+    assert (source.rows, source.d_model) == (store.rows, store.d_model)
+    assert source.manifest["encoder"] == store.manifest["encoder"]
+    whole = np.concatenate([store.read(i) for i in range(len(store.shards))])
+    np.testing.assert_allclose(np.concatenate([source.read(i) for i in range(len(store.shards))]), whole, atol=1e-5)
+    windows = whole.reshape(source.n_chunks, source.chunk_rows, -1)
+    for chunks in ([0], [5, 0, 2], [source.n_chunks - 1, 1]):
+        np.testing.assert_allclose(source.read_chunks(chunks), windows[chunks].reshape(-1, 128), atol=1e-5)
+
+
+def test_every_token_once_an_epoch(encoder, settings, few_mixed):
+    source = open_live(encoder, settings)
+    batches = stream.shuffled_tokens(source, 11, 0)
+    epochs = [np.concatenate([next(batches) for _ in range(source.rows // 11)]) for _ in range(2)]
+    whole = source.read_chunks(range(source.n_chunks))
+
+    def in_order(tokens):
+        return tokens[np.lexsort(tokens.T[:3])]
+
+    for epoch in epochs:
+        np.testing.assert_allclose(in_order(epoch)[:, 0], in_order(whole)[:, 0], atol=1e-5)
+    assert np.abs(epochs[0] - epochs[1]).max(1).min() >= 0
+    assert (np.abs(epochs[0] - epochs[1]).max(1) > 1e-3).mean() > 0.9
+
+
+def test_the_same_curves_as_from_a_store(encoder, settings, tmp_path):
+    """minsae goes through files in order, which both have."""
+    store = stored(encoder, settings, tmp_path)
+    common = {"recipe": "minsae", "batch_size": None, "lr": (1e-3,)}
+    run(encoder, replace(settings, **common))
+    from_store = Train(
+        recipe="minsae", store=str(store.folder.parent), lambda_sparsity=(0.1, 3.0), lr=(1e-3,), num_steps=40,
+        feature_dim_factor=(2.0,), eval_window=10, run_dir=str(tmp_path / "other"),
+    )  # fmt: skip
+    train(from_store)
+    for member in ("lambda=0.1", "lambda=3"):
+        ours, theirs = (
+            np.genfromtxt(tmp_path / name / "members" / member / "metrics.csv", delimiter=",", names=True)
+            for name in ("run", "other")
+        )
+        assert len(ours) == 4
+        for name in ("tokens", "loss", "mse", "l1"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4)
+        np.testing.assert_allclose(ours["l0"], theirs["l0"], rtol=2e-3)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_interrupted_is_uninterrupted(encoder, settings, tmp_path, few_mixed, monkeypatch):
+    run(encoder, settings)
+    other, put, calls = replace(settings, run_dir=str(tmp_path / "other")), Sweep.put, [0]
+
+    def dying(self, x):
+        calls[0] += 1
+        if calls[0] == 27:
+            raise Killed
+        return put(self, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sweep, "put", dying)
+        with pytest.raises(Killed):
+            run(encoder, other)
+    run(encoder, other)
+    for name in ("metrics.csv", "act_freqs.csv", "sae.safetensors"):
+        for member in ("lambda=0.1", "lambda=3"):
+            one, two = (tmp_path / r / "members" / member / name for r in ("run", "other"))
+            assert one.read_bytes() == two.read_bytes()
+    assert not list(tmp_path.rglob("b*.npy"))
+    assert json.loads((two.parent / "config.json").read_text())["encoder_fingerprint"] == encoder.fingerprint
+
+
+def test_other_recordings_are_refused_on_the_way(encoder, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("minsae_jax.sae.train.Trainer._export", lambda _: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run(encoder, settings)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="has changed since"):
+        train(settings, encoder.fingerprint, partial(open_live, encoder, replace(settings, split="test")))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"root_path": None}, "--live needs --root_path"),
+        ({"checkpoint_path": None}, "--live needs --checkpoint_path"),
+        ({"live": False}, "--root_path has no meaning without --live"),
+        ({"live": False, "root_path": None}, "--live_batch_size has no meaning without --live"),
+        ({"live_batch_size": 0}, "--live_batch_size must be above 0"),
+    ],
+)
+def test_wrong_settings(settings, change, told):
+    with pytest.raises(UserError, match=told):
+        replace(settings, **change)
