@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
+import torch
 
 
 def alternate(contestants: dict[str, Callable[[], None]], rounds: int = 5) -> dict[str, float]:
@@ -21,6 +23,21 @@ def alternate(contestants: dict[str, Callable[[], None]], rounds: int = 5) -> di
             run()
             seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def matrix_product_flops(size: int = 2048) -> float:
+    """Best float32 flops a second of a square product, JAX's or torch's, on one device."""
+    a = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    on_device, product = jax.device_put(a), jax.jit(lambda a: jax.numpy.matmul(a, a, precision="highest"))
+    t = torch.from_numpy(a).to("cuda" if torch.cuda.is_available() else "cpu")
+    out = torch.empty_like(t)
+
+    def with_torch() -> None:
+        torch.matmul(t, t, out=out)
+        out[0, 0].item()
+
+    seconds = alternate({"jax": lambda: product(on_device).block_until_ready(), "torch": with_torch})
+    return 2 * size**3 / min(seconds.values())
 
 
 def machine() -> str:

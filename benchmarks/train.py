@@ -6,11 +6,10 @@ limit is this machine's best float32 matrix product at 10 d_model d_sae flops a 
 
 import sys
 
-import jax
 import numpy as np
 import torch
 
-from benchmarks.timing import alternate, machine
+from benchmarks.timing import alternate, machine, matrix_product_flops
 from minsae_jax import sharding
 from minsae_jax.config import Train
 from minsae_jax.sae.sweep import Sweep, make_groups
@@ -54,21 +53,6 @@ def pytorch(members: int, x: np.ndarray):
             mse.item(), l1.item(), active.sum(1).float().mean().item(), active.sum(0).cpu()
 
     return step
-
-
-def matrix_product_flops(size: int = 2048) -> float:
-    """Best float32 flops a second of a square product, JAX's or torch's, on one device."""
-    a = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
-    on_device, product = jax.device_put(a), jax.jit(lambda a: jax.numpy.matmul(a, a, precision="highest"))
-    t = torch.from_numpy(a).to("cuda" if torch.cuda.is_available() else "cpu")
-    out = torch.empty_like(t)
-
-    def with_torch() -> None:
-        torch.matmul(t, t, out=out)
-        out[0, 0].item()
-
-    seconds = alternate({"jax": lambda: product(on_device).block_until_ready(), "torch": with_torch})
-    return 2 * size**3 / min(seconds.values())
 
 
 def main() -> None:

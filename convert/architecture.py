@@ -33,6 +33,8 @@ DEFAULTS: dict[Program, dict[str, Any]] = {
     },
     "transformers": {},
 }  # fmt: skip
+MOST_LAYERS, MOST_NUMBERS = 64, 1 << 26  # a window's samples, or one layer's numbers for it
+PADDED = ": the official supervised program adds one by padding, if it is of that say --program supervised"
 FOLLOWS_STATE_DICT = ("norm", "use_cls_token")  # the reference ignores these two settings
 HINTS = get_type_hints(Architecture)
 REQUIRED = [f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING]
@@ -46,31 +48,31 @@ class Setting:
 
 def read_architecture(
     checkpoint: Checkpoint, yaml: Mapping[str, Any], flags: Mapping[str, Any]
-) -> tuple[Architecture, dict[str, str]]:
-    """The architecture, and where each setting came from. Flags precede the YAML, and that the checkpoint's own config.
+) -> tuple[Architecture, dict[str, str], tuple[str, ...]]:
+    """The architecture, where each setting came from, and what is worth a warning. Flags precede the YAML, and that the
+    checkpoint's own config.
 
     Raises UserError naming every setting that nothing gives and both values of every size that disagrees.
     """
     given, disagreement = _merge_settings(checkpoint, yaml, flags)
-    told = _from_state_dict(checkpoint.tensors, given)
-    _compare(told, given)
+    told = _from_state_dict(checkpoint, given)
+    ignored = _compare(told, given)
     default = {n: Setting(v, "program's default") for n, v in DEFAULTS[checkpoint.program].items()}
     settings = default | given | {n: Setting(v, "state dict") for n, v in told.items()}
     if checkpoint.program == "supervised":
-        fixed = _supervised({n: s.value for n, s in settings.items()}, checkpoint.tensors)
+        fixed = _supervised(settings, checkpoint.tensors)
         settings |= {n: Setting(v, "program's own way") for n, v in fixed.items()}
     missing = [spelling(n) for n in REQUIRED if n not in settings]
     if missing:
         raise UserError(
             f"neither the YAML nor the config in {checkpoint.path.name} gives {', '.join(missing)}: "
-            f"say --{missing[0]} and so on, or add it to a YAML and name that with --config_path"
+            f"say --{next(n for n in REQUIRED if n not in settings)} and so on, or add it to a YAML and name that with "
+            "--config_path"
         )
     settings = {n: settings[n] for n in HINTS if n in settings}
     architecture = Architecture(**{n: s.value for n, s in settings.items()})
-    _check_sizes(architecture, checkpoint.tensors)
-    if disagreement:
-        warnings.warn(f"{disagreement}", stacklevel=2)
-    return architecture, {n: s.source for n, s in settings.items()}
+    _check_sizes(architecture, checkpoint)
+    return architecture, {n: s.source for n, s in settings.items()}, tuple(filter(None, (disagreement, ignored)))
 
 
 def _merge_settings(
@@ -105,7 +107,9 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
                     found.setdefault(name, section[spelling])
     last = next((s["subtract_last"] for s in sections if s.get("subtract_last") is not None), None)
     if last is not None:
-        found["scaler"] = "last_sd" if last in (True, 1) else "mean_sd"
+        if type(last) not in (bool, int) or last not in (0, 1):
+            raise UserError(f"subtract_last must be true or false, but is {shown(last)}")
+        found["scaler"] = "last_sd" if last else "mean_sd"
     return found
 
 
@@ -138,13 +142,16 @@ def spelling(name: str) -> str:
     return SPELLINGS.get(name, (name,))[0]
 
 
-def _from_state_dict(tensors: Tensors, given: Mapping[str, Setting]) -> dict[str, Any]:
+def _from_state_dict(checkpoint: Checkpoint, given: Mapping[str, Setting]) -> dict[str, Any]:
     """Every setting that the tensors tell."""
+    tensors = checkpoint.tensors
     layer = "backbone.encoder.layers.0"
     individual = "backbone.W_P.0.weight" in tensors
     embedding = _tensor(tensors, "backbone.W_P.0.weight" if individual else "backbone.W_P.weight", 2)
     d_model, patch_len = embedding.shape
     position = _tensor(tensors, "backbone.W_pos", 2)
+    if position.shape[1] not in (1, d_model):
+        raise UserError(f"backbone.W_pos is {list(position.shape)}, but must be 1 or d_model ({d_model}) wide")
     told = {
         "d_model": d_model,
         "patch_len": patch_len,
@@ -157,9 +164,12 @@ def _from_state_dict(tensors: Tensors, given: Mapping[str, Setting]) -> dict[str
         "revin_affine": "revin.affine_weight" in tensors,
         "individual_head": "head.linears.0.weight" in tensors,
     }
-    heads = float(_tensor(tensors, f"{layer}.self_attn.sdp_attn.scale", 0)) ** 2 * d_model
-    if math.isfinite(heads) and abs(heads - round(heads)) < 1e-3 and round(heads) > 0 and d_model % round(heads) == 0:
-        told["n_heads"] = round(heads)  # else the scale was trained, and tells nothing
+    scale = f"{layer}.self_attn.sdp_attn.scale"
+    heads = float(_tensor(tensors, scale, 0)) ** 2 * d_model
+    rounding = {"float16": 2e-3, "bfloat16": 1e-2}.get(checkpoint.dtypes.get(scale, ""), 0.0)  # of the scale's square
+    if math.isfinite(heads) and abs(heads - round(heads)) < 1e-3 + rounding * heads and round(heads) > 0:
+        told |= {"n_heads": round(heads)} if d_model % round(heads) == 0 else {}
+    # else the scale was trained, and tells nothing
     counts = {
         "embeddings": _count(tensors, r"backbone\.W_P\.(\d+)\.weight"),
         "heads": _count(tensors, r"head\.linears\.(\d+)\.weight"),
@@ -205,9 +215,10 @@ def _head(tensors: Tensors, told: Mapping[str, Any], n_tokens: int, given: Mappi
     return {"target_dim": n_out} | ({"head_type": kinds[0]} if len(kinds) == 1 else {})
 
 
-def _supervised(values: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
+def _supervised(settings: Mapping[str, Setting], tensors: Tensors) -> dict[str, Any]:
     """What the official supervised program does in its own way: it repeats the last sample for a stride where its
     positions tell so, leaves out samples at the end, has one kind of head, and takes its output back by RevIN."""
+    values = {n: s.value for n, s in settings.items()}
     fixed: dict[str, Any] = {"leftover": "end"}
     if "seq_len" in values and "stride" in values:
         n_patches = (values["seq_len"] - values["patch_len"]) // values["stride"] + 1
@@ -216,16 +227,24 @@ def _supervised(values: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
         fixed["revin"] = True
     if values.get("head_type") != "none":
         fixed |= {"head_type": "prediction", "denormalize": (values | fixed).get("revin", False)}
+    for name in ("revin", "head_type"):
+        if name in fixed and values.get(name, fixed[name]) != fixed[name]:
+            raise UserError(
+                f"{name} is {values[name]} in the {settings[name].source}, but {fixed[name]} in a model of the "
+                "official supervised program, as this seems to be: if it is not, say --program gpatchtst"
+            )
     return fixed
 
 
 def check_yaml(architecture: Architecture, yaml: Mapping[str, Any]) -> None:
     """Refuse a YAML that describes another encoder than a converted one; raises UserError with both values."""
-    _compare(dataclasses.asdict(architecture), _merge_settings(None, yaml, {})[0], "converted encoder")
+    ignored = _compare(dataclasses.asdict(architecture), _merge_settings(None, yaml, {})[0], "converted encoder")
+    if ignored:
+        warnings.warn(ignored, stacklevel=2)
 
 
-def _compare(told: dict[str, Any], given: Mapping[str, Setting], teller: str = "state dict") -> None:
-    """Settings that the state dict tells too: a warning for those that the reference ignores, an error for sizes."""
+def _compare(told: dict[str, Any], given: Mapping[str, Setting], teller: str = "state dict") -> str:
+    """Settings that the state dict tells too: words on those that the reference ignores, an error for sizes."""
     ignored: list[str] = []
     wrong: list[str] = []
     values = {n: s.value for n, s in given.items()} | told
@@ -240,16 +259,22 @@ def _compare(told: dict[str, Any], given: Mapping[str, Setting], teller: str = "
         (ignored if name in FOLLOWS_STATE_DICT else wrong).append(said)
     if wrong:
         raise UserError("; ".join(wrong))
-    if ignored:
-        warnings.warn(f"{'; '.join(ignored)}: the {teller} decides, as in the reference", stacklevel=2)
+    return f"{'; '.join(ignored)}: the {teller} decides, as in the reference" if ignored else ""
 
 
-def _check_sizes(a: Architecture, tensors: Tensors) -> None:
-    n_patches = len(tensors["backbone.W_pos"]) - a.use_cls_token
+def _check_sizes(a: Architecture, checkpoint: Checkpoint) -> None:
+    n_patches = len(checkpoint.tensors["backbone.W_pos"]) - a.use_cls_token
     if a.seq_len < a.patch_len or a.n_patches != n_patches:
         raise UserError(
             f"seq_len {a.seq_len}, patch_length {a.patch_len} and stride {a.stride} make {max(a.n_patches, 0)} "
             f"patches, but the state dict has positions for {n_patches}"
+            + ("" if checkpoint.program == "supervised" or a.n_patches + 1 != n_patches else PADDED)
+        )
+    numbers = a.n_vars * max(a.seq_len, n_patches * max(a.d_model, a.d_ff))
+    if a.n_layers > MOST_LAYERS or numbers > MOST_NUMBERS:
+        raise UserError(
+            f"{a.n_layers} layers on windows of {a.seq_len} samples x {a.n_vars} channels are beyond what can be run: "
+            f"at most {MOST_LAYERS} layers, and {MOST_NUMBERS:,} numbers a window"
         )
     if a.d_model % a.n_heads:
         raise UserError(f"num_heads {a.n_heads} does not divide d_model {a.d_model}")

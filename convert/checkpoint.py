@@ -6,6 +6,7 @@ holds it, and the memory that reading may take is limited.
 
 import contextlib
 import hashlib
+import io
 import json
 import pickle
 import reprlib
@@ -21,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from minsae_jax.config import UserError
+from minsae_jax.files import written_aside
 
 Tensors = dict[str, np.ndarray]
 Program = Literal["gpatchtst", "supervised", "transformers"]
@@ -55,6 +57,7 @@ def load_torch(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
+    path.open("rb").close()  # an OSError where it may not be read
     _look_at_archive(path)
     scalar = np.float64(0).__reduce__()[0]
     numpy_scalars: list[Any] = [
@@ -124,9 +127,23 @@ def _unsafe_globals(path: Path) -> str:
         return ""
 
 
-def to_numpy(state: Any, where: str) -> Tensors:
-    """A state dict's tensors, in their own dtype. Raises UserError where a value is no tensor, or not plain numbers."""
+def save_torch(path: Path, content: Any) -> None:
+    """torch.save, written aside and renamed. Raises OSError where that fails."""
     import torch
+
+    whole = io.BytesIO()
+    torch.save(content, whole)  # which raises anything but OSError where it writes to a file itself
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path, shared=True) as aside:
+        aside.write_bytes(whole.getbuffer())
+
+
+def to_numpy(state: Any, path: Path, part: str = "") -> Tensors:
+    """The tensors of a state dict in the file at path, in their own dtype. Raises UserError where a value is no tensor,
+    or not plain numbers."""
+    import torch
+
+    where = f"{path}{f' ({part})' if part else ''}"
 
     if not isinstance(state, dict) or not state:
         raise UserError(f"{where} holds no state dict")
@@ -134,12 +151,15 @@ def to_numpy(state: Any, where: str) -> Tensors:
     if wrong:
         raise UserError(f"{where} is no state dict: {', '.join(wrong[:3])} is no tensor")
     try:
-        return {k: _numpy(v.detach()) for k, v in state.items()}
+        tensors = {k: _numpy(v.detach()) for k, v in state.items()}
     except Exception as e:
         raise UserError(
             f"{where} holds tensors that are not plain numbers (sparse, quantized, without data, or larger than what "
             "is stored of them)"
         ) from e
+    if sum(t.nbytes for t in tensors.values()) > 4 * path.stat().st_size:
+        raise UserError(f"{where} holds tensors that share so much storage that they are far larger than the file")
+    return tensors
 
 
 def _numpy(tensor: Any) -> np.ndarray:
@@ -178,7 +198,10 @@ def _short(e: Exception) -> str:
 
 def shown(value: Any) -> str:
     """A value from a file, for a sentence: short, however large it is."""
-    text = reprlib.repr(value)
+    try:
+        text = reprlib.repr(value)
+    except Exception:  # a number of thousands of digits, a hostile __repr__
+        text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -189,39 +212,38 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     key = next((k for k in ("model_state_dict", "state_dict", "model") if isinstance(content.get(k), dict)), None)
-    tensors, wrappers = without_prefixes(to_numpy(content[key] if key else content, str(path)))
+    path = Path(path)
+    tensors, wrappers = without_prefixes(to_numpy(content[key] if key else content, path))
     if any(k.startswith("model_trend.") for k in tensors):
         raise UserError(
             f"{path} decomposes its input for two PatchTSTs (model_trend, model_res), which is not supported"
         )
     revin = content.get("revin_state_dict") if key else None
     if revin:
-        own, _ = without_prefixes(to_numpy(revin, f"{path} (revin_state_dict)"))
+        own, _ = without_prefixes(to_numpy(revin, path, "revin_state_dict"))
         tensors |= {f"revin.{k}": v for k, v in own.items()}
-    is_supervised = key is None and "model." in wrappers and "backbone.cls_token" not in tensors
-    program: Program = "supervised" if is_supervised and not _is_pretrain_head(tensors) else "gpatchtst"
+    program: Program = "gpatchtst"
     if any(k.startswith("revin_layer.") for k in tensors):
         program = "supervised"
         tensors = {k.replace("revin_layer.", "revin."): v for k, v in tensors.items()}
+    elif key is None and "model." in wrappers and _reads_all_patches(tensors):
+        program = "supervised"
     config = content.get("config") if key else None
     return checkpoint_of(
-        Path(path), sha256_of(path), program, tensors, config if isinstance(config, dict) else {},
+        path, sha256_of(path), program, tensors, config if isinstance(config, dict) else {},
         "checkpoint" if key == "model_state_dict" else "state dict",
     )  # fmt: skip
 
 
 def checkpoint_of(
     path: Path, sha256: str, program: Program, tensors: Tensors, config: dict[str, Any],
-    form: Literal["checkpoint", "state dict"] = "state dict",
+    form: Literal["checkpoint", "state dict"] = "checkpoint",
 ) -> Checkpoint:  # fmt: skip
-    """The same with every floating-point tensor in float32. Rounding float64 is worth a warning."""
-    halves = {k: str(t.dtype) for k, t in tensors.items() if t.dtype in (np.float16, np.dtype("bfloat16"))}
-    if any(t.dtype == np.float64 for t in tensors.values()):
-        warnings.warn(f"{path.name} holds float64, which is rounded to float32", stacklevel=2)
-    floats = {k for k, t in tensors.items() if t.dtype == np.float64} | set(halves)
+    """The same with every floating-point tensor in float32."""
+    dtypes = {k: str(t.dtype) for k, t in tensors.items() if t.dtype in (np.float16, np.float64, np.dtype("bfloat16"))}
     with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
-        kept = {k: t.astype(np.float32) if k in floats else t for k, t in tensors.items()}
-    return Checkpoint(path, sha256, program, kept, config, form, halves)
+        kept = {k: t.astype(np.float32) if k in dtypes else t for k, t in tensors.items()}
+    return Checkpoint(path, sha256, program, kept, config, form, dtypes)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -238,6 +260,12 @@ def without_prefixes(tensors: Tensors) -> tuple[Tensors, set[str]]:
     return tensors, found
 
 
-def _is_pretrain_head(tensors: Tensors) -> bool:
-    head, embedding = (tensors.get(k) for k in ("head.linear.weight", "backbone.W_P.weight"))
-    return head is not None and embedding is not None and head.shape == embedding.T.shape
+def _reads_all_patches(tensors: Tensors) -> bool:
+    """Whether the head is the official supervised program's only one, and the embedding the one it has."""
+    head = tensors.get("head.linear.weight", tensors.get("head.linears.0.weight"))
+    embedding, position = (tensors.get(f"backbone.{name}") for name in ("W_P.weight", "W_pos"))
+    if head is None or embedding is None or position is None or "backbone.cls_token" in tensors:
+        return False
+    if not head.ndim == embedding.ndim == position.ndim == 2:
+        return False
+    return head.shape != embedding.T.shape and head.shape[1] == len(embedding) * len(position)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,17 +12,17 @@ import jax
 import numpy as np
 
 from convert.architecture import read_architecture, spelling
-from convert.checkpoint import Checkpoint, Program, Tensors, load_checkpoint
+from convert.checkpoint import Checkpoint, Program, Tensors, load_checkpoint, save_torch
 from convert.huggingface import load_huggingface
 from minsae_jax.config import UserError, read_yaml
 from minsae_jax.encoder.converted import Encoder, Params, split_model
 from minsae_jax.encoder.patchtst import Architecture
-from minsae_jax.files import written_aside
 
 Transform = Callable[[np.ndarray], np.ndarray]
 # Key of gPatchTST's state dict, path in the Flax model, transforms there and back; `#` is a number.
 Rule = tuple[str, str, Transform, Transform]
 COUNTER = "num_batches_tracked"  # BatchNorm's, which nothing reads
+HALVES = ("float16", "bfloat16")
 
 
 def rules(a: Architecture) -> list[Rule]:
@@ -79,6 +80,8 @@ def apply_rules(a: Architecture, tensors: Tensors) -> Params:
     table = rules(a)
     for key, tensor in tensors.items():
         if a.norm == "BatchNorm" and key.endswith(f".1.{COUNTER}"):
+            if tensor.ndim or not np.isfinite(tensor):
+                complaints.append(f"{key} is no number")
             continue
         found = ((_translated(key, theirs, ours), there) for theirs, ours, there, _ in table)
         path, there = next(((path, there) for path, there in found if path), ("", None))
@@ -125,6 +128,7 @@ class Source:
     checkpoint: Checkpoint
     architecture: Architecture
     sources: dict[str, str]  # where each setting came from
+    doubts: tuple[str, ...]  # worth a warning each, once it is converted
 
 
 def read_source(
@@ -156,14 +160,18 @@ def convert(source: Source) -> tuple[Encoder, dict[str, Any]]:
     `write_pytorch` needs to give the file back to the bit. Raises UserError where tensors do not fit."""
     c = source.checkpoint
     encoder = Encoder(source.architecture, apply_rules(source.architecture, c.tensors))
+    rounded = "float64" in c.dtypes.values()
+    for doubt in (*source.doubts, f"{c.path.name} holds float64, which is rounded to float32" if rounded else ""):
+        if doubt:
+            warnings.warn(doubt, stacklevel=2)
     notes = {
         "sources": source.sources,
         "source_program": c.program,
         "source_file": c.path.name,
         "source_sha256": c.sha256,
         "source_form": c.form,
-        "source_dtypes": c.dtypes,
-        "batches_tracked": {k: int(t) for k, t in c.tensors.items() if k.endswith(COUNTER)},
+        "source_dtypes": {k: dtype for k, dtype in c.dtypes.items() if dtype in HALVES},
+        "batches_tracked": {k: int(t) for k, t in c.tensors.items() if k.endswith(COUNTER) and t.dtype.kind == "i"},
     }
     return encoder, notes
 
@@ -186,10 +194,13 @@ def write_pytorch(path: Path, encoder: Encoder, notes: Mapping[str, Any]) -> Non
     a = encoder.architecture
     _refuse_foreign(a)
     tensors = {k: torch.from_numpy(t) for k, t in state_dict(a, encoder.params).items()}
-    for key, dtype in notes.get("source_dtypes", {}).items():
-        tensors[key] = tensors[key].to(getattr(torch, dtype))
-    for key, count in notes.get("batches_tracked", {}).items():
-        tensors[key] = torch.tensor(count)
+    dtypes, counts = notes.get("source_dtypes", {}), notes.get("batches_tracked", {})
+    if not all(key in tensors and dtype in HALVES for key, dtype in dtypes.items()) or not all(
+        key.endswith(f".1.{COUNTER}") and type(count) is int and abs(count) < 2**63 for key, count in counts.items()
+    ):
+        raise UserError("the encoder's config.json is damaged (source_dtypes, batches_tracked): convert it again")
+    tensors |= {key: tensors[key].to(getattr(torch, dtype)) for key, dtype in dtypes.items()}
+    tensors |= {key: torch.tensor(count) for key, count in counts.items()}
     content: dict[str, Any] = tensors
     if notes.get("source_form") != "state dict":
         revin = {k.removeprefix("revin."): t for k, t in tensors.items() if k.startswith("revin.")}
@@ -198,9 +209,7 @@ def write_pytorch(path: Path, encoder: Encoder, notes: Mapping[str, Any]) -> Non
             "revin_state_dict": revin or None,
             "config": settings_of(a),
         }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        torch.save(content, aside)
+    save_torch(path, content)
 
 
 def _refuse_foreign(a: Architecture) -> None:

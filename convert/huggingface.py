@@ -83,7 +83,7 @@ def _weights(folder: Path) -> tuple[Path, Tensors]:
     if safe.is_file():
         return safe, load_safetensors(safe)
     if pickled.is_file():
-        return pickled, to_numpy(load_torch(pickled), str(pickled))
+        return pickled, to_numpy(load_torch(pickled), pickled)
     raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin beside its config.json")
 
 
@@ -98,7 +98,7 @@ def _head_type(config: dict[str, Any], tensors: Tensors, without_head: bool) -> 
         name = "PatchTSTForPretraining" if "head.linear.weight" in heads else "PatchTSTForPrediction"
     reason = None
     if name not in HEADS:
-        reason = f"is a {name}"
+        reason = f"is a {shown(name)}"
     elif any("projection.proj" in k or "projections.0.proj" in k for k in heads):
         reason = f"predicts a distribution ({shown(config.get('distribution_output', 'student_t'))})"
     elif any(".projections." in k for k in heads):

@@ -9,18 +9,23 @@ from minsae_jax.encoder.patchtst import Architecture
 StateDict = dict[str, Tensor]
 
 
-def forward(a: Architecture, state: StateDict, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Output of every layer, [B, n_vars, T, d_model], and of the head, for windows [B, seq_len, n_vars]."""
+def forward(
+    a: Architecture, state: StateDict, x: Tensor, n_layers: int | None = None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Output of every layer, [B, n_vars, T, d_model], and of the head, for windows [B, seq_len, n_vars]; with n_layers,
+    of so many layers and no head."""
     centre, scale = _statistics(a, x)
     if a.revin:
         x = (x - centre) / scale
         if a.revin_affine:
             x = x * state["revin.affine_weight"] + state["revin.affine_bias"]
     z = _embed(a, state, x)
-    scores, hidden = torch.zeros(()), []
-    for i in range(a.n_layers):
+    scores, hidden = torch.zeros((), device=x.device), []
+    for i in range(a.n_layers if n_layers is None else n_layers):
         z, scores = _layer(a, state, f"backbone.encoder.layers.{i}", z, scores)
         hidden.append(z.unflatten(0, (-1, a.n_vars)))
+    if n_layers is not None:
+        return hidden, None
     output = _head(a, state, hidden[-1])
     if a.denormalize and a.revin_affine:
         output = (output - state["revin.affine_bias"]) / (state["revin.affine_weight"] + a.revin_eps**2)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from convert.checkpoint import Tensors, load_json, load_safetensors, load_torch, shown, to_numpy
+from convert.checkpoint import Tensors, load_json, load_safetensors, load_torch, save_torch, shown, to_numpy
 from minsae_jax.config import UserError
 from minsae_jax.files import written_aside
 from minsae_jax.sae.model import NAMES, WEIGHTS, check_params, load_sae, save_member
@@ -29,6 +29,7 @@ LINEARS = (
     ("decoder.bias", "b_dec", False),
 )
 SAELENS_CONFIG, SAELENS_WEIGHTS = "cfg.json", "sae_weights.safetensors"
+TRAINED = "ae.pt"  # what dictionary_learning's trainers leave in a folder
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ def read_member(path: Path) -> Autoencoder:
 
 def write_member(path: Path, sae: Autoencoder) -> None:
     d_model, d_sae = sae.params["W_enc"].shape
-    (path / WEIGHTS).unlink(missing_ok=True)
     save_member(path, sae.params, sae.config | {"d_model": d_model, "d_sae": d_sae})
 
 
@@ -53,18 +53,18 @@ def read_minsae(path: Path) -> Autoencoder:
 
 
 def read_dictionary_learning(path: Path) -> Autoencoder:
-    path = path / "ae.pt" if path.is_dir() else path
     sae = _read_linears(path, ["bias", *(theirs for theirs, _, _ in LINEARS[:3])], "dictionary_learning")
     return dataclasses.replace(sae, params=_shifted(sae.params, -1))
 
 
 def _read_linears(path: Path, keys: list[str], library: str) -> Autoencoder:
-    """A flat state dict of torch; strict on names, shapes and dtype."""
+    """A flat state dict of torch, or a trainer's folder with one; strict on names, shapes and dtype."""
+    path = path / TRAINED if path.is_dir() else path
     state = load_torch(path)
     if not isinstance(state, dict) or set(state) != set(keys):
         held = ", ".join(str(k)[:40] for k in list(state)[:6]) if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path} is no autoencoder of {library}: it must hold {', '.join(keys)}, not {held}")
-    tensors = to_numpy(state, str(path))
+    tensors = to_numpy(state, path)
     if any(t.dtype != np.float32 for t in tensors.values()):
         raise UserError(f"{path} must be float32 throughout")
     tensors = {"decoder.bias" if k == "bias" else k: t for k, t in tensors.items()}
@@ -86,15 +86,16 @@ def write_dictionary_learning(path: Path, sae: Autoencoder) -> None:
 def _write_torch(path: Path, state: Tensors) -> None:
     import torch
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        torch.save({k: torch.from_numpy(np.array(t, order="C")) for k, t in state.items()}, aside)
+    save_torch(path, {k: torch.from_numpy(np.array(t, order="C")) for k, t in state.items()})
 
 
 def _shifted(params: Tensors, sign: int) -> Tensors:
     """b_enc with b_dec W_enc added or taken away, rounded once."""
     shift = params["b_dec"].astype(np.float64) @ params["W_enc"]
-    return params | {"b_enc": (params["b_enc"] + sign * shift).astype(np.float32)}
+    with np.errstate(over="ignore"):
+        shifted = params | {"b_enc": (params["b_enc"] + sign * shift).astype(np.float32)}
+    check_params(shifted, "the autoencoder, with the decoder's bias moved")
+    return shifted
 
 
 def read_saelens(path: Path) -> Autoencoder:
@@ -113,17 +114,19 @@ def read_saelens(path: Path) -> Autoencoder:
         value = cfg.get(key, fits[0])
         if not any(value is f or (isinstance(value, str) and value == f) for f in fits):
             raise UserError(f"{path} has {key} {shown(value)}: only {shown(fits[0])} can be converted")
-    if cfg.get("apply_b_dec_to_input") not in (True, False, None):
-        raise UserError(f"{path} has apply_b_dec_to_input {shown(cfg['apply_b_dec_to_input'])}, not true or false")
+    takes_bias_first = cfg.get("apply_b_dec_to_input", True)
+    if not isinstance(takes_bias_first, bool):
+        raise UserError(f"{path} has apply_b_dec_to_input {shown(takes_bias_first)}, not true or false")
     halves = (np.float16, np.dtype("bfloat16"))
     params = {k: t.astype(np.float32) if t.dtype in halves else t for k, t in tensors.items()}
     check_params(params, str(path / SAELENS_WEIGHTS))
-    if cfg.get("apply_b_dec_to_input", True) is not False:
+    if takes_bias_first:
         params = _shifted(params, -1)
     metadata = cfg.get("metadata")
     ours = metadata.get("minsae_jax") if isinstance(metadata, dict) else None
-    config = ours if isinstance(ours, dict) else {"format_version": 1, "kind": "relu", "source_file": path.name}
-    return Autoencoder(params, config)
+    if not isinstance(ours, dict) or (ours.get("format_version"), ours.get("kind")) != (1, "relu"):
+        ours = {"format_version": 1, "kind": "relu", "source_file": path.name}
+    return Autoencoder(params, ours)
 
 
 def write_saelens(path: Path, sae: Autoencoder) -> None:
@@ -140,11 +143,11 @@ def write_saelens(path: Path, sae: Autoencoder) -> None:
         "metadata": {"minsae_jax": sae.config},
     }
     path.mkdir(parents=True, exist_ok=True)
-    (path / SAELENS_CONFIG).unlink(missing_ok=True)  # written last: without it there is no SAE
-    with written_aside(path / SAELENS_WEIGHTS) as aside:
-        save_file({name: np.array(sae.params[name], order="C") for name in NAMES}, aside)
-    with written_aside(path / SAELENS_CONFIG) as aside:
-        aside.write_text(json.dumps(cfg, indent=2) + "\n")
+    # The config is renamed last: without it there is no SAE.
+    with written_aside(path / SAELENS_CONFIG) as config, written_aside(path / SAELENS_WEIGHTS) as weights:
+        config.write_text(json.dumps(cfg, indent=2) + "\n")
+        weights.write_bytes(save({name: np.array(sae.params[name], order="C") for name in NAMES}))
+        (path / SAELENS_CONFIG).unlink(missing_ok=True)
 
 
 READ: dict[Kind, Callable[[Path], Autoencoder]] = {
@@ -167,11 +170,13 @@ def kind_of(path: Path) -> Kind:
     if not path.exists():
         raise UserError(f"there is no autoencoder {path}")
     if path.is_dir():
-        found = {WEIGHTS: "member", SAELENS_CONFIG: "saelens", "ae.pt": "dictionary_learning"}
-        kinds: list[Any] = [kind for name, kind in found.items() if (path / name).is_file()]
-        if not kinds:
-            raise UserError(f"there is no {WEIGHTS}, {SAELENS_CONFIG} or ae.pt in {path}: it holds no autoencoder")
-        return kinds[0]
+        if (path / WEIGHTS).is_file():
+            return "member"
+        if (path / SAELENS_CONFIG).is_file():
+            return "saelens"
+        if not (path / TRAINED).is_file():
+            raise UserError(f"there is no {WEIGHTS}, {SAELENS_CONFIG} or {TRAINED} in {path}: it holds no autoencoder")
+        path = path / TRAINED
     state = load_torch(path)
     return "dictionary_learning" if isinstance(state, dict) and "bias" in state else "minsae"
 
@@ -190,10 +195,11 @@ def convert_sae(path: str | Path, to: Kind, out: str | Path) -> str:
 def _refuse_other(out: Path, to: Kind) -> None:
     """What is there is replaced only if it is an autoencoder of the same kind."""
     if out.exists() and not (out.is_dir() and to in FOLDERS and not any(out.iterdir())):
+        wanted = "a folder" if to in FOLDERS else "a file"
         try:
-            same = kind_of(out) == to and out.is_dir() == (to in FOLDERS)
+            if out.is_dir() == (to in FOLDERS):
+                READ[to](out)
+                return
         except UserError:
-            same = False
-        if not same:
-            wanted = "a folder" if to in FOLDERS else "a file"
-            raise UserError(f"{out} exists and is no such autoencoder: this writes {wanted}, name another") from None
+            pass
+        raise UserError(f"{out} exists and is no such autoencoder: this writes {wanted}, name another")

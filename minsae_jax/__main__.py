@@ -2,7 +2,7 @@
 
 verbs:
   demo      write synthetic EEG with planted, labelled events
-  extract   run recordings through the encoder and store the activations of one layer
+  extract   run recordings through the encoder and store the activations of its layers
   train     train a sweep of sparse autoencoders on a store
 
 `VERB --help` tells a verb's flags. Flags override the file given by --config; --debug shows tracebacks.
@@ -74,8 +74,8 @@ def _train(settings: Train) -> str:
 def open_encoder(checkpoint_path: str, config_path: str | None = None) -> Encoder:
     """A converted encoder, held against the YAML where one is given; or any other, converted in memory."""
     path = Path(checkpoint_path)
-    is_source = (path / "config.json").is_file() and not is_encoder(path)  # a folder of transformers
-    if path.is_file() or path.suffix in (".pth", ".pt") or is_source:
+    is_source = path.suffix in (".pth", ".pt") or path.is_file() or (path / "config.json").is_file()
+    if is_source and not is_encoder(path):
         from convert.encoder import convert_encoder  # torch is imported for PyTorch files only
 
         return convert_encoder(path, config_path)[0]

@@ -70,7 +70,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Extract:
-    """Run recordings through the encoder and store the activations of one layer."""
+    """Run recordings through the encoder and store the activations of its layers."""
 
     root_path: str | None = None
     """Folder of the recordings and of file_lengths_map.csv."""
@@ -268,7 +268,13 @@ SECTIONS: dict[str, type] = {"demo": Demo, "extract": Extract, "train": Train}
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number (YAML 1.2) and refuses a key given twice."""
+    """SafeLoader that reads 1e-5 as a number (YAML 1.2), and refuses a key given twice, and mappings without end, as a
+    few lines of merge keys can make."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > 10_000:
+            raise yaml.constructor.ConstructorError(problem="too large a mapping", problem_mark=node.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -291,8 +297,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(e).split())}") from None
+    except Exception as e:  # PyYAML's constructors raise all kinds on values that are none
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(e).split())[:300]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no YAML mapping")
     return content

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -134,6 +135,32 @@ def test_killed_at_any_moment(small_store, tmp_path, environment):
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
 
 
+def test_extraction_killed_at_any_moment(demo_folder, tmp_path, environment):
+    """SIGKILL, SIGTERM and a disk that takes no more, then the same command: the store of an undisturbed run."""
+    checkpoint = FIXTURES / "tuhab_patch_100/checkpoint.pth"
+    command = f"minsae extract --root_path {demo_folder} --checkpoint_path {checkpoint} --batch_size 1 --out "
+    whole, killed = tmp_path / "whole/l-1", tmp_path / "killed/l-1"
+    run(command + "whole", tmp_path, environment)
+    for wanted, how in ((3, signal.SIGKILL), (12, signal.SIGTERM), (18, signal.SIGKILL)):
+        with subprocess.Popen(
+            shlex.split(command + "killed"), cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+        ) as process:
+            while len(list(killed.glob("b*.npy"))) < wanted:
+                assert process.poll() is None
+                time.sleep(0.001)
+            process.send_signal(how)
+        assert not (killed / "provenance.npz").exists()
+    full = subprocess.run(
+        ["bash", "-c", f"ulimit -f 50; exec {command} killed"], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert full.returncode == 2
+    assert full.stderr.splitlines()[-1].startswith(b"error: File too large")
+    run(command + "killed", tmp_path, environment)
+    assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in killed.iterdir())
+    for path in whole.iterdir():
+        assert path.read_bytes() == (killed / path.name).read_bytes(), path.name
+
+
 def test_make_explains_itself(checkout, environment):
     told = run(["make"], checkout, environment)
     makefile = (ROOT / "Makefile").read_text()
@@ -141,7 +168,8 @@ def test_make_explains_itself(checkout, environment):
     for target in targets:
         assert f"make {target}" in told
     assert set(targets) == {
-        "help", "setup", "demo", "convert", "extract", "train", "tensorboard", "test", "check", "bench", "clean",
+        "help", "setup", "demo", "convert", "extract", "train", "tensorboard", "test", "check", "bench", "bench-train",
+        "bench-extract", "clean",
     }  # fmt: skip
     for line in blocks("bash")[0].splitlines():
         assert set(line.split("#")[0].split()[1:]) <= set(targets)

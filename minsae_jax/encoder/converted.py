@@ -7,6 +7,7 @@ sha256.
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from functools import lru_cache, partial
 from pathlib import Path
@@ -109,9 +110,10 @@ def save_encoder(folder: str | Path, encoder: Encoder, notes: dict[str, Any]) ->
     Replaces an encoder that is there; raises UserError where the folder holds anything else.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not is_encoder(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is no converted encoder, and is not overwritten: name another folder")
     aside = folder.with_name(folder.name + ".tmp")
+    for place in (folder, aside):
+        if place.exists() and not _is_ours(place):
+            raise UserError(f"{place} exists and is no converted encoder, and is not overwritten: name another folder")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -125,6 +127,9 @@ def save_encoder(folder: str | Path, encoder: Encoder, notes: dict[str, Any]) ->
         (aside / "config.json").write_text(json.dumps(config | notes, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
+    except (OSError, ValueError, RuntimeError) as e:  # what Orbax raises when it cannot write
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"the encoder could not be written to {folder} ({reason}): make room, or name another") from e
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -133,10 +138,25 @@ def is_encoder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "params").is_dir()
 
 
+def _is_ours(folder: Path) -> bool:
+    """A folder with nothing in it but an encoder, or what is left of one that was being written."""
+    if not folder.is_dir():
+        return False
+    names = {p.name for p in folder.iterdir()}
+    foreign = {n for n in names if n != "config.json" and not re.fullmatch(r"params(\.orbax-checkpoint-tmp.*)?", n)}
+    if foreign or "config.json" not in names:
+        return not foreign
+    try:
+        return "fingerprint" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError, TypeError):
+        return False
+
+
 def load_notes(folder: str | Path) -> dict[str, Any]:
-    """What config.json says of the source, beside the architecture."""
+    """What config.json says of the source, as far as it is needed to give it back."""
     config = json.loads((Path(folder) / "config.json").read_text())
-    return {k: v for k, v in config.items() if k not in ("format_version", "fingerprint", "architecture")}
+    kinds = {"source_dtypes": dict, "batches_tracked": dict, "source_form": str}
+    return {k: v for k, v in config.items() if k in kinds and isinstance(v, kinds[k])}
 
 
 def load_encoder(folder: str | Path) -> Encoder:

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from minsae_jax.config import UserError
 from minsae_jax.files import written_aside
@@ -110,12 +109,12 @@ _encode, _decode = jax.jit(encode), jax.jit(decode)
 
 
 def save_member(folder: Path, params: dict[str, np.ndarray], config: dict[str, Any]) -> None:
-    """config.json and then sae.safetensors, without which it is no member; each written aside and renamed."""
+    """config.json, and sae.safetensors, without which it is no member; written aside, renamed once both are whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    with written_aside(folder / CONFIG) as aside:
-        aside.write_text(json.dumps(config, indent=2) + "\n")
-    with written_aside(folder / WEIGHTS) as aside:
-        save_file({name: np.ascontiguousarray(params[name], np.float32) for name in NAMES}, aside)
+    with written_aside(folder / WEIGHTS) as weights, written_aside(folder / CONFIG) as about:
+        weights.write_bytes(save({name: np.ascontiguousarray(params[name], np.float32) for name in NAMES}))
+        about.write_text(json.dumps(config, indent=2) + "\n")
+        (folder / WEIGHTS).unlink(missing_ok=True)  # so that it never stands beside another's config
 
 
 def load_sae(folder: str | Path) -> SparseAutoencoder:
@@ -128,8 +127,8 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
         if not isinstance(config, dict) or config.get("kind", "relu") != "relu":
             raise ValueError(f"{CONFIG} is not that of a ReLU autoencoder")
-    except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"{folder} holds a damaged autoencoder ({' '.join(str(e).split())})") from e
+    except Exception as e:
+        raise UserError(f"{folder} holds a damaged autoencoder ({' '.join(str(e).split())[:200]})") from e
     check_params(params, str(folder / WEIGHTS))
     return SparseAutoencoder(params, config)
 

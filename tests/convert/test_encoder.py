@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import warnings
 from dataclasses import replace
@@ -20,6 +21,7 @@ from tests.conftest import ENCODERS, FIXTURES
 from tests.random_encoder import random_state_dict
 
 SOURCE = FIXTURES / "layernorm_prenorm"
+SAE = FIXTURES / "sae_parity/sparse_autoencoder_final.pt"
 
 
 @pytest.fixture
@@ -351,3 +353,98 @@ def test_a_killed_conversion_never_looks_complete(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             main(["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(tmp_path / "x.pth")])
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
+
+
+def test_only_encoders_are_replaced(tmp_path):
+    given = ["encoder", str(SOURCE / "checkpoint.pth"), "--out"]
+    main([*given, str(tmp_path / "e")])
+    shutil.copytree(tmp_path / "e", tmp_path / "with_more")
+    (tmp_path / "with_more/thesis.tex").write_text("years of work")
+    (tmp_path / "alike/params").mkdir(parents=True)
+    (tmp_path / "alike/config.json").write_text("{}")
+    (tmp_path / "e.tmp").mkdir()
+    (tmp_path / "e.tmp/thesis.tex").write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("with_more", "alike", "e"):
+        with pytest.raises(UserError, match="is no converted encoder, and is not overwritten"):
+            main([*given, str(tmp_path / name)])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_notes_that_were_edited_are_not_trusted(tmp_path):
+    main(["encoder", str(SOURCE / "checkpoint.pth"), "--out", str(tmp_path / "e")])
+    config = json.loads((tmp_path / "e/config.json").read_text())
+    for change in (
+        {"source_dtypes": {"nokey": "float16"}}, {"source_dtypes": {"backbone.W_pos": "int8"}},
+        {"batches_tracked": {"backbone.W_pos": 3}}, {"batches_tracked": {"a.1.num_batches_tracked": "x"}},
+    ):  # fmt: skip
+        (tmp_path / "e/config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=r"config\.json is damaged"):
+            main(["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(tmp_path / "x.pth")])
+    for change in ({"source_dtypes": "load"}, {"batches_tracked": [1]}):
+        (tmp_path / "e/config.json").write_text(json.dumps(config | change))
+        main(["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(tmp_path / f"{len(change)}{change}.pth")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_heads_are_told_in_half_precision_too(dtype, tmp_path):
+    a = replace(BASE, d_model=128, n_heads=16, pos_dim=128)
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in random_state_dict(a).items()}
+    torch.save(state, tmp_path / "x.pth")
+    flags = {"n_vars": 3, "seq_len": 50, "stride": 6, "activation": "relu", "res_attention": True, "revin": False}
+    flags |= {"revin_eps": 1e-5, "head_type": "pretrain"}
+    assert read_source(tmp_path / "x.pth", flags=flags).architecture == a
+
+
+def test_the_flag_that_is_named_exists(tmp_path):
+    state = random_state_dict(BASE)
+    for key in state:
+        if key.endswith("scale"):
+            state[key] = torch.tensor(0.123)  # trained
+    torch.save({"model_state_dict": state, "config": settings_of(BASE)["data"]}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"gives seq_len, stride, num_heads, .*: say --seq_len and so on"):
+        read_source(tmp_path / "x.pth")
+    settings = settings_of(BASE)
+    del settings["model"]["num_heads"]
+    torch.save({"model_state_dict": state, "config": settings}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="gives num_heads: say --n_heads"):
+        main(["encoder", str(tmp_path / "x.pth"), "--out", str(tmp_path / "e")])
+    main(["encoder", str(tmp_path / "x.pth"), "--out", str(tmp_path / "e"), "--n_heads", "4"])
+
+
+@pytest.mark.parametrize("head", [{"head_type": "none"}, {"head_type": "regression", "target_dim": 2}])
+def test_a_wrapped_gpatchtst_is_not_taken_for_the_official_program(head, tmp_path):
+    a = replace(BASE, use_cls_token=False, seq_len=52, **head)
+    state = random_state_dict(a)
+    if a.head_type == "none":
+        state = {k: v for k, v in state.items() if not k.startswith("head.")}
+    torch.save({f"model.{k}": v for k, v in state.items()}, tmp_path / "x.pth")
+    flags = {"n_vars": 3, "seq_len": 52, "stride": 6, "revin": False, "revin_eps": 1e-5}
+    with pytest.raises(UserError, match="gives activation, res_attention"):
+        read_source(tmp_path / "x.pth", flags=flags)
+    flags |= {"activation": "relu", "res_attention": True}
+    if a.head_type != "none":
+        flags["head_type"] = a.head_type
+    source = read_source(tmp_path / "x.pth", flags=flags)
+    assert source.checkpoint.program == "gpatchtst"
+    assert source.architecture.first_sample == 2
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path, capfd):
+    """As on a full disk: no file may be longer than 1 KiB."""
+    main(["encoder", str(SOURCE / "checkpoint.pth"), "--out", str(tmp_path / "e")])
+    out = tmp_path / "full"
+    for args in (
+        ["encoder", str(SOURCE / "checkpoint.pth"), "--out", str(out)],
+        ["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(out)],
+        *(["sae", str(SAE), "--to", kind, "--out", str(out)] for kind in ("minsae", "member", "saelens")),
+    ):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+        try:
+            with pytest.raises((UserError, OSError), match=r"File too large|could not be written|FILE_TOO_LARGE|27"):
+                main(args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        left = [p for p in tmp_path.iterdir() if p.name != "e"]
+        assert all(p.is_dir() and not any(p.iterdir()) for p in left)

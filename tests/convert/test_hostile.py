@@ -285,3 +285,58 @@ def test_truncated_encoders_of_the_fixtures(tmp_path):
         (tmp_path / "x.pth").write_bytes(good[: len(good) * tenth // 10])
         with pytest.raises(UserError, match="no PyTorch checkpoint, or a damaged one"):
             read_source(tmp_path / "x.pth")
+
+
+def change_settings(**changes):
+    config = settings_of(TINY)
+    return {"data": config["data"] | changes, "model": config["model"] | changes}
+
+
+COUNTER = "backbone.encoder.layers.0.norm_attn.1.num_batches_tracked"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "told"),
+    [
+        ({COUNTER: torch.tensor([7])}, {}, "num_batches_tracked is no number"),
+        ({COUNTER: torch.tensor(torch.nan)}, {}, "num_batches_tracked is no number"),
+        ({"backbone.W_pos": torch.zeros(6, 3)}, {}, r"W_pos is \[6, 3\], but must be 1 or d_model \(8\) wide"),
+        ({}, {"n_vars": 3_000_000}, "beyond what can be run"),
+        ({}, {"seq_len": 10**9, "stride": 2 * 10**8}, "beyond what can be run"),
+        ({}, {"subtract_last": torch.zeros(3)}, r"subtract_last must be true or false, but is tensor"),
+        ({}, {"subtract_last": "maybe"}, "subtract_last must be true or false"),
+        ({}, {"stride": 10**5000}, "stride must be a whole number|a damaged one"),
+        (dict.fromkeys(map(str, range(300)), torch.zeros(2000)), {}, "share so much storage"),
+    ],
+)
+def test_settings_and_tensors_that_lie(tmp_path, tensors, settings, told):
+    state = random_state_dict(TINY) | tensors
+    torch.save({"model_state_dict": state, "config": change_settings(**settings)}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=told):
+        convert(read_source(tmp_path / "x.pth"))
+
+
+def merges(levels: int) -> str:
+    """Each mapping holds the one before it nine times."""
+    lines = [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, levels)]
+    return "\n".join(["a0: &a0 {x: 1}", *lines])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seq_len: !!int",
+        "seq_len: !!bool xyz",
+        "seq_len: !!timestamp abc",
+        "seq_len: 0x" + "f" * 5000,
+        merges(12),
+        "[" * 100_000,
+    ],
+    ids=range(6),
+)
+def test_hostile_yaml(tmp_path, text):
+    (tmp_path / "x.pth").write_bytes(GOOD)
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError) as e:
+        read_source(tmp_path / "x.pth", tmp_path / "x.yaml")
+    assert len(str(e.value)) < 500

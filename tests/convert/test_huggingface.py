@@ -145,7 +145,7 @@ def test_command_and_use_in_place(tmp_path, capsys):
         ("PatchTSTModel", {"activation_function": "silu"}, "activation must be relu or gelu, but the config.json says"),
         ("PatchTSTForPrediction", {"loss": "nll"}, "predicts a distribution .*--without_head"),
         ("PatchTSTForPrediction", {"share_projection": False}, "has a head for each channel .*--without_head"),
-        ("PatchTSTForRegression", {}, "is a PatchTSTForRegression.*--without_head"),
+        ("PatchTSTForRegression", {}, "is a 'PatchTSTForRegression'.*--without_head"),
     ],
 )
 def test_what_is_refused(kind, changes, told, tmp_path):

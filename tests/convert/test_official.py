@@ -93,3 +93,22 @@ def test_without_head():
     assert encoder.architecture.head_type == "none"
     np.testing.assert_array_equal(encoder.activations(x), whole.activations(x))
     np.testing.assert_array_equal(encoder(x), whole.activations(x))
+
+
+def test_contradictions_with_the_program():
+    path = OFFICIAL / "supervised/checkpoint.pth"
+    for change, told in (
+        ({"revin": False}, "revin is False in the flags, but True in a model of the official supervised program"),
+        ({"head_type": "regression"}, "head_type is regression|fit prediction"),
+    ):
+        with pytest.raises(UserError, match=told):
+            read_source(path, flags=FLAGS["supervised"] | change)
+
+
+def test_a_wrapped_supervised_model_is_hinted_at(tmp_path):
+    state = torch.load(OFFICIAL / "supervised_plain/checkpoint.pth", weights_only=True)
+    torch.save({"state_dict": state}, tmp_path / "x.pth")
+    flags = {**FLAGS["supervised_plain"], "activation": "gelu", "res_attention": True, "revin_eps": 1e-5}
+    with pytest.raises(UserError, match="say --program supervised"):
+        read_source(tmp_path / "x.pth", flags=flags)
+    assert read_source(tmp_path / "x.pth", flags=flags, program="supervised").architecture.end_padding == 5

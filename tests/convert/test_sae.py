@@ -236,6 +236,7 @@ def test_saelens_default_takes_the_bias_away_first(lens, tmp_path, said):
         ({"activation_fn_str": "topk"}, "has activation_fn_str"),
         ({"finetuning_scaling_factor": True}, "has finetuning_scaling_factor True"),
         ({"apply_b_dec_to_input": "yes"}, "has apply_b_dec_to_input 'yes'"),
+        ({"apply_b_dec_to_input": 0}, "has apply_b_dec_to_input 0"),
     ],
 )
 def test_what_saelens_has_and_we_have_not(lens, tmp_path, cfg, told):
@@ -285,3 +286,50 @@ def test_a_killed_conversion_never_looks_complete(kind, member, tmp_path, monkey
             else:
                 assert len(renames) == survived == 1
     assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_only_the_same_kind_is_replaced(member, tmp_path):
+    torch.save({"model_state_dict": {}, "bias": torch.zeros(3)}, tmp_path / "encoder.pth")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/cfg.json").write_text('{"mine": 1}')
+    main(["sae", str(member), "--to", "saelens", "--out", str(tmp_path / "topk")])
+    cfg = json.loads((tmp_path / "topk/cfg.json").read_text())
+    (tmp_path / "topk/cfg.json").write_text(json.dumps(cfg | {"architecture": "topk"}))
+    for to, name in (
+        ("minsae", "encoder.pth"), ("dictionary_learning", "encoder.pth"), ("saelens", "config"), ("saelens", "topk"),
+    ):  # fmt: skip
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        with pytest.raises(UserError, match="exists and is no such autoencoder"):
+            main(["sae", str(member), "--to", to, "--out", str(tmp_path / name)])
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_what_grows_past_float32_is_refused(lens, tmp_path):
+    large = {n: np.full(shapes(D_MODEL, D_SAE)[n], 1e30, np.float32) for n in ("W_enc", "b_dec")}
+    folder = lens({"apply_b_dec_to_input": True}, **large)
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        main(["sae", str(folder), "--to", "member", "--out", str(tmp_path / "back")])
+
+
+def test_metadata_of_others_is_not_trusted(lens, tmp_path):
+    folder = lens({"metadata": {"minsae_jax": {"kind": "topk", "format_version": 99}}})
+    main(["sae", str(folder), "--to", "member", "--out", str(tmp_path / "back")])
+    assert load_sae(tmp_path / "back").config["kind"] == "relu"
+
+
+def test_the_new_form_in_a_trainers_folder(member, tmp_path):
+    main(["sae", str(member), "--to", "minsae", "--out", str(tmp_path / "trainer_0/ae.pt")])
+    main(["sae", str(tmp_path / "trainer_0"), "--to", "member", "--out", str(tmp_path / "back")])
+    np.testing.assert_array_equal(load_sae(tmp_path / "back").params["b_enc"], load_sae(member).params["b_enc"])
+
+
+def test_a_member_onto_itself(member):
+    before = {p.name: p.read_bytes() for p in member.iterdir()}
+    main(["sae", str(member), "--to", "member", "--out", str(member)])
+    assert {p.name: p.read_bytes() for p in member.iterdir()} == before
+
+
+def test_damaged_members(member, tmp_path):
+    (member / "config.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="damaged autoencoder"):
+        load_sae(member)
