@@ -116,7 +116,13 @@ def save_encoder(folder: str | Path, encoder: Encoder, notes: dict[str, Any]) ->
             raise UserError(f"{place} exists and is no converted encoder, and is not overwritten: name another folder")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    needed, free = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(encoder.params)) + (1 << 18),
+        shutil.disk_usage(aside).free,
+    )
     try:
+        if free < needed:  # Orbax would say so on a hundred lines
+            raise OSError(f"it needs {needed / 1e6:.1f} MB, but {free / 1e6:.1f} MB are free")
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((aside / "params").absolute(), encoder.params)
         config = {
