@@ -7,6 +7,7 @@ that does nothing else. Prints Markdown.
 """
 
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,7 +70,8 @@ def end_to_end(encoder: Encoder, n_windows: int, folder: str, batch: int = BATCH
     """Windows a second of a whole extraction without its start: reading, computing, hashing, writing."""
     a = encoder.architecture
     root, rng = Path(folder) / "recordings", np.random.default_rng(0)
-    root.mkdir(exist_ok=True)
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
     rows = ["filename,time_len"]
     for i in range(-(-n_windows // 100)):
         name = f"p{i:05d}_s001_t000_preprocessed.npy"
@@ -92,6 +94,14 @@ def peak_memory(*what: str) -> int:
     return int(done.stdout.split()[-1])
 
 
+def peak_rss() -> int:
+    """Of this process, in bytes. (getrusage would tell of the parent too, from before the program was started.)"""
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux; macOS counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
 def measure_alone(who: str, batch: int, n_layers: int) -> None:
     """Two batches from memory (PyTorch) or a store of four (ours), then this process's peak."""
     encoder, _ = convert_encoder(CHECKPOINT, CHECKPOINT.with_suffix(".yaml"))
@@ -102,7 +112,7 @@ def measure_alone(who: str, batch: int, n_layers: int) -> None:
     else:
         run = pytorch(a, np.zeros((batch, a.seq_len, a.n_vars), np.float32), n_layers, batch)
         run(), run()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)
+    print(peak_rss() // 1_000_000)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -264,12 +265,13 @@ def read_ahead(windows: Windows, bounds: list[tuple[int, int]]) -> Iterator[np.n
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
 
 
+@lru_cache(8)
 def sharded_hidden(
     mesh: jax.sharding.Mesh, a: Architecture, layers: tuple[int, ...], force_revin: bool = False,
     dtype: str = "float32", precision: Precision = "float32",
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, ...]]:  # fmt: skip
-    """(params, windows) -> outputs of the layers as dtype, every device working on its own windows. float32 precision
-    is full float32, without TF32."""
+    """(params, windows) -> outputs of the layers as dtype, every device working on its own windows; compiled once
+    for all splits. float32 precision is full float32, without TF32."""
     graph, _ = split_model(a, precision)
 
     def on_one_device(params, past_values):

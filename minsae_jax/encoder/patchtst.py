@@ -251,12 +251,14 @@ class PatchTST(nnx.Module):
         """
         a = self.architecture
         x = self.revin(past_values) if a.revin or force_revin else past_values
-        x = self.embed(patches(a, x))
-        sequences = x.reshape(-1, *x.shape[2:])
         if sharding.on_cpu():
-            outputs = jax.lax.map(lambda s: tuple(z[0] for z in self.run_layers(s[None], layers)), sequences)
-        else:
-            outputs = self.run_layers(sequences, layers)
+
+            def run_sequence(x: Array) -> tuple[Array, ...]:
+                return tuple(z[0] for z in self.run_layers(x[None], layers))
+
+            return jax.lax.map(lambda x: jax.lax.map(run_sequence, self.embed(patches(a, x[None]))[0]), x)
+        x = self.embed(patches(a, x))
+        outputs = self.run_layers(x.reshape(-1, *x.shape[2:]), layers)
         return tuple(z.reshape(x.shape) for z in outputs)
 
     def __call__(self, past_values: Float[Array, "B seq_len n_vars"]) -> Array:

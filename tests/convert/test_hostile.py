@@ -160,7 +160,7 @@ def hostile_header() -> bytes:
 
 
 RUN = """
-import json, resource, sys, warnings
+import json, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
 from convert.__main__ import main
@@ -172,7 +172,8 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
         told[path.name] = None
     except UserError as e:
         told[path.name] = str(e)
-print("TOLD" + json.dumps([told, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print("TOLD" + json.dumps([told, int(peak.split()[1])]))
 """
 
 
