@@ -107,6 +107,7 @@ class Extract:
 
     def __post_init__(self) -> None:
         _require_positive(self, "batch_size", "max_batches")
+        _require(self.out != "", "--out must name a folder")
         _require(len(self.cache_layer) > 0, "--cache_layer needs at least one layer")
         _require(
             self.cache_layer == ("all",) or "all" not in self.cache_layer, "--cache_layer all stands for every layer"
@@ -117,7 +118,7 @@ class Extract:
 
     def store(self, split: Split, layer: int) -> Path:
         """The folder that holds the shards of a split and layer."""
-        out = (self.out or "embeddings/store").rstrip("/")
+        out = "embeddings/store" if self.out is None else self.out.rstrip("/") or "/"
         is_named = self.out is not None and len(self.split) == 1
         return Path(out if is_named or split == "train" else f"{out}_{split}") / f"l{layer}"
 

@@ -6,7 +6,7 @@ Members of a sweep lie along `sweep`, windows and tokens along `data`; weights a
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -45,6 +45,7 @@ def start(deterministic: bool = False, distributed: bool = False) -> None:
 def _join_cluster() -> None:
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, count, number = (os.environ.get(name) or None for name in names)
+    jax.config.update("jax_enable_preemption_service", False)  # which keeps SIGTERM to itself
     try:
         jax.distributed.initialize(address, int(count) if count else None, int(number) if number else None)
     except (ValueError, RuntimeError) as e:
@@ -52,6 +53,8 @@ def _join_cluster() -> None:
             f"--distributed finds no cluster ({' '.join(str(e).split())[:200]}): start it under Slurm, or set "
             f"{', '.join(names)}"
         ) from e
+    # The first meeting sets up the connections, and waits for half a minute only.
+    multihost_utils.sync_global_devices("start")
 
 
 def make_mesh(*group_sizes: int) -> Mesh:
@@ -77,10 +80,22 @@ def process_count() -> int:
     return jax.process_count()
 
 
-def barrier(name: str) -> None:
-    """Wait until every process is here."""
-    if process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """All processes go through this, and leave it together; an error in one is an error in all. Raises UserError in
+    those that had none."""
+    try:
+        yield
+    except Exception:
+        _all_well(False)
+        raise
+    if not _all_well(True):
+        raise UserError(f"another process failed ({what}), and says why: give the same command again")
+
+
+def _all_well(well: bool) -> bool:
+    """Whether every process says so, once all have."""
+    return process_count() == 1 or bool(multihost_utils.process_allgather(np.array(well)).all())
 
 
 def on_cpu() -> bool:

@@ -167,11 +167,25 @@ def damages(folder: Path, manifest: Manifest):
     for path in shard_files(folder):
         if path.name not in listed:
             yield f"{path} is not in the manifest of its store: remove it"
-    if not (folder / PROVENANCE).is_file():
-        yield f"{folder / PROVENANCE} is missing"
+    if problem := provenance_damage(folder / PROVENANCE, manifest):
+        yield problem
     for entry in listed.values():
         if problem := shard_damage(folder / entry["file"], entry, manifest):
             yield problem
+
+
+def provenance_damage(path: Path, manifest: Manifest) -> str | None:
+    """Why a file is not the provenance of a store's sequences."""
+    if not path.is_file():
+        return f"{path} is missing"
+    try:
+        with np.load(path, allow_pickle=False) as provenance:
+            n_sequences = len(provenance["recording"])
+    except Exception:
+        return f"{path} is damaged: remove it"
+    if n_sequences != sum(entry["shape"][0] for entry in manifest["shards"]):
+        return f"{path} is of another store: remove it"
+    return None
 
 
 def shard_damage(path: Path, entry: Mapping[str, Any], manifest: Manifest) -> str | None:

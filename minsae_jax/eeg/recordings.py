@@ -43,6 +43,7 @@ class Windows:
     seq_len: int  # samples a window
     patch_len: int  # the reference leaves so many samples after a window for a target, and so counts fewer windows
     n_vars: int
+    stamps: Mapping[str, tuple[int, int]]  # size and time of change of each file when it was first seen
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -79,6 +80,10 @@ class Windows:
         out = np.empty((len(places), self.seq_len, self.n_vars), np.float32)
         for file in np.unique(places[:, 0]):
             recording = load_recording(self.folder / self.files[file])
+            if stamp_of(self.folder / self.files[file]) != self.stamps.get(self.files[file]):
+                raise UserError(
+                    f"recording {self.files[file]} has changed since the start: give the same command again"
+                )
             for i in np.flatnonzero(places[:, 0] == file):
                 out[i] = recording[places[i, 1] * self.seq_len : (places[i, 1] + 1) * self.seq_len]
         return out
@@ -146,15 +151,19 @@ def open_recordings(
     found = []
     for split in splits:
         windows, bad = find_windows(root_path, split, split_seed, *sizes)
-        if max_windows:
-            windows = windows.first(min(max_windows, len(windows)))
-        looks = windows.survey()
-        bad |= {
-            name: f"holds NaN or infinity at sample {look.not_finite}"
-            for name, look in looks.items()
-            if look.not_finite is not None
-        }
-        found.append((windows.without(bad), looks, bad))
+        while True:
+            wanted = windows.first(min(max_windows, len(windows))) if max_windows else windows
+            looks = wanted.survey()
+            new = {
+                n: f"holds NaN or infinity at sample {k}"
+                for n, look in looks.items()
+                if (k := look.not_finite) is not None
+            }
+            bad |= new
+            windows = windows.without(new)
+            if not new or not max_windows or on_bad_recording == "error":
+                break  # else others take the place of those that were left out
+        found.append((wanted.without(new), looks, bad))
     if on_bad_recording == "error":
         refuse_bad({name: reason for _, _, bad in found for name, reason in bad.items()})
     recordings = []
@@ -165,6 +174,20 @@ def open_recordings(
         shifted = np.array([looks[name].shifted for name in windows.files], bool)
         recordings.append(Recordings(windows, digest.hexdigest(), shifted, bad))
     return recordings
+
+
+def warn_of(recordings: Recordings, split: Split) -> None:
+    """Tell of recordings that were left out, and of those whose columns are shifted."""
+    shifted = [f for f, s in zip(recordings.windows.files, recordings.shifted, strict=True) if s]
+    if shifted:
+        warnings.warn(
+            f"last channel all zero in {_some(shifted, at_most=3)}: missing electrodes shifted the columns, so that "
+            "channel names do not hold there; a store's provenance.npz marks these recordings",
+            stacklevel=2,
+        )
+    if recordings.skipped:
+        reasons = _some([f"{name} {reason}" for name, reason in recordings.skipped.items()], at_most=3)
+        warnings.warn(f"left out of split {split}: {reasons}; the manifest names them all", stacklevel=2)
 
 
 def refuse_bad(bad: Mapping[str, str]) -> None:
@@ -217,7 +240,8 @@ def find_windows(
         if reason := _problem(folder / name, lengths.get(name), n_vars):
             bad[name] = reason
     good = tuple(f for f in files if f not in bad)
-    windows = Windows(folder, good, tuple(lengths[f] for f in good), seq_len, patch_len, n_vars)
+    stamps = {name: stamp_of(folder / name) for name in good}
+    windows = Windows(folder, good, tuple(lengths[f] for f in good), seq_len, patch_len, n_vars, stamps)
     if len(windows) == 0 and not bad:
         raise UserError(
             f"split {split} is empty: {len(patients)} patients with {len(files)} recordings in {folder} "
@@ -245,7 +269,10 @@ def read_lengths(path: Path) -> dict[str, int]:
             missing = [c for c in ("filename", "time_len") if c not in columns]
             if missing:
                 raise UserError(f"{path} lacks the column {' and '.join(missing)}; it has {', '.join(columns)}")
-            return {row["filename"]: _length(row["time_len"], path, rows.line_num) for row in rows}
+            lengths = {row["filename"]: _length(row["time_len"], path, rows.line_num) for row in rows}
+            if None in lengths or "" in lengths:
+                raise UserError(f"{path} has a row without a filename")
+            return lengths
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path} cannot be read as CSV: {e}") from None
 
@@ -309,6 +336,12 @@ def read_splits(path: Path) -> Splits:
     ):
         raise UserError(f"{path} must hold a dict of three lists of patients, train, val and test")
     return {k: splits[k] for k in ("train", "val", "test")}
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Size and time of change."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def load_recording(path: Path) -> np.ndarray:

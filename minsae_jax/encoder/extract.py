@@ -2,7 +2,6 @@
 
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,9 +17,9 @@ import numpy as np
 from flax import nnx
 
 from minsae_jax import sharding
-from minsae_jax.activations.writer import StoreWriter, refuse_other_store
+from minsae_jax.activations.writer import StoreWriter, refuse_foreign_files, refuse_other_store
 from minsae_jax.config import Extract, Split, UserError
-from minsae_jax.eeg.recordings import Recordings, Windows, open_recordings
+from minsae_jax.eeg.recordings import Recordings, Windows, open_recordings, warn_of
 from minsae_jax.encoder.converted import Encoder, Precision, split_model
 from minsae_jax.encoder.patchtst import Architecture, layer_index
 from minsae_jax.monitor import Bar, progress
@@ -35,7 +34,8 @@ class Plan:
 
     split: Split
     recordings: Recordings
-    stores: dict[int, tuple[Path, dict[str, Any]]]  # number of the layer -> folder, and what makes it this store
+    layers: tuple[int, ...]  # from 0
+    writers: tuple[StoreWriter, ...]  # a layer each
 
     @property
     def windows(self) -> Windows:
@@ -51,8 +51,12 @@ def extract(encoder: Encoder, settings: Extract) -> Iterator[str]:
     """
     plans = make_plans(encoder, settings)
     _refuse_full_disk(encoder.architecture, settings, plans)
-    for plan in plans:
-        yield Extraction(encoder, settings, plan).run()
+    with ExitStack() as stack:
+        for plan in plans:
+            for writer in plan.writers:
+                stack.enter_context(writer)
+        for plan in plans:
+            yield Extraction(encoder, settings, plan).run()
 
 
 def make_plans(encoder: Encoder, settings: Extract) -> list[Plan]:
@@ -67,14 +71,20 @@ def make_plans(encoder: Encoder, settings: Extract) -> list[Plan]:
     )  # fmt: skip
     plans = []
     for split, recordings in zip(settings.split, found, strict=True):
-        stores = {
-            index: (settings.store(split, layer), _identity(encoder, settings, split, recordings, layer, index))
+        writers = tuple(
+            StoreWriter(
+                settings.store(split, layer),
+                _identity(encoder, settings, split, recordings, layer, index),
+                settings.overwrite,
+            )
             for index, layer in layers.items()
-        }
-        if not settings.overwrite:
-            for folder, identity in stores.values():
-                refuse_other_store(folder, identity)
-        plans.append(Plan(split, recordings, stores))
+        )
+        for writer in writers:
+            if settings.overwrite:
+                refuse_foreign_files(writer.folder)
+            else:
+                refuse_other_store(writer.folder, writer.identity)
+        plans.append(Plan(split, recordings, tuple(layers), writers))
     return plans
 
 
@@ -86,7 +96,6 @@ def _identity(
     encoder: Encoder, settings: Extract, split: Split, recordings: Recordings, layer: int, index: int
 ) -> dict[str, Any]:
     a = encoder.architecture
-    precision = {"precision": settings.precision} if settings.precision != "float32" else {}
     return {
         "layer": layer,
         "layer_index": index,
@@ -106,8 +115,8 @@ def _identity(
             "n_windows": len(recordings.windows),
             "recordings_sha256": recordings.sha256,
             "skipped": recordings.skipped,
-        }
-        | precision,
+            "precision": settings.precision,
+        },
     }
 
 
@@ -116,7 +125,7 @@ def _refuse_full_disk(a: Architecture, settings: Extract, plans: list[Plan]) -> 
     window_bytes = a.n_vars * a.n_tokens * a.d_model * np.dtype(DTYPES[settings.dtype]).itemsize
     needed: dict[int, tuple[Path, int]] = {}
     for plan in plans:
-        for folder, _ in plan.stores.values():
+        for folder in (writer.folder for writer in plan.writers):
             there = sum(p.stat().st_size for p in folder.glob("b*.npy")) if folder.is_dir() else 0
             parent = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
             wanted = needed.get(parent.stat().st_dev, (parent, 0))[1] + len(plan.windows) * window_bytes - there
@@ -144,40 +153,38 @@ class Extraction:
 
     def run(self) -> str:
         """Returns what to tell."""
-        with ExitStack() as stack:
-            writers = [
-                stack.enter_context(StoreWriter(folder, identity, self.settings.overwrite))
-                for folder, identity in self.plan.stores.values()
-            ]
-            if not all(w.finished for w in writers):
-                self._write(writers)
-        folders = " and ".join(str(folder) for folder, _ in self.plan.stores.values())
+        writers, a = self.plan.writers, self.encoder.architecture
+        for writer in writers:
+            writer.begin()
+        folders = " and ".join(str(writer.folder) for writer in writers)
         if all(w.finished for w in writers):
             return f"the store {folders} is finished already: {len(self.windows):,} windows of split {self.plan.split}"
-        a = self.encoder.architecture
+        self._write(writers)
         return (
             f"{len(self.windows):,} windows of split {self.plan.split}, "
             f"{len(self.windows) * a.n_vars * a.n_tokens:,} tokens of d_model {a.d_model}, written to {folders}"
         )
 
-    def _write(self, writers: list[StoreWriter]) -> None:
-        self._warn()
+    def _write(self, writers: tuple[StoreWriter, ...]) -> None:
+        if sharding.process() == 0:
+            warn_of(self.plan.recordings, self.plan.split)
         n_batches = -(-len(self.windows) // self.settings.batch_size)
         missing = [i for i in range(n_batches) if any(i not in w.done for w in writers if not w.finished)]
         todo = missing[sharding.process() :: sharding.process_count()]
         with progress(f"extract {self.plan.split}", len(self.windows), "windows") as bar:
             bar.start_at(len(self.windows) - sum(stop - start for start, stop in map(self._bounds, missing)))
-            self._run_batches(todo, writers, bar)
+            with sharding.together(f"write the shards of split {self.plan.split}"):
+                self._run_batches(todo, writers, bar)
         provenance = _provenance(self.plan.recordings)
         for writer in writers:
             if not writer.finished:
                 writer.finish(provenance)
 
-    def _run_batches(self, todo: list[int], writers: list[StoreWriter], bar: Bar) -> None:
+    def _run_batches(self, todo: list[int], writers: tuple[StoreWriter, ...], bar: Bar) -> None:
         settings, mesh = self.settings, sharding.make_local_mesh()
         params = jax.device_put(self.encoder.params, sharding.everywhere(mesh))
         run = sharded_hidden(
-            mesh, self.encoder.architecture, tuple(self.plan.stores), settings.force_revin, settings.dtype,
+            mesh, self.encoder.architecture, self.plan.layers, settings.force_revin, settings.dtype,
             settings.precision,
         )  # fmt: skip
         # All batches are padded to one shape, so that there is one compilation.
@@ -204,7 +211,7 @@ class Extraction:
                 self._waited_for(writing.result)
 
     def _write_batch(
-        self, number: int, n_windows: int, outputs: tuple[jax.Array, ...], writers: list[StoreWriter]
+        self, number: int, n_windows: int, outputs: tuple[jax.Array, ...], writers: tuple[StoreWriter, ...]
     ) -> None:
         for z, writer in zip(outputs, writers, strict=True):
             if writer.finished or number in writer.done:
@@ -227,21 +234,6 @@ class Extraction:
     def _bounds(self, number: int) -> tuple[int, int]:
         start = number * self.settings.batch_size
         return start, min(start + self.settings.batch_size, len(self.windows))
-
-    def _warn(self) -> None:
-        if sharding.process():
-            return
-        recordings = self.plan.recordings
-        shifted = [f for f, s in zip(self.windows.files, recordings.shifted, strict=True) if s]
-        if shifted:
-            warnings.warn(
-                f"last channel all zero in {_some(shifted)}: missing electrodes shifted the columns, so that channel "
-                "names do not hold there; provenance.npz marks these recordings",
-                stacklevel=2,
-            )
-        if recordings.skipped:
-            reasons = _some([f"{name} {reason}" for name, reason in recordings.skipped.items()])
-            warnings.warn(f"left out of split {self.plan.split}: {reasons}; the manifest names them all", stacklevel=2)
 
 
 class _Batches:
@@ -285,10 +277,6 @@ def sharded_hidden(
 def _is_finite(array: np.ndarray) -> bool:
     flat = array.reshape(-1)
     return all(np.isfinite(flat[i : i + CHECKED]).all() for i in range(0, len(flat), CHECKED))
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
 def _provenance(recordings: Recordings) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from minsae_jax import sharding
 from minsae_jax.activations.stream import MIXED_ROWS
 from minsae_jax.config import Train, UserError
-from minsae_jax.eeg.recordings import Recordings, open_recordings
+from minsae_jax.eeg.recordings import Recordings, open_recordings, warn_of
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.encoder.extract import sharded_hidden
 from minsae_jax.encoder.patchtst import layer_index
@@ -42,6 +42,7 @@ class LiveStore:
             "n_windows": len(self.windows),
             "batch_size": batch_size,
             "revin": a.revin or force_revin,
+            "skipped": recordings.skipped,
         }
         self._mesh = sharding.make_local_mesh()
         self._params = jax.device_put(encoder.params, sharding.everywhere(self._mesh))
@@ -90,6 +91,7 @@ def open_live(encoder: Encoder, settings: Train) -> LiveStore:
         str(settings.root_path), (settings.split,), settings.split_seed, (a.seq_len, a.patch_len, a.n_vars),
         on_bad_recording=settings.on_bad_recording,
     )  # fmt: skip
+    warn_of(recordings, settings.split)
     store = LiveStore(encoder, recordings, settings.cache_layer, settings.live_batch_size, settings.force_revin)
     if not np.isfinite(store.read_chunks([0])).all():
         raise UserError(

@@ -235,6 +235,7 @@ class Trainer:
             "encoder_fingerprint": self.store.manifest.get("encoder"),
             "store": str(self.store.folder),
             "store_fingerprint": self.store.fingerprint,
+            "skipped_recordings": self.store.manifest.get("skipped", {}),
             "scale": self.scale,
             "steps": self.step,
             "tokens": self.tokens,

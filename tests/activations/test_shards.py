@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import resource
+from contextlib import contextmanager
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from minsae_jax import UserError
+from minsae_jax import UserError, sharding
 from minsae_jax.activations.shards import open_store
 from minsae_jax.activations.writer import StoreWriter
 
@@ -24,18 +26,25 @@ def arrays(dtype=np.float32):
     return [rng.normal(size=(sequences, 3, 4)).astype(dtype) for sequences in (4, 4, 2)]
 
 
+@contextmanager
+def begun(folder, identity=IDENTITY, overwrite=False):
+    with StoreWriter(folder, identity, overwrite) as writer:
+        writer.begin()
+        yield writer
+
+
 def write(folder, xs, **changes):
-    with StoreWriter(folder, IDENTITY | changes) as writer:
+    with begun(folder, IDENTITY | changes) as writer:
         for i, x in enumerate(xs):
             if i not in writer.done:
                 writer.write(i, [x])
-        writer.finish({"window": np.arange(10)})
+        writer.finish({"recording": np.arange(sum(map(len, xs)))})
     return folder
 
 
 def opened(folder, identity=IDENTITY, overwrite=False):
     """A writer's view of the folder: what is finished, and which shards are there."""
-    with StoreWriter(folder, identity, overwrite) as writer:
+    with begun(folder, identity, overwrite) as writer:
         return writer.finished, writer.done
 
 
@@ -108,7 +117,7 @@ def test_without_manifest_in_numerical_order(tmp_path):
 def test_an_interrupted_store_goes_on(tmp_path, folder):
     undisturbed = {p.name: p.read_bytes() for p in folder.iterdir()}
     broken = tmp_path / "broken"
-    with StoreWriter(broken, IDENTITY) as writer:
+    with begun(broken) as writer:
         writer.write(2, np.array_split(arrays()[2], 2))
         writer.write(0, [arrays()[0]])
     (broken / "b0001.npy.tmp").write_bytes(b"half")
@@ -234,3 +243,88 @@ def test_bad_files_without_manifest(tmp_path):
     np.save(tmp_path / "b0001.npy", np.zeros((2, 3, 4), int))
     with pytest.raises(UserError, match=r"b0001.npy must hold"):
         open_store(tmp_path, -1)
+
+
+def of_two_processes(folder, monkeypatch):
+    """The folder as two processes leave it that were killed at their ends."""
+    for process, numbers in ((0, (0, 2)), (1, (1,))):
+        monkeypatch.setattr(sharding, "process", lambda p=process: p)
+        with begun(folder) as writer:
+            for i in numbers:
+                writer.write(i, [arrays()[i]])
+    monkeypatch.undo()
+    assert (folder / "manifest.1.json").exists()
+    return folder
+
+
+def dies_at(monkeypatch, name):
+    def unlink(self, missing_ok=False, real=Path.unlink):
+        if self.name == name:
+            raise KeyboardInterrupt
+        real(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+
+
+def test_what_others_noted_is_counted_once(folder, tmp_path, monkeypatch):
+    undisturbed = {p.name: p.read_bytes() for p in folder.iterdir()}
+    two = of_two_processes(tmp_path / "two", monkeypatch)
+    for _ in range(2):  # dies after the manifest was put together
+        dies_at(monkeypatch, "manifest.1.json")
+        with pytest.raises(KeyboardInterrupt):
+            opened(two)
+        monkeypatch.undo()
+    assert opened(two) == (False, {0, 1, 2})
+    write(two, arrays())
+    assert {p.name: p.read_bytes() for p in two.iterdir()} == undisturbed
+
+
+def test_what_others_noted_of_another_store_is_forgotten(folder, tmp_path, monkeypatch):
+    two = of_two_processes(tmp_path / "two", monkeypatch)
+    other = IDENTITY | {"encoder": "another"}
+    dies_at(monkeypatch, "manifest.1.json")
+    with pytest.raises(KeyboardInterrupt):
+        opened(two, other, overwrite=True)
+    monkeypatch.undo()
+    assert opened(two) == (False, {0, 1, 2})  # nothing was touched
+    noted = (two / "manifest.1.json").exists()
+    assert not noted
+    of_two_processes(tmp_path / "three", monkeypatch)
+    (tmp_path / "three/manifest.json").write_text(
+        json.dumps(json.loads((tmp_path / "three/manifest.json").read_text()) | {"encoder": "another", "shards": []})
+    )
+    assert opened(tmp_path / "three", other) == (False, set())
+
+
+def test_notes_of_others_that_were_cut_off(tmp_path, monkeypatch):
+    two = of_two_processes(tmp_path / "two", monkeypatch)
+    (two / "manifest.1.json").write_text('{"sha')
+    assert opened(two) == (False, {0, 2})
+
+
+def test_a_finished_store_forgets_notes(folder):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    (folder / "manifest.1.json").write_text("{}")
+    assert opened(folder) == (True, {0, 1, 2})
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_damaged_provenance_is_made_again(folder):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for content in (b"junk", b""):
+        (folder / "provenance.npz").write_bytes(content)
+        with pytest.raises(UserError, match=r"provenance\.npz is damaged"):
+            open_store(folder)
+        write(folder, arrays())
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    np.savez(folder / "provenance.npz", recording=np.zeros(3))
+    with pytest.raises(UserError, match="is of another store"):
+        open_store(folder)
+
+
+def test_stores_from_before_there_was_a_precision(folder):
+    older = {"data": {k: v for k, v in IDENTITY["data"].items() if k not in ("precision", "skipped")}}
+    now = IDENTITY | {"data": older["data"] | {"precision": "float32", "skipped": {}}}
+    assert opened(folder, now)[0]
+    with pytest.raises(UserError, match=r"other settings: precision \(float32, now bfloat16\)"):
+        opened(folder, now | {"data": now["data"] | {"precision": "bfloat16"}})

@@ -179,6 +179,8 @@ def test_not_finite(data, value):
         ("filename,time_len\nx,long\n", "line 2: time_len must be a number of samples, but is 'long'"),
         ("filename,time_len\nx,-5\n", "time_len must be a number of samples"),
         ("filename,time_len\nx\n", "time_len must be a number of samples"),
+        ("time_len,filename\n77\n", "has a row without a filename"),
+        ("time_len,filename\n77,\n", "has a row without a filename"),
     ],
 )
 def test_bad_csv(data, csv, told):

@@ -23,6 +23,7 @@ from minsae_jax.config import Extract
 from minsae_jax.eeg.recordings import open_windows
 from minsae_jax.encoder import extract as extraction
 from minsae_jax.encoder.converted import Encoder
+from minsae_jax.files import locked
 from tests.conftest import FIXTURES
 
 
@@ -79,7 +80,10 @@ def test_again_and_after_a_break(encoder, settings, tmp_path, monkeypatch):
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == times
 
     other = replace(settings, out=str(tmp_path / "broken"))
-    with failing_write(monkeypatch, after=1), pytest.raises(OSError, match="disk full"):
+    with (
+        failing_write(monkeypatch, after=1),
+        pytest.raises(UserError, match=r"could not be written \(disk full\): make room"),
+    ):
         extract(encoder, other, "train")
     extract(encoder, other, "train")
     assert contents(tmp_path / "broken" / "l-1") == before
@@ -111,7 +115,10 @@ def test_several_layers_in_one_pass(encoder, settings, tmp_path, monkeypatch):
     for layer in ("l0", "l2"):
         assert contents(tmp_path / "store" / layer) == contents(tmp_path / "alone" / layer)
     every = replace(settings, cache_layer=("all",), out=str(tmp_path / "every"))
-    with failing_write(monkeypatch, after=1), pytest.raises(OSError, match="disk full"):
+    with (
+        failing_write(monkeypatch, after=1),
+        pytest.raises(UserError, match=r"could not be written \(disk full\): make room"),
+    ):
         extract(encoder, every, "train")
     extract(encoder, every, "train")  # one layer is a shard ahead of the others
     assert sorted(p.name for p in (tmp_path / "every").iterdir()) == ["l0", "l1", "l2"]
@@ -204,10 +211,62 @@ def test_bfloat16_products(encoder, settings, tmp_path):
     assert 1e-4 < np.abs(half - exact).mean() / exact.std() < 1e-2
     with pytest.raises(UserError, match="other settings: precision"):
         extract(encoder, replace(settings, precision="bfloat16"), "val")
+    with pytest.raises(UserError, match="other settings: precision"):
+        extract(encoder, replace(settings, out=str(tmp_path / "half")), "val")
+
+
+def test_skipping_makes_room_for_others(encoder, settings, demo_folder, tmp_path):
+    root = shutil.copytree(demo_folder, tmp_path / "data")
+    first, *others = open_windows(root, "train", 42, 1000, 100, 19).files
+    eeg = np.load(root / first)
+    eeg[5] = np.nan
+    np.save(root / first, eeg)
+    few = replace(settings, root_path=str(root), on_bad_recording="skip", max_batches=1)
+    with pytest.warns(UserWarning, match="left out of split train"):
+        extract(encoder, few, "train")
+    store = open_store(tmp_path / "store" / "l-1")
+    assert store.manifest["data"]["n_windows"] == 4
+    assert np.load(tmp_path / "store/l-1/provenance.npz")["recordings"][0] == others[0]
+
+
+@pytest.mark.parametrize("change", [lambda x: 2 * x, lambda x: x[:1500]])
+def test_a_recording_that_changes_on_the_way(encoder, settings, demo_folder, tmp_path, monkeypatch, change):
+    root = shutil.copytree(demo_folder, tmp_path / "data")
+    name = open_windows(root, "train", 42, 1000, 100, 19).files[-1]
+    write = writer.StoreWriter.write
+
+    def changing(self, number, pieces):
+        if number == 0:
+            np.save(root / name, change(np.load(root / name)))
+        write(self, number, pieces)
+
+    monkeypatch.setattr(writer.StoreWriter, "write", changing)
+    with pytest.raises(UserError, match=f"recording {name} has changed since the start"):
+        extract(encoder, replace(settings, root_path=str(root), batch_size=1), "train")
+    assert not (tmp_path / "store/l-1/provenance.npz").exists()
+
+
+def test_overwriting_is_refused_before_anything_is_touched(encoder, settings, tmp_path):
+    both = replace(settings, cache_layer=(0, 1))
+    extract(encoder, both, "train", "val")
+    before = contents(tmp_path / "store" / "l0")
+    (tmp_path / "store_val/l1/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes\.txt"):
+        extract(encoder, replace(both, overwrite=True), "train", "val")
+    (tmp_path / "store_val/l1/notes.txt").unlink()
+    with locked(tmp_path / "store_val/l1"), pytest.raises(UserError, match="by another process"):
+        extract(encoder, replace(both, overwrite=True), "train", "val")
+    assert contents(tmp_path / "store" / "l0") == before
+
+
+def test_wrong_out():
+    with pytest.raises(UserError, match="--out must name a folder"):
+        Extract(out="")
+    assert str(Extract(out="/").store("train", -1)) == "/l-1"
 
 
 PROCESS = """
-import sys
+import os, sys
 from minsae_jax import sharding
 from minsae_jax.config import Extract
 sharding.start(distributed=True)
@@ -229,11 +288,17 @@ if batches != "all" and jax.process_index() == 1:  # dies
         if len(writes) == int(batches):
             os._exit(9)
     StoreWriter.write = dying
-list(extract(open_encoder(checkpoint), settings))
+from minsae_jax import cli
+if "fails" in os.environ and jax.process_index() == 1:
+    from minsae_jax.activations import writer
+    def failing(file, block):
+        raise OSError(28, "No space left on device")
+    writer._write_all = failing
+cli.run(lambda _: list(extract(open_encoder(checkpoint), settings)), [])
 """
 
 
-def test_two_processes_write_the_store_of_one(encoder, settings, tmp_path):
+def test_two_processes_write_the_store_of_one(encoder, settings, tmp_path, monkeypatch):
     extract(encoder, replace(settings, cache_layer=(0, -1)), "train", "val")
     checkpoint = FIXTURES / "tuhab_patch_100/checkpoint.pth"
 
@@ -255,6 +320,12 @@ def test_two_processes_write_the_store_of_one(encoder, settings, tmp_path):
         told = [process.communicate(timeout=100)[1] for process in both]
         return [process.returncode for process in both], told
 
+    monkeypatch.setenv("fails", "1")
+    codes, told = run_both("all")
+    assert codes == [2, 2], told
+    assert "could not be written (No space left on device)" in told[1]
+    assert told[0].splitlines()[-1].startswith("error: another process failed")
+    monkeypatch.delenv("fails")
     codes, told = run_both("3")
     assert codes[1] == 9, told
     assert not any((tmp_path / "two" / layer / "provenance.npz").exists() for layer in ("l0", "l-1"))

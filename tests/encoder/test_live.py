@@ -1,6 +1,7 @@
 """Training without a store: the same activations, the same curves, the same restart."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from minsae_jax import UserError
 from minsae_jax.activations import stream
 from minsae_jax.activations.shards import open_store
 from minsae_jax.config import Extract, Train
+from minsae_jax.eeg.recordings import open_windows
 from minsae_jax.encoder import live
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.live import open_live
@@ -152,3 +154,20 @@ def test_other_recordings_are_refused_on_the_way(encoder, settings, tmp_path, mo
 def test_wrong_settings(settings, change, told):
     with pytest.raises(UserError, match=told):
         replace(settings, **change)
+
+
+def test_what_is_left_out_is_told_and_kept(encoder, settings, demo_folder, tmp_path):
+    root = shutil.copytree(demo_folder, tmp_path / "data")
+    files = open_windows(root, "train", 42, 1000, 100, 19).files
+    (root / files[0]).write_bytes(b"")
+    eeg = np.load(root / files[1])
+    eeg[:, -1] = 0
+    np.save(root / files[1], eeg)
+    skipping = replace(settings, root_path=str(root), on_bad_recording="skip", num_steps=2, lambda_sparsity=(1.0,))
+    with pytest.warns(UserWarning, match="left out of split train") as seen:
+        run(encoder, skipping)
+    told = "\n".join(str(w.message) for w in seen)
+    assert f"left out of split train: {files[0]}" in told
+    assert f"last channel all zero in {files[1]}" in told
+    config = json.loads((tmp_path / "run/members/lambda=1/config.json").read_text())
+    assert list(config["skipped_recordings"]) == [files[0]]
