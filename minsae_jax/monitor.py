@@ -102,11 +102,16 @@ class MemberLog:
         self._act_freqs.flush()
         step = int(row["step"])
         for name in METRICS[2:]:
-            self._board.add_scalar(f"train/{name}", row[name], step)
+            if np.isfinite(row[name]):  # a frozen member has no figures
+                self._board.add_scalar(f"train/{name}", row[name], step)
         self._board.add_scalar("train/tokens_per_second", tokens_per_second, step)
         alive = active[active > 0] / tokens_in_window
         if len(alive):
             self._board.add_histogram("train_density/log10", np.log10(alive), step)
+
+    def note(self, step: int, text: str) -> None:
+        """Text in TensorBoard's own tab."""
+        self._board.add_text("status", text, step)
 
     def close(self) -> None:
         self._metrics.close()

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minsae_jax import sharding
 from minsae_jax.config import Train, UserError
@@ -73,7 +73,8 @@ def _short(value: int | float) -> str:
 
 @dataclass(frozen=True)
 class Window:
-    """Means over a window of steps, on the host, of every member of a group: [members], active [members, d_sae]."""
+    """Means over a window of steps, on the host, of every member of a group: [members], active [members, d_sae]. NaN
+    where a member is frozen."""
 
     loss: Float[np.ndarray, " members"]
     mse: Float[np.ndarray, " members"]
@@ -82,6 +83,8 @@ class Window:
     fvu: Float[np.ndarray, " members"]  # Σ‖x - x̂‖² / Σ‖x - mean of x‖², both over the window's tokens
     dead_fraction: Float[np.ndarray, " members"]  # at the window's end
     active: Int[np.ndarray, "members d_sae"]  # tokens on which each feature was active: a count, not a mean
+    steps: Int[np.ndarray, " members"]  # that each member has made since it began; fewer than the sweep's if frozen
+    frozen: Bool[np.ndarray, " members"]
 
 
 class Sweep:
@@ -123,7 +126,9 @@ class Sweep:
             else:
                 params = {k: jnp.broadcast_to(v, (len(group), *v.shape)) for k, v in start.items()}
             silent = jnp.zeros(params["b_enc"].shape, jnp.int32)  # tokens since a feature was active, up to dead_after
-            groups.append({"params": params, "opt": jax.vmap(self.adam.init)(params), "silent": silent})
+            steps, frozen = jnp.zeros(len(group), jnp.int32), jnp.zeros(len(group), bool)
+            opt = jax.vmap(self.adam.init)(params)
+            groups.append({"params": params, "opt": opt, "silent": silent, "steps": steps, "frozen": frozen})
         state = {"groups": groups, "step": jnp.int32(0), "seen": jnp.int32(0)}  # seen: tokens, up to dead_after
         return self._with_empty_window(state)
 
@@ -145,7 +150,7 @@ class Sweep:
         """The state with an empty window, and what `read_window` wants of the ended one (still on the devices)."""
         limit = jnp.minimum(state["seen"], self.settings.dead_after)
         ended = {
-            "groups": [(g["window"], (g["silent"] >= limit).mean(1)) for g in state["groups"]],
+            "groups": [(g["window"], (g["silent"] >= limit).mean(1), g["steps"], g["frozen"]) for g in state["groups"]],
             "moments": state["moments"],
         }
         return self._with_empty_window(state), ended
@@ -192,17 +197,22 @@ class Sweep:
         return new_state, groups[0]["window"].loss[0]
 
     def _move(self, tokens: int, news: int, member: State, lambda_now: Array, lr: Array, sums: Sums) -> State:
-        """One member after a step of Adam."""
+        """One member after a step of Adam; as it was, and frozen for good, where loss or gradient are not finite."""
         gradients, statistics = finish(member["params"], sums, tokens, lambda_now, self.objective)
         with jax.numpy_dtype_promotion("standard"):  # optax raises β, a float, to the power of an integer count
             updates, opt = self.adam.update(gradients, member["opt"])
         silent = jnp.minimum(member["silent"] + news, self.settings.dead_after)
-        return {
+        moved = {
             "params": jax.tree.map(lambda p, u: p - lr * u, member["params"], updates),
             "opt": opt,
             "silent": jnp.where(statistics.active > 0, 0, silent),
             "window": jax.tree.map(jnp.add, member["window"], statistics),
+            "steps": member["steps"] + 1,
+            "frozen": member["frozen"],
         }
+        largest = jnp.stack([jnp.abs(g).max() for g in jax.tree.leaves(gradients)]).max()
+        is_well = ~member["frozen"] & jnp.isfinite(statistics.loss) & jnp.isfinite(largest)
+        return jax.tree.map(partial(jnp.where, is_well), moved, member | {"frozen": ~is_well})
 
     def _sums(
         self, params: list[model.Params], lambdas: list[Array], x: Array, tokens: int
@@ -255,11 +265,11 @@ def read_window(ended: State) -> list[Window] | None:
     if not np.isfinite(variance):
         return None
     windows = []
-    for sums, dead_fraction in host["groups"]:
-        means = {name: getattr(sums, name) / steps for name in ("loss", "mse", "l1", "l0")}
-        windows.append(
-            Window(**means, fvu=sums.residual / (variance or np.nan), dead_fraction=dead_fraction, active=sums.active)
-        )
+    for sums, dead_fraction, own_steps, frozen in host["groups"]:
+        figures = {name: getattr(sums, name) / steps for name in ("loss", "mse", "l1", "l0")}
+        figures |= {"fvu": sums.residual / (variance or np.nan), "dead_fraction": dead_fraction}
+        figures = {name: np.where(frozen, np.float32(np.nan), value) for name, value in figures.items()}
+        windows.append(Window(**figures, active=sums.active, steps=own_steps, frozen=frozen))
     return windows
 
 

@@ -1,6 +1,7 @@
 """The training loop: one stream of tokens, all members side by side: `python -m minsae_jax train`."""
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -125,6 +126,7 @@ class Trainer:
         self.stream = inputs.stream
         self.step, self.tokens = 0, 0
         self.figures: list[list[dict[str, float]]] = []  # of every group's members, in the last window
+        self.diverged: dict[str, int] = {}  # members that were frozen, and the step that they could not make
         latest = checkpoints.latest()
         if latest is not None:
             self._restore(latest)
@@ -141,7 +143,7 @@ class Trainer:
                 "use --overwrite"
             )
         self.step, self.tokens, self.scale = step, notes["tokens"], notes["scale"]
-        self.figures = notes["figures"]
+        self.figures, self.diverged = notes["figures"], notes["diverged"]
         self.stream.set_state(notes["stream"])
 
     def _save(self) -> None:
@@ -149,6 +151,7 @@ class Trainer:
             "tokens": self.tokens,
             "scale": self.scale,
             "figures": self.figures,
+            "diverged": self.diverged,
             "stream": self.stream.get_state(),
             "store": self.store.fingerprint,
         }
@@ -210,12 +213,24 @@ class Trainer:
         self.figures = []
         for group, logs, window in zip(self.groups, self.logs, windows, strict=True):
             self.figures.append([self._figures(window, i, member) for i, member in enumerate(group)])
+            for member, log, own_steps, frozen in zip(group, logs, window.steps, window.frozen, strict=True):
+                if frozen and member.name not in self.diverged:
+                    self._tell_of_divergence(member, log, int(own_steps) + 1)
             for member, log, figures, active in zip(group, logs, self.figures[-1], window.active, strict=True):
                 if step % self.settings.eval_window:
                     continue
                 schedule = {"lr": member.lr * lr_factor, "lambda": member.lambda_sparsity * lambda_factor}
                 log.write({"step": step, "tokens": tokens} | figures | schedule, active, rate)
         return rate
+
+    def _tell_of_divergence(self, member: Member, log: MemberLog, step: int) -> None:
+        self.diverged[member.name] = step
+        log.note(step, f"diverged at step {step}, and frozen as it was before")
+        warnings.warn(
+            f"{member.name} diverged at step {step} (loss or gradient is not finite) and is frozen as it was before; "
+            "the others go on",
+            stacklevel=2,
+        )
 
     def _figures(self, window: Window, i: int, member: Member) -> dict[str, float]:
         """One member's means over a window; under minsae l1 has λ inside, as the reference logs it."""
@@ -246,9 +261,11 @@ class Trainer:
         for group, params, all_figures in zip(self.groups, all_params, self.figures, strict=True):
             for i, (member, figures) in enumerate(zip(group, all_figures, strict=True)):
                 own = {name: value[i] for name, value in params.items()}
-                finite = np.isfinite(figures["loss"]) and all(np.isfinite(value).all() for value in own.values())
-                status = {"status": "finished" if finite else "diverged"}
-                save_member(self.run.member(member), fold_scale(own, self.scale), about | hyper(member) | status)
+                diverged = self.diverged.get(member.name)
+                status = {"status": "diverged" if diverged else "finished"}
+                since = {"diverged_at_step": diverged} if diverged else {}
+                config = about | hyper(member) | status | since
+                save_member(self.run.member(member), fold_scale(own, self.scale), config)
                 rows.append({"member": member.name} | hyper(member) | figures | status)
         self.checkpoints.wait()
         self.run.finish(rows)

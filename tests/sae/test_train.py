@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -15,6 +16,7 @@ from minsae_jax.activations.shards import open_store
 from minsae_jax.config import Train, load_settings
 from minsae_jax.files import locked
 from minsae_jax.sae.checkpoints import Checkpoints
+from minsae_jax.sae.sweep import Sweep, make_groups
 from minsae_jax.sae.train import measure_scale, train
 from tests.conftest import FIXTURES
 
@@ -156,8 +158,6 @@ def test_interrupted_is_uninterrupted(settings, tmp_path, monkeypatch, recipe, k
         settings = minsae(settings)
     train(settings)
     other = replace(settings, run_dir=str(tmp_path / "other"))
-    from minsae_jax.sae.sweep import Sweep
-
     put = Sweep.put
     for kill in kills:
         calls = [0]
@@ -320,8 +320,61 @@ def test_init_starts_every_member_from_the_given_weights(settings, tmp_path):
             np.testing.assert_allclose(value, load_file(init / "sae.safetensors")[key], rtol=1e-6, atol=1e-7)
 
 
-def test_a_member_that_diverges_is_marked(settings, tmp_path):
-    train(replace(settings, lr=(3e-3, 1e30), lambda_sparsity=(0.1,), feature_dim_factor=(2.0,)))
+def test_a_sick_member_is_frozen_and_hurts_nobody(settings, tmp_path):
+    """It is marked; the others are, to the bit, as beside a healthy one."""
+    both = replace(settings, lambda_sparsity=(0.1,), feature_dim_factor=(2.0,))
+    with pytest.warns(UserWarning, match=r"lambda=0.1,lr=1e\+30 diverged at step 2 .*the others go on") as seen:
+        train(replace(both, lr=(3e-3, 1e30)))
+    assert len(seen) == 1
+    train(replace(both, lr=(3e-3, 1e-3), run_dir=str(tmp_path / "healthy")))
+    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors")
+    one, two = (files(tmp_path / r / "members/lambda=0.1,lr=0.003", *names) for r in ("run", "healthy"))
+    assert one == two
+
     with (tmp_path / "run/sweep.csv").open() as f:
-        status = {row["member"]: row["status"] for row in csv.DictReader(f)}
-    assert status == {"lambda=0.1,lr=0.003": "finished", "lambda=0.1,lr=1e+30": "diverged"}
+        rows = {row["member"]: row for row in csv.DictReader(f)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "lambda=0.1,lr=0.003": "finished", "lambda=0.1,lr=1e+30": "diverged",
+    }  # fmt: skip
+    assert rows["lambda=0.1,lr=1e+30"]["loss"] == "nan"
+    sick = tmp_path / "run/members/lambda=0.1,lr=1e+30"
+    assert json.loads((sick / "config.json").read_text())["diverged_at_step"] == 2
+    assert np.isnan(table(sick / "metrics.csv")["mse"]).all()
+    assert all(np.isfinite(v).all() for v in load_file(sick / "sae.safetensors").values())
+
+
+def test_a_frozen_member_stays_as_it_was(settings, monkeypatch):
+    """Its state before the step that it could not make, optimizer and counts too."""
+    small = replace(settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,)).resolved()
+    sweep = Sweep(small, make_groups(small, 16), 16)
+    states, state, rng = [], sweep.init(), np.random.default_rng(0)
+    for _ in range(4):
+        x = rng.normal(size=(32, 16)).astype(np.float32)
+        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=32)
+        states.append(jax.device_get(state["groups"][0]))
+    after_one, last = states[0], states[-1]
+    assert last["frozen"].tolist() == [False, True]
+    assert last["steps"].tolist() == [4, 1]
+    for name in ("params", "opt", "silent", "window"):
+        for before, now in zip(jax.tree.leaves(after_one[name]), jax.tree.leaves(last[name]), strict=True):
+            np.testing.assert_array_equal(before[1], now[1])
+            assert name == "silent" or (before[0] != now[0]).any()
+
+
+def test_divergence_is_remembered_over_a_break(settings, tmp_path, monkeypatch):
+    sick = replace(settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,))
+    put, calls = Sweep.put, [0]
+
+    def dying(self, x):
+        calls[0] += 1
+        if calls[0] == 25:
+            raise Killed
+        return put(self, x)
+
+    monkeypatch.setattr(Sweep, "put", dying)
+    with pytest.warns(UserWarning, match="diverged"), pytest.raises(Killed):
+        train(sick)
+    monkeypatch.setattr(Sweep, "put", put)
+    train(sick)  # warns no more
+    config = json.loads((tmp_path / "run/members/lambda=0.1,lr=1e+30/config.json").read_text())
+    assert (config["status"], config["diverged_at_step"]) == ("diverged", 2)
