@@ -16,7 +16,7 @@ from typing import Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from minsae_jax.config import UserError
+from minsae_jax.config import Stopped, UserError
 
 Settings = TypeVar("Settings")
 
@@ -88,6 +88,9 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        sys.exit(e.exit_code)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)

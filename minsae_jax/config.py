@@ -31,6 +31,14 @@ class UserError(Exception):
         super().__init__("".join(c if c.isprintable() else "?" for c in sentence))
 
 
+class Stopped(KeyboardInterrupt):
+    """Asked to stop by a signal, which was done in good order; the sentence says how to go on."""
+
+    def __init__(self, signal_number: int, sentence: str):
+        super().__init__(sentence)
+        self.exit_code = 128 + signal_number
+
+
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise UserError(sentence)

@@ -112,21 +112,30 @@ def test_make(checkout, environment):
 
 
 def test_killed_at_any_moment(small_store, tmp_path, environment):
-    """SIGKILL between checkpoints, twice, then the same command: the files of an undisturbed run, to the byte."""
+    """SIGKILL between checkpoints, twice, and SIGTERM and Ctrl-C, which save first; then the same command: the files of
+    an undisturbed run, to the byte."""
     command = (
         f"minsae train --store {small_store} --lambda_sparsity 0.1 1 --lr 1e-3 --num_steps 2000 --batch_size 64 "
         "--checkpoint_every 100 --eval_window 130 --run_dir "
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(command + "whole", tmp_path, environment)
-    for wanted in (100, 900):
+
+    def latest():
+        return max((int(p.name) for p in killed.glob("checkpoints/*") if p.name.isdigit()), default=0)
+
+    for wanted, how in ((100, signal.SIGKILL), (400, signal.SIGTERM), (700, signal.SIGKILL), (1000, signal.SIGINT)):
         with subprocess.Popen(
-            shlex.split(command + "killed"), cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+            shlex.split(command + "killed"), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
         ) as process:
-            while max((int(p.name) for p in killed.glob("checkpoints/*") if p.name.isdigit()), default=0) < wanted:
+            while latest() < wanted:
                 assert process.poll() is None
                 time.sleep(0.01)
-            process.kill()
+            process.send_signal(how)
+            told = process.communicate()[1].splitlines()[-1]
+        if how != signal.SIGKILL:
+            assert process.returncode == 128 + how
+            assert f"stopped at step {latest()}, and saved: the same command goes on from there" in told
     assert not (killed / "sweep.csv").exists()
     run(command + "killed", tmp_path, environment)
     compared = [p.relative_to(whole) for p in whole.rglob("*") if p.suffix in (".csv", ".safetensors")]

@@ -1,10 +1,12 @@
 """The training loop: one stream of tokens, all members side by side: `python -m minsae_jax train`."""
 
+import signal
+import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 
 from minsae_jax.activations.shards import open_store
 from minsae_jax.activations.stream import Source, TokenStream, files_in_order, shuffled_tokens
-from minsae_jax.config import Train, UserError
+from minsae_jax.config import Stopped, Train, UserError
 from minsae_jax.monitor import MemberLog, progress
 from minsae_jax.sae.checkpoints import Checkpoints
 from minsae_jax.sae.model import Params, fold_scale, load_sae, save_member
@@ -176,7 +178,7 @@ class Trainer:
         in_flight: deque[jax.Array] = deque()
         ended: tuple[int, int, State] | None = None  # step, tokens, and the window that ended there
         self.window_began = time.perf_counter()
-        with progress("train", num_steps, "steps") as bar:
+        with progress("train", num_steps, "steps") as bar, stop_signals() as stop:
             bar.start_at(self.step)
             while self.step < num_steps:
                 x = next(self.stream)
@@ -191,15 +193,20 @@ class Trainer:
                     bar.note(f"{sum(map(len, self.groups))} x {self._log(*ended):,.0f} tokens/s")
                     ended = None
                 bar.advance(1)
-                last = self.step == num_steps
+                last, stopped = self.step == num_steps, bool(stop)
                 if last or self.step % self.settings.eval_window == 0:
                     self.state, window = self.sweep.take_window(self.state)
                     ended = (self.step, self.tokens, window)
-                if last or self.step % self.settings.checkpoint_every == 0:
+                if last or stopped or self.step % self.settings.checkpoint_every == 0:
                     if ended:
                         self._log(*ended)
                         ended = None
                     self._save()
+                if stopped and not last:
+                    self.checkpoints.wait()
+                    raise Stopped(
+                        stop[0], f"stopped at step {self.step}, and saved: the same command goes on from there"
+                    )
 
     def _log(self, step: int, tokens: int, ended: State) -> float:
         """Every member's row of a window; of a shorter one at the end only `figures`. Returns tokens a second."""
@@ -269,6 +276,27 @@ class Trainer:
                 rows.append({"member": member.name} | hyper(member) | figures | status)
         self.checkpoints.wait()
         self.run.finish(rows)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C are noted in the list, for the loop to end in good order; a second one ends it at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be caught
+        yield asked
+        return
+
+    def note(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def hyper(member: Member) -> dict[str, Any]:
