@@ -143,10 +143,8 @@ def read_source(
     yaml = read_yaml(config_path) if config_path else {}
     path = Path(path)
     checkpoint = load_huggingface(path, without_head) if path.is_dir() else load_checkpoint(path)
-    if (program == "transformers") != (checkpoint.program == "transformers") and program:
-        raise UserError(
-            f"{path} is of {checkpoint.program}, not of {program}: transformers has folders, the others files"
-        )
+    if program and checkpoint.program == "transformers":
+        raise UserError(f"{path} is a folder of transformers, which leaves nothing to say with --program")
     if without_head:
         tensors = {k: t for k, t in checkpoint.tensors.items() if not k.startswith("head.")}
         checkpoint = replace(checkpoint, tensors=tensors)
@@ -160,10 +158,10 @@ def convert(source: Source) -> tuple[Encoder, dict[str, Any]]:
     `write_pytorch` needs to give the file back to the bit. Raises UserError where tensors do not fit."""
     c = source.checkpoint
     encoder = Encoder(source.architecture, apply_rules(source.architecture, c.tensors))
-    rounded = "float64" in c.dtypes.values()
-    for doubt in (*source.doubts, f"{c.path.name} holds float64, which is rounded to float32" if rounded else ""):
-        if doubt:
-            warnings.warn(doubt, stacklevel=2)
+    for doubt in source.doubts:
+        warnings.warn(doubt, stacklevel=2)
+    if "float64" in c.dtypes.values():
+        warnings.warn(f"{c.path.name} holds float64, which is rounded to float32", stacklevel=2)
     notes = {
         "sources": source.sources,
         "source_program": c.program,

@@ -147,8 +147,7 @@ class Extraction:
     """
 
     def __init__(self, encoder: Encoder, settings: Extract, plan: Plan):
-        self.settings, self.plan, self.windows = settings, plan, plan.windows
-        self.encoder, self.n_vars = encoder, encoder.architecture.n_vars
+        self.encoder, self.settings, self.plan, self.windows = encoder, settings, plan, plan.windows
         self.lost, self.began = 0.0, 0.0  # seconds that this thread waited for reading or writing; when it began
 
     def run(self) -> str:
