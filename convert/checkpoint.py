@@ -17,15 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes  # noqa: F401  numpy learns bfloat16, for safetensors
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from minsae_jax.config import UserError
 from minsae_jax.files import written_aside
 
 Tensors = dict[str, np.ndarray]
 Program = Literal["gpatchtst", "supervised", "transformers"]
+HALVES = ("float16", "bfloat16")
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, a wrapping module
 SPARE_MEMORY = 1 << 30  # bytes that reading may take beside four times the file
 
@@ -168,15 +170,14 @@ def _numpy(tensor: Any) -> np.ndarray:
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError("a view that repeats its numbers")
     if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.uint16).numpy().view("bfloat16")
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 
 def load_safetensors(path: Path) -> Tensors:
     """A safetensors file's tensors, in their own dtype. Raises UserError on a damaged one."""
     try:
-        with safe_open(path, framework="numpy") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  it is no dict
+        return load_file(path)
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as e:
         raise UserError(f"{path} is no safetensors file, or a damaged one ({_short(e)})") from e
 
@@ -240,7 +241,7 @@ def checkpoint_of(
     form: Literal["checkpoint", "state dict"] = "checkpoint",
 ) -> Checkpoint:  # fmt: skip
     """The same with every floating-point tensor in float32."""
-    dtypes = {k: str(t.dtype) for k, t in tensors.items() if t.dtype in (np.float16, np.float64, np.dtype("bfloat16"))}
+    dtypes = {k: str(t.dtype) for k, t in tensors.items() if str(t.dtype) in (*HALVES, "float64")}
     with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
         kept = {k: t.astype(np.float32) if k in dtypes else t for k, t in tensors.items()}
     return Checkpoint(path, sha256, program, kept, config, form, dtypes)

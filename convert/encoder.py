@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from convert.architecture import read_architecture, spelling
-from convert.checkpoint import Checkpoint, Program, Tensors, load_checkpoint, save_torch
+from convert.checkpoint import HALVES, Checkpoint, Program, Tensors, load_checkpoint, save_torch
 from convert.huggingface import load_huggingface
 from minsae_jax.config import UserError, read_yaml
 from minsae_jax.encoder.converted import Encoder, Params, split_model
@@ -22,7 +22,6 @@ Transform = Callable[[np.ndarray], np.ndarray]
 # Key of gPatchTST's state dict, path in the Flax model, transforms there and back; `#` is a number.
 Rule = tuple[str, str, Transform, Transform]
 COUNTER = "num_batches_tracked"  # BatchNorm's, which nothing reads
-HALVES = ("float16", "bfloat16")
 
 
 def rules(a: Architecture) -> list[Rule]:

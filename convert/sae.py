@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save
 
-from convert.checkpoint import Tensors, load_json, load_safetensors, load_torch, save_torch, shown, to_numpy
+from convert.checkpoint import HALVES, Tensors, load_json, load_safetensors, load_torch, save_torch, shown, to_numpy
 from minsae_jax.config import UserError
 from minsae_jax.files import written_aside
 from minsae_jax.sae.model import NAMES, WEIGHTS, check_params, load_sae, save_member
@@ -117,8 +117,7 @@ def read_saelens(path: Path) -> Autoencoder:
     takes_bias_first = cfg.get("apply_b_dec_to_input", True)
     if not isinstance(takes_bias_first, bool):
         raise UserError(f"{path} has apply_b_dec_to_input {shown(takes_bias_first)}, not true or false")
-    halves = (np.float16, np.dtype("bfloat16"))
-    params = {k: t.astype(np.float32) if t.dtype in halves else t for k, t in tensors.items()}
+    params = {k: t.astype(np.float32) if str(t.dtype) in HALVES else t for k, t in tensors.items()}
     check_params(params, str(path / SAELENS_WEIGHTS))
     if takes_bias_first:
         params = _shifted(params, -1)

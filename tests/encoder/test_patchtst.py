@@ -13,10 +13,10 @@ from convert.encoder import apply_rules, convert_encoder
 from convert.plain_torch import forward
 from minsae_jax import UserError, sharding
 from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder
-from minsae_jax.encoder.patchtst import Architecture, patches
+from minsae_jax.encoder.patchtst import patches
 from minsae_jax.encoder.revin import RevIN
 from tests.conftest import ENCODERS, FIXTURES
-from tests.random_encoder import random_state_dict
+from tests.random_encoder import BASE, random_state_dict
 
 TOLERANCE = 1e-4
 
@@ -57,11 +57,6 @@ def test_fixture_parts(name):
     np.testing.assert_allclose(got[:, :, :k], expected["patches"], atol=1e-5, rtol=0)
 
 
-BASE = Architecture(
-    n_vars=3, seq_len=50, patch_len=8, stride=6, n_layers=3, d_model=16, n_heads=4, d_ff=24, activation="relu",
-    norm="BatchNorm", pre_norm=False, res_attention=True, shared_embedding=True, use_cls_token=True, pos_dim=16,
-    head_type="pretrain", target_dim=8, individual_head=False, revin=False, revin_affine=False, revin_eps=1e-5,
-)  # fmt: skip
 VARIANTS = {
     "base": {},
     "layernorm": {"norm": "LayerNorm"},

@@ -1,0 +1,17 @@
+"""A small encoder, and settings that extract the small demo."""
+
+import pytest
+
+from convert.encoder import convert_encoder
+from minsae_jax.config import Extract
+from tests.conftest import FIXTURES
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return convert_encoder(FIXTURES / "tuhab_patch_100/checkpoint.pth")[0]
+
+
+@pytest.fixture
+def settings(demo_folder, tmp_path):
+    return Extract(root_path=str(demo_folder), batch_size=4, out=str(tmp_path / "store"))
