@@ -64,7 +64,7 @@ def _extract(settings: Extract) -> None:
 
 
 def _train(settings: Train) -> str:
-    sharding.start(settings.deterministic)
+    sharding.start(settings.deterministic, settings.distributed)
     if not settings.checkpoint_path:
         return train(settings)
     encoder = open_encoder(settings.checkpoint_path, settings.config_path)

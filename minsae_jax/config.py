@@ -201,12 +201,27 @@ class Train:
     adam_eps: float = 1e-8
     """Adam's ε, outside the root."""
 
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the products' factors are rounded to; sums, weights and Adam's state stay float32."""
+    mesh: str | None = None
+    """Devices for members x devices for tokens, as in 4x2 (default: all, as many for members as divide them)."""
+    distributed: bool = False
+    """Share the work with the other processes of a cluster, each started with the same command."""
+
     eval_window: int = 50
     """Steps a row of metrics.csv and act_freqs.csv."""
+    val_store: str | None = None
+    """Store of held-out activations (default: the train store's sibling, store_val for store, where it exists)."""
+    eval_every: int = 1000
+    """Steps from one measurement on held-out tokens to the next; the last step has one too. 0: none at all."""
+    eval_tokens: int = 200_000
+    """Held-out tokens that are measured, the same ones each time: all, where the store has fewer."""
     dead_after: int = 10_000_000
     """A feature is dead once it was silent for so many tokens (or since the start)."""
     checkpoint_every: int = 1000
     """Steps from one checkpoint to the next."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which one is due in any case."""
     max_to_keep: int = 2
     """Checkpoints kept."""
     deterministic: bool = False
@@ -218,8 +233,11 @@ class Train:
         _require_positive(
             self, "num_steps", "batch_size", "number_of_arrays", "recon_weight", "max_grad_norm", "decoder_norm",
             "scale_tokens", "adam_eps", "live_batch_size", "eval_window", "dead_after", "checkpoint_every",
-            "max_to_keep",
+            "checkpoint_minutes", "max_to_keep", "eval_tokens",
         )  # fmt: skip
+        _require(self.eval_every >= 0, f"--eval_every must be 0 or more, but is {self.eval_every}")
+        mesh_is_whole = self.mesh is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", self.mesh)
+        _require(bool(mesh_is_whole), f"--mesh must be two numbers of devices like 4x2, but is {self.mesh}")
         _require(self.dead_after < 2**30, f"--dead_after must be below {2**30:,}, but is {self.dead_after:,}")
         shuffle_seed = self.shuffle_seed or 0
         _require(0 <= shuffle_seed < 2**32, f"--shuffle_seed must be from 0 to {2**32 - 1:,}, but is {shuffle_seed}")

@@ -64,8 +64,8 @@ class MemberLog:
 
         folder.mkdir(parents=True, exist_ok=True)
         self.tokens = tokens
-        self._metrics = _open_csv(folder / "metrics.csv", METRICS, last=step)
-        self._act_freqs = _open_csv(
+        self._metrics = open_csv(folder / "metrics.csv", METRICS, last=step)
+        self._act_freqs = open_csv(
             folder / "act_freqs.csv", ("step", *(f"feat_{i}" for i in range(d_sae))), last=tokens
         )
         # What an earlier file holds beyond `step` is hidden; the suffix keeps two of one second apart.
@@ -91,9 +91,9 @@ class MemberLog:
         self.close()
 
     def write(
-        self, row: Mapping[str, int | float], active: Int[np.ndarray, " d_sae"], tokens_per_second: float
+        self, row: Mapping[str, int | float], active: Int[np.ndarray, " d_sae"], speed: Mapping[str, float]
     ) -> None:
-        """`active` counts the tokens of the window on which each feature was active."""
+        """`active` counts the tokens of the window on which each feature was active; `speed` is for TensorBoard."""
         tokens_in_window = int(row["tokens"]) - self.tokens
         self.tokens = int(row["tokens"])
         self._metrics.writerow([row[name] for name in METRICS])
@@ -104,10 +104,16 @@ class MemberLog:
         for name in METRICS[2:]:
             if np.isfinite(row[name]):  # a frozen member has no figures
                 self._board.add_scalar(f"train/{name}", row[name], step)
-        self._board.add_scalar("train/tokens_per_second", tokens_per_second, step)
+        for name, value in speed.items():
+            self._board.add_scalar(f"speed/{name}", value, step)
         alive = active[active > 0] / tokens_in_window
         if len(alive):
             self._board.add_histogram("train_density/log10", np.log10(alive), step)
+
+    def measured(self, step: int, figures: Mapping[str, float]) -> None:
+        """Measures on held-out tokens."""
+        for name, value in figures.items():
+            self._board.add_scalar(f"eval/{name}", value, step)
 
     def note(self, step: int, text: str) -> None:
         """Text in TensorBoard's own tab."""
@@ -119,21 +125,24 @@ class MemberLog:
         self._board.close()
 
 
-class _Csv:
+class Csv:
+    """A CSV file that grows by rows."""
+
     def __init__(self, path: Path):
         self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file)
         self.writerow, self.flush, self.close = self._writer.writerow, self._file.flush, self._file.close
 
 
-def _open_csv(path: Path, header: tuple[str, ...], last: int) -> _Csv:
+def open_csv(path: Path, header: tuple[str, ...], last: int) -> Csv:
     """Append to the rows whose first column is at most `last`; a fresh file where last is 0."""
     kept = [",".join(header)]
     if last and path.exists():
         for line in path.read_text(errors="replace").splitlines()[1:]:
             first = line.split(",", 1)[0]
-            if line.count(",") == len(header) - 1 and first.isdecimal() and int(first) <= last:
+            cells = len(next(csv.reader([line]))) if '"' in line else line.count(",") + 1
+            if cells == len(header) and first.isdecimal() and int(first) <= last:
                 kept.append(line)
     with written_aside(path) as aside:
         aside.write_text("\r\n".join(kept) + "\r\n", newline="")
-    return _Csv(path)
+    return Csv(path)

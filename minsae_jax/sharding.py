@@ -6,9 +6,13 @@ Members of a sweep lie along `sweep`, windows and tokens along `data`; weights a
 import contextlib
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -18,6 +22,8 @@ from minsae_jax.config import UserError
 
 SWEEP, DATA = "sweep", "data"
 MAX_CPU_DEVICES = 8  # each holds the weights whole, and adds up gradients with all others
+CPU_PIECE = 256  # tokens at a time, so that their features fit the cache
+PIECE_NUMBERS = 2**27  # features of all members at a time on an accelerator: 512 MB
 
 
 def start(deterministic: bool = False, distributed: bool = False) -> None:
@@ -57,11 +63,21 @@ def _join_cluster() -> None:
     multihost_utils.sync_global_devices("start")
 
 
-def make_mesh(*group_sizes: int) -> Mesh:
-    """All devices, as many as possible along `sweep` (where they need not talk), given the numbers of members that
-    have to divide evenly; the rest along `data`. Without members, all along `data`."""
+def make_mesh(*group_sizes: int, shape: str | None = None) -> Mesh:
+    """Devices along `sweep` and `data`: as many as `shape` says, "4x2" say, or all.
+
+    Without a shape as many as possible are along `sweep`, where they need not talk, such that each has as many members
+    of every group (their numbers are given) as the others; the rest along `data`. Without groups, all along `data`.
+    """
     devices = np.array(jax.devices())
-    sweep = math.gcd(len(devices), *group_sizes) if group_sizes else 1
+    if shape:
+        sweep, data = map(int, shape.split("x"))
+        fits = sweep * data <= len(devices) if process_count() == 1 else sweep * data == len(devices)
+        if not fits:
+            raise UserError(f"--mesh {shape} is of {sweep * data} devices, but there are {len(devices)}")
+        devices = devices[: sweep * data]
+    else:
+        sweep = math.gcd(len(devices), *group_sizes) if group_sizes else 1
     return Mesh(devices.reshape(sweep, -1), (SWEEP, DATA), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -98,9 +114,55 @@ def _all_well(well: bool) -> bool:
     return process_count() == 1 or bool(multihost_utils.process_allgather(np.array(well)).all())
 
 
+def any_of(first: bool, second: bool) -> tuple[bool, bool]:
+    """Each flag, or whether any process has it set. All processes go through this."""
+    if process_count() == 1:
+        return first, second
+    flags = multihost_utils.process_allgather(np.array([first, second]))
+    return bool(flags[:, 0].any()), bool(flags[:, 1].any())
+
+
 def on_cpu() -> bool:
     """Whether work is best done in pieces that fit the cache, and members one after the other."""
     return jax.default_backend() == "cpu"
+
+
+def pieces(mesh: Mesh, tokens: int, features: int) -> tuple[int, int]:
+    """Into how many pieces of how many tokens each device of `data` cuts its share of a batch, a token having so many
+    features for all members that are computed at once."""
+    share = -(-tokens // mesh.shape[DATA])
+    most = CPU_PIECE if on_cpu() else max(CPU_PIECE, PIECE_NUMBERS // features)
+    count = -(-share // most)
+    return count, -(-share // count)
+
+
+def each_member(function: Callable, *members: Any) -> Any:
+    """function over the leading axis: on CPU one member after the other, since batched products are slow there."""
+    if on_cpu():
+        return jax.lax.map(lambda member: function(*member), members)
+    return jax.vmap(function)(*members)
+
+
+@lru_cache
+def product_flops(mesh: Mesh, dtype: str) -> float:
+    """Flops a second of a large matrix product on each of the mesh's devices at once, all together: their limit."""
+    size = 1024 if on_cpu() else 8192
+    x = jax.jit(
+        lambda: jnp.ones((mesh.size * size, size), dtype), out_shardings=NamedSharding(mesh, P((SWEEP, DATA)))
+    )()
+
+    def square(a: jax.Array) -> jax.Array:
+        return jnp.matmul(a, a, precision="highest", preferred_element_type=jnp.float32)
+
+    spec = P((SWEEP, DATA))
+    product = jax.jit(jax.shard_map(square, mesh=mesh, in_specs=spec, out_specs=spec))
+    product(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 * mesh.size / min(seconds)
 
 
 def has_fused_attention(dims: int) -> bool:
@@ -128,7 +190,9 @@ def put_rows(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
     short = -len(x) % (mesh.shape[DATA] * multiple)
     if short:
         x = np.concatenate([x, np.zeros((short, *x.shape[1:]), x.dtype)])
-    return jax.device_put(x, rows(mesh))
+    if rows(mesh).is_fully_addressable:
+        return jax.device_put(x, rows(mesh))
+    return jax.make_array_from_callback(x.shape, rows(mesh), lambda index: x[index])
 
 
 def host_pieces(x: jax.Array, n_rows: int) -> list[np.ndarray]:
@@ -149,7 +213,7 @@ def on_rows(mesh: Mesh, function: Callable) -> Callable:
 
 
 def on_members_and_rows(mesh: Mesh, function: Callable) -> Callable:
-    """function(members, members, rows) -> (members, whole), on every device's own members and rows; it is function's
-    business to add up over `data`."""
-    specs = (P(SWEEP), P(SWEEP), P(DATA))
+    """function(members, rows) -> (members, whole), on every device's own members and rows; it is function's business
+    to add up over `data`."""
+    specs = (P(SWEEP), P(DATA))
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=(P(SWEEP), P()), check_vma=False)

@@ -46,11 +46,15 @@ def demo_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_store(tmp_path) -> Path:
     """What minSAE writes: three files of [5, 7, 16] tokens with structure, no manifest."""
-    folder = tmp_path / "store" / "l-1"
+    return write_small_store(tmp_path / "store", seed=0)
+
+
+def write_small_store(store: Path, seed: int) -> Path:
+    folder = store / "l-1"
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    directions = rng.normal(size=(24, 16))
+    directions = np.random.default_rng(0).normal(size=(24, 16))
+    rng = np.random.default_rng([1, seed])
     for i in range(3):
         sources = rng.exponential(size=(5, 7, 24)) * (rng.random((5, 7, 24)) < 0.1)
         np.save(folder / f"b{i:04d}.npy", (sources @ directions + 0.1 * rng.normal(size=(5, 7, 16))).astype(np.float32))
-    return folder.parent
+    return store

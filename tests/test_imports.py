@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # a room may import from rooms of a lower number, and from itself
     "minsae_jax.config": 0, "minsae_jax.cli": 1, "minsae_jax.files": 1, "minsae_jax.monitor": 2,
+    "minsae_jax.pictures": 2,
     "minsae_jax.sharding": 1, "minsae_jax.eeg": 3, "minsae_jax.activations": 3, "minsae_jax.encoder": 4,
     "minsae_jax.sae": 4,
     "minsae_jax": 5,  # its __init__.py, the public API

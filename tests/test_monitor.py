@@ -11,7 +11,7 @@ HPARAMS = {"lambda_sparsity": 5.0, "lr": 1e-3, "seed": 0, "d_sae": 4}
 
 def write(log, step):
     row = dict.fromkeys(METRICS, 0.5) | {"step": step, "tokens": 100 * step, "mse": 1 / step}
-    log.write(row, np.array([50, 10, 0, 100]) * 10, tokens_per_second=1e6)
+    log.write(row, np.array([50, 10, 0, 100]) * 10, {"tokens_per_second": 1e6})
 
 
 def open_log(folder, step=0):
@@ -26,7 +26,8 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "lambda=5"), size_guidance={"histograms": 0})
     events.Reload()
     tags = events.Tags()
-    wanted = {f"train/{n}" for n in ("loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda", "tokens_per_second")}
+    wanted = {f"train/{n}" for n in ("loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")}
+    wanted.add("speed/tokens_per_second")
     assert wanted == set(tags["scalars"])
     assert [(e.step, round(e.value, 6)) for e in events.Scalars("train/mse")] == [(10, 0.1), (20, 0.05)]
     (histogram,) = tags["histograms"]

@@ -48,7 +48,7 @@ class Store:
     folder: Path
     shards: tuple[Shard, ...]
     d_model: int
-    dtype: str  # of the numbers on disk: float32, float16, bfloat16, or float64 where minSAE's folder has it
+    dtype_on_disk: str  # float32, float16, bfloat16, or float64 where minSAE's folder has it
     manifest: Mapping[str, Any]
 
     @property
@@ -78,26 +78,46 @@ class Store:
         content = self.manifest or [(s.path.name, s.rows, self.d_model) for s in self.shards]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what is read: half precision as it is on disk, everything else as float32."""
+        return np.dtype({"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}.get(self.dtype_on_disk, np.float32))
+
     def read(self, shard: int, start: int = 0, stop: int | None = None) -> Float[np.ndarray, "rows d_model"]:
-        """Consecutive tokens of one shard as float32, whatever the store's dtype.
+        """Consecutive tokens of one shard."""
+        start, stop, _ = slice(start, stop).indices(self.shards[shard].rows)
+        rows = np.empty((stop - start, self.d_model), self.dtype)
+        self._read_into(rows, shard, start)
+        return rows
 
-        The file is opened for each read: a map of every shard would take as many file descriptors.
-        """
-        file = self.shards[shard]
-        start, stop, _ = slice(start, stop).indices(file.rows)
-        dtype = np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
-        row_bytes = self.d_model * dtype.itemsize
-        numbers = np.fromfile(file.path, dtype, (stop - start) * self.d_model, offset=file.offset + start * row_bytes)
-        return numbers.reshape(-1, self.d_model).astype(np.float32, copy=False)
-
-    def read_chunks(self, chunks: Sequence[int]) -> Float[np.ndarray, "rows d_model"]:
-        """The rows of some chunks, one after the other."""
-        found = []
+    def read_chunks(self, chunks: Sequence[int], out: Float[np.ndarray, "most d_model"]) -> int:
+        """The rows of some chunks, one after the other, into `out`; returns how many they are."""
+        done = 0
         for chunk in chunks:
             shard = bisect.bisect_right(self._chunk_ends, chunk)
             start = (chunk - (self._chunk_ends[shard - 1] if shard else 0)) * CHUNK_ROWS
-            found.append(self.read(shard, start, start + CHUNK_ROWS))
-        return np.concatenate(found)
+            n_rows = min(CHUNK_ROWS, self.shards[shard].rows - start)
+            self._read_into(out[done : done + n_rows], shard, start)
+            done += n_rows
+        return done
+
+    def _read_into(self, rows: Float[np.ndarray, "rows d_model"], shard: int, start: int) -> None:
+        """The file is opened for each read: to keep every shard open would take as many file descriptors. (With the
+        system's own calls, since Python's file objects take as long as the reading.)"""
+        file, is_float64 = self.shards[shard], self.dtype_on_disk == "float64"
+        place = np.empty(rows.shape, np.float64) if is_float64 else rows
+        missing, offset = place.view(np.uint8).data.cast("B"), file.offset + start * place[:1].nbytes
+        descriptor = os.open(file.path, os.O_RDONLY)
+        try:
+            while missing:
+                count = os.preadv(descriptor, [missing], offset)
+                if not count:
+                    raise UserError(f"{file.path} has become shorter since the store was opened")
+                missing, offset = missing[count:], offset + count
+        finally:
+            os.close(descriptor)
+        if is_float64:
+            rows[:] = place
 
     def verify(self) -> None:
         """Read every shard and compare its checksum. Raises UserError naming those that fail."""

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax import sharding
-from minsae_jax.activations.stream import MIXED_ROWS
+from minsae_jax.activations.stream import MIXED_ROWS, rows_of_chunks
 from minsae_jax.config import Train, UserError
 from minsae_jax.eeg.recordings import Recordings, open_recordings, warn_of
 from minsae_jax.encoder.converted import Encoder
@@ -49,6 +49,10 @@ class LiveStore:
         self._run = sharded_hidden(self._mesh, a, (index,), force_revin)
 
     @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    @property
     def n_chunks(self) -> int:
         return len(self.windows)
 
@@ -69,10 +73,12 @@ class LiveStore:
         start = shard * self.batch_size
         return self._activations(self.windows.read(start, start + self.batch_size), self.batch_size)
 
-    def read_chunks(self, chunks: Sequence[int]) -> Float[np.ndarray, "rows d_model"]:
+    def read_chunks(self, chunks: Sequence[int], out: Float[np.ndarray, "most d_model"]) -> int:
         # One compilation for all, the last of an epoch too.
         size = min(self.n_chunks, max(1, MIXED_ROWS // self.chunk_rows))
-        return self._activations(self.windows.read_at(np.asarray(chunks)), size)
+        rows = self._activations(self.windows.read_at(np.asarray(chunks)), size)
+        out[: len(rows)] = rows
+        return len(rows)
 
     def verify(self) -> None:
         """All samples have been looked at already."""
@@ -93,7 +99,7 @@ def open_live(encoder: Encoder, settings: Train) -> LiveStore:
     )  # fmt: skip
     warn_of(recordings, settings.split)
     store = LiveStore(encoder, recordings, settings.cache_layer, settings.live_batch_size, settings.force_revin)
-    if not np.isfinite(store.read_chunks([0])).all():
+    if not np.isfinite(rows_of_chunks(store, [0])).all():
         raise UserError(
             f"the encoder gives NaN or infinity for {recordings.windows.files[0]}: see whether the recordings are in SD"
         )

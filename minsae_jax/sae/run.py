@@ -1,6 +1,7 @@
 """The folder of a run: its settings, whether it is finished, and what it gives in the end.
 
-`runs/<name>/` holds config.yaml, checkpoints/, a folder a member in members/, and, once it is finished, sweep.csv.
+`runs/<name>/` holds config.yaml, checkpoints/, a folder a member in members/, eval.csv where tokens are held out,
+pareto.png, and, once it is finished, sweep.csv.
 """
 
 import csv
@@ -18,9 +19,12 @@ from minsae_jax.files import locked, written_aside
 from minsae_jax.monitor import table
 from minsae_jax.sae.sweep import Member
 
-OURS = {"config.yaml", "config.yaml.tmp", "checkpoints", "members", "sweep.csv", "sweep.csv.tmp", "report"}
+FILES = ("config.yaml", "sweep.csv", "eval.csv", "pareto.png")
+OURS = {*FILES, *(f"{name}.tmp" for name in FILES), "checkpoints", "members", "report"}
+HOW = ("run_dir", "mesh", "distributed", "checkpoint_every", "checkpoint_minutes", "max_to_keep")  # not what is trained
 HYPER = ("lambda_sparsity", "lr", "seed", "d_sae")
 FIGURES = ("loss", "mse", "l1", "l0", "fvu", "dead_fraction")
+HELD_OUT = ("fvu", "explained_variance", "l0", "l1", "dead_fraction", "dense_fraction", "cosine", "norm_ratio")
 
 
 class Run:
@@ -32,6 +36,14 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def held_out(self) -> Path:
+        return self.folder / "eval.csv"
+
+    @property
+    def pareto(self) -> Path:
+        return self.folder / "pareto.png"
 
     def member(self, member: Member) -> Path:
         return self.folder / "members" / member.name
@@ -80,16 +92,32 @@ class Run:
             writer.writeheader()
             writer.writerows(rows)
 
+    def read_held_out(self) -> dict[str, dict[str, float]]:
+        """HELD_OUT of every member at the last measurement; empty where there was none."""
+        if not self.held_out.exists():
+            return {}
+        with self.held_out.open(newline="") as f:
+            rows = list(csv.DictReader(f))
+        return {row["member"]: {name: float(row[name]) for name in HELD_OUT} for row in rows}
+
     def summary(self) -> str:
         """The members of a finished run, as a table for the terminal."""
         formats = {"lambda_sparsity": "g", "mse": ".4g", "l0": ".1f", "fvu": ".3f", "dead_fraction": ".1%"}
         try:
             with (self.folder / "sweep.csv").open(newline="") as f:
                 rows = list(csv.DictReader(f))
-            cells = [[r["member"], *(format(float(r[k]), f) for k, f in formats.items()), r["status"]] for r in rows]
+            cells = [[r["member"], *(format(float(r[k]), f) for k, f in formats.items())] for r in rows]
+            held_out = self.read_held_out()
+            for row, line in zip(rows, cells, strict=True):
+                if held_out:
+                    line += [format(held_out[row["member"]][name], formats[name]) for name in ("l0", "fvu")]
+                line.append(row["status"])
         except (KeyError, TypeError, ValueError) as e:
-            raise UserError(f"{self.folder / 'sweep.csv'} is damaged ({e}): use --overwrite to train anew") from e
-        return table(["member", "λ", "MSE", "L0", "FVU", "dead", "status"], cells)
+            raise UserError(
+                f"sweep.csv or eval.csv in {self.folder} is damaged ({e}): use --overwrite to train anew"
+            ) from e
+        columns = ["member", "λ", "MSE", "L0", "FVU", "dead", *(["val L0", "val FVU"] if held_out else []), "status"]
+        return table(columns, cells)
 
 
 def _kept(settings: Train) -> dict[str, Any]:
@@ -98,7 +126,7 @@ def _kept(settings: Train) -> dict[str, Any]:
 
 
 def _differs(name: str, before: Any, now: Any) -> bool:
-    """Whether a setting has changed; paths are compared for where they lead."""
-    if name in ("store", "checkpoint_path", "init", "root_path") and before and now:
+    """Whether a setting that matters has changed; paths are compared for where they lead."""
+    if name in ("store", "val_store", "checkpoint_path", "init", "root_path") and before and now:
         return Path(before).resolve() != Path(now).resolve()
-    return name != "run_dir" and before != now
+    return name not in HOW and before != now

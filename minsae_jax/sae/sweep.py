@@ -6,6 +6,7 @@ interruption leaves no gap.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -20,11 +21,9 @@ from jaxtyping import Array, Bool, Float, Int
 from minsae_jax import sharding
 from minsae_jax.config import Train, UserError
 from minsae_jax.sae import model
-from minsae_jax.sae.objective import Objective, Statistics, Sums, batch_sums, finish
+from minsae_jax.sae.objective import Objective, Statistics, Sums, batch_sums, finish, with_bfloat16
 
 State = dict[str, Any]
-CPU_PIECE = 256  # tokens at a time, so that their features fit the cache
-PIECE_NUMBERS = 2**27  # features of all members at a time on an accelerator: 512 MB
 LARGEST_D_SAE = 2**24
 
 
@@ -92,41 +91,82 @@ class Sweep:
 
     def __init__(self, settings: Train, groups: tuple[Group, ...], d_model: int):
         self.settings, self.groups, self.d_model = settings, groups, d_model
-        self.mesh = sharding.make_mesh(*map(len, groups))
+        self.mesh = sharding.make_mesh(*map(len, groups), shape=settings.mesh)
+        sweep = self.mesh.shape[sharding.SWEEP]
+        self.sizes = [-(-len(g) // sweep) * sweep for g in groups]  # with members that are frozen from the start
         self.objective = Objective(settings.recipe == "minsae", settings.recon_weight or 1.0)
         clip = [optax.clip_by_global_norm(settings.max_grad_norm)] if settings.max_grad_norm else []
         self.adam = optax.chain(*clip, optax.scale_by_adam(settings.beta1, settings.beta2, settings.adam_eps))
         per_member, whole = sharding.members(self.mesh), sharding.everywhere(self.mesh)
         self.shardings = {"groups": per_member, "step": whole, "seen": whole, "moments": whole}
-        self.hyper = jax.device_put(
-            [{n: np.array([getattr(m, n) for m in g], np.float32) for n in ("lambda_sparsity", "lr")} for g in groups],
-            per_member,
-        )
-        self.step = jax.jit(
-            self._step, donate_argnums=0, static_argnames="tokens", out_shardings=(self.shardings, None)
-        )
-        self.take_window = jax.jit(self._take_window, donate_argnums=0, out_shardings=(self.shardings, None))
+        self.hyper = self._put_hyper()
+        out = (self.shardings, whole)
+        self.step = jax.jit(self._step, donate_argnums=0, static_argnames="tokens", out_shardings=out)
+        self.take_window = jax.jit(self._take_window, donate_argnums=0, out_shardings=out)
+        self._dead = jax.jit(self._dead_fractions, out_shardings=whole)
+        self._one_member = jax.jit(lambda params, i: jax.tree.map(lambda a: a[i], params), out_shardings=whole)
+        self._without_padding = jax.jit(self._cut, out_shardings=self._portable_shardings())
+
+    def _put_hyper(self) -> list[dict[str, Array]]:
+        def values(group: Group, name: str, size: int) -> np.ndarray:
+            own = [getattr(member, name) for member in group]
+            return np.array(own + own[-1:] * (size - len(own)), np.float32)
+
+        names, groups = ("lambda_sparsity", "lr"), zip(self.groups, self.sizes, strict=True)
+        hyper = [{name: values(group, name, size) for name in names} for group, size in groups]
+        return jax.device_put(hyper, sharding.members(self.mesh))
 
     def init(self, start: model.Params | None = None) -> State:
         """The state before the first step: weights by the recipe's law from each member's seed, or from `start`."""
         return jax.jit(self._init, out_shardings=self.shardings)(start)
 
-    def abstract_state(self) -> State:
-        """Shapes, dtypes and shardings of the state; nothing is allocated."""
-        shapes = jax.eval_shape(self._init, None)
-        shardings = {name: jax.tree.map(lambda _, s=s: s, shapes[name]) for name, s in self.shardings.items()}
+    def portable(self, state: State) -> State:
+        """The state of the members alone, the same on any mesh: what goes into a checkpoint."""
+        return self._without_padding(state) if self._is_padded else state
+
+    def abstract_portable(self) -> State:
+        """Its shapes, dtypes and shardings; nothing is allocated."""
+        shapes = jax.eval_shape(lambda: self._cut(self._init(None)))
+        shardings = {
+            name: jax.tree.map(lambda _, s=s: s, shapes[name]) for name, s in self._portable_shardings().items()
+        }
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+
+    def from_portable(self, state: State) -> State:
+        """`portable` undone."""
+        return jax.jit(self._pad, out_shardings=self.shardings)(state) if self._is_padded else state
+
+    @property
+    def _is_padded(self) -> bool:
+        return self.sizes != [len(group) for group in self.groups]
+
+    def _portable_shardings(self) -> dict[str, jax.sharding.NamedSharding]:
+        return self.shardings | ({"groups": sharding.everywhere(self.mesh)} if self._is_padded else {})
+
+    def _cut(self, state: State) -> State:
+        def first(arrays: State, count: int) -> State:
+            return jax.tree.map(lambda a: a[:count], arrays)
+
+        groups = zip(state["groups"], self.groups, strict=True)
+        return state | {"groups": [first(arrays, len(group)) for arrays, group in groups]}
+
+    def _pad(self, state: State) -> State:
+        groups = []
+        for arrays, group, size in zip(state["groups"], self.groups, self.sizes, strict=True):
+            padded = jax.tree.map(partial(_with_rows, size - len(group)), arrays)
+            groups.append(padded | {"frozen": padded["frozen"].at[len(group) :].set(True)})
+        return state | {"groups": groups}
 
     def _init(self, start: model.Params | None) -> State:
         groups = []
-        for group in self.groups:
+        for group, size in zip(self.groups, self.sizes, strict=True):
             if start is None:
-                seeds = jnp.array([m.seed for m in group], jnp.uint32)
+                seeds = jnp.array([m.seed for m in group] + [0] * (size - len(group)), jnp.uint32)
                 params = jax.vmap(partial(self._init_member, d_sae=group[0].d_sae))(seeds)
             else:
-                params = {k: jnp.broadcast_to(v, (len(group), *v.shape)) for k, v in start.items()}
+                params = {k: jnp.broadcast_to(v, (size, *v.shape)) for k, v in start.items()}
             silent = jnp.zeros(params["b_enc"].shape, jnp.int32)  # tokens since a feature was active, up to dead_after
-            steps, frozen = jnp.zeros(len(group), jnp.int32), jnp.zeros(len(group), bool)
+            steps, frozen = jnp.zeros(size, jnp.int32), jnp.arange(size) >= len(group)
             opt = jax.vmap(self.adam.init)(params)
             groups.append({"params": params, "opt": opt, "silent": silent, "steps": steps, "frozen": frozen})
         state = {"groups": groups, "step": jnp.int32(0), "seen": jnp.int32(0)}  # seen: tokens, up to dead_after
@@ -139,33 +179,46 @@ class Sweep:
 
     def _with_empty_window(self, state: State) -> State:
         groups = []
-        for group, members in zip(state["groups"], self.groups, strict=True):
-            zero = jnp.zeros(len(members))
+        for group, size in zip(state["groups"], self.sizes, strict=True):
+            zero = jnp.zeros(size)
             sums = Statistics(zero, zero, zero, zero, zero, jnp.zeros(group["silent"].shape, jnp.int32))
             groups.append(group | {"window": sums})
         moments = {"steps": jnp.int32(0), "tokens": jnp.zeros(()), "mean": jnp.zeros(self.d_model), "m2": jnp.zeros(())}
         return state | {"groups": groups, "moments": moments}
 
+    def dead_fractions(self, state: State) -> list[Float[np.ndarray, " members"]]:
+        """Of every group's members: features that were silent over the last dead_after tokens, or since the start."""
+        return jax.device_get(self._dead(state["groups"], state["seen"]))
+
+    def weights(self, state: State) -> Iterator[model.Params]:
+        """Every member's parameters on the host, one member after the other."""
+        for group, arrays in zip(self.groups, state["groups"], strict=True):
+            for i in range(len(group)):
+                yield jax.device_get(self._one_member(arrays["params"], i))
+
     def _take_window(self, state: State) -> tuple[State, State]:
         """The state with an empty window, and what `read_window` wants of the ended one (still on the devices)."""
-        limit = jnp.minimum(state["seen"], self.settings.dead_after)
+        groups = self._cut(state)["groups"]
+        dead = self._dead_fractions(state["groups"], state["seen"])
         ended = {
-            "groups": [(g["window"], (g["silent"] >= limit).mean(1), g["steps"], g["frozen"]) for g in state["groups"]],
+            "groups": [(g["window"], d, g["steps"], g["frozen"]) for g, d in zip(groups, dead, strict=True)],
             "moments": state["moments"],
         }
         return self._with_empty_window(state), ended
 
-    def _piece(self, tokens: int) -> tuple[int, int]:
-        """Into how many pieces of how many tokens each device of `data` cuts its share of a batch."""
-        share = -(-tokens // self.mesh.shape[sharding.DATA])
-        features = max(len(g) * g[0].d_sae for g in self.groups)  # of a token, for all members of a group at once
-        most = CPU_PIECE if sharding.on_cpu() else max(CPU_PIECE, PIECE_NUMBERS // features)
-        pieces = -(-share // most)
-        return pieces, -(-share // pieces)
+    def _dead_fractions(self, groups: list[State], seen: Array) -> list[Array]:
+        limit = jnp.minimum(seen, self.settings.dead_after)
+        return [(g["silent"][: len(m)] >= limit).mean(1) for g, m in zip(groups, self.groups, strict=True)]
+
+    def _pieces(self, tokens: int) -> tuple[int, int]:
+        """Into how many pieces of how many tokens each device of `data` cuts its share."""
+        groups, sweep = zip(self.groups, self.sizes, strict=True), self.mesh.shape[sharding.SWEEP]
+        features = max(size // sweep * group[0].d_sae for group, size in groups)
+        return sharding.pieces(self.mesh, tokens, features)
 
     def put(self, x: Float[np.ndarray, "tokens d_model"]) -> Float[Array, "rows d_model"]:
         """A batch on the devices, padded where it does not divide evenly."""
-        pieces, piece = self._piece(len(x))
+        pieces, piece = self._pieces(len(x))
         return sharding.put_rows(self.mesh, x, pieces * piece)
 
     def schedules(self, step: Array | int) -> tuple[Array, Array]:
@@ -182,7 +235,9 @@ class Sweep:
         """One step of all members on scale * x, of which the first `tokens` rows count. Returns a loss to wait on."""
         lambda_factor, lr_factor = self.schedules(state["step"])
         lambdas = [h["lambda_sparsity"] * lambda_factor for h in hyper]
-        sums, moments = self._sums([g["params"] for g in state["groups"]], lambdas, x * scale, tokens)
+        x = x.astype(jnp.float32) * scale
+        members = [(g["params"], lambda_now) for g, lambda_now in zip(state["groups"], lambdas, strict=True)]
+        sums, moments = self._sums(members, x, tokens)
         news = min(tokens, self.settings.dead_after)
         groups = []
         for group, lambda_now, lr, sums_here in zip(state["groups"], lambdas, hyper, sums, strict=True):
@@ -215,20 +270,21 @@ class Sweep:
         return jax.tree.map(partial(jnp.where, is_well), moved, member | {"frozen": ~is_well})
 
     def _sums(
-        self, params: list[model.Params], lambdas: list[Array], x: Array, tokens: int
+        self, members: list[tuple[model.Params, Array]], x: Array, tokens: int
     ) -> tuple[list[Sums], tuple[Array, Array]]:
         """Sums of every group over all tokens, and x's mean and Σ‖x - mean‖²."""
-        pieces, piece = self._piece(tokens)
+        pieces, piece = self._pieces(tokens)
         padded = tokens < len(x)
+        objectives = [self._objective(params["b_enc"].shape[1], pieces, piece) for params, _ in members]
 
-        def on_one_device(params: list[model.Params], lambdas: list[Array], x: Array):
+        def on_one_device(members: list[tuple[model.Params, Array]], x: Array):
             first = jax.lax.axis_index(sharding.DATA) * len(x)
             is_token = (first + jnp.arange(len(x)) < tokens).astype(x.dtype)
             cut = x.reshape(pieces, piece, -1)
             mask = is_token.reshape(pieces, piece) if padded else None
             sums = [
-                _each_member(lambda p, lam: batch_sums(p, cut, mask, lam, self.objective), group, lambdas_here)
-                for group, lambdas_here in zip(params, lambdas, strict=True)
+                sharding.each_member(lambda p, lam, o=objective: batch_sums(p, cut, mask, lam, o), *group)
+                for group, objective in zip(members, objectives, strict=True)
             ]
             mean = jax.lax.psum(x.sum(0), sharding.DATA) / tokens  # padding is 0
             m2 = (jnp.square(x - mean[None]).sum(1) * is_token).sum()
@@ -236,14 +292,16 @@ class Sweep:
             return sums, (mean, m2)
 
         with jax.default_matmul_precision("highest"):
-            return sharding.on_members_and_rows(self.mesh, on_one_device)(params, lambdas, x)
+            return sharding.on_members_and_rows(self.mesh, on_one_device)(members, x)
+
+    def _objective(self, d_sae: int, pieces: int, piece: int) -> Objective:
+        if self.settings.precision == "float32":
+            return self.objective
+        return with_bfloat16(self.objective, self.d_model, d_sae, pieces, piece)
 
 
-def _each_member(function: Any, params: model.Params, lambdas: Array) -> Any:
-    """function over the leading axis: on CPU one member after the other, since batched products are slow there."""
-    if sharding.on_cpu():
-        return jax.lax.map(lambda member: function(*member), (params, lambdas))
-    return jax.vmap(function)(params, lambdas)
+def _with_rows(count: int, a: Array) -> Array:
+    return jnp.concatenate([a, jnp.zeros((count, *a.shape[1:]), a.dtype)])
 
 
 def _merge_moments(before: State, mean: Array, m2: Array, tokens: int) -> State:

@@ -3,39 +3,28 @@
 import signal
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from typing import Any
 
 import jax
 import numpy as np
 
+from minsae_jax import sharding
 from minsae_jax.activations.shards import open_store
-from minsae_jax.activations.stream import Source, TokenStream, files_in_order, shuffled_tokens
+from minsae_jax.activations.stream import Source
 from minsae_jax.config import Stopped, Train, UserError
-from minsae_jax.monitor import MemberLog, progress
+from minsae_jax.monitor import Bar, progress
 from minsae_jax.sae.checkpoints import Checkpoints
-from minsae_jax.sae.model import Params, fold_scale, load_sae, save_member
-from minsae_jax.sae.run import FIGURES, HYPER, Run
-from minsae_jax.sae.sweep import Group, Member, State, Sweep, Window, make_groups, read_window
+from minsae_jax.sae.inputs import Inputs, check_inputs, held_out_batches, measure_scale
+from minsae_jax.sae.journal import Journal
+from minsae_jax.sae.measures import measure
+from minsae_jax.sae.model import fold_scale
+from minsae_jax.sae.run import Run
+from minsae_jax.sae.sweep import State, Sweep, read_window
 
 IN_FLIGHT = 2  # steps handed to the devices ahead of the one that is waited for
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is checked before a run folder appears."""
-
-    settings: Train
-    store: Source
-    groups: tuple[Group, ...]
-    start: Params | None  # weights of --init, for raw activations
-    stream: TokenStream
-    scale: float | None  # of the activations before they are trained on; None where the checkpoint has it
+FLOPS = 10  # of d_model * d_sae: five products a token
 
 
 def train(
@@ -44,144 +33,84 @@ def train(
     """Train a sweep, or go on with it; returns what to tell.
 
     With `encoder_fingerprint` the store must be that encoder's; with `open_live` there is none, and that gives what is
-    read in its place. Raises UserError on settings, a store or a run folder
-    that do not fit, before anything is written.
+    read in its place. In a cluster every process calls this; one writes. Raises UserError on settings, a store or a run
+    folder that do not fit, before anything is written.
     """
     settings = settings.resolved()
     run = Run(settings)
-    if run.is_finished():
-        return f"the run {run.folder} is finished already\n{run.summary()}"
-    store = open_live() if open_live else open_store(settings.store, settings.cache_layer)
-    inputs = check_inputs(settings, store, encoder_fingerprint, run.is_new())
-    with run.begun(), Checkpoints(run.checkpoints, settings.max_to_keep) as checkpoints:
+    with sharding.together(f"look at the inputs of {run.folder}"):
+        if run.is_finished():
+            return f"the run {run.folder} is finished already\n{run.summary()}"
+        store = open_live() if open_live else open_store(settings.store, settings.cache_layer)
+        inputs = check_inputs(settings, store, encoder_fingerprint, run.is_new())
+    with ExitStack() as stack:
+        with sharding.together(f"begin {run.folder}"):
+            if sharding.process() == 0:
+                stack.enter_context(run.begun())
+        checkpoints = stack.enter_context(Checkpoints(run.checkpoints, settings.max_to_keep))
         Trainer(inputs, run, checkpoints).train()
     return f"the run {run.folder} is finished\n{run.summary()}"
-
-
-def check_inputs(settings: Train, store: Source, encoder_fingerprint: str | None, is_new: bool) -> Inputs:
-    """Store, members and initial weights, all fitting one another. Raises UserError where they do not.
-
-    A new run reads the whole store once, to hold it against its checksums.
-    """
-    made_by = store.manifest.get("encoder")
-    if encoder_fingerprint and made_by and made_by != encoder_fingerprint:
-        raise UserError(
-            f"the store {store.folder} is of another encoder ({made_by[:12]}…) than {settings.checkpoint_path} "
-            f"({encoder_fingerprint[:12]}…): extract it again, or name the encoder that it is of"
-        )
-    groups = make_groups(settings, store.d_model)
-    start = load_sae(settings.init) if settings.init else None
-    wanted = [(store.d_model, group[0].d_sae) for group in groups]
-    if start and set(wanted) != {(start.d_model, start.d_sae)}:
-        raise UserError(
-            f"--init {settings.init} is of d_model {start.d_model} and d_sae {start.d_sae}, but the sweep wants "
-            f"{' and '.join(f'{d_model} and {d_sae}' for d_model, d_sae in wanted)}: see --feature_dim_factor"
-        )
-    stream = open_stream(settings, store)
-    window = settings.eval_window * _tokens_a_step(settings, store)
-    if window >= 2**31:
-        raise UserError(f"--eval_window {settings.eval_window} is {window:,} tokens: it must be below {2**31:,}")
-    if not is_new:
-        return Inputs(settings, store, groups, None, stream, None)
-    store.verify()
-    scale = measure_scale(settings, store)
-    return Inputs(settings, store, groups, start.params if start else None, stream, scale)
-
-
-def _tokens_a_step(settings: Train, store: Source) -> int:
-    """At the most."""
-    if settings.recipe == "minsae":
-        return (settings.number_of_arrays or 1) * max(store.rows_of_shards)
-    return settings.batch_size or 1
-
-
-def open_stream(settings: Train, store: Source) -> TokenStream:
-    """The recipe's batches, from the first."""
-    if settings.recipe == "minsae":
-        return files_in_order(store, settings.number_of_arrays or 1)
-    return shuffled_tokens(store, settings.batch_size or 1, settings.shuffle_seed or 0)
-
-
-def measure_scale(settings: Train, store: Source) -> float:
-    """√d_model / mean ‖x‖₂ over the stream's first scale_tokens tokens, or over one epoch if that is less."""
-    if settings.recipe == "minsae":
-        return 1.0
-    stream = open_stream(settings, store)
-    wanted = min(settings.scale_tokens or 1, store.rows)
-    total, left = 0.0, wanted
-    while left:
-        norms = np.linalg.norm(next(stream)[:left], axis=1)
-        total += norms.sum(dtype=np.float64)
-        left -= len(norms)
-    if not np.isfinite(total) or total == 0:
-        raise UserError(f"the store {store.folder} holds NaN, infinity, or nothing but zeros: extract it again")
-    return float(np.float32(store.d_model**0.5 * wanted / total))
 
 
 class Trainer:
     """A run from its last checkpoint, or from its beginning, to its end."""
 
     def __init__(self, inputs: Inputs, run: Run, checkpoints: Checkpoints):
-        self.settings, self.store, self.groups = inputs.settings, inputs.store, inputs.groups
-        self.run, self.checkpoints = run, checkpoints
-        self.sweep = Sweep(self.settings, self.groups, self.store.d_model)
-        self.stream = inputs.stream
+        self.settings, self.store, self.stream = inputs.settings, inputs.store, inputs.stream
+        self.held_out, self.checkpoints = inputs.held_out, checkpoints
+        self.sweep = Sweep(self.settings, inputs.groups, self.store.d_model)
+        self.journal = Journal(inputs, run, writes=sharding.process() == 0)
         self.step, self.tokens = 0, 0
-        self.figures: list[list[dict[str, float]]] = []  # of every group's members, in the last window
-        self.diverged: dict[str, int] = {}  # members that were frozen, and the step that they could not make
         latest = checkpoints.latest()
         if latest is not None:
-            self._restore(latest)
+            self._restore(latest, run)
         else:
             self.scale = inputs.scale or measure_scale(self.settings, self.store)
             self.state = self.sweep.init(fold_scale(inputs.start, 1 / self.scale) if inputs.start else None)
-        self.logs: list[list[MemberLog]] = []
 
-    def _restore(self, step: int) -> None:
-        self.state, notes = self.checkpoints.restore(step, self.sweep.abstract_state())
+    def _restore(self, step: int, run: Run) -> None:
+        state, notes = self.checkpoints.restore(step, self.sweep.abstract_portable())
         if notes["store"] != self.store.fingerprint:
             raise UserError(
-                f"the store {self.store.folder} has changed since {self.run.folder} began: bring the old one back, or "
+                f"the store {self.store.folder} has changed since {run.folder} began: bring the old one back, or "
                 "use --overwrite"
             )
+        self.state = self.sweep.from_portable(state)
         self.step, self.tokens, self.scale = step, notes["tokens"], notes["scale"]
-        self.figures, self.diverged = notes["figures"], notes["diverged"]
+        self.journal.figures, self.journal.diverged = notes["figures"], notes["diverged"]
         self.stream.set_state(notes["stream"])
 
     def _save(self) -> None:
         notes = {
             "tokens": self.tokens,
             "scale": self.scale,
-            "figures": self.figures,
-            "diverged": self.diverged,
+            "figures": self.journal.figures,
+            "diverged": self.journal.diverged,
             "stream": self.stream.get_state(),
             "store": self.store.fingerprint,
         }
-        self.checkpoints.save(self.step, self.state, notes)
+        self.checkpoints.save(self.step, self.sweep.portable(self.state), notes)
+        self.saved_at = time.monotonic()
 
     def train(self) -> None:
         """Steps to the end, then the exports."""
-        with ExitStack() as open_logs:
-            self.logs = [
-                [
-                    open_logs.enter_context(MemberLog(self.run.member(m), hyper(m), m.d_sae, self.step, self.tokens))
-                    for m in group
-                ]
-                for group in self.groups
-            ]
+        with self.journal.opened(self.step, self.tokens):
             self._loop()
-        self._export()
+        self.checkpoints.wait()
+        with sharding.together("write the members"):
+            self.journal.export(self.step, self.tokens, self.scale, self.sweep.weights(self.state))
 
     def _loop(self) -> None:
-        num_steps = self.settings.num_steps or 0
-        scale = np.float32(self.scale)
+        s, num_steps, scale = self.settings, self.settings.num_steps or 0, np.float32(self.scale)
         in_flight: deque[jax.Array] = deque()
         ended: tuple[int, int, State] | None = None  # step, tokens, and the window that ended there
-        self.window_began = time.perf_counter()
+        self.saved_at = time.monotonic()
+        self.pace = Pace(self.sweep, s.precision, self.tokens)
         with progress("train", num_steps, "steps") as bar, stop_signals() as stop:
             bar.start_at(self.step)
             while self.step < num_steps:
-                x = next(self.stream)
+                with self.pace.waiting():
+                    x = next(self.stream)
                 self.state, loss = self.sweep.step(
                     self.state, self.sweep.hyper, self.sweep.put(x), scale, tokens=len(x)
                 )
@@ -190,92 +119,85 @@ class Trainer:
                 if len(in_flight) > IN_FLIGHT:
                     in_flight.popleft().block_until_ready()
                 if ended:  # a step late, so that the devices have work while it is fetched and written
-                    bar.note(f"{sum(map(len, self.groups))} x {self._log(*ended):,.0f} tokens/s")
+                    self._log(*ended, bar)
                     ended = None
                 bar.advance(1)
-                last, stopped = self.step == num_steps, bool(stop)
-                if last or self.step % self.settings.eval_window == 0:
+                last, window_ends = self.step == num_steps, self.step % s.eval_window == 0
+                if last or window_ends:
                     self.state, window = self.sweep.take_window(self.state)
                     ended = (self.step, self.tokens, window)
-                if last or stopped or self.step % self.settings.checkpoint_every == 0:
+                if self.held_out and (last or self.step % s.eval_every == 0):
+                    self._measure()
+                stopped, late = self._asked(bool(stop), window_ends)
+                if last or stopped or late or self.step % s.checkpoint_every == 0:
                     if ended:
-                        self._log(*ended)
+                        self._log(*ended, bar)
                         ended = None
                     self._save()
                 if stopped and not last:
                     self.checkpoints.wait()
+                    number = stop[0] if stop else signal.SIGTERM
                     raise Stopped(
-                        stop[0], f"stopped at step {self.step}, and saved: the same command goes on from there"
+                        number, f"stopped at step {self.step}, and saved: the same command goes on from there"
                     )
 
-    def _log(self, step: int, tokens: int, ended: State) -> float:
-        """Every member's row of a window; of a shorter one at the end only `figures`. Returns tokens a second."""
-        windows = read_window(ended)
-        if windows is None:
-            raise UserError(f"the store {self.store.folder} holds NaN or infinity: extract it again")
-        now = time.perf_counter()
-        rate = (tokens - self.logs[0][0].tokens) / (now - self.window_began)
-        self.window_began = now
-        lambda_factor, lr_factor = map(float, self.sweep.schedules(step - 1))
-        self.figures = []
-        for group, logs, window in zip(self.groups, self.logs, windows, strict=True):
-            self.figures.append([self._figures(window, i, member) for i, member in enumerate(group)])
-            for member, log, own_steps, frozen in zip(group, logs, window.steps, window.frozen, strict=True):
-                if frozen and member.name not in self.diverged:
-                    self._tell_of_divergence(member, log, int(own_steps) + 1)
-            for member, log, figures, active in zip(group, logs, self.figures[-1], window.active, strict=True):
-                if step % self.settings.eval_window:
-                    continue
-                schedule = {"lr": member.lr * lr_factor, "lambda": member.lambda_sparsity * lambda_factor}
-                log.write({"step": step, "tokens": tokens} | figures | schedule, active, rate)
-        return rate
+    def _asked(self, stop: bool, window_ends: bool) -> tuple[bool, bool]:
+        """Whether a process was asked to stop, and whether a checkpoint is overdue; processes ask one another when a
+        window ends."""
+        late = time.monotonic() - self.saved_at > 60 * self.settings.checkpoint_minutes
+        if sharding.process_count() > 1 and not window_ends:
+            return False, False
+        return sharding.any_of(stop, late)
 
-    def _tell_of_divergence(self, member: Member, log: MemberLog, step: int) -> None:
-        self.diverged[member.name] = step
-        log.note(step, f"diverged at step {step}, and frozen as it was before")
-        warnings.warn(
-            f"{member.name} diverged at step {step} (loss or gradient is not finite) and is frozen as it was before; "
-            "the others go on",
-            stacklevel=2,
+    def _log(self, step: int, tokens: int, ended: State, bar: Bar) -> None:
+        with sharding.together("write metrics"):
+            windows = read_window(ended)
+            if windows is None:
+                raise UserError(f"the store {self.store.folder} holds NaN or infinity: extract it again")
+            speed = self.pace.since_last(tokens)
+            schedules = self.sweep.schedules(step - 1)
+            self.journal.window(step, tokens, windows, (float(schedules[0]), float(schedules[1])), speed)
+        bar.note(
+            f"{self.pace.members} x {speed['tokens_per_second']:,.0f} tokens/s, {speed['share_of_limit']:.0%} of the "
+            f"limit, {speed['waiting']:.0%} waiting"
         )
 
-    def _figures(self, window: Window, i: int, member: Member) -> dict[str, float]:
-        """One member's means over a window; under minsae l1 has λ inside, as the reference logs it."""
-        figures = {name: float(getattr(window, name)[i]) for name in FIGURES}
-        if self.settings.recipe == "minsae":
-            figures["l1"] *= member.lambda_sparsity
-        return figures
+    def _measure(self) -> None:
+        """Measures on held-out tokens of the members as they are now."""
+        assert self.held_out
+        batches = held_out_batches(self.settings, self.held_out)
+        groups = measure(self.sweep.mesh, [g["params"] for g in self.state["groups"]], batches, self.scale)
+        with sharding.together("write measures"):
+            self.journal.held_out(self.step, self.tokens, groups, self.sweep.dead_fractions(self.state))
 
-    def _export(self) -> None:
-        """Every member's weights, for raw activations, and the sweep's table, which marks the run as finished."""
-        about = {
-            "format_version": 1,
-            "kind": "relu",
-            "recipe": self.settings.recipe,
-            "d_model": self.store.d_model,
-            "layer": self.store.manifest.get("layer"),
-            "encoder_fingerprint": self.store.manifest.get("encoder"),
-            "store": str(self.store.folder),
-            "store_fingerprint": self.store.fingerprint,
-            "skipped_recordings": self.store.manifest.get("skipped", {}),
-            "scale": self.scale,
-            "steps": self.step,
-            "tokens": self.tokens,
-            "versions": {name: version(name) for name in ("minsae_jax", "jax", "flax", "optax")},
+
+class Pace:
+    """How fast it goes, against what the devices could do."""
+
+    def __init__(self, sweep: Sweep, precision: str, tokens: int):
+        self.members = sum(map(len, sweep.groups))
+        flops = FLOPS * sweep.d_model * sum(member.d_sae for group in sweep.groups for member in group)
+        self.limit = sharding.product_flops(sweep.mesh, precision) / flops  # tokens a second
+        self.tokens, self.began, self.waited = tokens, time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For the stream: time that the devices may, or may not, have work for."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def since_last(self, tokens: int) -> dict[str, float]:
+        """Over the steps since this was asked last."""
+        now = time.perf_counter()
+        seconds, rate = now - self.began, (tokens - self.tokens) / (now - self.began)
+        speed = {
+            "tokens_per_second": rate,
+            "share_of_limit": rate / self.limit,
+            "waiting": self.waited / seconds,
         }
-        rows = []
-        all_params = jax.device_get([group["params"] for group in self.state["groups"]])
-        for group, params, all_figures in zip(self.groups, all_params, self.figures, strict=True):
-            for i, (member, figures) in enumerate(zip(group, all_figures, strict=True)):
-                own = {name: value[i] for name, value in params.items()}
-                diverged = self.diverged.get(member.name)
-                status = {"status": "diverged" if diverged else "finished"}
-                since = {"diverged_at_step": diverged} if diverged else {}
-                config = about | hyper(member) | status | since
-                save_member(self.run.member(member), fold_scale(own, self.scale), config)
-                rows.append({"member": member.name} | hyper(member) | figures | status)
-        self.checkpoints.wait()
-        self.run.finish(rows)
+        self.tokens, self.began, self.waited = tokens, now, 0.0
+        return speed
 
 
 @contextmanager
@@ -297,8 +219,3 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def hyper(member: Member) -> dict[str, Any]:
-    """What tells members apart."""
-    return {name: asdict(member)[name] for name in HYPER}

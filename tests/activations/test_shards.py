@@ -94,12 +94,12 @@ def test_more_shards_than_file_descriptors(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_reads_as_float32(tmp_path, dtype):
+def test_half_precision_stays_what_it_is(tmp_path, dtype):
     kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
     folder = write(tmp_path / "l0", arrays(kind), dtype=dtype)
     store = open_store(folder)
-    assert store.read(0).dtype == np.float32
-    np.testing.assert_array_equal(store.read(0), arrays(kind)[0].astype(np.float32).reshape(-1, 4))
+    assert store.dtype == store.read(0).dtype == kind
+    np.testing.assert_array_equal(store.read(0), arrays(kind)[0].reshape(-1, 4))
     assert np.load(folder / "b0000.npy").dtype == (np.uint16 if dtype == "bfloat16" else np.float16)
 
 

@@ -26,11 +26,13 @@ def take(it, count):
 
 
 def test_chunks_cover_the_store(numbered):
-    chunks = [numbered.read_chunks([i])[:, 0] for i in range(numbered.n_chunks)]
+    chunks = [stream.rows_of_chunks(numbered, [i])[:, 0] for i in range(numbered.n_chunks)]
     assert [len(c) for c in chunks] == [256, 256, 188, 256, 256, 138, 256, 256, 88, 50]
     assert np.concatenate(chunks).tolist() == list(range(2000))
     some = [9, 0, 3, 2]
-    np.testing.assert_array_equal(numbered.read_chunks(some)[:, 0], np.concatenate([chunks[i] for i in some]))
+    np.testing.assert_array_equal(
+        stream.rows_of_chunks(numbered, some)[:, 0], np.concatenate([chunks[i] for i in some])
+    )
 
 
 @pytest.mark.parametrize("window", [256, 5, 3])

@@ -186,6 +186,7 @@ def test_half_precision(encoder, settings, tmp_path, dtype):
     extract(encoder, settings, "val")
     extract(encoder, replace(settings, dtype=dtype, out=str(tmp_path / dtype)), "val")
     exact, half = open_store(tmp_path / "store", -1).read(0), open_store(tmp_path / dtype, -1).read(0)
+    half = half.astype(np.float32)
     error = np.abs(half - exact).max() / np.abs(exact).max()
     assert 0 < error < {"float16": 5e-4, "bfloat16": 4e-3}[dtype]
 

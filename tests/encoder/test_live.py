@@ -66,14 +66,14 @@ def test_it_reads_what_a_store_holds(encoder, settings, tmp_path, few_mixed):
     np.testing.assert_allclose(np.concatenate([source.read(i) for i in range(len(store.shards))]), whole, atol=1e-5)
     windows = whole.reshape(source.n_chunks, source.chunk_rows, -1)
     for chunks in ([0], [5, 0, 2], [source.n_chunks - 1, 1]):
-        np.testing.assert_allclose(source.read_chunks(chunks), windows[chunks].reshape(-1, 128), atol=1e-5)
+        np.testing.assert_allclose(stream.rows_of_chunks(source, chunks), windows[chunks].reshape(-1, 128), atol=1e-5)
 
 
 def test_every_token_once_an_epoch(encoder, settings, few_mixed):
     source = open_live(encoder, settings)
     batches = stream.shuffled_tokens(source, 11, 0)
     epochs = [np.concatenate([next(batches) for _ in range(source.rows // 11)]) for _ in range(2)]
-    whole = source.read_chunks(range(source.n_chunks))
+    whole = stream.rows_of_chunks(source, range(source.n_chunks))
 
     def in_order(tokens):
         return tokens[np.lexsort(tokens.T[:3])]

@@ -1,12 +1,14 @@
 """Gradients written by hand against autodiff of the plain loss, and statistics against their definitions."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from minsae_jax.sae import model
-from minsae_jax.sae.objective import Objective, Sums, batch_sums, finish, plain_loss
+from minsae_jax.sae.objective import Objective, Sums, batch_sums, finish, plain_loss, with_bfloat16
 
 D, F, TOKENS = 12, 40, 60
 OBJECTIVES = {"april2024": Objective(mean_over_d_model=False), "minsae": Objective(True, recon_weight=3.0)}
@@ -80,3 +82,28 @@ def test_a_decoder_row_of_zeros_has_a_finite_gradient(params, x):
     objective, lam = OBJECTIVES["april2024"], jnp.float32(0.7)
     gradients, _ = finish(params, batch_sums(params, x[None], None, lam, objective), TOKENS, lam, objective)
     assert all(np.isfinite(g).all() for g in gradients.values())
+
+
+@pytest.mark.parametrize("factors", ["bfloat16", "rounded"])
+def test_bfloat16_products(factors):
+    """The plain loss's gradients to bfloat16's 8 bits, of sizes that every XLA has products for."""
+    params = model.init_torch(jax.random.key(0), 128, 256)
+    x, lam = jax.random.normal(jax.random.key(1), (512, 128)), jnp.float32(0.7)
+    objective = Objective(mean_over_d_model=False)
+    expected = jax.grad(plain_loss)(params, x, lam, objective)
+    low = replace(objective, factors=factors)
+    gradients, _ = finish(params, batch_sums(params, x.reshape(2, -1, 128), None, lam, low), 512, lam, objective)
+    for key in expected:
+        assert gradients[key].dtype == jnp.float32
+        assert 1e-4 < np.linalg.norm(gradients[key] - expected[key]) / np.linalg.norm(expected[key]) < 0.03
+
+
+def test_products_that_xla_lacks_are_of_rounded_numbers(monkeypatch):
+    objective = OBJECTIVES["april2024"]
+    assert with_bfloat16(objective, 128, 256, 2, 256).factors == "bfloat16"
+
+    def lacking(*_):
+        raise jax.errors.JaxRuntimeError("Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32")
+
+    monkeypatch.setattr("minsae_jax.sae.objective.batch_sums", lacking)
+    assert with_bfloat16(objective, 128, 256, 2, 256).factors == "rounded"

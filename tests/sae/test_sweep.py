@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -103,6 +104,62 @@ def test_eight_devices_are_one(request, tokens, members):
             np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
             np.testing.assert_allclose(ours.fvu, theirs.fvu, rtol=1e-5)
             np.testing.assert_allclose(ours.l0, theirs.l0, rtol=2e-3)
+
+
+@pytest.mark.parametrize("mesh", ["4x2", "2x4", "8x1", "1x8", "3x2", "1x1"])
+def test_any_mesh(request, mesh):
+    """Three members, which fill up no mesh evenly but the last three."""
+    settings = replace(SETTINGS, lambda_sparsity=(1.0, 2.0, 3.0), lr=(1e-3,), seed=(0,))
+    params, meshed = run(replace(settings, mesh=mesh), batches(12, 45))
+    expected, one = run(replace(settings, mesh="1x1"), batches(12, 45))
+    assert params.keys() == expected.keys()
+    for a, b in zip(meshed, one, strict=True):
+        for ours, theirs in zip(a, b, strict=True):
+            assert ours.loss.shape == (3,)
+            np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
+            np.testing.assert_allclose(ours.fvu, theirs.fvu, rtol=1e-5)
+            assert not ours.frozen.any()
+
+
+def test_a_state_moves_from_mesh_to_mesh():
+    settings = replace(SETTINGS, lambda_sparsity=(1.0, 2.0, 3.0), lr=(1e-3,), seed=(0,))
+    groups = make_groups(settings, D)
+    xs, states = batches(4), {}
+    for mesh in ("4x2", "3x2", "2x4"):
+        sweep = Sweep(replace(settings, mesh=mesh), groups, D)
+        state = sweep.init()
+        for x in xs:
+            state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
+        states[mesh] = sweep.portable(state)
+        shapes = jax.tree.map(lambda a: (a.shape, a.dtype), states[mesh])
+        assert shapes == jax.tree.map(lambda a: (a.shape, a.dtype), sweep.abstract_portable())
+        there_and_back = sweep.portable(sweep.from_portable(states[mesh]))
+        jax.tree.map(np.testing.assert_array_equal, there_and_back, states[mesh])
+    for mesh in ("3x2", "2x4"):
+        for a, b in zip(jax.tree.leaves(states["4x2"]), jax.tree.leaves(states[mesh]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_mesh_of_more_devices_than_there_are():
+    with pytest.raises(UserError, match="--mesh 4x4 is of 16 devices, but there are 8"):
+        Sweep(replace(SETTINGS, mesh="4x4"), make_groups(SETTINGS, D), D)
+
+
+def test_half_precision_tokens():
+    """They go to the devices as they are, and are float32 there."""
+    half = [x.astype(ml_dtypes.bfloat16) for x in batches(3)]
+    _, ours = run(SETTINGS, half)
+    _, theirs = run(SETTINGS, [x.astype(np.float32) for x in half])
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a[0].loss, b[0].loss)
+
+
+def test_bfloat16_products_train_alike():
+    _, exact = run(SETTINGS, batches(20))
+    _, low = run(replace(SETTINGS, precision="bfloat16"), batches(20))
+    for a, b in zip(exact[-1], low[-1], strict=True):
+        np.testing.assert_allclose(a.fvu, b.fvu, rtol=0.01)
+        assert (a.fvu != b.fvu).all()
 
 
 def test_schedules():

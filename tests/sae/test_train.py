@@ -16,8 +16,10 @@ from minsae_jax.activations.shards import open_store
 from minsae_jax.config import Train, load_settings
 from minsae_jax.files import locked
 from minsae_jax.sae.checkpoints import Checkpoints
+from minsae_jax.sae.inputs import measure_scale
+from minsae_jax.sae.journal import Journal
 from minsae_jax.sae.sweep import Sweep, make_groups
-from minsae_jax.sae.train import measure_scale, train
+from minsae_jax.sae.train import train
 from tests.conftest import FIXTURES
 
 PARITY = FIXTURES / "sae_parity"
@@ -29,14 +31,6 @@ def table(path):
 
 def files(folder, *names):
     return {str(p.relative_to(folder)): p.read_bytes() for name in names for p in sorted(folder.rglob(name))}
-
-
-@pytest.fixture
-def settings(small_store, tmp_path):
-    return Train(
-        store=str(small_store), run_dir=str(tmp_path / "run"), lambda_sparsity=(0.1, 3.0), lr=(3e-3,), num_steps=40,
-        feature_dim_factor=(2.0, 3.0), batch_size=32, eval_window=8, checkpoint_every=10,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("eval_window", [1, 10])
@@ -81,7 +75,7 @@ def test_parity_with_minsae(tmp_path, eval_window):
 def test_what_a_run_leaves(settings, tmp_path):
     told = train(settings)
     run = tmp_path / "run"
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "members", "sweep.csv"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "members", "pareto.png", "sweep.csv"]
     names = ["lambda=0.1,d_sae=32", "lambda=0.1,d_sae=48", "lambda=3,d_sae=32", "lambda=3,d_sae=48"]
     assert sorted(p.name for p in (run / "members").iterdir()) == names
     assert all(name in told for name in names)
@@ -188,17 +182,15 @@ def _latest(run):
 
 
 def test_cut_off_between_the_last_checkpoint_and_the_exports(settings, tmp_path, monkeypatch):
-    from minsae_jax.sae.train import Trainer
+    export = Journal.export
 
-    export = Trainer._export
-
-    def dying(self):
+    def dying(self, *_):
         raise Killed
 
-    monkeypatch.setattr(Trainer, "_export", dying)
+    monkeypatch.setattr(Journal, "export", dying)
     with pytest.raises(Killed):
         train(settings)
-    monkeypatch.setattr(Trainer, "_export", export)
+    monkeypatch.setattr(Journal, "export", export)
     assert not (tmp_path / "run/sweep.csv").exists()
     train(settings)
     train(replace(settings, run_dir=str(tmp_path / "other")))
