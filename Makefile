@@ -16,7 +16,7 @@ ENCODER ?= checkpoints/demo
 DEMO_DATA = data/demo/tuhab_preprocessed/file_lengths_map.csv
 INPUTS = $(if $(filter configs/demo.yaml,$(CONFIG)),$(DEMO_DATA) $(ENCODER)/config.json)
 
-.PHONY: help setup demo convert extract train tensorboard test check bench bench-train bench-extract clean
+.PHONY: help setup demo convert extract train tensorboard test check bench bench-train bench-stream bench-extract clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # train reads what extract writes
 
@@ -57,10 +57,13 @@ test: $(SETUP) ## run the tests
 check: $(SETUP) ## format, lint and types
 	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && $(BIN)/mypy
 
-bench: bench-train bench-extract ## measure training and extraction on this machine
+bench: bench-train bench-stream bench-extract ## measure training and extraction on this machine
 
 bench-train: $(SETUP) ## measure training against PyTorch
 	@$(BIN)/python -m benchmarks.train
+
+bench-stream: $(SETUP) ## measure how fast a store is read, and how well it is mixed
+	@$(BIN)/python -m benchmarks.stream
 
 bench-extract: $(SETUP) ## measure extraction against PyTorch
 	@$(BIN)/python -m benchmarks.extract

@@ -6,19 +6,18 @@ recordings and writes a store. The limit is the machine's own best float32 matri
 that does nothing else. Prints Markdown.
 """
 
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import torch
 
-from benchmarks.timing import alternate, machine, matrix_product_flops
+from benchmarks.timing import alternate, machine, matrix_product_flops, peak_memory, peak_rss
 from convert.checkpoint import load_checkpoint
 from convert.encoder import convert_encoder
 from convert.plain_torch import forward
@@ -86,22 +85,6 @@ def end_to_end(encoder: Encoder, n_windows: int, folder: str, batch: int = BATCH
     return n_windows / (time.perf_counter() - began)
 
 
-def peak_memory(*what: str) -> int:
-    """Of a process that does `what` alone, in MB."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.extract", *what], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout.split()[-1])
-
-
-def peak_rss() -> int:
-    """Of this process, in bytes. (getrusage would tell of the parent too, from before the program was started.)"""
-    status = Path("/proc/self/status")
-    if not status.exists():  # not Linux; macOS counts in bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-
-
 def measure_alone(who: str, batch: int, n_layers: int) -> None:
     """Two batches from memory (PyTorch) or a store of four (ours), then this process's peak."""
     encoder, _ = convert_encoder(CHECKPOINT, CHECKPOINT.with_suffix(".yaml"))
@@ -140,11 +123,13 @@ def main() -> None:
         if on_gpu:
             contestants["ours, bfloat16 products"] = ours(encoder, x, n_layers, "bfloat16")
         seconds = alternate(contestants, rounds=3 if not quick else 1)
-        alone = {} if quick else {
-            "ours": peak_memory("--alone", "ours", str(BATCH), str(n_layers)),
-            f"PyTorch, batch {BATCH}": peak_memory("--alone", "pytorch", str(BATCH), str(n_layers)),
-            f"PyTorch, batch {best}, its best": peak_memory("--alone", "pytorch", str(best), str(n_layers)),
-        }  # fmt: skip
+        alone = {}
+        if not quick:
+            memory = partial(peak_memory, "benchmarks.extract", "--alone")
+            layers = str(n_layers)
+            alone["ours"] = memory("ours", str(BATCH), layers)
+            alone[f"PyTorch, batch {BATCH}"] = memory("pytorch", str(BATCH), layers)
+            alone[f"PyTorch, batch {best}, its best"] = memory("pytorch", str(best), layers)
         for name, s in seconds.items():
             share = flops(a, n_layers) * len(x) / s / limit
             memory = f"{alone[name]:,} MB" if name in alone else ""

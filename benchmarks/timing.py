@@ -2,7 +2,10 @@
 
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +28,12 @@ def alternate(contestants: dict[str, Callable[[], None]], rounds: int = 5) -> di
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def matrix_product_flops(size: int = 2048) -> float:
-    """Best float32 flops a second of a square product, JAX's or torch's, on one device."""
+def matrix_product_flops(size: int = 2048, dtype: str = "float32") -> float:
+    """Best flops a second of a square product, JAX's or torch's, on one device."""
     a = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
-    on_device, product = jax.device_put(a), jax.jit(lambda a: jax.numpy.matmul(a, a, precision="highest"))
-    t = torch.from_numpy(a).to("cuda" if torch.cuda.is_available() else "cpu")
+    on_device = jax.device_put(a).astype(dtype)
+    product = jax.jit(lambda a: jax.numpy.matmul(a, a, precision="highest"))
+    t = torch.from_numpy(a).to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype))
     out = torch.empty_like(t)
 
     def with_torch() -> None:
@@ -38,6 +42,20 @@ def matrix_product_flops(size: int = 2048) -> float:
 
     seconds = alternate({"jax": lambda: product(on_device).block_until_ready(), "torch": with_torch})
     return 2 * size**3 / min(seconds.values())
+
+
+def peak_memory(module: str, *arguments: str) -> int:
+    """Of a process that runs a module's `--alone`, in MB."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def peak_rss() -> int:
+    """Of this process, in bytes. (getrusage would tell of the parent too, from before the program was started.)"""
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux; macOS counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
 
 def machine() -> str:

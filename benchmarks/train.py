@@ -1,25 +1,42 @@
-"""Our step for all members against a plain PyTorch loop, one member after the other: `python -m benchmarks.train`.
+"""Our step for all members against plain PyTorch loops, one member after the other: `python -m benchmarks.train`.
 
-Both do float32 arithmetic on the same tokens, in memory: minSAE's loss, Adam, and its statistics at every step. The
-limit is this machine's best float32 matrix product at 10 d_model d_sae flops a token and member. Prints Markdown.
+All do the same arithmetic on the same tokens, in memory: minSAE's loss and Adam. "eager" is the loop as minSAE runs it,
+with its statistics at every step; "compiled" is torch.compile, which wants a C++ compiler, with fused Adam and no
+statistics; ours has all of its own. The limit is this machine's best matrix product of that precision at
+10 d_model d_sae flops a token and member. "End to end" is a run from a store, with everything that a run does but
+evaluations. Prints Markdown; --quick runs everything once, small.
 """
 
+import shutil
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.timing import alternate, machine, matrix_product_flops
+from benchmarks.timing import alternate, machine, matrix_product_flops, peak_memory, peak_rss
 from minsae_jax import sharding
 from minsae_jax.config import Train
 from minsae_jax.sae.sweep import Sweep, make_groups
+from minsae_jax.sae.train import train
 
-D_MODEL, FACTOR = 128, 8.0
+D_MODEL, BATCH, FILE = 128, 4096, 245_632  # the last: tokens of a whole shard, which is minSAE's batch
+COLUMNS = ("ours", "eager", "compiled")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Step = Callable[[], None]
 
 
-def ours(members: int, x: np.ndarray):
-    lambdas = tuple(0.01 * (i + 1) for i in range(members))
-    settings = Train(recipe="minsae", lambda_sparsity=lambdas, feature_dim_factor=(FACTOR,)).resolved()
+def lambdas(members: int) -> tuple[float, ...]:
+    return tuple(0.01 * (i + 1) for i in range(members))
+
+
+def ours(members: int, d_sae: int, precision: str, x: np.ndarray) -> Step:
+    settings = Train(
+        recipe="minsae", lambda_sparsity=lambdas(members), feature_dim_factor=(d_sae / D_MODEL,), precision=precision
+    ).resolved()
     sweep = Sweep(settings, make_groups(settings, D_MODEL), D_MODEL)
     state = sweep.init()
 
@@ -31,45 +48,108 @@ def ours(members: int, x: np.ndarray):
     return step
 
 
-def pytorch(members: int, x: np.ndarray):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    d_sae = int(D_MODEL * FACTOR)
+def pytorch(members: int, d_sae: int, precision: str, x: np.ndarray, compiled: bool = False) -> Step:
+    def loss(encoder, decoder, tokens, lambda_sparsity):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bfloat16"):
+            features = torch.relu(encoder(tokens))
+            x_hat = decoder(features)
+        mse = torch.nn.functional.mse_loss(x_hat.float(), tokens)
+        l1 = lambda_sparsity * (features * decoder.weight.norm(dim=0)).sum(1).mean()
+        return mse, l1, features
+
+    run = torch.compile(loss) if compiled else loss
     models = []
-    for i in range(members):
-        encoder, decoder = torch.nn.Linear(D_MODEL, d_sae).to(device), torch.nn.Linear(d_sae, D_MODEL).to(device)
-        adam = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3)
-        models.append((0.01 * (i + 1), encoder, decoder, adam))
+    for lambda_sparsity in lambdas(members):
+        encoder, decoder = (torch.nn.Linear(*s).to(DEVICE) for s in ((D_MODEL, d_sae), (d_sae, D_MODEL)))
+        adam = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3, fused=compiled)
+        models.append((torch.tensor(lambda_sparsity, device=DEVICE), encoder, decoder, adam))
 
     def step() -> None:
-        tokens = torch.from_numpy(x).to(device)
+        tokens = torch.from_numpy(x).to(DEVICE)
         for lambda_sparsity, encoder, decoder, adam in models:
-            features = torch.relu(encoder(tokens))
-            mse = torch.nn.functional.mse_loss(decoder(features), tokens)
-            l1 = lambda_sparsity * (features * decoder.weight.norm(dim=0)).sum(1).mean()
+            mse, l1, features = run(encoder, decoder, tokens, lambda_sparsity)
             adam.zero_grad()
             (mse + l1).backward()
             adam.step()
-            active = features > 0
-            mse.item(), l1.item(), active.sum(1).float().mean().item(), active.sum(0).cpu()
+            if not compiled:
+                active = features > 0
+                (mse + l1).item(), mse.item(), l1.item(), active.sum(1).float().mean().item(), active.sum(0).cpu()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
     return step
 
 
+def print_rates(
+    d_sae: int, precision: str, members: tuple[int, ...], batch: int, rounds: int, with_compiled: bool = True
+) -> None:
+    limit = matrix_product_flops(dtype=precision) / (10 * D_MODEL * d_sae)
+    x = np.random.default_rng(0).normal(size=(batch, D_MODEL)).astype(np.float32)
+    for count in members:
+        contestants = {"ours": ours(count, d_sae, precision, x), "eager": pytorch(count, d_sae, precision, x)}
+        if with_compiled:
+            contestants["compiled"] = pytorch(count, d_sae, precision, x, compiled=True)
+        seconds = alternate(contestants, rounds)
+        rates = [count * batch / seconds[name] / 1e3 if name in seconds else np.nan for name in COLUMNS]
+        cells = [f"{d_sae:,}", precision, f"{count}", f"{batch:,}", *(f"{rate:,.0f}" for rate in rates)]
+        cells += [f"{rates[0] / rate:.1f}" for rate in rates[1:]]
+        print(f"| {' | '.join(cells)} | {rates[0] * 1e3 / limit:.0%} of {limit / 1e3:,.0f} |", flush=True)
+
+
+def end_to_end(members: int, steps: int) -> float:
+    """Tokens x members a second of a run, without its start and end: from a long one and a short one."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store/l-1"
+        store.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for i in range(4):
+            np.save(store / f"b{i:04d}.npy", rng.normal(size=(512, 101, D_MODEL)).astype(np.float32))
+        seconds = []
+        for num_steps in (10, 10, steps + 10):  # the first compiles
+            settings = Train(
+                store=str(store.parent), run_dir=f"{folder}/run", lambda_sparsity=lambdas(members),
+                num_steps=num_steps, overwrite=True, checkpoint_every=10**6,
+            )  # fmt: skip
+            began = time.perf_counter()
+            train(settings)
+            seconds.append(time.perf_counter() - began)
+            shutil.rmtree(f"{folder}/run")
+    return members * steps * BATCH / (seconds[2] - seconds[1])
+
+
+def measure_alone(who: str, members: int, batch: int) -> None:
+    """Two steps, then this process's peak."""
+    x = np.random.default_rng(0).normal(size=(batch, D_MODEL)).astype(np.float32)
+    step = ours(members, 1024, "float32", x) if who == "ours" else pytorch(members, 1024, "float32", x)
+    step(), step()
+    print(peak_rss() // 1_000_000)
+
+
 def main() -> None:
     sharding.start()
-    rng = np.random.default_rng(0)
-    limit = matrix_product_flops() / (10 * D_MODEL * D_MODEL * FACTOR)
-    print(f"Training, {machine()}; d_model {D_MODEL}, d_sae {int(D_MODEL * FACTOR)}, float32.")
-    print(f"Limit {limit / 1e3:,.0f} thousand tokens x members a second.\n")
-    print("| members | batch | ours | PyTorch | ratio | of the limit |\n| --- | --- | --- | --- | --- | --- |")
-    for members, batch in ((1, 4096), (8, 4096)) if "--quick" not in sys.argv else ((2, 512),):
-        x = rng.normal(size=(batch, D_MODEL)).astype(np.float32)
-        seconds = alternate({"ours": ours(members, x), "pytorch": pytorch(members, x)})
-        rates = {name: members * batch / s for name, s in seconds.items()}
-        print(
-            f"| {members} | {batch:,} | {rates['ours'] / 1e3:,.0f} k/s | {rates['pytorch'] / 1e3:,.0f} k/s "
-            f"| {rates['ours'] / rates['pytorch']:.1f} | {rates['ours'] / limit:.0%} |"
-        )
+    if "--alone" in sys.argv:
+        who, members, batch = sys.argv[2:5]
+        return measure_alone(who, int(members), int(batch))
+    quick = "--quick" in sys.argv
+    print(f"Training, {machine()}; d_model {D_MODEL}; thousand tokens x members a second.\n")
+    print("| d_sae | products | members | batch | ours | eager | compiled | ours / eager | ours / compiled | limit |")
+    print("| --- " * 10 + "|")
+    if quick:
+        print_rates(256, "float32", (2,), 512, rounds=1, with_compiled=False)
+        return
+    for d_sae in (1024, 4096):
+        for precision in ("float32", "bfloat16"):
+            print_rates(d_sae, precision, (1, 4, 8, 16), BATCH, rounds=5 if d_sae == 1024 else 3)
+    print_rates(1024, "float32", (1,), FILE, rounds=2)
+    limit = matrix_product_flops() / (10 * D_MODEL * 1024)
+    rate = end_to_end(members=8, steps=100)
+    print(
+        f"\nEnd to end, 8 members, d_sae 1,024, float32: {rate / 1e3:,.0f}, {rate / limit:.0%} of {limit / 1e3:,.0f}."
+    )
+    print("\n| members | batch | peak memory, ours | eager |\n| --- | --- | --- | --- |")
+    for members, batch in ((1, BATCH), (8, BATCH), (1, FILE), (8, FILE)):
+        alone = [peak_memory("benchmarks.train", "--alone", who, str(members), str(batch)) for who in ("ours", "eager")]
+        print(f"| {members} | {batch:,} | {alone[0]:,} MB | {alone[1]:,} MB |", flush=True)
 
 
 if __name__ == "__main__":

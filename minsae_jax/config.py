@@ -214,7 +214,7 @@ class Train:
     """Store of held-out activations (default: the train store's sibling, store_val for store, where it exists)."""
     eval_every: int = 1000
     """Steps from one measurement on held-out tokens to the next; the last step has one too. 0: none at all."""
-    eval_tokens: int = 200_000
+    eval_tokens: int = 100_000
     """Held-out tokens that are measured, the same ones each time: all, where the store has fewer."""
     dead_after: int = 10_000_000
     """A feature is dead once it was silent for so many tokens (or since the start)."""

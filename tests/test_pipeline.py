@@ -177,7 +177,8 @@ def test_make_explains_itself(checkout, environment):
     for target in targets:
         assert f"make {target}" in told
     assert set(targets) == {
-        "help", "setup", "demo", "convert", "extract", "train", "tensorboard", "test", "check", "bench", "bench-train",
+        "help", "setup", "demo", "convert", "extract", "train", "tensorboard", "test", "check", "bench",
+        "bench-train", "bench-stream",
         "bench-extract", "clean",
     }  # fmt: skip
     for line in blocks("bash")[0].splitlines():
@@ -197,6 +198,6 @@ def test_full_demo_is_as_promised():
 
 
 def test_benchmarks_run(environment):
-    for name in ("train", "extract"):
+    for name in ("train", "stream", "extract"):
         out = run([sys.executable, "-m", f"benchmarks.{name}", "--quick"], ROOT, environment)
         assert "| " in out

@@ -127,7 +127,9 @@ class Trainer:
                     self.state, window = self.sweep.take_window(self.state)
                     ended = (self.step, self.tokens, window)
                 if self.held_out and (last or self.step % s.eval_every == 0):
-                    self._measure()
+                    jax.block_until_ready(self.state)
+                    with self.pace.paused():
+                        self._measure()
                 stopped, late = self._asked(bool(stop), window_ends)
                 if last or stopped or late or self.step % s.checkpoint_every == 0:
                     if ended:
@@ -186,6 +188,13 @@ class Pace:
         began = time.perf_counter()
         yield
         self.waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is no training: it counts for nothing."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
 
     def since_last(self, tokens: int) -> dict[str, float]:
         """Over the steps since this was asked last."""

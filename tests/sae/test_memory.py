@@ -1,0 +1,55 @@
+"""What training needs in memory does not grow with the store. The files are sparse: 50 GB that take up 0.2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+
+PROGRAM = """
+import sys, threading, time
+from minsae_jax import sharding
+from minsae_jax.config import Train
+from minsae_jax.sae.train import train
+
+peak, done = 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.01):
+        line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+        peak = max(peak, int(line.split()[1]))
+watching = threading.Thread(target=watch)
+watching.start()
+sharding.start()
+store, run_dir = sys.argv[1:]
+train(Train(store=store, run_dir=run_dir, feature_dim_factor=(2.0,), lambda_sparsity=(1.0, 2.0), num_steps=100,
+            checkpoint_every=50))
+done.set()
+watching.join()
+print(peak // 1000)
+"""
+
+
+def peak_of(folder: Path, files: int) -> int:
+    """Peak of anonymous memory, in MB, of a short run on so many files of 126 MB."""
+    store = folder / "store/l-1"
+    store.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(files):
+        x = np.lib.format.open_memmap(store / f"b{i:04d}.npy", "w+", np.float32, (128 * 19, 101, 128))
+        x[:8] = rng.normal(size=(8, 101, 128))  # else there would be nothing but zeros
+        del x
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(store.parent), str(folder / "run")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+def test_memory_of_a_large_store(tmp_path):
+    small, large = peak_of(tmp_path / "1", 8), peak_of(tmp_path / "50", 400)
+    assert sum(p.stat().st_size for p in (tmp_path / "50").rglob("b*.npy")) > 50e9
+    assert large < 1.1 * small + 20, (small, large)
