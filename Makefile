@@ -16,13 +16,13 @@ ENCODER ?= checkpoints/demo
 DEMO_DATA = data/demo/tuhab_preprocessed/file_lengths_map.csv
 INPUTS = $(if $(filter configs/demo.yaml,$(CONFIG)),$(DEMO_DATA) $(ENCODER)/config.json)
 
-.PHONY: help setup demo convert extract train tensorboard test check bench bench-train bench-stream bench-extract clean
+.PHONY: help setup demo convert extract train evaluate tensorboard test check bench bench-train bench-stream bench-extract clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # train reads what extract writes
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
-	@echo; echo "  CONFIG=my.yaml runs extract and train on your own data; GPU=1 installs JAX for CUDA."
+	@echo; echo "  CONFIG=my.yaml runs extract, train and evaluate on your own data; GPU=1 installs JAX for CUDA."
 
 setup: $(SETUP) ## make .venv and install the project in it (GPU=1, or EXTRA=cuda12 or cuda13, for CUDA)
 
@@ -47,6 +47,9 @@ extract: $(SETUP) $(INPUTS) ## store the encoder's activations, for train, val a
 
 train: $(SETUP) ## train the sweep on the store
 	@$(MINSAE) train --config $(CONFIG)
+
+evaluate: $(SETUP) ## measure the sweep on held-out patients, recommend a member, and write the report of its features
+	@$(MINSAE) evaluate --config $(CONFIG)
 
 tensorboard: $(SETUP) ## watch all runs at http://localhost:6006
 	@$(BIN)/tensorboard --logdir runs

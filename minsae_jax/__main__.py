@@ -4,6 +4,7 @@ verbs:
   demo      write synthetic EEG with planted, labelled events
   extract   run recordings through the encoder and store the activations of its layers
   train     train a sweep of sparse autoencoders on a store
+  evaluate  measure a sweep on held-out recordings, recommend a member, and show its features in a report
 
 `VERB --help` tells a verb's flags. Flags override the file given by --config; --debug shows tracebacks.
 """
@@ -12,11 +13,14 @@ from functools import partial
 from pathlib import Path
 
 from minsae_jax import cli, sharding
-from minsae_jax.config import Demo, Extract, Settings, Train, UserError, load_settings, read_yaml
+from minsae_jax.config import Demo, Evaluate, Extract, Settings, Train, UserError, load_settings, read_yaml
 from minsae_jax.eeg.synthetic import write_demo
 from minsae_jax.encoder.converted import Encoder, is_encoder, load_encoder
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.live import open_live
+from minsae_jax.features.evaluate import evaluate, summary
+
+# SHOW from minsae_jax.features.show import show
 from minsae_jax.sae.train import train
 
 
@@ -31,8 +35,12 @@ def main(args: list[str]) -> None:
         _extract(_settings(Extract, verb, flags))
     elif verb == "train":
         print(_train(_settings(Train, verb, flags)))
+    elif verb == "evaluate":
+        _evaluate(_settings(Evaluate, verb, flags))
     else:
-        raise UserError(f"there is no verb {verb!r}: it is demo, extract or train; see python -m minsae_jax --help")
+        raise UserError(
+            f"there is no verb {verb!r}: it is demo, extract, train or evaluate; see python -m minsae_jax --help"
+        )
 
 
 def _settings(cls: type[Settings], verb: str, flags: list[str]) -> Settings:
@@ -69,6 +77,25 @@ def _train(settings: Train) -> str:
         return train(settings)
     encoder = open_encoder(settings.checkpoint_path, settings.config_path)
     return train(settings, encoder.fingerprint, partial(open_live, encoder, settings) if settings.live else None)
+
+
+def _evaluate(settings: Evaluate) -> None:
+    for name in ("run", "root_path"):
+        if getattr(settings, name) is None:
+            raise UserError(f"evaluate needs --{name}, as a flag or in the section evaluate of the --config file")
+    config = Path(str(settings.run)) / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{settings.run} holds no run: name one with --run")
+    trained = load_settings(Train, config)
+    checkpoint_path = settings.checkpoint_path or trained.checkpoint_path
+    if checkpoint_path is None:
+        raise UserError("evaluate needs --checkpoint_path, since the run does not name its encoder")
+    sharding.start()
+    encoder = open_encoder(checkpoint_path, settings.config_path or trained.config_path)
+    evaluation = evaluate(settings, encoder)
+    print(summary(evaluation), flush=True)
+    if False:  # SHOW
+        print(f"open {show(settings, encoder, evaluation)}")
 
 
 def open_encoder(checkpoint_path: str, config_path: str | None = None) -> Encoder:

@@ -177,7 +177,7 @@ def test_make_explains_itself(checkout, environment):
     for target in targets:
         assert f"make {target}" in told
     assert set(targets) == {
-        "help", "setup", "demo", "convert", "extract", "train", "tensorboard", "test", "check", "bench",
+        "help", "setup", "demo", "convert", "extract", "train", "evaluate", "tensorboard", "test", "check", "bench",
         "bench-train", "bench-stream",
         "bench-extract", "clean",
     }  # fmt: skip

@@ -237,10 +237,17 @@ class PatchTST(nnx.Module):
     def run_layers(self, x: Float[Array, "N T d_model"], layers: tuple[int, ...]) -> tuple[Array, ...]:
         """Outputs of the layers asked for, for sequences that know nothing of each other; those after are not run."""
         queries_keys, outputs = None, {}
-        for i, layer in enumerate(self.layers[: max(layers) + 1]):
-            x, queries_keys = layer(x, queries_keys)
-            outputs[i] = x
+        for i in range(max(layers) + 1):
+            outputs[i], queries_keys = x, queries_keys = self.run_from(x, i, i + 1, queries_keys)
         return tuple(outputs[i] for i in layers)
+
+    def run_from(
+        self, x: Float[Array, "N T d_model"], first: int, end: int, earlier: tuple[Array, Array] | None = None
+    ) -> tuple[Float[Array, "N T d_model"], tuple[Array, Array] | None]:
+        """Layers first to end - 1 on the output of the one before; and the queries and keys to hand on."""
+        for layer in self.layers[first:end]:
+            x, earlier = layer(x, earlier)
+        return x, earlier
 
     def hidden(
         self, past_values: Float[Array, "B seq_len n_vars"], layers: tuple[int, ...], force_revin: bool = False

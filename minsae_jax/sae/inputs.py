@@ -101,11 +101,11 @@ def open_held_out(settings: Train, store: Source) -> Store | None:
     return held_out
 
 
-def sibling_store(store: Path) -> Path | None:
+def sibling_store(store: Path, split: str = "val") -> Path | None:
     """embeddings/store_val for embeddings/store, and embeddings/store_val/l-1 for embeddings/store/l-1."""
     store = store.resolve()
     named = store.parent if store.name.startswith("l") and store.name[1:].lstrip("-").isdecimal() else store
-    return named.with_name(f"{named.name}_val") / store.relative_to(named) if named.name else None
+    return named.with_name(f"{named.name}_{split}") / store.relative_to(named) if named.name else None
 
 
 def _mismatch(store: Source, held_out: Store) -> str | None:

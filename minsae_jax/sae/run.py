@@ -19,7 +19,9 @@ from minsae_jax.files import locked, written_aside
 from minsae_jax.monitor import table
 from minsae_jax.sae.sweep import Member
 
-FILES = ("config.yaml", "sweep.csv", "eval.csv", "pareto.png")
+FILES = (
+    "config.yaml", "sweep.csv", "eval.csv", "pareto.png", "evaluation.json", "evaluation.csv", "evaluation.png",
+)  # fmt: skip
 OURS = {*FILES, *(f"{name}.tmp" for name in FILES), "checkpoints", "members", "report"}
 HOW = ("run_dir", "mesh", "distributed", "checkpoint_every", "checkpoint_minutes", "max_to_keep")  # not what is trained
 HYPER = ("lambda_sparsity", "lr", "seed", "d_sae")
