@@ -18,9 +18,7 @@ from minsae_jax.eeg.synthetic import write_demo
 from minsae_jax.encoder.converted import Encoder, is_encoder, load_encoder
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.live import open_live
-from minsae_jax.features.evaluate import evaluate, summary
 
-# SHOW from minsae_jax.features.show import show
 from minsae_jax.sae.train import train
 
 
@@ -90,6 +88,9 @@ def _evaluate(settings: Evaluate) -> None:
     checkpoint_path = settings.checkpoint_path or trained.checkpoint_path
     if checkpoint_path is None:
         raise UserError("evaluate needs --checkpoint_path, since the run does not name its encoder")
+    from minsae_jax.features.evaluate import evaluate, summary  # scipy is imported for this verb only
+    # SHOW from minsae_jax.features.show import show
+
     sharding.start()
     encoder = open_encoder(checkpoint_path, settings.config_path or trained.config_path)
     evaluation = evaluate(settings, encoder)
