@@ -224,6 +224,8 @@ class Train:
     """Minutes after which one is due in any case."""
     max_to_keep: int = 2
     """Checkpoints kept."""
+    wandb: bool = False
+    """Send every member's metrics to W&B, project minSAE (needs pip install wandb)."""
     deterministic: bool = False
     """On GPU, use deterministic kernels only, so that an interrupted run ends with the very same weights."""
     overwrite: bool = False
