@@ -4,6 +4,7 @@ verbs:
   demo      write synthetic EEG with planted, labelled events
   extract   run recordings through the encoder and store the activations of its layers
   train     train a sweep of sparse autoencoders on a store
+  plot      draw the course of a run
 
 `VERB --help` tells a verb's flags. Flags override the file given by --config; --debug shows tracebacks.
 """
@@ -12,11 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from minsae_jax import cli, sharding
-from minsae_jax.config import Demo, Extract, Settings, Train, UserError, load_settings, read_yaml
+from minsae_jax.config import Demo, Extract, Plot, Settings, Train, UserError, load_settings, read_yaml
 from minsae_jax.eeg.synthetic import write_demo
 from minsae_jax.encoder.converted import Encoder, is_encoder, load_encoder
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.live import open_live
+from minsae_jax.pictures import plot
 from minsae_jax.sae.train import train
 
 
@@ -31,8 +33,12 @@ def main(args: list[str]) -> None:
         _extract(_settings(Extract, verb, flags))
     elif verb == "train":
         print(_train(_settings(Train, verb, flags)))
+    elif verb == "plot":
+        print(plot(_settings(Plot, verb, flags)))
     else:
-        raise UserError(f"there is no verb {verb!r}: it is demo, extract or train; see python -m minsae_jax --help")
+        raise UserError(
+            f"there is no verb {verb!r}: it is demo, extract, train or plot; see python -m minsae_jax --help"
+        )
 
 
 def _settings(cls: type[Settings], verb: str, flags: list[str]) -> Settings:

@@ -270,6 +270,16 @@ class Train:
         return dataclasses.replace(self, **{k: v for k, v in recipe.items() if getattr(self, k) in (None, ())})
 
 
+@dataclass(frozen=True)
+class Plot:
+    """Draw a run's course, finished or not: MSE and L1 over steps, and an animation of its features' densities."""
+
+    run: str | None = None
+    """Folder of the run."""
+    out: str | None = None
+    """Folder of the pictures (default: plots in that of the run)."""
+
+
 _OTHER_RECIPE_ONLY = {
     "april2024": ("number_of_arrays", "recon_weight"),
     "minsae": (
@@ -293,7 +303,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-SECTIONS: dict[str, type] = {"demo": Demo, "extract": Extract, "train": Train}
+SECTIONS: dict[str, type] = {"demo": Demo, "extract": Extract, "train": Train, "plot": Plot}
 
 
 class _Loader(yaml.SafeLoader):

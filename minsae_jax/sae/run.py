@@ -1,7 +1,7 @@
 """The folder of a run: its settings, whether it is finished, and what it gives in the end.
 
 `runs/<name>/` holds config.yaml, checkpoints/, a folder a member in members/, TensorBoard events, eval.csv where tokens
-are held out, pareto.png, and, once it is finished, sweep.csv; wandb/ where it was asked for.
+are held out, pareto.png, and, once it is finished, sweep.csv; plots/ and wandb/ where they were asked for.
 """
 
 import csv
@@ -20,7 +20,7 @@ from minsae_jax.monitor import EVENTS, table
 from minsae_jax.sae.sweep import Member
 
 FILES = ("config.yaml", "sweep.csv", "eval.csv", "pareto.png")
-OURS = {*FILES, *(f"{name}.tmp" for name in FILES), "checkpoints", "members", "report", "wandb"}
+OURS = {*FILES, *(f"{name}.tmp" for name in FILES), "checkpoints", "members", "plots", "report", "wandb"}
 # Not what is trained
 HOW = ("run_dir", "mesh", "distributed", "checkpoint_every", "checkpoint_minutes", "max_to_keep", "wandb")
 HYPER = ("lambda_sparsity", "lr", "seed", "d_sae")

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 from convert.sae import convert_sae
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.shards import open_store
-from minsae_jax.config import Train, load_settings
+from minsae_jax.config import Plot, Train, load_settings
 from minsae_jax.files import locked
+from minsae_jax.pictures import plot
 from minsae_jax.sae.checkpoints import Checkpoints
 from minsae_jax.sae.inputs import measure_scale
 from minsae_jax.sae.journal import Journal
@@ -104,6 +105,9 @@ def test_what_a_run_leaves(settings, tmp_path):
         config = json.loads((member / "config.json").read_text())
         assert (config["lambda_sparsity"], config["d_sae"]) == (float(row["lambda_sparsity"]), int(row["d_sae"]))
         assert any(p.name.startswith("events.out.tfevents") for p in member.iterdir())
+    plot(Plot(run=str(run)))
+    assert (run / "plots/mse_l1.png").exists()
+    assert "finished already" in train(settings)
 
 
 def test_a_last_window_that_is_shorter_counts_for_the_sweep_alone(settings, tmp_path):
