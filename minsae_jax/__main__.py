@@ -5,6 +5,7 @@ verbs:
   extract   run recordings through the encoder and store the activations of its layers
   train     train a sweep of sparse autoencoders on a store
   evaluate  measure a sweep on held-out recordings, recommend a member, and show its features in a report
+  plot      draw the course of a run
 
 `VERB --help` tells a verb's flags. Flags override the file given by --config; --debug shows tracebacks.
 """
@@ -13,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from minsae_jax import cli, sharding
-from minsae_jax.config import Demo, Evaluate, Extract, Settings, Train, UserError, load_settings, read_yaml
+from minsae_jax.config import Demo, Evaluate, Extract, Plot, Settings, Train, UserError, load_settings, read_yaml
 from minsae_jax.eeg.synthetic import write_demo
 from minsae_jax.encoder.converted import Encoder, is_encoder, load_encoder
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.live import open_live
-
+from minsae_jax.pictures import plot
 from minsae_jax.sae.train import train
 
 
@@ -35,9 +36,11 @@ def main(args: list[str]) -> None:
         print(_train(_settings(Train, verb, flags)))
     elif verb == "evaluate":
         _evaluate(_settings(Evaluate, verb, flags))
+    elif verb == "plot":
+        print(plot(_settings(Plot, verb, flags)))
     else:
         raise UserError(
-            f"there is no verb {verb!r}: it is demo, extract, train or evaluate; see python -m minsae_jax --help"
+            f"there is no verb {verb!r}: it is demo, extract, train, evaluate or plot; see python -m minsae_jax --help"
         )
 
 
@@ -89,14 +92,11 @@ def _evaluate(settings: Evaluate) -> None:
     if checkpoint_path is None:
         raise UserError("evaluate needs --checkpoint_path, since the run does not name its encoder")
     from minsae_jax.features.evaluate import evaluate, summary  # scipy is imported for this verb only
-    # SHOW from minsae_jax.features.show import show
 
     sharding.start()
     encoder = open_encoder(checkpoint_path, settings.config_path or trained.config_path)
     evaluation = evaluate(settings, encoder)
     print(summary(evaluation), flush=True)
-    if False:  # SHOW
-        print(f"open {show(settings, encoder, evaluation)}")
 
 
 def open_encoder(checkpoint_path: str, config_path: str | None = None) -> Encoder:

@@ -224,6 +224,8 @@ class Train:
     """Minutes after which one is due in any case."""
     max_to_keep: int = 2
     """Checkpoints kept."""
+    wandb: bool = False
+    """Send every member's metrics to W&B, project minSAE (needs pip install wandb)."""
     deterministic: bool = False
     """On GPU, use deterministic kernels only, so that an interrupted run ends with the very same weights."""
     overwrite: bool = False
@@ -266,6 +268,16 @@ class Train:
         """The same settings with the recipe's own numbers where none were given."""
         recipe = _RECIPES[self.recipe] | {"run_dir": f"runs/{self.recipe}"}
         return dataclasses.replace(self, **{k: v for k, v in recipe.items() if getattr(self, k) in (None, ())})
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw a run's course, finished or not: MSE and L1 over steps, and an animation of its features' densities."""
+
+    run: str | None = None
+    """Folder of the run."""
+    out: str | None = None
+    """Folder of the pictures (default: plots in that of the run)."""
 
 
 _OTHER_RECIPE_ONLY = {
@@ -344,7 +356,7 @@ class Evaluate:
 
 
 _BAND = re.compile(r"(\w+) (\d+\.?\d*)-(\d+\.?\d*)")
-SECTIONS: dict[str, type] = {"demo": Demo, "extract": Extract, "train": Train, "evaluate": Evaluate}
+SECTIONS: dict[str, type] = {"demo": Demo, "extract": Extract, "train": Train, "evaluate": Evaluate, "plot": Plot}
 
 
 class _Loader(yaml.SafeLoader):

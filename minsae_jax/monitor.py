@@ -1,11 +1,13 @@
-"""What a person watches: progress bars, tables, and a member's CSV files and TensorBoard run."""
+"""What a person watches: progress bars, tables, CSV files, TensorBoard and W&B."""
 
 import csv
 import sys
-from collections.abc import Iterator, Mapping
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
@@ -13,7 +15,12 @@ from tqdm import tqdm
 
 from minsae_jax.files import written_aside
 
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+
 METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")
+COMPARED = ("mse", "l1", "l0", "dead_fraction")  # of METRICS: what TensorBoard holds members against one another by
+EVENTS = "events.out.tfevents."  # how TensorBoard's files are called
 
 
 class Bar:
@@ -57,29 +64,36 @@ class MemberLog:
     """metrics.csv, act_freqs.csv and TensorBoard events of one member, a row every window.
 
     A log that goes on from a checkpoint forgets what was written after it: no row is lost, and none comes twice.
+    `held_out` names the measures that `measured` will get.
     """
 
-    def __init__(self, folder: Path, hparams: Mapping[str, Any], d_sae: int, step: int, tokens: int):
-        from tensorboardX import SummaryWriter  # imports torch where it is installed: a second that few verbs need
-
+    def __init__(
+        self,
+        folder: Path,
+        hparams: Mapping[str, Any],
+        d_sae: int,
+        step: int,
+        tokens: int,
+        held_out: Sequence[str] = (),
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.tokens = tokens
         self._metrics = open_csv(folder / "metrics.csv", METRICS, last=step)
         self._act_freqs = open_csv(
             folder / "act_freqs.csv", ("step", *(f"feat_{i}" for i in range(d_sae))), last=tokens
         )
-        # What an earlier file holds beyond `step` is hidden; the suffix keeps two of one second apart.
-        earlier = len(list(folder.glob("events.out.tfevents.*")))
-        purge = {"purge_step": step + 1, "filename_suffix": f".{earlier}"} if earlier else {}
-        self._board = SummaryWriter(str(folder), flush_secs=10, **purge)
+        self._board = open_board(folder, step)
         if not step:
-            self._write_hparams(folder.name, hparams)
+            # Members of two runs may have one name: TensorBoard would take their mean.
+            name = f"{folder.resolve().parent.parent.name}/{folder.name}"
+            tags = [f"train/{metric}" for metric in COMPARED] + [f"eval/{measure}" for measure in held_out]
+            self._write_hparams(name, hparams, tags)
 
-    def _write_hparams(self, name: str, hparams: Mapping[str, Any]) -> None:
+    def _write_hparams(self, name: str, hparams: Mapping[str, Any], tags: list[str]) -> None:
         from tensorboard.plugins.hparams import summary_v2 as hparams_protos
         from tensorboardX.proto.summary_pb2 import Summary
 
-        metrics = [hparams_protos.Metric(f"train/{m}") for m in ("mse", "l0", "l1", "dead_fraction")]
+        metrics = [hparams_protos.Metric(tag) for tag in tags]
         experiment = hparams_protos.hparams_config_pb([hparams_protos.HParam(k) for k in hparams], metrics)
         for proto in (experiment, hparams_protos.hparams_pb(dict(hparams), trial_id=name)):
             self._board.file_writer.add_summary(Summary.FromString(proto.SerializeToString()))
@@ -109,11 +123,13 @@ class MemberLog:
         alive = active[active > 0] / tokens_in_window
         if len(alive):
             self._board.add_histogram("train_density/log10", np.log10(alive), step)
+        self._board.flush()
 
     def measured(self, step: int, figures: Mapping[str, float]) -> None:
         """Measures on held-out tokens."""
         for name, value in figures.items():
             self._board.add_scalar(f"eval/{name}", value, step)
+        self._board.flush()
 
     def note(self, step: int, text: str) -> None:
         """Text in TensorBoard's own tab."""
@@ -123,6 +139,84 @@ class MemberLog:
         self._metrics.close()
         self._act_freqs.close()
         self._board.close()
+
+
+class RunLog:
+    """TensorBoard events of a run as a whole: charts that lay all members over one another, and pictures."""
+
+    def __init__(self, folder: Path, step: int, held_out: Sequence[str] = ()):
+        self._board = open_board(folder, step)
+        tags = {"training": ("train", COMPARED), "held-out tokens": ("eval", held_out)}
+        self._board.add_custom_scalars(
+            {
+                title: {name: ["Multiline", [f"{prefix}/{name}$"]] for name in names}
+                for title, (prefix, names) in tags.items()
+                if names
+            }
+        )
+
+    def show(self, name: str, picture: Path, step: int) -> None:
+        """A picture in a file."""
+        from PIL import Image
+
+        with Image.open(picture) as image:
+            self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self._board.flush()
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def open_board(folder: Path, step: int) -> "SummaryWriter":
+    """TensorBoard events of a folder that go on from a step: what an earlier file holds beyond it is hidden."""
+    from tensorboardX import SummaryWriter  # imports torch where it is installed: a second that few verbs need
+
+    earlier = len(list(folder.glob(f"{EVENTS}*")))
+    # The suffix keeps two of one second apart.
+    purge = {"purge_step": step + 1, "filename_suffix": f".{earlier}"} if earlier else {}
+    return SummaryWriter(str(folder), flush_secs=10, **purge)
+
+
+class Wandb:
+    """A run a member in W&B, with minSAE's project and names. Whatever fails there is told once, and no more is sent.
+
+    W&B's own files are in `folder`/wandb, with an id by which a run that goes on is the same one there.
+    """
+
+    def __init__(self, folder: Path, members: Mapping[str, Mapping[str, Any]]):
+        self._runs: dict[str, Any] = {}
+        with self._failing_alone():
+            import wandb
+
+            own = folder / "wandb" / "id"
+            if not own.exists():
+                own.parent.mkdir(exist_ok=True)
+                own.write_text(uuid.uuid4().hex[:8])
+            for i, (name, hparams) in enumerate(members.items()):
+                self._runs[name] = wandb.init(
+                    project="minSAE", group=folder.resolve().name, name=name, config=dict(hparams), dir=str(folder),
+                    id=f"{own.read_text()}-{i}", resume="allow", reinit="create_new", settings={"console": "off"},
+                )  # fmt: skip
+
+    @contextmanager
+    def _failing_alone(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:
+            self._runs = {}
+            why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            warnings.warn(f"nothing more goes to W&B ({why}); training goes on", stacklevel=2)
+
+    def write(self, member: str, row: Mapping[str, int | float]) -> None:
+        figures = {"avg_mse": row["mse"], "avg_l1": row["l1"], "avg_active_features": row["l0"]}
+        if member in self._runs and np.isfinite(list(figures.values())).all():  # a frozen member has none
+            with self._failing_alone():
+                self._runs[member].log(figures, step=int(row["step"]))
+
+    def close(self) -> None:
+        with self._failing_alone():
+            for run in self._runs.values():
+                run.finish()
 
 
 class Csv:

@@ -39,6 +39,8 @@ def fails(capsys, main, *args: str) -> str:
         (["extract", "--split", "tset"], "invalid choice 'tset'"),
         (["extract", "--batch_size", "0"], "--batch_size must be above 0 and finite"),
         (["demo", "--patients", "2"], "--patients must be 10 or more"),
+        (["plot"], "plot needs --run"),
+        (["plot", "--run", "nowhere"], "nowhere is no run"),
     ],
 )
 def test_mistakes(capsys, monkeypatch, tmp_path, args, told):
@@ -77,7 +79,7 @@ def test_a_bug_is_not_dressed_up_as_a_mistake():
         cli.run(broken, [])
 
 
-@pytest.mark.parametrize("args", [["train", "--help"], ["extract", "-h"], ["demo", "--help"]])
+@pytest.mark.parametrize("args", [["train", "--help"], ["extract", "-h"], ["demo", "--help"], ["plot", "--help"]])
 def test_help(capsys, args):
     with pytest.raises(SystemExit) as e:
         cli.run(minsae_jax.__main__.main, args)

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from minsae_jax.config import Demo, Extract, Train, UserError, from_dict, load_settings, to_dict
+from minsae_jax.config import Demo, Extract, Plot, Train, UserError, from_dict, load_settings, to_dict
 
 
 @pytest.fixture
@@ -105,12 +105,12 @@ def test_recipes_fill_in_their_numbers():
     assert Train(lr=(1e-4,)).resolved().lr == (1e-4,)
 
 
-@pytest.mark.parametrize("settings", [Train().resolved(), Train(recipe="minsae").resolved(), Extract(), Demo()])
+@pytest.mark.parametrize("settings", [Train().resolved(), Train(recipe="minsae").resolved(), Extract(), Demo(), Plot()])
 def test_settings_survive_yaml(settings):
     assert from_dict(type(settings), to_dict(settings)) == settings
 
 
-@pytest.mark.parametrize("cls", [Train, Extract, Demo])
+@pytest.mark.parametrize("cls", [Train, Extract, Demo, Plot])
 def test_every_setting_is_explained(cls):
     import inspect
 

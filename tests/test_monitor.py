@@ -1,10 +1,16 @@
-"""What TensorBoard and the CSV files show."""
+"""What TensorBoard, W&B and the CSV files show."""
+
+import sys
+from types import ModuleType
 
 import numpy as np
+import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from minsae_jax.monitor import METRICS, MemberLog, table
+from minsae_jax.monitor import METRICS, MemberLog, RunLog, Wandb, table
 
 HPARAMS = {"lambda_sparsity": 5.0, "lr": 1e-3, "seed": 0, "d_sae": 4}
 
@@ -15,15 +21,16 @@ def write(log, step):
 
 
 def open_log(folder, step=0):
-    return MemberLog(folder, HPARAMS, 4, step, 100 * step)
+    return MemberLog(folder, HPARAMS, 4, step, 100 * step, ("fvu",))
 
 
 def test_tensorboard(tmp_path):
-    log = open_log(tmp_path / "lambda=5")
+    folder = tmp_path / "run/members/lambda=5"
+    log = open_log(folder)
     for step in (10, 20):
         write(log, step)
     log.close()
-    events = EventAccumulator(str(tmp_path / "lambda=5"), size_guidance={"histograms": 0})
+    events = EventAccumulator(str(folder), size_guidance={"histograms": 0})
     events.Reload()
     tags = events.Tags()
     wanted = {f"train/{n}" for n in ("loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")}
@@ -37,10 +44,11 @@ def test_tensorboard(tmp_path):
     metadata = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     started = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info
     assert {k: v.number_value for k, v in started.hparams.items()} == HPARAMS
+    assert started.group_name == "run/lambda=5"  # else members of two runs would be one
     content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
     experiment = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
     assert {i.name for i in experiment.hparam_infos} == set(HPARAMS)
-    assert {"train/mse", "train/l0"} <= {i.name.tag for i in experiment.metric_infos}
+    assert {"train/mse", "train/l0", "eval/fvu"} <= {i.name.tag for i in experiment.metric_infos}
 
 
 def test_going_on_forgets_what_came_after_the_checkpoint(tmp_path):
@@ -71,6 +79,87 @@ def test_starting_anew_forgets_all(tmp_path):
     events = EventAccumulator(str(tmp_path / "m"))
     events.Reload()
     assert [e.step for e in events.Scalars("train/mse")] == [10]
+
+
+def test_events_of_the_run(tmp_path):
+    for step, shown in ((0, (10, 20, 30)), (10, (20,))):
+        log = RunLog(tmp_path, step, ("fvu",))
+        for at in shown:
+            Image.new("RGBA", (8, 6), (at, 0, 0, 255)).save(tmp_path / "pareto.png")
+            log.show("pareto", tmp_path / "pareto.png", at)
+        log.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
+    events.Reload()
+    assert [(e.step, e.width, e.height) for e in events.Images("pareto")] == [(10, 8, 6), (20, 8, 6)]
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    tags = {category.title: [c.multiline.tag[0] for c in category.chart] for category in layout.category}
+    assert tags == {
+        "training": [f"train/{name}$" for name in ("mse", "l1", "l0", "dead_fraction")],
+        "held-out tokens": ["eval/fvu$"],
+    }
+
+
+class FakeWandb(ModuleType):
+    """Remembers what it is given; what `failing` names raises."""
+
+    def __init__(self, failing=""):
+        super().__init__("wandb")
+        self.failing, self.started, self.logged, self.finished = failing, [], [], []
+
+    def init(self, **how):
+        self._fail("init")
+        run = ModuleType(how["name"])
+        run.log = lambda figures, step: (self._fail("log"), self.logged.append((how["name"], step, figures)))
+        run.finish = lambda: (self._fail("finish"), self.finished.append(how["name"]))
+        self.started.append(how)
+        return run
+
+    def _fail(self, name):
+        if name == self.failing:
+            raise RuntimeError(f"no\n{name}")
+
+
+MEMBERS = {"lambda=5": HPARAMS, "lambda=10": HPARAMS | {"lambda_sparsity": 10.0}}
+
+
+def test_wandb(tmp_path, monkeypatch):
+    """A run a member under minSAE's names; one that goes on has the same ids, another run has others."""
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    for folder in ("run", "run", "other"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        log = Wandb(tmp_path / folder, MEMBERS)
+        log.write("lambda=10", {"step": 50, "mse": 1.0, "l1": 2.0, "l0": 3.0, "loss": 4.0})
+        log.write("lambda=5", {"step": 50, "mse": np.nan, "l1": np.nan, "l0": np.nan})  # frozen
+        log.close()
+    figures = {"avg_mse": 1.0, "avg_l1": 2.0, "avg_active_features": 3.0}
+    assert fake.logged == 3 * [("lambda=10", 50, figures)]
+    assert fake.finished == 3 * list(MEMBERS)
+    first = fake.started[1]
+    given = {name: first[name] for name in ("project", "group", "name", "config", "resume", "dir")}
+    assert given == {
+        "project": "minSAE", "group": "run", "name": "lambda=10", "config": MEMBERS["lambda=10"], "resume": "allow",
+        "dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    ids = [how["id"] for how in fake.started]
+    assert ids[:2] == ids[2:4]
+    assert len(set(ids)) == 4
+
+
+@pytest.mark.parametrize("failing", ["import", "init", "log", "finish"])
+def test_wandb_fails_alone(tmp_path, monkeypatch, failing):
+    monkeypatch.setitem(sys.modules, "wandb", None if failing == "import" else FakeWandb(failing))
+
+    def run():
+        log = Wandb(tmp_path, MEMBERS)
+        for step in (50, 100):
+            for name in MEMBERS:
+                log.write(name, {"step": step, "mse": 1.0, "l1": 2.0, "l0": 3.0})
+        log.close()
+
+    with pytest.warns(UserWarning, match="nothing more goes to W&B .*; training goes on") as seen:
+        run()
+    assert len(seen) == 1
+    assert "\n" not in str(seen[0].message)
 
 
 def test_table():

@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from minsae_jax.monitor import Csv, MemberLog, open_csv
+from minsae_jax.monitor import Csv, MemberLog, RunLog, Wandb, open_csv
 from minsae_jax.pictures import draw_pareto
 from minsae_jax.sae.inputs import Inputs
 from minsae_jax.sae.measures import Measures
@@ -28,8 +28,10 @@ class Journal:
         self.figures: dict[str, Figures] = {}  # of the last window
         self.diverged: dict[str, int] = {}  # members that were frozen, and the step that they could not make
         self._logs: dict[str, MemberLog] = {}
+        self._run_log: RunLog | None = None
+        self._wandb: Wandb | None = None
         self._held_out: Csv | None = None
-        self._has_held_out = inputs.held_out is not None
+        self._measures = HELD_OUT if inputs.held_out else ()
 
     @contextmanager
     def opened(self, step: int, tokens: int) -> Iterator[None]:
@@ -39,11 +41,15 @@ class Journal:
             return
         with ExitStack() as stack:
             for m in self.members:
-                log = MemberLog(self.run.member(m), hyper(m), m.d_sae, step, tokens)
+                log = MemberLog(self.run.member(m), hyper(m), m.d_sae, step, tokens, self._measures)
                 self._logs[m.name] = stack.enter_context(log)
-            if self._has_held_out:
-                self._held_out = open_csv(self.run.held_out, ("step", "tokens", "member", *HELD_OUT), last=step)
-                stack.callback(self._held_out.close)
+            self._run_log = stack.enter_context(closing(RunLog(self.run.folder, step, self._measures)))
+            if self._measures:
+                held_out = open_csv(self.run.held_out, ("step", "tokens", "member", *HELD_OUT), last=step)
+                self._held_out = stack.enter_context(closing(held_out))
+            if self.settings.wandb:
+                wandb = Wandb(self.run.folder, {m.name: hyper(m) for m in self.members})
+                self._wandb = stack.enter_context(closing(wandb))
             yield
 
     def window(self, step: int, tokens: int, windows: list[Window], schedules: tuple[float, float],
@@ -59,6 +65,8 @@ class Journal:
                     schedule = {"lr": member.lr * lr_factor, "lambda": member.lambda_sparsity * lambda_factor}
                     row = {"step": step, "tokens": tokens} | figures | schedule
                     self._logs[member.name].write(row, window.active[i], speed)
+                    if self._wandb:
+                        self._wandb.write(member.name, row)
 
     def _figures(self, window: Window, i: int, member: Member) -> Figures:
         """One member's means over a window; under minsae l1 has λ inside, as the reference logs it."""
@@ -80,7 +88,7 @@ class Journal:
 
     def held_out(self, step: int, tokens: int, groups: list[Measures], dead: list[Any]) -> None:
         """Every member's measures on held-out tokens; `dead` are each group's dead fractions."""
-        if not self.writes or self._held_out is None:
+        if not self._held_out or not self._run_log:
             return
         for group, measures, dead_fractions in zip(self.groups, groups, dead, strict=True):
             for i, member in enumerate(group):
@@ -90,6 +98,7 @@ class Journal:
                 self._logs[member.name].measured(step, own)
         self._held_out.flush()
         self.draw(step)
+        self._run_log.show("pareto", self.run.pareto, step)
 
     def draw(self, step: int) -> None:
         """The members' place between few features and good reconstruction."""

@@ -1,7 +1,7 @@
 """The folder of a run: its settings, whether it is finished, and what it gives in the end.
 
-`runs/<name>/` holds config.yaml, checkpoints/, a folder a member in members/, eval.csv where tokens are held out,
-pareto.png, and, once it is finished, sweep.csv.
+`runs/<name>/` holds config.yaml, checkpoints/, a folder a member in members/, TensorBoard events, eval.csv where tokens
+are held out, pareto.png, and, once it is finished, sweep.csv; plots/ and wandb/ where they were asked for.
 """
 
 import csv
@@ -16,14 +16,15 @@ import yaml
 
 from minsae_jax.config import Train, UserError, load_settings, to_dict
 from minsae_jax.files import locked, written_aside
-from minsae_jax.monitor import table
+from minsae_jax.monitor import EVENTS, table
 from minsae_jax.sae.sweep import Member
 
 FILES = (
     "config.yaml", "sweep.csv", "eval.csv", "pareto.png", "evaluation.json", "evaluation.csv", "evaluation.png",
 )  # fmt: skip
-OURS = {*FILES, *(f"{name}.tmp" for name in FILES), "checkpoints", "members", "report"}
-HOW = ("run_dir", "mesh", "distributed", "checkpoint_every", "checkpoint_minutes", "max_to_keep")  # not what is trained
+OURS = {*FILES, *(f"{name}.tmp" for name in FILES), "checkpoints", "members", "plots", "report", "wandb"}
+# Not what is trained
+HOW = ("run_dir", "mesh", "distributed", "checkpoint_every", "checkpoint_minutes", "max_to_keep", "wandb")
 HYPER = ("lambda_sparsity", "lr", "seed", "d_sae")
 FIGURES = ("loss", "mse", "l1", "l0", "fvu", "dead_fraction")
 HELD_OUT = ("fvu", "explained_variance", "l0", "l1", "dead_fraction", "dense_fraction", "cosine", "norm_ratio")
@@ -53,7 +54,8 @@ class Run:
     def is_finished(self) -> bool:
         """Whether there is nothing left to do. Raises UserError where the folder holds anything but this run."""
         config = self.folder / "config.yaml"
-        foreign = sorted({p.name for p in self.folder.iterdir()} - OURS) if self.folder.is_dir() else []
+        names = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
+        foreign = sorted(name for name in names - OURS if not name.startswith(EVENTS))
         if foreign and (self.settings.overwrite or not config.exists()):
             raise UserError(f"{self.folder} holds {foreign[0]}, which is no run's: name another folder with --run_dir")
         if self.settings.overwrite:

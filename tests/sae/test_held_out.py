@@ -51,6 +51,9 @@ def test_what_is_measured(settings, small_store, val_store, tmp_path):
     assert [s.step for s in scalars] == [15, 30, 40]
     assert scalars[-1].value == pytest.approx(float(found[-4]["cosine"]), rel=1e-6)
     assert (run / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    of_run = EventAccumulator(str(run))
+    of_run.Reload()
+    assert [image.step for image in of_run.Images("pareto")] == [15, 30, 40]
     assert "val FVU" in told
 
 

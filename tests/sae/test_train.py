@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from dataclasses import replace
 
 import jax
@@ -13,14 +14,16 @@ from safetensors.numpy import load_file
 from convert.sae import convert_sae
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.shards import open_store
-from minsae_jax.config import Train, load_settings
+from minsae_jax.config import Plot, Train, load_settings
 from minsae_jax.files import locked
+from minsae_jax.pictures import plot
 from minsae_jax.sae.checkpoints import Checkpoints
 from minsae_jax.sae.inputs import measure_scale
 from minsae_jax.sae.journal import Journal
 from minsae_jax.sae.sweep import Sweep, make_groups
 from minsae_jax.sae.train import train
 from tests.conftest import FIXTURES
+from tests.test_monitor import FakeWandb
 
 PARITY = FIXTURES / "sae_parity"
 
@@ -75,7 +78,8 @@ def test_parity_with_minsae(tmp_path, eval_window):
 def test_what_a_run_leaves(settings, tmp_path):
     told = train(settings)
     run = tmp_path / "run"
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "members", "pareto.png", "sweep.csv"]
+    left = sorted(p.name for p in run.iterdir() if not p.name.startswith("events.out.tfevents."))
+    assert left == ["checkpoints", "config.yaml", "members", "pareto.png", "sweep.csv"]
     names = ["lambda=0.1,d_sae=32", "lambda=0.1,d_sae=48", "lambda=3,d_sae=32", "lambda=3,d_sae=48"]
     assert sorted(p.name for p in (run / "members").iterdir()) == names
     assert all(name in told for name in names)
@@ -101,6 +105,9 @@ def test_what_a_run_leaves(settings, tmp_path):
         config = json.loads((member / "config.json").read_text())
         assert (config["lambda_sparsity"], config["d_sae"]) == (float(row["lambda_sparsity"]), int(row["d_sae"]))
         assert any(p.name.startswith("events.out.tfevents") for p in member.iterdir())
+    plot(Plot(run=str(run)))
+    assert (run / "plots/mse_l1.png").exists()
+    assert "finished already" in train(settings)
 
 
 def test_a_last_window_that_is_shorter_counts_for_the_sweep_alone(settings, tmp_path):
@@ -310,6 +317,23 @@ def test_init_starts_every_member_from_the_given_weights(settings, tmp_path):
     for name in ("lambda=3,seed=0", "lambda=3,seed=1"):
         for key, value in load_file(tmp_path / "two/members" / name / "sae.safetensors").items():
             np.testing.assert_allclose(value, load_file(init / "sae.safetensors")[key], rtol=1e-6, atol=1e-7)
+
+
+def test_wandb(settings, tmp_path, monkeypatch):
+    """A row of metrics.csv is a row there; a run may be finished without it."""
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    train(replace(settings, wandb=True))
+    assert "finished already" in train(settings)
+    for member in (tmp_path / "run/members").iterdir():
+        metrics = table(member / "metrics.csv")
+        logged = [(step, f) for name, step, f in fake.logged if name == member.name]
+        assert [step for step, _ in logged] == metrics["step"].tolist()
+        for theirs, ours in (("avg_mse", "mse"), ("avg_l1", "l1"), ("avg_active_features", "l0")):
+            assert [f[theirs] for _, f in logged] == metrics[ours].tolist()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.warns(UserWarning, match="nothing more goes to W&B") as seen:
+        train(replace(settings, wandb=True, overwrite=True))
+    assert len(seen) == 1
 
 
 def test_a_sick_member_is_frozen_and_hurts_nobody(settings, tmp_path):
