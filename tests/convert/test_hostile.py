@@ -258,7 +258,7 @@ def mutation(path: Path, seen: dict[str, int], where, changes):
         return
     windows = np.random.default_rng(0).normal(size=(1, encoder.architecture.seq_len, encoder.architecture.n_vars))
     for d in verify.verify(encoder, source.checkpoint.tensors, windows.astype(np.float32)):
-        assert d.passes or not np.isfinite(d.sd)
+        assert d.passes or not np.isfinite(d.sd) or d.largest < 1e-4 * d.sd  # a changed weight may be huge
     seen["converted"] += 1
 
 

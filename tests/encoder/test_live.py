@@ -133,7 +133,7 @@ def test_interrupted_is_uninterrupted(encoder, settings, tmp_path, few_mixed, mo
 
 
 def test_other_recordings_are_refused_on_the_way(encoder, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("minsae_jax.sae.train.Trainer._export", lambda _: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr("minsae_jax.sae.journal.Journal.export", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         run(encoder, settings)
     monkeypatch.undo()
