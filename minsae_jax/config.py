@@ -237,6 +237,7 @@ class Train:
             "scale_tokens", "adam_eps", "live_batch_size", "eval_window", "dead_after", "checkpoint_every",
             "checkpoint_minutes", "max_to_keep", "eval_tokens",
         )  # fmt: skip
+        _require(self.eval_tokens > 1, f"--eval_tokens must be 2 or more, but is {self.eval_tokens}")
         _require(self.eval_every >= 0, f"--eval_every must be 0 or more, but is {self.eval_every}")
         mesh_is_whole = self.mesh is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", self.mesh)
         _require(bool(mesh_is_whole), f"--mesh must be two numbers of devices like 4x2, but is {self.mesh}")

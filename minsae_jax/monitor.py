@@ -22,6 +22,8 @@ METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "
 COMPARED = ("mse", "l1", "l0", "dead_fraction")  # of METRICS: what TensorBoard holds members against one another by
 EVENTS = "events.out.tfevents."  # how TensorBoard's files are called
 
+BAR = "{desc} {percentage:.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left, {rate_noinv_fmt}{postfix}"
+
 
 class Bar:
     """A progress bar with a rate and the time left."""
@@ -46,7 +48,7 @@ def progress(title: str, total: int, unit: str, delay: float = 0) -> Iterator[Ba
     """A bar on stderr, shown after `delay` seconds; where that is no terminal, a line every ten seconds."""
     terminal = sys.stderr.isatty()
     pace = {"mininterval": 0.1} if terminal else {"mininterval": 10, "maxinterval": 30, "ascii": True}
-    with tqdm(total=total, desc=title, unit=f" {unit}", dynamic_ncols=True, delay=delay, **pace) as bar:
+    with tqdm(total=total, desc=title, unit=unit, bar_format=BAR, dynamic_ncols=True, delay=delay, **pace) as bar:
         yield Bar(bar)
 
 
@@ -128,7 +130,8 @@ class MemberLog:
     def measured(self, step: int, figures: Mapping[str, float]) -> None:
         """Measures on held-out tokens."""
         for name, value in figures.items():
-            self._board.add_scalar(f"eval/{name}", value, step)
+            if np.isfinite(value):  # a frozen member has no dead fraction
+                self._board.add_scalar(f"eval/{name}", value, step)
         self._board.flush()
 
     def note(self, step: int, text: str) -> None:

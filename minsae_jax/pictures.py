@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#2a6f97", "#e07a5f", "#3d8b5f", "#8d5a97", "#c9a227", "#5f6b73")
+MARKERS = ("o", "s", "^", "D")
 STYLES = ("-", "--", ":", "-.")
 HYPER = {"lambda": "λ", "d_sae": "d_sae", "lr": "lr", "seed": "seed"}  # in a member's name, and in a legend
 FRAMES = 60  # of an animation, at the most
@@ -25,24 +26,26 @@ SMOOTH = np.array([1, 4, 6, 4, 1]) / 16  # over bins: a density of few tokens ha
 
 
 def draw_pareto(path: Path, points: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:
-    """L0 against FVU, a point a member with λ beside it; each kind of member (of one size, say) is a line.
+    """L0 against FVU, a point a member; each kind of member (of one size, say) is a line. λ stands beside the points
+    where there are few kinds, else at the ends of each line. Members without figures are left out.
 
     points: for every kind its members' lambda_sparsity, l0 and fvu.
     """
-    figure = _figure(7.0, 4.5)
+    figure = _figure(7.0 if len(points) == 1 else 9.0, 4.5)
     axes = figure.subplots()
     for i, (kind, members) in enumerate(points.items()):
-        line = sorted(members, key=lambda m: m["l0"])
+        line = sorted((m for m in members if np.isfinite(m["l0"]) and np.isfinite(m["fvu"])), key=lambda m: m["l0"])
         l0, fvu = [m["l0"] for m in line], [m["fvu"] for m in line]
-        axes.plot(l0, fvu, "o-", color=COLOURS[i % len(COLOURS)], alpha=0.8, label=kind, markersize=5, linewidth=1)
-        for member in line:
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+        axes.plot(l0, fvu, "-", color=colour, marker=marker, alpha=0.8, label=kind, markersize=5, linewidth=1)
+        for member in line if len(points) <= 3 else line[:1] + line[1:][-1:]:
             where = (member["l0"], member["fvu"])
             axes.annotate(f"{member['lambda_sparsity']:g}", where, (4, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="L0: active features a token", ylabel="FVU: variance not explained")
     axes.set_title(title, parse_math=False)
     _tidy(axes)
     if len(points) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     axes.text(1, 1.01, "numbers: λ", transform=axes.transAxes, ha="right", va="bottom", fontsize=8, color="grey")
     with written_aside(path) as aside:
         figure.savefig(aside, format="png", dpi=120)

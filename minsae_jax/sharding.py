@@ -4,6 +4,7 @@ Members of a sweep lie along `sweep`, windows and tokens along `data`; weights a
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import time
@@ -120,6 +121,14 @@ def any_of(first: bool, second: bool) -> tuple[bool, bool]:
         return first, second
     flags = multihost_utils.process_allgather(np.array([first, second]))
     return bool(flags[:, 0].any()), bool(flags[:, 1].any())
+
+
+def is_same_everywhere(text: str) -> bool:
+    """Whether every process has this text. All go through this."""
+    if process_count() == 1:
+        return True
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
+    return bool((digests == digests[0]).all())
 
 
 def on_cpu() -> bool:

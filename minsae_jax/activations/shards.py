@@ -104,8 +104,9 @@ class Store:
     def _read_into(self, rows: Float[np.ndarray, "rows d_model"], shard: int, start: int) -> None:
         """The file is opened for each read: to keep every shard open would take as many file descriptors. (With the
         system's own calls, since Python's file objects take as long as the reading.)"""
-        file, is_float64 = self.shards[shard], self.dtype_on_disk == "float64"
-        place = np.empty(rows.shape, np.float64) if is_float64 else rows
+        file = self.shards[shard]
+        on_disk = self.dtype if self.dtype_on_disk == "bfloat16" else np.dtype(self.dtype_on_disk)
+        place = rows if on_disk == rows.dtype else np.empty(rows.shape, on_disk)
         missing, offset = place.view(np.uint8).data.cast("B"), file.offset + start * place[:1].nbytes
         descriptor = os.open(file.path, os.O_RDONLY)
         try:
@@ -116,7 +117,7 @@ class Store:
                 missing, offset = missing[count:], offset + count
         finally:
             os.close(descriptor)
-        if is_float64:
+        if place is not rows:
             rows[:] = place
 
     def verify(self) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of a sweep: the whole state and a small JSON beside it, by Orbax, saved while training goes on."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ import orbax.checkpoint as ocp
 
 from minsae_jax.config import UserError
 from minsae_jax.sae.sweep import State
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what a kill left behind, which is not seen again
 
 
 @contextmanager

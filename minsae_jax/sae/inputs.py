@@ -103,13 +103,15 @@ def open_held_out(settings: Train, store: Source) -> Store | None:
 
 def sibling_store(store: Path, split: str = "val") -> Path | None:
     """embeddings/store_val for embeddings/store, and embeddings/store_val/l-1 for embeddings/store/l-1."""
-    store = store.resolve()
+    store = store.absolute()  # links are not followed: a sibling is one by its name
     named = store.parent if store.name.startswith("l") and store.name[1:].lstrip("-").isdecimal() else store
     return named.with_name(f"{named.name}_{split}") / store.relative_to(named) if named.name else None
 
 
 def _mismatch(store: Source, held_out: Store) -> str | None:
     """Why the tokens of one are not of the other's kind, as far as that is known."""
+    if held_out.rows < 2:
+        return "holds a single token"
     if held_out.d_model != store.d_model:
         return f"is of d_model {held_out.d_model}, but the train store of {store.d_model}"
     for name in ("encoder", "layer_index"):
@@ -124,6 +126,8 @@ def held_out_batches(settings: Train, held_out: Store) -> Iterator[Float[np.ndar
     windows, left = ShuffledWindows(held_out, seed=0), min(settings.eval_tokens, held_out.rows)
     for i in range(windows.windows_per_epoch):
         rows = windows[i][:left]
+        if not np.isfinite(rows.astype(np.float32, copy=False)).all():
+            raise UserError(f"the store {held_out.folder} holds NaN or infinity: extract it again")
         for start in range(0, len(rows), HELD_OUT_BATCH):
             yield rows[start : start + HELD_OUT_BATCH]
         left -= len(rows)

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
 from minsae_jax.monitor import Csv, MemberLog, RunLog, Wandb, open_csv
 from minsae_jax.pictures import draw_pareto
 from minsae_jax.sae.inputs import Inputs
@@ -15,17 +17,18 @@ from minsae_jax.sae.model import Params, fold_scale, save_member
 from minsae_jax.sae.run import FIGURES, HELD_OUT, HYPER, Run
 from minsae_jax.sae.sweep import Member, Window
 
-Figures = dict[str, float]  # of a member in a window: FIGURES
+Figures = dict[str, float]
 
 
 class Journal:
-    """A run's notes; `figures` and `diverged` go into checkpoints. In a cluster one process alone writes."""
+    """A run's notes. figures, measured and diverged go into checkpoints. In a cluster one process alone writes."""
 
     def __init__(self, inputs: Inputs, run: Run, writes: bool):
         self.settings, self.store, self.groups = inputs.settings, inputs.store, inputs.groups
         self.run, self.writes = run, writes
         self.members = [member for group in self.groups for member in group]
-        self.figures: dict[str, Figures] = {}  # of the last window
+        self.figures: dict[str, Figures] = {}  # of every member in the last window
+        self.measured: dict[str, Figures] = {}  # HELD_OUT of every member when it was last measured
         self.diverged: dict[str, int] = {}  # members that were frozen, and the step that they could not make
         self._logs: dict[str, MemberLog] = {}
         self._run_log: RunLog | None = None
@@ -88,28 +91,27 @@ class Journal:
 
     def held_out(self, step: int, tokens: int, groups: list[Measures], dead: list[Any]) -> None:
         """Every member's measures on held-out tokens; `dead` are each group's dead fractions."""
-        if not self._held_out or not self._run_log:
-            return
         for group, measures, dead_fractions in zip(self.groups, groups, dead, strict=True):
             for i, member in enumerate(group):
                 own = {n: float(getattr(measures, n)[i]) for n in HELD_OUT if n != "dead_fraction"}
-                own["dead_fraction"] = float(dead_fractions[i])
-                self._held_out.writerow([step, tokens, member.name, *(own[name] for name in HELD_OUT)])
-                self._logs[member.name].measured(step, own)
+                self.measured[member.name] = own | {"dead_fraction": float(dead_fractions[i])}
+        if not self._held_out or not self._run_log:
+            return
+        for name, own in self.measured.items():
+            self._held_out.writerow([step, tokens, name, *(own[measure] for measure in HELD_OUT)])
+            self._logs[name].measured(step, own)
         self._held_out.flush()
         self.draw(step)
         self._run_log.show("pareto", self.run.pareto, step)
 
     def draw(self, step: int) -> None:
         """The members' place between few features and good reconstruction."""
-        held_out = self.run.read_held_out()
         points: dict[str, list[dict[str, float]]] = {}
         for member in self.members:
             kind = member.name.partition(",")[2]  # what is varied beside λ
-            figures = held_out.get(member.name) or self.figures[member.name]
-            point = {name: float(figures[name]) for name in ("l0", "fvu")}
-            points.setdefault(kind, []).append(point | {"lambda_sparsity": member.lambda_sparsity})
-        where = "on held-out tokens" if held_out else "in training"
+            figures = self.measured.get(member.name) or self.figures[member.name]
+            points.setdefault(kind, []).append(figures | {"lambda_sparsity": member.lambda_sparsity})
+        where = "on held-out tokens" if self.measured else "in training"
         draw_pareto(self.run.pareto, points, f"{self.run.folder.name} {where}, step {step:,}")
 
     def export(self, step: int, tokens: int, scale: float, weights: Iterator[Params]) -> None:
@@ -129,13 +131,16 @@ class Journal:
             "tokens": tokens,
             "versions": {name: version(name) for name in ("minsae_jax", "jax", "flax", "optax")},
         }
-        held_out = self.run.read_held_out()
         rows = []
         for member, params in zip(self.members, weights, strict=True):
             diverged = self.diverged.get(member.name)
             status = {"status": "diverged" if diverged else "finished"}
             since = {"diverged_at_step": diverged} if diverged else {}
-            measured = {"held_out": held_out[member.name]} if held_out else {}
+            own = {
+                name: value if np.isfinite(value) else None
+                for name, value in self.measured.get(member.name, {}).items()
+            }
+            measured = {"held_out": own} if own else {}
             if self.writes:
                 config = about | hyper(member) | status | since | measured
                 save_member(self.run.member(member), fold_scale(params, scale), config)

@@ -65,7 +65,7 @@ class Run:
             if self.checkpoints.exists():
                 raise UserError(f"{self.folder} holds checkpoints but no config.yaml: use --overwrite to start anew")
             return False
-        now, before = _kept(self.settings), _kept(load_settings(Train, config))
+        now, before = self.kept(), _kept(load_settings(Train, config))
         other = [f"{k} ({before[k]}, now {now[k]})" for k in now if _differs(k, before[k], now[k])]
         if other:
             raise UserError(
@@ -74,9 +74,14 @@ class Run:
             )
         return (self.folder / "sweep.csv").exists()
 
+    def kept(self) -> dict[str, Any]:
+        """What is remembered of the settings."""
+        return _kept(self.settings)
+
     def is_new(self) -> bool:
         """Whether there is nothing to go on from."""
-        return self.settings.overwrite or not self.checkpoints.is_dir() or not any(self.checkpoints.iterdir())
+        saved = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return self.settings.overwrite or not any(p.name.isdecimal() for p in saved)  # others were cut off
 
     @contextmanager
     def begun(self) -> Iterator[None]:
@@ -87,7 +92,7 @@ class Run:
                 for path in self.folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             with written_aside(self.folder / "config.yaml") as aside:
-                aside.write_text(yaml.safe_dump({"train": _kept(self.settings)}, sort_keys=False))
+                aside.write_text(yaml.safe_dump({"train": self.kept()}, sort_keys=False))
             yield
 
     def finish(self, rows: list[dict[str, Any]]) -> None:
@@ -98,7 +103,7 @@ class Run:
             writer.writerows(rows)
 
     def read_held_out(self) -> dict[str, dict[str, float]]:
-        """HELD_OUT of every member at the last measurement; empty where there was none."""
+        """HELD_OUT of every member when it was last measured; empty where there was no such thing."""
         if not self.held_out.exists():
             return {}
         with self.held_out.open(newline="") as f:

@@ -187,7 +187,8 @@ class Sweep:
         return state | {"groups": groups, "moments": moments}
 
     def dead_fractions(self, state: State) -> list[Float[np.ndarray, " members"]]:
-        """Of every group's members: features that were silent over the last dead_after tokens, or since the start."""
+        """Of every group's members: share of features that were silent over the last dead_after tokens, or since the
+        start; NaN where a member is frozen."""
         return jax.device_get(self._dead(state["groups"], state["seen"]))
 
     def weights(self, state: State) -> Iterator[model.Params]:
@@ -208,7 +209,8 @@ class Sweep:
 
     def _dead_fractions(self, groups: list[State], seen: Array) -> list[Array]:
         limit = jnp.minimum(seen, self.settings.dead_after)
-        return [(g["silent"][: len(m)] >= limit).mean(1) for g, m in zip(groups, self.groups, strict=True)]
+        found = [jnp.where(g["frozen"], jnp.nan, (g["silent"] >= limit).mean(1)) for g in groups]
+        return [dead[: len(members)] for dead, members in zip(found, self.groups, strict=True)]
 
     def _pieces(self, tokens: int) -> tuple[int, int]:
         """Into how many pieces of how many tokens each device of `data` cuts its share."""

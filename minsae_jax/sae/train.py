@@ -1,5 +1,6 @@
 """The training loop: one stream of tokens, all members side by side: `python -m minsae_jax train`."""
 
+import json
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from minsae_jax.activations.stream import Source
 from minsae_jax.config import Stopped, Train, UserError
 from minsae_jax.monitor import Bar, progress
 from minsae_jax.sae.checkpoints import Checkpoints
-from minsae_jax.sae.inputs import Inputs, check_inputs, held_out_batches, measure_scale
+from minsae_jax.sae.inputs import Inputs, check_inputs, held_out_batches
 from minsae_jax.sae.journal import Journal
 from minsae_jax.sae.measures import measure
 from minsae_jax.sae.model import fold_scale
@@ -43,6 +44,9 @@ def train(
             return f"the run {run.folder} is finished already\n{run.summary()}"
         store = open_live() if open_live else open_store(settings.store, settings.cache_layer)
         inputs = check_inputs(settings, store, encoder_fingerprint, run.is_new())
+    seen = [run.kept(), store.fingerprint, inputs.held_out and inputs.held_out.fingerprint, run.is_new()]
+    if not sharding.is_same_everywhere(json.dumps(seen)):
+        raise UserError("the processes were not given the same command, or do not see the same files")
     with ExitStack() as stack:
         with sharding.together(f"begin {run.folder}"):
             if sharding.process() == 0:
@@ -65,7 +69,8 @@ class Trainer:
         if latest is not None:
             self._restore(latest, run)
         else:
-            self.scale = inputs.scale or measure_scale(self.settings, self.store)
+            assert inputs.scale is not None
+            self.scale = inputs.scale
             self.state = self.sweep.init(fold_scale(inputs.start, 1 / self.scale) if inputs.start else None)
 
     def _restore(self, step: int, run: Run) -> None:
@@ -75,9 +80,14 @@ class Trainer:
                 f"the store {self.store.folder} has changed since {run.folder} began: bring the old one back, or "
                 "use --overwrite"
             )
+        if notes["held_out"] != self._held_out_fingerprint():
+            raise UserError(
+                f"the held-out store is not the one that {run.folder} began with: bring that back, or use --overwrite"
+            )
         self.state = self.sweep.from_portable(state)
         self.step, self.tokens, self.scale = step, notes["tokens"], notes["scale"]
         self.journal.figures, self.journal.diverged = notes["figures"], notes["diverged"]
+        self.journal.measured = notes["measured"]
         self.stream.set_state(notes["stream"])
 
     def _save(self) -> None:
@@ -85,12 +95,17 @@ class Trainer:
             "tokens": self.tokens,
             "scale": self.scale,
             "figures": self.journal.figures,
+            "measured": self.journal.measured,
             "diverged": self.journal.diverged,
             "stream": self.stream.get_state(),
             "store": self.store.fingerprint,
+            "held_out": self._held_out_fingerprint(),
         }
         self.checkpoints.save(self.step, self.sweep.portable(self.state), notes)
         self.saved_at = time.monotonic()
+
+    def _held_out_fingerprint(self) -> str | None:
+        return self.held_out.fingerprint if self.held_out else None
 
     def train(self) -> None:
         """Steps to the end, then the exports."""
@@ -160,8 +175,8 @@ class Trainer:
             schedules = self.sweep.schedules(step - 1)
             self.journal.window(step, tokens, windows, (float(schedules[0]), float(schedules[1])), speed)
         bar.note(
-            f"{self.pace.members} x {speed['tokens_per_second']:,.0f} tokens/s, {speed['share_of_limit']:.0%} of the "
-            f"limit, {speed['waiting']:.0%} waiting"
+            f"{self.pace.members} x {speed['tokens_per_second'] / 1e3:,.0f}k tokens/s, "
+            f"{speed['share_of_limit']:.0%} of limit, {speed['waiting']:.0%} waiting"
         )
 
     def _measure(self) -> None:

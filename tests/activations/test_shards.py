@@ -328,3 +328,12 @@ def test_stores_from_before_there_was_a_precision(folder):
     assert opened(folder, now)[0]
     with pytest.raises(UserError, match=r"other settings: precision \(float32, now bfloat16\)"):
         opened(folder, now | {"data": now["data"] | {"precision": "bfloat16"}})
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", "<f8", np.longdouble, ">f2"])
+def test_numbers_of_any_kind_without_a_manifest(tmp_path, dtype):
+    x = np.random.default_rng(0).normal(size=(3, 5, 4))
+    np.save(tmp_path / "b0000.npy", x.astype(dtype))
+    found = open_store(tmp_path).read(0)
+    assert found.dtype in (np.float32, np.float16)
+    np.testing.assert_allclose(found, x.reshape(-1, 4), rtol=1e-3)

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.shards import open_store
 from minsae_jax.config import Train
+from minsae_jax.sae.checkpoints import Checkpoints
 from minsae_jax.sae.inputs import held_out_batches, sibling_store
 from minsae_jax.sae.journal import Journal
 from minsae_jax.sae.run import HELD_OUT, Run
@@ -79,7 +80,7 @@ def test_which_tokens(val_store):
 )  # fmt: skip
 def test_the_sibling(tmp_path, monkeypatch, store, sibling):
     monkeypatch.chdir(tmp_path)
-    assert sibling_store(tmp_path / store) == tmp_path.resolve() / sibling
+    assert sibling_store(tmp_path / store) == tmp_path / sibling
 
 
 def test_a_store_of_another_kind(settings, small_store, val_store, tmp_path):
@@ -119,3 +120,80 @@ def test_interrupted_measurements(settings, small_store, val_store, tmp_path, mo
     train(other)
     assert (tmp_path / "run/eval.csv").read_bytes() == (tmp_path / "other/eval.csv").read_bytes()
     assert Run(other).read_held_out().keys() == {r["member"] for r in rows(tmp_path / "run")}
+
+
+def cut_off(settings, monkeypatch, step=20):
+    """A run that dies once its checkpoint of a step is written."""
+    save = Checkpoints.save
+
+    def dying(self, at, *args):
+        save(self, at, *args)
+        if at == step:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Checkpoints, "save", dying)
+        train(settings)
+
+
+def test_a_held_out_store_that_changed_or_vanished(settings, small_store, val_store, tmp_path, monkeypatch):
+    cut_off(settings, monkeypatch)
+    val_store.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="the held-out store is not the one that .* began with"):
+        train(settings)
+    write_small_store(val_store, seed=1)
+    np.save(val_store / "l-1/b0003.npy", np.zeros((1, 7, 16), np.float32))
+    with pytest.raises(UserError, match="the held-out store is not the one that .* began with"):
+        train(settings)
+    (val_store / "l-1/b0003.npy").unlink()
+    train(settings)
+
+
+def test_what_was_measured_outlives_a_damaged_table(settings, small_store, val_store, tmp_path, monkeypatch):
+    """Cut off between the last checkpoint and the exports, and then eval.csv is cut as well."""
+
+    def dying(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Journal, "export", dying)
+        train(settings)
+    eval_csv = tmp_path / "run/eval.csv"
+    measured = {r["member"]: float(r["fvu"]) for r in rows(tmp_path / "run")}
+    eval_csv.write_bytes(eval_csv.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"sweep.csv or eval.csv in .* is damaged"):
+        train(settings)
+    for name, fvu in measured.items():
+        config = json.loads((tmp_path / "run/members" / name / "config.json").read_text())
+        assert config["held_out"]["fvu"] == fvu
+
+
+def test_tokens_that_cannot_be_measured(settings, small_store, val_store):
+    x = np.load(val_store / "l-1/b0001.npy")
+    x[2, 3, 4] = np.nan
+    np.save(val_store / "l-1/b0001.npy", x)
+    with pytest.raises(UserError, match="store_val/l-1 holds NaN"):
+        train(settings)
+    for i in (1, 2):
+        (val_store / f"l-1/b000{i}.npy").unlink()
+    np.save(val_store / "l-1/b0000.npy", np.ones((1, 1, 16), np.float32))
+    with pytest.raises(UserError, match=r"--val_store .* holds a single token"):
+        train(replace(settings, val_store=str(val_store), overwrite=True))
+
+
+def test_links_have_siblings_by_name(settings, small_store, val_store, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/acts").symlink_to(small_store)
+    (tmp_path / "links/acts_val").symlink_to(val_store)
+    assert "val FVU" in train(replace(settings, store=str(tmp_path / "links/acts")))
+
+
+def test_a_frozen_member_is_measured_as_it_was(settings, small_store, val_store, tmp_path):
+    sick = replace(settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,), eval_every=20)
+    with pytest.warns(UserWarning, match="diverged"):
+        train(sick)
+    found = [r for r in rows(tmp_path / "run") if r["member"].endswith("1e+30")]
+    assert len({tuple(r[name] for name in HELD_OUT) for r in found}) == 1
+    assert {r["dead_fraction"] for r in found} == {"nan"}
+    config = json.loads((tmp_path / "run/members/lambda=0.1,lr=1e+30/config.json").read_text())
+    assert config["held_out"]["dead_fraction"] is None

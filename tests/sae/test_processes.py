@@ -73,7 +73,7 @@ COMMON = "--batch_size 32 --lr 3e-3 --eval_window 8 --checkpoint_every 10 --eval
 class Cluster:
     """The same command in two processes on two devices each."""
 
-    def __init__(self, folder: Path, flags: list[str]):
+    def __init__(self, flags: list[str], of_second: tuple[str, ...] = ()):
         with socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -82,7 +82,7 @@ class Cluster:
                         "JAX_NUM_CPU_DEVICES": "2"}  # fmt: skip
         command = [sys.executable, "-m", "minsae_jax", "train", "--distributed", *flags]
         self.processes = [
-            subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE,
+            subprocess.Popen([*command, *(of_second if i else ())], env=environment | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
             for i in range(2)
         ]  # fmt: skip
@@ -101,7 +101,7 @@ def test_two_processes_are_one(small_store, tmp_path, mesh):
         capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert "lambda=0.1,d_sae=32" in one.stdout
-    cluster = Cluster(tmp_path, [*flags, "--run_dir", str(tmp_path / "two"), "--mesh", mesh])
+    cluster = Cluster([*flags, "--run_dir", str(tmp_path / "two"), "--mesh", mesh])
     codes, out, told = cluster.end()
     assert codes == [0, 0], told
     assert "lambda=0.1,d_sae=32" in out[0]
@@ -114,7 +114,7 @@ def test_two_processes_are_one(small_store, tmp_path, mesh):
 
 def test_a_signal_to_one_process_stops_both(small_store, tmp_path):
     flags = ["--store", str(small_store), *COMMON.split(), "--num_steps", "100000", "--run_dir", str(tmp_path / "run")]
-    cluster = Cluster(tmp_path, flags)
+    cluster = Cluster(flags)
     wait_for(tmp_path / "run/checkpoints/10")
     cluster.processes[1].send_signal(signal.SIGTERM)
     codes, _, told = cluster.end()
@@ -131,3 +131,11 @@ def wait_for(path: Path, seconds: float = 60) -> None:
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.1)
+
+
+def test_processes_of_unlike_commands_are_refused(small_store, tmp_path):
+    flags = ["--store", str(small_store), *COMMON.split(), "--num_steps", "40", "--run_dir", str(tmp_path / "run")]
+    codes, _, told = Cluster(flags, ("--lr", "1e-3")).end()
+    assert codes == [2, 2], told
+    assert all("the processes were not given the same command" in t for t in told)
+    assert not (tmp_path / "run").exists()

@@ -394,3 +394,24 @@ def test_divergence_is_remembered_over_a_break(settings, tmp_path, monkeypatch):
     train(sick)  # warns no more
     config = json.loads((tmp_path / "run/members/lambda=0.1,lr=1e+30/config.json").read_text())
     assert (config["status"], config["diverged_at_step"]) == ("diverged", 2)
+
+
+def test_a_run_whose_first_checkpoint_was_cut_off_begins_anew(settings, tmp_path):
+    """From the weights of --init, that is."""
+    first = replace(settings, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,), num_steps=10)
+    train(first)
+    again = replace(first, init=str(tmp_path / "run/members/lambda=3"), run_dir=str(tmp_path / "again"))
+    (tmp_path / "again/checkpoints/10.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / "again/config.yaml").write_bytes((tmp_path / "run/config.yaml").read_bytes())
+    with pytest.raises(UserError, match="init"):
+        train(again)
+    (tmp_path / "again/config.yaml").unlink()
+    (tmp_path / "again/checkpoints").rename(tmp_path / "kept")
+    train(replace(again, run_dir=str(tmp_path / "whole")))
+    (tmp_path / "again/config.yaml").write_text(
+        (tmp_path / "whole/config.yaml").read_text().replace(f"{tmp_path}/whole", f"{tmp_path}/again")
+    )
+    (tmp_path / "kept").rename(tmp_path / "again/checkpoints")
+    train(again)
+    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors")
+    assert files(tmp_path / "again", *names) == files(tmp_path / "whole", *names)
