@@ -13,6 +13,7 @@ FLOORS = {  # a room may import from rooms of a lower number, and from itself
     "minsae_jax.pictures": 2,
     "minsae_jax.sharding": 1, "minsae_jax.eeg": 3, "minsae_jax.activations": 3, "minsae_jax.encoder": 4,
     "minsae_jax.sae": 4,
+    "minsae_jax.features": 5,
     "minsae_jax": 5,  # its __init__.py, the public API
     "convert": 5, "minsae_jax.__main__": 6,
 }  # fmt: skip
