@@ -92,11 +92,14 @@ def _evaluate(settings: Evaluate) -> None:
     if checkpoint_path is None:
         raise UserError("evaluate needs --checkpoint_path, since the run does not name its encoder")
     from minsae_jax.features.evaluate import evaluate, summary  # scipy is imported for this verb only
+    from minsae_jax.features.show import show
 
     sharding.start()
     encoder = open_encoder(checkpoint_path, settings.config_path or trained.config_path)
     evaluation = evaluate(settings, encoder)
     print(summary(evaluation), flush=True)
+    if settings.report:
+        print(f"open {show(settings, encoder, evaluation)}")
 
 
 def open_encoder(checkpoint_path: str, config_path: str | None = None) -> Encoder:

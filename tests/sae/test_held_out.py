@@ -131,19 +131,20 @@ def cut_off(settings, monkeypatch, step=20):
         if at == step:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Checkpoints, "save", dying)
+    monkeypatch.setattr(Checkpoints, "save", dying)
+    with pytest.raises(Killed):
         train(settings)
+    monkeypatch.undo()
 
 
 def test_a_held_out_store_that_changed_or_vanished(settings, small_store, val_store, tmp_path, monkeypatch):
     cut_off(settings, monkeypatch)
     val_store.rename(tmp_path / "gone")
-    with pytest.raises(UserError, match="the held-out store is not the one that .* began with"):
+    with pytest.raises(UserError, match=r"the held-out store is not the one that .* began with"):
         train(settings)
     write_small_store(val_store, seed=1)
     np.save(val_store / "l-1/b0003.npy", np.zeros((1, 7, 16), np.float32))
-    with pytest.raises(UserError, match="the held-out store is not the one that .* began with"):
+    with pytest.raises(UserError, match=r"the held-out store is not the one that .* began with"):
         train(settings)
     (val_store / "l-1/b0003.npy").unlink()
     train(settings)
@@ -155,9 +156,10 @@ def test_what_was_measured_outlives_a_damaged_table(settings, small_store, val_s
     def dying(*_):
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Journal, "export", dying)
+    monkeypatch.setattr(Journal, "export", dying)
+    with pytest.raises(Killed):
         train(settings)
+    monkeypatch.undo()
     eval_csv = tmp_path / "run/eval.csv"
     measured = {r["member"]: float(r["fvu"]) for r in rows(tmp_path / "run")}
     eval_csv.write_bytes(eval_csv.read_bytes()[:-40])

@@ -82,8 +82,10 @@ class Cluster:
                         "JAX_NUM_CPU_DEVICES": "2"}  # fmt: skip
         command = [sys.executable, "-m", "minsae_jax", "train", "--distributed", *flags]
         self.processes = [
-            subprocess.Popen([*command, *(of_second if i else ())], env=environment | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+            subprocess.Popen(
+                [*command, *of_second][: None if i else len(command)], env=environment | {"JAX_PROCESS_ID": str(i)},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+            )
             for i in range(2)
         ]  # fmt: skip
 

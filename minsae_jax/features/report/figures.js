@@ -1,0 +1,353 @@
+// What the report draws: plots, the scalp, and windows of EEG. A figure is drawn at the width that it has.
+// Data are shown as text nodes and attributes only, never as markup.
+"use strict";
+
+function fill(node, attributes, children) {
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (value !== null) node.setAttribute(key, value);
+  }
+  node.append(...children.flat(Infinity).filter((child) => child !== null));
+  return node;
+}
+const html = (name, attributes = {}, ...children) => fill(document.createElement(name), attributes, children);
+const svg = (name, attributes = {}, ...children) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
+const text = (x, y, anchor, content, kind = "") => svg("text", { x, y, "text-anchor": anchor, class: kind }, content);
+const line = (points) => "M" + points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L");
+
+const missing = (value) => value === null || value === undefined || value === "";
+const whole = (value) => Math.round(value).toLocaleString("en");
+const count = (n, name) => `${whole(n)} ${name}${n === 1 ? "" : "s"}`;
+
+/** For axes: as few digits as do. */
+function short(value) {
+  if (missing(value)) return "";
+  return (Math.abs(value) >= 1000 ? whole(value) : String(Number(value.toPrecision(3)))).replaceAll("-", "−");
+}
+
+/** For tables: three digits, 8.30 as well as 0.0210; "–" where there is nothing. */
+function number(value, digits = 3) {
+  if (missing(value)) return "–";
+  const plain = Number.isInteger(value) || Math.abs(value) >= 10 ** digits - 0.5;
+  return (plain ? whole(value) : value.toPrecision(digits)).replaceAll("-", "−");
+}
+const percent = (value) => (missing(value) ? "–" : `${number(100 * value, 2)} %`);
+
+function figure(draw) {
+  const node = html("div", { class: "figure" });
+  node.draw = draw;
+  return node;
+}
+
+function redrawFigures() {
+  for (const node of document.querySelectorAll(".figure")) {
+    if (node.clientWidth) node.replaceChildren(node.draw(node.clientWidth));
+  }
+}
+
+// ---- plots
+
+function scale(from, to, a, b, log = false) {
+  const f = log ? Math.log10 : Number;
+  return (value) => a + ((f(value) - f(from)) / (f(to) - f(from) || 1)) * (b - a);
+}
+
+function ticks(from, to, log, n) {
+  if (log) {
+    const powers = [];
+    for (let p = Math.floor(Math.log10(from)); p <= Math.log10(to); p++) powers.push(p);
+    const steps = 3 * powers.length <= n ? [1, 2, 5] : [1];
+    return powers.flatMap((p) => steps.map((m) => Number(`${m}e${p}`))).filter((v) => v >= from && v <= 1.0001 * to);
+  }
+  const rough = (to - from) / n || 1;
+  const unit = 10 ** Math.floor(Math.log10(rough));
+  const step = unit * [1, 2, 5, 10].find((m) => m * unit >= 0.999 * rough);
+  const values = [];
+  for (let i = Math.ceil(from / step - 1e-9); i * step <= to + 1e-9 * step; i++) values.push(i * step);
+  return values;
+}
+
+/** Axes with a grid; x and y: {from, to, label, log, format}. Returns the picture, both scales and the box. */
+function axes(width, height, x, y) {
+  const box = { left: 44, right: width - 16, top: 18, bottom: height - 34 };
+  const sx = scale(x.from, x.to, box.left, box.right, x.log);
+  const sy = scale(y.from, y.to, box.bottom, box.top, y.log);
+  const root = svg("svg", { width, height, role: "img" });
+  for (const value of ticks(y.from, y.to, y.log, 4)) {
+    root.append(svg("path", { class: "grid", d: `M${box.left} ${sy(value)}H${box.right}` }));
+    root.append(text(box.left - 6, sy(value) + 3.5, "end", (y.format ?? short)(value)));
+  }
+  for (const value of ticks(x.from, x.to, x.log, Math.max(2, Math.floor(width / 70)))) {
+    root.append(text(sx(value), box.bottom + 14, "middle", (x.format ?? short)(value)));
+  }
+  root.append(svg("path", { class: "axis", d: `M${box.left} ${box.bottom}H${box.right}` }));
+  root.append(text((box.left + box.right) / 2, height - 4, "middle", x.label, "label"));
+  root.append(text(box.left, 10, "start", y.label ?? "", "label"));
+  return { root, sx, sy, box };
+}
+
+const level = ({ box, sy }, value) => svg("path", { class: "base", d: `M${box.left} ${sy(value)}H${box.right}` });
+
+/** Counts between edges, and a dotted level where one is given; `tell` says what a bar is. */
+function drawBars(edges, counts, x, y, tell, expected = null) {
+  return (width) => {
+    const plot = axes(width, 190, { from: edges[0], to: edges.at(-1), ...x }, y);
+    counts.forEach((n, i) => {
+      if (!n) return;
+      const [a, b, top] = [plot.sx(edges[i]), plot.sx(edges[i + 1]), plot.sy(n)];
+      const at = { x: a + 0.5, width: Math.max(b - a - 1, 0.5), y: top, height: plot.box.bottom - top };
+      plot.root.append(svg("rect", { class: "bar", ...at }, svg("title", {}, tell(n, i))));
+    });
+    if (expected !== null) plot.root.append(level(plot, expected));
+    return plot.root;
+  };
+}
+
+/** How many features are how often active, in half decades of density. */
+function drawDensities(densities) {
+  const active = densities.filter((density) => density > 0).map((density) => Math.log10(density));
+  const first = Math.floor(2 * Math.min(-2, ...active.filter((power) => power > -8)));
+  const edges = Array.from({ length: 1 - first }, (_, i) => 10 ** ((first + i) / 2));
+  const counts = new Array(-first).fill(0);
+  for (const power of active) counts[Math.min(Math.max(Math.floor(2 * power) - first, 0), counts.length - 1)]++;
+  const x = { log: true, label: "density: share of tokens", format: (v) => `${short(100 * v)} %` };
+  const y = { from: 0, to: 1.1 * Math.max(...counts, 1), label: "features" };
+  return drawBars(edges, counts, x, y, (n) => count(n, "feature"));
+}
+
+function drawHistogram({ edges, counts }) {
+  const y = { from: 0.7, to: 1.5 * Math.max(...counts, 1), log: true, label: "tokens" };
+  const tell = (n, i) => `${number(edges[i])} to ${number(edges[i + 1])}: ${count(n, "token")}`;
+  return drawBars(edges, counts, { log: edges[0] > 0, label: "activation" }, y, tell);
+}
+
+function drawPosition(shares, seconds) {
+  const even = 1 / shares.length;
+  const edges = [...shares.map((_, i) => i * seconds), shares.length * seconds];
+  const y = { from: 0, to: 1.15 * Math.max(...shares, even), label: "share", format: (v) => `${short(100 * v)} %` };
+  const tell = (share, i) => `patch ${i}: ${percent(share)}`;
+  return drawBars(edges, shares, { label: "second of the window" }, y, tell, even);
+}
+
+function drawPareto(all) {
+  const members = all.filter((m) => !missing(m.l0) && !missing(m.fvu));
+  if (!members.length) return () => "";
+  const l0 = members.map((m) => m.l0);
+  const [least, most] = [Math.min(...l0), Math.max(...l0)];
+  const log = least > 0 && most > 20 * least;
+  const x = { label: "L0: active features a token", log, from: log ? 0.8 * least : 0, to: (log ? 1.5 : 1.12) * most };
+  const y = { label: "FVU: variance not explained", from: 0, to: 1.12 * Math.max(...members.map((m) => m.fvu)) };
+  return (width) => {
+    const { root, sx, sy } = axes(width, 210, x, y);
+    for (const size of new Set(members.map((m) => m.d_sae))) {
+      const path = members.filter((m) => m.d_sae === size).sort((a, b) => a.l0 - b.l0);
+      root.append(svg("path", { class: "curve faint", d: line(path.map((m) => [sx(m.l0), sy(m.fvu)])) }));
+    }
+    for (const m of members) {
+      const [cx, cy] = [sx(m.l0), sy(m.fvu)];
+      const tip = svg("title", {}, `${m.name}: L0 ${number(m.l0)}, FVU ${number(m.fvu)}`);
+      if (m.recommended) root.append(svg("circle", { cx, cy, r: 8.5, class: "ring" }));
+      root.append(svg("circle", { cx, cy, r: m.recommended ? 5 : 4, class: m.recommended ? "chosen" : "point" }, tip));
+      const name = `${m.recommended ? "λ = " : ""}${short(m.lambda_sparsity)}`;
+      root.append(text(cx + 10, cy - 6, "start", name, m.recommended ? "strong" : ""));
+    }
+    return root;
+  };
+}
+
+const GREEK = { delta: "δ", theta: "θ", alpha: "α", beta: "β", gamma: "γ" };
+
+function drawSpectrum({ hz, ratio, low, high }, bands) {
+  const decibel = (values) => values.map((value) => 10 * Math.log10(Math.max(value ?? 1, 1e-3)));
+  const [middle, bottom, top] = [ratio, low, high].map(decibel);
+  const [least, most] = [Math.min(-1, ...bottom), Math.max(1, ...top)];
+  const room = 0.2 * (most - least);
+  return (width) => {
+    const y = { from: least - room / 4, to: most + room, label: "dB" };
+    const plot = axes(width, 220, { from: hz[0], to: hz.at(-1), label: "frequency [Hz]" }, y);
+    const { root, sx, sy, box } = plot;
+    const inside = (f) => Math.min(Math.max(sx(f), box.left), box.right);
+    const narrow = bands.some(([name, from, to]) => sx(to) - sx(from) < 6.5 * name.length);
+    bands.forEach(([name, from, to], i) => {
+      const [a, b] = [inside(from), inside(to)];
+      const at = { x: a, width: b - a, y: box.top, height: box.bottom - box.top };
+      if (i % 2 === 0) root.prepend(svg("rect", { class: "band", ...at }));
+      const written = narrow ? (GREEK[name] ?? name[0]) : name;
+      if (b > a) root.append(text((a + b) / 2, box.top + 12, "middle", written, "label"));
+    });
+    const course = (values) => values.map((value, i) => [sx(hz[i]), sy(value)]);
+    root.append(svg("path", { class: "area", d: line([...course(top), ...course(bottom).reverse()]) + "Z" }));
+    root.append(level(plot, 0), svg("path", { class: "curve", d: line(course(middle)) }));
+    return root;
+  };
+}
+
+function drawWaveform(values, rate) {
+  const most = 1.15 * Math.max(...values.map(Math.abs), 1e-9);
+  const step = 1000 / rate;
+  return (width) => {
+    const x = { from: 0, to: Math.max(values.length - 1, 1) * step, label: "ms from the patch's start" };
+    const plot = axes(width, 190, x, { from: -most, to: most });
+    const points = values.map((value, i) => [plot.sx(i * step), plot.sy(value)]);
+    plot.root.append(level(plot, 0), svg("path", { class: "curve", d: line(points) }));
+    return plot.root;
+  };
+}
+
+/** Rows of [name or node, share, what to write], each with a bar. */
+function bars(rows) {
+  const most = Math.max(...rows.map((row) => row[1]), 1e-9);
+  return html("dl", { class: "bars" }, rows.map(([name, share, value]) => [
+    html("dt", { title: name.title || (typeof name === "string" ? name : null) }, name),
+    html("dd", { style: `--fill:${(100 * Math.max(share, 0)) / most}%` }, value ?? percent(share)),
+  ]));
+}
+
+// ---- the scalp
+
+/** A thin-plate spline through values at points, slightly smoothed: (x, y) => value. Solved by Gauss-Jordan. */
+function spline(points, values) {
+  const bend = (d2) => (d2 > 0 ? d2 * Math.log(d2) : 0);
+  const n = points.length;
+  const rows = points.map(([x, y], i) => {
+    const row = points.map(([u, v], j) => (i === j ? 0.02 : bend((x - u) ** 2 + (y - v) ** 2)));
+    return [...row, 1, x, y, values[i]];
+  });
+  for (const column of [n, n + 1, n + 2]) rows.push([...rows.slice(0, n).map((row) => row[column]), 0, 0, 0, 0]);
+  for (let i = 0; i < n + 3; i++) {
+    let pivot = i;
+    for (let k = i; k < n + 3; k++) if (Math.abs(rows[k][i]) > Math.abs(rows[pivot][i])) pivot = k;
+    [rows[i], rows[pivot]] = [rows[pivot], rows[i]];
+    for (const row of rows) {
+      const factor = row === rows[i] ? 0 : row[i] / rows[i][i];
+      if (factor) for (let k = i; k < row.length; k++) row[k] -= factor * rows[i][k];
+    }
+  }
+  const weight = rows.map((row, i) => row.at(-1) / row[i]);
+  return (x, y) =>
+    points.reduce((sum, [u, v], i) => sum + weight[i] * bend((x - u) ** 2 + (y - v) ** 2), 0) +
+    weight[n] + weight[n + 1] * x + weight[n + 2] * y;
+}
+
+/** value in [-1, 1] => [r, g, b], from the page's three colours. */
+function colours() {
+  const style = getComputedStyle(document.documentElement);
+  const [low, middle, high] = ["--low", "--mid", "--high"].map((name) =>
+    style.getPropertyValue(name).match(/\w\w/g).map((part) => parseInt(part, 16)));
+  return (value) => {
+    const end = value < 0 ? low : high;
+    return middle.map((from, i) => Math.round(from + Math.min(Math.abs(value), 1) * (end[i] - from)));
+  };
+}
+
+/** Ratios of the channels on a head seen from above, on a scale of doublings. */
+function drawScalp(ratios, top, channels, positions) {
+  const doublings = ratios.map((ratio) => Math.min(3, Math.max(-3, Math.log2(Math.max(ratio ?? 1, 1e-3)))));
+  const most = Math.max(1, Math.ceil(Math.max(...doublings.map(Math.abs))));
+  const smooth = spline(positions, doublings);
+  const reach = 1.2; // of the picture, where the head ends at 1.17 and the outermost channels lie at 1
+  return (width) => {
+    const colour = colours();
+    const n = 80;
+    const canvas = html("canvas", { width: n, height: n });
+    const image = new ImageData(n, n);
+    for (let i = 0; i < n * n; i++) {
+      const [x, y] = [i % n, Math.floor(i / n)].map((k) => reach * ((2 * k + 1) / n - 1));
+      image.data.set([...colour(smooth(x, -y) / most), 255], 4 * i);
+    }
+    canvas.getContext("2d").putImageData(image, 0, 0);
+
+    const radius = Math.min(width - 90, 290) / (2 * reach);
+    const head = 1.17 * radius;
+    const [cx, cy] = [(width - 40) / 2, head + 16];
+    const root = svg("svg", { width, height: cy + head + 6, role: "img" });
+    const [side, href] = [2 * reach * radius, canvas.toDataURL()];
+    root.append(svg("clipPath", { id: "head" }, svg("circle", { cx, cy, r: head })),
+      svg("image", { href, "clip-path": "url(#head)", x: cx - side / 2, y: cy - side / 2, width: side, height: side }));
+    const nose = `M${cx - 13} ${cy - head + 1}L${cx} ${cy - head - 13}L${cx + 13} ${cy - head + 1}`;
+    const ear = (to) => `M${cx + to * head} ${cy - 16}q${to * 10} 0 ${to * 7} 16t${-to * 7} 16`;
+    root.append(svg("path", { class: "head", d: nose + ear(-1) + ear(1) }));
+    root.append(svg("circle", { class: "head", cx, cy, r: head }));
+    channels.forEach((name, i) => {
+      const [x, y] = [cx + radius * positions[i][0], cy - radius * positions[i][1]];
+      const tip = svg("title", {}, `${name}: ${number(ratios[i])} times its base rate`);
+      const fill = `rgb(${colour(doublings[i] / most)})`;
+      root.append(svg("circle", { class: "dot", cx: x, cy: y, r: 5, fill }, tip));
+      root.append(text(x, y + 16, "middle", name, name === top ? "channel strong" : "channel"));
+    });
+    const [at, tall] = [width - 46, Math.min(150, 1.6 * head)];
+    for (let i = 0; i < 40; i++) {
+      const part = { x: at, y: cy - tall / 2 + (i * tall) / 40, width: 9, height: tall / 40 + 0.5 };
+      root.append(svg("rect", { ...part, fill: `rgb(${colour(1 - i / 19.5)})` }));
+    }
+    for (const power of [most, 0, -most]) {
+      const name = power < 0 ? `×1/${2 ** -power}` : `×${2 ** power}`;
+      root.append(text(at + 14, cy - (power / most) * (tall / 2) + 3.5, "start", name));
+    }
+    return root;
+  };
+}
+
+// ---- EEG
+
+const decode = (base64) => Int8Array.from(atob(base64), (byte) => byte.charCodeAt(0)); // SD × 10
+const peak = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0) / 10;
+
+/** A window: the channel's trace with the patch that fires, activations beneath; the other channels faint behind it or,
+ * in a montage, one below the other. `usual` [SD] and `largest` are the amplitude and activation drawn in full. */
+function drawExample(example, { montage, usual, largest, channels, rate, seconds }) {
+  const trace = decode(example.trace);
+  const others = missing(example.others) ? null : decode(example.others);
+  const samples = others && others.length / channels.length;
+  const own = channels.indexOf(example.channel);
+  const end = example.start + trace.length / rate;
+  const gap = 15; // px between the rows of a montage
+  const sd = montage ? gap / Math.max(2.2, usual / 2.5) : 43 / Math.max(usual, peak(trace)); // px
+  return (width) => {
+    const box = { left: montage ? 32 : 0, right: width - 36, top: montage ? 8 : 2 };
+    box.bottom = box.top + (montage ? gap * (channels.length + 1) : 92);
+    const floor = box.bottom + 26;
+    const x = scale(example.start, end, box.left, box.right);
+    const middle = (i) => (montage ? box.top + gap * (i + 1) : (box.top + box.bottom) / 2);
+    const root = svg("svg", { width, height: floor + 18, role: "img" });
+    if (example.patch) {
+      const [a, b] = example.patch.map(x);
+      root.append(svg("rect", { class: "patch", x: a, width: b - a, y: box.top, height: floor - box.top }));
+    }
+    const window = svg("svg", { x: box.left, width: box.right - box.left, height: box.bottom });
+    const course = (values, y, kind) => {
+      const step = (box.right - box.left) / values.length;
+      const points = Array.from(values, (value, k) => [(k + 0.5) * step, y - (value / 10) * sd]);
+      window.append(svg("path", { class: kind, d: line(points) }));
+    };
+    channels.forEach((name, i) => {
+      if (others && i !== own) {
+        course(others.subarray(i * samples, (i + 1) * samples), middle(i), montage ? "other" : "other faint");
+      }
+      if (montage) root.append(text(0, middle(i) + 3.5, "start", name, i === own ? "strong" : ""));
+    });
+    course(trace, middle(own), "trace");
+    root.append(window);
+
+    const bar = [10, 5, 2, 1].find((size) => size * sd <= 46) ?? 0.5;
+    const [at, low] = [box.right + 7, (montage ? middle(1) : middle(0)) + (bar * sd) / 2];
+    root.append(svg("path", { class: "axis", d: `M${at} ${low}v${-bar * sd}` }));
+    root.append(text(at + 4, low - (bar * sd) / 2 + 3.5, "start", `${bar} SD`));
+    (example.strip ?? []).forEach((value, i) => {
+      const from = example.strip_start + i * seconds;
+      const [a, b] = [from, from + seconds].map((second) => x(Math.min(Math.max(second, example.start), end)));
+      if (!(value > 0) || b <= a) return;
+      const height = Math.max(1, (20 * value) / largest);
+      const at = { x: a + 0.5, width: Math.max(b - a - 1, 0.5), y: floor - height, height };
+      root.append(svg("rect", { class: "strip", ...at }, svg("title", {}, `activation ${number(value)}`)));
+    });
+    root.append(svg("path", { class: "axis", d: `M${box.left} ${floor}H${box.right}` }));
+    for (const second of ticks(example.start, end, false, 5)) {
+      root.append(svg("path", { class: "axis", d: `M${x(second)} ${floor}v3` }));
+      const anchor = x(second) < box.left + 16 ? "start" : x(second) > box.right - 12 ? "end" : "middle";
+      root.append(text(x(second), floor + 14, anchor, `${second.toFixed(1)} s`));
+    }
+    return root;
+  };
+}
