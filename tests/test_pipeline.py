@@ -48,7 +48,7 @@ def test_readme(tmp_path, demo_folder, environment):
     for source, target in (("checkpoint.pth", "checkpoint.pth"), ("config.yaml", "config.yaml")):
         shutil.copy(FIXTURES / "tuhab_patch_100" / source, tmp_path / target)
     commands = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith("make ")]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         if command.startswith("tensorboard"):
             continue  # test_tensorboard_starts
@@ -56,7 +56,9 @@ def test_readme(tmp_path, demo_folder, environment):
         run(f"{command} {shorter}", tmp_path, environment)
     for split in ("", "_val", "_test"):
         assert (tmp_path / f"stores/mine{split}/l-1/manifest.json").exists()
-    run([sys.executable, "-c", blocks("python")[0] + "\nassert x_hat.shape == x.shape"], tmp_path, environment)
+    assert (tmp_path / "runs/mine/report/index.html").is_file()
+    for block, check in zip(blocks("python"), ("x_hat.shape == x.shape", "len(found.table()) == 128"), strict=True):
+        run([sys.executable, "-c", f"{block}\nassert {check}"], tmp_path, environment)
     init = re.search(r"`(minsae train --init \S+)`", README)[1]
     out = run(
         f"{init} --store stores/mine --lambda_sparsity 1 {SHORTER['minsae train']} --run_dir runs/two",
@@ -109,6 +111,10 @@ def test_make(checkout, environment):
     second = run(make("extract", "train"), checkout, environment)
     assert second.count("finished already") == 4
     assert time.time() - began < 30
+    told = run(make("evaluate"), checkout, environment)
+    assert "recommended: lambda=" in told
+    assert (checkout / told.split("open ")[1].strip()).is_file()
+    assert len(list((checkout / "runs/demo/report/data").iterdir())) == 1024
 
 
 def test_killed_at_any_moment(small_store, tmp_path, environment):

@@ -22,7 +22,7 @@ from minsae_jax.sae.sweep import Member
 FILES = (
     "config.yaml", "sweep.csv", "eval.csv", "pareto.png", "evaluation.json", "evaluation.csv", "evaluation.png",
 )  # fmt: skip
-FOLDERS = ("checkpoints", "members", "plots", "report", "report.tmp", "report.old", "wandb")
+FOLDERS = ("checkpoints", "members", "plots", "report", ".report.tmp", ".report.old", "wandb")
 OURS = {*FILES, *(f"{name}.tmp" for name in FILES), *FOLDERS}
 # Not what is trained
 HOW = ("run_dir", "mesh", "distributed", "checkpoint_every", "checkpoint_minutes", "max_to_keep", "wandb")

@@ -332,7 +332,7 @@ function showExample(example, look) {
 
 function scalpCard(f) {
   if (!some(f.channel_ratio) || f.channel_ratio.length < 4) return null;
-  return card("Channels", "How often it is active on a channel, over how often that channel was seen.",
+  return card("Channels", "Its mean activation on a channel, over its mean on all.",
     figure(drawScalp(f.channel_ratio, f.channel, meta.channels, meta.positions)));
 }
 
