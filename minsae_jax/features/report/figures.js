@@ -305,7 +305,7 @@ function drawExample(example, { montage, usual, largest, channels, rate, seconds
   const gap = 15; // px between the rows of a montage
   const sd = montage ? gap / Math.max(2.2, usual / 2.5) : 43 / Math.max(usual, peak(trace)); // px
   return (width) => {
-    const box = { left: montage ? 32 : 0, right: width - 36, top: montage ? 8 : 2 };
+    const box = { left: montage ? 32 : 0, right: width - 44, top: montage ? 8 : 2 };
     box.bottom = box.top + (montage ? gap * (channels.length + 1) : 92);
     const floor = box.bottom + 26;
     const x = scale(example.start, end, box.left, box.right);
