@@ -1,6 +1,7 @@
 """Eight simulated devices, strict promotion, and small data that several tests share."""
 
 import os
+import shutil
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from selenium import webdriver
 
 from minsae_jax.config import Demo
 from minsae_jax.eeg.synthetic import write_demo
@@ -58,3 +60,24 @@ def write_small_store(store: Path, seed: int) -> Path:
         sources = rng.exponential(size=(5, 7, 24)) * (rng.random((5, 7, 24)) < 0.1)
         np.save(folder / f"b{i:04d}.npy", (sources @ directions + 0.1 * rng.normal(size=(5, 7, 16))).astype(np.float32))
     return store
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser. Without one, tests of pages are skipped aloud, but not in CI."""
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    browser, driver = next((path for path in found if path), None), shutil.which("chromedriver")
+    if browser is None or driver is None:
+        reason = "PAGES ARE NOT TESTED: install chromium and chromedriver (Debian: chromium-driver)"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield page
+    page.quit()

@@ -2,14 +2,11 @@
 
 import base64
 import json
-import os
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
@@ -127,26 +124,6 @@ def test_no_other_folder_is_replaced(tmp_path):
 
 
 # The page
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    browser, driver = next((path for path in found if path), None), shutil.which("chromedriver")
-    if browser is None or driver is None:
-        reason = "THE REPORT'S PAGE IS NOT TESTED: install chromium and chromedriver (Debian: chromium-driver)"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield page
-    page.quit()
 
 
 @pytest.fixture
