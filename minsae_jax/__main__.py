@@ -19,6 +19,7 @@ from minsae_jax.eeg.synthetic import write_demo
 from minsae_jax.encoder.converted import Encoder, is_encoder, load_encoder
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.live import open_live
+from minsae_jax.files import locked
 from minsae_jax.pictures import plot
 from minsae_jax.sae.train import train
 
@@ -96,10 +97,11 @@ def _evaluate(settings: Evaluate) -> None:
 
     sharding.start()
     encoder = open_encoder(checkpoint_path, settings.config_path or trained.config_path)
-    evaluation = evaluate(settings, encoder)
-    print(summary(evaluation), flush=True)
-    if settings.report:
-        print(f"open {show(settings, encoder, evaluation)}")
+    with locked(Path(str(settings.run))):
+        evaluation = evaluate(settings, encoder)
+        print(summary(evaluation), flush=True)
+        if settings.report:
+            print(f"open {show(settings, encoder, evaluation)}")
 
 
 def open_encoder(checkpoint_path: str, config_path: str | None = None) -> Encoder:

@@ -1,4 +1,4 @@
-"""The 19 channels of the international 10-20 system, as the preprocessed TUH corpus orders and names them."""
+"""The 19 channels of the international 10-20 system, as the preprocessed TUH corpus orders and names them; bands."""
 
 import numpy as np
 
@@ -13,3 +13,6 @@ POSITIONS = np.array([
     (-0.3, 0.9), (0.3, 0.9), (-0.8, 0.55), (-0.4, 0.5), (0, 0.45), (0.4, 0.5), (0.8, 0.55), (-1, 0), (-0.5, 0), (0, 0),
     (0.5, 0), (1, 0), (-0.8, -0.55), (-0.4, -0.5), (0, -0.45), (0.4, -0.5), (0.8, -0.55), (-0.3, -0.9), (0.3, -0.9),
 ])  # fmt: skip
+
+# Name, and limits in Hz.
+BANDS = (("delta", 1.0, 4.0), ("theta", 4.0, 8.0), ("alpha", 8.0, 13.0), ("beta", 13.0, 25.0), ("gamma", 25.0, 35.0))

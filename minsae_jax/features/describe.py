@@ -14,14 +14,13 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.config import UserError
-from minsae_jax.eeg.montage import CHANNELS, POSITIONS
+from minsae_jax.eeg.montage import BANDS, CHANNELS, POSITIONS
 from minsae_jax.eeg.synthetic import SAMPLING_RATE
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.features.dataset import Dataset, seconds
 from minsae_jax.features.examples import EDGES, Activity, Tokens
 from minsae_jax.sae.model import SparseAutoencoder
 
-BANDS = (("delta", 1.0, 4.0), ("theta", 4.0, 8.0), ("alpha", 8.0, 13.0), ("beta", 13.0, 25.0), ("gamma", 25.0, 35.0))
 Bands = tuple[tuple[str, float, float], ...]
 TRACE_STEP = 0.1  # SD a step of an int8 trace
 BEYOND, FLAT, FAST = 5.0, 0.05, 25.0  # SD; SD; Hz
