@@ -105,10 +105,15 @@ def evaluate(settings: Evaluate, encoder: Encoder) -> Evaluation:
     if test is None:
         raise UserError("there is no store of the test patients: name one with --store, or extract --split test")
     found = [{"member": m.name} | {key: m.sae.config.get(key) for key in (*HYPER, "status")} for m in members]
-    for own, measured in zip(found, _measure(members, test), strict=True):
-        own |= measured
-    mean = _mean_activation(test)
-    about = {"rule": RULE, "run": str(run), "store": str(test.store.folder), "tokens": test.store.rows}
+    measured, mean = _measure(members, test)
+    for own, measures_of_own in zip(found, measured, strict=True):
+        own |= measures_of_own
+    about = {
+        "rule": "the member that was asked for" if settings.member else RULE,
+        "run": str(run),
+        "store": str(test.store.folder),
+        "tokens": test.store.rows,
+    }
     about |= _substitute(settings, encoder, test, members, found, mean)
     baselines = _find_events(settings, encoder, test, members, found)
     evaluation = Evaluation(found, recommend(found), baselines, about)
@@ -116,26 +121,28 @@ def evaluate(settings: Evaluate, encoder: Encoder) -> Evaluation:
     return evaluation
 
 
-def _measure(members: list[Member], test: Dataset) -> list[Found]:
-    """Measures of all members in one pass over the store, and of their decoders."""
+def _measure(members: list[Member], test: Dataset) -> tuple[list[Found], np.ndarray]:
+    """Measures of all members, and of their decoders, and the mean activation, in one pass over the store."""
     sizes = sorted({m.sae.d_sae for m in members})
     groups = [[m for m in members if m.sae.d_sae == size] for size in sizes]
     stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *(m.sae.params for m in group)) for group in groups]
     mesh = sharding.make_mesh(*map(len, groups))
     stacked = jax.device_put(stacked, sharding.members(mesh))
     by_name: dict[str, Found] = {}
+    total = np.zeros(test.store.d_model)
     with progress("measure", len(test.recording), "sequences", delay=2.0) as bar:
 
         def batches():
             for start in range(0, len(test.recording), BATCH_SEQUENCES):
                 x = test.read(start, min(start + BATCH_SEQUENCES, len(test.recording)))
                 bar.advance(len(x))
+                np.add(total, x.sum((0, 1), dtype=np.float64), out=total)
                 yield x.reshape(-1, x.shape[-1])
 
         for group, measured in zip(groups, measures.measure(mesh, stacked, batches()), strict=True):
             for i, member in enumerate(group):
                 by_name[member.name] = _of_member(measured, i) | _of_decoder(member.sae)
-    return [by_name[m.name] for m in members]
+    return [by_name[m.name] for m in members], (total / test.store.rows).astype(np.float32)
 
 
 def _of_member(m: measures.Measures, i: int) -> Found:
@@ -162,14 +169,6 @@ def _of_decoder(sae: SparseAutoencoder) -> Found:
         "decoder_cosine_median": float(np.median(largest)),
         "decoder_cosine_over_0.9": float((largest > 0.9).mean()),
     }
-
-
-def _mean_activation(test: Dataset) -> np.ndarray:
-    total = np.zeros(test.store.d_model)
-    for start in range(0, len(test.recording), BATCH_SEQUENCES):
-        x = test.read(start, min(start + BATCH_SEQUENCES, len(test.recording)))
-        total += x.sum((0, 1), dtype=np.float64)
-    return (total / test.store.rows).astype(np.float32)
 
 
 def _substitute(
@@ -258,7 +257,7 @@ def summary(evaluation: Evaluation) -> str:
     told = [table(columns, rows)]
     if kinds:
         told.append("Under an event's name: AUC of its best single feature, chosen on val, scored on test patients.")
-    told.append(f"recommended: {evaluation.recommended}\nrule: {RULE}")
+    told.append(f"recommended: {evaluation.recommended}\nrule: {evaluation.about['rule']}")
     return "\n".join(told)
 
 

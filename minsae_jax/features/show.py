@@ -40,7 +40,7 @@ def _meta(
     a, run = encoder.architecture, Path(str(settings.run)).resolve()
     own = next(m for m in evaluation.members if m["member"] == evaluation.recommended)
     shifted = int(test.shifted.sum())
-    notes = [f"recommended: {evaluation.about['rule']}"]
+    notes = [] if settings.member else [f"recommended: {evaluation.about['rule']}"]
     if shifted:
         notes.append(f"{shifted} recordings with shifted columns are left out of the channels")
     return {

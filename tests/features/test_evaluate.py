@@ -12,6 +12,7 @@ from minsae_jax import UserError
 from minsae_jax.config import Evaluate
 from minsae_jax.features import events as planted
 from minsae_jax.features.evaluate import evaluate, recommend, summary
+from minsae_jax.features.substitution import substitution_errors
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,8 @@ def test_figures(trained, evaluation):
             assert len(set(score["best_five"])) == 5
     assert evaluation.baselines.keys() == evaluation.members[0]["events"].keys()
     assert evaluation.about["tokens"] == len(x)
+    alone = substitution_errors(trained.encoder, dataset, 2, [], x.mean(0), 4, 0.3)
+    assert evaluation.about["substitution"]["mean_ablation"] == pytest.approx(alone["mean_ablation"], rel=1e-4)
 
 
 def test_files(trained, evaluation):
@@ -70,6 +73,7 @@ def test_one_member(trained, settings):
     only = evaluate(replace(settings, member="lambda=1"), trained.encoder)
     assert [m["member"] for m in only.members] == ["lambda=1"]
     assert only.recommended == "lambda=1"
+    assert "rule: the member that was asked for" in summary(only)
 
 
 def test_the_rule():
@@ -97,7 +101,10 @@ def test_refusals(trained, settings, tmp_path, monkeypatch):
 
     refused("there is no member lambda=7 in .*: it has lambda=0.1, lambda=1", member="lambda=7")
     refused("there is no store", store=str(tmp_path / "nowhere"))
-    refused("there is no recordings|does not hold|there is no", root_path=str(tmp_path))
+    refused("there is no file_lengths_map.csv", root_path=str(tmp_path))
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/file_lengths_map.csv").write_text("filename,time_len\n")
+    refused("does not hold demo.*, of which the store", root_path=str(tmp_path / "others"))
     (tmp_path / "run").mkdir()
     refused("holds no finished run", run=str(tmp_path / "run"))
     other = tmp_path / "other"
