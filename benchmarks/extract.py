@@ -21,11 +21,12 @@ from benchmarks.timing import alternate, machine, matrix_product_flops, peak_mem
 from convert.checkpoint import load_checkpoint
 from convert.encoder import convert_encoder
 from convert.plain_torch import forward
-from minsae_jax import sharding
-from minsae_jax.config import Extract
+from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import Encoder, Precision
 from minsae_jax.encoder.extract import extract, sharded_hidden
-from minsae_jax.encoder.patchtst import Architecture
+from minsae_jax.encoder.patchtst.model import Architecture
+from minsae_jax.parallel.mesh import fetch_batch, make_mesh, put_batch, replicated
+from minsae_jax.parallel.processes import start_jax
 
 CHECKPOINT = Path(__file__).parent.parent / "configs/demo/encoder.pth"
 BATCH = 128
@@ -34,21 +35,26 @@ BATCH = 128
 def flops(a: Architecture, n_layers: int) -> int:
     """Multiplications and additions of all products for a window; queries and keys of layer l are l + 1 heads wide."""
     per_token = 2 * (4 * a.d_model**2 + 2 * a.d_model * a.d_ff)
-    attention = [2 * a.n_tokens * a.d_model * ((i + 1 if a.res_attention else 1) + 1) for i in range(n_layers)]
+    attention = [
+        2 * a.n_tokens * a.d_model * ((i + 1 if a.res_attention else 1) + 1)
+        for i in range(n_layers)
+    ]
     embedding = 2 * a.patch_len * a.d_model
     return a.n_vars * a.n_tokens * (n_layers * per_token + sum(attention) + embedding)
 
 
 def ours(encoder: Encoder, x: np.ndarray, n_layers: int, precision: Precision = "float32"):
-    mesh = sharding.make_mesh()
-    params = jax.device_put(encoder.params, sharding.everywhere(mesh))
+    mesh = make_mesh()
+    params = jax.device_put(encoder.params, replicated(mesh))
     run = sharded_hidden(mesh, encoder.architecture, (n_layers - 1,), precision=precision)
-    return lambda: sharding.host_pieces(run(params, sharding.put_rows(mesh, x))[0], len(x))
+    return lambda: fetch_batch(run(params, put_batch(mesh, x))[0], len(x))
 
 
 def pytorch(a: Architecture, x: np.ndarray, n_layers: int, batch: int):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    state = {k: torch.from_numpy(v).to(device) for k, v in load_checkpoint(CHECKPOINT).tensors.items()}
+    state = {
+        k: torch.from_numpy(v).to(device) for k, v in load_checkpoint(CHECKPOINT).tensors.items()
+    }
 
     def run() -> None:
         with torch.inference_mode():
@@ -61,7 +67,9 @@ def pytorch(a: Architecture, x: np.ndarray, n_layers: int, batch: int):
 def best_batch(a: Architecture, x: np.ndarray, n_layers: int) -> int:
     """PyTorch's fastest batch, from one round of each."""
     batches = [b for b in (1, 2, 4, 8, 16, 32, 64, 128) if b <= len(x) / 2]
-    seconds = alternate({str(b): pytorch(a, x[: max(b, 16)], n_layers, b) for b in batches}, rounds=1)
+    seconds = alternate(
+        {str(b): pytorch(a, x[: max(b, 16)], n_layers, b) for b in batches}, rounds=1
+    )
     return min(batches, key=lambda b: seconds[str(b)] / max(b, 16))
 
 
@@ -78,7 +86,9 @@ def end_to_end(encoder: Encoder, n_windows: int, folder: str, batch: int = BATCH
         np.save(root / name, rng.normal(size=(length, a.n_vars)).astype(np.float32))
         rows.append(f"{name},{length}")
     (root / "file_lengths_map.csv").write_text("\n".join(rows) + "\n")
-    settings = Extract(root_path=str(root), out=f"{folder}/store", batch_size=batch, split=("all",), overwrite=True)
+    settings = ExtractConfig(
+        root_path=str(root), out=f"{folder}/store", batch_size=batch, split=("all",), overwrite=True
+    )
     list(extract(encoder, settings))  # compiles
     began = time.perf_counter()
     list(extract(encoder, settings))
@@ -99,7 +109,7 @@ def measure_alone(who: str, batch: int, n_layers: int) -> None:
 
 
 def main() -> None:
-    sharding.start()
+    start_jax()
     if "--alone" in sys.argv:
         who, batch, n_layers = sys.argv[2:5]
         return measure_alone(who, int(batch), int(n_layers))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.timing import alternate, machine
-from minsae_jax.activations.shards import open_store
+from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import shuffled_tokens
 
 D_MODEL, BATCH, RECORDING, SHARD = 128, 4096, 77 * 19 * 101, 64 * 19  # tokens, tokens, sequences
@@ -24,7 +24,10 @@ def write_store(folder: Path, recordings: int, dtype: type) -> None:
     tokens = np.repeat(np.arange(recordings), RECORDING)
     tokens = tokens[: len(tokens) // (SHARD * 101) * SHARD * 101].reshape(-1, SHARD, 101)
     for i, shard in enumerate(tokens):
-        np.save(folder / f"b{i:04d}.npy", np.broadcast_to(shard[..., None], (*shard.shape, D_MODEL)).astype(dtype))
+        np.save(
+            folder / f"b{i:04d}.npy",
+            np.broadcast_to(shard[..., None], (*shard.shape, D_MODEL)).astype(dtype),
+        )
 
 
 def own_recording(batches: list[np.ndarray]) -> float:
@@ -38,8 +41,12 @@ def own_recording(batches: list[np.ndarray]) -> float:
 
 def main() -> None:
     gigabytes = 0.2 if "--quick" in sys.argv else 4.0
-    print(f"Stream, {machine()}; d_model {D_MODEL}, batches of {BATCH:,}; million tokens a second.\n")
-    print("| store | recordings | from the cache | batches | share | own recording, tokens | expected |")
+    print(
+        f"Stream, {machine()}; d_model {D_MODEL}, batches of {BATCH:,}; million tokens a second.\n"
+    )
+    print(
+        "| store | recordings | from the cache | batches | share | own recording, tokens | expected |"
+    )
     print("| --- " * 7 + "|")
     for dtype in (np.float32, np.float16):
         with tempfile.TemporaryDirectory() as name:

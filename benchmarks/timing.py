@@ -33,20 +33,26 @@ def matrix_product_flops(size: int = 2048, dtype: str = "float32") -> float:
     a = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     on_device = jax.device_put(a).astype(dtype)
     product = jax.jit(lambda a: jax.numpy.matmul(a, a, precision="highest"))
-    t = torch.from_numpy(a).to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype))
+    t = torch.from_numpy(a).to(
+        "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, dtype)
+    )
     out = torch.empty_like(t)
 
     def with_torch() -> None:
         torch.matmul(t, t, out=out)
         out[0, 0].item()
 
-    seconds = alternate({"jax": lambda: product(on_device).block_until_ready(), "torch": with_torch})
+    seconds = alternate(
+        {"jax": lambda: product(on_device).block_until_ready(), "torch": with_torch}
+    )
     return 2 * size**3 / min(seconds.values())
 
 
 def peak_memory(module: str, *arguments: str) -> int:
     """Of a process that runs a module's `--alone`, in MB."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True
+    )
     return int(done.stdout.split()[-1])
 
 
@@ -55,7 +61,11 @@ def peak_rss() -> int:
     status = Path("/proc/self/status")
     if not status.exists():  # not Linux; macOS counts in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        int(line.split()[1]) << 10
+        for line in status.read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
 def machine() -> str:
@@ -64,5 +74,8 @@ def machine() -> str:
         return f"{device.device_kind} x {jax.device_count()}, jax {jax.__version__}"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.split(": ")[1] for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
     return f"{name}, {os.cpu_count()} cores, jax {jax.__version__}"

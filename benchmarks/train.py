@@ -18,12 +18,16 @@ import numpy as np
 import torch
 
 from benchmarks.timing import alternate, machine, matrix_product_flops, peak_memory, peak_rss
-from minsae_jax import sharding
-from minsae_jax.config import Train
+from minsae_jax.parallel.processes import start_jax
+from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.sweep import Sweep, make_groups
-from minsae_jax.sae.train import train
+from minsae_jax.sae.trainer import train
 
-D_MODEL, BATCH, FILE = 128, 4096, 245_632  # the last: tokens of a whole shard, which is minSAE's batch
+D_MODEL, BATCH, FILE = (
+    128,
+    4096,
+    245_632,
+)  # the last: tokens of a whole shard, which is minSAE's batch
 COLUMNS = ("ours", "eager", "compiled")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Step = Callable[[], None]
@@ -34,8 +38,11 @@ def lambdas(members: int) -> tuple[float, ...]:
 
 
 def ours(members: int, d_sae: int, precision: str, x: np.ndarray) -> Step:
-    settings = Train(
-        recipe="minsae", lambda_sparsity=lambdas(members), feature_dim_factor=(d_sae / D_MODEL,), precision=precision
+    settings = TrainConfig(
+        recipe="minsae",
+        lambda_sparsity=lambdas(members),
+        feature_dim_factor=(d_sae / D_MODEL,),
+        precision=precision,
     ).resolved()
     sweep = Sweep(settings, make_groups(settings, D_MODEL), D_MODEL)
     state = sweep.init()
@@ -48,7 +55,9 @@ def ours(members: int, d_sae: int, precision: str, x: np.ndarray) -> Step:
     return step
 
 
-def pytorch(members: int, d_sae: int, precision: str, x: np.ndarray, compiled: bool = False) -> Step:
+def pytorch(
+    members: int, d_sae: int, precision: str, x: np.ndarray, compiled: bool = False
+) -> Step:
     def loss(encoder, decoder, tokens, lambda_sparsity):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bfloat16"):
             features = torch.relu(encoder(tokens))
@@ -60,8 +69,12 @@ def pytorch(members: int, d_sae: int, precision: str, x: np.ndarray, compiled: b
     run = torch.compile(loss) if compiled else loss
     models = []
     for lambda_sparsity in lambdas(members):
-        encoder, decoder = (torch.nn.Linear(*s).to(DEVICE) for s in ((D_MODEL, d_sae), (d_sae, D_MODEL)))
-        adam = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3, fused=compiled)
+        encoder, decoder = (
+            torch.nn.Linear(*s).to(DEVICE) for s in ((D_MODEL, d_sae), (d_sae, D_MODEL))
+        )
+        adam = torch.optim.Adam(
+            [*encoder.parameters(), *decoder.parameters()], lr=1e-3, fused=compiled
+        )
         models.append((torch.tensor(lambda_sparsity, device=DEVICE), encoder, decoder, adam))
 
     def step() -> None:
@@ -73,7 +86,13 @@ def pytorch(members: int, d_sae: int, precision: str, x: np.ndarray, compiled: b
             adam.step()
             if not compiled:
                 active = features > 0
-                (mse + l1).item(), mse.item(), l1.item(), active.sum(1).float().mean().item(), active.sum(0).cpu()
+                (
+                    (mse + l1).item(),
+                    mse.item(),
+                    l1.item(),
+                    active.sum(1).float().mean().item(),
+                    active.sum(0).cpu(),
+                )
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
@@ -81,19 +100,38 @@ def pytorch(members: int, d_sae: int, precision: str, x: np.ndarray, compiled: b
 
 
 def print_rates(
-    d_sae: int, precision: str, members: tuple[int, ...], batch: int, rounds: int, with_compiled: bool = True
+    d_sae: int,
+    precision: str,
+    members: tuple[int, ...],
+    batch: int,
+    rounds: int,
+    with_compiled: bool = True,
 ) -> None:
     limit = matrix_product_flops(dtype=precision) / (10 * D_MODEL * d_sae)
     x = np.random.default_rng(0).normal(size=(batch, D_MODEL)).astype(np.float32)
     for count in members:
-        contestants = {"ours": ours(count, d_sae, precision, x), "eager": pytorch(count, d_sae, precision, x)}
+        contestants = {
+            "ours": ours(count, d_sae, precision, x),
+            "eager": pytorch(count, d_sae, precision, x),
+        }
         if with_compiled:
             contestants["compiled"] = pytorch(count, d_sae, precision, x, compiled=True)
         seconds = alternate(contestants, rounds)
-        rates = [count * batch / seconds[name] / 1e3 if name in seconds else np.nan for name in COLUMNS]
-        cells = [f"{d_sae:,}", precision, f"{count}", f"{batch:,}", *(f"{rate:,.0f}" for rate in rates)]
+        rates = [
+            count * batch / seconds[name] / 1e3 if name in seconds else np.nan for name in COLUMNS
+        ]
+        cells = [
+            f"{d_sae:,}",
+            precision,
+            f"{count}",
+            f"{batch:,}",
+            *(f"{rate:,.0f}" for rate in rates),
+        ]
         cells += [f"{rates[0] / rate:.1f}" for rate in rates[1:]]
-        print(f"| {' | '.join(cells)} | {rates[0] * 1e3 / limit:.0%} of {limit / 1e3:,.0f} |", flush=True)
+        print(
+            f"| {' | '.join(cells)} | {rates[0] * 1e3 / limit:.0%} of {limit / 1e3:,.0f} |",
+            flush=True,
+        )
 
 
 def end_to_end(members: int, steps: int) -> float:
@@ -103,10 +141,12 @@ def end_to_end(members: int, steps: int) -> float:
         store.mkdir(parents=True)
         rng = np.random.default_rng(0)
         for i in range(4):
-            np.save(store / f"b{i:04d}.npy", rng.normal(size=(512, 101, D_MODEL)).astype(np.float32))
+            np.save(
+                store / f"b{i:04d}.npy", rng.normal(size=(512, 101, D_MODEL)).astype(np.float32)
+            )
         seconds = []
         for num_steps in (10, 10, steps + 10):  # the first compiles
-            settings = Train(
+            settings = TrainConfig(
                 store=str(store.parent), run_dir=f"{folder}/run", lambda_sparsity=lambdas(members),
                 num_steps=num_steps, overwrite=True, checkpoint_every=10**6,
             )  # fmt: skip
@@ -120,19 +160,23 @@ def end_to_end(members: int, steps: int) -> float:
 def measure_alone(who: str, members: int, batch: int) -> None:
     """Two steps, then this process's peak."""
     x = np.random.default_rng(0).normal(size=(batch, D_MODEL)).astype(np.float32)
-    step = ours(members, 1024, "float32", x) if who == "ours" else pytorch(members, 1024, "float32", x)
+    step = (
+        ours(members, 1024, "float32", x) if who == "ours" else pytorch(members, 1024, "float32", x)
+    )
     step(), step()
     print(peak_rss() // 1_000_000)
 
 
 def main() -> None:
-    sharding.start()
+    start_jax()
     if "--alone" in sys.argv:
         who, members, batch = sys.argv[2:5]
         return measure_alone(who, int(members), int(batch))
     quick = "--quick" in sys.argv
     print(f"Training, {machine()}; d_model {D_MODEL}; thousand tokens x members a second.\n")
-    print("| d_sae | products | members | batch | ours | eager | compiled | ours / eager | ours / compiled | limit |")
+    print(
+        "| d_sae | products | members | batch | ours | eager | compiled | ours / eager | ours / compiled | limit |"
+    )
     print("| --- " * 10 + "|")
     if quick:
         print_rates(256, "float32", (2,), 512, rounds=1, with_compiled=False)
@@ -148,7 +192,10 @@ def main() -> None:
     )
     print("\n| members | batch | peak memory, ours | eager |\n| --- | --- | --- | --- |")
     for members, batch in ((1, BATCH), (8, BATCH), (1, FILE), (8, FILE)):
-        alone = [peak_memory("benchmarks.train", "--alone", who, str(members), str(batch)) for who in ("ours", "eager")]
+        alone = [
+            peak_memory("benchmarks.train", "--alone", who, str(members), str(batch))
+            for who in ("ours", "eager")
+        ]
         print(f"| {members} | {batch:,} | {alone[0]:,} MB | {alone[1]:,} MB |", flush=True)
 
 

@@ -19,8 +19,8 @@ from convert import verify
 from convert.encoder import convert, describe, read_source, write_pytorch
 from convert.sae import Kind, convert_sae
 from minsae_jax import cli
-from minsae_jax.config import UserError
 from minsae_jax.encoder.converted import is_encoder, load_encoder, load_notes, save_encoder
+from minsae_jax.errors import UserError
 
 # None: the flag was not given; (): it was, without a recording.
 Recording = Annotated[
@@ -87,7 +87,11 @@ class EncoderCommand:
             "subtract_last", "head_type",
         )  # fmt: skip
         said = {name: getattr(self, name) for name in names}
-        return {name: {"true": True, "false": False}.get(v, v) for name, v in said.items() if v is not None}
+        return {
+            name: {"true": True, "false": False}.get(v, v)
+            for name, v in said.items()
+            if v is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,10 @@ def encoder(command: EncoderCommand) -> None:
         differences = verify.verify(converted, opened.checkpoint.tensors, windows)
         print(verify.report(differences))
         if not all(d.passes for d in differences):
-            print(f"error: Flax and torch differ by over {verify.TOLERANCE}: nothing is written", file=sys.stderr)
+            print(
+                f"error: Flax and torch differ by over {verify.TOLERANCE}: nothing is written",
+                file=sys.stderr,
+            )
             sys.exit(1)
     if command.out is None:
         return
@@ -134,9 +141,18 @@ def encoder(command: EncoderCommand) -> None:
 
 def _write_back(command: EncoderCommand, folder: Path) -> None:
     if command.to != "pytorch" or command.out is None:
-        raise UserError(f"{folder} is a converted encoder already: --to pytorch --out FILE gives it back")
-    if command.verify is not None or command.settings() or command.config_path or command.without_head:
-        raise UserError(f"{folder} is given back as it is: --to and --out are all that can be said of it")
+        raise UserError(
+            f"{folder} is a converted encoder already: --to pytorch --out FILE gives it back"
+        )
+    if (
+        command.verify is not None
+        or command.settings()
+        or command.config_path
+        or command.without_head
+    ):
+        raise UserError(
+            f"{folder} is given back as it is: --to and --out are all that can be said of it"
+        )
     write_pytorch(Path(command.out), load_encoder(folder), load_notes(folder))
     print(f"written to {command.out}")
 

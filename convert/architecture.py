@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 
 from convert.checkpoint import Checkpoint, Program, Tensors, shown
-from minsae_jax.config import UserError
-from minsae_jax.encoder.patchtst import Architecture
+from minsae_jax.encoder.patchtst.model import Architecture
+from minsae_jax.errors import UserError
 
 # our name -> the names that settings use for it: gPatchTST's YAML, its code, the official programs
 SPELLINGS = {
@@ -72,7 +72,11 @@ def read_architecture(
     settings = {n: settings[n] for n in HINTS if n in settings}
     architecture = Architecture(**{n: s.value for n, s in settings.items()})
     _check_sizes(architecture, checkpoint)
-    return architecture, {n: s.source for n, s in settings.items()}, tuple(filter(None, (disagreement, ignored)))
+    return (
+        architecture,
+        {n: s.source for n, s in settings.items()},
+        tuple(filter(None, (disagreement, ignored))),
+    )
 
 
 def _merge_settings(
@@ -89,16 +93,26 @@ def _merge_settings(
     said = {n: Setting(v, "flags") for n, v in _flat(flags).items()}
     for settings in (own, ours, said):
         settings.update({n: Setting(_checked(n, s), s.source) for n, s in settings.items()})
-    both = [n for n in ours if n in own and ours[n].value != own[n].value and n not in FOLLOWS_STATE_DICT]
-    disagreement = ", ".join(f"{spelling(n)} ({ours[n].value!r}, not {own[n].value!r})" for n in both if n not in said)
+    both = [
+        n
+        for n in ours
+        if n in own and ours[n].value != own[n].value and n not in FOLLOWS_STATE_DICT
+    ]
+    disagreement = ", ".join(
+        f"{spelling(n)} ({ours[n].value!r}, not {own[n].value!r})" for n in both if n not in said
+    )
     if disagreement:
-        disagreement = f"the YAML disagrees with the checkpoint's own config and precedes it: {disagreement}"
+        disagreement = (
+            f"the YAML disagrees with the checkpoint's own config and precedes it: {disagreement}"
+        )
     return own | ours | said, disagreement
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The values that we know, from the sections `model` and `data` or from the top level."""
-    sections = [s for s in (settings.get("model"), settings.get("data"), settings) if isinstance(s, Mapping)]
+    sections = [
+        s for s in (settings.get("model"), settings.get("data"), settings) if isinstance(s, Mapping)
+    ]
     found: dict[str, Any] = {}
     for name in REQUIRED:
         for section in sections:
@@ -118,10 +132,17 @@ def _checked(name: str, setting: Setting) -> Any:
     value, hint = setting.value, HINTS[name]
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     if choices:
-        value = next((c for c in choices if isinstance(value, str) and c.lower() == value.lower()), value)
-    elif hint is bool and type(value) is int and value in (0, 1):  # as the official programs' flags have it
+        value = next(
+            (c for c in choices if isinstance(value, str) and c.lower() == value.lower()), value
+        )
+    elif (
+        hint is bool and type(value) is int and value in (0, 1)
+    ):  # as the official programs' flags have it
         value = bool(value)
-    elif hint is float and type(value) in (int, str):  # PyYAML reads 1e-5 as text, and so may the checkpoint's config
+    elif hint is float and type(value) in (
+        int,
+        str,
+    ):  # PyYAML reads 1e-5 as text, and so may the checkpoint's config
         with contextlib.suppress(ValueError):
             value = float(value)
     lowest, highest = 0 if name == "target_dim" else 1e-30, 2**31 if hint is int else math.inf
@@ -131,9 +152,15 @@ def _checked(name: str, setting: Setting) -> Any:
         else type(value) is hint and (hint is bool or lowest <= value < highest)
     )
     if not fits:
-        words = {int: "a whole number above 0 and below 2^31", bool: "true or false", float: "a number above 0"}
+        words = {
+            int: "a whole number above 0 and below 2^31",
+            bool: "true or false",
+            float: "a number above 0",
+        }
         wanted = " or ".join(choices) or words[hint]
-        raise UserError(f"{spelling(name)} must be {wanted}, but the {setting.source} says {shown(setting.value)}")
+        raise UserError(
+            f"{spelling(name)} must be {wanted}, but the {setting.source} says {shown(setting.value)}"
+        )
     return value
 
 
@@ -147,11 +174,15 @@ def _from_state_dict(checkpoint: Checkpoint, given: Mapping[str, Setting]) -> di
     tensors = checkpoint.tensors
     layer = "backbone.encoder.layers.0"
     individual = "backbone.W_P.0.weight" in tensors
-    embedding = _tensor(tensors, "backbone.W_P.0.weight" if individual else "backbone.W_P.weight", 2)
+    embedding = _tensor(
+        tensors, "backbone.W_P.0.weight" if individual else "backbone.W_P.weight", 2
+    )
     d_model, patch_len = embedding.shape
     position = _tensor(tensors, "backbone.W_pos", 2)
     if position.shape[1] not in (1, d_model):
-        raise UserError(f"backbone.W_pos is {list(position.shape)}, but must be 1 or d_model ({d_model}) wide")
+        raise UserError(
+            f"backbone.W_pos is {list(position.shape)}, but must be 1 or d_model ({d_model}) wide"
+        )
     told = {
         "d_model": d_model,
         "patch_len": patch_len,
@@ -166,25 +197,37 @@ def _from_state_dict(checkpoint: Checkpoint, given: Mapping[str, Setting]) -> di
     }
     scale = f"{layer}.self_attn.sdp_attn.scale"
     heads = float(_tensor(tensors, scale, 0)) ** 2 * d_model
-    rounding = {"float16": 2e-3, "bfloat16": 1e-2}.get(checkpoint.dtypes.get(scale, ""), 0.0)  # of the scale's square
-    if math.isfinite(heads) and abs(heads - round(heads)) < 1e-3 + rounding * heads and round(heads) > 0:
+    rounding = {"float16": 2e-3, "bfloat16": 1e-2}.get(
+        checkpoint.dtypes.get(scale, ""), 0.0
+    )  # of the scale's square
+    if (
+        math.isfinite(heads)
+        and abs(heads - round(heads)) < 1e-3 + rounding * heads
+        and round(heads) > 0
+    ):
         told |= {"n_heads": round(heads)} if d_model % round(heads) == 0 else {}
     # else the scale was trained, and tells nothing
     counts = {
         "embeddings": _count(tensors, r"backbone\.W_P\.(\d+)\.weight"),
         "heads": _count(tensors, r"head\.linears\.(\d+)\.weight"),
-        "RevIN weights": _tensor(tensors, "revin.affine_weight", 1).size if told["revin_affine"] else 0,
+        "RevIN weights": _tensor(tensors, "revin.affine_weight", 1).size
+        if told["revin_affine"]
+        else 0,
     }
     counts = {what: n for what, n in counts.items() if n}
     if counts:
         told["n_vars"] = max(counts.values())
         if min(counts.values()) < told["n_vars"]:
             said = ", ".join(f"{n} {what}" for what, n in counts.items())
-            raise UserError(f"the state dict disagrees with itself on the number of channels: {said}")
+            raise UserError(
+                f"the state dict disagrees with itself on the number of channels: {said}"
+            )
     return told | _head(tensors, told, position.shape[0], given)
 
 
-def _head(tensors: Tensors, told: Mapping[str, Any], n_tokens: int, given: Mapping[str, Setting]) -> dict[str, Any]:
+def _head(
+    tensors: Tensors, told: Mapping[str, Any], n_tokens: int, given: Mapping[str, Setting]
+) -> dict[str, Any]:
     """The head's kind, as far as its shape tells, and its number of outputs."""
     asked = given.get("head_type")
     if not any(k.startswith("head.") for k in tensors):
@@ -193,7 +236,9 @@ def _head(tensors: Tensors, told: Mapping[str, Any], n_tokens: int, given: Mappi
                 f"the head is {asked.value!r} in the {asked.source}, but the state dict has none: say --without_head"
             )
         return {"head_type": "none", "target_dim": 0}
-    weight = _tensor(tensors, "head.linears.0.weight" if told["individual_head"] else "head.linear.weight", 2)
+    weight = _tensor(
+        tensors, "head.linears.0.weight" if told["individual_head"] else "head.linear.weight", 2
+    )
     n_out, n_in = weight.shape
     d_model, cls = told["d_model"], told["use_cls_token"]
     n_vars = told.get("n_vars", given["n_vars"].value if "n_vars" in given else None)
@@ -238,7 +283,9 @@ def _supervised(settings: Mapping[str, Setting], tensors: Tensors) -> dict[str, 
 
 def check_yaml(architecture: Architecture, yaml: Mapping[str, Any]) -> None:
     """Refuse a YAML that describes another encoder than a converted one; raises UserError with both values."""
-    ignored = _compare(dataclasses.asdict(architecture), _merge_settings(None, yaml, {})[0], "converted encoder")
+    ignored = _compare(
+        dataclasses.asdict(architecture), _merge_settings(None, yaml, {})[0], "converted encoder"
+    )
     if ignored:
         warnings.warn(ignored, stacklevel=2)
 
@@ -285,7 +332,9 @@ def _tensor(tensors: Tensors, key: str, ndim: int) -> np.ndarray:
         raise UserError(f"the state dict has no {key}: it is no PatchTST that can be converted")
     tensor = tensors[key]
     if tensor.ndim != ndim or tensor.dtype != np.float32 or 0 in tensor.shape:
-        raise UserError(f"{key} must be floating-point of {ndim} dimensions, but is {tensor.dtype}{list(tensor.shape)}")
+        raise UserError(
+            f"{key} must be floating-point of {ndim} dimensions, but is {tensor.dtype}{list(tensor.shape)}"
+        )
     return tensor
 
 

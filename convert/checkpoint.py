@@ -22,8 +22,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from minsae_jax.config import UserError
-from minsae_jax.files import written_aside
+from minsae_jax.errors import UserError, brief
+from minsae_jax.files import atomic_write
 
 Tensors = dict[str, np.ndarray]
 Program = Literal["gpatchtst", "supervised", "transformers"]
@@ -69,18 +69,28 @@ def load_torch(path: str | Path) -> Any:
         *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?")),
     ]
     try:
-        with torch.serialization.safe_globals(numpy_scalars), warnings.catch_warnings(), _little_memory(path):
+        with (
+            torch.serialization.safe_globals(numpy_scalars),
+            warnings.catch_warnings(),
+            _little_memory(path),
+        ):
             warnings.simplefilter("ignore")  # torch's own, on how it would rather be called
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         unsafe = _unsafe_globals(path)
         if unsafe:
-            raise UserError(f"{path} holds code or objects ({unsafe}), not only weights: it was not opened") from e
+            raise UserError(
+                f"{path} holds code or objects ({unsafe}), not only weights: it was not opened"
+            ) from e
         raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one") from e
     except MemoryError as e:
-        raise UserError(f"{path} asks for far more memory than its size explains: it was not opened") from e
+        raise UserError(
+            f"{path} asks for far more memory than its size explains: it was not opened"
+        ) from e
     except Exception as e:
-        raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one ({type(e).__name__})") from e
+        raise UserError(
+            f"{path} is no PyTorch checkpoint, or a damaged one ({type(e).__name__})"
+        ) from e
 
 
 def _look_at_archive(path: Path) -> None:
@@ -96,7 +106,9 @@ def _look_at_archive(path: Path) -> None:
     if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
         raise UserError(f"{path} is compressed, which no PyTorch checkpoint is: it was not opened")
     if sum(e.file_size for e in entries) > path.stat().st_size:
-        raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one: its parts say that they exceed the file")
+        raise UserError(
+            f"{path} is no PyTorch checkpoint, or a damaged one: its parts say that they exceed the file"
+        )
 
 
 @contextlib.contextmanager
@@ -136,7 +148,7 @@ def save_torch(path: Path, content: Any) -> None:
     whole = io.BytesIO()
     torch.save(content, whole)  # which raises anything but OSError where it writes to a file itself
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path, shared=True) as aside:
+    with atomic_write(path, shared=True) as aside:
         aside.write_bytes(whole.getbuffer())
 
 
@@ -149,7 +161,11 @@ def to_numpy(state: Any, path: Path, part: str = "") -> Tensors:
 
     if not isinstance(state, dict) or not state:
         raise UserError(f"{where} holds no state dict")
-    wrong = [str(k)[:80] for k, v in state.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
+    wrong = [
+        str(k)[:80]
+        for k, v in state.items()
+        if not (isinstance(k, str) and isinstance(v, torch.Tensor))
+    ]
     if wrong:
         raise UserError(f"{where} is no state dict: {', '.join(wrong[:3])} is no tensor")
     try:
@@ -160,7 +176,9 @@ def to_numpy(state: Any, path: Path, part: str = "") -> Tensors:
             "is stored of them)"
         ) from e
     if sum(t.nbytes for t in tensors.values()) > 4 * path.stat().st_size:
-        raise UserError(f"{where} holds tensors that share so much storage that they are far larger than the file")
+        raise UserError(
+            f"{where} holds tensors that share so much storage that they are far larger than the file"
+        )
     return tensors
 
 
@@ -194,7 +212,7 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def _short(e: Exception) -> str:
-    return " ".join(str(e).split())[:150]
+    return brief(e, 150)
 
 
 def shown(value: Any) -> str:
@@ -212,7 +230,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     content = load_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    key = next((k for k in ("model_state_dict", "state_dict", "model") if isinstance(content.get(k), dict)), None)
+    key = next(
+        (
+            k
+            for k in ("model_state_dict", "state_dict", "model")
+            if isinstance(content.get(k), dict)
+        ),
+        None,
+    )
     path = Path(path)
     tensors, wrappers = without_prefixes(to_numpy(content[key] if key else content, path))
     if any(k.startswith("model_trend.") for k in tensors):

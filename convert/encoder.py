@@ -14,9 +14,10 @@ import numpy as np
 from convert.architecture import read_architecture, spelling
 from convert.checkpoint import HALVES, Checkpoint, Program, Tensors, load_checkpoint, save_torch
 from convert.huggingface import load_huggingface
-from minsae_jax.config import UserError, read_yaml
 from minsae_jax.encoder.converted import Encoder, Params, split_model
-from minsae_jax.encoder.patchtst import Architecture
+from minsae_jax.encoder.patchtst.model import Architecture
+from minsae_jax.errors import UserError
+from minsae_jax.settings import read_yaml
 
 Transform = Callable[[np.ndarray], np.ndarray]
 # Key of gPatchTST's state dict, path in the Flax model, transforms there and back; `#` is a number.
@@ -36,7 +37,10 @@ def rules(a: Architecture) -> list[Rule]:
 
     def norm(source: str, target: str) -> list[Rule]:
         if a.norm == "LayerNorm":
-            return [same(f"{source}.weight", f"{target}/scale"), same(f"{source}.bias", f"{target}/bias")]
+            return [
+                same(f"{source}.weight", f"{target}/scale"),
+                same(f"{source}.bias", f"{target}/bias"),
+            ]
         names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
         return [same(f"{source}.1.{theirs}", f"{target}/{ours}") for theirs, ours in names.items()]
 
@@ -46,7 +50,11 @@ def rules(a: Architecture) -> list[Rule]:
         same("revin.affine_bias", "revin/affine_bias"),
         same("backbone.W_pos", "position"),
         ("backbone.cls_token", "cls_token", np.ravel, lambda t: t.reshape(1, 1, -1)),
-        *(linear("backbone.W_P", "embeddings/0") if a.shared_embedding else linear("backbone.W_P.#", "embeddings/#")),
+        *(
+            linear("backbone.W_P", "embeddings/0")
+            if a.shared_embedding
+            else linear("backbone.W_P.#", "embeddings/#")
+        ),
         *linear(f"{layer}.self_attn.W_Q", "layers/#/attention/query"),
         *linear(f"{layer}.self_attn.W_K", "layers/#/attention/key"),
         *linear(f"{layer}.self_attn.W_V", "layers/#/attention/value"),
@@ -56,7 +64,11 @@ def rules(a: Architecture) -> list[Rule]:
         *linear(f"{layer}.ff.0", "layers/#/ff_in"),
         *linear(f"{layer}.ff.3", "layers/#/ff_out"),
         *norm(f"{layer}.norm_ffn", "layers/#/norm_ff"),
-        *(linear("head.linears.#", "head/linears/#") if a.individual_head else linear("head.linear", "head/linears/0")),
+        *(
+            linear("head.linears.#", "head/linears/#")
+            if a.individual_head
+            else linear("head.linear", "head/linears/0")
+        ),
     ]
 
 
@@ -101,7 +113,9 @@ def apply_rules(a: Architecture, tensors: Tensors) -> Params:
     if complaints:
         more = f" and {len(complaints) - 6} more" if len(complaints) > 6 else ""
         raise UserError(f"the state dict does not fit: {'; '.join(complaints[:6])}{more}")
-    return jax.tree_util.tree_unflatten(structure, [np.array(filled[path], order="C") for path in wanted])
+    return jax.tree_util.tree_unflatten(
+        structure, [np.array(filled[path], order="C") for path in wanted]
+    )
 
 
 def state_dict(a: Architecture, params: Params) -> Tensors:
@@ -143,7 +157,9 @@ def read_source(
     path = Path(path)
     checkpoint = load_huggingface(path, without_head) if path.is_dir() else load_checkpoint(path)
     if program and checkpoint.program == "transformers":
-        raise UserError(f"{path} is a folder of transformers, which leaves nothing to say with --program")
+        raise UserError(
+            f"{path} is a folder of transformers, which leaves nothing to say with --program"
+        )
     if without_head:
         tensors = {k: t for k, t in checkpoint.tensors.items() if not k.startswith("head.")}
         checkpoint = replace(checkpoint, tensors=tensors)
@@ -168,12 +184,16 @@ def convert(source: Source) -> tuple[Encoder, dict[str, Any]]:
         "source_sha256": c.sha256,
         "source_form": c.form,
         "source_dtypes": {k: dtype for k, dtype in c.dtypes.items() if dtype in HALVES},
-        "batches_tracked": {k: int(t) for k, t in c.tensors.items() if k.endswith(COUNTER) and t.dtype.kind == "i"},
+        "batches_tracked": {
+            k: int(t) for k, t in c.tensors.items() if k.endswith(COUNTER) and t.dtype.kind == "i"
+        },
     }
     return encoder, notes
 
 
-def convert_encoder(path: str | Path, config_path: str | Path | None = None) -> tuple[Encoder, dict[str, Any]]:
+def convert_encoder(
+    path: str | Path, config_path: str | Path | None = None
+) -> tuple[Encoder, dict[str, Any]]:
     """`read_source` and `convert` in one."""
     return convert(read_source(path, config_path))
 
@@ -193,9 +213,12 @@ def write_pytorch(path: Path, encoder: Encoder, notes: Mapping[str, Any]) -> Non
     tensors = {k: torch.from_numpy(t) for k, t in state_dict(a, encoder.params).items()}
     dtypes, counts = notes.get("source_dtypes", {}), notes.get("batches_tracked", {})
     if not all(key in tensors and dtype in HALVES for key, dtype in dtypes.items()) or not all(
-        key.endswith(f".1.{COUNTER}") and type(count) is int and abs(count) < 2**63 for key, count in counts.items()
+        key.endswith(f".1.{COUNTER}") and type(count) is int and abs(count) < 2**63
+        for key, count in counts.items()
     ):
-        raise UserError("the encoder's config.json is damaged (source_dtypes, batches_tracked): convert it again")
+        raise UserError(
+            "the encoder's config.json is damaged (source_dtypes, batches_tracked): convert it again"
+        )
     tensors |= {key: tensors[key].to(getattr(torch, dtype)) for key, dtype in dtypes.items()}
     tensors |= {key: torch.tensor(count) for key, count in counts.items()}
     content: dict[str, Any] = tensors
@@ -211,7 +234,12 @@ def write_pytorch(path: Path, encoder: Encoder, notes: Mapping[str, Any]) -> Non
 
 def _refuse_foreign(a: Architecture) -> None:
     """gPatchTST knows only the defaults of what other programs do differently."""
-    alike = replace(a, **{f.name: f.default for f in dataclasses.fields(a) if f.default is not dataclasses.MISSING})
+    alike = replace(
+        a,
+        **{
+            f.name: f.default for f in dataclasses.fields(a) if f.default is not dataclasses.MISSING
+        },
+    )
     if not a.revin:
         alike = replace(alike, scaler=a.scaler)
     if not a.pre_norm:
@@ -219,7 +247,9 @@ def _refuse_foreign(a: Architecture) -> None:
     if a.first_sample == alike.first_sample:
         alike = replace(alike, leftover=a.leftover)
     if a.head_type == "none" or alike != a:
-        names = [f.name for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(alike, f.name)]
+        names = [
+            f.name for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(alike, f.name)
+        ]
         raise UserError(
             f"gPatchTST has no such encoder ({', '.join(names) or 'no head'}), so it cannot be written for it"
         )
@@ -227,14 +257,20 @@ def _refuse_foreign(a: Architecture) -> None:
 
 def settings_of(a: Architecture) -> dict[str, Any]:
     """The settings in the sections and spellings of gPatchTST's YAML."""
-    model = {spelling(f.name): getattr(a, f.name) for f in dataclasses.fields(a) if f.default is dataclasses.MISSING}
+    model = {
+        spelling(f.name): getattr(a, f.name)
+        for f in dataclasses.fields(a)
+        if f.default is dataclasses.MISSING
+    }
     return {"data": {"n_vars": model.pop("n_vars")}, "model": model}
 
 
 def describe(source: Source, encoder: Encoder) -> str:
     """A short summary for the terminal."""
     a, c = source.architecture, source.checkpoint
-    program = {"gpatchtst": "gPatchTST", "supervised": "the official supervised program"}.get(c.program, c.program)
+    program = {"gpatchtst": "gPatchTST", "supervised": "the official supervised program"}.get(
+        c.program, c.program
+    )
     head = "no head" if a.head_type == "none" else f"{a.head_type} head"
     lines = [
         f"PatchTST of {program} from {c.path.name}: {a.n_layers} layers, d_model {a.d_model}, {a.n_heads} heads, "

@@ -21,7 +21,7 @@ from convert.checkpoint import (
     shown,
     to_numpy,
 )  # fmt: skip
-from minsae_jax.config import UserError
+from minsae_jax.errors import UserError
 
 _LAYER, _OURS = r"encoder\.layers\.(\d+)", r"backbone.encoder.layers.\1"
 # transformers' name (a pattern, without `model.`) -> gPatchTST's
@@ -70,7 +70,9 @@ def load_huggingface(folder: Path, without_head: bool) -> Checkpoint:
     """The model in a folder. Raises UserError on one that cannot be converted, with the reason."""
     config = load_json(folder / "config.json")
     if config.get("model_type", "patchtst") != "patchtst":
-        raise UserError(f"{folder} holds a model of type {shown(config['model_type'])}, not a patchtst")
+        raise UserError(
+            f"{folder} holds a model of type {shown(config['model_type'])}, not a patchtst"
+        )
     path, tensors = _weights(folder)
     settings = _settings(config, _head_type(config, tensors, without_head))
     renamed = _renamed(tensors, without_head)
@@ -84,7 +86,9 @@ def _weights(folder: Path) -> tuple[Path, Tensors]:
         return safe, load_safetensors(safe)
     if pickled.is_file():
         return pickled, to_numpy(load_torch(pickled), pickled)
-    raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin beside its config.json")
+    raise UserError(
+        f"{folder} has neither model.safetensors nor pytorch_model.bin beside its config.json"
+    )
 
 
 def _head_type(config: dict[str, Any], tensors: Tensors, without_head: bool) -> str:
@@ -95,12 +99,16 @@ def _head_type(config: dict[str, Any], tensors: Tensors, without_head: bool) -> 
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
     if name is None:
-        name = "PatchTSTForPretraining" if "head.linear.weight" in heads else "PatchTSTForPrediction"
+        name = (
+            "PatchTSTForPretraining" if "head.linear.weight" in heads else "PatchTSTForPrediction"
+        )
     reason = None
     if name not in HEADS:
         reason = f"is a {shown(name)}"
     elif any("projection.proj" in k or "projections.0.proj" in k for k in heads):
-        reason = f"predicts a distribution ({shown(config.get('distribution_output', 'student_t'))})"
+        reason = (
+            f"predicts a distribution ({shown(config.get('distribution_output', 'student_t'))})"
+        )
     elif any(".projections." in k for k in heads):
         reason = "has a head for each channel (share_projection false), with which transformers' own forward fails,"
     if reason:
@@ -115,7 +123,9 @@ def _settings(config: dict[str, Any], head_type: str) -> dict[str, Any]:
             "channel_attention is on: channels attend to each other, while here every channel is a sequence of its own"
         )
     if config.get("positional_encoding_type", "sincos") not in ("sincos", "random"):
-        raise UserError(f"positional_encoding_type {shown(config['positional_encoding_type'])} is not known")
+        raise UserError(
+            f"positional_encoding_type {shown(config['positional_encoding_type'])} is not known"
+        )
     settings = {ours: config.get(theirs, default) for theirs, (ours, default) in PLAIN.items()}
     norms = {"batchnorm": "BatchNorm", "layernorm": "LayerNorm"}
     norm, scaling = config.get("norm_type", "batchnorm"), config.get("scaling", "std")
@@ -124,7 +134,9 @@ def _settings(config: dict[str, Any], head_type: str) -> dict[str, Any]:
     if not isinstance(scaling, (str, bool, type(None))) or (scaling and scaling not in SCALERS):
         raise UserError(f"scaling must be std, mean or null, but is {shown(scaling)}")
     if config.get("scaling_dim", 1) != 1 or config.get("keepdim", True) is not True:
-        raise UserError("its scaler works along another axis than time (scaling_dim, keepdim), which is not supported")
+        raise UserError(
+            "its scaler works along another axis than time (scaling_dim, keepdim), which is not supported"
+        )
     scaler, eps = SCALERS.get(scaling or "std", ("mean_sd", 1e-5))
     pooling = config.get("pooling_type", "mean")
     if pooling not in ("mean", "max", None):
@@ -139,7 +151,9 @@ def _settings(config: dict[str, Any], head_type: str) -> dict[str, Any]:
         "pos_dim": settings["d_model"],
         "head_type": head_type,
         "individual_head": False,
-        "pooling": ("cls" if settings["use_cls_token"] else pooling or "gpatchtst") if has_pooling else "gpatchtst",
+        "pooling": ("cls" if settings["use_cls_token"] else pooling or "gpatchtst")
+        if has_pooling
+        else "gpatchtst",
         "revin": bool(scaling),
         "revin_affine": False,
         "revin_eps": config.get("minimum_scale", eps),
@@ -153,7 +167,9 @@ def _renamed(tensors: Tensors, without_head: bool) -> Tensors:
     for name, tensor in tensors.items():
         if without_head and name.startswith("head."):
             continue
-        found = ((re.fullmatch(pattern, name.removeprefix("model.")), ours) for pattern, ours in NAMES)
+        found = (
+            (re.fullmatch(pattern, name.removeprefix("model.")), ours) for pattern, ours in NAMES
+        )
         renamed[next((match.expand(ours) for match, ours in found if match), name)] = tensor
     return renamed
 
@@ -164,13 +180,22 @@ def _complete(tensors: Tensors, settings: dict[str, Any], has_bias: bool) -> Non
     if cls_token is not None:
         tensors["backbone.cls_token"] = cls_token.reshape(1, 1, -1)
     d_model, heads, d_ff = (settings[name] for name in ("d_model", "n_heads", "d_ff"))
-    if not all(type(n) is int and 0 < n < 1 << 20 for n in (d_model, heads, d_ff)) or d_model % heads:
+    if (
+        not all(type(n) is int and 0 < n < 1 << 20 for n in (d_model, heads, d_ff))
+        or d_model % heads
+    ):
         raise UserError(
             "d_model, num_attention_heads and ffn_dim must be whole numbers above 0, the second dividing the first, "
             f"but are {shown(d_model)}, {shown(heads)} and {shown(d_ff)}"
         )
-    for layer in [k.removesuffix(".self_attn.W_Q.weight") for k in tensors if k.endswith(".self_attn.W_Q.weight")]:
-        tensors[f"{layer}.self_attn.sdp_attn.scale"] = np.asarray((d_model // heads) ** -0.5, np.float32)
+    for layer in [
+        k.removesuffix(".self_attn.W_Q.weight")
+        for k in tensors
+        if k.endswith(".self_attn.W_Q.weight")
+    ]:
+        tensors[f"{layer}.self_attn.sdp_attn.scale"] = np.asarray(
+            (d_model // heads) ** -0.5, np.float32
+        )
         if not has_bias:
             tensors |= {
                 f"{layer}.ff.0.bias": np.zeros(d_ff, np.float32),
@@ -180,4 +205,6 @@ def _complete(tensors: Tensors, settings: dict[str, Any], has_bias: bool) -> Non
     reads_all = settings["head_type"] == "prediction" and settings["pooling"] == "gpatchtst"
     if reads_all and weight is not None and weight.ndim == 2 and weight.shape[1] % d_model == 0:
         by_patch = weight.reshape(len(weight), -1, d_model)  # gPatchTST has the patches innermost
-        tensors["head.linear.weight"] = np.ascontiguousarray(by_patch.swapaxes(1, 2)).reshape(weight.shape)
+        tensors["head.linear.weight"] = np.ascontiguousarray(by_patch.swapaxes(1, 2)).reshape(
+            weight.shape
+        )

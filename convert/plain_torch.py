@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minsae_jax.encoder.patchtst import Architecture
+from minsae_jax.encoder.patchtst.model import Architecture
 
 StateDict = dict[str, Tensor]
 
@@ -28,7 +28,9 @@ def forward(
         return hidden, None
     output = _head(a, state, hidden[-1])
     if a.denormalize and a.revin_affine:
-        output = (output - state["revin.affine_bias"]) / (state["revin.affine_weight"] + a.revin_eps**2)
+        output = (output - state["revin.affine_bias"]) / (
+            state["revin.affine_weight"] + a.revin_eps**2
+        )
     return hidden, output * scale + centre if a.denormalize else output
 
 
@@ -45,14 +47,22 @@ def _embed(a: Architecture, state: StateDict, x: Tensor) -> Tensor:
     if a.leftover == "start":
         x = x[:, (x.shape[1] - a.patch_len) % a.stride :]
     x = x.unfold(1, a.patch_len, a.stride)
-    names = ["backbone.W_P"] * a.n_vars if a.shared_embedding else [f"backbone.W_P.{i}" for i in range(a.n_vars)]
-    z = torch.stack([_linear(state, name, x[:, :, i]) for i, name in enumerate(names)], 1).flatten(0, 1)
+    names = (
+        ["backbone.W_P"] * a.n_vars
+        if a.shared_embedding
+        else [f"backbone.W_P.{i}" for i in range(a.n_vars)]
+    )
+    z = torch.stack([_linear(state, name, x[:, :, i]) for i, name in enumerate(names)], 1).flatten(
+        0, 1
+    )
     if a.use_cls_token:
         z = torch.cat([state["backbone.cls_token"].expand(len(z), -1, -1), z], 1)
     return z + state["backbone.W_pos"]
 
 
-def _layer(a: Architecture, state: StateDict, name: str, z: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
+def _layer(
+    a: Architecture, state: StateDict, name: str, z: Tensor, earlier: Tensor
+) -> tuple[Tensor, Tensor]:
     if not a.pre_norm:
         branch, scores = _attention(a, state, name, z, earlier)
         z = _norm(a, state, f"{name}.norm_attn", z + branch)
@@ -64,15 +74,20 @@ def _layer(a: Architecture, state: StateDict, name: str, z: Tensor, earlier: Ten
     return (normed if a.norm_stream else z) + _feed_forward(a, state, name, normed), scores
 
 
-def _attention(a: Architecture, state: StateDict, name: str, z: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
+def _attention(
+    a: Architecture, state: StateDict, name: str, z: Tensor, earlier: Tensor
+) -> tuple[Tensor, Tensor]:
     name = f"{name}.self_attn"
     q, k, v = (
-        _linear(state, f"{name}.{n}", z).unflatten(2, (a.n_heads, -1)).transpose(1, 2) for n in ("W_Q", "W_K", "W_V")
+        _linear(state, f"{name}.{n}", z).unflatten(2, (a.n_heads, -1)).transpose(1, 2)
+        for n in ("W_Q", "W_K", "W_V")
     )
     scores = q @ k.transpose(2, 3) * state[f"{name}.sdp_attn.scale"]
     if a.res_attention:
         scores = scores + earlier
-    return _linear(state, f"{name}.to_out.0", (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)), scores
+    return _linear(
+        state, f"{name}.to_out.0", (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    ), scores
 
 
 def _feed_forward(a: Architecture, state: StateDict, name: str, z: Tensor) -> Tensor:
@@ -86,8 +101,12 @@ def _linear(state: StateDict, name: str, x: Tensor) -> Tensor:
 
 def _norm(a: Architecture, state: StateDict, name: str, x: Tensor) -> Tensor:
     if a.norm == "LayerNorm":
-        return F.layer_norm(x, (a.d_model,), state[f"{name}.weight"], state[f"{name}.bias"], a.norm_eps)
-    mean, var, weight, bias = (state[f"{name}.1.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.layer_norm(
+            x, (a.d_model,), state[f"{name}.weight"], state[f"{name}.bias"], a.norm_eps
+        )
+    mean, var, weight, bias = (
+        state[f"{name}.1.{k}"] for k in ("running_mean", "running_var", "weight", "bias")
+    )
     return F.batch_norm(x.transpose(1, 2), mean, var, weight, bias, eps=a.norm_eps).transpose(1, 2)
 
 

@@ -15,10 +15,19 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import save
 
-from convert.checkpoint import HALVES, Tensors, load_json, load_safetensors, load_torch, save_torch, shown, to_numpy
-from minsae_jax.config import UserError
-from minsae_jax.files import written_aside
-from minsae_jax.sae.model import NAMES, WEIGHTS, check_params, load_sae, save_member
+from convert.checkpoint import (
+    HALVES,
+    Tensors,
+    load_json,
+    load_safetensors,
+    load_torch,
+    save_torch,
+    shown,
+    to_numpy,
+)
+from minsae_jax.errors import UserError
+from minsae_jax.files import atomic_write
+from minsae_jax.sae.member import NAMES, WEIGHTS, check_params, load_sae, save_member
 
 Kind = Literal["member", "minsae", "saelens", "dictionary_learning"]
 # minSAE's and dictionary_learning's key, ours, whether it is transposed
@@ -53,7 +62,9 @@ def read_minsae(path: Path) -> Autoencoder:
 
 
 def read_dictionary_learning(path: Path) -> Autoencoder:
-    sae = _read_linears(path, ["bias", *(theirs for theirs, _, _ in LINEARS[:3])], "dictionary_learning")
+    sae = _read_linears(
+        path, ["bias", *(theirs for theirs, _, _ in LINEARS[:3])], "dictionary_learning"
+    )
     return dataclasses.replace(sae, params=_shifted(sae.params, -1))
 
 
@@ -62,19 +73,30 @@ def _read_linears(path: Path, keys: list[str], library: str) -> Autoencoder:
     path = path / TRAINED if path.is_dir() else path
     state = load_torch(path)
     if not isinstance(state, dict) or set(state) != set(keys):
-        held = ", ".join(str(k)[:40] for k in list(state)[:6]) if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path} is no autoencoder of {library}: it must hold {', '.join(keys)}, not {held}")
+        held = (
+            ", ".join(str(k)[:40] for k in list(state)[:6])
+            if isinstance(state, dict)
+            else type(state).__name__
+        )
+        raise UserError(
+            f"{path} is no autoencoder of {library}: it must hold {', '.join(keys)}, not {held}"
+        )
     tensors = to_numpy(state, path)
     if any(t.dtype != np.float32 for t in tensors.values()):
         raise UserError(f"{path} must be float32 throughout")
     tensors = {"decoder.bias" if k == "bias" else k: t for k, t in tensors.items()}
-    params = {ours: np.ascontiguousarray(tensors[theirs].T if t else tensors[theirs]) for theirs, ours, t in LINEARS}
+    params = {
+        ours: np.ascontiguousarray(tensors[theirs].T if t else tensors[theirs])
+        for theirs, ours, t in LINEARS
+    }
     check_params(params, str(path))
     return Autoencoder(params, {"format_version": 1, "kind": "relu", "source_file": path.name})
 
 
 def write_minsae(path: Path, sae: Autoencoder) -> None:
-    _write_torch(path, {theirs: sae.params[ours].T if t else sae.params[ours] for theirs, ours, t in LINEARS})
+    _write_torch(
+        path, {theirs: sae.params[ours].T if t else sae.params[ours] for theirs, ours, t in LINEARS}
+    )
 
 
 def write_dictionary_learning(path: Path, sae: Autoencoder) -> None:
@@ -113,10 +135,14 @@ def read_saelens(path: Path) -> Autoencoder:
     for key, fits in wanted.items():
         value = cfg.get(key, fits[0])
         if not any(value is f or (isinstance(value, str) and value == f) for f in fits):
-            raise UserError(f"{path} has {key} {shown(value)}: only {shown(fits[0])} can be converted")
+            raise UserError(
+                f"{path} has {key} {shown(value)}: only {shown(fits[0])} can be converted"
+            )
     takes_bias_first = cfg.get("apply_b_dec_to_input", True)
     if not isinstance(takes_bias_first, bool):
-        raise UserError(f"{path} has apply_b_dec_to_input {shown(takes_bias_first)}, not true or false")
+        raise UserError(
+            f"{path} has apply_b_dec_to_input {shown(takes_bias_first)}, not true or false"
+        )
     params = {k: t.astype(np.float32) if str(t.dtype) in HALVES else t for k, t in tensors.items()}
     check_params(params, str(path / SAELENS_WEIGHTS))
     if takes_bias_first:
@@ -143,7 +169,10 @@ def write_saelens(path: Path, sae: Autoencoder) -> None:
     }
     path.mkdir(parents=True, exist_ok=True)
     # The config is renamed last: without it there is no SAE.
-    with written_aside(path / SAELENS_CONFIG) as config, written_aside(path / SAELENS_WEIGHTS) as weights:
+    with (
+        atomic_write(path / SAELENS_CONFIG) as config,
+        atomic_write(path / SAELENS_WEIGHTS) as weights,
+    ):
         config.write_text(json.dumps(cfg, indent=2) + "\n")
         weights.write_bytes(save({name: np.array(sae.params[name], order="C") for name in NAMES}))
         (path / SAELENS_CONFIG).unlink(missing_ok=True)
@@ -174,7 +203,9 @@ def kind_of(path: Path) -> Kind:
         if (path / SAELENS_CONFIG).is_file():
             return "saelens"
         if not (path / TRAINED).is_file():
-            raise UserError(f"there is no {WEIGHTS}, {SAELENS_CONFIG} or {TRAINED} in {path}: it holds no autoencoder")
+            raise UserError(
+                f"there is no {WEIGHTS}, {SAELENS_CONFIG} or {TRAINED} in {path}: it holds no autoencoder"
+            )
         path = path / TRAINED
     state = load_torch(path)
     return "dictionary_learning" if isinstance(state, dict) and "bias" in state else "minsae"
@@ -188,7 +219,9 @@ def convert_sae(path: str | Path, to: Kind, out: str | Path) -> str:
     _refuse_other(out, to)
     WRITE[to](out, sae)
     d_model, d_sae = sae.params["W_enc"].shape
-    return f"autoencoder of d_model {d_model}, d_sae {d_sae}, read as {kind}, written as {to} to {out}"
+    return (
+        f"autoencoder of d_model {d_model}, d_sae {d_sae}, read as {kind}, written as {to} to {out}"
+    )
 
 
 def _refuse_other(out: Path, to: Kind) -> None:
@@ -201,4 +234,6 @@ def _refuse_other(out: Path, to: Kind) -> None:
                 return
         except UserError:
             pass
-        raise UserError(f"{out} exists and is no such autoencoder: this writes {wanted}, name another")
+        raise UserError(
+            f"{out} exists and is no such autoencoder: this writes {wanted}, name another"
+        )

@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from convert.checkpoint import Tensors
-from minsae_jax.config import UserError
 from minsae_jax.encoder.converted import Encoder
+from minsae_jax.errors import UserError
 from minsae_jax.monitor import table
 
-MOST_NUMBERS = 1 << 26  # that a layer may have for all windows: plain torch keeps several such tensors
+MOST_NUMBERS = (
+    1 << 26
+)  # that a layer may have for all windows: plain torch keeps several such tensors
 TOLERANCE = 1e-4  # largest difference allowed, in the unit of the activations
 WINDOWS = 4
 
@@ -40,7 +42,9 @@ def verify(encoder: Encoder, tensors: Tensors, windows: np.ndarray) -> list[Diff
 
     a = encoder.architecture
     with torch.no_grad():
-        hidden, output = forward(a, {k: torch.tensor(t) for k, t in tensors.items()}, torch.from_numpy(windows))
+        hidden, output = forward(
+            a, {k: torch.tensor(t) for k, t in tensors.items()}, torch.from_numpy(windows)
+        )
     expected = {f"layer {i}": h for i, h in enumerate(hidden)}
     got = {f"layer {i}": encoder.activations(windows, i) for i in range(a.n_layers)}
     if a.head_type != "none" and output is not None:
@@ -59,18 +63,31 @@ def read_windows(encoder: Encoder, recording: str | None) -> np.ndarray:
     a = encoder.architecture
     numbers = a.n_vars * a.n_tokens * max(a.d_model, a.d_ff, a.n_heads * a.n_tokens)
     if numbers > MOST_NUMBERS:
-        raise UserError(f"the encoder is too large to be verified: {numbers:,} numbers a layer and window")
+        raise UserError(
+            f"the encoder is too large to be verified: {numbers:,} numbers a layer and window"
+        )
     n_windows = min(WINDOWS, MOST_NUMBERS // numbers)
     if recording is None:
-        return np.random.default_rng(0).normal(size=(n_windows, a.seq_len, a.n_vars)).astype(np.float32)
+        return (
+            np.random.default_rng(0)
+            .normal(size=(n_windows, a.seq_len, a.n_vars))
+            .astype(np.float32)
+        )
     try:
         samples = np.load(Path(recording), allow_pickle=False, mmap_mode="r")
     except (OSError, ValueError, EOFError) as e:
-        raise UserError(f"{recording} is no recording that can be read ({' '.join(str(e).split())[:150]})") from e
+        raise UserError(
+            f"{recording} is no recording that can be read ({' '.join(str(e).split())[:150]})"
+        ) from e
     if not isinstance(samples, np.ndarray):
         raise UserError(f"{recording} is an archive of arrays, not one recording")
     samples = samples[:, None] if samples.ndim == 1 else samples
-    if samples.ndim != 2 or samples.dtype.kind != "f" or samples.shape[1] != a.n_vars or len(samples) < a.seq_len:
+    if (
+        samples.ndim != 2
+        or samples.dtype.kind != "f"
+        or samples.shape[1] != a.n_vars
+        or len(samples) < a.seq_len
+    ):
         raise UserError(
             f"{recording} is {samples.dtype}{list(samples.shape)}, but must be floating-point [time, {a.n_vars} "
             f"channels] of at least {a.seq_len} samples"

@@ -13,15 +13,34 @@ verbs:
 from functools import partial
 from pathlib import Path
 
-from minsae_jax import cli, sharding
-from minsae_jax.config import Demo, Evaluate, Extract, Plot, Settings, Train, UserError, load_settings, read_yaml
-from minsae_jax.eeg.synthetic import write_demo
+from minsae_jax import cli
+from minsae_jax.eeg.synthetic import DemoConfig, write_demo
+from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import Encoder, is_encoder, load_encoder
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.live import open_live
-from minsae_jax.files import locked
-from minsae_jax.pictures import plot
-from minsae_jax.sae.train import train
+from minsae_jax.errors import UserError
+from minsae_jax.evaluation.config import EvaluateConfig
+from minsae_jax.files import lock_folder
+from minsae_jax.parallel.processes import start_jax
+from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
+from minsae_jax.sae.plots import plot
+from minsae_jax.sae.trainer import train
+from minsae_jax.settings import Settings, load_sections, read_yaml
+
+SECTIONS: dict[str, type] = {
+    "demo": DemoConfig,
+    "extract": ExtractConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "plot": PlotConfig,
+}
+
+
+def load_settings(cls: type[Settings], path: str | Path) -> Settings:
+    """The settings of one verb from the section of that name. All sections are checked, so that no slip hides."""
+    name = next(name for name, section_cls in SECTIONS.items() if section_cls is cls)
+    return load_sections(path, SECTIONS).get(name, cls())
 
 
 def main(args: list[str]) -> None:
@@ -30,15 +49,15 @@ def main(args: list[str]) -> None:
         return
     verb, flags = args[0], args[1:]
     if verb == "demo":
-        print(write_demo(_settings(Demo, verb, flags)))
+        print(write_demo(_settings(DemoConfig, verb, flags)))
     elif verb == "extract":
-        _extract(_settings(Extract, verb, flags))
+        _extract(_settings(ExtractConfig, verb, flags))
     elif verb == "train":
-        print(_train(_settings(Train, verb, flags)))
+        print(_train(_settings(TrainConfig, verb, flags)))
     elif verb == "evaluate":
-        _evaluate(_settings(Evaluate, verb, flags))
+        _evaluate(_settings(EvaluateConfig, verb, flags))
     elif verb == "plot":
-        print(plot(_settings(Plot, verb, flags)))
+        print(plot(_settings(PlotConfig, verb, flags)))
     else:
         raise UserError(
             f"there is no verb {verb!r}: it is demo, extract, train, evaluate or plot; see python -m minsae_jax --help"
@@ -63,41 +82,52 @@ def _settings(cls: type[Settings], verb: str, flags: list[str]) -> Settings:
     return cli.parse(cls, rest, f"minsae {verb}", default, also)
 
 
-def _extract(settings: Extract) -> None:
+def _extract(settings: ExtractConfig) -> None:
     for name in ("root_path", "checkpoint_path"):
         if getattr(settings, name) is None:
-            raise UserError(f"extract needs --{name}, as a flag or in the section extract of the --config file")
-    sharding.start(distributed=settings.distributed)
+            raise UserError(
+                f"extract needs --{name}, as a flag or in the section extract of the --config file"
+            )
+    start_jax(distributed=settings.distributed)
     encoder = open_encoder(str(settings.checkpoint_path), settings.config_path)
     for told in extract(encoder, settings):
         print(told, flush=True)
 
 
-def _train(settings: Train) -> str:
-    sharding.start(settings.deterministic, settings.distributed)
+def _train(settings: TrainConfig) -> str:
+    start_jax(settings.deterministic, settings.distributed)
     if not settings.checkpoint_path:
         return train(settings)
     encoder = open_encoder(settings.checkpoint_path, settings.config_path)
-    return train(settings, encoder.fingerprint, partial(open_live, encoder, settings) if settings.live else None)
+    return train(
+        settings,
+        encoder.fingerprint,
+        partial(open_live, encoder, settings) if settings.live else None,
+    )
 
 
-def _evaluate(settings: Evaluate) -> None:
+def _evaluate(settings: EvaluateConfig) -> None:
     for name in ("run", "root_path"):
         if getattr(settings, name) is None:
-            raise UserError(f"evaluate needs --{name}, as a flag or in the section evaluate of the --config file")
+            raise UserError(
+                f"evaluate needs --{name}, as a flag or in the section evaluate of the --config file"
+            )
     config = Path(str(settings.run)) / "config.yaml"
     if not config.is_file():
         raise UserError(f"{settings.run} holds no run: name one with --run")
-    trained = load_settings(Train, config)
+    trained = load_run_config(Path(str(settings.run)))
     checkpoint_path = settings.checkpoint_path or trained.checkpoint_path
     if checkpoint_path is None:
         raise UserError("evaluate needs --checkpoint_path, since the run does not name its encoder")
-    from minsae_jax.features.evaluate import evaluate, summary  # scipy is imported for this verb only
-    from minsae_jax.features.show import show
+    from minsae_jax.evaluation.evaluate import (  # scipy is imported for this verb only
+        evaluate,
+        summary,
+    )
+    from minsae_jax.report.report import show
 
-    sharding.start()
+    start_jax()
     encoder = open_encoder(checkpoint_path, settings.config_path or trained.config_path)
-    with locked(Path(str(settings.run))):
+    with lock_folder(Path(str(settings.run))):
         evaluation = evaluate(settings, encoder)
         print(summary(evaluation), flush=True)
         if settings.report:

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from minsae_jax.config import Stopped, UserError
+from minsae_jax.errors import Stopped, UserError, brief
 
 Settings = TypeVar("Settings")
 
@@ -36,15 +36,23 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="{" + ",".join(get_args(kind)) + "}" if is_choice else "TEXT" if kind is str else kind.__name__.upper(),
+        metavar="{" + ",".join(get_args(kind)) + "}"
+        if is_choice
+        else "TEXT"
+        if kind is str
+        else kind.__name__.upper(),
         choices=get_args(kind) if is_choice else None,
         instance_from_str=lambda words: words[0] if is_choice else kind(words[0]),
-        is_instance=lambda value: value is None or (value in get_args(kind) if is_choice else isinstance(value, kind)),
+        is_instance=lambda value: (
+            value is None or (value in get_args(kind) if is_choice else isinstance(value, kind))
+        ),
         str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
 
 
-def parse(cls: type[Settings], args: list[str], prog: str, default: Settings | None = None, also: str = "") -> Settings:
+def parse(
+    cls: type[Settings], args: list[str], prog: str, default: Settings | None = None, also: str = ""
+) -> Settings:
     """The dataclass filled from flags; raises UserError on flags that do not fit, ends the process after --help, which
     shows `also` below the class's docstring."""
     stderr = io.StringIO()
@@ -53,7 +61,13 @@ def parse(cls: type[Settings], args: list[str], prog: str, default: Settings | N
     try:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
-                cls, args=args, prog=prog, use_underscores=True, default=start, description=about, registry=_registry
+                cls,
+                args=args,
+                prog=prog,
+                use_underscores=True,
+                default=start,
+                description=about,
+                registry=_registry,
             )
     except SystemExit as e:
         if not e.code:
@@ -80,7 +94,9 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
     args = sys.argv[1:] if args is None else args
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a λ on a terminal without it is no reason to stop
+            stream.reconfigure(
+                errors="replace"
+            )  # a λ on a terminal without it is no reason to stop
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main([a for a in args if a != "--debug"])
@@ -98,13 +114,16 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         if "--debug" in args:
             traceback.print_exc()
         place = f": {e.filename}" if isinstance(e, OSError) and e.filename else ""
-        print(f"error: {e.strerror or e}{place}" if isinstance(e, OSError) else f"error: {e}", file=sys.stderr)
+        print(
+            f"error: {e.strerror or e}{place}" if isinstance(e, OSError) else f"error: {e}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except Exception as e:
         if "RESOURCE_EXHAUSTED" not in str(e) or "--debug" in args:
             raise
         print(
-            f"error: out of memory ({' '.join(str(e).split())[:150]}): try a smaller --batch_size, "
+            f"error: out of memory ({brief(e, 150)}): try a smaller --batch_size, "
             "--feature_dim_factor or sweep",
             file=sys.stderr,
         )

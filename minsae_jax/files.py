@@ -1,30 +1,74 @@
-"""Writing files so that nothing half-written ever looks complete, and no two processes write the same folder."""
+"""Atomic writes, folder replacement and locks: no half-written file ever looks complete."""
 
 import contextlib
 import fcntl
+import hashlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
-from minsae_jax.config import UserError
+from minsae_jax.errors import UserError
 
 
 @contextmanager
-def written_aside(path: Path, shared: bool = False) -> Iterator[Path]:
-    """A temporary name beside `path`: renamed to it at the end, removed after an error. In a folder that is not locked
-    (`shared`) the name is this process's own."""
-    aside = path.with_name(f"{path.name}.tmp{os.getpid() if shared else ''}")
+def atomic_write(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary path that is renamed to `path` on success and removed on error.
+
+    shared: several processes may write this file at once, so the temporary name is unique.
+    """
+    suffix = f".tmp{os.getpid()}" if shared else ".tmp"
+    temporary = path.with_name(path.name + suffix)
     try:
-        yield aside
-        aside.replace(path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """A folder that this process alone writes to, until the end or its death. Raises UserError where another does."""
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that takes the place of `folder` on success.
+
+    A process killed between the two renames leaves `.NAME.old`, which the next call restores.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (temporary, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def foreign_entries(folder: Path, owned: Collection[str]) -> list[str]:
+    """Return the sorted names in `folder` that match none of the `owned` patterns."""
+    if not folder.is_dir():
+        return []
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in owned)]
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `folder`. Raises UserError if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some file systems lock no folders
@@ -32,7 +76,7 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"{folder} is being written by another process: wait for it, or name another folder"
+                    f"{folder} is being written by another process; wait for it or choose another folder"
                 ) from None
         yield
     finally:

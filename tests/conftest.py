@@ -5,6 +5,7 @@ import shutil
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -12,8 +13,15 @@ import numpy as np
 import pytest
 from selenium import webdriver
 
-from minsae_jax.config import Demo
-from minsae_jax.eeg.synthetic import write_demo
+from convert.encoder import convert_encoder
+from minsae_jax import load_sae
+from minsae_jax.eeg.synthetic import DemoConfig, write_demo
+from minsae_jax.encoder.config import ExtractConfig
+from minsae_jax.encoder.converted import Encoder, save_encoder
+from minsae_jax.encoder.extract import extract
+from minsae_jax.evaluation.dataset import Dataset, open_dataset
+from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae.trainer import train
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -41,7 +49,7 @@ def one_device(monkeypatch):
 def demo_folder(tmp_path_factory) -> Path:
     """A small demo: ten patients with half a minute each."""
     folder = tmp_path_factory.mktemp("demo") / "tuhab_preprocessed"
-    write_demo(Demo(root_path=str(folder), patients=10, minutes=0.5))
+    write_demo(DemoConfig(root_path=str(folder), patients=10, minutes=0.5))
     return folder
 
 
@@ -58,7 +66,10 @@ def write_small_store(store: Path, seed: int) -> Path:
     rng = np.random.default_rng([1, seed])
     for i in range(3):
         sources = rng.exponential(size=(5, 7, 24)) * (rng.random((5, 7, 24)) < 0.1)
-        np.save(folder / f"b{i:04d}.npy", (sources @ directions + 0.1 * rng.normal(size=(5, 7, 16))).astype(np.float32))
+        np.save(
+            folder / f"b{i:04d}.npy",
+            (sources @ directions + 0.1 * rng.normal(size=(5, 7, 16))).astype(np.float32),
+        )
     return store
 
 
@@ -81,3 +92,37 @@ def chromium():
     page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield page
     page.quit()
+
+
+@dataclass(frozen=True)
+class Trained:
+    encoder: Encoder
+    encoder_folder: Path
+    recordings: Path
+    stores: Path
+    run: Path
+
+    def dataset(self, split: str) -> Dataset:
+        store = self.stores.with_name(f"{self.stores.name}_{split}")
+        return open_dataset(store, -1, self.encoder.architecture, self.recordings)
+
+    def sae(self, name: str = "lambda=1"):
+        return load_sae(self.run / "members" / name)
+
+
+@pytest.fixture(scope="session")
+def trained(demo_folder, tmp_path_factory) -> Trained:
+    folder = tmp_path_factory.mktemp("trained")
+    encoder, _ = convert_encoder(FIXTURES / "tuhab_patch_100/checkpoint.pth")
+    save_encoder(folder / "encoder", encoder, {})
+    store, run = folder / "store", folder / "run"
+    settings = ExtractConfig(
+        root_path=str(demo_folder), batch_size=4, out=str(store), split=("train", "val", "test")
+    )
+    list(extract(encoder, settings))
+    train(
+        TrainConfig(store=str(store), checkpoint_path=str(folder / "encoder"), run_dir=str(run), lambda_sparsity=(0.1, 1.0),
+              feature_dim_factor=(0.5,), lr=(3e-3,), num_steps=150, batch_size=256, eval_every=0),
+        encoder.fingerprint,
+    )  # fmt: skip
+    return Trained(encoder, folder / "encoder", demo_folder, store, run)

@@ -5,7 +5,7 @@ import pytest
 import convert.__main__
 import minsae_jax.__main__
 from minsae_jax import cli
-from minsae_jax.config import Train
+from minsae_jax.sae.config import TrainConfig
 
 
 def fails(capsys, main, *args: str) -> str:
@@ -27,7 +27,10 @@ def fails(capsys, main, *args: str) -> str:
         (["train", "--lr", "x"], "Could not find valid parse for arguments: ['x']"),
         (["train", "--lr", "-1"], "--lr must be finite and not below 0, but is -1"),
         (["train", "--num_steps", "0"], "--num_steps must be above 0 and finite, but is 0"),
-        (["train", "--number_of_arrays", "2"], "--number_of_arrays has no meaning under --recipe april2024"),
+        (
+            ["train", "--number_of_arrays", "2"],
+            "--number_of_arrays has no meaning under --recipe april2024",
+        ),
         (["train", "--recipe", "minsea"], "invalid choice 'minsea'"),
         (["train", "--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
         (["train", "--config"], "--config takes one YAML file"),
@@ -35,7 +38,10 @@ def fails(capsys, main, *args: str) -> str:
         (["train", "--checkpoint_path", "nowhere"], "there is no encoder at nowhere"),
         (["extract"], "extract needs --root_path"),
         (["extract", "--root_path", "x"], "extract needs --checkpoint_path"),
-        (["extract", "--root_path", "x", "--checkpoint_path", "no.pth"], "there is no checkpoint file no.pth"),
+        (
+            ["extract", "--root_path", "x", "--checkpoint_path", "no.pth"],
+            "there is no checkpoint file no.pth",
+        ),
         (["extract", "--split", "tset"], "invalid choice 'tset'"),
         (["extract", "--batch_size", "0"], "--batch_size must be above 0 and finite"),
         (["demo", "--patients", "2"], "--patients must be 10 or more"),
@@ -55,7 +61,10 @@ def test_mistakes(capsys, monkeypatch, tmp_path, args, told):
         (["decoder"], "there is no 'decoder' to convert"),
         (["encoder", "no.pth", "--out", "x"], "there is no checkpoint file no.pth"),
         (["encoder", "no.pth"], "--out"),
-        (["encoder", "no.pth", "--out", "x", "--config_path", "no.yaml"], "there is no file no.yaml"),
+        (
+            ["encoder", "no.pth", "--out", "x", "--config_path", "no.yaml"],
+            "there is no file no.yaml",
+        ),
         (["sae", "no.pt", "--to", "member", "--out", "x"], "there is no autoencoder no.pt"),
         (["sae", "no.pt", "--to", "keras", "--out", "x"], "invalid choice 'keras'"),
     ],
@@ -79,7 +88,9 @@ def test_a_bug_is_not_dressed_up_as_a_mistake():
         cli.run(broken, [])
 
 
-@pytest.mark.parametrize("args", [["train", "--help"], ["extract", "-h"], ["demo", "--help"], ["plot", "--help"]])
+@pytest.mark.parametrize(
+    "args", [["train", "--help"], ["extract", "-h"], ["demo", "--help"], ["plot", "--help"]]
+)
 def test_help(capsys, args):
     with pytest.raises(SystemExit) as e:
         cli.run(minsae_jax.__main__.main, args)
@@ -95,15 +106,19 @@ def test_overview(capsys):
 
 
 def test_dashes_and_underscores_are_alike():
-    one = cli.parse(Train, ["--lambda-sparsity", "1", "2", "--num-steps", "5", "--no-overwrite"], "x")
-    other = cli.parse(Train, ["--lambda_sparsity", "1", "2", "--num_steps=5"], "x")
-    assert one == other == Train(lambda_sparsity=(1.0, 2.0), num_steps=5)
+    one = cli.parse(
+        TrainConfig, ["--lambda-sparsity", "1", "2", "--num-steps", "5", "--no-overwrite"], "x"
+    )
+    other = cli.parse(TrainConfig, ["--lambda_sparsity", "1", "2", "--num_steps=5"], "x")
+    assert one == other == TrainConfig(lambda_sparsity=(1.0, 2.0), num_steps=5)
 
 
 def test_flags_override_the_file(tmp_path):
     (tmp_path / "x.yaml").write_text("train: {lr: 1e-4, num_steps: 7}")
     for config in (["--config", str(tmp_path / "x.yaml")], [f"--config={tmp_path / 'x.yaml'}"]):
-        settings = minsae_jax.__main__._settings(Train, "train", [*config, "--num_steps", "9"])
+        settings = minsae_jax.__main__._settings(
+            TrainConfig, "train", [*config, "--num_steps", "9"]
+        )
         assert (settings.lr, settings.num_steps) == ((1e-4,), 9)
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {  # a room may import from rooms of a lower number, and from itself
-    "minsae_jax.config": 0, "minsae_jax.cli": 1, "minsae_jax.files": 1, "minsae_jax.monitor": 2,
-    "minsae_jax.pictures": 2,
-    "minsae_jax.sharding": 1, "minsae_jax.eeg": 3, "minsae_jax.activations": 3, "minsae_jax.encoder": 4,
-    "minsae_jax.sae": 4, "minsae_jax.features": 5,
-    "minsae_jax": 6,  # its __init__.py, the public API
-    "convert": 5, "minsae_jax.__main__": 7,
+FLOORS = {  # a package may import from packages of a lower number, and from itself
+    "minsae_jax.errors": 0, "minsae_jax.settings": 1, "minsae_jax.files": 1, "minsae_jax.parallel": 1,
+    "minsae_jax.cli": 2, "minsae_jax.monitor": 2,
+    "minsae_jax.eeg": 3, "minsae_jax.activations": 4, "minsae_jax.encoder": 5, "minsae_jax.sae": 5,
+    "minsae_jax.evaluation": 6, "minsae_jax.report": 7, "convert": 6,
+    "minsae_jax": 8,  # its __init__.py, the public API
+    "minsae_jax.__main__": 9,
 }  # fmt: skip
 FILES = sorted([*(ROOT / "minsae_jax").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])
 
@@ -65,7 +65,7 @@ class Refused:
             raise ImportError(name)
 
 sys.meta_path.insert(0, Refused())
-import minsae_jax.__main__, minsae_jax.features
+import minsae_jax.__main__, minsae_jax.report.features
 minsae_jax.__main__.main([])
 """
 

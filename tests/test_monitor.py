@@ -36,7 +36,10 @@ def test_tensorboard(tmp_path):
     wanted = {f"train/{n}" for n in ("loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")}
     wanted.add("speed/tokens_per_second")
     assert wanted == set(tags["scalars"])
-    assert [(e.step, round(e.value, 6)) for e in events.Scalars("train/mse")] == [(10, 0.1), (20, 0.05)]
+    assert [(e.step, round(e.value, 6)) for e in events.Scalars("train/mse")] == [
+        (10, 0.1),
+        (20, 0.05),
+    ]
     (histogram,) = tags["histograms"]
     value = events.Histograms(histogram)[0].histogram_value
     assert value.num == 3  # the silent feature has no logarithm
@@ -90,9 +93,16 @@ def test_events_of_the_run(tmp_path):
         log.close()
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
     events.Reload()
-    assert [(e.step, e.width, e.height) for e in events.Images("pareto")] == [(10, 8, 6), (20, 8, 6)]
-    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    tags = {category.title: [c.multiline.tag[0] for c in category.chart] for category in layout.category}
+    assert [(e.step, e.width, e.height) for e in events.Images("pareto")] == [
+        (10, 8, 6),
+        (20, 8, 6),
+    ]
+    layout = layout_pb2.Layout.FromString(
+        events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    )
+    tags = {
+        category.title: [c.multiline.tag[0] for c in category.chart] for category in layout.category
+    }
     assert tags == {
         "training": [f"train/{name}$" for name in ("mse", "l1", "l0", "dead_fraction")],
         "held-out tokens": ["eval/fvu$"],
@@ -109,7 +119,10 @@ class FakeWandb(ModuleType):
     def init(self, **how):
         self._fail("init")
         run = ModuleType(how["name"])
-        run.log = lambda figures, step: (self._fail("log"), self.logged.append((how["name"], step, figures)))
+        run.log = lambda figures, step: (
+            self._fail("log"),
+            self.logged.append((how["name"], step, figures)),
+        )
         run.finish = lambda: (self._fail("finish"), self.finished.append(how["name"]))
         self.started.append(how)
         return run
@@ -164,5 +177,6 @@ def test_wandb_fails_alone(tmp_path, monkeypatch, failing):
 
 def test_table():
     assert (
-        table(["member", "λ"], [["lambda=10", "10"], ["x", "2.5"]]) == "member       λ\nlambda=10   10\nx          2.5"
+        table(["member", "λ"], [["lambda=10", "10"], ["x", "2.5"]])
+        == "member       λ\nlambda=10   10\nx          2.5"
     )

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TRACKED = ("minsae_jax", "convert", "configs", "Makefile", "pyproject.toml")
 # What keeps a command of the README short here; a later flag overrides an earlier one.
-SHORTER = {"minsae train": "--num_steps 30 --batch_size 256 --eval_window 10 --feature_dim_factor 1"}
+SHORTER = {
+    "minsae train": "--num_steps 30 --batch_size 256 --eval_window 10 --feature_dim_factor 1"
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -30,12 +32,17 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(scope="module")
 def environment():
     """As a user's shell, with this environment activated, and two devices."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONWARNINGS": "error::DeprecationWarning"}
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONWARNINGS": "error::DeprecationWarning",
+    }
     return os.environ | flags | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def run(command, cwd, env):
-    done = subprocess.run(command, cwd=cwd, env=env, shell=isinstance(command, str), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=cwd, env=env, shell=isinstance(command, str), capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
@@ -47,7 +54,12 @@ def test_readme(tmp_path, demo_folder, environment):
     shutil.copytree(demo_folder, tmp_path / "tuhab_preprocessed")
     for source, target in (("checkpoint.pth", "checkpoint.pth"), ("config.yaml", "config.yaml")):
         shutil.copy(FIXTURES / "tuhab_patch_100" / source, tmp_path / target)
-    commands = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith("make ")]
+    commands = [
+        line
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if not line.startswith("make ")
+    ]
     assert len(commands) == 8
     for command in commands:
         if command.startswith("tensorboard"):
@@ -57,7 +69,9 @@ def test_readme(tmp_path, demo_folder, environment):
     for split in ("", "_val", "_test"):
         assert (tmp_path / f"stores/mine{split}/l-1/manifest.json").exists()
     assert (tmp_path / "runs/mine/report/index.html").is_file()
-    for block, check in zip(blocks("python"), ("x_hat.shape == x.shape", "len(found.table()) == 128"), strict=True):
+    for block, check in zip(
+        blocks("python"), ("x_hat.shape == x.shape", "len(found.table()) == 128"), strict=True
+    ):
         run([sys.executable, "-c", f"{block}\nassert {check}"], tmp_path, environment)
     init = re.search(r"`(minsae train --init \S+)`", README)[1]
     out = run(
@@ -69,11 +83,20 @@ def test_readme(tmp_path, demo_folder, environment):
 
 
 def test_tensorboard_starts(tmp_path, environment):
-    (command,) = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("tensorboard")]
+    (command,) = [
+        line
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if line.startswith("tensorboard")
+    ]
     (tmp_path / "runs").mkdir()
     environment = environment | {"PYTHONWARNINGS": ""}  # tensorboard's own are not ours
     with subprocess.Popen(
-        [*shlex.split(command), "--port", "0"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        [*shlex.split(command), "--port", "0"],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             assert any("at http://localhost:" in line for line in process.stderr)
@@ -91,7 +114,12 @@ def checkout(tmp_path_factory, environment):
     (folder / ".venv").symlink_to(sys.prefix)
     config = yaml.safe_load((folder / "configs/demo.yaml").read_text())
     config["demo"] |= {"patients": 10, "minutes": 0.5}
-    config["train"] |= {"num_steps": 60, "batch_size": 256, "checkpoint_every": 20, "feature_dim_factor": 1}
+    config["train"] |= {
+        "num_steps": 60,
+        "batch_size": 256,
+        "checkpoint_every": 20,
+        "feature_dim_factor": 1,
+    }
     (folder / "configs/demo.yaml").write_text(yaml.safe_dump(config))
     return folder
 
@@ -128,11 +156,22 @@ def test_killed_at_any_moment(small_store, tmp_path, environment):
     run(command + "whole", tmp_path, environment)
 
     def latest():
-        return max((int(p.name) for p in killed.glob("checkpoints/*") if p.name.isdigit()), default=0)
+        return max(
+            (int(p.name) for p in killed.glob("checkpoints/*") if p.name.isdigit()), default=0
+        )
 
-    for wanted, how in ((100, signal.SIGKILL), (400, signal.SIGTERM), (700, signal.SIGKILL), (1000, signal.SIGINT)):
+    for wanted, how in (
+        (100, signal.SIGKILL),
+        (400, signal.SIGTERM),
+        (700, signal.SIGKILL),
+        (1000, signal.SIGINT),
+    ):
         with subprocess.Popen(
-            shlex.split(command + "killed"), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+            shlex.split(command + "killed"),
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as process:
             while latest() < wanted:
                 assert process.poll() is None
@@ -141,10 +180,15 @@ def test_killed_at_any_moment(small_store, tmp_path, environment):
             told = process.communicate()[1].splitlines()[-1]
         if how != signal.SIGKILL:
             assert process.returncode == 128 + how
-            assert f"stopped at step {latest()}, and saved: the same command goes on from there" in told
+            assert (
+                f"stopped at step {latest()}, and saved: the same command goes on from there"
+                in told
+            )
     assert not (killed / "sweep.csv").exists()
     run(command + "killed", tmp_path, environment)
-    compared = [p.relative_to(whole) for p in whole.rglob("*") if p.suffix in (".csv", ".safetensors")]
+    compared = [
+        p.relative_to(whole) for p in whole.rglob("*") if p.suffix in (".csv", ".safetensors")
+    ]
     assert len(compared) == 7
     for name in compared:
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
@@ -158,7 +202,10 @@ def test_extraction_killed_at_any_moment(demo_folder, tmp_path, environment):
     run(command + "whole", tmp_path, environment)
     for wanted, how in ((3, signal.SIGKILL), (12, signal.SIGTERM), (18, signal.SIGKILL)):
         with subprocess.Popen(
-            shlex.split(command + "killed"), cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+            shlex.split(command + "killed"),
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.DEVNULL,
         ) as process:
             while len(list(killed.glob("b*.npy"))) < wanted:
                 assert process.poll() is None
@@ -166,7 +213,10 @@ def test_extraction_killed_at_any_moment(demo_folder, tmp_path, environment):
             process.send_signal(how)
         assert not (killed / "provenance.npz").exists()
     full = subprocess.run(
-        ["bash", "-c", f"ulimit -f 50; exec {command} killed"], cwd=tmp_path, env=environment, capture_output=True
+        ["bash", "-c", f"ulimit -f 50; exec {command} killed"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
     )
     assert full.returncode == 2
     assert b"could not be written (File too large): make room" in full.stderr.splitlines()[-1]
@@ -195,7 +245,9 @@ def test_full_demo_is_as_promised():
     """What the README says of configs/demo.yaml, which test_make makes smaller."""
     config = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
     lambdas = config["train"]["lambda_sparsity"]
-    assert f"activations, {['four', 'five', 'six', 'seven'][len(lambdas) - 4]} autoencoders" in README
+    assert (
+        f"activations, {['four', 'five', 'six', 'seven'][len(lambdas) - 4]} autoencoders" in README
+    )
     told = [line.split() for line in blocks("text")[0].splitlines()[1:]]
     assert [row[0] for row in told] == [f"lambda={v:g}" for v in lambdas]
     l0, fvu = np.array([(float(row[3]), float(row[4])) for row in told]).T

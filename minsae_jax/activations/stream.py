@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.config import UserError
+from minsae_jax.errors import UserError
 
 MIXED_ROWS = 65_536  # tokens that are mixed with one another, from chunks all over the source
 
@@ -55,7 +55,9 @@ class Source(Protocol):
     @property
     def dtype(self) -> np.dtype: ...  # of what is read
     def read(self, shard: int) -> Float[np.ndarray, "rows d_model"]: ...
-    def read_chunks(self, chunks: Sequence[int], out: Float[np.ndarray, "most d_model"]) -> int: ...  # rows of out
+    def read_chunks(
+        self, chunks: Sequence[int], out: Float[np.ndarray, "most d_model"]
+    ) -> int: ...  # rows of out
     def verify(self) -> None: ...
 
 
@@ -71,7 +73,9 @@ class FileGroups:
     def __init__(self, source: Source, size: int):
         n_shards = len(source.rows_of_shards)
         if size > n_shards:
-            raise UserError(f"--number_of_arrays {size} is more than the {n_shards} files in {source.folder}")
+            raise UserError(
+                f"--number_of_arrays {size} is more than the {n_shards} files in {source.folder}"
+            )
         self.source, self.size, self.n_shards = source, size, n_shards
 
     def __len__(self) -> int:
@@ -93,8 +97,12 @@ class ShuffledWindows:
         self.source, self.seed = source, seed
         self.chunks_mixed = max(1, MIXED_ROWS // source.chunk_rows)
         self.windows_per_epoch = -(-source.n_chunks // self.chunks_mixed)
-        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(source.n_chunks))
-        self._own = threading.local()  # of each reading thread: fresh memory for each window costs a third of the time
+        self._order = lru_cache(2)(
+            lambda epoch: np.random.default_rng([seed, epoch]).permutation(source.n_chunks)
+        )
+        self._own = (
+            threading.local()
+        )  # of each reading thread: fresh memory for each window costs a third of the time
 
     def __len__(self) -> int:
         return 2**40  # without end, as far as anybody trains
@@ -105,9 +113,13 @@ class ShuffledWindows:
         if not hasattr(self._own, "rows"):
             most = min(self.chunks_mixed, self.source.n_chunks) * self.source.chunk_rows
             self._own.rows = np.empty((most, self.source.d_model), self.source.dtype)
-        n_rows = self.source.read_chunks(self._order(epoch)[first : first + self.chunks_mixed].tolist(), self._own.rows)
+        n_rows = self.source.read_chunks(
+            self._order(epoch)[first : first + self.chunks_mixed].tolist(), self._own.rows
+        )
         order = np.random.default_rng([self.seed, epoch, window]).permutation(n_rows)
-        return self._own.rows.take(order, axis=0, mode="clip")  # without "clip" numpy goes a slower way
+        return self._own.rows.take(
+            order, axis=0, mode="clip"
+        )  # without "clip" numpy goes a slower way
 
 
 def shuffled_tokens(source: Source, batch_size: int, shuffle_seed: int) -> TokenStream:

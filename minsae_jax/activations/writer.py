@@ -13,8 +13,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from minsae_jax import sharding
-from minsae_jax.activations.shards import (
+from minsae_jax.activations.store import (
     FORMAT_VERSION,
     MANIFEST,
     PROVENANCE,
@@ -24,8 +23,9 @@ from minsae_jax.activations.shards import (
     sha256_of,
     shard_damage,
 )
-from minsae_jax.config import UserError
-from minsae_jax.files import locked, written_aside
+from minsae_jax.errors import UserError
+from minsae_jax.files import atomic_write, lock_folder
+from minsae_jax.parallel.processes import barrier, process_index
 
 BLOCK = 1 << 20  # bytes hashed and written at a time, while they are in the cache
 OTHERS = "manifest.*.json"  # what processes but the first note
@@ -37,13 +37,25 @@ def refuse_other_store(folder: Path, identity: dict[str, Any]) -> None:
     before = read_manifest(folder)
     if not before:
         refuse_foreign_files(folder)
-        shards = sorted(p.name for p in folder.iterdir() if SHARD_NAME.fullmatch(p.name)) if folder.is_dir() else []
+        shards = (
+            sorted(p.name for p in folder.iterdir() if SHARD_NAME.fullmatch(p.name))
+            if folder.is_dir()
+            else []
+        )
         if shards:
-            raise UserError(f"{folder} holds {shards[0]} without a manifest: name another --out, or use --overwrite")
+            raise UserError(
+                f"{folder} holds {shards[0]} without a manifest: name another --out, or use --overwrite"
+            )
         return
     now = {k: v for k, v in identity.items() if k != "data"} | identity["data"]
-    was = {"precision": "float32", "skipped": {}} | {k: v for k, v in before.items() if k != "data"} | before["data"]
-    other = [f"{k} ({_short(was.get(k))}, now {_short(v)})" for k, v in now.items() if was.get(k) != v]
+    was = (
+        {"precision": "float32", "skipped": {}}
+        | {k: v for k, v in before.items() if k != "data"}
+        | before["data"]
+    )
+    other = [
+        f"{k} ({_short(was.get(k))}, now {_short(v)})" for k, v in now.items() if was.get(k) != v
+    ]
     if other:
         raise UserError(
             f"{folder} holds a store of other settings: {', '.join(other)}; name another --out, or use --overwrite"
@@ -52,7 +64,11 @@ def refuse_other_store(folder: Path, identity: dict[str, Any]) -> None:
 
 def refuse_foreign_files(folder: Path) -> None:
     """Nothing but a store's own files is ever removed."""
-    foreign = sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name)) if folder.is_dir() else []
+    foreign = (
+        sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name))
+        if folder.is_dir()
+        else []
+    )
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which is no store's: name another --out")
 
@@ -75,14 +91,14 @@ class StoreWriter:
 
     def __init__(self, folder: Path, identity: dict[str, Any], overwrite: bool = False):
         self.folder, self.identity, self.overwrite = folder, identity, overwrite
-        self.process = sharding.process()
+        self.process = process_index()
         self.finished, self.done, self.manifest = False, set[int](), dict[str, Any]()
         self._lock = ExitStack()
 
     def __enter__(self) -> "StoreWriter":
         if self.process == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(locked(self.folder))
+            self._lock.enter_context(lock_folder(self.folder))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,13 +106,15 @@ class StoreWriter:
 
     def begin(self) -> None:
         """Find what is there: `finished`, or the numbers of the shards that are `done`."""
-        with sharding.together(f"begin {self.folder}"):
+        with barrier(f"begin {self.folder}"):
             if self.process == 0:
                 self._tidy_up()
         manifest = read_manifest(self.folder)
         self.finished = manifest["complete"]
         self.done = {_number(e) for e in manifest["shards"]}
-        self.manifest = manifest if self.process == 0 else {"identity": self._digest(), "shards": []}
+        self.manifest = (
+            manifest if self.process == 0 else {"identity": self._digest(), "shards": []}
+        )
 
     def _tidy_up(self) -> None:
         """Make the folder a store that is finished, or one with whole shards only."""
@@ -141,7 +159,9 @@ class StoreWriter:
         for path in self.folder.glob(OTHERS):
             path.unlink()
 
-    def write(self, number: int, pieces: Sequence[Shaped[np.ndarray, "sequences n_tokens d_model"]]) -> None:
+    def write(
+        self, number: int, pieces: Sequence[Shaped[np.ndarray, "sequences n_tokens d_model"]]
+    ) -> None:
         """One shard, from pieces that follow one another along the first axis, of the store's dtype. Raises UserError
         where the disk does not take it."""
         path = self.folder / f"b{number:04d}.npy"
@@ -158,9 +178,9 @@ class StoreWriter:
 
     def finish(self, provenance: dict[str, np.ndarray]) -> None:
         """Write the provenance, an entry a sequence in the shards' order, and declare the store complete."""
-        with sharding.together(f"finish {self.folder}"):
+        with barrier(f"finish {self.folder}"):
             if self.process == 0:
-                with written_aside(self.folder / PROVENANCE) as aside, aside.open("wb") as f:
+                with atomic_write(self.folder / PROVENANCE) as aside, aside.open("wb") as f:
                     np.savez_compressed(f, allow_pickle=False, **provenance)
                 self.manifest |= {"shards": self._all_entries(), "complete": True}
                 self._write_manifest()
@@ -168,7 +188,7 @@ class StoreWriter:
 
     def _write_manifest(self) -> None:
         name = MANIFEST if self.process == 0 else f"manifest.{self.process}.json"
-        with written_aside(self.folder / name) as aside:
+        with atomic_write(self.folder / name) as aside:
             aside.write_text(json.dumps(self.manifest, indent=1) + "\n")
 
 
@@ -180,15 +200,24 @@ def _write_shard(path: Path, pieces: Sequence[np.ndarray]) -> dict[str, Any]:
     described = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, described)
     digest = hashlib.sha256()
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         with aside.open("wb", buffering=0) as f:
-            for content in (header.getbuffer(), *(np.ascontiguousarray(a).data.cast("B") for a in arrays)):
+            for content in (
+                header.getbuffer(),
+                *(np.ascontiguousarray(a).data.cast("B") for a in arrays),
+            ):
                 for start in range(0, len(content), BLOCK):
                     digest.update(content[start : start + BLOCK])
                     _write_all(f, content[start : start + BLOCK])
         size = aside.stat().st_size
     rows = shape[0] * shape[1]
-    return {"file": path.name, "shape": list(shape), "rows": rows, "bytes": size, "sha256": digest.hexdigest()}
+    return {
+        "file": path.name,
+        "shape": list(shape),
+        "rows": rows,
+        "bytes": size,
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _write_all(file: IO[bytes], block: memoryview) -> None:

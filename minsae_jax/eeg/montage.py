@@ -15,4 +15,10 @@ POSITIONS = np.array([
 ])  # fmt: skip
 
 # Name, and limits in Hz.
-BANDS = (("delta", 1.0, 4.0), ("theta", 4.0, 8.0), ("alpha", 8.0, 13.0), ("beta", 13.0, 25.0), ("gamma", 25.0, 35.0))
+BANDS = (
+    ("delta", 1.0, 4.0),
+    ("theta", 4.0, 8.0),
+    ("alpha", 8.0, 13.0),
+    ("beta", 13.0, 25.0),
+    ("gamma", 25.0, 35.0),
+)

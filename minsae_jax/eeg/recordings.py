@@ -17,20 +17,22 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from minsae_jax.config import OnBadRecording, Split, UserError
-from minsae_jax.files import written_aside
+from minsae_jax.errors import UserError, brief
+from minsae_jax.files import atomic_write
 from minsae_jax.monitor import progress
+
+Split = Literal["train", "val", "test", "all"]
+OnBadRecording = Literal["error", "skip"]
 
 LENGTHS = "file_lengths_map.csv"
 TRAIN_SHARE, TEST_SHARE = 0.7, 0.2
 Splits = dict[str, list[str]]
-_one_header = (
-    Lock()
-)  # Python 3.11 cannot parse in two threads at a time (SystemError), which is how numpy reads headers
+_one_header = Lock()  # Python 3.11 cannot parse in two threads at a time (SystemError), which is how numpy reads headers
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,16 @@ class Windows:
     seq_len: int  # samples a window
     patch_len: int  # the reference leaves so many samples after a window for a target, and so counts fewer windows
     n_vars: int
-    stamps: Mapping[str, tuple[int, int]]  # size and time of change of each file when it was first seen
+    stamps: Mapping[
+        str, tuple[int, int]
+    ]  # size and time of change of each file when it was first seen
 
     @cached_property
     def counts(self) -> np.ndarray:
         """Windows of each file."""
-        return np.array([length // (self.seq_len + self.patch_len) for length in self.lengths], np.int64)
+        return np.array(
+            [length // (self.seq_len + self.patch_len) for length in self.lengths], np.int64
+        )
 
     @cached_property
     def ends(self) -> np.ndarray:
@@ -74,7 +80,9 @@ class Windows:
         """Windows start to stop, float32, in SD."""
         return self.read_at(np.arange(start, min(stop, len(self))))
 
-    def read_at(self, index: Int[np.ndarray, " windows"]) -> Float[np.ndarray, "windows seq_len n_vars"]:
+    def read_at(
+        self, index: Int[np.ndarray, " windows"]
+    ) -> Float[np.ndarray, "windows seq_len n_vars"]:
         """Any windows, float32, in SD."""
         places = self.places(index)
         out = np.empty((len(places), self.seq_len, self.n_vars), np.float32)
@@ -100,14 +108,18 @@ class Windows:
             progress("check recordings", len(self.files), "recordings", delay=2.0) as bar,
         ):
             looks = {}
-            for name, look in zip(self.files, pool.map(self._look, range(len(self.files))), strict=True):
+            for name, look in zip(
+                self.files, pool.map(self._look, range(len(self.files))), strict=True
+            ):
                 bar.advance(1)
                 looks[name] = look
         return looks
 
     def _look(self, file: int) -> "Look":
         digest, zero = hashlib.sha256(), self.n_vars > 1
-        samples = load_recording(self.folder / self.files[file])[: int(self.counts[file]) * self.seq_len]
+        samples = load_recording(self.folder / self.files[file])[
+            : int(self.counts[file]) * self.seq_len
+        ]
         for start in range(0, len(samples), 100_000):
             with np.errstate(over="ignore"):
                 block = np.ascontiguousarray(samples[start : start + 100_000], np.float32)
@@ -169,8 +181,12 @@ def open_recordings(
     recordings = []
     for split, (windows, looks, bad) in zip(splits, found, strict=True):
         if not len(windows):
-            raise UserError(f"split {split} is empty: none of its recordings can be used ({_listed(bad)})")
-        digest = hashlib.sha256("".join(f"{name} {looks[name].sha256}" for name in windows.files).encode())
+            raise UserError(
+                f"split {split} is empty: none of its recordings can be used ({_listed(bad)})"
+            )
+        digest = hashlib.sha256(
+            "".join(f"{name} {looks[name].sha256}" for name in windows.files).encode()
+        )
         shifted = np.array([looks[name].shifted for name in windows.files], bool)
         recordings.append(Recordings(windows, digest.hexdigest(), shifted, bad))
     return recordings
@@ -186,14 +202,20 @@ def warn_of(recordings: Recordings, split: Split) -> None:
             stacklevel=2,
         )
     if recordings.skipped:
-        reasons = _some([f"{name} {reason}" for name, reason in recordings.skipped.items()], at_most=3)
-        warnings.warn(f"left out of split {split}: {reasons}; the manifest names them all", stacklevel=2)
+        reasons = _some(
+            [f"{name} {reason}" for name, reason in recordings.skipped.items()], at_most=3
+        )
+        warnings.warn(
+            f"left out of split {split}: {reasons}; the manifest names them all", stacklevel=2
+        )
 
 
 def refuse_bad(bad: Mapping[str, str]) -> None:
     """Raise UserError where there is any."""
     if bad:
-        raise UserError(f"{_listed(bad)}: repair or remove, or leave out with --on_bad_recording skip")
+        raise UserError(
+            f"{_listed(bad)}: repair or remove, or leave out with --on_bad_recording skip"
+        )
 
 
 def _listed(bad: Mapping[str, str]) -> str:
@@ -241,7 +263,9 @@ def find_windows(
             bad[name] = reason
     good = tuple(f for f in files if f not in bad)
     stamps = {name: stamp_of(folder / name) for name in good}
-    windows = Windows(folder, good, tuple(lengths[f] for f in good), seq_len, patch_len, n_vars, stamps)
+    windows = Windows(
+        folder, good, tuple(lengths[f] for f in good), seq_len, patch_len, n_vars, stamps
+    )
     if len(windows) == 0 and not bad:
         raise UserError(
             f"split {split} is empty: {len(patients)} patients with {len(files)} recordings in {folder} "
@@ -256,8 +280,12 @@ def recordings_folder(root: Path) -> Path:
         if (folder / LENGTHS).is_file():
             return folder
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}: --root_path must hold recordings and file_lengths_map.csv")
-    raise UserError(f"there is no file_lengths_map.csv in {root}, which must list the recordings and their lengths")
+        raise UserError(
+            f"there is no folder {root}: --root_path must hold recordings and file_lengths_map.csv"
+        )
+    raise UserError(
+        f"there is no file_lengths_map.csv in {root}, which must list the recordings and their lengths"
+    )
 
 
 def read_lengths(path: Path) -> dict[str, int]:
@@ -268,8 +296,12 @@ def read_lengths(path: Path) -> dict[str, int]:
             columns = rows.fieldnames or []
             missing = [c for c in ("filename", "time_len") if c not in columns]
             if missing:
-                raise UserError(f"{path} lacks the column {' and '.join(missing)}; it has {', '.join(columns)}")
-            lengths = {row["filename"]: _length(row["time_len"], path, rows.line_num) for row in rows}
+                raise UserError(
+                    f"{path} lacks the column {' and '.join(missing)}; it has {', '.join(columns)}"
+                )
+            lengths = {
+                row["filename"]: _length(row["time_len"], path, rows.line_num) for row in rows
+            }
             if None in lengths or "" in lengths:
                 raise UserError(f"{path} has a row without a filename")
             return lengths
@@ -301,18 +333,26 @@ def patient_splits(root: Path, names: list[str], seed: int) -> Splits:
         known = set(everyone)
         if len(everyone) > len(known):
             twice = sorted(p for p in known if everyone.count(p) > 1)
-            warnings.warn(f"{_some(twice)} stands in {path.name} more than once: splits overlap", stacklevel=2)
+            warnings.warn(
+                f"{_some(twice)} stands in {path.name} more than once: splits overlap", stacklevel=2
+            )
         new = sorted({patient_of(n) for n in names} - known)
         if new:
-            warnings.warn(f"{_some(new)} of {root} is in no split of {path.name}, and left out", stacklevel=2)
+            warnings.warn(
+                f"{_some(new)} of {root} is in no split of {path.name}, and left out", stacklevel=2
+            )
         return splits
     patients = list(dict.fromkeys(patient_of(name) for name in names))
     random.Random(seed).shuffle(patients)
     train_end = int(len(patients) * TRAIN_SHARE)
     val_end = train_end + int(len(patients) * (1 - TRAIN_SHARE - TEST_SHARE))
-    splits = {"train": patients[:train_end], "val": patients[train_end:val_end], "test": patients[val_end:]}
+    splits = {
+        "train": patients[:train_end],
+        "val": patients[train_end:val_end],
+        "test": patients[val_end:],
+    }
     if os.access(root, os.W_OK):
-        with written_aside(path, shared=True) as aside:
+        with atomic_write(path, shared=True) as aside:
             aside.write_bytes(pickle.dumps(splits))
     return splits
 
@@ -330,9 +370,12 @@ def read_splits(path: Path) -> Splits:
         with path.open("rb") as f:
             splits = _PlainUnpickler(f).load()
     except Exception as e:
-        raise UserError(f"{path} is no pickle of plain lists of patients ({e}): remove it to split anew") from e
+        raise UserError(
+            f"{path} is no pickle of plain lists of patients ({e}): remove it to split anew"
+        ) from e
     if not isinstance(splits, dict) or not all(
-        isinstance(splits.get(k), list) and all(isinstance(p, str) for p in splits[k]) for k in ("train", "val", "test")
+        isinstance(splits.get(k), list) and all(isinstance(p, str) for p in splits[k])
+        for k in ("train", "val", "test")
     ):
         raise UserError(f"{path} must hold a dict of three lists of patients, train, val and test")
     return {k: splits[k] for k in ("train", "val", "test")}
@@ -361,7 +404,7 @@ def _problem(path: Path, length: int | None, n_vars: int) -> str | None:
     try:
         array = load_recording(path)
     except Exception as e:
-        return f"cannot be read ({' '.join(str(e).split()) or type(e).__name__})"
+        return f"cannot be read ({brief(e) or type(e).__name__})"
     if array.ndim != 2 or array.dtype.kind != "f":
         return f"must be floating-point [time, channels], but is {array.dtype}{list(array.shape)}"
     if array.shape[1] != n_vars:

@@ -15,15 +15,43 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
-from minsae_jax.config import Demo, UserError, read_yaml, to_dict
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.eeg.recordings import read_lengths
+from minsae_jax.errors import UserError
+from minsae_jax.settings import read_yaml, require, to_dict
 
 SAMPLING_RATE = 100  # Hz
 _OURS = re.compile(
     r"demo\d+_s\d+_t\d+_preprocessed\.npy|(file_lengths_map|events)\.csv|demo\.yaml|tuh_patient_splits_.*"
 )
 Wave = Callable[[int, np.random.Generator], np.ndarray]
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Write synthetic EEG with planted, labelled events in the layout of the TUH corpus."""
+
+    root_path: str = "data/demo/tuhab_preprocessed"
+    """Folder to write: recordings, file_lengths_map.csv and events.csv."""
+    patients: int = 16
+    """Number of patients, with one or two recordings each."""
+    minutes: float = 6.0
+    """Mean length of a recording, in minutes at 100 Hz; lengths vary by a quarter."""
+    seed: int = 0
+    """Seed of everything random in the recordings."""
+    overwrite: bool = False
+    """Replace a folder written before with other settings."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.patients >= 10,
+            f"--patients must be 10 or more, so that no split is empty, but is {self.patients}",
+        )
+        require(
+            0.5 <= self.minutes <= 10_000,
+            f"--minutes must be from 0.5 to 10,000, but is {self.minutes}",
+        )
+        require(self.seed >= 0, f"--seed must be 0 or more, but is {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +69,9 @@ def field(x: float, y: float, width: float) -> Float[np.ndarray, "19"]:
     return np.exp(-((POSITIONS[:, 0] - x) ** 2 + (POSITIONS[:, 1] - y) ** 2) / (2 * width * width))
 
 
-def pink(rng: np.random.Generator, channels: int, samples: int) -> Float[np.ndarray, "channels samples"]:
+def pink(
+    rng: np.random.Generator, channels: int, samples: int
+) -> Float[np.ndarray, "channels samples"]:
     """Noise whose amplitude falls with frequency to the power 0.9, of SD 1."""
     f = np.fft.rfftfreq(samples, 1 / SAMPLING_RATE)
     spectrum = rng.normal(size=(channels, f.size)) + 1j * rng.normal(size=(channels, f.size))
@@ -61,29 +91,46 @@ def recording(
     """One recording, z-scored per channel, and its events in order of time."""
     rng = np.random.default_rng(seed)
     n = max(samples, 400)
-    mix = np.stack([field(rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(0.3, 0.8)) for _ in range(10)], axis=1)
+    mix = np.stack(
+        [field(rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(0.3, 0.8)) for _ in range(10)],
+        axis=1,
+    )
     x = mix @ pink(rng, 10, n) + 0.3 * pink(rng, 19, n)
     alpha_hz, spindle_hz = rng.uniform(8.5, 11.5), rng.uniform(12, 14)
     kinds: list[tuple[str, int, Wave, np.ndarray]] = [  # name, samples, course, scalp field
-        ("alpha", 250, lambda k, r: 3 * _sine(alpha_hz, k, r.uniform(0, 6)), field(0.0, -0.95, 0.5)),
+        (
+            "alpha",
+            250,
+            lambda k, r: 3 * _sine(alpha_hz, k, r.uniform(0, 6)),
+            field(0.0, -0.95, 0.5),
+        ),
         ("spindle", 100, lambda k, r: 2.5 * _sine(spindle_hz, k), field(0.0, 0.2, 0.5)),
         ("slow_wave", 120, lambda k, r: -4 * _sine(SAMPLING_RATE / k, k), field(0.0, 0.5, 0.6)),
         ("blink", 35, lambda k, r: 7 * np.hanning(k), field(0.0, 1.05, 0.35)),
-        ("spike", 30, lambda k, r: 7 * np.r_[np.hanning(8), -0.45 * np.hanning(k - 8)], field(-1.0, 0.05, 0.35)),
+        (
+            "spike",
+            30,
+            lambda k, r: 7 * np.r_[np.hanning(8), -0.45 * np.hanning(k - 8)],
+            field(-1.0, 0.05, 0.35),
+        ),
         ("muscle", 80, lambda k, r: 2.2 * r.normal(size=k) * np.hanning(k), field(1.0, 0.1, 0.4)),
     ]
     events = []
     for kind, length, wave, weights in kinds:
         channels = tuple(np.array(CHANNELS)[weights >= weights.max() / 2].tolist())
-        for start in rng.integers(0, n - length, rng.poisson(rate_per_minute * n / SAMPLING_RATE / 60)):
+        for start in rng.integers(
+            0, n - length, rng.poisson(rate_per_minute * n / SAMPLING_RATE / 60)
+        ):
             x[:, start : start + length] += np.outer(weights, wave(length, rng))
             events.append(Event(kind, int(start), min(int(start) + length, samples), channels))
     x = x[:, :samples]
     x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
-    return x.T.astype(np.float32), sorted((e for e in events if e.start < samples), key=lambda e: e.start)
+    return x.T.astype(np.float32), sorted(
+        (e for e in events if e.start < samples), key=lambda e: e.start
+    )
 
 
-def write_demo(settings: Demo) -> str:
+def write_demo(settings: DemoConfig) -> str:
     """Write the folder; returns what to tell. Raises UserError where another one is in its place."""
     folder = Path(settings.root_path)
     record = {k: v for k, v in to_dict(settings).items() if k not in ("root_path", "overwrite")}
@@ -97,7 +144,9 @@ def write_demo(settings: Demo) -> str:
         if not settings.overwrite:
             before = read_yaml(folder / "demo.yaml")
             if before != record:
-                raise UserError(f"{folder} holds a demo of other settings ({before}): use --overwrite to replace it")
+                raise UserError(
+                    f"{folder} holds a demo of other settings ({before}): use --overwrite to replace it"
+                )
             if _is_whole(folder):
                 return f"the demo recordings are in {folder} already"
     aside = folder.with_name(folder.name + ".tmp")
@@ -124,7 +173,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _write_recordings(folder: Path, settings: Demo) -> tuple[int, int]:
+def _write_recordings(folder: Path, settings: DemoConfig) -> tuple[int, int]:
     rng = np.random.default_rng(settings.seed)
     lengths, rows = [], []
     for patient in range(settings.patients):

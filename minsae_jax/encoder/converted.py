@@ -20,8 +20,9 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from minsae_jax.config import UserError, from_dict
-from minsae_jax.encoder.patchtst import Architecture, PatchTST, layer_index
+from minsae_jax.encoder.patchtst.model import Architecture, PatchTST, layer_index
+from minsae_jax.errors import UserError, brief
+from minsae_jax.settings import from_dict
 
 FORMAT_VERSION = 1
 Params = dict[str, Any]
@@ -34,7 +35,9 @@ def _split(architecture: Architecture, precision: Precision) -> tuple[nnx.GraphD
     return nnx.split(nnx.eval_shape(lambda: PatchTST(architecture, dtype, rngs=nnx.Rngs(0))))
 
 
-def split_model(architecture: Architecture, precision: Precision = "float32") -> tuple[nnx.GraphDef, Params]:
+def split_model(
+    architecture: Architecture, precision: Precision = "float32"
+) -> tuple[nnx.GraphDef, Params]:
     """Graph and abstract parameters (shapes and dtypes) of the model; nothing is allocated. precision: of the layers'
     products."""
     graph, state = _split(architecture, precision)
@@ -53,7 +56,9 @@ class Encoder:
         self.params = params
         self.fingerprint = _fingerprint(architecture, params)
 
-    def __call__(self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"]) -> Float[Array, "..."]:
+    def __call__(
+        self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"]
+    ) -> Float[Array, "..."]:
         """What the reference's head gives; see `patchtst.Head` for the shapes."""
         return _forward(self.graph, self.params, self._checked(past_values))
 
@@ -78,7 +83,9 @@ class Encoder:
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _hidden(graph: nnx.GraphDef, params: Params, past_values: Array, layers: tuple[int, ...]) -> tuple[Array, ...]:
+def _hidden(
+    graph: nnx.GraphDef, params: Params, past_values: Array, layers: tuple[int, ...]
+) -> tuple[Array, ...]:
     with jax.default_matmul_precision("highest"):
         return nnx.merge(graph, params).hidden(past_values, layers)
 
@@ -93,7 +100,8 @@ def _fingerprint(architecture: Architecture, params: Params) -> str:
     settings = {
         f.name: value
         for f in dataclasses.fields(architecture)
-        if (value := getattr(architecture, f.name)) != f.default  # so that a new field leaves known encoders alone
+        if (value := getattr(architecture, f.name))
+        != f.default  # so that a new field leaves known encoders alone
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -113,7 +121,9 @@ def save_encoder(folder: str | Path, encoder: Encoder, notes: dict[str, Any]) ->
     aside = folder.with_name(folder.name + ".tmp")
     for place in (folder, aside):
         if place.exists() and not _is_ours(place):
-            raise UserError(f"{place} exists and is no converted encoder, and is not overwritten: name another folder")
+            raise UserError(
+                f"{place} exists and is no converted encoder, and is not overwritten: name another folder"
+            )
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     needed, free = (
@@ -134,8 +144,10 @@ def save_encoder(folder: str | Path, encoder: Encoder, notes: dict[str, Any]) ->
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     except (OSError, ValueError, RuntimeError) as e:  # what Orbax raises when it cannot write
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"the encoder could not be written to {folder} ({reason}): make room, or name another") from e
+        reason = brief(e)
+        raise UserError(
+            f"the encoder could not be written to {folder} ({reason}): make room, or name another"
+        ) from e
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -149,7 +161,11 @@ def _is_ours(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {p.name for p in folder.iterdir()}
-    foreign = {n for n in names if n != "config.json" and not re.fullmatch(r"params(\.orbax-checkpoint-tmp.*)?", n)}
+    foreign = {
+        n
+        for n in names
+        if n != "config.json" and not re.fullmatch(r"params(\.orbax-checkpoint-tmp.*)?", n)
+    }
     if foreign or "config.json" not in names:
         return not foreign
     try:
@@ -169,14 +185,20 @@ def load_encoder(folder: str | Path) -> Encoder:
     """The encoder in a folder that `python -m convert encoder` wrote. Raises UserError where it holds none."""
     folder = Path(folder)
     if not folder.exists():
-        raise UserError(f"there is no encoder at {folder}: convert one with `python -m convert encoder`")
+        raise UserError(
+            f"there is no encoder at {folder}: convert one with `python -m convert encoder`"
+        )
     try:
         config = json.loads((folder / "config.json").read_text())
         if config["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{folder} was written by a newer minsae_jax (format {config['format_version']}): update")
+            raise UserError(
+                f"{folder} was written by a newer minsae_jax (format {config['format_version']}): update"
+            )
         architecture = from_dict(Architecture, config["architecture"])
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore((folder / "params").absolute(), split_model(architecture)[1])
+            params = checkpointer.restore(
+                (folder / "params").absolute(), split_model(architecture)[1]
+            )
         encoder = Encoder(architecture, params)
         if encoder.fingerprint != config["fingerprint"]:
             raise ValueError("it is not what its fingerprint says")
@@ -184,5 +206,7 @@ def load_encoder(folder: str | Path) -> Encoder:
     except UserError:
         raise
     except Exception as e:
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{folder} is no converted encoder, or a damaged one ({reason}): convert it again") from e
+        reason = brief(e)
+        raise UserError(
+            f"{folder} is no converted encoder, or a damaged one ({reason}): convert it again"
+        ) from e

@@ -16,13 +16,22 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from minsae_jax import sharding
 from minsae_jax.activations.writer import StoreWriter, refuse_foreign_files, refuse_other_store
-from minsae_jax.config import Extract, Split, UserError
-from minsae_jax.eeg.recordings import Recordings, Windows, open_recordings, warn_of
+from minsae_jax.eeg.recordings import Recordings, Split, Windows, open_recordings, warn_of
+from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import Encoder, Precision, split_model
-from minsae_jax.encoder.patchtst import Architecture, layer_index
+from minsae_jax.encoder.patchtst.model import Architecture, layer_index
+from minsae_jax.errors import UserError
 from minsae_jax.monitor import Bar, progress
+from minsae_jax.parallel.mesh import (
+    DATA,
+    fetch_batch,
+    make_local_mesh,
+    put_batch,
+    replicated,
+    shard_over_batch,
+)
+from minsae_jax.parallel.processes import barrier, process_count, process_index
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 CHECKED = 1 << 22  # numbers looked at for NaN at a time
@@ -42,7 +51,7 @@ class Plan:
         return self.recordings.windows
 
 
-def extract(encoder: Encoder, settings: Extract) -> Iterator[str]:
+def extract(encoder: Encoder, settings: ExtractConfig) -> Iterator[str]:
     """Write the stores of every split and layer asked for, or what is missing of them; yields what to tell of each
     split.
 
@@ -59,12 +68,14 @@ def extract(encoder: Encoder, settings: Extract) -> Iterator[str]:
             yield Extraction(encoder, settings, plan).run()
 
 
-def make_plans(encoder: Encoder, settings: Extract) -> list[Plan]:
+def make_plans(encoder: Encoder, settings: ExtractConfig) -> list[Plan]:
     """What is to be written, after a look at all recordings."""
     a = encoder.architecture
     layers = {layer_index(layer, a.n_layers): layer for layer in _layers(settings, a)}
     if len(layers) < len(_layers(settings, a)):
-        raise UserError(f"--cache_layer names a layer twice: {' '.join(map(str, settings.cache_layer))}")
+        raise UserError(
+            f"--cache_layer names a layer twice: {' '.join(map(str, settings.cache_layer))}"
+        )
     found = open_recordings(
         str(settings.root_path), settings.split, settings.split_seed, (a.seq_len, a.patch_len, a.n_vars),
         settings.max_batches and settings.max_batches * settings.batch_size, settings.on_bad_recording,
@@ -88,12 +99,21 @@ def make_plans(encoder: Encoder, settings: Extract) -> list[Plan]:
     return plans
 
 
-def _layers(settings: Extract, a: Architecture) -> list[int]:
-    return list(range(a.n_layers)) if settings.cache_layer == ("all",) else [int(i) for i in settings.cache_layer]
+def _layers(settings: ExtractConfig, a: Architecture) -> list[int]:
+    return (
+        list(range(a.n_layers))
+        if settings.cache_layer == ("all",)
+        else [int(i) for i in settings.cache_layer]
+    )
 
 
 def _identity(
-    encoder: Encoder, settings: Extract, split: Split, recordings: Recordings, layer: int, index: int
+    encoder: Encoder,
+    settings: ExtractConfig,
+    split: Split,
+    recordings: Recordings,
+    layer: int,
+    index: int,
 ) -> dict[str, Any]:
     a = encoder.architecture
     return {
@@ -120,7 +140,7 @@ def _identity(
     }
 
 
-def _refuse_full_disk(a: Architecture, settings: Extract, plans: list[Plan]) -> None:
+def _refuse_full_disk(a: Architecture, settings: ExtractConfig, plans: list[Plan]) -> None:
     """Compare what is needed with what is free on each file system, before the start."""
     window_bytes = a.n_vars * a.n_tokens * a.d_model * np.dtype(DTYPES[settings.dtype]).itemsize
     needed: dict[int, tuple[Path, int]] = {}
@@ -128,7 +148,11 @@ def _refuse_full_disk(a: Architecture, settings: Extract, plans: list[Plan]) -> 
         for folder in (writer.folder for writer in plan.writers):
             there = sum(p.stat().st_size for p in folder.glob("b*.npy")) if folder.is_dir() else 0
             parent = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
-            wanted = needed.get(parent.stat().st_dev, (parent, 0))[1] + len(plan.windows) * window_bytes - there
+            wanted = (
+                needed.get(parent.stat().st_dev, (parent, 0))[1]
+                + len(plan.windows) * window_bytes
+                - there
+            )
             needed[parent.stat().st_dev] = (parent, wanted)
     for parent, wanted in needed.values():
         free = shutil.disk_usage(parent).free
@@ -146,9 +170,12 @@ class Extraction:
     With several processes each does every n-th batch, and the stores are the same.
     """
 
-    def __init__(self, encoder: Encoder, settings: Extract, plan: Plan):
+    def __init__(self, encoder: Encoder, settings: ExtractConfig, plan: Plan):
         self.encoder, self.settings, self.plan, self.windows = encoder, settings, plan, plan.windows
-        self.lost, self.began = 0.0, 0.0  # seconds that this thread waited for reading or writing; when it began
+        self.lost, self.began = (
+            0.0,
+            0.0,
+        )  # seconds that this thread waited for reading or writing; when it began
 
     def run(self) -> str:
         """Returns what to tell."""
@@ -165,14 +192,18 @@ class Extraction:
         )
 
     def _write(self, writers: tuple[StoreWriter, ...]) -> None:
-        if sharding.process() == 0:
+        if process_index() == 0:
             warn_of(self.plan.recordings, self.plan.split)
         n_batches = -(-len(self.windows) // self.settings.batch_size)
-        missing = [i for i in range(n_batches) if any(i not in w.done for w in writers if not w.finished)]
-        todo = missing[sharding.process() :: sharding.process_count()]
+        missing = [
+            i for i in range(n_batches) if any(i not in w.done for w in writers if not w.finished)
+        ]
+        todo = missing[process_index() :: process_count()]
         with progress(f"extract {self.plan.split}", len(self.windows), "windows") as bar:
-            bar.start_at(len(self.windows) - sum(stop - start for start, stop in map(self._bounds, missing)))
-            with sharding.together(f"write the shards of split {self.plan.split}"):
+            bar.start_at(
+                len(self.windows) - sum(stop - start for start, stop in map(self._bounds, missing))
+            )
+            with barrier(f"write the shards of split {self.plan.split}"):
                 self._run_batches(todo, writers, bar)
         provenance = _provenance(self.plan.recordings)
         for writer in writers:
@@ -180,14 +211,14 @@ class Extraction:
                 writer.finish(provenance)
 
     def _run_batches(self, todo: list[int], writers: tuple[StoreWriter, ...], bar: Bar) -> None:
-        settings, mesh = self.settings, sharding.make_local_mesh()
-        params = jax.device_put(self.encoder.params, sharding.everywhere(mesh))
+        settings, mesh = self.settings, make_local_mesh()
+        params = jax.device_put(self.encoder.params, replicated(mesh))
         run = sharded_hidden(
             mesh, self.encoder.architecture, self.plan.layers, settings.force_revin, settings.dtype,
             settings.precision,
         )  # fmt: skip
         # All batches are padded to one shape, so that there is one compilation.
-        rows_per_device = -(-min(settings.batch_size, len(self.windows)) // mesh.shape[sharding.DATA])
+        rows_per_device = -(-min(settings.batch_size, len(self.windows)) // mesh.shape[DATA])
         self.began = time.perf_counter()
         batches = read_ahead(self.windows, [self._bounds(i) for i in todo])
         running: tuple[int, int, tuple[jax.Array, ...]] | None = None
@@ -197,7 +228,7 @@ class Extraction:
                 started = None
                 if number is not None:
                     x = self._waited_for(batches.__next__)
-                    started = (number, len(x), run(params, sharding.put_rows(mesh, x, rows_per_device)))
+                    started = (number, len(x), run(params, put_batch(mesh, x, rows_per_device)))
                 if running is not None:
                     jax.block_until_ready(running[2])
                     if writing:
@@ -210,12 +241,16 @@ class Extraction:
                 self._waited_for(writing.result)
 
     def _write_batch(
-        self, number: int, n_windows: int, outputs: tuple[jax.Array, ...], writers: tuple[StoreWriter, ...]
+        self,
+        number: int,
+        n_windows: int,
+        outputs: tuple[jax.Array, ...],
+        writers: tuple[StoreWriter, ...],
     ) -> None:
         for z, writer in zip(outputs, writers, strict=True):
             if writer.finished or number in writer.done:
                 continue
-            pieces = [p.reshape(-1, *p.shape[2:]) for p in sharding.host_pieces(z, n_windows)]
+            pieces = [p.reshape(-1, *p.shape[2:]) for p in fetch_batch(z, n_windows)]
             if not all(_is_finite(p) for p in pieces):
                 raise UserError(
                     f"the encoder gives NaN or infinity in {self.settings.dtype} for windows from "
@@ -270,7 +305,7 @@ def sharded_hidden(
             outputs = nnx.merge(graph, params).hidden(past_values, layers, force_revin)
         return tuple(z.astype(DTYPES[dtype]) for z in outputs)
 
-    return jax.jit(sharding.on_rows(mesh, on_one_device))
+    return jax.jit(shard_over_batch(mesh, on_one_device))
 
 
 def _is_finite(array: np.ndarray) -> bool:
@@ -282,7 +317,9 @@ def _provenance(recordings: Recordings) -> dict[str, np.ndarray]:
     """recordings [files] names; shifted [files]; of each sequence its recording (index of the name), window (number
     within the recording) and channel."""
     windows = recordings.windows
-    places = np.repeat(windows.places(np.arange(len(windows))), windows.n_vars, axis=0).astype(np.int32)
+    places = np.repeat(windows.places(np.arange(len(windows))), windows.n_vars, axis=0).astype(
+        np.int32
+    )
     return {
         "recordings": np.array(windows.files),
         "shifted": recordings.shifted,

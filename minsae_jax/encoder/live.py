@@ -4,19 +4,38 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax import sharding
 from minsae_jax.activations.stream import MIXED_ROWS, rows_of_chunks
-from minsae_jax.config import Train, UserError
-from minsae_jax.eeg.recordings import Recordings, open_recordings, warn_of
+from minsae_jax.eeg.recordings import OnBadRecording, Recordings, Split, open_recordings, warn_of
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.encoder.extract import sharded_hidden
-from minsae_jax.encoder.patchtst import layer_index
+from minsae_jax.encoder.patchtst.model import layer_index
+from minsae_jax.errors import UserError
+from minsae_jax.parallel.mesh import DATA, fetch_batch, make_local_mesh, put_batch, replicated
+
+
+class LiveSettings(Protocol):
+    """The settings of training that say where live activations come from."""
+
+    @property
+    def root_path(self) -> str | None: ...
+    @property
+    def split(self) -> Split: ...
+    @property
+    def split_seed(self) -> int: ...
+    @property
+    def cache_layer(self) -> int: ...
+    @property
+    def live_batch_size(self) -> int: ...
+    @property
+    def force_revin(self) -> bool: ...
+    @property
+    def on_bad_recording(self) -> OnBadRecording: ...
 
 
 class LiveStore:
@@ -27,7 +46,12 @@ class LiveStore:
     """
 
     def __init__(
-        self, encoder: Encoder, recordings: Recordings, layer: int, batch_size: int, force_revin: bool = False
+        self,
+        encoder: Encoder,
+        recordings: Recordings,
+        layer: int,
+        batch_size: int,
+        force_revin: bool = False,
     ):
         a = encoder.architecture
         index = layer_index(layer, a.n_layers)
@@ -44,8 +68,8 @@ class LiveStore:
             "revin": a.revin or force_revin,
             "skipped": recordings.skipped,
         }
-        self._mesh = sharding.make_local_mesh()
-        self._params = jax.device_put(encoder.params, sharding.everywhere(self._mesh))
+        self._mesh = make_local_mesh()
+        self._params = jax.device_put(encoder.params, replicated(self._mesh))
         self._run = sharded_hidden(self._mesh, a, (index,), force_revin)
 
     @property
@@ -63,7 +87,9 @@ class LiveStore:
     @property
     def rows_of_shards(self) -> list[int]:
         starts = range(0, len(self.windows), self.batch_size)
-        return [min(self.batch_size, len(self.windows) - start) * self.chunk_rows for start in starts]
+        return [
+            min(self.batch_size, len(self.windows) - start) * self.chunk_rows for start in starts
+        ]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -84,13 +110,13 @@ class LiveStore:
         """All samples have been looked at already."""
 
     def _activations(self, x: np.ndarray, size: int) -> Float[np.ndarray, "rows d_model"]:
-        rows_per_device = -(-min(size, len(self.windows)) // self._mesh.shape[sharding.DATA])
-        (z,) = self._run(self._params, sharding.put_rows(self._mesh, x, rows_per_device))
-        pieces = [piece.reshape(-1, self.d_model) for piece in sharding.host_pieces(z, len(x))]
+        rows_per_device = -(-min(size, len(self.windows)) // self._mesh.shape[DATA])
+        (z,) = self._run(self._params, put_batch(self._mesh, x, rows_per_device))
+        pieces = [piece.reshape(-1, self.d_model) for piece in fetch_batch(z, len(x))]
         return np.concatenate(pieces)
 
 
-def open_live(encoder: Encoder, settings: Train) -> LiveStore:
+def open_live(encoder: Encoder, settings: LiveSettings) -> LiveStore:
     """The split's recordings as a store. Raises UserError where they cannot be used."""
     a = encoder.architecture
     (recordings,) = open_recordings(
@@ -98,7 +124,9 @@ def open_live(encoder: Encoder, settings: Train) -> LiveStore:
         on_bad_recording=settings.on_bad_recording,
     )  # fmt: skip
     warn_of(recordings, settings.split)
-    store = LiveStore(encoder, recordings, settings.cache_layer, settings.live_batch_size, settings.force_revin)
+    store = LiveStore(
+        encoder, recordings, settings.cache_layer, settings.live_batch_size, settings.force_revin
+    )
     if not np.isfinite(rows_of_chunks(store, [0])).all():
         raise UserError(
             f"the encoder gives NaN or infinity for {recordings.windows.files[0]}: see whether the recordings are in SD"

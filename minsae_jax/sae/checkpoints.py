@@ -9,10 +9,12 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from minsae_jax.config import UserError
+from minsae_jax.errors import UserError, brief
 from minsae_jax.sae.sweep import State
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what a kill left behind, which is not seen again
+logging.getLogger("absl").setLevel(
+    logging.ERROR
+)  # Orbax warns of what a kill left behind, which is not seen again
 
 
 @contextmanager
@@ -21,7 +23,7 @@ def _told_as_full_disk(folder: object) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as e:
-        reason = " ".join(str(e).split())[:200]
+        reason = brief(e)
         raise UserError(
             f"a checkpoint could not be written to {folder} ({reason}): make room, and give the same command again"
         ) from e
@@ -37,7 +39,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.wait()
         finally:
@@ -54,14 +58,18 @@ class Checkpoints:
 
     def save(self, step: int, state: State, notes: dict[str, Any]) -> None:
         """Returns once the state is copied from the devices; `notes` must be plain JSON."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes))
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
+        )
         with _told_as_full_disk(self._manager.directory):
             self._manager.save(step, args=items, force=True)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """State and notes, the state of the shapes and laid out over the devices as the abstract state `like` is.
         Raises UserError where the checkpoint is damaged."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), notes=ocp.args.JsonRestore())
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), notes=ocp.args.JsonRestore()
+        )
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as e:

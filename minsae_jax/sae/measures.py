@@ -24,9 +24,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from minsae_jax import sharding
-from minsae_jax.sae import model
-from minsae_jax.sae.model import Params
+from minsae_jax.parallel.mesh import (
+    DATA,
+    SWEEP,
+    map_members,
+    put_batch,
+    replicated,
+    shard_over_members_and_batch,
+    tile_batch,
+)
+from minsae_jax.sae import member as model
+from minsae_jax.sae.member import Params
 
 DENSE = 0.1  # of the tokens
 Numbers = Array | np.ndarray
@@ -69,20 +77,26 @@ class MemberSums(NamedTuple):
     active: Int[Numbers, " d_sae"]
 
 
-def measure(mesh: Mesh, groups: list[Params], batches: Iterable[np.ndarray], scale: float = 1.0) -> list[Measures]:
+def measure(
+    mesh: Mesh, groups: list[Params], batches: Iterable[np.ndarray], scale: float = 1.0
+) -> list[Measures]:
     """Measures on scale * x of groups of members, whose parameters have a leading member axis that lies along `sweep`.
 
     Batches are [tokens, d_model], none of more tokens than the first. Sums are added up over batches in float64.
     """
     total: tuple[TokenSums, list[MemberSums]] | None = None
-    features = max(g["b_enc"].size // mesh.shape[sharding.SWEEP] for g in groups)
+    features = max(g["b_enc"].size // mesh.shape[SWEEP] for g in groups)
     pieces = None
     for x in batches:
-        pieces = pieces or sharding.pieces(mesh, len(x), features)  # of the first: the others are no longer
-        rows = sharding.put_rows(mesh, x, pieces[0] * pieces[1])
+        pieces = pieces or tile_batch(
+            mesh, len(x), features
+        )  # of the first: the others are no longer
+        rows = put_batch(mesh, x, pieces[0] * pieces[1])
         sums = _batch(mesh, pieces[0])(groups, rows, np.float32(scale), np.int32(len(x)))
         here = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(sums))
-        total = (_merged(total[0], here[0]), jax.tree.map(np.add, total[1], here[1])) if total else here
+        total = (
+            (_merged(total[0], here[0]), jax.tree.map(np.add, total[1], here[1])) if total else here
+        )
     assert total, "there are no tokens"
     tokens, members = total
     return [_measures(tokens, sums) for sums in members]
@@ -116,20 +130,22 @@ def _batch(mesh: Mesh, pieces: int):
     def on_one_device(groups: list[Params], rows: tuple[Array, Array]):
         x, is_token = rows
         cut, mask = x.reshape(pieces, -1, x.shape[1]), is_token.reshape(pieces, -1)
-        members = [sharding.each_member(lambda p: _member_sums(p, cut, mask), group) for group in groups]
-        n, sum_x = jax.lax.psum((is_token.sum(), x.sum(0)), sharding.DATA)  # padding is 0
+        members = [map_members(lambda p: _member_sums(p, cut, mask), group) for group in groups]
+        n, sum_x = jax.lax.psum((is_token.sum(), x.sum(0)), DATA)  # padding is 0
         m2 = (jnp.square(x - sum_x[None] / n).sum(1) * is_token).sum()
         nonzero = (jnp.square(x).sum(1) > 0).sum(dtype=jnp.float32)
-        members, m2, nonzero = jax.lax.psum((members, m2, nonzero), sharding.DATA)
+        members, m2, nonzero = jax.lax.psum((members, m2, nonzero), DATA)
         return members, TokenSums(n, sum_x, m2, nonzero)
 
-    def run(groups: list[Params], x: Array, scale: Array, tokens: Array) -> tuple[TokenSums, list[MemberSums]]:
+    def run(
+        groups: list[Params], x: Array, scale: Array, tokens: Array
+    ) -> tuple[TokenSums, list[MemberSums]]:
         rows = (x.astype(jnp.float32) * scale, (jnp.arange(len(x)) < tokens).astype(jnp.float32))
         with jax.default_matmul_precision("highest"):
-            members, of_tokens = sharding.on_members_and_rows(mesh, on_one_device)(groups, rows)
+            members, of_tokens = shard_over_members_and_batch(mesh, on_one_device)(groups, rows)
         return of_tokens, members
 
-    return jax.jit(run, out_shardings=sharding.everywhere(mesh))
+    return jax.jit(run, out_shardings=replicated(mesh))
 
 
 def _member_sums(
@@ -147,9 +163,13 @@ def _member_sums(
         cosine = jnp.where(product > 0, (x * x_hat).sum(1) / product, 0) * mask
         ratio = jnp.where(norm > 0, norm_hat / norm, 0) * mask
         active = (f > 0).sum(0, dtype=jnp.int32)
-        here = MemberSums(jnp.square(r).sum(), r.sum(0), (f @ norm_dec).sum(), cosine.sum(), ratio.sum(), active)
+        here = MemberSums(
+            jnp.square(r).sum(), r.sum(0), (f @ norm_dec).sum(), cosine.sum(), ratio.sum(), active
+        )
         return jax.tree.map(jnp.add, sums, here), None
 
     d_sae, d_model = params["W_dec"].shape
     zero, none = jnp.zeros(()), jnp.zeros(d_sae, jnp.int32)
-    return jax.lax.scan(add, MemberSums(zero, jnp.zeros(d_model), zero, zero, zero, none), (x, is_token))[0]
+    return jax.lax.scan(
+        add, MemberSums(zero, jnp.zeros(d_model), zero, zero, zero, none), (x, is_token)
+    )[0]

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minsae_jax.sae import model
-from minsae_jax.sae.model import Params
+from minsae_jax.sae import member as model
+from minsae_jax.sae.member import Params
 
 
 @dataclass(frozen=True)
 class Objective:
     mean_over_d_model: bool
     recon_weight: float = 1.0
-    factors: Literal["float32", "bfloat16", "rounded"] = "float32"  # of products, which are added up in float32
+    factors: Literal["float32", "bfloat16", "rounded"] = (
+        "float32"  # of products, which are added up in float32
+    )
 
     def mse_factor(self, d_model: int) -> float:
         """From Σ_d (x̂ - x)² to the mse of a token."""
@@ -51,7 +53,10 @@ class Sums(NamedTuple):
 
 
 def plain_loss(
-    params: Params, x: Float[Array, "tokens d_model"], lambda_sparsity: Float[Array, ""], objective: Objective
+    params: Params,
+    x: Float[Array, "tokens d_model"],
+    lambda_sparsity: Float[Array, ""],
+    objective: Objective,
 ) -> Float[Array, ""]:
     """The loss as it is written above; `batch_sums` and `finish` give its gradient without holding all features."""
     features = model.encode(params, x)
@@ -103,12 +108,17 @@ def batch_sums(
             "W_dec": error_factor * product(f_low, error_low.T),
             "b_dec": error_factor * error_t.sum(1),
         }
-        here = Sums(gradients, jnp.square(error_t).sum(), f_t.sum(1), active.sum(1, dtype=jnp.int32))
+        here = Sums(
+            gradients, jnp.square(error_t).sum(), f_t.sum(1), active.sum(1, dtype=jnp.int32)
+        )
         return jax.tree.map(jnp.add, sums, here), None
 
     d_sae, d_model = w_dec.shape
     zero = Sums(
-        {"W_enc": jnp.zeros((d_sae, d_model)), **{n: jnp.zeros_like(params[n]) for n in ("b_enc", "W_dec", "b_dec")}},
+        {
+            "W_enc": jnp.zeros((d_sae, d_model)),
+            **{n: jnp.zeros_like(params[n]) for n in ("b_enc", "W_dec", "b_dec")},
+        },
         jnp.zeros(()),
         jnp.zeros(d_sae),
         jnp.zeros(d_sae, jnp.int32),
@@ -121,15 +131,21 @@ def product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def with_bfloat16(objective: Objective, d_model: int, d_sae: int, pieces: int, piece: int) -> Objective:
+def with_bfloat16(
+    objective: Objective, d_model: int, d_sae: int, pieces: int, piece: int
+) -> Objective:
     """The objective with products of bfloat16 numbers; where XLA has none, as its CPU runtime has none for a single
     piece, of float32 numbers that are rounded to bfloat16."""
     low = replace(objective, factors="bfloat16")
-    params = {name: np.zeros(shape, np.float32) for name, shape in model.shapes(d_model, d_sae).items()}
+    params = {
+        name: np.zeros(shape, np.float32) for name, shape in model.shapes(d_model, d_sae).items()
+    }
     try:
         with jax.ensure_compile_time_eval():
             x = jnp.zeros((min(pieces, 2), piece, d_model))
-            jax.block_until_ready(jax.jit(batch_sums, static_argnums=4)(params, x, None, jnp.zeros(()), low))
+            jax.block_until_ready(
+                jax.jit(batch_sums, static_argnums=4)(params, x, None, jnp.zeros(()), low)
+            )
     except jax.errors.JaxRuntimeError:
         return replace(objective, factors="rounded")
     return low

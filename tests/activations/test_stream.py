@@ -7,7 +7,7 @@ import pytest
 
 from minsae_jax import UserError
 from minsae_jax.activations import stream
-from minsae_jax.activations.shards import open_store
+from minsae_jax.activations.store import open_store
 
 
 @pytest.fixture
@@ -61,7 +61,9 @@ def test_a_store_smaller_than_a_batch_repeats(numbered):
     assert len(np.unique(batch)) == 2000
 
 
-@pytest.mark.parametrize("make", [lambda s: stream.shuffled_tokens(s, 300, 0), lambda s: stream.files_in_order(s, 1)])
+@pytest.mark.parametrize(
+    "make", [lambda s: stream.shuffled_tokens(s, 300, 0), lambda s: stream.files_in_order(s, 1)]
+)
 @pytest.mark.parametrize("cut", [0, 1, 7, 23])
 def test_resume(numbered, monkeypatch, make, cut):
     monkeypatch.setattr(stream, "MIXED_ROWS", 256 * 4)

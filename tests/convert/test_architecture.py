@@ -51,11 +51,15 @@ def test_individual_embeddings_must_match_the_channels(through_files):
     source = FIXTURES / "revin_affine_gelu_overlap"
     checkpoint = torch.load(source / "checkpoint.pth", weights_only=True)
     checkpoint["config"]["data"]["n_vars"] = 6
-    with pytest.raises(UserError, match="n_vars is 6 in the checkpoint's config, but 5 in the state dict"):
+    with pytest.raises(
+        UserError, match="n_vars is 6 in the checkpoint's config, but 5 in the state dict"
+    ):
         through_files(checkpoint)
 
 
-@pytest.mark.parametrize("key", ["activation", "res_attention", "stride", "seq_len", "revin", "revin_eps", "n_vars"])
+@pytest.mark.parametrize(
+    "key", ["activation", "res_attention", "stride", "seq_len", "revin", "revin_eps", "n_vars"]
+)
 def test_what_nothing_gives_is_named(through_files, checkpoint, settings, key):
     for config in (settings, checkpoint["config"]):
         for section in ("data", "model"):
@@ -74,7 +78,10 @@ def test_defaults(through_files, checkpoint, settings):
 
 
 def test_ignored_settings_are_one_warning(through_files, checkpoint, settings):
-    settings["model"] |= {"norm": "BatchNorm", "use_cls_token": False}  # the checkpoint's own config is right
+    settings["model"] |= {
+        "norm": "BatchNorm",
+        "use_cls_token": False,
+    }  # the checkpoint's own config is right
     with pytest.warns(UserWarning, match="the state dict decides") as seen:
         encoder, _ = through_files(checkpoint, settings)
     assert len(seen) == 1
@@ -83,7 +90,10 @@ def test_ignored_settings_are_one_warning(through_files, checkpoint, settings):
 
 
 def test_equal_settings_in_other_spellings_are_no_disagreement(through_files, checkpoint, settings):
-    checkpoint["config"]["model"] |= {"revin_eps": "1e-05", "activation": "GELU"}  # as PyYAML reads 1e-05
+    checkpoint["config"]["model"] |= {
+        "revin_eps": "1e-05",
+        "activation": "GELU",
+    }  # as PyYAML reads 1e-05
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         through_files(checkpoint, settings)
@@ -94,16 +104,27 @@ def test_yaml_precedes_the_own_config_with_one_warning(through_files, checkpoint
     with pytest.warns(UserWarning, match="precedes") as seen:
         encoder, _ = through_files(checkpoint, settings)
     assert len(seen) == 1
-    assert "activation ('relu', not 'gelu'), res_attention (False, not True)" in str(seen[0].message)
+    assert "activation ('relu', not 'gelu'), res_attention (False, not True)" in str(
+        seen[0].message
+    )
     assert (encoder.architecture.activation, encoder.architecture.res_attention) == ("relu", False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_heads_are_told_in_half_precision_too(dtype, tmp_path):
     a = replace(BASE, d_model=128, n_heads=16, pos_dim=128)
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in random_state_dict(a).items()}
+    state = {
+        k: v.to(dtype) if v.is_floating_point() else v for k, v in random_state_dict(a).items()
+    }
     torch.save(state, tmp_path / "x.pth")
-    flags = {"n_vars": 3, "seq_len": 50, "stride": 6, "activation": "relu", "res_attention": True, "revin": False}
+    flags = {
+        "n_vars": 3,
+        "seq_len": 50,
+        "stride": 6,
+        "activation": "relu",
+        "res_attention": True,
+        "revin": False,
+    }
     flags |= {"revin_eps": 1e-5, "head_type": "pretrain"}
     assert read_source(tmp_path / "x.pth", flags=flags).architecture == a
 
@@ -114,7 +135,9 @@ def test_the_flag_that_is_named_exists(tmp_path):
         if key.endswith("scale"):
             state[key] = torch.tensor(0.123)  # trained
     torch.save({"model_state_dict": state, "config": settings_of(BASE)["data"]}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"gives seq_len, stride, num_heads, .*: say --seq_len and so on"):
+    with pytest.raises(
+        UserError, match=r"gives seq_len, stride, num_heads, .*: say --seq_len and so on"
+    ):
         read_source(tmp_path / "x.pth")
     settings = settings_of(BASE)
     del settings["model"]["num_heads"]
@@ -124,7 +147,9 @@ def test_the_flag_that_is_named_exists(tmp_path):
     main(["encoder", str(tmp_path / "x.pth"), "--out", str(tmp_path / "e"), "--n_heads", "4"])
 
 
-@pytest.mark.parametrize("head", [{"head_type": "none"}, {"head_type": "regression", "target_dim": 2}])
+@pytest.mark.parametrize(
+    "head", [{"head_type": "none"}, {"head_type": "regression", "target_dim": 2}]
+)
 def test_a_wrapped_gpatchtst_is_not_taken_for_the_official_program(head, tmp_path):
     a = replace(BASE, use_cls_token=False, seq_len=52, **head)
     state = random_state_dict(a)

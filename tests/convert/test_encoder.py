@@ -23,7 +23,16 @@ SAE = FIXTURES / "sae_parity/sparse_autoencoder_final.pt"
 def test_command(name, tmp_path, capsys):
     out = tmp_path / "encoder"
     source = FIXTURES / name
-    main(["encoder", str(source / "checkpoint.pth"), "--config_path", str(source / "config.yaml"), "--out", str(out)])
+    main(
+        [
+            "encoder",
+            str(source / "checkpoint.pth"),
+            "--config_path",
+            str(source / "config.yaml"),
+            "--out",
+            str(out),
+        ]
+    )
     told = capsys.readouterr().out
     encoder = load_encoder(out)
     assert encoder.fingerprint[:12] in told
@@ -43,7 +52,10 @@ def test_summary_counts_parameters(tmp_path, capsys, checkpoint):
 @pytest.mark.parametrize("key", ["model", "state_dict"])
 def test_state_dict_under_other_keys(through_files, checkpoint, settings, key):
     expected = through_files(checkpoint, settings)[0].fingerprint
-    assert through_files({key: checkpoint["model_state_dict"], "opt": {}}, settings)[0].fingerprint == expected
+    assert (
+        through_files({key: checkpoint["model_state_dict"], "opt": {}}, settings)[0].fingerprint
+        == expected
+    )
 
 
 def test_bare_state_dict_and_prefixes(through_files, checkpoint, settings):
@@ -58,7 +70,9 @@ def test_bare_state_dict_and_prefixes(through_files, checkpoint, settings):
 def test_numpy_scalars_beside_the_weights(through_files, checkpoint, settings):
     import numpy as np
 
-    through_files(checkpoint | {"train_loss": np.float64(0.5), "val_loss": np.float32(0.5)}, settings)
+    through_files(
+        checkpoint | {"train_loss": np.float64(0.5), "val_loss": np.float32(0.5)}, settings
+    )
 
 
 def test_keys_that_do_not_fit_are_told_together(through_files, checkpoint, settings):
@@ -81,7 +95,11 @@ def test_files_that_are_none(tmp_path):
     text.write_text("hello")
     cut.write_bytes((SOURCE / "checkpoint.pth").read_bytes()[:50_000])
     torch.save([1, 2], other)
-    for path, told in ((text, "no PyTorch checkpoint"), (cut, "no PyTorch checkpoint"), (other, "holds a list")):
+    for path, told in (
+        (text, "no PyTorch checkpoint"),
+        (cut, "no PyTorch checkpoint"),
+        (other, "holds a list"),
+    ):
         with pytest.raises(UserError, match=told):
             convert_encoder(path)
     with pytest.raises(UserError, match="there is no checkpoint file"):
@@ -111,10 +129,15 @@ def test_folders_of_others_are_never_overwritten(tmp_path):
 
 def test_float64_is_rounded_with_a_warning(through_files, checkpoint, settings):
     state = checkpoint["model_state_dict"]
-    checkpoint["model_state_dict"] = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+    checkpoint["model_state_dict"] = {
+        k: v.double() if v.is_floating_point() else v for k, v in state.items()
+    }
     with pytest.warns(UserWarning, match="holds float64, which is rounded"):
         encoder, _ = through_files(checkpoint, settings)
-    assert encoder.fingerprint == convert_encoder(SOURCE / "checkpoint.pth", SOURCE / "config.yaml")[0].fingerprint
+    assert (
+        encoder.fingerprint
+        == convert_encoder(SOURCE / "checkpoint.pth", SOURCE / "config.yaml")[0].fingerprint
+    )
 
 
 def test_wrong_ways(tmp_path):
@@ -124,13 +147,31 @@ def test_wrong_ways(tmp_path):
     for args, told in (
         (given, "say what to write with --out, or --verify"),
         ([*given, "--verify", "a.npy", "b.npy"], "takes one recording, not 2"),
-        ([*given, "--to", "pytorch", "--out", str(tmp_path / "precious.pth")], "is never overwritten"),
-        (["encoder", str(tmp_path / "e"), "--out", str(tmp_path / "f")], "is a converted encoder already"),
         (
-            ["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(tmp_path / "f"), "--stride", "3"],
+            [*given, "--to", "pytorch", "--out", str(tmp_path / "precious.pth")],
+            "is never overwritten",
+        ),
+        (
+            ["encoder", str(tmp_path / "e"), "--out", str(tmp_path / "f")],
+            "is a converted encoder already",
+        ),
+        (
+            [
+                "encoder",
+                str(tmp_path / "e"),
+                "--to",
+                "pytorch",
+                "--out",
+                str(tmp_path / "f"),
+                "--stride",
+                "3",
+            ],
             "as it is",
         ),
-        ([*given, "--out", str(tmp_path / "f"), "--res_attention", "maybe"], "invalid choice 'maybe'"),
+        (
+            [*given, "--out", str(tmp_path / "f"), "--res_attention", "maybe"],
+            "invalid choice 'maybe'",
+        ),
         ([*given, "--out", str(tmp_path / "f"), "--stride", "20"], "make 10 patches"),
     ):
         with pytest.raises(UserError, match=told):
@@ -158,7 +199,16 @@ def test_a_killed_conversion_never_looks_complete(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", die)
         with pytest.raises(KeyboardInterrupt):
-            main(["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(tmp_path / "x.pth")])
+            main(
+                [
+                    "encoder",
+                    str(tmp_path / "e"),
+                    "--to",
+                    "pytorch",
+                    "--out",
+                    str(tmp_path / "x.pth"),
+                ]
+            )
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
 
 
@@ -185,12 +235,17 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path, capfd):
     for args in (
         ["encoder", str(SOURCE / "checkpoint.pth"), "--out", str(out)],
         ["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(out)],
-        *(["sae", str(SAE), "--to", kind, "--out", str(out)] for kind in ("minsae", "member", "saelens")),
+        *(
+            ["sae", str(SAE), "--to", kind, "--out", str(out)]
+            for kind in ("minsae", "member", "saelens")
+        ),
     ):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
         try:
-            with pytest.raises((UserError, OSError), match=r"File too large|could not be written|FILE_TOO_LARGE|27"):
+            with pytest.raises(
+                (UserError, OSError), match=r"File too large|could not be written|FILE_TOO_LARGE|27"
+            ):
                 main(args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from convert import verify
 from convert.encoder import convert, read_source, settings_of
 from minsae_jax import UserError
-from minsae_jax.encoder.patchtst import Architecture
+from minsae_jax.encoder.patchtst.model import Architecture
 from tests.conftest import FIXTURES
 from tests.random_encoder import random_state_dict
 
@@ -118,7 +118,10 @@ def hostile(tmp_path_factory):
         save(f"{name}.pth", {"model_state_dict": state | {"backbone.W_P.weight": tensor}})
     save("bytes.pth", {"model_state_dict": state, "config": Call(bytearray, 50 * GIB)})
     scalar = np.float64(0).__reduce__()[0]
-    save("scalar.pth", {"model_state_dict": state, "config": Call(scalar, Call(np.dtype, f"V{2 * GIB - 1}"))})
+    save(
+        "scalar.pth",
+        {"model_state_dict": state, "config": Call(scalar, Call(np.dtype, f"V{2 * GIB - 1}"))},
+    )
     save("deep.pth", {"model_state_dict": state, "config": {"model": {"stride": nested(100)}}})
     good = {"model_state_dict": state, "config": settings_of(TINY)}
     save("many_channels.pth", good | {"config": settings_of(TINY) | {"data": {"n_vars": 10**12}}})
@@ -155,7 +158,9 @@ def nested(depth):
 
 
 def hostile_header() -> bytes:
-    header = json.dumps({"a": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4 * 10**18]}}).encode()
+    header = json.dumps(
+        {"a": {"dtype": "F32", "shape": [10**9, 10**9], "data_offsets": [0, 4 * 10**18]}}
+    ).encode()
     return struct.pack("<Q", len(header)) + header
 
 
@@ -164,7 +169,7 @@ import json, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
 from convert.__main__ import main
-from minsae_jax.config import UserError
+from minsae_jax.errors import UserError
 told = {}
 for path in sorted(Path(sys.argv[1]).iterdir()):
     try:
@@ -203,7 +208,11 @@ def test_all_end_in_a_sentence(hostile, tmp_path):
 def test_hostile_recordings(tmp_path):
     (tmp_path / "good.pth").write_bytes(GOOD)
     encoder, _ = convert(read_source(tmp_path / "good.pth"))
-    np.save(tmp_path / "objects.npy", np.array([Call(os.system, f"touch {tmp_path}/hacked")]), allow_pickle=True)
+    np.save(
+        tmp_path / "objects.npy",
+        np.array([Call(os.system, f"touch {tmp_path}/hacked")]),
+        allow_pickle=True,
+    )
     np.save(tmp_path / "good.npy", np.zeros((100, 2), np.float32))
     good = (tmp_path / "good.npy").read_bytes()
     (tmp_path / "large.npy").write_bytes(good.replace(b"(100, 2)", b"(9999999999, 2)"))
@@ -213,7 +222,16 @@ def test_hostile_recordings(tmp_path):
     np.save(tmp_path / "channels.npy", np.zeros((100, 3), np.float32))
     np.save(tmp_path / "nan.npy", np.full((100, 2), np.nan, np.float32))
     assert verify.read_windows(encoder, str(tmp_path / "good.npy")).shape == (4, 20, 2)
-    for name in ("objects.npy", "large.npy", "text.npy", "empty.npy", "archive.npz", "channels.npy", "nan.npy", "no"):
+    for name in (
+        "objects.npy",
+        "large.npy",
+        "text.npy",
+        "empty.npy",
+        "archive.npz",
+        "channels.npy",
+        "nan.npy",
+        "no",
+    ):
         with pytest.raises(UserError, match=name):
             verify.read_windows(encoder, str(tmp_path / name))
     assert not (tmp_path / "hacked").exists()
@@ -226,7 +244,9 @@ def mutated(good: bytes, changes) -> bytes:
         if kind == "set":
             content[at : at + 1] = bytes([value])
         elif kind == "flip":
-            content[at : at + 1] = bytes([content[at] ^ 1 << value % 8]) if at < len(content) else b""
+            content[at : at + 1] = (
+                bytes([content[at] ^ 1 << value % 8]) if at < len(content) else b""
+            )
         elif kind == "cut":
             del content[at : at + value]
         else:
@@ -236,7 +256,9 @@ def mutated(good: bytes, changes) -> bytes:
 
 CHANGES = st.lists(
     st.tuples(
-        st.floats(0, 1, exclude_max=True), st.sampled_from(["set", "flip", "cut", "double"]), st.integers(0, 255)
+        st.floats(0, 1, exclude_max=True),
+        st.sampled_from(["set", "flip", "cut", "double"]),
+        st.integers(0, 255),
     ),
     min_size=1,
     max_size=4,
@@ -249,16 +271,22 @@ with zipfile.ZipFile(io.BytesIO(GOOD)) as _archive:
 @given(where=st.sampled_from(["file", "pickle", "pickle"]), changes=CHANGES)
 def mutation(path: Path, seen: dict[str, int], where, changes):
     """In the file anywhere, which its checksums mostly tell; and in the pickle, checksums right."""
-    path.write_bytes(mutated(GOOD, changes) if where == "file" else rewritten(mutated(PICKLE, changes)))
+    path.write_bytes(
+        mutated(GOOD, changes) if where == "file" else rewritten(mutated(PICKLE, changes))
+    )
     try:
         source = read_source(path)
         encoder, _ = convert(source)
     except UserError as e:
         seen["refused"] += len(str(e).splitlines()) == 1  # counts no other
         return
-    windows = np.random.default_rng(0).normal(size=(1, encoder.architecture.seq_len, encoder.architecture.n_vars))
+    windows = np.random.default_rng(0).normal(
+        size=(1, encoder.architecture.seq_len, encoder.architecture.n_vars)
+    )
     for d in verify.verify(encoder, source.checkpoint.tensors, windows.astype(np.float32)):
-        assert d.passes or not np.isfinite(d.sd) or d.largest < 1e-4 * d.sd  # a changed weight may be huge
+        assert (
+            d.passes or not np.isfinite(d.sd) or d.largest < 1e-4 * d.sd
+        )  # a changed weight may be huge
     seen["converted"] += 1
 
 
@@ -301,10 +329,18 @@ COUNTER = "backbone.encoder.layers.0.norm_attn.1.num_batches_tracked"
     [
         ({COUNTER: torch.tensor([7])}, {}, "num_batches_tracked is no number"),
         ({COUNTER: torch.tensor(torch.nan)}, {}, "num_batches_tracked is no number"),
-        ({"backbone.W_pos": torch.zeros(6, 3)}, {}, r"W_pos is \[6, 3\], but must be 1 or d_model \(8\) wide"),
+        (
+            {"backbone.W_pos": torch.zeros(6, 3)},
+            {},
+            r"W_pos is \[6, 3\], but must be 1 or d_model \(8\) wide",
+        ),
         ({}, {"n_vars": 3_000_000}, "beyond what can be run"),
         ({}, {"seq_len": 10**9, "stride": 2 * 10**8}, "beyond what can be run"),
-        ({}, {"subtract_last": torch.zeros(3)}, r"subtract_last must be true or false, but is tensor"),
+        (
+            {},
+            {"subtract_last": torch.zeros(3)},
+            r"subtract_last must be true or false, but is tensor",
+        ),
         ({}, {"subtract_last": "maybe"}, "subtract_last must be true or false"),
         ({}, {"stride": 10**5000}, "stride must be a whole number|a damaged one"),
         (dict.fromkeys(map(str, range(300)), torch.zeros(2000)), {}, "share so much storage"),
@@ -312,7 +348,9 @@ COUNTER = "backbone.encoder.layers.0.norm_attn.1.num_batches_tracked"
 )
 def test_settings_and_tensors_that_lie(tmp_path, tensors, settings, told):
     state = random_state_dict(TINY) | tensors
-    torch.save({"model_state_dict": state, "config": change_settings(**settings)}, tmp_path / "x.pth")
+    torch.save(
+        {"model_state_dict": state, "config": change_settings(**settings)}, tmp_path / "x.pth"
+    )
     with pytest.raises(UserError, match=told):
         convert(read_source(tmp_path / "x.pth"))
 

@@ -78,7 +78,8 @@ def forward(model, x):
     """Output of every layer, hooked, and what the model returns."""
     base, hidden = getattr(model, "model", model), []
     hooks = [
-        layer.register_forward_hook(lambda _, __, output: hidden.append(output[0])) for layer in base.encoder.layers
+        layer.register_forward_hook(lambda _, __, output: hidden.append(output[0]))
+        for layer in base.encoder.layers
     ]
     with torch.no_grad():
         output = model(past_values=torch.from_numpy(x), return_dict=True)
@@ -89,7 +90,9 @@ def forward(model, x):
 
 @pytest.fixture
 def x():
-    return (np.random.default_rng(0).normal(size=(4, 50, 3)) * [1, 2, 0.3] + [0, 1, -2]).astype(np.float32)
+    return (np.random.default_rng(0).normal(size=(4, 50, 3)) * [1, 2, 0.3] + [0, 1, -2]).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -120,7 +123,9 @@ def test_bin_and_half_precision(tmp_path, x):
     (tmp_path / "bin/config.json").write_text((tmp_path / "safe/config.json").read_text())
     torch.save(model.state_dict(), tmp_path / "bin/pytorch_model.bin")
     assert convert_encoder(tmp_path / "bin")[0].fingerprint == encoder.fingerprint
-    unmasked = build("PatchTSTModel", {})  # what was pretrained masks its input at random in evaluation too
+    unmasked = build(
+        "PatchTSTModel", {}
+    )  # what was pretrained masks its input at random in evaluation too
     unmasked.load_state_dict(model.float().model.state_dict())
     expected, _ = forward(unmasked, x)
     np.testing.assert_allclose(encoder.activations(x), expected[-1], atol=1e-4, rtol=0)
@@ -142,9 +147,17 @@ def test_command_and_use_in_place(tmp_path, capsys):
     ("kind", "changes", "told"),
     [
         ("PatchTSTModel", {"channel_attention": True}, "channel_attention is on"),
-        ("PatchTSTModel", {"activation_function": "silu"}, "activation must be relu or gelu, but the config.json says"),
+        (
+            "PatchTSTModel",
+            {"activation_function": "silu"},
+            "activation must be relu or gelu, but the config.json says",
+        ),
         ("PatchTSTForPrediction", {"loss": "nll"}, "predicts a distribution .*--without_head"),
-        ("PatchTSTForPrediction", {"share_projection": False}, "has a head for each channel .*--without_head"),
+        (
+            "PatchTSTForPrediction",
+            {"share_projection": False},
+            "has a head for each channel .*--without_head",
+        ),
         ("PatchTSTForRegression", {}, "is a 'PatchTSTForRegression'.*--without_head"),
     ],
 )

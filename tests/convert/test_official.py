@@ -26,11 +26,15 @@ FLAGS = {
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_layer_and_the_head(name):
     encoder, notes = convert(read_source(OFFICIAL / name / "checkpoint.pth", flags=FLAGS[name]))
-    assert notes["source_program"] == ("supervised" if name.startswith("supervised") else "gpatchtst")
+    assert notes["source_program"] == (
+        "supervised" if name.startswith("supervised") else "gpatchtst"
+    )
     expected = np.load(OFFICIAL / name / "expected.npz")
     x = expected["past_values"]
     for layer in range(encoder.architecture.n_layers):
-        np.testing.assert_allclose(encoder.activations(x, layer), expected[f"layer_{layer}"], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(
+            encoder.activations(x, layer), expected[f"layer_{layer}"], atol=1e-4, rtol=0
+        )
     output = expected["output"]
     got = encoder(x)
     assert got.shape == output.shape
@@ -43,7 +47,12 @@ def test_settings_tell_apart():
     x = np.load(OFFICIAL / "supervised_individual/expected.npz")["past_values"]
     flags = FLAGS["supervised_individual"]
     base = convert(read_source(path, flags=flags))[0]
-    for change in ({"subtract_last": False}, {"revin": False}, {"activation": "relu"}, {"res_attention": False}):
+    for change in (
+        {"subtract_last": False},
+        {"revin": False},
+        {"activation": "relu"},
+        {"res_attention": False},
+    ):
         other = convert(read_source(path, flags=flags | change))[0]
         assert np.abs(np.asarray(other(x)) - np.asarray(base(x))).max() > 1e-2
 
@@ -51,18 +60,29 @@ def test_settings_tell_apart():
 def test_the_programs_have_their_own_rules():
     """The same weights leave out other samples, and are taken back by RevIN or not."""
     path = OFFICIAL / "supervised_individual/checkpoint.pth"
-    flags = {**FLAGS["supervised_individual"], "activation": "gelu", "res_attention": True, "revin_eps": 1e-5}
+    flags = {
+        **FLAGS["supervised_individual"],
+        "activation": "gelu",
+        "res_attention": True,
+        "revin_eps": 1e-5,
+    }
     own = read_source(path, flags=flags).architecture
     other = read_source(path, flags=flags, program="gpatchtst").architecture
     assert (own.first_sample, own.denormalize, own.scaler) == (0, True, "last_sd")
-    assert (other.first_sample, other.denormalize, other.leftover) == (0 + (53 - 8) % 5, False, "start")
+    assert (other.first_sample, other.denormalize, other.leftover) == (
+        0 + (53 - 8) % 5,
+        False,
+        "start",
+    )
 
 
 def test_flags_precede_the_yaml(tmp_path):
     (tmp_path / "x.yaml").write_text(
         "model: {seq_len: 53, stride: 5, revin: 1, affine: 1, enc_in: 4, activation: relu}"
     )
-    source = read_source(OFFICIAL / "supervised/checkpoint.pth", tmp_path / "x.yaml", {"activation": "gelu"})
+    source = read_source(
+        OFFICIAL / "supervised/checkpoint.pth", tmp_path / "x.yaml", {"activation": "gelu"}
+    )
     assert source.architecture.activation == "gelu"
     assert source.sources["activation"] == "flags"
     assert source.sources["seq_len"] == "YAML"
@@ -79,7 +99,11 @@ def test_wrong_sizes():
 
 def test_decomposition_is_refused(tmp_path):
     state = torch.load(OFFICIAL / "supervised/checkpoint.pth", weights_only=True)
-    both = {k.replace("model.", f"{part}.", 1): v for part in ("model_trend", "model_res") for k, v in state.items()}
+    both = {
+        k.replace("model.", f"{part}.", 1): v
+        for part in ("model_trend", "model_res")
+        for k, v in state.items()
+    }
     torch.save(both, tmp_path / "x.pth")
     with pytest.raises(UserError, match="two PatchTSTs"):
         read_source(tmp_path / "x.pth", flags=SIZES)
@@ -98,7 +122,10 @@ def test_without_head():
 def test_contradictions_with_the_program():
     path = OFFICIAL / "supervised/checkpoint.pth"
     for change, told in (
-        ({"revin": False}, "revin is False in the flags, but True in a model of the official supervised program"),
+        (
+            {"revin": False},
+            "revin is False in the flags, but True in a model of the official supervised program",
+        ),
         ({"head_type": "regression"}, "head_type is regression|fit prediction"),
     ):
         with pytest.raises(UserError, match=told):
@@ -108,7 +135,15 @@ def test_contradictions_with_the_program():
 def test_a_wrapped_supervised_model_is_hinted_at(tmp_path):
     state = torch.load(OFFICIAL / "supervised_plain/checkpoint.pth", weights_only=True)
     torch.save({"state_dict": state}, tmp_path / "x.pth")
-    flags = {**FLAGS["supervised_plain"], "activation": "gelu", "res_attention": True, "revin_eps": 1e-5}
+    flags = {
+        **FLAGS["supervised_plain"],
+        "activation": "gelu",
+        "res_attention": True,
+        "revin_eps": 1e-5,
+    }
     with pytest.raises(UserError, match="say --program supervised"):
         read_source(tmp_path / "x.pth", flags=flags)
-    assert read_source(tmp_path / "x.pth", flags=flags, program="supervised").architecture.end_padding == 5
+    assert (
+        read_source(tmp_path / "x.pth", flags=flags, program="supervised").architecture.end_padding
+        == 5
+    )

@@ -30,8 +30,19 @@ def test_back_to_the_bit(name, tmp_path):
     source = FIXTURES / name
     main(["encoder", str(source / "checkpoint.pth"), "--config_path", str(source / "config.yaml"), "--out",
           str(tmp_path / "encoder")])  # fmt: skip
-    main(["encoder", str(tmp_path / "encoder"), "--to", "pytorch", "--out", str(tmp_path / "back.pth")])
-    before, after = (torch.load(p, weights_only=True) for p in (source / "checkpoint.pth", tmp_path / "back.pth"))
+    main(
+        [
+            "encoder",
+            str(tmp_path / "encoder"),
+            "--to",
+            "pytorch",
+            "--out",
+            str(tmp_path / "back.pth"),
+        ]
+    )
+    before, after = (
+        torch.load(p, weights_only=True) for p in (source / "checkpoint.pth", tmp_path / "back.pth")
+    )
     same(before["model_state_dict"], after["model_state_dict"])
     same(before.get("revin_state_dict") or {}, after["revin_state_dict"] or {})
     again, _ = convert_encoder(tmp_path / "back.pth")  # its own config is enough
@@ -44,7 +55,12 @@ def test_back_to_the_bit(name, tmp_path):
     [
         {},
         {"norm": "LayerNorm", "pos_dim": 1, "shared_embedding": False},
-        {"head_type": "prediction", "target_dim": 5, "use_cls_token": False, "individual_head": True},
+        {
+            "head_type": "prediction",
+            "target_dim": 5,
+            "use_cls_token": False,
+            "individual_head": True,
+        },
         {"head_type": "prediction", "target_dim": 5},
         {"head_type": "regression", "target_dim": 2, "use_cls_token": False},
         {"head_type": "classification", "target_dim": 3},
@@ -52,10 +68,21 @@ def test_back_to_the_bit(name, tmp_path):
 )
 def test_a_bare_state_dict_comes_back_bare(change, dtype, tmp_path):
     a = replace(BASE, **change)
-    before = {k: v.to(dtype) if v.is_floating_point() else v for k, v in random_state_dict(a).items()}
+    before = {
+        k: v.to(dtype) if v.is_floating_point() else v for k, v in random_state_dict(a).items()
+    }
     torch.save(before, tmp_path / "x.pth")
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(settings_of(a)))
-    main(["encoder", str(tmp_path / "x.pth"), "--config_path", str(tmp_path / "x.yaml"), "--out", str(tmp_path / "e")])
+    main(
+        [
+            "encoder",
+            str(tmp_path / "x.pth"),
+            "--config_path",
+            str(tmp_path / "x.yaml"),
+            "--out",
+            str(tmp_path / "e"),
+        ]
+    )
     main(["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(tmp_path / "back.pth")])
     same({k: v.view(torch.int16) if v.itemsize == 2 else v for k, v in before.items()},
          {k: v.view(torch.int16) if v.itemsize == 2 else v
@@ -64,10 +91,13 @@ def test_a_bare_state_dict_comes_back_bare(change, dtype, tmp_path):
 
 def test_what_gpatchtst_cannot_run_is_not_written_for_it(tmp_path):
     source = read_source(
-        FIXTURES / "official/supervised/checkpoint.pth", flags={"n_vars": 4, "seq_len": 53, "stride": 5}
+        FIXTURES / "official/supervised/checkpoint.pth",
+        flags={"n_vars": 4, "seq_len": 53, "stride": 5},
     )
     encoder, notes = convert(source)
-    with pytest.raises(UserError, match=r"gPatchTST has no such encoder \(end_padding, denormalize\)"):
+    with pytest.raises(
+        UserError, match=r"gPatchTST has no such encoder \(end_padding, denormalize\)"
+    ):
         write_pytorch(tmp_path / "x.pth", encoder, notes)
     encoder, notes = convert(read_source(SOURCE / "checkpoint.pth", without_head=True))
     with pytest.raises(UserError, match="no head"):
@@ -84,7 +114,25 @@ def test_notes_that_were_edited_are_not_trusted(tmp_path):
     ):  # fmt: skip
         (tmp_path / "e/config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=r"config\.json is damaged"):
-            main(["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(tmp_path / "x.pth")])
+            main(
+                [
+                    "encoder",
+                    str(tmp_path / "e"),
+                    "--to",
+                    "pytorch",
+                    "--out",
+                    str(tmp_path / "x.pth"),
+                ]
+            )
     for change in ({"source_dtypes": "load"}, {"batches_tracked": [1]}):
         (tmp_path / "e/config.json").write_text(json.dumps(config | change))
-        main(["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(tmp_path / f"{len(change)}{change}.pth")])
+        main(
+            [
+                "encoder",
+                str(tmp_path / "e"),
+                "--to",
+                "pytorch",
+                "--out",
+                str(tmp_path / f"{len(change)}{change}.pth"),
+            ]
+        )

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from convert.__main__ import main
 from convert.sae import kind_of
 from minsae_jax import UserError, load_sae
-from minsae_jax.sae.model import fold_scale, save_member, shapes
+from minsae_jax.sae.member import fold_scale, save_member, shapes
 from tests.conftest import FIXTURES
 
 SOURCE = FIXTURES / "sae_parity/sparse_autoencoder_final.pt"
@@ -65,7 +65,12 @@ def test_wrong_paths(tmp_path):
     with pytest.raises(UserError, match=r"there is no sae\.safetensors"):
         main(["sae", str(tmp_path), "--to", "minsae", "--out", str(tmp_path / "m.pt")])
     (tmp_path / "thesis.tex").write_text("years of work")
-    for to, out in (("minsae", "."), ("member", "."), ("minsae", "thesis.tex"), ("member", "thesis.tex")):
+    for to, out in (
+        ("minsae", "."),
+        ("member", "."),
+        ("minsae", "thesis.tex"),
+        ("member", "thesis.tex"),
+    ):
         with pytest.raises(UserError, match="exists and is no such autoencoder"):
             main(["sae", str(SOURCE), "--to", to, "--out", str(tmp_path / out)])
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
@@ -74,7 +79,9 @@ def test_wrong_paths(tmp_path):
 def test_its_own_kind_is_replaced(tmp_path):
     for _ in range(2):
         main(["sae", str(SOURCE), "--to", "member", "--out", str(tmp_path / "member")])
-        main(["sae", str(tmp_path / "member"), "--to", "minsae", "--out", str(tmp_path / "back.pt")])
+        main(
+            ["sae", str(tmp_path / "member"), "--to", "minsae", "--out", str(tmp_path / "back.pt")]
+        )
 
 
 def test_nan_is_refused(tmp_path):
@@ -106,7 +113,9 @@ def dictionary_learning(state):
 def saelens(cfg, state):
     """`architecture: standard`; apply_b_dec_to_input is true unless said otherwise."""
     shift = state["b_dec"] if cfg.get("apply_b_dec_to_input", True) else 0
-    return lambda x: relu((x - shift) @ state["W_enc"] + state["b_enc"]), lambda f: f @ state["W_dec"] + state["b_dec"]
+    return lambda x: relu(
+        (x - shift) @ state["W_enc"] + state["b_enc"]
+    ), lambda f: f @ state["W_dec"] + state["b_dec"]
 
 
 def read(kind, path):
@@ -127,12 +136,22 @@ OTHERS = ("minsae", "saelens", "dictionary_learning")
 def trained():
     """Parameters for scaled inputs, biases far from 0, so that a wrong scale, sign or transpose is seen."""
     rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes(D_MODEL, D_SAE).items()}
+    return {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in shapes(D_MODEL, D_SAE).items()
+    }
 
 
 @pytest.fixture
 def member(tmp_path, trained):
-    config = {"format_version": 1, "kind": "relu", "layer": -1, "encoder": "abc", "d_model": D_MODEL, "d_sae": D_SAE}
+    config = {
+        "format_version": 1,
+        "kind": "relu",
+        "layer": -1,
+        "encoder": "abc",
+        "d_model": D_MODEL,
+        "d_sae": D_SAE,
+    }
     save_member(tmp_path / "member", fold_scale(trained, SCALE), config)
     return tmp_path / "member"
 
@@ -203,7 +222,10 @@ def lens(member, tmp_path):
     def change(cfg=(), **tensors):
         config = json.loads((folder / "cfg.json").read_text())
         (folder / "cfg.json").write_text(json.dumps(config | dict(cfg)))
-        save_file(load_file(folder / "sae_weights.safetensors") | tensors, folder / "sae_weights.safetensors")
+        save_file(
+            load_file(folder / "sae_weights.safetensors") | tensors,
+            folder / "sae_weights.safetensors",
+        )
         return folder
 
     return change
@@ -258,9 +280,20 @@ def test_damaged_saelens(lens, tmp_path):
 
 
 def test_a_trainers_folder_of_dictionary_learning(member, tmp_path):
-    main(["sae", str(member), "--to", "dictionary_learning", "--out", str(tmp_path / "trainer_0/ae.pt")])
+    main(
+        [
+            "sae",
+            str(member),
+            "--to",
+            "dictionary_learning",
+            "--out",
+            str(tmp_path / "trainer_0/ae.pt"),
+        ]
+    )
     main(["sae", str(tmp_path / "trainer_0"), "--to", "member", "--out", str(tmp_path / "back")])
-    np.testing.assert_allclose(load_sae(tmp_path / "back").params["b_enc"], load_sae(member).params["b_enc"], atol=1e-6)
+    np.testing.assert_allclose(
+        load_sae(tmp_path / "back").params["b_enc"], load_sae(member).params["b_enc"], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["member", *OTHERS])
@@ -320,7 +353,9 @@ def test_metadata_of_others_is_not_trusted(lens, tmp_path):
 def test_the_new_form_in_a_trainers_folder(member, tmp_path):
     main(["sae", str(member), "--to", "minsae", "--out", str(tmp_path / "trainer_0/ae.pt")])
     main(["sae", str(tmp_path / "trainer_0"), "--to", "member", "--out", str(tmp_path / "back")])
-    np.testing.assert_array_equal(load_sae(tmp_path / "back").params["b_enc"], load_sae(member).params["b_enc"])
+    np.testing.assert_array_equal(
+        load_sae(tmp_path / "back").params["b_enc"], load_sae(member).params["b_enc"]
+    )
 
 
 def test_a_member_onto_itself(member):

@@ -28,7 +28,9 @@ def data(root):
 
 
 @pytest.mark.parametrize("split", EXPECTED["splits"])
-@pytest.mark.parametrize("folder", [".", "tuhab_preprocessed"])  # splits read from the pickle, and made anew
+@pytest.mark.parametrize(
+    "folder", [".", "tuhab_preprocessed"]
+)  # splits read from the pickle, and made anew
 def test_as_the_reference(root, split, folder):
     expected = EXPECTED["splits"][split]
     windows = open_windows(root / folder, split, EXPECTED["split_seed"], *SIZES)
@@ -36,19 +38,26 @@ def test_as_the_reference(root, split, folder):
     assert windows.ends.tolist() == expected["cumulative"]
     assert len(windows) == expected["num_sequences"]
     x = windows.read(0, len(windows))
-    np.testing.assert_array_equal(np.stack([x[:, 0, 0], x[:, -1, -1]], 1), np.float32(expected["first_last"]))
+    np.testing.assert_array_equal(
+        np.stack([x[:, 0, 0], x[:, -1, -1]], 1), np.float32(expected["first_last"])
+    )
     np.testing.assert_array_equal(windows.read(3, 9), x[3:9])
     assert (root / folder / "tuh_patient_splits_seed_42.pkl").exists()
 
 
 def test_written_splits_are_the_references_own(root, data):
     open_windows(data, "train", 42, *SIZES)
-    ours, theirs = (pickle.loads((f / "tuh_patient_splits_seed_42.pkl").read_bytes()) for f in (data, root))
+    ours, theirs = (
+        pickle.loads((f / "tuh_patient_splits_seed_42.pkl").read_bytes()) for f in (data, root)
+    )
     assert ours == theirs
 
 
 def test_another_seed_is_another_split(data):
-    assert open_windows(data, "train", 42, *SIZES).files != open_windows(data, "train", 7, *SIZES).files
+    assert (
+        open_windows(data, "train", 42, *SIZES).files
+        != open_windows(data, "train", 7, *SIZES).files
+    )
     assert (data / "tuh_patient_splits_seed_7.pkl").exists()
 
 
@@ -65,13 +74,17 @@ def test_an_existing_pickle_decides(data):
 
 def test_all_is_every_split(data):
     together = open_windows(data, "all", 42, *SIZES).files
-    assert together == sum((open_windows(data, s, 42, *SIZES).files for s in ("train", "val", "test")), ())
+    assert together == sum(
+        (open_windows(data, s, 42, *SIZES).files for s in ("train", "val", "test")), ()
+    )
 
 
 def test_windows_leave_room_for_a_target(tmp_path):
     """120,000 samples give 118 windows of 1,000, not 120."""
     np.save(tmp_path / "a_s001_t000_preprocessed.npy", np.zeros(120_000, np.float32))
-    (tmp_path / "file_lengths_map.csv").write_text("filename,time_len\na_s001_t000_preprocessed.npy,120000\n")
+    (tmp_path / "file_lengths_map.csv").write_text(
+        "filename,time_len\na_s001_t000_preprocessed.npy,120000\n"
+    )
     windows = open_windows(tmp_path, "test", 42, 1000, 10, 1)  # a single patient is in test
     assert len(windows) == 118
     assert windows.read(117, 118).shape == (1, 1000, 1)  # a 1-D file is one channel
@@ -120,7 +133,9 @@ class Hostile:
         return os.system, ("touch hacked",)
 
 
-@pytest.mark.parametrize("content", [{"train": [Hostile()], "val": [], "test": []}, Hostile(), [1], {"train": []}])
+@pytest.mark.parametrize(
+    "content", [{"train": [Hostile()], "val": [], "test": []}, Hostile(), [1], {"train": []}]
+)
 def test_pickles_that_are_not_plain_lists(data, monkeypatch, tmp_path, content):
     monkeypatch.chdir(tmp_path)
     (data / "tuh_patient_splits_seed_42.pkl").write_bytes(pickle.dumps(content))
@@ -176,7 +191,10 @@ def test_not_finite(data, value):
         ("filename,length\nx,5\n", "lacks the column time_len; it has filename, length"),
         ("", "lacks the column filename and time_len"),
         ("filename,time_len\n", "has no row for"),
-        ("filename,time_len\nx,long\n", "line 2: time_len must be a number of samples, but is 'long'"),
+        (
+            "filename,time_len\nx,long\n",
+            "line 2: time_len must be a number of samples, but is 'long'",
+        ),
         ("filename,time_len\nx,-5\n", "time_len must be a number of samples"),
         ("filename,time_len\nx\n", "time_len must be a number of samples"),
         ("time_len,filename\n77\n", "has a row without a filename"),

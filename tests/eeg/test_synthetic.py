@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from minsae_jax import UserError
-from minsae_jax.config import Demo
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.eeg.recordings import open_windows, read_lengths
-from minsae_jax.eeg.synthetic import SAMPLING_RATE, recording, write_demo
+from minsae_jax.eeg.synthetic import SAMPLING_RATE, DemoConfig, recording, write_demo
 
 GOLDEN_SAMPLES = [1.91393, 0.69934, -1.446]
 GOLDEN_EVENTS = [("alpha", 90), ("spindle", 534), ("spike", 541)]
@@ -47,7 +46,12 @@ def test_alpha_is_posterior_and_in_its_band():
     assert {"O1", "O2"} <= set(alpha[0].channels)
     o1 = CHANNELS.index("O1")
     power = np.mean(
-        [np.abs(np.fft.rfft(x[e.start : e.start + 250, o1], 250)) ** 2 for e in alpha if e.stop <= 60_000], 0
+        [
+            np.abs(np.fft.rfft(x[e.start : e.start + 250, o1], 250)) ** 2
+            for e in alpha
+            if e.stop <= 60_000
+        ],
+        0,
     )
     hz = np.fft.rfftfreq(250, 1 / SAMPLING_RATE)
     assert 8 <= hz[4:][power[4:].argmax()] <= 12
@@ -55,7 +59,7 @@ def test_alpha_is_posterior_and_in_its_band():
 
 def test_folder(tmp_path):
     folder = tmp_path / "data" / "tuhab_preprocessed"
-    settings = Demo(root_path=str(folder), patients=10, minutes=0.5)
+    settings = DemoConfig(root_path=str(folder), patients=10, minutes=0.5)
     assert "15 recordings of 10 patients" in write_demo(settings)
     lengths = read_lengths(folder / "file_lengths_map.csv")
     assert set(lengths) == {p.name for p in folder.glob("*.npy")}
@@ -73,23 +77,25 @@ def test_folder(tmp_path):
 
 def test_again_and_otherwise(tmp_path):
     folder = tmp_path / "tuhab_preprocessed"
-    settings = Demo(root_path=str(folder), patients=10, minutes=0.5)
+    settings = DemoConfig(root_path=str(folder), patients=10, minutes=0.5)
     write_demo(settings)
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert "already" in write_demo(settings)
-    other = Demo(root_path=str(folder), patients=10, minutes=0.5, seed=1)
+    other = DemoConfig(root_path=str(folder), patients=10, minutes=0.5, seed=1)
     with pytest.raises(UserError, match="--overwrite"):
         write_demo(other)
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
-    write_demo(Demo(root_path=str(folder), patients=10, minutes=0.5, seed=1, overwrite=True))
+    write_demo(DemoConfig(root_path=str(folder), patients=10, minutes=0.5, seed=1, overwrite=True))
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} != before
     (folder / "events.csv").unlink()
-    write_demo(Demo(root_path=str(folder), patients=10, minutes=0.5, seed=1))  # what is damaged is written again
+    write_demo(
+        DemoConfig(root_path=str(folder), patients=10, minutes=0.5, seed=1)
+    )  # what is damaged is written again
     assert (folder / "events.csv").exists()
     (folder / "notes.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(UserError, match=r"holds notes\.txt"):
-            write_demo(Demo(root_path=str(folder), overwrite=overwrite))
+            write_demo(DemoConfig(root_path=str(folder), overwrite=overwrite))
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="no demo"):
-        write_demo(Demo(root_path=str(tmp_path / "mine"), overwrite=True))
+        write_demo(DemoConfig(root_path=str(tmp_path / "mine"), overwrite=True))

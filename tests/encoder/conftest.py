@@ -3,7 +3,7 @@
 import pytest
 
 from convert.encoder import convert_encoder
-from minsae_jax.config import Extract
+from minsae_jax.encoder.config import ExtractConfig
 from tests.conftest import FIXTURES
 
 
@@ -14,4 +14,4 @@ def encoder():
 
 @pytest.fixture
 def settings(demo_folder, tmp_path):
-    return Extract(root_path=str(demo_folder), batch_size=4, out=str(tmp_path / "store"))
+    return ExtractConfig(root_path=str(demo_folder), batch_size=4, out=str(tmp_path / "store"))

@@ -8,9 +8,9 @@ import pytest
 
 from minsae_jax import UserError
 from minsae_jax.activations import writer
-from minsae_jax.activations.shards import open_store
-from minsae_jax.config import Extract
+from minsae_jax.activations.store import open_store
 from minsae_jax.eeg.recordings import open_windows
+from minsae_jax.encoder.config import ExtractConfig
 from tests.encoder.extraction import extract
 
 
@@ -36,8 +36,13 @@ def spoil(root, names):
     told |= {names[5]: "cannot be read", names[6]: "cannot be read"}
     lengths = (root / "file_lengths_map.csv").read_text().splitlines()
     kept = [line for line in lengths if not line.startswith(names[7])]
-    (root / "file_lengths_map.csv").write_text("\n".join([*kept, "demo9999_s001_t000_preprocessed.npy,9000"]) + "\n")
-    return told | {names[7]: "has no row for it", "demo9999_s001_t000_preprocessed.npy": "there is no such file"}
+    (root / "file_lengths_map.csv").write_text(
+        "\n".join([*kept, "demo9999_s001_t000_preprocessed.npy,9000"]) + "\n"
+    )
+    return told | {
+        names[7]: "has no row for it",
+        "demo9999_s001_t000_preprocessed.npy": "there is no such file",
+    }
 
 
 def test_bad_recordings_are_told_together_or_left_out(encoder, settings, demo_folder, tmp_path):
@@ -54,7 +59,9 @@ def test_bad_recordings_are_told_together_or_left_out(encoder, settings, demo_fo
     assert not (tmp_path / "store").exists()
 
     skipping = replace(settings, on_bad_recording="skip")
-    with pytest.warns(UserWarning, match=r"left out of split all: .* and 6 more; the manifest names them all"):
+    with pytest.warns(
+        UserWarning, match=r"left out of split all: .* and 6 more; the manifest names them all"
+    ):
         extract(encoder, skipping, "all")
     store = open_store(tmp_path / "store" / "l-1")
     assert store.manifest["data"]["skipped"].keys() == told.keys()
@@ -62,7 +69,9 @@ def test_bad_recordings_are_told_together_or_left_out(encoder, settings, demo_fo
     good = [n for n in names if n not in told]
     assert origin["recordings"].tolist() == good
     x = np.load(root / good[0])[None, :1000]
-    np.testing.assert_allclose(store.read(0, 0, 11), np.asarray(encoder.activations(x))[0, 0], atol=1e-5)
+    np.testing.assert_allclose(
+        store.read(0, 0, 11), np.asarray(encoder.activations(x))[0, 0], atol=1e-5
+    )
 
     for name in good:
         (root / name).write_bytes(b"")
@@ -85,7 +94,9 @@ def test_skipping_makes_room_for_others(encoder, settings, demo_folder, tmp_path
 
 
 @pytest.mark.parametrize("change", [lambda x: 2 * x, lambda x: x[:1500]])
-def test_a_recording_that_changes_on_the_way(encoder, settings, demo_folder, tmp_path, monkeypatch, change):
+def test_a_recording_that_changes_on_the_way(
+    encoder, settings, demo_folder, tmp_path, monkeypatch, change
+):
     root = shutil.copytree(demo_folder, tmp_path / "data")
     name = open_windows(root, "train", 42, 1000, 100, 19).files[-1]
     write = writer.StoreWriter.write
@@ -114,7 +125,9 @@ def test_shifted_columns_are_told_and_marked(encoder, settings, demo_folder, tmp
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_nothing_is_written_before_all_recordings_are_seen(encoder, demo_folder, tmp_path, monkeypatch, value):
+def test_nothing_is_written_before_all_recordings_are_seen(
+    encoder, demo_folder, tmp_path, monkeypatch, value
+):
     monkeypatch.chdir(tmp_path)
     root = shutil.copytree(demo_folder, tmp_path / "data")
     names = [open_windows(root, "test", 42, 1000, 100, 19).files[i] for i in (0, -1)]
@@ -123,7 +136,7 @@ def test_nothing_is_written_before_all_recordings_are_seen(encoder, demo_folder,
         eeg[5, 3] = value
         np.save(root / name, eeg)
     with pytest.raises(UserError) as e:
-        extract(encoder, Extract(root_path=str(root)), "train", "test")
+        extract(encoder, ExtractConfig(root_path=str(root)), "train", "test")
     for name in names:
         assert f"{name} holds NaN or infinity at sample 5" in str(e.value)
     assert not (tmp_path / "embeddings").exists()
@@ -134,5 +147,5 @@ def test_activations_that_are_not_finite_are_not_stored(encoder, demo_folder, tm
     for name in open_windows(root, "val", 42, 1000, 100, 19).files:
         np.save(root / name, np.load(root / name) * 1e25)
     with pytest.raises(UserError, match="the encoder gives NaN or infinity in float32"):
-        extract(encoder, Extract(root_path=str(root), out=str(tmp_path / "store")), "val")
+        extract(encoder, ExtractConfig(root_path=str(root), out=str(tmp_path / "store")), "val")
     assert [p.name for p in (tmp_path / "store/l-1").iterdir()] == ["manifest.json"]

@@ -11,12 +11,12 @@ import pytest
 
 from minsae_jax import UserError
 from minsae_jax.activations import writer
-from minsae_jax.activations.shards import open_store
-from minsae_jax.config import Extract
+from minsae_jax.activations.store import open_store
 from minsae_jax.eeg.recordings import open_windows
 from minsae_jax.encoder import extract as extraction
+from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import Encoder
-from minsae_jax.files import locked
+from minsae_jax.files import lock_folder
 from tests.encoder.extraction import contents, extract
 
 
@@ -31,7 +31,9 @@ def test_store(encoder, settings, tmp_path, layer, capsys):
     store = open_store(folder)
     assert len(store.shards) == -(-len(windows) // 4)
     x = windows.read(0, len(windows))
-    expected = np.concatenate([encoder.activations(x[i : i + 4], layer) for i in range(0, len(x), 4)])
+    expected = np.concatenate(
+        [encoder.activations(x[i : i + 4], layer) for i in range(0, len(x), 4)]
+    )
     got = np.concatenate([np.load(shard.path) for shard in store.shards])
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected.reshape(-1, 11, 128), atol=1e-5, rtol=0)
@@ -41,7 +43,9 @@ def test_store(encoder, settings, tmp_path, layer, capsys):
         recording = np.load(windows.folder / str(origin["recordings"][origin["recording"][i]]))
         start = int(origin["window"][i]) * 1000
         window = recording[None, start : start + 1000]
-        np.testing.assert_allclose(encoder.activations(window, layer)[0, origin["channel"][i]], got[i], atol=1e-5)
+        np.testing.assert_allclose(
+            encoder.activations(window, layer)[0, origin["channel"][i]], got[i], atol=1e-5
+        )
     assert store.manifest["encoder"] == encoder.fingerprint
     assert (store.manifest["layer"], store.manifest["layer_index"]) == (layer, layer % 3)
 
@@ -83,7 +87,9 @@ def failing_write(monkeypatch, after):
 
 def test_several_layers_in_one_pass(encoder, settings, tmp_path, monkeypatch):
     for layer in (0, 2):
-        extract(encoder, replace(settings, cache_layer=(layer,), out=str(tmp_path / "alone")), "train")
+        extract(
+            encoder, replace(settings, cache_layer=(layer,), out=str(tmp_path / "alone")), "train"
+        )
     told = extract(encoder, replace(settings, cache_layer=(2, 0)), "train")
     assert told.endswith(f"written to {tmp_path}/store/l2 and {tmp_path}/store/l0")
     for layer in ("l0", "l2"):
@@ -110,10 +116,14 @@ def test_a_full_disk_is_seen_before_the_start(encoder, settings, tmp_path, monke
     both = replace(settings, cache_layer=(0, 1), dtype="float16")
 
     def free(bytes_free):
-        monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: SimpleNamespace(free=bytes_free))
+        monkeypatch.setattr(
+            extraction.shutil, "disk_usage", lambda _: SimpleNamespace(free=bytes_free)
+        )
 
     free(needed - 1)
-    with pytest.raises(UserError, match=rf"need {needed / 1e9:.1f} GB, but .* has {needed / 1e9:.1f} GB free"):
+    with pytest.raises(
+        UserError, match=rf"need {needed / 1e9:.1f} GB, but .* has {needed / 1e9:.1f} GB free"
+    ):
         extract(encoder, both, "train")
     assert list(tmp_path.iterdir()) == []
     free(needed)
@@ -141,15 +151,18 @@ def test_overwriting_is_refused_before_anything_is_touched(encoder, settings, tm
     with pytest.raises(UserError, match=r"holds notes\.txt"):
         extract(encoder, replace(both, overwrite=True), "train", "val")
     (tmp_path / "store_val/l1/notes.txt").unlink()
-    with locked(tmp_path / "store_val/l1"), pytest.raises(UserError, match="by another process"):
+    with (
+        lock_folder(tmp_path / "store_val/l1"),
+        pytest.raises(UserError, match="by another process"),
+    ):
         extract(encoder, replace(both, overwrite=True), "train", "val")
     assert contents(tmp_path / "store" / "l0") == before
 
 
 def test_wrong_out():
     with pytest.raises(UserError, match="--out must name a folder"):
-        Extract(out="")
-    assert str(Extract(out="/").store("train", -1)) == "/l-1"
+        ExtractConfig(out="")
+    assert str(ExtractConfig(out="/").store("train", -1)) == "/l-1"
 
 
 def test_max_batches(encoder, settings, tmp_path):
@@ -185,7 +198,10 @@ def test_another_store_is_never_mixed_in(encoder, settings, tmp_path):
 def test_half_precision(encoder, settings, tmp_path, dtype):
     extract(encoder, settings, "val")
     extract(encoder, replace(settings, dtype=dtype, out=str(tmp_path / dtype)), "val")
-    exact, half = open_store(tmp_path / "store", -1).read(0), open_store(tmp_path / dtype, -1).read(0)
+    exact, half = (
+        open_store(tmp_path / "store", -1).read(0),
+        open_store(tmp_path / dtype, -1).read(0),
+    )
     half = half.astype(np.float32)
     error = np.abs(half - exact).max() / np.abs(exact).max()
     assert 0 < error < {"float16": 5e-4, "bfloat16": 4e-3}[dtype]
@@ -196,17 +212,21 @@ def test_forced_revin(encoder, settings, tmp_path):
     extract(encoder, replace(settings, force_revin=True, out=str(tmp_path / "forced")), "val")
     plain, forced = (open_store(tmp_path / name, -1).read(0) for name in ("store", "forced"))
     assert np.abs(plain - forced).max() > 0.1
-    windows = open_windows(settings.root_path, "val", 42, 1000, 100, 19).read(0, 1).astype(np.float64)
-    by_hand = (windows - windows.mean(1, keepdims=True)) / np.sqrt(windows.var(1, keepdims=True) + 1e-5)
+    windows = (
+        open_windows(settings.root_path, "val", 42, 1000, 100, 19).read(0, 1).astype(np.float64)
+    )
+    by_hand = (windows - windows.mean(1, keepdims=True)) / np.sqrt(
+        windows.var(1, keepdims=True) + 1e-5
+    )
     expected = np.asarray(encoder.activations(by_hand.astype(np.float32))).reshape(-1, 128)
     np.testing.assert_allclose(forced[: len(expected)], expected, atol=1e-4)
 
 
 def test_default_folders():
-    assert str(Extract(out="x", split=("val",)).store("val", -1)) == "x/l-1"
-    several = Extract(out="x/y/", split=("train", "val"))
+    assert str(ExtractConfig(out="x", split=("val",)).store("val", -1)) == "x/l-1"
+    several = ExtractConfig(out="x/y/", split=("train", "val"))
     assert [str(several.store(s, -1)) for s in several.split] == ["x/y/l-1", "x/y_val/l-1"]
-    settings = Extract(split=("train", "val", "test", "all"))
+    settings = ExtractConfig(split=("train", "val", "test", "all"))
     assert [str(settings.store(s, 2)) for s in settings.split] == [
         "embeddings/store/l2", "embeddings/store_val/l2", "embeddings/store_test/l2", "embeddings/store_all/l2",
     ]  # fmt: skip

@@ -11,14 +11,15 @@ import pytest
 from convert.encoder import convert_encoder
 from minsae_jax import UserError
 from minsae_jax.activations import stream
-from minsae_jax.activations.shards import open_store
-from minsae_jax.config import Extract, Train
+from minsae_jax.activations.store import open_store
 from minsae_jax.eeg.recordings import open_windows
 from minsae_jax.encoder import live
+from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.live import open_live
+from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.sweep import Sweep
-from minsae_jax.sae.train import train
+from minsae_jax.sae.trainer import train
 from tests.conftest import FIXTURES
 
 CHECKPOINT = FIXTURES / "tuhab_patch_100/checkpoint.pth"
@@ -31,7 +32,7 @@ def encoder():
 
 @pytest.fixture
 def settings(demo_folder, tmp_path):
-    return Train(
+    return TrainConfig(
         live=True, root_path=str(demo_folder), checkpoint_path=str(CHECKPOINT), live_batch_size=4,
         run_dir=str(tmp_path / "run"), lambda_sparsity=(0.1, 3.0), lr=(3e-3,), num_steps=40, feature_dim_factor=(2.0,),
         batch_size=500, eval_window=10, checkpoint_every=10,
@@ -50,7 +51,7 @@ def run(encoder, settings):
 
 
 def stored(encoder, settings, tmp_path):
-    made = Extract(root_path=settings.root_path, batch_size=4, out=str(tmp_path / "store"))
+    made = ExtractConfig(root_path=settings.root_path, batch_size=4, out=str(tmp_path / "store"))
     list(extract(encoder, made))
     return open_store(tmp_path / "store", -1)
 
@@ -63,10 +64,14 @@ def test_it_reads_what_a_store_holds(encoder, settings, tmp_path, few_mixed):
     assert (source.rows, source.d_model) == (store.rows, store.d_model)
     assert source.manifest["encoder"] == store.manifest["encoder"]
     whole = np.concatenate([store.read(i) for i in range(len(store.shards))])
-    np.testing.assert_allclose(np.concatenate([source.read(i) for i in range(len(store.shards))]), whole, atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([source.read(i) for i in range(len(store.shards))]), whole, atol=1e-5
+    )
     windows = whole.reshape(source.n_chunks, source.chunk_rows, -1)
     for chunks in ([0], [5, 0, 2], [source.n_chunks - 1, 1]):
-        np.testing.assert_allclose(stream.rows_of_chunks(source, chunks), windows[chunks].reshape(-1, 128), atol=1e-5)
+        np.testing.assert_allclose(
+            stream.rows_of_chunks(source, chunks), windows[chunks].reshape(-1, 128), atol=1e-5
+        )
 
 
 def test_every_token_once_an_epoch(encoder, settings, few_mixed):
@@ -89,14 +94,16 @@ def test_the_same_curves_as_from_a_store(encoder, settings, tmp_path):
     store = stored(encoder, settings, tmp_path)
     common = {"recipe": "minsae", "batch_size": None, "lr": (1e-3,)}
     run(encoder, replace(settings, **common))
-    from_store = Train(
+    from_store = TrainConfig(
         recipe="minsae", store=str(store.folder.parent), lambda_sparsity=(0.1, 3.0), lr=(1e-3,), num_steps=40,
         feature_dim_factor=(2.0,), eval_window=10, run_dir=str(tmp_path / "other"),
     )  # fmt: skip
     train(from_store)
     for member in ("lambda=0.1", "lambda=3"):
         ours, theirs = (
-            np.genfromtxt(tmp_path / name / "members" / member / "metrics.csv", delimiter=",", names=True)
+            np.genfromtxt(
+                tmp_path / name / "members" / member / "metrics.csv", delimiter=",", names=True
+            )
             for name in ("run", "other")
         )
         assert len(ours) == 4
@@ -129,16 +136,25 @@ def test_interrupted_is_uninterrupted(encoder, settings, tmp_path, few_mixed, mo
             one, two = (tmp_path / r / "members" / member / name for r in ("run", "other"))
             assert one.read_bytes() == two.read_bytes()
     assert not list(tmp_path.rglob("b*.npy"))
-    assert json.loads((two.parent / "config.json").read_text())["encoder_fingerprint"] == encoder.fingerprint
+    assert (
+        json.loads((two.parent / "config.json").read_text())["encoder_fingerprint"]
+        == encoder.fingerprint
+    )
 
 
 def test_other_recordings_are_refused_on_the_way(encoder, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("minsae_jax.sae.journal.Journal.export", lambda *_: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(
+        "minsae_jax.sae.logger.Journal.export", lambda *_: (_ for _ in ()).throw(Killed)
+    )
     with pytest.raises(Killed):
         run(encoder, settings)
     monkeypatch.undo()
     with pytest.raises(UserError, match="has changed since"):
-        train(settings, encoder.fingerprint, partial(open_live, encoder, replace(settings, split="test")))
+        train(
+            settings,
+            encoder.fingerprint,
+            partial(open_live, encoder, replace(settings, split="test")),
+        )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +179,9 @@ def test_what_is_left_out_is_told_and_kept(encoder, settings, demo_folder, tmp_p
     eeg = np.load(root / files[1])
     eeg[:, -1] = 0
     np.save(root / files[1], eeg)
-    skipping = replace(settings, root_path=str(root), on_bad_recording="skip", num_steps=2, lambda_sparsity=(1.0,))
+    skipping = replace(
+        settings, root_path=str(root), on_bad_recording="skip", num_steps=2, lambda_sparsity=(1.0,)
+    )
     with (
         pytest.warns(UserWarning, match=f"left out of split train: {files[0]}"),
         pytest.warns(UserWarning, match=f"last channel all zero in {files[1]}"),

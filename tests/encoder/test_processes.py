@@ -15,15 +15,16 @@ from tests.encoder.extraction import contents, extract
 
 PROCESS = """
 import os, sys
-from minsae_jax import sharding
-from minsae_jax.config import Extract
-sharding.start(distributed=True)
+
+from minsae_jax.parallel.processes import start_jax
+from minsae_jax.encoder.config import ExtractConfig
+start_jax(distributed=True)
 from minsae_jax.__main__ import open_encoder
 from minsae_jax.encoder.extract import extract
 import jax
 assert jax.process_count() == 2
 checkpoint, root, out, batches = sys.argv[1:]
-settings = Extract(root_path=root, out=out, batch_size=4, cache_layer=(0, -1), split=("train", "val"))
+settings = ExtractConfig(root_path=root, out=out, batch_size=4, cache_layer=(0, -1), split=("train", "val"))
 writes = []
 if batches != "all" and jax.process_index() == 1:  # dies
     import os
@@ -55,8 +56,20 @@ def test_two_processes_write_the_store_of_one(encoder, settings, tmp_path, monke
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", PROCESS, checkpoint, settings.root_path, tmp_path / "two", batches]
+        environment |= {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PLATFORMS": "cpu",
+        }
+        command = [
+            sys.executable,
+            "-c",
+            PROCESS,
+            checkpoint,
+            settings.root_path,
+            tmp_path / "two",
+            batches,
+        ]
         both = [
             subprocess.Popen(list(map(str, command)), env=environment | {"JAX_PROCESS_ID": str(i)},
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -76,16 +89,22 @@ def test_two_processes_write_the_store_of_one(encoder, settings, tmp_path, monke
     monkeypatch.delenv("fails")
     codes, told = run_both("3")
     assert codes[1] == 9, told
-    assert not any((tmp_path / "two" / layer / "provenance.npz").exists() for layer in ("l0", "l-1"))
+    assert not any(
+        (tmp_path / "two" / layer / "provenance.npz").exists() for layer in ("l0", "l-1")
+    )
     assert list(tmp_path.glob("two/*/manifest.1.json"))
     codes, told = run_both("all")
     assert codes == [0, 0], told
     for name in ("store/l0", "store/l-1", "store_val/l0", "store_val/l-1"):
-        one, two = (contents(tmp_path / name.replace("store", base, 1)) for base in ("store", "two"))
+        one, two = (
+            contents(tmp_path / name.replace("store", base, 1)) for base in ("store", "two")
+        )
         assert one.keys() == two.keys()
         for file in one:
             if file.endswith("npy"):
-                np.testing.assert_allclose(*(np.load(io.BytesIO(c[file])) for c in (one, two)), atol=1e-5, rtol=0)
+                np.testing.assert_allclose(
+                    *(np.load(io.BytesIO(c[file])) for c in (one, two)), atol=1e-5, rtol=0
+                )
         manifests = [json.loads(c["manifest.json"]) for c in (one, two)]
         for manifest in manifests:
             for entry in manifest["shards"]:

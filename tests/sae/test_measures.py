@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minsae_jax import sharding
+from minsae_jax.parallel.mesh import make_mesh
 from minsae_jax.sae.measures import measure
 
 D, F = 8, 20
@@ -11,7 +11,12 @@ D, F = 8, 20
 
 def members(count, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = {"W_enc": (count, D, F), "b_enc": (count, F), "W_dec": (count, F, D), "b_dec": (count, D)}
+    shapes = {
+        "W_enc": (count, D, F),
+        "b_enc": (count, F),
+        "W_dec": (count, F, D),
+        "b_dec": (count, D),
+    }
     return {name: rng.normal(size=shape).astype(np.float32) / 3 for name, shape in shapes.items()}
 
 
@@ -25,7 +30,7 @@ def test_definitions():
     x = (rng.normal(size=(210, D)) * rng.uniform(0.1, 3, size=D) + 2).astype(np.float32)
     x[17] = 0
     groups = [members(2), members(4, seed=5)]
-    found = measure(sharding.make_mesh(2, 4), groups, cut(x, 50), scale=0.7)
+    found = measure(make_mesh(2, 4), groups, cut(x, 50), scale=0.7)
     x = x.astype(np.float64) * 0.7
     for group, measures in zip(groups, found, strict=True):
         for i in range(len(group["b_enc"])):
@@ -74,7 +79,7 @@ def test_closed_forms(change, expected):
     x = np.random.default_rng(2).normal(size=(4000, D))
     x = (x - x.mean(0)) / x.std(0)  # so that Σ‖x - x̄‖² = Σ‖x‖²
     (found,) = measure(
-        sharding.make_mesh(),
+        make_mesh(),
         [{k: v[None].astype(np.float32) for k, v in params.items()}],
         cut(x.astype(np.float32), 999),
     )
@@ -87,7 +92,7 @@ def test_variance_is_about_the_mean_of_all_batches():
     x = np.random.default_rng(3).normal(size=(6, 100, D)) + 1000 + 50 * np.arange(6)[:, None, None]
     params = {k: v[None].astype(np.float32) for k, v in identity().items()}
     params["b_dec"] += 1
-    (found,) = measure(sharding.make_mesh(), [params], list(x.astype(np.float32)))
+    (found,) = measure(make_mesh(), [params], list(x.astype(np.float32)))
     flat = x.reshape(-1, D)
     expected = len(flat) * D / ((flat - flat.mean(0)) ** 2).sum()
     assert found.fvu[0] == pytest.approx(expected, rel=1e-3)

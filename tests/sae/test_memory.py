@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads Linux's /proc"
+)
 
 PROGRAM = """
 import sys, threading, time
-from minsae_jax import sharding
-from minsae_jax.config import Train
-from minsae_jax.sae.train import train
+
+from minsae_jax.parallel.processes import start_jax
+from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae.trainer import train
 
 peak, done = 0, threading.Event()
 def watch():
@@ -23,9 +26,9 @@ def watch():
         peak = max(peak, int(line.split()[1]))
 watching = threading.Thread(target=watch)
 watching.start()
-sharding.start()
+start_jax()
 store, run_dir = sys.argv[1:]
-train(Train(store=store, run_dir=run_dir, feature_dim_factor=(2.0,), lambda_sparsity=(1.0, 2.0), num_steps=100,
+train(TrainConfig(store=store, run_dir=run_dir, feature_dim_factor=(2.0,), lambda_sparsity=(1.0, 2.0), num_steps=100,
             checkpoint_every=50))
 done.set()
 watching.join()
@@ -39,11 +42,15 @@ def peak_of(folder: Path, files: int) -> int:
     store.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(files):
-        x = np.lib.format.open_memmap(store / f"b{i:04d}.npy", "w+", np.float32, (128 * 19, 101, 128))
+        x = np.lib.format.open_memmap(
+            store / f"b{i:04d}.npy", "w+", np.float32, (128 * 19, 101, 128)
+        )
         x[:8] = rng.normal(size=(8, 101, 128))  # else there would be nothing but zeros
         del x
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(store.parent), str(folder / "run")], capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM, str(store.parent), str(folder / "run")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])

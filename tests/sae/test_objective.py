@@ -7,17 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minsae_jax.sae import model
+from minsae_jax.sae import member as model
 from minsae_jax.sae.objective import Objective, Sums, batch_sums, finish, plain_loss, with_bfloat16
 
 D, F, TOKENS = 12, 40, 60
-OBJECTIVES = {"april2024": Objective(mean_over_d_model=False), "minsae": Objective(True, recon_weight=3.0)}
+OBJECTIVES = {
+    "april2024": Objective(mean_over_d_model=False),
+    "minsae": Objective(True, recon_weight=3.0),
+}
 
 
 @pytest.fixture
 def params():
     params = model.init_torch(jax.random.key(0), D, F)
-    return params | {"W_dec": params["W_dec"] * jnp.linspace(0.1, 3, F)[:, None]}  # rows of unlike norms
+    return params | {
+        "W_dec": params["W_dec"] * jnp.linspace(0.1, 3, F)[:, None]
+    }  # rows of unlike norms
 
 
 @pytest.fixture
@@ -41,14 +46,22 @@ def test_gradients_are_those_of_the_plain_loss(params, x, name, pieces):
 
 def test_padding_counts_for_nothing(params, x):
     objective, lam = OBJECTIVES["april2024"], jnp.float32(0.7)
-    whole = finish(params, batch_sums(params, x[None], None, lam, objective), TOKENS, lam, objective)
+    whole = finish(
+        params, batch_sums(params, x[None], None, lam, objective), TOKENS, lam, objective
+    )
     padded = jnp.concatenate([x, jnp.zeros((20, D))]).reshape(4, 20, D)
     mask = (jnp.arange(80) < TOKENS).astype(jnp.float32).reshape(4, 20)
-    masked = finish(params, batch_sums(params, padded, mask, lam, objective), TOKENS, lam, objective)
+    masked = finish(
+        params, batch_sums(params, padded, mask, lam, objective), TOKENS, lam, objective
+    )
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(masked), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    unmasked = finish(params, batch_sums(params, padded, None, lam, objective), TOKENS, lam, objective)
-    assert abs(float(unmasked[1].l0 - whole[1].l0)) > 0.1  # the mask is needed: biases make padding active
+    unmasked = finish(
+        params, batch_sums(params, padded, None, lam, objective), TOKENS, lam, objective
+    )
+    assert (
+        abs(float(unmasked[1].l0 - whole[1].l0)) > 0.1
+    )  # the mask is needed: biases make padding active
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -80,7 +93,9 @@ def test_l0_of_many_tokens_and_features():
 def test_a_decoder_row_of_zeros_has_a_finite_gradient(params, x):
     params = params | {"W_dec": params["W_dec"].at[3].set(0)}
     objective, lam = OBJECTIVES["april2024"], jnp.float32(0.7)
-    gradients, _ = finish(params, batch_sums(params, x[None], None, lam, objective), TOKENS, lam, objective)
+    gradients, _ = finish(
+        params, batch_sums(params, x[None], None, lam, objective), TOKENS, lam, objective
+    )
     assert all(np.isfinite(g).all() for g in gradients.values())
 
 
@@ -92,10 +107,16 @@ def test_bfloat16_products(factors):
     objective = Objective(mean_over_d_model=False)
     expected = jax.grad(plain_loss)(params, x, lam, objective)
     low = replace(objective, factors=factors)
-    gradients, _ = finish(params, batch_sums(params, x.reshape(2, -1, 128), None, lam, low), 512, lam, objective)
+    gradients, _ = finish(
+        params, batch_sums(params, x.reshape(2, -1, 128), None, lam, low), 512, lam, objective
+    )
     for key in expected:
         assert gradients[key].dtype == jnp.float32
-        assert 1e-4 < np.linalg.norm(gradients[key] - expected[key]) / np.linalg.norm(expected[key]) < 0.03
+        assert (
+            1e-4
+            < np.linalg.norm(gradients[key] - expected[key]) / np.linalg.norm(expected[key])
+            < 0.03
+        )
 
 
 def test_products_that_xla_lacks_are_of_rounded_numbers(monkeypatch):
@@ -103,7 +124,9 @@ def test_products_that_xla_lacks_are_of_rounded_numbers(monkeypatch):
     assert with_bfloat16(objective, 128, 256, 2, 256).factors == "bfloat16"
 
     def lacking(*_):
-        raise jax.errors.JaxRuntimeError("Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32")
+        raise jax.errors.JaxRuntimeError(
+            "Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32"
+        )
 
     monkeypatch.setattr("minsae_jax.sae.objective.batch_sums", lacking)
     assert with_bfloat16(objective, 128, 256, 2, 256).factors == "rounded"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from minsae_jax.sae.checkpoints import Checkpoints
-from minsae_jax.sae.train import train
+from minsae_jax.sae.trainer import train
 from tests.conftest import write_small_store
 
 
@@ -58,7 +58,9 @@ def test_a_run_goes_on_on_another_mesh(settings, tmp_path, monkeypatch):
 
 def test_checkpoints_by_the_clock(settings, tmp_path, monkeypatch):
     saved, save = [], Checkpoints.save
-    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *a: (saved.append(step), save(self, step, *a)))
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, step, *a: (saved.append(step), save(self, step, *a))
+    )
     settings = replace(settings, num_steps=6, checkpoint_every=5)
     train(settings)
     assert saved == [5, 6]
@@ -97,7 +99,17 @@ class Cluster:
 @pytest.mark.parametrize("mesh", ["2x2", "1x4"])  # members on each process, tokens on each process
 def test_two_processes_are_one(small_store, tmp_path, mesh):
     write_small_store(tmp_path / "store_val", seed=1)
-    flags = ["--store", str(small_store), *COMMON.split(), "--lambda_sparsity", "0.1", "1", "3", "--num_steps", "40"]
+    flags = [
+        "--store",
+        str(small_store),
+        *COMMON.split(),
+        "--lambda_sparsity",
+        "0.1",
+        "1",
+        "3",
+        "--num_steps",
+        "40",
+    ]
     one = subprocess.run(
         [sys.executable, "-m", "minsae_jax", "train", *flags, "--run_dir", str(tmp_path / "one")], check=True,
         capture_output=True, text=True, cwd=Path(__file__).parents[2],
@@ -115,7 +127,15 @@ def test_two_processes_are_one(small_store, tmp_path, mesh):
 
 
 def test_a_signal_to_one_process_stops_both(small_store, tmp_path):
-    flags = ["--store", str(small_store), *COMMON.split(), "--num_steps", "100000", "--run_dir", str(tmp_path / "run")]
+    flags = [
+        "--store",
+        str(small_store),
+        *COMMON.split(),
+        "--num_steps",
+        "100000",
+        "--run_dir",
+        str(tmp_path / "run"),
+    ]
     cluster = Cluster(flags)
     wait_for(tmp_path / "run/checkpoints/10")
     cluster.processes[1].send_signal(signal.SIGTERM)
@@ -136,7 +156,15 @@ def wait_for(path: Path, seconds: float = 60) -> None:
 
 
 def test_processes_of_unlike_commands_are_refused(small_store, tmp_path):
-    flags = ["--store", str(small_store), *COMMON.split(), "--num_steps", "40", "--run_dir", str(tmp_path / "run")]
+    flags = [
+        "--store",
+        str(small_store),
+        *COMMON.split(),
+        "--num_steps",
+        "40",
+        "--run_dir",
+        str(tmp_path / "run"),
+    ]
     codes, _, told = Cluster(flags, ("--lr", "1e-3")).end()
     assert codes == [2, 2], told
     assert all("the processes were not given the same command" in t for t in told)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from minsae_jax.sae.train import train
+from minsae_jax.sae.trainer import train
 from tests.conftest import write_small_store
 
 # All text of the page, that of its shadow roots too.
@@ -24,7 +24,15 @@ def address(settings, small_store, tmp_path):
     """Of a TensorBoard on a run of four members."""
     write_small_store(tmp_path / "store_val", seed=1)
     train(replace(settings, eval_every=20))
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path / "run"), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(tmp_path / "run"),
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONWARNINGS": ""}
     ) as server:
@@ -37,7 +45,10 @@ def address(settings, small_store, tmp_path):
 
 def test_all_members_are_shown(address, chromium):
     names = ["lambda=0.1,d_sae=32", "lambda=0.1,d_sae=48", "lambda=3,d_sae=32", "lambda=3,d_sae=48"]
-    for tab, wanted in (("hparams", [*names, "eval/fvu"]), ("custom_scalars", [*names, "mse", "l0"])):
+    for tab, wanted in (
+        ("hparams", [*names, "eval/fvu"]),
+        ("custom_scalars", [*names, "mse", "l0"]),
+    ):
         chromium.get("about:blank")
         chromium.get(f"{address}#{tab}")
         end = time.monotonic() + 60

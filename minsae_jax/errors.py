@@ -1,0 +1,28 @@
+"""Errors that the command line reports as one line, without a traceback."""
+
+
+class UserError(Exception):
+    """A user-fixable error, as one line: what is wrong, where, and what to do.
+
+    Characters that a terminal cannot print are replaced, since messages contain names from files.
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else "?" for c in message))
+
+
+class Stopped(KeyboardInterrupt):
+    """Clean shutdown after a signal; the message says how to resume."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def brief(error: BaseException, limit: int = 200) -> str:
+    """Return the error's message on one line, cut after `limit` characters.
+
+    >>> brief(ValueError("two\\n  lines"))
+    'two lines'
+    """
+    return " ".join(str(error).split())[:limit]

@@ -1,0 +1,350 @@
+"""The store's format: what is written, what goes on after a break, what is refused."""
+
+import hashlib
+import json
+import os
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from minsae_jax import UserError
+from minsae_jax.activations.store import open_store
+from minsae_jax.activations.writer import StoreWriter
+
+IDENTITY = {
+    "layer": -1, "layer_index": 2, "dtype": "float32", "n_tokens": 3, "d_model": 4, "encoder": "e" * 64,
+    "data": {"split": "train", "batch_size": 2},
+}  # fmt: skip
+
+
+def arrays(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(sequences, 3, 4)).astype(dtype) for sequences in (4, 4, 2)]
+
+
+@contextmanager
+def begun(folder, identity=IDENTITY, overwrite=False):
+    with StoreWriter(folder, identity, overwrite) as writer:
+        writer.begin()
+        yield writer
+
+
+def write(folder, xs, **changes):
+    with begun(folder, IDENTITY | changes) as writer:
+        for i, x in enumerate(xs):
+            if i not in writer.done:
+                writer.write(i, [x])
+        writer.finish({"recording": np.arange(sum(map(len, xs)))})
+    return folder
+
+
+def opened(folder, identity=IDENTITY, overwrite=False):
+    """A writer's view of the folder: what is finished, and which shards are there."""
+    with begun(folder, identity, overwrite) as writer:
+        return writer.finished, writer.done
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "store" / "l-1", arrays())
+
+
+def test_what_is_written(folder):
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "b0000.npy", "b0001.npy", "b0002.npy", "manifest.json", "provenance.npz",
+    ]  # fmt: skip
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert manifest | IDENTITY == manifest
+    assert [(s["file"], s["shape"], s["rows"]) for s in manifest["shards"]] == [
+        ("b0000.npy", [4, 3, 4], 12), ("b0001.npy", [4, 3, 4], 12), ("b0002.npy", [2, 3, 4], 6),
+    ]  # fmt: skip
+    for shard, x in zip(manifest["shards"], arrays(), strict=True):
+        assert shard["sha256"] == hashlib.sha256((folder / shard["file"]).read_bytes()).hexdigest()
+        np.testing.assert_array_equal(np.load(folder / shard["file"]), x)
+
+
+@pytest.mark.parametrize("path", ["store", "store/l-1"])
+def test_read(folder, tmp_path, path):
+    store = open_store(tmp_path / path, -1)
+    store.verify()
+    assert (store.rows, store.d_model, len(store.shards)) == (30, 4, 3)
+    np.testing.assert_array_equal(store.read(1, 2, 7), arrays()[1].reshape(-1, 4)[2:7])
+
+
+def test_a_layer_has_two_numbers(folder):
+    assert open_store(folder, 2).rows == open_store(folder, -1).rows == 30  # of three layers
+
+
+def test_more_shards_than_file_descriptors(tmp_path):
+    for i in range(100):
+        np.save(tmp_path / f"b{i:04d}.npy", np.full((1, 2, 4), i, np.float32))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, before[1]))
+    try:
+        store = open_store(tmp_path, -1)
+        assert [int(store.read(i)[0, 0]) for i in range(100)] == list(range(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_stays_what_it_is(tmp_path, dtype):
+    kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    folder = write(tmp_path / "l0", arrays(kind), dtype=dtype)
+    store = open_store(folder)
+    assert store.dtype == store.read(0).dtype == kind
+    np.testing.assert_array_equal(store.read(0), arrays(kind)[0].reshape(-1, 4))
+    assert np.load(folder / "b0000.npy").dtype == (np.uint16 if dtype == "bfloat16" else np.float16)
+
+
+def test_without_manifest_in_numerical_order(tmp_path):
+    for i in (2, 10000, 9999, 0):
+        np.save(tmp_path / f"b{i:04d}.npy", np.full((1, 2, 4), i, np.float32))
+    store = open_store(tmp_path, -1)
+    assert [int(store.read(i)[0, 0]) for i in range(4)] == [0, 2, 9999, 10000]
+    assert store.manifest == {}
+    before = store.fingerprint
+    np.save(tmp_path / "b0003.npy", np.zeros((5, 2, 4), np.float32))
+    assert open_store(tmp_path, -1).fingerprint != before
+
+
+def test_an_interrupted_store_goes_on(tmp_path, folder):
+    undisturbed = {p.name: p.read_bytes() for p in folder.iterdir()}
+    broken = tmp_path / "broken"
+    with begun(broken) as writer:
+        writer.write(2, np.array_split(arrays()[2], 2))
+        writer.write(0, [arrays()[0]])
+    (broken / "b0001.npy.tmp").write_bytes(b"half")
+    (broken / "b0001.npy").write_bytes(b"renamed, but not in the manifest yet")
+    with pytest.raises(UserError, match="is unfinished"):
+        open_store(broken)
+    assert opened(broken) == (False, {0, 2})
+    (broken / "b0000.npy").write_bytes((broken / "b0000.npy").read_bytes()[:-1] + b"x")
+    assert opened(broken) == (False, {2})
+    write(broken, arrays())
+    assert {p.name: p.read_bytes() for p in broken.iterdir()} == undisturbed
+
+
+def test_a_finished_store_is_left_alone(folder):
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert opened(folder)[0]
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    (folder / "b0001.npy").unlink()
+    assert opened(folder) == (False, {0, 2})
+
+
+def test_another_store_in_the_folder(folder):
+    with pytest.raises(
+        UserError, match=r"other settings: encoder \(eeee.*, now ffff.*\), split \(train, now val\)"
+    ):
+        opened(folder, IDENTITY | {"encoder": "f" * 64, "data": {"split": "val", "batch_size": 2}})
+    assert open_store(folder).rows == 30
+    assert opened(folder, IDENTITY | {"encoder": "f" * 64}, overwrite=True) == (False, set())
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json"]
+
+
+def test_files_of_others_are_never_removed(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"thesis.tex"):
+            opened(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_minsae_files_need_overwrite(tmp_path):
+    np.save(tmp_path / "b0000.npy", np.zeros((1, 2, 4), np.float32))
+    with pytest.raises(UserError, match=r"b0000.npy.*--overwrite"):
+        opened(tmp_path)
+    assert opened(tmp_path, overwrite=True) == (False, set())
+
+
+def test_damage_is_named(folder):
+    np.save(folder / "b0007.npy", arrays()[0])
+    with pytest.raises(UserError, match=r"b0007.npy is not in the manifest"):
+        open_store(folder)
+    (folder / "b0007.npy").unlink()
+    good = (folder / "b0001.npy").read_bytes()
+    (folder / "b0001.npy").write_bytes(good[:-4])
+    with pytest.raises(UserError, match=r"b0001.npy has \d+ bytes instead of"):
+        open_store(folder)
+    (folder / "b0001.npy").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"b0001.npy fails its checksum"):
+        open_store(folder).verify()
+    (folder / "b0001.npy").unlink()
+    with pytest.raises(UserError, match=r"b0001.npy is missing"):
+        open_store(folder)
+    write(folder, arrays())  # what is missing is made again, as the sentences say
+    open_store(folder).verify()
+    (folder / "provenance.npz").unlink()
+    with pytest.raises(UserError, match=r"provenance.npz is missing"):
+        open_store(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest.json is damaged"):
+        open_store(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": []}, {"shards": None}, {"shards": [{}]}, {"shards": [1]}, {"format_version": "1"}, {"data": None},
+        {"d_model": None}, {"dtype": "float17"}, {"layer": None}, {"complete": 1}, {"n_tokens": 5},
+        {"rows": 5}, {"rows": "5"}, {"sha256": "x"}, {"file": 3}, {"bytes": None}, {"shape": [4, 3]},
+    ],
+)  # fmt: skip
+def test_manifests_of_wrong_content(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    ((key, _),) = change.items()
+    (manifest if key in manifest else manifest["shards"][0]).update(change)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for attempt in (lambda: open_store(folder), lambda: opened(folder)):
+        with pytest.raises(UserError, match=r"manifest.json is damaged.*--overwrite"):
+            attempt()
+
+
+def test_headers_are_held_against_the_manifest(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"dtype": "bfloat16"}))
+    with pytest.raises(UserError, match=r"b0000.npy is float32\[4, 3, 4\], not bfloat16"):
+        open_store(folder)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with (
+        StoreWriter(tmp_path / "l-1", IDENTITY),
+        pytest.raises(UserError, match="by another process"),
+    ):
+        opened(tmp_path / "l-1")
+    assert opened(tmp_path / "l-1") == (False, set())
+
+
+def test_a_store_cut_off_at_its_very_start_goes_on(tmp_path):
+    (tmp_path / "manifest.json.tmp").write_text("{")
+    assert opened(tmp_path) == (False, set())
+
+
+def test_wrong_places(folder, tmp_path):
+    with pytest.raises(UserError, match="there is no store"):
+        open_store(tmp_path / "nowhere", -1)
+    with pytest.raises(UserError, match=r"no store of layer 0 in .*: it holds l-1"):
+        open_store(tmp_path / "store", 0)
+    with pytest.raises(UserError, match=r"is of layer -1, not 0"):
+        open_store(folder, 0)
+
+
+def test_bad_files_without_manifest(tmp_path):
+    np.save(tmp_path / "b0000.npy", np.zeros((2, 3, 4), np.float32))
+    (tmp_path / "b0001.npy").write_bytes((tmp_path / "b0000.npy").read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"b0001.npy is no .npy array, or a damaged one"):
+        open_store(tmp_path, -1)
+    np.save(tmp_path / "b0001.npy", np.zeros((2, 3, 5), np.float32))
+    with pytest.raises(UserError, match="do not belong together"):
+        open_store(tmp_path, -1)
+    np.save(tmp_path / "b0001.npy", np.zeros((2, 3, 4), int))
+    with pytest.raises(UserError, match=r"b0001.npy must hold"):
+        open_store(tmp_path, -1)
+
+
+def of_two_processes(folder, monkeypatch):
+    """The folder as two processes leave it that were killed at their ends."""
+    for process, numbers in ((0, (0, 2)), (1, (1,))):
+        monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+        with begun(folder) as writer:
+            for i in numbers:
+                writer.write(i, [arrays()[i]])
+    monkeypatch.undo()
+    assert (folder / "manifest.1.json").exists()
+    return folder
+
+
+def dies_at(monkeypatch, name):
+    def unlink(self, missing_ok=False, real=Path.unlink):
+        if self.name == name:
+            raise KeyboardInterrupt
+        real(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+
+
+def test_what_others_noted_is_counted_once(folder, tmp_path, monkeypatch):
+    undisturbed = {p.name: p.read_bytes() for p in folder.iterdir()}
+    two = of_two_processes(tmp_path / "two", monkeypatch)
+    for _ in range(2):  # dies after the manifest was put together
+        dies_at(monkeypatch, "manifest.1.json")
+        with pytest.raises(KeyboardInterrupt):
+            opened(two)
+        monkeypatch.undo()
+    assert opened(two) == (False, {0, 1, 2})
+    write(two, arrays())
+    assert {p.name: p.read_bytes() for p in two.iterdir()} == undisturbed
+
+
+def test_what_others_noted_of_another_store_is_forgotten(folder, tmp_path, monkeypatch):
+    two = of_two_processes(tmp_path / "two", monkeypatch)
+    other = IDENTITY | {"encoder": "another"}
+    dies_at(monkeypatch, "manifest.1.json")
+    with pytest.raises(KeyboardInterrupt):
+        opened(two, other, overwrite=True)
+    monkeypatch.undo()
+    assert opened(two) == (False, {0, 1, 2})  # nothing was touched
+    noted = (two / "manifest.1.json").exists()
+    assert not noted
+    of_two_processes(tmp_path / "three", monkeypatch)
+    (tmp_path / "three/manifest.json").write_text(
+        json.dumps(
+            json.loads((tmp_path / "three/manifest.json").read_text())
+            | {"encoder": "another", "shards": []}
+        )
+    )
+    assert opened(tmp_path / "three", other) == (False, set())
+
+
+def test_notes_of_others_that_were_cut_off(tmp_path, monkeypatch):
+    two = of_two_processes(tmp_path / "two", monkeypatch)
+    (two / "manifest.1.json").write_text('{"sha')
+    assert opened(two) == (False, {0, 2})
+
+
+def test_a_finished_store_forgets_notes(folder):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    (folder / "manifest.1.json").write_text("{}")
+    assert opened(folder) == (True, {0, 1, 2})
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_damaged_provenance_is_made_again(folder):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for content in (b"junk", b""):
+        (folder / "provenance.npz").write_bytes(content)
+        with pytest.raises(UserError, match=r"provenance\.npz is damaged"):
+            open_store(folder)
+        write(folder, arrays())
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    np.savez(folder / "provenance.npz", recording=np.zeros(3))
+    with pytest.raises(UserError, match="is of another store"):
+        open_store(folder)
+
+
+def test_stores_from_before_there_was_a_precision(folder):
+    older = {
+        "data": {k: v for k, v in IDENTITY["data"].items() if k not in ("precision", "skipped")}
+    }
+    now = IDENTITY | {"data": older["data"] | {"precision": "float32", "skipped": {}}}
+    assert opened(folder, now)[0]
+    with pytest.raises(UserError, match=r"other settings: precision \(float32, now bfloat16\)"):
+        opened(folder, now | {"data": now["data"] | {"precision": "bfloat16"}})
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", "<f8", np.longdouble, ">f2"])
+def test_numbers_of_any_kind_without_a_manifest(tmp_path, dtype):
+    x = np.random.default_rng(0).normal(size=(3, 5, 4))
+    np.save(tmp_path / "b0000.npy", x.astype(dtype))
+    found = open_store(tmp_path).read(0)
+    assert found.dtype in (np.float32, np.float16)
+    np.testing.assert_allclose(found, x.reshape(-1, 4), rtol=1e-3)

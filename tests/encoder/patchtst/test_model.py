@@ -1,0 +1,171 @@
+"""Parity with the reference: its own outputs on the fixtures, and plain torch on every variant."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from convert.encoder import apply_rules, convert_encoder
+from convert.plain_torch import forward
+from minsae_jax import UserError
+from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder
+from minsae_jax.encoder.patchtst.model import patches
+from minsae_jax.encoder.patchtst.revin import RevIN
+from tests.conftest import ENCODERS, FIXTURES
+from tests.random_encoder import BASE, random_state_dict
+
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_fixture(name):
+    folder = FIXTURES / name
+    encoder, _ = convert_encoder(folder / "checkpoint.pth", folder / "config.yaml")
+    expected = np.load(folder / "expected.npz")
+    x, a = expected["past_values"], encoder.architecture
+    k = expected["layer_0"].shape[1]
+    for layer in range(a.n_layers):
+        got = encoder.activations(x, layer)
+        assert got.shape == (len(x), a.n_vars, a.n_tokens, a.d_model)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got[:, :k], expected[f"layer_{layer}"], atol=TOLERANCE, rtol=0)
+    np.testing.assert_array_equal(encoder.activations(x), encoder.activations(x, a.n_layers - 1))
+    np.testing.assert_allclose(encoder(x)[:, :, :k], expected["output"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_fixture_parts(name):
+    folder = FIXTURES / name
+    encoder, _ = convert_encoder(folder / "checkpoint.pth", folder / "config.yaml")
+    expected = np.load(folder / "expected.npz")
+    a, x = encoder.architecture, jnp.asarray(expected["past_values"])
+    if "normalized" in expected:
+        revin = RevIN(a.n_vars, a.revin_eps, a.revin_affine)
+        if a.revin_affine:
+            revin.affine_weight[...] = encoder.params["revin"]["affine_weight"]
+            revin.affine_bias[...] = encoder.params["revin"]["affine_bias"]
+        x = revin(x)
+        np.testing.assert_allclose(x, expected["normalized"], atol=1e-5, rtol=0)
+    else:
+        assert not a.revin
+    got = patches(a, x)
+    k = expected["patches"].shape[2]
+    np.testing.assert_allclose(got[:, :, :k], expected["patches"], atol=1e-5, rtol=0)
+
+
+VARIANTS = {
+    "base": {},
+    "layernorm": {"norm": "LayerNorm"},
+    "pre_norm": {"pre_norm": True},
+    "pre_layernorm_gelu": {"pre_norm": True, "norm": "LayerNorm", "activation": "gelu"},
+    "plain_attention": {"res_attention": False},
+    "individual_embedding": {"shared_embedding": False, "use_cls_token": False},
+    "scalar_positions": {"pos_dim": 1},
+    "revin": {"revin": True},
+    "prediction": {"head_type": "prediction", "target_dim": 5, "use_cls_token": False},
+    "prediction_individual": {
+        "head_type": "prediction", "target_dim": 5, "use_cls_token": False, "individual_head": True,
+    },
+    "prediction_cls": {"head_type": "prediction", "target_dim": 5},
+    "regression": {"head_type": "regression", "target_dim": 2},
+    "regression_last_token": {"head_type": "regression", "target_dim": 2, "use_cls_token": False},
+    "classification": {"head_type": "classification", "target_dim": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_against_plain_torch(name):
+    a = replace(BASE, **VARIANTS[name])
+    state = random_state_dict(a)
+    x = torch.randn(2, a.seq_len, a.n_vars, generator=torch.Generator().manual_seed(1)) + 0.5
+    # In float64, so that the difference is ours alone.
+    hidden, output = forward(a, {k: v.double() for k, v in state.items()}, x.double())
+    tensors = {k: v.numpy() for k, v in state.items()}
+    encoder = Encoder(a, apply_rules(a, tensors))
+    for layer, expected in enumerate(hidden):
+        assert 0.1 < expected.std() < 5
+        np.testing.assert_allclose(
+            encoder.activations(x.numpy(), layer), expected, atol=TOLERANCE, rtol=0
+        )
+    got = encoder(x.numpy())
+    assert got.shape == tuple(output.shape)
+    np.testing.assert_allclose(got, output, atol=TOLERANCE, rtol=0)
+
+
+def test_accelerators_do_the_same(monkeypatch):
+    folder = FIXTURES / "tuhab_patch_100"
+    x = np.load(folder / "expected.npz")["past_values"]
+    on_cpu = convert_encoder(folder / "checkpoint.pth")[0].activations(x)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.clear_caches()
+    np.testing.assert_allclose(
+        convert_encoder(folder / "checkpoint.pth")[0].activations(x), on_cpu, atol=1e-5
+    )
+    jax.clear_caches()
+
+
+def test_variants_differ():
+    """A variant that changed nothing would be tested by nothing."""
+    x = np.random.default_rng(0).normal(size=(1, 50, 3)).astype(np.float32)
+    tensors = {k: v.numpy() for k, v in random_state_dict(BASE).items()}
+    params = apply_rules(BASE, tensors)
+    outputs = [
+        np.asarray(Encoder(replace(BASE, **change), params).activations(x))
+        for change in (
+            {},
+            {"pre_norm": True},
+            {"res_attention": False},
+            {"activation": "gelu"},
+            {"revin": True},
+        )
+    ]
+    for i, one in enumerate(outputs):
+        for other in outputs[:i]:
+            assert np.abs(one - other).max() > 1e-2
+
+
+def test_saved_and_loaded(tmp_path):
+    encoder, notes = convert_encoder(FIXTURES / "layernorm_prenorm/checkpoint.pth")
+    save_encoder(tmp_path / "encoder", encoder, notes)
+    loaded = load_encoder(tmp_path / "encoder")
+    assert loaded.architecture == encoder.architecture
+    assert loaded.fingerprint == encoder.fingerprint
+    for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(encoder.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_fingerprint_tells_encoders_apart():
+    encoder, _ = convert_encoder(FIXTURES / "layernorm_prenorm/checkpoint.pth")
+    params = jax.tree.map(np.array, encoder.params)
+    params["position"][0, 0] += 1e-3
+    assert Encoder(encoder.architecture, params).fingerprint != encoder.fingerprint
+    other = replace(encoder.architecture, revin=False)
+    assert Encoder(other, encoder.params).fingerprint != encoder.fingerprint
+
+
+def test_wrong_use(tmp_path):
+    encoder, notes = convert_encoder(FIXTURES / "layernorm_prenorm/checkpoint.pth")
+    with pytest.raises(
+        UserError, match=r"must be \[batch, 205 samples, 4 channels\].*\[1, 205, 5\]"
+    ):
+        encoder.activations(np.zeros((1, 205, 5), np.float32))
+    with pytest.raises(UserError, match="no layer 3: this encoder has 3 layers"):
+        encoder.activations(np.zeros((1, 205, 4), np.float32), layer=3)
+    with pytest.raises(UserError, match="there is no encoder at"):
+        load_encoder(tmp_path / "nowhere")
+    save_encoder(tmp_path / "encoder", encoder, notes)
+    config = json.loads((tmp_path / "encoder/config.json").read_text())
+    config["architecture"]["activation"] = "relu"
+    (tmp_path / "encoder/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="not what its fingerprint says"):
+        load_encoder(tmp_path / "encoder")
+    for path in (tmp_path / "encoder" / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match="damaged"):
+        load_encoder(tmp_path / "encoder")

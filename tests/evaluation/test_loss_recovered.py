@@ -1,0 +1,72 @@
+"""What stands in the place of a layer's output, and what becomes of the pretraining task."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.encoder import convert_encoder
+from minsae_jax import SparseAutoencoder
+from minsae_jax.encoder.patchtst.masked_error import masked_errors
+from minsae_jax.encoder.patchtst.model import patches
+from minsae_jax.evaluation.loss_recovered import loss_recovered, substitution_errors
+from minsae_jax.parallel.mesh import make_mesh
+from tests.conftest import FIXTURES
+
+
+def identity(d_model):
+    """An autoencoder that gives back what it gets."""
+    both = np.concatenate([np.eye(d_model), -np.eye(d_model)], axis=1)
+    return SparseAutoencoder(
+        {"W_enc": both, "b_enc": np.zeros(2 * d_model), "W_dec": both.T, "b_dec": np.zeros(d_model)}
+    )
+
+
+def constant(d_model, value):
+    zeros = np.zeros((d_model, 4))
+    return SparseAutoencoder(
+        {"W_enc": zeros, "b_enc": np.zeros(4), "W_dec": zeros.T, "b_dec": value}
+    )
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_nothing_and_everything_is_lost(trained, layer):
+    """Exactly 1 for what is untouched, exactly 0 for ablation, by the same path as an autoencoder's x̂."""
+    dataset = trained.dataset("test")
+    mean = dataset.read(0, 200).mean((0, 1))
+    saes = [identity(128), constant(128, mean), constant(128, np.zeros(128))]
+    found = substitution_errors(trained.encoder, dataset, layer, saes, mean, 6, 0.4)
+    untouched, by_mean, by_zero = found["untouched"], found["mean_ablation"], found["zero_ablation"]
+    assert found["windows"] == 6
+    assert found["members"][0] == pytest.approx(untouched, rel=1e-5)
+    assert found["members"][1] == by_mean
+    assert found["members"][2] == by_zero
+    assert loss_recovered(by_mean, untouched, untouched) == 1
+    assert loss_recovered(by_mean, found["members"][1], untouched) == 0
+    assert loss_recovered(by_mean, found["members"][0], untouched) == pytest.approx(1, abs=1e-3)
+    assert untouched < by_mean
+
+
+@pytest.mark.parametrize(
+    "name", ["tuhab_patch_100", "revin_affine_gelu_overlap", "layernorm_prenorm"]
+)
+def test_errors_are_those_of_the_whole_model(name):
+    """Of the untouched encoder: masked patches, embedding, all layers and head, as the model itself runs them."""
+    yaml = FIXTURES / name / "config.yaml"
+    encoder, _ = convert_encoder(FIXTURES / name / "checkpoint.pth", yaml)
+    a, rng = encoder.architecture, np.random.default_rng(0)
+    x = rng.normal(size=(8, a.seq_len, a.n_vars)).astype(np.float32)
+    masks = rng.random((8, a.n_patches)) < 0.4
+    masks[:, 0] = True
+    run = masked_errors(make_mesh(), a, 0, a.revin, lambda own, z: z[None])
+    errors = np.asarray(run(encoder.params, {}, (x, masks)))
+    assert errors.shape == (8, 1)
+    model = nnx.merge(encoder.graph, encoder.params)
+    for i in range(8):
+        window = jax.numpy.asarray(x[i : i + 1])
+        target = patches(a, model.revin(window) if a.revin else window)
+        z = model.embed(jax.numpy.where(masks[i][None, :, None, None], 0, target))
+        (last,) = model.run_layers(z.reshape(-1, *z.shape[2:]), (a.n_layers - 1,))
+        output = model.head(last.reshape(z.shape))
+        expected = np.square(np.asarray(output - target))[0, masks[i]].mean()
+        assert errors[i, 0] == pytest.approx(float(expected), rel=1e-4)

@@ -1,0 +1,464 @@
+"""The whole loop: parity with a run of minSAE, interruption, refusals, files."""
+
+import csv
+import json
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file
+
+from convert.sae import convert_sae
+from minsae_jax import UserError, load_sae
+from minsae_jax.activations.store import open_store
+from minsae_jax.files import lock_folder
+from minsae_jax.sae.checkpoints import Checkpoints
+from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
+from minsae_jax.sae.data import measure_scale
+from minsae_jax.sae.logger import Journal
+from minsae_jax.sae.plots import plot
+from minsae_jax.sae.sweep import Sweep, make_groups
+from minsae_jax.sae.trainer import train
+from tests.conftest import FIXTURES
+from tests.test_monitor import FakeWandb
+
+PARITY = FIXTURES / "sae_parity"
+
+
+def table(path):
+    return np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
+
+
+def files(folder, *names):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for name in names
+        for p in sorted(folder.rglob(name))
+    }
+
+
+@pytest.mark.parametrize("eval_window", [1, 10])
+def test_parity_with_minsae(tmp_path, eval_window):
+    """Every step within DESIGN's 2e-4 (figures) and 2e-3 (active features, which flip at the ReLU's edge)."""
+    args = json.loads((PARITY / "args.json").read_text())
+    convert_sae(PARITY / "sparse_autoencoder_init.pt", "member", tmp_path / "init")
+    train(
+        TrainConfig(
+            recipe="minsae", store=str(PARITY / "embeddings/store"), run_dir=str(tmp_path / "run"),
+            init=str(tmp_path / "init"), num_steps=args["num_steps"], number_of_arrays=args["number_of_arrays"],
+            feature_dim_factor=(float(args["feature_dim_factor"]),), lr=(args["lr"],),
+            lambda_sparsity=(args["lambda_sparsity"],), recon_weight=args["recon_weight"], eval_window=eval_window,
+        )
+    )  # fmt: skip
+    member = tmp_path / "run/members/lambda=0.01"
+    ours, theirs = table(member / "metrics.csv"), table(PARITY / "metrics.csv")
+    assert len(ours) == 60 // eval_window
+    tolerances = {
+        "loss": ("total", 2e-4),
+        "mse": ("mse", 2e-4),
+        "l1": ("l1", 2e-4),
+        "l0": ("active", 2e-3),
+    }
+    for name, (their_name, tolerance) in tolerances.items():
+        expected = theirs[their_name].reshape(-1, eval_window).mean(1)
+        np.testing.assert_allclose(ours[name], expected, rtol=tolerance)
+    assert (ours["lr"] == 1e-3).all()
+    assert (ours["lambda"] == 0.01).all()
+    if eval_window == args["eval_window"]:
+        ours_active = np.loadtxt(member / "act_freqs.csv", delimiter=",", skiprows=1)
+        active = np.loadtxt(PARITY / "act_freqs.csv", delimiter=",", skiprows=1)
+        np.testing.assert_array_equal(ours_active[:, 0], active[:, 0])
+        assert np.abs(ours_active - active)[:, 1:].sum() <= 2e-3 * active[:, 1:].sum()
+        headers = [(p / "act_freqs.csv").read_text().splitlines()[0] for p in (member, PARITY)]
+        assert headers[0] == headers[1]
+    convert_sae(member, "minsae", tmp_path / "final.pt")
+    import torch
+
+    final, expected = (
+        torch.load(p, weights_only=True)
+        for p in (tmp_path / "final.pt", PARITY / "sparse_autoencoder_final.pt")
+    )
+    for name in expected:
+        np.testing.assert_allclose(final[name], expected[name], atol=1e-3)
+
+
+def test_what_a_run_leaves(settings, tmp_path):
+    told = train(settings)
+    run = tmp_path / "run"
+    left = sorted(p.name for p in run.iterdir() if not p.name.startswith("events.out.tfevents."))
+    assert left == ["checkpoints", "config.yaml", "members", "pareto.png", "sweep.csv"]
+    names = ["lambda=0.1,d_sae=32", "lambda=0.1,d_sae=48", "lambda=3,d_sae=32", "lambda=3,d_sae=48"]
+    assert sorted(p.name for p in (run / "members").iterdir()) == names
+    assert all(name in told for name in names)
+    assert load_run_config(run) == settings.resolved()
+    with (run / "sweep.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    assert list(rows[0]) == [
+        "member", "lambda_sparsity", "lr", "seed", "d_sae", "loss", "mse", "l1", "l0", "fvu", "dead_fraction", "status",
+    ]  # fmt: skip
+    assert {r["status"] for r in rows} == {"finished"}
+    for row in rows:
+        member = run / "members" / row["member"]
+        metrics = table(member / "metrics.csv")
+        assert metrics.dtype.names == (
+            "step",
+            "tokens",
+            "loss",
+            "mse",
+            "l1",
+            "l0",
+            "dead_fraction",
+            "lr",
+            "lambda",
+        )
+        assert metrics["step"].tolist() == [8, 16, 24, 32, 40]
+        assert metrics["tokens"].tolist() == [256, 512, 768, 1024, 1280]
+        for name in ("loss", "mse", "l1", "l0", "dead_fraction"):
+            assert float(row[name]) == metrics[name][-1]
+        active = np.loadtxt(member / "act_freqs.csv", delimiter=",", skiprows=1)
+        np.testing.assert_allclose(active[:, 1:].sum(1) / 256, metrics["l0"], rtol=1e-5)
+        held = load_file(member / "sae.safetensors")
+        assert held["W_enc"].shape == (16, int(row["d_sae"]))
+        config = json.loads((member / "config.json").read_text())
+        assert (config["lambda_sparsity"], config["d_sae"]) == (
+            float(row["lambda_sparsity"]),
+            int(row["d_sae"]),
+        )
+        assert any(p.name.startswith("events.out.tfevents") for p in member.iterdir())
+    plot(PlotConfig(run=str(run)))
+    assert (run / "plots/mse_l1.png").exists()
+    assert "finished already" in train(settings)
+
+
+def test_a_last_window_that_is_shorter_counts_for_the_sweep_alone(settings, tmp_path):
+    train(replace(settings, num_steps=20, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,)))
+    assert table(tmp_path / "run/members/lambda=3/metrics.csv")["step"].tolist() == [8, 16]
+    with (tmp_path / "run/sweep.csv").open() as f:
+        assert float(next(csv.DictReader(f))["mse"]) > 0
+
+
+def test_exported_weights_reconstruct_raw_activations(settings, small_store, tmp_path, one_device):
+    """The last window's FVU, in the scaled space of training, is that of the export on the raw store."""
+    settings = replace(
+        settings, num_steps=400, lambda_sparsity=(0.1,), feature_dim_factor=(3.0,), batch_size=105
+    )
+    train(settings)
+    store = open_store(small_store, -1)
+    x = np.concatenate([store.read(i) for i in range(3)])
+    sae = load_sae(tmp_path / "run/members/lambda=0.1")
+    fvu = ((sae.decode(sae.encode(x)) - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    with (tmp_path / "run/sweep.csv").open() as f:
+        told = float(next(csv.DictReader(f))["fvu"])
+    assert float(fvu) == pytest.approx(told, rel=0.05)
+    assert told < 0.2
+
+
+def test_scale(settings, small_store):
+    store = open_store(small_store, -1)
+    x = np.concatenate([store.read(i) for i in range(3)])
+    expected = 4 / np.linalg.norm(x.astype(np.float64), axis=1).mean()
+    assert measure_scale(settings.resolved(), store) == pytest.approx(expected, rel=1e-6)
+    half = measure_scale(replace(settings, scale_tokens=50).resolved(), store)
+    assert half == pytest.approx(expected, rel=0.2)
+    assert half != pytest.approx(expected, rel=1e-6)
+    assert measure_scale(TrainConfig(recipe="minsae").resolved(), store) == 1
+
+
+def minsae(settings):
+    """The same under the other recipe."""
+    return replace(settings, recipe="minsae", batch_size=None, num_steps=40)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("recipe", ["april2024", "minsae"])
+@pytest.mark.parametrize("kills", [(13,), (13, 26, 39)])
+def test_interrupted_is_uninterrupted(settings, tmp_path, monkeypatch, recipe, kills):
+    """Weights to the bit, rows without gap or repeat; checkpoints fall inside windows of metrics."""
+    if recipe == "minsae":
+        settings = minsae(settings)
+    train(settings)
+    other = replace(settings, run_dir=str(tmp_path / "other"))
+    put = Sweep.put
+    for kill in kills:
+        calls = [0]
+
+        def dying(self, x, kill=kill, calls=calls):
+            if self.steps_before + calls[0] == kill:
+                raise Killed
+            calls[0] += 1
+            return put(self, x)
+
+        latest = _latest(tmp_path / "other")
+        monkeypatch.setattr(Sweep, "put", dying)
+        monkeypatch.setattr(Sweep, "steps_before", latest, raising=False)
+        with pytest.raises(Killed):
+            train(other)
+        monkeypatch.setattr(Sweep, "put", put)
+    assert _latest(tmp_path / "other") > 0
+    train(other)
+    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
+    one, two = files(tmp_path / "run", *names), files(tmp_path / "other", *names)
+    assert len(one) == 4 * 3 + 1
+    assert one == two
+
+
+def _latest(run):
+    steps = [int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()]
+    return max(steps, default=0)
+
+
+def test_cut_off_between_the_last_checkpoint_and_the_exports(settings, tmp_path, monkeypatch):
+    export = Journal.export
+
+    def dying(self, *_):
+        raise Killed
+
+    monkeypatch.setattr(Journal, "export", dying)
+    with pytest.raises(Killed):
+        train(settings)
+    monkeypatch.setattr(Journal, "export", export)
+    assert not (tmp_path / "run/sweep.csv").exists()
+    train(settings)
+    train(replace(settings, run_dir=str(tmp_path / "other")))
+    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
+    assert files(tmp_path / "run", *names) == files(tmp_path / "other", *names)
+
+
+def test_finished_runs_are_left_alone(settings, tmp_path):
+    train(settings)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    assert "finished already" in train(settings)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+def test_other_settings_are_refused_by_name(settings, tmp_path):
+    train(settings)
+    before = files(tmp_path / "run", "*.csv", "*.yaml")
+    with pytest.raises(
+        UserError, match=r"lr \(\[0.003\], now \[0.001\]\), num_steps \(40, now 41\)"
+    ):
+        train(replace(settings, lr=(1e-3,), num_steps=41))
+    assert files(tmp_path / "run", "*.csv", "*.yaml") == before
+    train(replace(settings, lr=(1e-3,), overwrite=True))
+    assert load_run_config(tmp_path / "run").lr == (1e-3,)
+    assert "finished already" in train(replace(settings, lr=(1e-3,)))
+
+
+def test_a_store_that_changed_is_refused(settings, small_store, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def dying(self, step, *args):
+        save(self, step, *args)
+        raise Killed
+
+    monkeypatch.setattr(Checkpoints, "save", dying)
+    with pytest.raises(Killed):
+        train(settings)
+    np.save(small_store / "l-1/b0003.npy", np.zeros((1, 7, 16), np.float32))
+    with pytest.raises(UserError, match="has changed since"):
+        train(settings)
+
+
+def test_nothing_appears_before_all_inputs_have_passed(settings, small_store, tmp_path):
+    convert_sae(PARITY / "sparse_autoencoder_init.pt", "member", tmp_path / "init")
+    np.save(small_store / "l-1/b0002.npy", np.full((5, 7, 16), np.nan, np.float32))
+    wrong = [
+        (replace(settings, store=str(tmp_path / "nowhere")), "there is no store"),
+        (replace(settings, cache_layer=0), "no store of layer 0"),
+        (
+            replace(settings, init=str(tmp_path / "init")),
+            "--init .* d_model 32 and d_sae 128, but the sweep wants 16",
+        ),
+        (replace(settings, init=str(tmp_path)), "there is no sae.safetensors"),
+        (replace(settings, feature_dim_factor=(0.01,)), "makes d_sae 0"),
+        (
+            replace(minsae(settings), number_of_arrays=4),
+            "--number_of_arrays 4 is more than the 3 files",
+        ),
+        (settings, "holds NaN"),
+    ]
+    for bad, told in wrong:
+        with pytest.raises(UserError, match=told):
+            train(bad)
+        assert not (tmp_path / "run").exists()
+
+
+def test_folders_of_others_are_never_overwritten(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"holds thesis\.tex"):
+            train(replace(settings, overwrite=overwrite))
+    (tmp_path / "run/config.yaml").write_text("a: 1")
+    with pytest.raises(UserError, match=r"holds thesis\.tex"):
+        train(replace(settings, overwrite=True))
+    assert (tmp_path / "run/thesis.tex").exists()
+
+
+def test_a_run_cut_off_at_its_very_start_goes_on(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml.tmp").write_text("tra")
+    train(settings)
+    assert "finished already" in train(settings)
+
+
+def test_paths_are_compared_for_where_they_lead(settings, small_store, tmp_path, monkeypatch):
+    train(settings)
+    monkeypatch.chdir(tmp_path)
+    assert "finished already" in train(replace(settings, store="store", run_dir="run"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert "finished already" in train(replace(settings, run_dir="moved"))
+
+
+@pytest.mark.parametrize("recipe", ["april2024", "minsae"])
+def test_nan_far_into_the_store_stops_the_run(settings, small_store, recipe):
+    settings = minsae(settings) if recipe == "minsae" else replace(settings, scale_tokens=32)
+    x = np.load(small_store / "l-1/b0002.npy")
+    x[-1, -1, -1] = np.nan
+    np.save(small_store / "l-1/b0002.npy", x)
+    with pytest.raises(UserError, match="holds NaN"):
+        train(settings)
+
+
+def test_one_trainer_at_a_time(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    with lock_folder(tmp_path / "run"), pytest.raises(UserError, match="by another process"):
+        train(settings)
+
+
+def test_a_full_disk_is_told(settings, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match=r"could not be written to .*No space left.*make room"):
+        train(settings)
+
+
+def test_init_starts_every_member_from_the_given_weights(settings, tmp_path):
+    """With λ = 0 and lr = 0 nothing moves: in and out are the same, through the scale and back."""
+    first = replace(settings, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,), num_steps=5)
+    train(first)
+    init = tmp_path / "run/members/lambda=3"
+    train(replace(first, init=str(init), lr=(0.0,), seed=(0, 1), run_dir=str(tmp_path / "two")))
+    for name in ("lambda=3,seed=0", "lambda=3,seed=1"):
+        for key, value in load_file(tmp_path / "two/members" / name / "sae.safetensors").items():
+            np.testing.assert_allclose(
+                value, load_file(init / "sae.safetensors")[key], rtol=1e-6, atol=1e-7
+            )
+
+
+def test_wandb(settings, tmp_path, monkeypatch):
+    """A row of metrics.csv is a row there; a run may be finished without it."""
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    train(replace(settings, wandb=True))
+    assert "finished already" in train(settings)
+    for member in (tmp_path / "run/members").iterdir():
+        metrics = table(member / "metrics.csv")
+        logged = [(step, f) for name, step, f in fake.logged if name == member.name]
+        assert [step for step, _ in logged] == metrics["step"].tolist()
+        for theirs, ours in (("avg_mse", "mse"), ("avg_l1", "l1"), ("avg_active_features", "l0")):
+            assert [f[theirs] for _, f in logged] == metrics[ours].tolist()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.warns(UserWarning, match="nothing more goes to W&B") as seen:
+        train(replace(settings, wandb=True, overwrite=True))
+    assert len(seen) == 1
+
+
+def test_a_sick_member_is_frozen_and_hurts_nobody(settings, tmp_path):
+    """It is marked; the others are, to the bit, as beside a healthy one."""
+    both = replace(settings, lambda_sparsity=(0.1,), feature_dim_factor=(2.0,))
+    with pytest.warns(
+        UserWarning, match=r"lambda=0.1,lr=1e\+30 diverged at step 2 .*the others go on"
+    ) as seen:
+        train(replace(both, lr=(3e-3, 1e30)))
+    assert len(seen) == 1
+    train(replace(both, lr=(3e-3, 1e-3), run_dir=str(tmp_path / "healthy")))
+    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors")
+    one, two = (
+        files(tmp_path / r / "members/lambda=0.1,lr=0.003", *names) for r in ("run", "healthy")
+    )
+    assert one == two
+
+    with (tmp_path / "run/sweep.csv").open() as f:
+        rows = {row["member"]: row for row in csv.DictReader(f)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "lambda=0.1,lr=0.003": "finished", "lambda=0.1,lr=1e+30": "diverged",
+    }  # fmt: skip
+    assert rows["lambda=0.1,lr=1e+30"]["loss"] == "nan"
+    sick = tmp_path / "run/members/lambda=0.1,lr=1e+30"
+    assert json.loads((sick / "config.json").read_text())["diverged_at_step"] == 2
+    assert np.isnan(table(sick / "metrics.csv")["mse"]).all()
+    assert all(np.isfinite(v).all() for v in load_file(sick / "sae.safetensors").values())
+
+
+def test_a_frozen_member_stays_as_it_was(settings, monkeypatch):
+    """Its state before the step that it could not make, optimizer and counts too."""
+    small = replace(
+        settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,)
+    ).resolved()
+    sweep = Sweep(small, make_groups(small, 16), 16)
+    states, state, rng = [], sweep.init(), np.random.default_rng(0)
+    for _ in range(4):
+        x = rng.normal(size=(32, 16)).astype(np.float32)
+        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=32)
+        states.append(jax.device_get(state["groups"][0]))
+    after_one, last = states[0], states[-1]
+    assert last["frozen"].tolist() == [False, True]
+    assert last["steps"].tolist() == [4, 1]
+    for name in ("params", "opt", "silent", "window"):
+        for before, now in zip(
+            jax.tree.leaves(after_one[name]), jax.tree.leaves(last[name]), strict=True
+        ):
+            np.testing.assert_array_equal(before[1], now[1])
+            assert name == "silent" or (before[0] != now[0]).any()
+
+
+def test_divergence_is_remembered_over_a_break(settings, tmp_path, monkeypatch):
+    sick = replace(settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,))
+    put, calls = Sweep.put, [0]
+
+    def dying(self, x):
+        calls[0] += 1
+        if calls[0] == 25:
+            raise Killed
+        return put(self, x)
+
+    monkeypatch.setattr(Sweep, "put", dying)
+    with pytest.warns(UserWarning, match="diverged"), pytest.raises(Killed):
+        train(sick)
+    monkeypatch.setattr(Sweep, "put", put)
+    train(sick)  # warns no more
+    config = json.loads((tmp_path / "run/members/lambda=0.1,lr=1e+30/config.json").read_text())
+    assert (config["status"], config["diverged_at_step"]) == ("diverged", 2)
+
+
+def test_a_run_whose_first_checkpoint_was_cut_off_begins_anew(settings, tmp_path):
+    """From the weights of --init, that is."""
+    first = replace(settings, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,), num_steps=10)
+    train(first)
+    again = replace(
+        first, init=str(tmp_path / "run/members/lambda=3"), run_dir=str(tmp_path / "again")
+    )
+    (tmp_path / "again/checkpoints/10.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / "again/config.yaml").write_bytes((tmp_path / "run/config.yaml").read_bytes())
+    with pytest.raises(UserError, match="init"):
+        train(again)
+    (tmp_path / "again/config.yaml").unlink()
+    (tmp_path / "again/checkpoints").rename(tmp_path / "kept")
+    train(replace(again, run_dir=str(tmp_path / "whole")))
+    (tmp_path / "again/config.yaml").write_text(
+        (tmp_path / "whole/config.yaml")
+        .read_text()
+        .replace(f"{tmp_path}/whole", f"{tmp_path}/again")
+    )
+    (tmp_path / "kept").rename(tmp_path / "again/checkpoints")
+    train(again)
+    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors")
+    assert files(tmp_path / "again", *names) == files(tmp_path / "whole", *names)
