@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from minsae_jax.errors import UserError
 from minsae_jax.parallel.mesh import DATA, fetch_batch, make_local_mesh, put_batch, replicated
 
 
+@runtime_checkable
 class LiveSettings(Protocol):
     """The settings of training that say where live activations come from."""
 
