@@ -27,7 +27,8 @@ from convert.checkpoint import (
 )
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write
-from minsae_jax.sae.member import NAMES, WEIGHTS, check_params, load_sae, save_member
+from minsae_jax.sae.kinds import KINDS
+from minsae_jax.sae.member import WEIGHTS, check_params, load_sae, save_member
 
 Kind = Literal["member", "minsae", "saelens", "dictionary_learning"]
 # minSAE's and dictionary_learning's key, ours, whether it is transposed
@@ -39,6 +40,8 @@ LINEARS = (
 )
 SAELENS_CONFIG, SAELENS_WEIGHTS = "cfg.json", "sae_weights.safetensors"
 TRAINED = "ae.pt"  # what dictionary_learning's trainers leave in a folder
+
+RELU = KINDS["relu"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def _read_linears(path: Path, keys: list[str], library: str) -> Autoencoder:
         ours: np.ascontiguousarray(tensors[theirs].T if t else tensors[theirs])
         for theirs, ours, t in LINEARS
     }
-    check_params(params, str(path))
+    check_params(RELU, params, str(path))
     return Autoencoder(params, {"format_version": 1, "kind": "relu", "source_file": path.name})
 
 
@@ -116,7 +119,7 @@ def _shifted(params: Tensors, sign: int) -> Tensors:
     shift = params["b_dec"].astype(np.float64) @ params["W_enc"]
     with np.errstate(over="ignore"):
         shifted = params | {"b_enc": (params["b_enc"] + sign * shift).astype(np.float32)}
-    check_params(shifted, "the autoencoder, with the decoder's bias moved")
+    check_params(RELU, shifted, "the autoencoder, with the decoder's bias moved")
     return shifted
 
 
@@ -144,7 +147,7 @@ def read_saelens(path: Path) -> Autoencoder:
             f"{path} has apply_b_dec_to_input {shown(takes_bias_first)}, not true or false"
         )
     params = {k: t.astype(np.float32) if str(t.dtype) in HALVES else t for k, t in tensors.items()}
-    check_params(params, str(path / SAELENS_WEIGHTS))
+    check_params(RELU, params, str(path / SAELENS_WEIGHTS))
     if takes_bias_first:
         params = _shifted(params, -1)
     metadata = cfg.get("metadata")
@@ -174,7 +177,9 @@ def write_saelens(path: Path, sae: Autoencoder) -> None:
         atomic_write(path / SAELENS_WEIGHTS) as weights,
     ):
         config.write_text(json.dumps(cfg, indent=2) + "\n")
-        weights.write_bytes(save({name: np.array(sae.params[name], order="C") for name in NAMES}))
+        weights.write_bytes(
+            save({name: np.array(sae.params[name], order="C") for name in RELU.param_names})
+        )
         (path / SAELENS_CONFIG).unlink(missing_ok=True)
 
 

@@ -25,6 +25,7 @@ from minsae_jax.files import lock_folder
 from minsae_jax.parallel.processes import start_jax
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.sae.plots import plot
+from minsae_jax.sae.run import Run
 from minsae_jax.sae.trainer import train
 from minsae_jax.settings import Settings, load_sections, read_yaml
 
@@ -53,7 +54,9 @@ def main(args: list[str]) -> None:
     elif verb == "extract":
         _extract(_settings(ExtractConfig, verb, flags))
     elif verb == "train":
-        print(_train(_settings(TrainConfig, verb, flags)))
+        run = _train(_settings(TrainConfig, verb, flags))
+        already = "already finished" if run.was_finished else "finished"
+        print(f"the run {run.folder} is {already}\n{run.summary()}")
     elif verb == "evaluate":
         _evaluate(_settings(EvaluateConfig, verb, flags))
     elif verb == "plot":
@@ -94,7 +97,7 @@ def _extract(settings: ExtractConfig) -> None:
         print(told, flush=True)
 
 
-def _train(settings: TrainConfig) -> str:
+def _train(settings: TrainConfig) -> Run:
     start_jax(settings.deterministic, settings.distributed)
     if not settings.checkpoint_path:
         return train(settings)

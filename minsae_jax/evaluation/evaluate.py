@@ -25,9 +25,10 @@ from minsae_jax.parallel.mesh import make_mesh, members_sharding
 from minsae_jax.sae import measures
 from minsae_jax.sae.config import load_run_config
 from minsae_jax.sae.data import sibling_store
+from minsae_jax.sae.grid import HYPER_NAMES as HYPER
+from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
 from minsae_jax.sae.plots import draw_pareto
-from minsae_jax.sae.run import HYPER
 
 BATCH_SEQUENCES = 64
 DENSITY_EDGES = np.arange(-7, 0.51, 0.5)  # log10, of the density histogram
@@ -163,7 +164,11 @@ def _measure(members: list[Member], test: Dataset) -> tuple[list[Found], np.ndar
                 np.add(total, x.sum((0, 1), dtype=np.float64), out=total)
                 yield x.reshape(-1, x.shape[-1])
 
-        for group, measured in zip(groups, measures.measure(mesh, stacked, batches()), strict=True):
+        for group, measured in zip(
+            groups,
+            measures.measure(mesh, [KINDS["relu"]] * len(stacked), stacked, batches()),
+            strict=True,
+        ):
             for i, member in enumerate(group):
                 by_name[member.name] = _of_member(measured, i) | _of_decoder(member.sae)
     return [by_name[m.name] for m in members], (total / test.store.rows).astype(np.float32)

@@ -13,7 +13,7 @@ from minsae_jax.encoder.patchtst.masked_error import masked_errors
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import make_mesh, put_batch, replicated
-from minsae_jax.sae import member as model
+from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH = 16  # windows
@@ -67,7 +67,9 @@ def loss_recovered(ablated: float, substituted: float, untouched: float) -> floa
 def _variants(
     own: dict[str, Any], x: Float[Array, "T d_model"]
 ) -> Float[Array, "variants T d_model"]:
-    reconstructed = [model.decode(params, model.encode(params, x)) for params in own["saes"]]
+    reconstructed = [
+        KINDS["relu"].decode(params, KINDS["relu"].encode(params, x)) for params in own["saes"]
+    ]
     return jnp.stack([x, jnp.broadcast_to(own["mean"], x.shape), jnp.zeros_like(x), *reconstructed])
 
 

@@ -1,16 +1,14 @@
-"""The device mesh, and what is laid out along which of its axes.
+"""The device mesh and how arrays are laid out on it.
 
-Members of a sweep lie along `sweep`, windows and tokens along `data`; weights are whole on every device of `data`.
+The mesh has two axes: members of a sweep are split over `sweep`, windows and tokens over `data`.
+Weights are replicated along `data`.
 """
 
 import math
-import time
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,138 +16,137 @@ from jax.sharding import PartitionSpec as P
 from minsae_jax.errors import UserError
 from minsae_jax.parallel.processes import process_count
 
-SWEEP, DATA = "sweep", "data"
-CPU_PIECE = 256  # tokens at a time, so that their features fit the cache
-PIECE_NUMBERS = 2**27  # features of all members at a time on an accelerator: 512 MB
+SWEEP = "sweep"
+DATA = "data"
+# Largest tile of a batch, in tokens: on CPU its features should fit the cache.
+CPU_TILE_TOKENS = 256
+# On an accelerator: features of all members of a tile, in float32 numbers (512 MB).
+ACCELERATOR_TILE_FEATURES = 2**27
 
 
 def make_mesh(*group_sizes: int, shape: str | None = None) -> Mesh:
-    """Devices along `sweep` and `data`: as many as `shape` says, "4x2" say, or all.
+    """Return a mesh (sweep, data) of `shape`, such as "4x2", or of all devices.
 
-    Without a shape as many as possible are along `sweep`, where they need not talk, such that each has as many members
-    of every group (their numbers are given) as the others; the rest along `data`. Without groups, all along `data`.
+    Without a shape, as many devices as possible lie along `sweep`, where they need no
+    communication, so that each holds equally many members of every group (group_sizes: members of
+    each); the rest lie along `data`. Without groups, all lie along `data`. Raises UserError if
+    there are too few devices.
     """
     devices = np.array(jax.devices())
-    if shape:
-        sweep, data = map(int, shape.split("x"))
-        fits = (
-            sweep * data <= len(devices) if process_count() == 1 else sweep * data == len(devices)
-        )
-        if not fits:
-            raise UserError(
-                f"--mesh {shape} is of {sweep * data} devices, but there are {len(devices)}"
-            )
-        devices = devices[: sweep * data]
+    if shape is None:
+        n_sweep = math.gcd(len(devices), *group_sizes) if group_sizes else 1
     else:
-        sweep = math.gcd(len(devices), *group_sizes) if group_sizes else 1
-    return Mesh(
-        devices.reshape(sweep, -1), (SWEEP, DATA), axis_types=(AxisType.Auto, AxisType.Auto)
-    )
+        n_sweep, n_data = map(int, shape.split("x"))
+        n_needed = n_sweep * n_data
+        # Every process of a cluster must take part, so there the shape must use all devices.
+        is_too_small = process_count() > 1 and n_needed != len(devices)
+        if n_needed > len(devices) or is_too_small:
+            raise UserError(f"--mesh {shape} needs {n_needed} devices, got {len(devices)}")
+        devices = devices[:n_needed]
+    return Mesh(devices.reshape(n_sweep, -1), (SWEEP, DATA), axis_types=(AxisType.Auto,) * 2)
 
 
 def make_local_mesh() -> Mesh:
-    """This process's own devices along `data`, for work that processes share without talking."""
+    """Return a mesh of this process's devices along `data`, for work without communication."""
     devices = np.array(jax.local_devices()).reshape(1, -1)
-    return Mesh(devices, (SWEEP, DATA), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(devices, (SWEEP, DATA), axis_types=(AxisType.Auto,) * 2)
 
 
 def on_cpu() -> bool:
-    """Whether work is best done in pieces that fit the cache, and members one after the other."""
+    """Return whether to compute in small tiles that fit the cache, one member after the other."""
     return jax.default_backend() == "cpu"
 
 
-def tile_batch(mesh: Mesh, tokens: int, features: int) -> tuple[int, int]:
-    """Into how many pieces of how many tokens each device of `data` cuts its share of a batch, a token having so many
-    features for all members that are computed at once."""
-    share = -(-tokens // mesh.shape[DATA])
-    most = CPU_PIECE if on_cpu() else max(CPU_PIECE, PIECE_NUMBERS // features)
-    count = -(-share // most)
-    return count, -(-share // count)
+def tile_batch(mesh: Mesh, n_tokens: int, n_features: int) -> tuple[int, int]:
+    """Return (tiles, tokens in a tile) for one device's share of a batch.
+
+    n_features: features of one token, summed over the members that a device computes at once.
+    """
+    share = -(-n_tokens // mesh.shape[DATA])
+    if on_cpu():
+        largest_tile = CPU_TILE_TOKENS
+    else:
+        largest_tile = max(CPU_TILE_TOKENS, ACCELERATOR_TILE_FEATURES // n_features)
+    n_tiles = -(-share // largest_tile)
+    return n_tiles, -(-share // n_tiles)
 
 
 def map_members(function: Callable, *members: Any) -> Any:
-    """function over the leading axis: on CPU one member after the other, since batched products are slow there."""
+    """Map over the leading member axis: vmap on accelerators.
+
+    On CPU one member after the other, since XLA's batched matrix products are slow there.
+    """
     if on_cpu():
         return jax.lax.map(lambda member: function(*member), members)
     return jax.vmap(function)(*members)
 
 
-@lru_cache
-def product_flops(mesh: Mesh, dtype: str) -> float:
-    """Flops a second of a large matrix product on each of the mesh's devices at once, all together: their limit."""
-    size = 1024 if on_cpu() else 8192
-    x = jax.jit(
-        lambda: jnp.ones((mesh.size * size, size), dtype),
-        out_shardings=NamedSharding(mesh, P((SWEEP, DATA))),
-    )()
-
-    def square(a: jax.Array) -> jax.Array:
-        return jnp.matmul(a, a, precision="highest", preferred_element_type=jnp.float32)
-
-    spec = P((SWEEP, DATA))
-    product = jax.jit(jax.shard_map(square, mesh=mesh, in_specs=spec, out_specs=spec))
-    product(x).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        product(x).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 * mesh.size / min(seconds)
-
-
-def has_fused_attention(dims: int) -> bool:
-    """Whether cuDNN's attention, for half precision alone, takes queries and keys of this width."""
-    return jax.default_backend() == "gpu" and dims % 8 == 0 and dims <= 128
-
-
 def members_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays whose first axis is the member."""
+    """Split the first axis, members, over `sweep`."""
     return NamedSharding(mesh, P(SWEEP))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Arrays whose first axis is windows or tokens."""
+    """Split the first axis, windows or tokens, over `data`."""
     return NamedSharding(mesh, P(DATA))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Arrays that every device has whole."""
+    """Give every device the whole array."""
     return NamedSharding(mesh, P())
 
 
 def put_batch(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
-    """Rows on the devices, padded with zeros at the end so that every device gets the same multiple of rows."""
-    short = -len(x) % (mesh.shape[DATA] * multiple)
-    if short:
-        x = np.concatenate([x, np.zeros((short, *x.shape[1:]), x.dtype)])
-    if batch_sharding(mesh).is_fully_addressable:
-        return jax.device_put(x, batch_sharding(mesh))
-    return jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
+    """Put a batch on the devices, zero-padded at the end.
+
+    Every device of `data` gets the same number of rows, a multiple of `multiple`.
+    """
+    n_padding = -len(x) % (mesh.shape[DATA] * multiple)
+    if n_padding:
+        padding = np.zeros((n_padding, *x.shape[1:]), x.dtype)
+        x = np.concatenate([x, padding])
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def fetch_batch(x: jax.Array, n_rows: int) -> list[np.ndarray]:
-    """The first n_rows rows on the host, a piece a device, in order; on CPU nothing is copied."""
-    pieces = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    for piece in pieces:
-        piece.data.copy_to_host_async()
-    host, left = [], n_rows
-    for piece in pieces:
-        host.append(np.asarray(piece.data)[:left])
-        left -= len(host[-1])
-    return [piece for piece in host if len(piece)]
+    """Fetch the first n_rows rows to the host, one array for each device; no copy on CPU."""
+    shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    for shard in shards:
+        shard.data.copy_to_host_async()
+    arrays = []
+    n_missing = n_rows
+    for shard in shards:
+        array = np.asarray(shard.data)[:n_missing]
+        n_missing -= len(array)
+        if len(array):
+            arrays.append(array)
+    return arrays
 
 
 def shard_over_batch(mesh: Mesh, function: Callable) -> Callable:
-    """function(weights, rows) -> rows, on every device's own rows."""
+    """Run function(weights, batch) -> batch on every device's share of the batch."""
     return jax.shard_map(
         function, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(DATA), check_vma=False
     )
 
 
 def shard_over_members_and_batch(mesh: Mesh, function: Callable) -> Callable:
-    """function(members, rows) -> (members, whole), on every device's own members and rows; it is function's business
-    to add up over `data`."""
-    specs = (P(SWEEP), P(DATA))
+    """Run function(members, batch) -> (per member, replicated) on every device's share of both.
+
+    `function` must psum over `data` itself.
+    """
     return jax.shard_map(
-        function, mesh=mesh, in_specs=specs, out_specs=(P(SWEEP), P()), check_vma=False
+        function,
+        mesh=mesh,
+        in_specs=(P(SWEEP), P(DATA)),
+        out_specs=(P(SWEEP), P()),
+        check_vma=False,
     )
+
+
+def has_fused_attention(dims: int) -> bool:
+    """Whether cuDNN's attention, for half precision alone, takes queries and keys of this width."""
+    return jax.default_backend() == "gpu" and dims % 8 == 0 and dims <= 128

@@ -1,4 +1,4 @@
-"""Start-up of JAX, alone or in a cluster of processes, and what the processes do together."""
+"""Start-up of JAX, alone or in a cluster, and what the processes of a cluster decide together."""
 
 import contextlib
 import hashlib
@@ -11,84 +11,90 @@ from jax.experimental import multihost_utils
 
 from minsae_jax.errors import UserError, brief
 
-MAX_CPU_DEVICES = 8  # each holds the weights whole, and adds up gradients with all others
+# Each simulated device holds all weights and takes part in every sum of gradients.
+MAX_CPU_DEVICES = 8
 
 
 def start_jax(deterministic: bool = False, distributed: bool = False) -> None:
-    """Set up JAX; to be called before anything touches a device.
+    """Configure JAX; call this before anything uses a device.
 
-    distributed: with the other processes of a cluster. JAX knows Slurm, Open MPI and Kubernetes; elsewhere the
-    environment says JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    deterministic: use deterministic GPU kernels only.
+    distributed: join the other processes of a cluster. JAX detects Slurm, Open MPI and Kubernetes;
+    elsewhere the environment must define JAX_COORDINATOR_ADDRESS (host:port of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-    On CPU a core becomes a device, up to eight: XLA uses cores better with work split over devices than within one.
+    On CPU every core becomes a device, up to eight: XLA uses the cores better with work split over
+    devices than within one. Raises UserError if there is no device or no cluster.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if deterministic and "xla_gpu_deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = flags = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-    if (
-        "xla_force_host_platform_device_count" not in flags
-        and "JAX_NUM_CPU_DEVICES" not in os.environ
-    ):
-        with contextlib.suppress(
-            RuntimeError
-        ):  # JAX was used before in this process: its devices stay as they are
-            jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, MAX_CPU_DEVICES))
+        flags = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+        os.environ["XLA_FLAGS"] = flags
+    has_device_count = "xla_force_host_platform_device_count" in flags
+    if not has_device_count and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        n_devices = min(os.cpu_count() or 1, MAX_CPU_DEVICES)
+        # JAX may have been used before in this process; its devices then stay as they are.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", n_devices)
     if distributed:
         _join_cluster()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"JAX finds no device to run on ({brief(e)})") from e
+        raise UserError(f"JAX found no device ({brief(e)})") from e
 
 
 def _join_cluster() -> None:
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, count, number = (os.environ.get(name) or None for name in names)
-    jax.config.update("jax_enable_preemption_service", False)  # which keeps SIGTERM to itself
+    address, count, index = (os.environ.get(name) or None for name in names)
+    # JAX's preemption service would swallow SIGTERM.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            address, int(count) if count else None, int(number) if number else None
+            address, int(count) if count else None, int(index) if index else None
         )
     except (ValueError, RuntimeError) as e:
         raise UserError(
-            f"--distributed finds no cluster ({brief(e)}): start it under Slurm, or set "
+            f"--distributed found no cluster ({brief(e)}); start it under Slurm, or set "
             f"{', '.join(names)}"
         ) from e
-    # The first meeting sets up the connections, and waits for half a minute only.
+    # The first collective sets up the connections, with a time limit of half a minute.
     multihost_utils.sync_global_devices("start")
 
 
 def process_index() -> int:
-    """This process's number among those that share the work; 0 tidies up."""
+    """Return the number of this process; process 0 writes the shared files."""
     return jax.process_index()
 
 
 def process_count() -> int:
+    """Return the number of processes that share the work."""
     return jax.process_count()
 
 
 @contextlib.contextmanager
 def barrier(what: str) -> Iterator[None]:
-    """All processes go through this, and leave it together; an error in one is an error in all. Raises UserError in
-    those that had none."""
+    """Barrier: if any process raises inside the block, all raise.
+
+    The processes that had no error themselves raise UserError.
+    """
     try:
         yield
     except Exception:
-        _all_well(False)
+        _all_succeeded(False)
         raise
-    if not _all_well(True):
-        raise UserError(
-            f"another process failed ({what}), and says why: give the same command again"
-        )
+    if not _all_succeeded(True):
+        raise UserError(f"another process failed to {what}; see its message, then rerun")
 
 
-def _all_well(well: bool) -> bool:
-    """Whether every process says so, once all have."""
-    return process_count() == 1 or bool(multihost_utils.process_allgather(np.array(well)).all())
+def _all_succeeded(success: bool) -> bool:
+    if process_count() == 1:
+        return success
+    return bool(multihost_utils.process_allgather(np.array(success)).all())
 
 
 def any_process(first: bool, second: bool) -> tuple[bool, bool]:
-    """Each flag, or whether any process has it set. All processes go through this."""
+    """Return for each flag whether any process has set it. Every process must call this."""
     if process_count() == 1:
         return first, second
     flags = multihost_utils.process_allgather(np.array([first, second]))
@@ -96,10 +102,9 @@ def any_process(first: bool, second: bool) -> tuple[bool, bool]:
 
 
 def same_on_all_processes(text: str) -> bool:
-    """Whether every process has this text. All go through this."""
+    """Return whether every process has the same text. Every process must call this."""
     if process_count() == 1:
         return True
-    digests = multihost_utils.process_allgather(
-        np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    )
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
     return bool((digests == digests[0]).all())

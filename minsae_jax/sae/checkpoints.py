@@ -1,8 +1,9 @@
-"""Checkpoints of a sweep: the whole state and a small JSON beside it, by Orbax, saved while training goes on."""
+"""Checkpoints of a sweep by Orbax: the state and the progress of the run, saved during training."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,27 +11,53 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from minsae_jax.errors import UserError, brief
-from minsae_jax.sae.sweep import State
+from minsae_jax.sae.run import Metrics
+from minsae_jax.sae.step import MemberState, SweepState, TokenMoments
 
-logging.getLogger("absl").setLevel(
-    logging.ERROR
-)  # Orbax warns of what a kill left behind, which is not seen again
+# Orbax warns about leftovers of a killed process, which are never read.
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-@contextmanager
-def _told_as_full_disk(folder: object) -> Iterator[None]:
-    """Orbax and what is below it raise all kinds of errors when a checkpoint cannot be written."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as e:
-        reason = brief(e)
-        raise UserError(
-            f"a checkpoint could not be written to {folder} ({reason}): make room, and give the same command again"
-        ) from e
+@dataclass
+class Progress:
+    """Where a run is; with the state of the sweep all that a resumed run needs."""
+
+    scale: float  # factor of the activations in training
+    store: str  # fingerprint of the train store
+    held_out_store: str | None  # fingerprint of the held-out store
+    step: int = 0  # steps made
+    tokens: int = 0  # tokens trained on
+    metrics: dict[str, Metrics] = field(default_factory=dict)  # member -> last log interval
+    held_out: dict[str, Metrics] = field(default_factory=dict)  # member -> last measurement
+    diverged: dict[str, int] = field(default_factory=dict)  # member -> the step that failed
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tokens": self.tokens,
+            "scale": self.scale,
+            "figures": self.metrics,
+            "measured": self.held_out,
+            "diverged": self.diverged,
+            "store": self.store,
+            "held_out": self.held_out_store,
+        }
+
+
+def _from_json(step: int, notes: dict[str, Any]) -> Progress:
+    return Progress(
+        scale=notes["scale"],
+        store=notes["store"],
+        held_out_store=notes["held_out"],
+        step=step,
+        tokens=notes["tokens"],
+        metrics=notes["figures"],
+        held_out=notes["measured"],
+        diverged=notes["diverged"],
+    )
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run. A save that was cut off is not seen again."""
+    """The folder `checkpoints/` of a run. Interrupted saves are ignored."""
 
     def __init__(self, folder: Path, max_to_keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
@@ -48,33 +75,91 @@ class Checkpoints:
             self._manager.close()
 
     def wait(self) -> None:
-        """Until all that was saved is on disk."""
-        with _told_as_full_disk(self._manager.directory):
+        """Wait until everything saved is on disk."""
+        with self._write_errors():
             self._manager.wait_until_finished()
 
     def latest(self) -> int | None:
-        """Step of the newest whole checkpoint."""
+        """Return the step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: State, notes: dict[str, Any]) -> None:
-        """Returns once the state is copied from the devices; `notes` must be plain JSON."""
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
-        )
-        with _told_as_full_disk(self._manager.directory):
-            self._manager.save(step, args=items, force=True)
+    def save(self, progress: Progress, state: SweepState, stream: dict[str, Any]) -> None:
+        """Save a checkpoint; returns once the state is copied from the devices.
 
-    def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        """State and notes, the state of the shapes and laid out over the devices as the abstract state `like` is.
-        Raises UserError where the checkpoint is damaged."""
+        stream: the position in the token stream.
+        """
         items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), notes=ocp.args.JsonRestore()
+            state=ocp.args.StandardSave(_to_tree(state)),
+            notes=ocp.args.JsonSave(progress.to_json() | {"stream": stream}),
+        )
+        with self._write_errors():
+            self._manager.save(progress.step, args=items, force=True)
+
+    def restore(
+        self, step: int, abstract: SweepState
+    ) -> tuple[SweepState, Progress, dict[str, Any]]:
+        """Return the state, the progress and the position in the stream.
+
+        The state gets the shapes and shardings of `abstract`. Raises UserError if the checkpoint
+        is damaged.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_to_tree(abstract)), notes=ocp.args.JsonRestore()
         )
         try:
             restored = self._manager.restore(step, args=items)
+            progress = _from_json(step, restored["notes"])
+            return _from_tree(restored["state"]), progress, restored["notes"]["stream"]
         except Exception as e:
             raise UserError(
-                f"checkpoint {step} in {self._manager.directory} is damaged ({type(e).__name__}): remove that folder "
-                "to go on from the one before it, or use --overwrite"
+                f"checkpoint {step} in {self._manager.directory} is damaged ({type(e).__name__}); "
+                "remove that folder to resume from the one before it, or use --overwrite"
             ) from e
-        return restored["state"], restored["notes"]
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Turn the many kinds of errors of a failed write, such as on a full disk, into one."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as e:
+            raise UserError(
+                f"a checkpoint could not be written to {self._manager.directory} ({brief(e)}); "
+                "free some disk space, then rerun the same command"
+            ) from e
+
+
+# Names in the files, which are older than those in the code. They stay, so that old runs resume.
+_STORED_NAMES = {
+    "params": "params",
+    "opt_state": "opt",
+    "tokens_since_fired": "silent",
+    "steps": "steps",
+    "frozen": "frozen",
+    "metrics": "window",
+}
+
+
+def _to_tree(state: SweepState) -> dict[str, Any]:
+    return {
+        "groups": [_member_to_tree(group) for group in state.groups],
+        "step": state.step,
+        "seen": state.tokens_seen,
+        "moments": state.moments._asdict(),
+    }
+
+
+def _member_to_tree(state: MemberState) -> dict[str, Any]:
+    return {stored: getattr(state, name) for name, stored in _STORED_NAMES.items()}
+
+
+def _from_tree(tree: dict[str, Any]) -> SweepState:
+    return SweepState(
+        groups=tuple(_member_from_tree(group) for group in tree["groups"]),
+        step=tree["step"],
+        tokens_seen=tree["seen"],
+        moments=TokenMoments(**tree["moments"]),
+    )
+
+
+def _member_from_tree(tree: dict[str, Any]) -> MemberState:
+    return MemberState(**{name: tree[stored] for name, stored in _STORED_NAMES.items()})

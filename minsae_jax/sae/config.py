@@ -1,190 +1,269 @@
-"""Settings of training and plotting, and the two recipes."""
+"""Settings of training and plotting, and the two recipes.
+
+`TrainConfig` has the flags, where None means "the recipe's value"; `TrainConfig.resolved()` fills
+these in, and `TrainConfig.plan()` returns what the training code works with, without None.
+"""
 
 import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from minsae_jax.eeg.recordings import OnBadRecording, Split
-from minsae_jax.settings import LARGEST, load_sections, require, require_positive
+from minsae_jax.errors import UserError
+from minsae_jax.settings import (
+    AtLeastOne,
+    NonNegative,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    check_no_duplicates,
+    check_ranges,
+    load_sections,
+    require,
+)
+
+Recipe = Literal["april2024", "minsae"]
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train a sweep of sparse autoencoders, one member for each combination of λ, lr, seed and size."""
+@dataclass(frozen=True, kw_only=True)
+class SourceFlags:
+    """Activations"""
 
-    recipe: Literal["april2024", "minsae"] = "april2024"
-    """april2024: Anthropic's April 2024 update, as in Scaling Monosemanticity; minsae: the PyTorch minSAE's loop."""
     store: str = "embeddings/store"
-    """Folder of shards, or the folder that holds l{cache_layer}/."""
+    """Folder of the store: with the shards, or with l{cache_layer}/."""
     cache_layer: int = -1
     """Layer of the store to train on."""
     checkpoint_path: str | None = None
-    """The encoder that the store must come from, where that is to be checked."""
+    """Encoder that the store must come from, if that is to be checked."""
     config_path: str | None = None
-    """That encoder's YAML, where it is a .pth file that needs one."""
+    """That encoder's YAML, for .pth files that need one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveFlags:
+    """Live activations, without a store"""
+
     live: bool = False
-    """Take activations straight from the recordings in --root_path through the encoder: no store is needed."""
+    """Compute activations from the recordings in --root_path while training."""
     root_path: str | None = None
-    """Folder of the recordings (with --live, as are the next five)."""
+    """Folder of the recordings."""
     split: Split = "train"
-    """Patients to take."""
+    """Patients to use."""
     split_seed: int = 42
     """Seed of the patient split."""
-    live_batch_size: int = 128
-    """Windows that stand for a shard file; under minsae they are a step's batch."""
+    live_batch_size: Annotated[int, AtLeastOne] = 128
+    """Windows per virtual shard (with --recipe minsae: windows per step)."""
     force_revin: bool = False
-    """Normalise with RevIN also where the encoder's settings say no."""
+    """Normalise with RevIN even if the encoder's settings say no."""
     on_bad_recording: OnBadRecording = "error"
-    """What to do about recordings that cannot be used: list them all and stop, or leave them out."""
-    run_dir: str | None = None
-    """Folder of the run (default: runs/{recipe})."""
-    init: str | None = None
-    """A member's folder whose weights every member starts from."""
+    """For unusable recordings: list them all and stop, or skip them."""
 
-    lambda_sparsity: tuple[float, ...] = ()
-    """λ, weight of the L1 penalty (default: 5; minsae 0.01)."""
-    lr: tuple[float, ...] = ()
-    """Adam's learning rate (default: 5e-5; minsae 1e-3)."""
-    seed: tuple[int, ...] = (0,)
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFlags:
+    """Sweep: every combination of these values is one member"""
+
+    lambda_sparsity: Annotated[tuple[float, ...], NonNegative] = ()
+    """Weight λ of the L1 penalty (april2024: 5; minsae: 0.01)."""
+    lr: Annotated[tuple[float, ...], NonNegative] = ()
+    """Adam's learning rate (april2024: 5e-5; minsae: 1e-3)."""
+    seed: Annotated[tuple[int, ...], Seed] = (0,)
     """Seed of the initial weights."""
-    feature_dim_factor: tuple[float, ...] = (8.0,)
+    feature_dim_factor: Annotated[tuple[float, ...], Positive] = (8.0,)
     """d_sae / d_model."""
+    init: str | None = None
+    """Folder of a member whose weights every member starts from."""
 
-    num_steps: int | None = None
-    """Steps of all members (default: 50,000; minsae 10,720)."""
-    batch_size: int | None = None
-    """Tokens a step, seen by all members; april2024 only (default: 4,096)."""
-    number_of_arrays: int | None = None
-    """Whole shard files a step, in order; minsae only (default: 1)."""
-    recon_weight: float | None = None
-    """Weight of the reconstruction error; minsae only (default: 1)."""
-    shuffle_seed: int | None = None
-    """Seed of the token order; april2024 only, since minsae does not shuffle (default: 0)."""
 
-    lambda_warmup: float | None = None
-    """Share of the steps over which λ rises linearly from 0 (default: 0.05; minsae 0)."""
-    lr_decay: float | None = None
-    """Share of the steps, at the end, over which lr falls linearly to 0 (default: 0.2; minsae 0)."""
-    max_grad_norm: float | None = None
-    """A member's gradient is clipped to this L2 norm (default: 1; minsae never clips)."""
-    decoder_norm: float | None = None
-    """Initial L2 norm of every decoder row; april2024 only (default: 0.1)."""
-    scale_tokens: int | None = None
-    """Tokens on which the input scale is measured, E‖x‖ = √d_model; april2024 only (default: 1,000,000)."""
-    beta1: float = 0.9
-    """Adam's decay of the first moment."""
-    beta2: float = 0.999
-    """Adam's decay of the second moment."""
-    adam_eps: float = 1e-8
-    """Adam's ε, outside the root."""
+@dataclass(frozen=True, kw_only=True)
+class RecipeFlags:
+    """Recipe"""
+
+    recipe: Recipe = "april2024"
+    """april2024: Anthropic's April 2024 update (Scaling Monosemanticity); minsae: minSAE's loop."""
+    num_steps: Annotated[int | None, AtLeastOne] = None
+    """Training steps (april2024: 50,000; minsae: 10,720)."""
+    batch_size: Annotated[int | None, AtLeastOne] = None
+    """Tokens per step (april2024 only: 4,096)."""
+    shuffle_seed: Annotated[int | None, Seed] = None
+    """Seed of the token order (april2024 only: 0)."""
+    number_of_arrays: Annotated[int | None, AtLeastOne] = None
+    """Whole shard files per step, in order (minsae only: 1)."""
+    recon_weight: Annotated[float | None, Positive] = None
+    """Weight of the reconstruction error (minsae only: 1)."""
+    scale_tokens: Annotated[int | None, AtLeastOne] = None
+    """Tokens for measuring the input scale, E‖x‖ = √d_model (april2024 only: 1,000,000)."""
+    decoder_norm: Annotated[float | None, Positive] = None
+    """Initial L2 norm of every decoder row (april2024 only: 0.1)."""
+    lambda_warmup: Annotated[float | None, Share] = None
+    """Share of the steps over which λ rises linearly from 0 (april2024: 0.05; minsae: 0)."""
+    lr_decay: Annotated[float | None, Share] = None
+    """Share of the steps at the end in which lr falls linearly to 0 (april2024: 0.2; minsae: 0)."""
+    max_grad_norm: Annotated[float | None, Positive] = None
+    """L2 norm to which each member's gradient is clipped (april2024: 1; minsae: no clipping)."""
+    beta1: Annotated[float, Range(min=0, below=1)] = 0.9
+    """Adam's decay rate of the first moment."""
+    beta2: Annotated[float, Range(min=0, below=1)] = 0.999
+    """Adam's decay rate of the second moment."""
+    adam_eps: Annotated[float, Positive] = 1e-8
+    """Adam's ε, outside the square root."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFlags:
+    """Devices"""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What the products' factors are rounded to; sums, weights and Adam's state stay float32."""
+    """Number format of the factors of matrix products; sums and weights are float32."""
     mesh: str | None = None
-    """Devices for members x devices for tokens, as in 4x2 (default: all, as many for members as divide them)."""
+    """Devices for members x devices for tokens, e.g. 4x2 (default: all devices)."""
     distributed: bool = False
-    """Share the work with the other processes of a cluster, each started with the same command."""
-
-    eval_window: int = 50
-    """Steps a row of metrics.csv and act_freqs.csv."""
-    val_store: str | None = None
-    """Store of held-out activations (default: the train store's sibling, store_val for store, where it exists)."""
-    eval_every: int = 1000
-    """Steps from one measurement on held-out tokens to the next; the last step has one too. 0: none at all."""
-    eval_tokens: int = 100_000
-    """Held-out tokens that are measured, the same ones each time: all, where the store has fewer."""
-    dead_after: int = 10_000_000
-    """A feature is dead once it was silent for so many tokens (or since the start)."""
-    checkpoint_every: int = 1000
-    """Steps from one checkpoint to the next."""
-    checkpoint_minutes: float = 10.0
-    """Minutes after which one is due in any case."""
-    max_to_keep: int = 2
-    """Checkpoints kept."""
-    wandb: bool = False
-    """Send every member's metrics to W&B, project minSAE (needs pip install wandb)."""
+    """Share the work with the other processes of a cluster; start each with the same command."""
     deterministic: bool = False
-    """On GPU, use deterministic kernels only, so that an interrupted run ends with the very same weights."""
+    """On GPU, use deterministic kernels only, so that a resumed run gives the same weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogFlags:
+    """Metrics"""
+
+    eval_window: Annotated[int, AtLeastOne] = 50
+    """Log metrics every N steps (metrics.csv, act_freqs.csv, TensorBoard)."""
+    val_store: str | None = None
+    """Store of held-out activations (default: store_val beside the train store, if it exists)."""
+    eval_every: Annotated[int, Range(min=0)] = 1000
+    """Measure on held-out tokens every N steps and at the end; 0 for never."""
+    eval_tokens: Annotated[int, Range(min=2)] = 100_000
+    """Number of held-out tokens, the same ones each time."""
+    dead_after: Annotated[int, Range(min=1, below=2**30)] = 10_000_000
+    """A feature is dead if it has not been active for this many tokens (or since the start)."""
+    wandb: bool = False
+    """Log every member to W&B, project minSAE (requires pip install wandb)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """Run folder"""
+
+    run_dir: str | None = None
+    """Folder of the run (default: runs/{recipe})."""
+    checkpoint_every: Annotated[int, AtLeastOne] = 1000
+    """Write a checkpoint every N steps."""
+    checkpoint_minutes: Annotated[float, Positive] = 10.0
+    """Write a checkpoint also after this many minutes."""
+    max_to_keep: Annotated[int, AtLeastOne] = 2
+    """Number of checkpoints to keep."""
     overwrite: bool = False
-    """Discard a run that is in the folder already."""
+    """Discard a run that is already in the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, LiveFlags, SourceFlags):
+    """Train a sweep of sparse autoencoders, one for each combination of λ, lr, seed and size."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "num_steps", "batch_size", "number_of_arrays", "recon_weight", "max_grad_norm", "decoder_norm",
-            "scale_tokens", "adam_eps", "live_batch_size", "eval_window", "dead_after", "checkpoint_every",
-            "checkpoint_minutes", "max_to_keep", "eval_tokens",
-        )  # fmt: skip
-        require(self.eval_tokens > 1, f"--eval_tokens must be 2 or more, but is {self.eval_tokens}")
-        require(self.eval_every >= 0, f"--eval_every must be 0 or more, but is {self.eval_every}")
-        mesh_is_whole = self.mesh is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", self.mesh)
-        require(
-            bool(mesh_is_whole),
-            f"--mesh must be two numbers of devices like 4x2, but is {self.mesh}",
-        )
-        require(
-            self.dead_after < 2**30,
-            f"--dead_after must be below {2**30:,}, but is {self.dead_after:,}",
-        )
-        shuffle_seed = self.shuffle_seed or 0
-        require(
-            0 <= shuffle_seed < 2**32,
-            f"--shuffle_seed must be from 0 to {2**32 - 1:,}, but is {shuffle_seed}",
-        )
-        for name in ("lambda_warmup", "lr_decay"):
-            value = getattr(self, name)
-            require(
-                value is None or 0 <= value <= 1, f"--{name} is a share from 0 to 1, but is {value}"
-            )
-        for name in ("beta1", "beta2"):
-            require(
-                0 <= getattr(self, name) < 1,
-                f"--{name} must be from 0 to below 1, but is {getattr(self, name)}",
-            )
-        for name in ("lambda_sparsity", "lr", "seed", "feature_dim_factor"):
-            values = getattr(self, name)
-            require(
-                len(set(values)) == len(values),
-                f"--{name} names a value twice: {' '.join(map(str, values))}",
-            )
-            wrong = [v for v in values if not 0 <= v < (2**32 if name == "seed" else LARGEST)]
-            limit = f"below {2**32:,}" if name == "seed" else "finite"
-            require(
-                not wrong,
-                f"--{name} must be {limit} and not below 0, but is {' '.join(map(str, wrong))}",
-            )
-        require(0 not in self.feature_dim_factor, "--feature_dim_factor must be above 0")
-        require(
-            bool(self.seed) and bool(self.feature_dim_factor),
-            "--seed and --feature_dim_factor need a value each",
-        )
-        for name in ("root_path", "checkpoint_path"):
-            require(not self.live or bool(getattr(self, name)), f"--live needs --{name}")
-        for name in (
-            "root_path",
-            "split",
-            "split_seed",
-            "live_batch_size",
-            "force_revin",
-            "on_bad_recording",
-        ):
-            is_default = getattr(self, name) == type(self).__dataclass_fields__[name].default
-            require(
-                self.live or is_default, f"--{name} has no meaning without --live: leave it out"
-            )
+        check_ranges(self)
+        check_no_duplicates(self, "lambda_sparsity", "lr", "seed", "feature_dim_factor")
+        for name in ("seed", "feature_dim_factor"):
+            require(bool(getattr(self, name)), f"--{name} requires at least one value")
+        mesh_is_valid = self.mesh is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", self.mesh)
+        require(bool(mesh_is_valid), f"--mesh must be two device counts like 4x2, got {self.mesh}")
+        if self.live:
+            for name in ("root_path", "checkpoint_path"):
+                require(bool(getattr(self, name)), f"--live requires --{name}")
+        else:
+            for field in dataclasses.fields(LiveFlags):
+                is_default = getattr(self, field.name) == field.default
+                require(is_default, f"--{field.name} requires --live")
         for name in _OTHER_RECIPE_ONLY[self.recipe]:
-            require(
-                getattr(self, name) is None,
-                f"--{name} has no meaning under --recipe {self.recipe}: leave it out",
-            )
+            other = "minsae" if self.recipe == "april2024" else "april2024"
+            require(getattr(self, name) is None, f"--{name} requires --recipe {other}")
 
     def resolved(self) -> "TrainConfig":
-        """The same settings with the recipe's own numbers where none were given."""
-        recipe = _RECIPES[self.recipe] | {"run_dir": f"runs/{self.recipe}"}
-        return dataclasses.replace(
-            self, **{k: v for k, v in recipe.items() if getattr(self, k) in (None, ())}
+        """Return these settings with the recipe's values where none were given."""
+        defaults = _RECIPE_DEFAULTS[self.recipe] | {"run_dir": f"runs/{self.recipe}"}
+        missing = {k: v for k, v in defaults.items() if getattr(self, k) in (None, ())}
+        return dataclasses.replace(self, **missing)
+
+    def plan(self) -> "TrainPlan":
+        """Return the resolved settings in the form that the training code uses."""
+        r = self.resolved()
+        is_minsae = r.recipe == "minsae"
+        # What the other recipe does not have is off: 0, or 1 for a weight.
+        num_steps = r.num_steps or 0
+        batches: ShuffledBatches | FileBatches
+        if is_minsae:
+            batches = FileBatches(r.number_of_arrays or 0)
+        else:
+            batches = ShuffledBatches(r.batch_size or 0, r.shuffle_seed or 0)
+        optimizer = OptimizerPlan(
+            num_steps=num_steps,
+            lambda_warmup_steps=num_steps * (r.lambda_warmup or 0.0),
+            lr_decay_steps=num_steps * (r.lr_decay or 0.0),
+            max_grad_norm=r.max_grad_norm,
+            beta1=r.beta1,
+            beta2=r.beta2,
+            eps=r.adam_eps,
         )
+        return TrainPlan(
+            config=r,
+            run_dir=Path(r.run_dir or ""),
+            batches=batches,
+            scale_tokens=r.scale_tokens or 0,
+            mean_over_d_model=is_minsae,
+            recon_weight=r.recon_weight or 1.0,
+            tied_init=not is_minsae,
+            decoder_norm=r.decoder_norm or 0.0,
+            logs_weighted_l1=is_minsae,
+            optimizer=optimizer,
+        )
+
+
+@dataclass(frozen=True)
+class ShuffledBatches:
+    """Batches of shuffled tokens."""
+
+    batch_size: int  # tokens
+    shuffle_seed: int
+
+
+@dataclass(frozen=True)
+class FileBatches:
+    """Whole shard files in order, as minSAE reads them."""
+
+    number_of_arrays: int
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """Adam and the schedules of λ and lr."""
+
+    num_steps: int
+    lambda_warmup_steps: float  # λ rises linearly from 0; 0 for a constant λ
+    lr_decay_steps: float  # at the end lr falls linearly to 0; 0 for a constant lr
+    max_grad_norm: float | None  # None: no clipping
+    beta1: float
+    beta2: float
+    eps: float
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Resolved settings of a run. Recipes differ in these values only, never in code."""
+
+    config: TrainConfig  # as written to config.yaml
+    run_dir: Path
+    batches: ShuffledBatches | FileBatches
+    scale_tokens: int  # tokens for measuring the input scale; 0 for no scaling
+    mean_over_d_model: bool  # in the mse
+    recon_weight: float
+    tied_init: bool  # else torch's defaults
+    decoder_norm: float  # of the tied initialisation
+    logs_weighted_l1: bool  # metrics.csv has λ * l1, as minSAE logs it
+    optimizer: OptimizerPlan
 
 
 _OTHER_RECIPE_ONLY = {
@@ -199,28 +278,42 @@ _OTHER_RECIPE_ONLY = {
         "shuffle_seed",
     ),
 }
-_RECIPES: dict[str, dict[str, Any]] = {
+_RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "april2024": {
-        "lambda_sparsity": (5.0,), "lr": (5e-5,), "num_steps": 50_000, "batch_size": 4096, "lambda_warmup": 0.05,
-        "lr_decay": 0.2, "max_grad_norm": 1.0, "decoder_norm": 0.1, "scale_tokens": 1_000_000,
+        "lambda_sparsity": (5.0,),
+        "lr": (5e-5,),
+        "num_steps": 50_000,
+        "batch_size": 4096,
+        "lambda_warmup": 0.05,
+        "lr_decay": 0.2,
+        "max_grad_norm": 1.0,
+        "decoder_norm": 0.1,
+        "scale_tokens": 1_000_000,
         "shuffle_seed": 0,
     },
     "minsae": {
-        "lambda_sparsity": (0.01,), "lr": (1e-3,), "num_steps": 10_720, "number_of_arrays": 1, "recon_weight": 1.0,
+        "lambda_sparsity": (0.01,),
+        "lr": (1e-3,),
+        "num_steps": 10_720,
+        "number_of_arrays": 1,
+        "recon_weight": 1.0,
     },
-}  # fmt: skip
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw a run's course, finished or not: MSE and L1 over steps, and an animation of its features' densities."""
+    """Plot a run, finished or not: MSE and L1 over steps, and an animation of feature densities."""
 
-    run: str | None = None
+    run: str
     """Folder of the run."""
     out: str | None = None
-    """Folder of the pictures (default: plots in that of the run)."""
+    """Folder of the plots (default: plots/ in the run's folder)."""
 
 
 def load_run_config(run: Path) -> TrainConfig:
     """Read the settings that a run was started with from its config.yaml."""
-    return load_sections(run / "config.yaml", {"train": TrainConfig}).get("train", TrainConfig())
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is not a run: config.yaml is missing")
+    return load_sections(path, {"train": TrainConfig}).get("train", TrainConfig())

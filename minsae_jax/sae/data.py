@@ -1,4 +1,4 @@
-"""What a run trains on and is measured on, checked before its folder appears."""
+"""What a run trains on and is measured on, opened and checked once, before its folder appears."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,99 +18,117 @@ from minsae_jax.activations.stream import (
 )
 from minsae_jax.errors import UserError
 from minsae_jax.parallel.processes import process_index
-from minsae_jax.sae.config import TrainConfig
-from minsae_jax.sae.member import Params, load_sae
-from minsae_jax.sae.sweep import Group, make_groups
+from minsae_jax.sae.config import FileBatches, TrainConfig, TrainPlan
+from minsae_jax.sae.grid import Group, make_groups
+from minsae_jax.sae.kinds import Params
+from minsae_jax.sae.member import load_sae
 
 HELD_OUT_BATCH = 4096  # tokens
 
 
 @dataclass(frozen=True)
-class Inputs:
-    settings: TrainConfig
+class TrainData:
+    """Checked inputs of a run."""
+
     store: Source
     held_out: Store | None
-    groups: tuple[Group, ...]
-    start: Params | None  # weights of --init, for raw activations
     stream: TokenStream
-    scale: (
-        float | None
-    )  # of the activations before they are trained on; None where the checkpoint has it
+    groups: tuple[Group, ...]
+    # A resumed run has both of these in its checkpoint, so they are None there.
+    start: Params | None  # weights of --init, for raw activations
+    scale: float | None  # factor of the activations in training
 
 
-def check_inputs(
-    settings: TrainConfig, store: Source, encoder_fingerprint: str | None, is_new: bool
-) -> Inputs:
-    """Stores, members and initial weights, all fitting one another. Raises UserError where they do not.
+def open_train_data(
+    plan: TrainPlan, store: Source, encoder_fingerprint: str | None, is_new: bool
+) -> TrainData:
+    """Open and check everything that a run reads.
 
-    A new run reads the whole stores once, to hold them against their checksums.
+    A new run reads the whole stores once, to compare them with their checksums. Raises UserError
+    if stores, members, encoder and initial weights do not fit one another.
     """
-    made_by = store.manifest.get("encoder")
-    if encoder_fingerprint and made_by and made_by != encoder_fingerprint:
+    config = plan.config
+    store_encoder = store.manifest.get("encoder")
+    if encoder_fingerprint and store_encoder and store_encoder != encoder_fingerprint:
         raise UserError(
-            f"the store {store.folder} is of another encoder ({made_by[:12]}…) than {settings.checkpoint_path} "
-            f"({encoder_fingerprint[:12]}…): extract it again, or name the encoder that it is of"
+            f"the store {store.folder} is from another encoder ({store_encoder[:12]}…) than "
+            f"{config.checkpoint_path} ({encoder_fingerprint[:12]}…); extract it again or choose "
+            "the encoder that it is from"
         )
-    groups = make_groups(settings, store.d_model)
-    start = load_sae(settings.init) if settings.init else None
-    wanted = [(store.d_model, group[0].d_sae) for group in groups]
-    if start and set(wanted) != {(start.d_model, start.d_sae)}:
+    groups = make_groups(plan, store.d_model)
+    start = _load_start(config, groups, store.d_model)
+    stream = open_stream(plan, store)
+    interval_tokens = config.eval_window * _max_tokens_per_step(plan, store)
+    # Feature counts of a log interval are int32.
+    if interval_tokens >= 2**31:
         raise UserError(
-            f"--init {settings.init} is of d_model {start.d_model} and d_sae {start.d_sae}, but the sweep wants "
-            f"{' and '.join(f'{d_model} and {d_sae}' for d_model, d_sae in wanted)}: see --feature_dim_factor"
+            f"--eval_window {config.eval_window} is {interval_tokens:,} tokens; "
+            f"it must be below {2**31:,}"
         )
-    stream = open_stream(settings, store)
-    window = settings.eval_window * _tokens_a_step(settings, store)
-    if window >= 2**31:
-        raise UserError(
-            f"--eval_window {settings.eval_window} is {window:,} tokens: it must be below {2**31:,}"
-        )
-    held_out = open_held_out(settings, store)
+    held_out = open_held_out(config, store)
     if not is_new:
-        return Inputs(settings, store, held_out, groups, None, stream, None)
+        return TrainData(store, held_out, stream, groups, start=None, scale=None)
     if process_index() == 0:
         store.verify()
         if held_out:
             held_out.verify()
-    scale = measure_scale(settings, store)
-    return Inputs(settings, store, held_out, groups, start.params if start else None, stream, scale)
+    return TrainData(store, held_out, stream, groups, start, measure_scale(plan, store))
 
 
-def _tokens_a_step(settings: TrainConfig, store: Source) -> int:
-    """At the most."""
-    if settings.recipe == "minsae":
-        return (settings.number_of_arrays or 1) * max(store.rows_of_shards)
-    return settings.batch_size or 1
-
-
-def open_stream(settings: TrainConfig, store: Source) -> TokenStream:
-    """The recipe's batches, from the first."""
-    if settings.recipe == "minsae":
-        return files_in_order(store, settings.number_of_arrays or 1)
-    return shuffled_tokens(store, settings.batch_size or 1, settings.shuffle_seed or 0)
-
-
-def open_held_out(settings: TrainConfig, store: Source) -> Store | None:
-    """The store that members are measured on: the one that is named, else the sibling of a train store on disk, where
-    there is one of the same encoder and layer."""
-    if not settings.eval_every:
+def _load_start(config: TrainConfig, groups: tuple[Group, ...], d_model: int) -> Params | None:
+    """Return the weights of --init. Raises UserError if their shapes are not the sweep's."""
+    if config.init is None:
         return None
-    if settings.val_store:
-        held_out = open_store(settings.val_store, settings.cache_layer)
-        if mismatch := _mismatch(store, held_out):
-            raise UserError(f"--val_store {settings.val_store} {mismatch}")
+    start = load_sae(config.init)
+    sizes = sorted({group[0].d_sae for group in groups})
+    if start.d_model != d_model or sizes != [start.d_sae]:
+        expected = " and ".join(map(str, sizes))
+        raise UserError(
+            f"--init {config.init} has d_model {start.d_model} and d_sae {start.d_sae}, expected "
+            f"{d_model} and {expected}; see --feature_dim_factor"
+        )
+    return start.params
+
+
+def _max_tokens_per_step(plan: TrainPlan, store: Source) -> int:
+    if isinstance(plan.batches, FileBatches):
+        return plan.batches.number_of_arrays * max(store.rows_of_shards)
+    return plan.batches.batch_size
+
+
+def open_stream(plan: TrainPlan, store: Source) -> TokenStream:
+    """Return the recipe's endless batches, from the first."""
+    if isinstance(plan.batches, FileBatches):
+        return files_in_order(store, plan.batches.number_of_arrays)
+    return shuffled_tokens(store, plan.batches.batch_size, plan.batches.shuffle_seed)
+
+
+def open_held_out(config: TrainConfig, store: Source) -> Store | None:
+    """Open the store that members are measured on.
+
+    It is --val_store, or else the train store's sibling store_val if that exists and has the same
+    encoder and layer. Raises UserError if --val_store does not fit.
+    """
+    if not config.eval_every:
+        return None
+    if config.val_store:
+        held_out = open_store(config.val_store, config.cache_layer)
+        mismatch = _mismatch(store, held_out)
+        if mismatch:
+            raise UserError(f"--val_store {config.val_store} {mismatch}")
         return held_out
-    sibling = None if settings.live else sibling_store(Path(settings.store))
+    sibling = None if config.live else sibling_store(Path(config.store))
     if sibling is None or not sibling.is_dir():
         return None
     try:
-        held_out = open_store(sibling, settings.cache_layer)
+        held_out = open_store(sibling, config.cache_layer)
         mismatch = _mismatch(store, held_out)
     except UserError as e:
         mismatch = f"cannot be used ({e})"
     if mismatch:
         warn(
-            f"nothing is held out: {sibling} {mismatch}; --val_store names another, --eval_every 0 none",
+            f"no held-out metrics: {sibling} {mismatch}; choose another --val_store, or "
+            "--eval_every 0",
             stacklevel=2,
         )
         return None
@@ -118,58 +136,63 @@ def open_held_out(settings: TrainConfig, store: Source) -> Store | None:
 
 
 def sibling_store(store: Path, split: str = "val") -> Path | None:
-    """embeddings/store_val for embeddings/store, and embeddings/store_val/l-1 for embeddings/store/l-1."""
-    store = store.absolute()  # links are not followed: a sibling is one by its name
-    named = (
-        store.parent
-        if store.name.startswith("l") and store.name[1:].lstrip("-").isdecimal()
-        else store
-    )
-    return (
-        named.with_name(f"{named.name}_{split}") / store.relative_to(named) if named.name else None
-    )
+    """Return embeddings/store_val for embeddings/store, and …/store_val/l-1 for …/store/l-1."""
+    store = store.absolute()  # not resolved: links have siblings by their own names
+    is_layer = store.name.startswith("l") and store.name[1:].lstrip("-").isdecimal()
+    named = store.parent if is_layer else store
+    if not named.name:
+        return None
+    return named.with_name(f"{named.name}_{split}") / store.relative_to(named)
 
 
 def _mismatch(store: Source, held_out: Store) -> str | None:
-    """Why the tokens of one are not of the other's kind, as far as that is known."""
+    """Return why the held-out tokens do not fit the train store, or None."""
     if held_out.rows < 2:
-        return "holds a single token"
+        return "contains a single token"
     if held_out.d_model != store.d_model:
-        return f"is of d_model {held_out.d_model}, but the train store of {store.d_model}"
+        return f"has d_model {held_out.d_model}, but the train store has {store.d_model}"
     for name in ("encoder", "layer_index"):
-        ours, theirs = store.manifest.get(name), held_out.manifest.get(name)
-        if ours is not None and theirs is not None and ours != theirs:
-            return f"is of another {name.removesuffix('_index')} than the train store"
+        expected = store.manifest.get(name)
+        actual = held_out.manifest.get(name)
+        is_known = expected is not None and actual is not None
+        if is_known and expected != actual:
+            return f"is from another {name.removesuffix('_index')} than the train store"
     return None
 
 
 def held_out_batches(
-    settings: TrainConfig, held_out: Store
+    config: TrainConfig, held_out: Store
 ) -> Iterator[Float[np.ndarray, "tokens d_model"]]:
-    """eval_tokens tokens from all over the store, always the same, or all of them once."""
-    windows, left = ShuffledWindows(held_out, seed=0), min(settings.eval_tokens, held_out.rows)
-    for i in range(windows.windows_per_epoch):
-        rows = windows[i][:left]
-        if not np.isfinite(rows.astype(np.float32, copy=False)).all():
-            raise UserError(f"the store {held_out.folder} holds NaN or infinity: extract it again")
-        for start in range(0, len(rows), HELD_OUT_BATCH):
-            yield rows[start : start + HELD_OUT_BATCH]
-        left -= len(rows)
+    """Yield eval_tokens tokens from all over the store, always the same, or all of them once."""
+    buffers = ShuffledWindows(held_out, seed=0)
+    n_missing = min(config.eval_tokens, held_out.rows)
+    for i in range(buffers.windows_per_epoch):
+        tokens = buffers[i][:n_missing]
+        if not np.isfinite(tokens.astype(np.float32, copy=False)).all():
+            raise UserError(f"the store {held_out.folder} contains NaN or infinity; extract again")
+        for first in range(0, len(tokens), HELD_OUT_BATCH):
+            yield tokens[first : first + HELD_OUT_BATCH]
+        n_missing -= len(tokens)
 
 
-def measure_scale(settings: TrainConfig, store: Source) -> float:
-    """√d_model / mean ‖x‖₂ over the stream's first scale_tokens tokens, or over one epoch if that is less."""
-    if settings.recipe == "minsae":
+def measure_scale(plan: TrainPlan, store: Source) -> float:
+    """Return √d_model / mean ‖x‖₂, over the stream's first scale_tokens or one epoch if less.
+
+    Returns 1 if the recipe does not scale. Raises UserError if tokens are not finite, or all 0.
+    """
+    if not plan.scale_tokens:
         return 1.0
-    stream = open_stream(settings, store)
-    wanted = min(settings.scale_tokens or 1, store.rows)
-    total, left = 0.0, wanted
-    while left:
-        norms = np.linalg.norm(next(stream)[:left].astype(np.float32, copy=False), axis=1)
+    stream = open_stream(plan, store)
+    n_tokens = min(plan.scale_tokens, store.rows)
+    total = 0.0
+    n_missing = n_tokens
+    while n_missing:
+        tokens = next(stream)[:n_missing].astype(np.float32, copy=False)
+        norms = np.linalg.norm(tokens, axis=1)
         total += norms.sum(dtype=np.float64)
-        left -= len(norms)
+        n_missing -= len(norms)
     if not np.isfinite(total) or total == 0:
         raise UserError(
-            f"the store {store.folder} holds NaN, infinity, or nothing but zeros: extract it again"
+            f"the store {store.folder} contains NaN, infinity or only zeros; extract it again"
         )
-    return float(np.float32(store.d_model**0.5 * wanted / total))
+    return float(np.float32(store.d_model**0.5 * n_tokens / total))

@@ -1,168 +1,202 @@
-"""What a run tells while it goes on and when it ends: every member's files, measures on held-out tokens, the table."""
+"""Metrics files, TensorBoard and W&B of a run in training, and the export of its members."""
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
+from minsae_jax.activations.stream import Source
 from minsae_jax.monitor import Csv, MemberLog, RunLog, Wandb, open_csv
-from minsae_jax.sae.data import Inputs
-from minsae_jax.sae.measures import Measures
-from minsae_jax.sae.member import Params, fold_scale, save_member
+from minsae_jax.sae.checkpoints import Progress
+from minsae_jax.sae.config import TrainPlan
+from minsae_jax.sae.grid import Group, MemberSpec
+from minsae_jax.sae.kinds import Params
+from minsae_jax.sae.member import save_member
 from minsae_jax.sae.plots import draw_pareto
-from minsae_jax.sae.run import FIGURES, HELD_OUT, HYPER, Run
-from minsae_jax.sae.sweep import Member, Window
-
-Figures = dict[str, float]
+from minsae_jax.sae.run import HELD_OUT_METRICS, TRAIN_METRICS, Metrics, RunFolder
+from minsae_jax.sae.sweep import IntervalMetrics
 
 
-class Journal:
-    """A run's notes. figures, measured and diverged go into checkpoints. In a cluster one process alone writes."""
+class RunLogger:
+    """Writes what a run reports. Only one process of a cluster writes."""
 
-    def __init__(self, inputs: Inputs, run: Run, writes: bool):
-        self.settings, self.store, self.groups = inputs.settings, inputs.store, inputs.groups
-        self.run, self.writes = run, writes
-        self.members = [member for group in self.groups for member in group]
-        self.figures: dict[str, Figures] = {}  # of every member in the last window
-        self.measured: dict[str, Figures] = {}  # HELD_OUT of every member when it was last measured
-        self.diverged: dict[
-            str, int
-        ] = {}  # members that were frozen, and the step that they could not make
-        self._logs: dict[str, MemberLog] = {}
+    def __init__(
+        self,
+        plan: TrainPlan,
+        folder: RunFolder,
+        groups: tuple[Group, ...],
+        has_held_out: bool,
+        writes: bool,
+    ):
+        self.plan = plan
+        self.folder = folder
+        self.members = [member for group in groups for member in group]
+        self.writes = writes
+        self._held_out_names = HELD_OUT_METRICS if has_held_out else ()
+        self._member_logs: dict[str, MemberLog] = {}
         self._run_log: RunLog | None = None
         self._wandb: Wandb | None = None
-        self._held_out: Csv | None = None
-        self._measures = HELD_OUT if inputs.held_out else ()
+        self._held_out_csv: Csv | None = None
 
     @contextmanager
-    def opened(self, step: int, tokens: int) -> Iterator[None]:
-        """To be written from a step on: what was written beyond it is forgotten."""
+    def opened(self, progress: Progress) -> Iterator[None]:
+        """Open the files; rows after the step of `progress` are dropped."""
         if not self.writes:
             yield
             return
+        step = progress.step
         with ExitStack() as stack:
-            for m in self.members:
-                log = MemberLog(self.run.member(m), hyper(m), m.d_sae, step, tokens, self._measures)
-                self._logs[m.name] = stack.enter_context(log)
-            self._run_log = stack.enter_context(
-                closing(RunLog(self.run.folder, step, self._measures))
-            )
-            if self._measures:
-                held_out = open_csv(
-                    self.run.held_out, ("step", "tokens", "member", *HELD_OUT), last=step
+            for member in self.members:
+                log = MemberLog(
+                    self.folder.member(member.name),
+                    member.hyper,
+                    member.d_sae,
+                    step,
+                    progress.tokens,
+                    self._held_out_names,
                 )
-                self._held_out = stack.enter_context(closing(held_out))
-            if self.settings.wandb:
-                wandb = Wandb(self.run.folder, {m.name: hyper(m) for m in self.members})
+                self._member_logs[member.name] = stack.enter_context(log)
+            run_log = RunLog(self.folder.folder, step, self._held_out_names)
+            self._run_log = stack.enter_context(closing(run_log))
+            if self._held_out_names:
+                columns = ("step", "tokens", "member", *HELD_OUT_METRICS)
+                held_out_csv = open_csv(self.folder.held_out_csv, columns, last=step)
+                self._held_out_csv = stack.enter_context(closing(held_out_csv))
+            if self.plan.config.wandb:
+                wandb = Wandb(self.folder.folder, {m.name: m.hyper for m in self.members})
                 self._wandb = stack.enter_context(closing(wandb))
             yield
 
-    def window(self, step: int, tokens: int, windows: list[Window], schedules: tuple[float, float],
-               speed: Mapping[str, float]) -> None:  # fmt: skip
-        """Every member's row of a window; of a shorter one at the end only `figures`."""
-        lambda_factor, lr_factor = schedules
-        for group, window in zip(self.groups, windows, strict=True):
-            for i, member in enumerate(group):
-                figures = self.figures[member.name] = self._figures(window, i, member)
-                if window.frozen[i] and member.name not in self.diverged:
-                    self._tell_of_divergence(member, int(window.steps[i]) + 1)
-                if self.writes and step % self.settings.eval_window == 0:
-                    schedule = {
-                        "lr": member.lr * lr_factor,
-                        "lambda": member.lambda_sparsity * lambda_factor,
-                    }
-                    row = {"step": step, "tokens": tokens} | figures | schedule
-                    self._logs[member.name].write(row, window.active[i], speed)
-                    if self._wandb:
-                        self._wandb.write(member.name, row)
+    def log_interval(
+        self,
+        progress: Progress,
+        member: MemberSpec,
+        active: np.ndarray,
+        schedules: tuple[float, float],
+        speed: Mapping[str, float],
+    ) -> None:
+        """Write one member's row of a log interval from its metrics in `progress`.
 
-    def _figures(self, window: Window, i: int, member: Member) -> Figures:
-        """One member's means over a window; under minsae l1 has λ inside, as the reference logs it."""
-        figures = {name: float(getattr(window, name)[i]) for name in FIGURES}
-        if self.settings.recipe == "minsae":
-            figures["l1"] *= member.lambda_sparsity
-        return figures
-
-    def _tell_of_divergence(self, member: Member, step: int) -> None:
-        self.diverged[member.name] = step
+        active: [d_sae] tokens with the feature active; schedules: factors of λ and lr; speed: for
+        TensorBoard.
+        """
         if not self.writes:
             return
-        self._logs[member.name].note(step, f"diverged at step {step}, and frozen as it was before")
+        lambda_factor, lr_factor = schedules
+        row = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            **progress.metrics[member.name],
+            "lr": member.lr * lr_factor,
+            "lambda": member.lambda_sparsity * lambda_factor,
+        }
+        self._member_logs[member.name].write(row, active, speed)
+        if self._wandb:
+            self._wandb.write(member.name, row)
+
+    def log_divergence(self, member: MemberSpec, step: int) -> None:
+        """Report that a member could not make a step and is frozen."""
+        if not self.writes:
+            return
+        text = f"diverged at step {step}, frozen as it was before"
+        self._member_logs[member.name].note(step, text)
         warnings.warn(
-            f"{member.name} diverged at step {step} (loss or gradient is not finite) and is frozen as it was before; "
-            "the others go on",
+            f"{member.name} diverged at step {step} (loss or gradient is not finite) and is "
+            "frozen as it was before; the other members continue",
             stacklevel=2,
         )
 
-    def held_out(self, step: int, tokens: int, groups: list[Measures], dead: list[Any]) -> None:
-        """Every member's measures on held-out tokens; `dead` are each group's dead fractions."""
-        for group, measures, dead_fractions in zip(self.groups, groups, dead, strict=True):
-            for i, member in enumerate(group):
-                own = {n: float(getattr(measures, n)[i]) for n in HELD_OUT if n != "dead_fraction"}
-                self.measured[member.name] = own | {"dead_fraction": float(dead_fractions[i])}
-        if not self._held_out or not self._run_log:
+    def log_held_out(self, progress: Progress) -> None:
+        """Write every member's metrics on held-out tokens, and the Pareto plot."""
+        if not self._held_out_csv or not self._run_log:
             return
-        for name, own in self.measured.items():
-            self._held_out.writerow([step, tokens, name, *(own[measure] for measure in HELD_OUT)])
-            self._logs[name].measured(step, own)
-        self._held_out.flush()
-        self.draw(step)
-        self._run_log.show("pareto", self.run.pareto, step)
+        for name, metrics in progress.held_out.items():
+            values = [metrics[metric] for metric in HELD_OUT_METRICS]
+            self._held_out_csv.writerow([progress.step, progress.tokens, name, *values])
+            self._member_logs[name].measured(progress.step, metrics)
+        self._held_out_csv.flush()
+        self._draw_pareto(progress)
+        self._run_log.show("pareto", self.folder.pareto_png, progress.step)
 
-    def draw(self, step: int) -> None:
-        """The members' place between few features and good reconstruction."""
-        points: dict[str, list[dict[str, float]]] = {}
-        for member in self.members:
-            kind = member.name.partition(",")[2]  # what is varied beside λ
-            figures = self.measured.get(member.name) or self.figures[member.name]
-            points.setdefault(kind, []).append(
-                figures | {"lambda_sparsity": member.lambda_sparsity}
-            )
-        where = "on held-out tokens" if self.measured else "in training"
-        draw_pareto(self.run.pareto, points, f"{self.run.folder.name} {where}, step {step:,}")
+    def export(self, progress: Progress, store: Source, weights: Iterator[Params]) -> None:
+        """Write every member's weights, for raw activations, then sweep.csv.
 
-    def export(self, step: int, tokens: int, scale: float, weights: Iterator[Params]) -> None:
-        """Every member's weights, for raw activations, and the sweep's table, which marks the run as finished."""
-        about = {
-            "format_version": 1,
-            "kind": "relu",
-            "recipe": self.settings.recipe,
-            "d_model": self.store.d_model,
-            "layer": self.store.manifest.get("layer"),
-            "encoder_fingerprint": self.store.manifest.get("encoder"),
-            "store": str(self.store.folder),
-            "store_fingerprint": self.store.fingerprint,
-            "skipped_recordings": self.store.manifest.get("skipped", {}),
-            "scale": scale,
-            "steps": step,
-            "tokens": tokens,
-            "versions": {name: version(name) for name in ("minsae_jax", "jax", "flax", "optax")},
-        }
+        weights: of all members, for the scaled activations of training.
+        """
         rows = []
         for member, params in zip(self.members, weights, strict=True):
-            diverged = self.diverged.get(member.name)
-            status = {"status": "diverged" if diverged else "finished"}
-            since = {"diverged_at_step": diverged} if diverged else {}
-            own = {
-                name: value if np.isfinite(value) else None
-                for name, value in self.measured.get(member.name, {}).items()
-            }
-            measured = {"held_out": own} if own else {}
+            status = "diverged" if member.name in progress.diverged else "finished"
             if self.writes:
-                config = about | hyper(member) | status | since | measured
-                save_member(self.run.member(member), fold_scale(params, scale), config)
-            rows.append(
-                {"member": member.name} | hyper(member) | self.figures[member.name] | status
-            )
+                raw_params = member.kind.fold_scale(params, progress.scale)
+                config = self._member_config(progress, store, member, status)
+                save_member(self.folder.member(member.name), raw_params, config)
+            metrics = progress.metrics[member.name]
+            rows.append({"member": member.name, **member.hyper, **metrics, "status": status})
         if self.writes:
-            self.draw(step)
-            self.run.finish(rows)
+            self._draw_pareto(progress)
+            self.folder.finish(rows)
+
+    def _member_config(
+        self, progress: Progress, store: Source, member: MemberSpec, status: str
+    ) -> dict[str, Any]:
+        """Return the content of a member's config.json."""
+        config = {
+            "format_version": 1,
+            "kind": member.kind.name,
+            "recipe": self.plan.config.recipe,
+            "d_model": store.d_model,
+            "layer": store.manifest.get("layer"),
+            "encoder_fingerprint": store.manifest.get("encoder"),
+            "store": str(store.folder),
+            "store_fingerprint": store.fingerprint,
+            "skipped_recordings": store.manifest.get("skipped", {}),
+            "scale": progress.scale,
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "versions": _versions(),
+            **member.hyper,
+            "status": status,
+        }
+        if status == "diverged":
+            config["diverged_at_step"] = progress.diverged[member.name]
+        held_out = progress.held_out.get(member.name)
+        if held_out:
+            # JSON has no NaN, which a frozen member's dead fraction is.
+            config["held_out"] = {
+                name: value if np.isfinite(value) else None for name, value in held_out.items()
+            }
+        return config
+
+    def _draw_pareto(self, progress: Progress) -> None:
+        """Plot L0 against FVU, on held-out tokens if there are any."""
+        points: dict[str, list[Metrics]] = {}
+        for member in self.members:
+            # Members that differ in λ alone are one line.
+            line = member.name.partition(",")[2]
+            metrics = progress.held_out.get(member.name) or progress.metrics[member.name]
+            point = metrics | {"lambda_sparsity": member.lambda_sparsity}
+            points.setdefault(line, []).append(point)
+        where = "on held-out tokens" if progress.held_out else "in training"
+        title = f"{self.folder.folder.name} {where}, step {progress.step:,}"
+        draw_pareto(self.folder.pareto_png, points, title)
 
 
-def hyper(member: Member) -> dict[str, Any]:
-    """What tells members apart."""
-    return {name: asdict(member)[name] for name in HYPER}
+def interval_metrics(metrics: IntervalMetrics, i: int, l1_weight: float) -> Metrics:
+    """Return the metrics of member i of a group; l1 is multiplied by l1_weight."""
+    values = {name: float(getattr(metrics, name)[i]) for name in TRAIN_METRICS}
+    values["l1"] *= l1_weight
+    return values
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that made a member."""
+    versions = {}
+    for name in ("minsae_jax", "jax", "flax", "optax"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            versions[name] = "unknown"
+    return versions

@@ -1,21 +1,23 @@
-"""Measures of autoencoders on tokens that they were not trained on, all members side by side.
+"""Metrics of autoencoders on tokens that they were not trained on, all members side by side.
 
-Over tokens x with mean x̄, reconstructions x̂, residuals r = x̂ - x with mean r̄, features f, and ⟨·⟩ the mean over tokens:
+For tokens x with mean x̄, reconstructions x̂, residuals r = x̂ - x with mean r̄, features f, and ⟨·⟩
+the mean over tokens:
 
-    fvu                 Σ‖r‖² / Σ‖x - x̄‖²        the share of variance that is not explained
-    explained_variance  1 - Σ‖r - r̄‖² / Σ‖x - x̄‖²        more than 1 - fvu where x̂ is off by a constant
+    fvu                 Σ‖r‖² / Σ‖x - x̄‖², the fraction of variance unexplained
+    explained_variance  1 - Σ‖r - r̄‖² / Σ‖x - x̄‖²; more than 1 - fvu if x̂ is off by a constant
     l0                  ⟨number of i with f_i > 0⟩
-    l1                  ⟨Σ_i f_i ‖W_dec_i‖₂⟩
+    l1                  ⟨penalty of the kind, without λ⟩; ReLU: Σ_i f_i ‖W_dec,i‖₂
     cosine              ⟨x·x̂ / (‖x‖ ‖x̂‖)⟩, 0 where either is 0
     norm_ratio          ⟨‖x̂‖ / ‖x‖⟩ over the tokens with ‖x‖ > 0
-    dense_fraction      share of features with density > DENSE; a feature's density is the share of tokens with f_i > 0
+    dense_fraction      share of features with density > DENSE_THRESHOLD
+    density             share of tokens with f_i > 0, for each feature
 
 All but l1 are the same in any unit of x.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -33,16 +35,15 @@ from minsae_jax.parallel.mesh import (
     shard_over_members_and_batch,
     tile_batch,
 )
-from minsae_jax.sae import member as model
-from minsae_jax.sae.member import Params
+from minsae_jax.sae.kinds import Params, SAEKind
 
-DENSE = 0.1  # of the tokens
+DENSE_THRESHOLD = 0.1  # share of tokens
 Numbers = Array | np.ndarray
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Of every member of a group; see above."""
+    """Metrics of every member of a group; see the module's docstring."""
 
     fvu: Float[np.ndarray, " members"]
     explained_variance: Float[np.ndarray, " members"]
@@ -54,11 +55,11 @@ class Measures:
 
     @property
     def dense_fraction(self) -> Float[np.ndarray, " members"]:
-        return (self.density > DENSE).mean(1)
+        return (self.density > DENSE_THRESHOLD).mean(1)
 
 
 class TokenSums(NamedTuple):
-    """Of the tokens of a batch."""
+    """Sums over the tokens of a batch."""
 
     tokens: Float[Numbers, ""]
     x: Float[Numbers, " d_model"]
@@ -67,7 +68,7 @@ class TokenSums(NamedTuple):
 
 
 class MemberSums(NamedTuple):
-    """Of one member on the tokens of a batch."""
+    """Sums over the tokens of a batch for one member."""
 
     residual: Float[Numbers, ""]  # Σ‖r‖²
     r: Float[Numbers, " d_model"]
@@ -78,98 +79,127 @@ class MemberSums(NamedTuple):
 
 
 def measure(
-    mesh: Mesh, groups: list[Params], batches: Iterable[np.ndarray], scale: float = 1.0
+    mesh: Mesh,
+    kinds: Sequence[SAEKind],
+    groups: Sequence[Params],
+    batches: Iterable[np.ndarray],
+    scale: float = 1.0,
 ) -> list[Measures]:
-    """Measures on scale * x of groups of members, whose parameters have a leading member axis that lies along `sweep`.
+    """Return the metrics of groups of members on scale * x.
 
-    Batches are [tokens, d_model], none of more tokens than the first. Sums are added up over batches in float64.
+    groups: for each kind parameters with a leading member axis, split over `sweep`. batches:
+    [tokens, d_model], none with more tokens than the first. Sums over batches are float64.
     """
-    total: tuple[TokenSums, list[MemberSums]] | None = None
-    features = max(g["b_enc"].size // mesh.shape[SWEEP] for g in groups)
-    pieces = None
+    n_features = max(params["b_enc"].size // mesh.shape[SWEEP] for params in groups)
+    tiling = None
+    token_total: TokenSums | None = None
+    member_totals: list[MemberSums] = []
     for x in batches:
-        pieces = pieces or tile_batch(
-            mesh, len(x), features
-        )  # of the first: the others are no longer
-        rows = put_batch(mesh, x, pieces[0] * pieces[1])
-        sums = _batch(mesh, pieces[0])(groups, rows, np.float32(scale), np.int32(len(x)))
-        here = jax.tree.map(lambda a: np.asarray(a, np.float64), jax.device_get(sums))
-        total = (
-            (_merged(total[0], here[0]), jax.tree.map(np.add, total[1], here[1])) if total else here
-        )
-    assert total, "there are no tokens"
-    tokens, members = total
-    return [_measures(tokens, sums) for sums in members]
+        if tiling is None:
+            tiling = tile_batch(mesh, len(x), n_features)
+        rows = put_batch(mesh, x, tiling[0] * tiling[1])
+        run = _batch_program(mesh, tuple(kinds), tiling[0])
+        device_sums = run(list(groups), rows, np.float32(scale), np.int32(len(x)))
+        host_sums = jax.device_get(device_sums)
+        token_sums, member_sums = jax.tree.map(lambda a: np.asarray(a, np.float64), host_sums)
+        if token_total is None:
+            token_total = token_sums
+            member_totals = member_sums
+        else:
+            token_total = _merge(token_total, token_sums)
+            member_totals = jax.tree.map(np.add, member_totals, member_sums)
+    assert token_total, "there are no tokens"
+    return [_means(token_total, sums) for sums in member_totals]
 
 
-def _merged(a: TokenSums, b: TokenSums) -> TokenSums:
-    """Two batches as one (Chan et al. 1983)."""
+def _merge(a: TokenSums, b: TokenSums) -> TokenSums:
+    """Merge the sums of two sets of tokens (Chan, Golub & LeVeque 1983)."""
     shift = b.x / b.tokens - a.x / a.tokens
     between = np.square(shift).sum() * a.tokens * b.tokens / (a.tokens + b.tokens)
     return TokenSums(a.tokens + b.tokens, a.x + b.x, a.m2 + b.m2 + between, a.nonzero + b.nonzero)
 
 
-def _measures(tokens: TokenSums, sums: MemberSums) -> Measures:
-    residual, r, l1, cosine, norm_ratio, active = map(np.asarray, sums)
-    n, variance = float(tokens.tokens), float(tokens.m2) or np.nan
+def _means(token_sums: TokenSums, sums: MemberSums) -> Measures:
+    n_tokens = float(token_sums.tokens)
+    n_nonzero = float(token_sums.nonzero) or np.nan
+    variance = float(token_sums.m2) or np.nan
+    # Σ‖r - r̄‖² = Σ‖r‖² - ‖Σr‖² / n
+    centred_residual = sums.residual - np.square(sums.r).sum(-1) / n_tokens
+    active = np.asarray(sums.active)
     return Measures(
-        fvu=residual / variance,
-        explained_variance=1 - (residual - np.square(r).sum(-1) / n) / variance,
-        l0=active.sum(-1) / n,
-        l1=l1 / n,
-        cosine=cosine / n,
-        norm_ratio=norm_ratio / (float(tokens.nonzero) or np.nan),
-        density=active / n,
+        fvu=np.asarray(sums.residual / variance),
+        explained_variance=np.asarray(1 - centred_residual / variance),
+        l0=active.sum(-1) / n_tokens,
+        l1=np.asarray(sums.l1 / n_tokens),
+        cosine=np.asarray(sums.cosine / n_tokens),
+        norm_ratio=np.asarray(sums.norm_ratio / n_nonzero),
+        density=active / n_tokens,
     )
 
 
 @lru_cache
-def _batch(mesh: Mesh, pieces: int):
-    """The jitted (groups, rows, scale, tokens) -> (TokenSums, [MemberSums]), of which the first `tokens` rows count."""
+def _batch_program(mesh: Mesh, kinds: tuple[SAEKind, ...], n_tiles: int) -> Callable:
+    """Return the jitted (groups, rows, scale, n_tokens) -> (TokenSums, [MemberSums]).
 
-    def on_one_device(groups: list[Params], rows: tuple[Array, Array]):
+    The first n_tokens of the rows are tokens.
+    """
+
+    def on_one_device(
+        groups: list[Params], rows: tuple[Array, Array]
+    ) -> tuple[list[MemberSums], TokenSums]:
         x, is_token = rows
-        cut, mask = x.reshape(pieces, -1, x.shape[1]), is_token.reshape(pieces, -1)
-        members = [map_members(lambda p: _member_sums(p, cut, mask), group) for group in groups]
-        n, sum_x = jax.lax.psum((is_token.sum(), x.sum(0)), DATA)  # padding is 0
-        m2 = (jnp.square(x - sum_x[None] / n).sum(1) * is_token).sum()
+        tiles = x.reshape(n_tiles, -1, x.shape[1])
+        mask = is_token.reshape(n_tiles, -1)
+        members = []
+        for kind, group in zip(kinds, groups, strict=True):
+            members.append(map_members(partial(_member_sums, kind, tiles, mask), group))
+        # Padding is 0, so that it does not count in the sum of x.
+        n_tokens, sum_x = jax.lax.psum((is_token.sum(), x.sum(0)), DATA)
+        m2 = (jnp.square(x - sum_x[None] / n_tokens).sum(1) * is_token).sum()
         nonzero = (jnp.square(x).sum(1) > 0).sum(dtype=jnp.float32)
         members, m2, nonzero = jax.lax.psum((members, m2, nonzero), DATA)
-        return members, TokenSums(n, sum_x, m2, nonzero)
+        return members, TokenSums(n_tokens, sum_x, m2, nonzero)
 
     def run(
-        groups: list[Params], x: Array, scale: Array, tokens: Array
+        groups: list[Params], x: Array, scale: Array, n_tokens: Array
     ) -> tuple[TokenSums, list[MemberSums]]:
-        rows = (x.astype(jnp.float32) * scale, (jnp.arange(len(x)) < tokens).astype(jnp.float32))
+        is_token = (jnp.arange(len(x)) < n_tokens).astype(jnp.float32)
+        rows = (x.astype(jnp.float32) * scale, is_token)
         with jax.default_matmul_precision("highest"):
-            members, of_tokens = shard_over_members_and_batch(mesh, on_one_device)(groups, rows)
-        return of_tokens, members
+            members, tokens = shard_over_members_and_batch(mesh, on_one_device)(groups, rows)
+        return tokens, members
 
     return jax.jit(run, out_shardings=replicated(mesh))
 
 
 def _member_sums(
-    params: Params, x: Float[Array, "pieces piece d_model"], is_token: Float[Array, "pieces piece"]
+    kind: SAEKind,
+    x: Float[Array, "tiles tile d_model"],
+    is_token: Float[Array, "tiles tile"],
+    params: Params,
 ) -> MemberSums:
-    norm_dec = jnp.linalg.norm(params["W_dec"], axis=1)
-
-    def add(sums: MemberSums, piece: tuple[Array, Array]) -> tuple[MemberSums, None]:
-        x, mask = piece
-        f = model.encode(params, x) * mask[:, None]
-        x_hat = model.decode(params, f)
+    def add_tile(sums: MemberSums, tile: tuple[Array, Array]) -> tuple[MemberSums, None]:
+        x, mask = tile
+        features = kind.encode(params, x) * mask[:, None]
+        x_hat = kind.decode(params, features)
         r = (x_hat - x) * mask[:, None]
-        norm, norm_hat = jnp.linalg.norm(x, axis=1), jnp.linalg.norm(x_hat, axis=1)
-        product = norm * norm_hat
-        cosine = jnp.where(product > 0, (x * x_hat).sum(1) / product, 0) * mask
-        ratio = jnp.where(norm > 0, norm_hat / norm, 0) * mask
-        active = (f > 0).sum(0, dtype=jnp.int32)
-        here = MemberSums(
-            jnp.square(r).sum(), r.sum(0), (f @ norm_dec).sum(), cosine.sum(), ratio.sum(), active
+        norm = jnp.linalg.norm(x, axis=1)
+        norm_hat = jnp.linalg.norm(x_hat, axis=1)
+        norm_product = norm * norm_hat
+        cosine = jnp.where(norm_product > 0, (x * x_hat).sum(1) / norm_product, 0) * mask
+        norm_ratio = jnp.where(norm > 0, norm_hat / norm, 0) * mask
+        tile_sums = MemberSums(
+            residual=jnp.square(r).sum(),
+            r=r.sum(0),
+            l1=kind.penalty(params, features).sum(),
+            cosine=cosine.sum(),
+            norm_ratio=norm_ratio.sum(),
+            active=(features > 0).sum(0, dtype=jnp.int32),
         )
-        return jax.tree.map(jnp.add, sums, here), None
+        return jax.tree.map(jnp.add, sums, tile_sums), None
 
-    d_sae, d_model = params["W_dec"].shape
-    zero, none = jnp.zeros(()), jnp.zeros(d_sae, jnp.int32)
-    return jax.lax.scan(
-        add, MemberSums(zero, jnp.zeros(d_model), zero, zero, zero, none), (x, is_token)
-    )[0]
+    d_sae = params["b_enc"].shape[0]
+    d_model = params["b_dec"].shape[0]
+    zero = jnp.zeros(())
+    start = MemberSums(zero, jnp.zeros(d_model), zero, zero, zero, jnp.zeros(d_sae, jnp.int32))
+    return jax.lax.scan(add_tile, start, (x, is_token))[0]

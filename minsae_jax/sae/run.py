@@ -1,33 +1,45 @@
-"""The folder of a run: its settings, whether it is finished, and what it gives in the end.
+"""The folder of a run: `RunFolder` for training, `Run` for reading its results.
 
-`runs/<name>/` holds config.yaml, checkpoints/, a folder a member in members/, TensorBoard events, eval.csv where tokens
-are held out, pareto.png, and, once it is finished, sweep.csv; plots/ and wandb/ where they were asked for.
+`runs/<name>/` contains config.yaml, checkpoints/, one folder for each member in members/,
+TensorBoard events, eval.csv if there are held-out tokens, pareto.png, and, once the run is
+finished, sweep.csv; plots/, report/ and wandb/ on request.
 """
 
 import csv
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write, lock_folder
+from minsae_jax.files import atomic_write, foreign_entries, lock_folder
 from minsae_jax.monitor import EVENTS, table
-from minsae_jax.sae.config import TrainConfig, load_run_config
-from minsae_jax.sae.sweep import Member
+from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
+from minsae_jax.sae.grid import HYPER_NAMES
+from minsae_jax.sae.member import SparseAutoencoder, load_sae
 from minsae_jax.settings import to_dict
 
-FILES = (
-    "config.yaml", "sweep.csv", "eval.csv", "pareto.png", "evaluation.json", "evaluation.csv", "evaluation.png",
-)  # fmt: skip
-FOLDERS = ("checkpoints", "members", "plots", "report", ".report.tmp", ".report.old", "wandb")
-OURS = {*FILES, *(f"{name}.tmp" for name in FILES), *FOLDERS}
-# Not what is trained
-HOW = (
+SWEEP_CSV = "sweep.csv"
+EVAL_CSV = "eval.csv"
+_FILES = (
+    "config.yaml",
+    SWEEP_CSV,
+    EVAL_CSV,
+    "pareto.png",
+    "evaluation.json",
+    "evaluation.csv",
+    "evaluation.png",
+)
+_FOLDERS = ("checkpoints", "members", "plots", "report", ".report.tmp", ".report.old", "wandb")
+# Names, and patterns of names, that a run may have in its folder.
+OWNED = (*_FILES, *(f"{name}.tmp" for name in _FILES), *_FOLDERS, f"{EVENTS}*")
+# Settings that say how to train rather than what; they may change when a run resumes.
+_CHANGEABLE = (
     "run_dir",
     "mesh",
     "distributed",
@@ -36,9 +48,10 @@ HOW = (
     "max_to_keep",
     "wandb",
 )
-HYPER = ("lambda_sparsity", "lr", "seed", "d_sae")
-FIGURES = ("loss", "mse", "l1", "l0", "fvu", "dead_fraction")
-HELD_OUT = (
+_PATHS = ("store", "val_store", "checkpoint_path", "init", "root_path")
+
+TRAIN_METRICS = ("loss", "mse", "l1", "l0", "fvu", "dead_fraction")
+HELD_OUT_METRICS = (
     "fvu",
     "explained_variance",
     "l0",
@@ -48,140 +61,211 @@ HELD_OUT = (
     "cosine",
     "norm_ratio",
 )
+Metrics = dict[str, float]  # metric name -> value
 
 
-class Run:
-    """A run's folder. `settings` are resolved."""
+class RunFolder:
+    """The folder of a run in training."""
 
-    def __init__(self, settings: TrainConfig):
-        self.folder, self.settings = Path(str(settings.run_dir)), settings
+    def __init__(self, plan: TrainPlan):
+        self.folder = plan.run_dir
+        self.config = plan.config
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
     @property
-    def held_out(self) -> Path:
-        return self.folder / "eval.csv"
+    def held_out_csv(self) -> Path:
+        return self.folder / EVAL_CSV
 
     @property
-    def pareto(self) -> Path:
+    def pareto_png(self) -> Path:
         return self.folder / "pareto.png"
 
-    def member(self, member: Member) -> Path:
-        return self.folder / "members" / member.name
+    def member(self, name: str) -> Path:
+        return self.folder / "members" / name
 
     def is_finished(self) -> bool:
-        """Whether there is nothing left to do. Raises UserError where the folder holds anything but this run."""
-        config = self.folder / "config.yaml"
-        names = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
-        foreign = sorted(name for name in names - OURS if not name.startswith(EVENTS))
-        if foreign and (self.settings.overwrite or not config.exists()):
+        """Return whether nothing is left to do.
+
+        Raises UserError if the folder contains anything but this run.
+        """
+        has_config = (self.folder / "config.yaml").exists()
+        foreign = foreign_entries(self.folder, OWNED)
+        if foreign and (self.config.overwrite or not has_config):
             raise UserError(
-                f"{self.folder} holds {foreign[0]}, which is no run's: name another folder with --run_dir"
+                f"{self.folder} contains {foreign[0]}, which is not part of a run; "
+                "choose another --run_dir"
             )
-        if self.settings.overwrite:
+        if self.config.overwrite:
             return False
-        if not config.exists():
+        if not has_config:
             if self.checkpoints.exists():
                 raise UserError(
-                    f"{self.folder} holds checkpoints but no config.yaml: use --overwrite to start anew"
+                    f"{self.folder} contains checkpoints but no config.yaml; use --overwrite to "
+                    "start anew"
                 )
             return False
-        now, before = self.kept(), _kept(load_run_config(self.folder))
-        other = [f"{k} ({before[k]}, now {now[k]})" for k in now if _differs(k, before[k], now[k])]
-        if other:
-            raise UserError(
-                f"{self.folder} holds a run of other settings: {', '.join(other)}; name another --run_dir, or use "
-                "--overwrite"
-            )
-        return (self.folder / "sweep.csv").exists()
+        self._refuse_other_settings()
+        return (self.folder / SWEEP_CSV).exists()
 
-    def kept(self) -> dict[str, Any]:
-        """What is remembered of the settings."""
-        return _kept(self.settings)
+    def _refuse_other_settings(self) -> None:
+        before = saved_settings(load_run_config(self.folder))
+        changes = []
+        for name, now in self.saved_settings().items():
+            if _differs(name, before[name], now):
+                changes.append(f"{name} ({before[name]}, now {now})")
+        if changes:
+            raise UserError(
+                f"{self.folder} contains a run with other settings: {', '.join(changes)}; choose "
+                "another --run_dir, or use --overwrite"
+            )
+
+    def saved_settings(self) -> dict[str, Any]:
+        """Return the settings as they are written to config.yaml."""
+        return saved_settings(self.config)
 
     def is_new(self) -> bool:
-        """Whether there is nothing to go on from."""
-        saved = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        return self.settings.overwrite or not any(
-            p.name.isdecimal() for p in saved
-        )  # others were cut off
+        """Return whether there is no checkpoint to resume from."""
+        if self.config.overwrite or not self.checkpoints.is_dir():
+            return True
+        # A checkpoint that was interrupted has a suffix to its number.
+        return not any(path.name.isdecimal() for path in self.checkpoints.iterdir())
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
-        """The folder made, or cleared where it is to be overwritten, and locked."""
+    def locked(self) -> Iterator[None]:
+        """Create the folder, or empty it with --overwrite, and hold its lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(self.folder):
-            if self.settings.overwrite:
-                for path in self.folder.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            with atomic_write(self.folder / "config.yaml") as aside:
-                aside.write_text(yaml.safe_dump({"train": self.kept()}, sort_keys=False))
+            if self.config.overwrite:
+                _empty(self.folder)
+            with atomic_write(self.folder / "config.yaml") as file:
+                content = {"train": self.saved_settings()}
+                file.write_text(yaml.safe_dump(content, sort_keys=False))
             yield
 
     def finish(self, rows: list[dict[str, Any]]) -> None:
-        """Write sweep.csv, a row a member: its name, HYPER, FIGURES, status."""
-        with atomic_write(self.folder / "sweep.csv") as aside, aside.open("w", newline="") as f:
-            writer = csv.DictWriter(f, ("member", *HYPER, *FIGURES, "status"))
+        """Write sweep.csv, one row for each member, which marks the run as finished."""
+        columns = ("member", *HYPER_NAMES, *TRAIN_METRICS, "status")
+        with atomic_write(self.folder / SWEEP_CSV) as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
 
-    def read_held_out(self) -> dict[str, dict[str, float]]:
-        """HELD_OUT of every member when it was last measured; empty where there was no such thing."""
-        if not self.held_out.exists():
-            return {}
-        with self.held_out.open(newline="") as f:
-            rows = list(csv.DictReader(f))
-        return {row["member"]: {name: float(row[name]) for name in HELD_OUT} for row in rows}
+
+@dataclass(frozen=True)
+class RunMember:
+    """A member of a finished run."""
+
+    name: str
+    folder: Path
+    hyper: dict[str, float]
+    metrics: Metrics  # of the last log interval
+    held_out: Metrics  # of the last measurement on held-out tokens; empty without such a store
+    status: str  # finished, or diverged
+
+    def load(self) -> SparseAutoencoder:
+        """Load the member's weights."""
+        return load_sae(self.folder)
+
+    def read_metrics(self) -> np.ndarray:
+        """Return metrics.csv as a structured array, one row for each log interval."""
+        return np.atleast_1d(np.genfromtxt(self.folder / "metrics.csv", delimiter=",", names=True))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    members: tuple[RunMember, ...]
+    was_finished: bool = False  # before `train` was called
+
+    @property
+    def metrics(self) -> dict[str, Metrics]:
+        """Every member's metrics of its last log interval."""
+        return {member.name: member.metrics for member in self.members}
 
     def summary(self) -> str:
-        """The members of a finished run, as a table for the terminal."""
-        formats = {
-            "lambda_sparsity": "g",
-            "mse": ".4g",
-            "l0": ".1f",
-            "fvu": ".3f",
-            "dead_fraction": ".1%",
-        }
-        try:
-            with (self.folder / "sweep.csv").open(newline="") as f:
-                rows = list(csv.DictReader(f))
-            cells = [
-                [r["member"], *(format(float(r[k]), f) for k, f in formats.items())] for r in rows
+        """Return the members as a table for the terminal."""
+        has_held_out = any(member.held_out for member in self.members)
+        columns = ["member", "λ", "MSE", "L0", "FVU", "dead"]
+        if has_held_out:
+            columns += ["val L0", "val FVU"]
+        rows = []
+        for member in self.members:
+            m = member.metrics
+            row = [
+                member.name,
+                f"{member.hyper['lambda_sparsity']:g}",
+                f"{m['mse']:.4g}",
+                f"{m['l0']:.1f}",
+                f"{m['fvu']:.3f}",
+                f"{m['dead_fraction']:.1%}",
             ]
-            held_out = self.read_held_out()
-            for row, line in zip(rows, cells, strict=True):
-                if held_out:
-                    line += [
-                        format(held_out[row["member"]][name], formats[name])
-                        for name in ("l0", "fvu")
-                    ]
-                line.append(row["status"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise UserError(
-                f"sweep.csv or eval.csv in {self.folder} is damaged ({e}): use --overwrite to train anew"
-            ) from e
-        columns = [
-            "member",
-            "λ",
-            "MSE",
-            "L0",
-            "FVU",
-            "dead",
-            *(["val L0", "val FVU"] if held_out else []),
-            "status",
-        ]
-        return table(columns, cells)
+            if has_held_out:
+                row += [f"{member.held_out['l0']:.1f}", f"{member.held_out['fvu']:.3f}"]
+            rows.append([*row, member.status])
+        return table([*columns, "status"], rows)
 
 
-def _kept(settings: TrainConfig) -> dict[str, Any]:
-    """What a run remembers of its settings; overwriting is an act, not a property."""
-    return to_dict(replace(settings, overwrite=False))
+def load_run(folder: str | Path, was_finished: bool = False) -> Run:
+    """Read the results of a finished run. Raises UserError if it is unfinished or damaged."""
+    folder = Path(folder)
+    path = folder / SWEEP_CSV
+    if not path.is_file():
+        raise UserError(f"{folder} is not a finished run; rerun its train command")
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        held_out = read_held_out(folder)
+        members = tuple(_read_member(folder, row, held_out) for row in rows)
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"{SWEEP_CSV} or {EVAL_CSV} in {folder} is damaged ({e}); use --overwrite to train anew"
+        ) from e
+    return Run(folder, members, was_finished)
+
+
+def _read_member(folder: Path, row: dict[str, str], held_out: dict[str, Metrics]) -> RunMember:
+    name = row["member"]
+    return RunMember(
+        name=name,
+        folder=folder / "members" / name,
+        hyper={key: float(row[key]) for key in HYPER_NAMES},
+        metrics={key: float(row[key]) for key in TRAIN_METRICS},
+        held_out=held_out[name] if held_out else {},
+        status=row["status"],
+    )
+
+
+def read_held_out(folder: Path) -> dict[str, Metrics]:
+    """Return every member's last metrics on held-out tokens; empty if there are none."""
+    path = folder / EVAL_CSV
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    # Later rows of a member replace earlier ones.
+    return {row["member"]: {name: float(row[name]) for name in HELD_OUT_METRICS} for row in rows}
+
+
+def saved_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings as in config.yaml, without `overwrite`, which is an action."""
+    return to_dict(replace(config, overwrite=False))
 
 
 def _differs(name: str, before: Any, now: Any) -> bool:
-    """Whether a setting that matters has changed; paths are compared for where they lead."""
-    if name in ("store", "val_store", "checkpoint_path", "init", "root_path") and before and now:
+    """Return whether a setting that matters has changed; paths are compared after resolving."""
+    if name in _PATHS and before and now:
         return Path(before).resolve() != Path(now).resolve()
-    return name not in HOW and before != now
+    return name not in _CHANGEABLE and before != now
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

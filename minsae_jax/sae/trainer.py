@@ -1,4 +1,4 @@
-"""The training loop: one stream of tokens, all members side by side: `python -m minsae_jax train`."""
+"""The training loop: one stream of tokens, all members of the sweep side by side."""
 
 import json
 import signal
@@ -9,13 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import jax
-import numpy as np
 
 from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import Source
 from minsae_jax.errors import Stopped, UserError
 from minsae_jax.monitor import Bar, progress
-from minsae_jax.parallel.mesh import product_flops
 from minsae_jax.parallel.processes import (
     any_process,
     barrier,
@@ -23,255 +21,308 @@ from minsae_jax.parallel.processes import (
     process_index,
     same_on_all_processes,
 )
-from minsae_jax.sae.checkpoints import Checkpoints
-from minsae_jax.sae.config import TrainConfig
-from minsae_jax.sae.data import Inputs, check_inputs, held_out_batches
-from minsae_jax.sae.logger import Journal
+from minsae_jax.sae.checkpoints import Checkpoints, Progress
+from minsae_jax.sae.config import TrainConfig, TrainPlan
+from minsae_jax.sae.data import TrainData, held_out_batches, open_train_data
+from minsae_jax.sae.logger import RunLogger, interval_metrics
 from minsae_jax.sae.measures import measure
-from minsae_jax.sae.member import fold_scale
-from minsae_jax.sae.run import Run
-from minsae_jax.sae.sweep import State, Sweep, read_window
+from minsae_jax.sae.run import HELD_OUT_METRICS, Run, RunFolder, load_run
+from minsae_jax.sae.sweep import DeviceMetrics, Sweep, read_metrics
 
-IN_FLIGHT = 2  # steps handed to the devices ahead of the one that is waited for
-FLOPS = 10  # of d_model * d_sae: five products a token
+# Steps that are queued on the devices while the host goes on.
+STEPS_IN_FLIGHT = 2
 
 
 def train(
-    settings: TrainConfig,
+    config: TrainConfig,
     encoder_fingerprint: str | None = None,
     open_live: Callable[[], Source] | None = None,
-) -> str:
-    """Train a sweep, or go on with it; returns what to tell.
+    on_step: Callable[[int], None] | None = None,
+) -> Run:
+    """Train a sweep, or resume it from its last checkpoint, and return its results.
 
-    With `encoder_fingerprint` the store must be that encoder's; with `open_live` there is none, and that gives what is
-    read in its place. In a cluster every process calls this; one writes. Raises UserError on settings, a store or a run
-    folder that do not fit, before anything is written.
+    encoder_fingerprint: of the encoder that the store must come from. open_live: opens live
+    activations, which replace the store. on_step: called with the number of each finished step.
+    In a cluster every process calls this and one writes. Raises UserError before anything is
+    written if settings, store or run folder do not fit one another.
     """
-    settings = settings.resolved()
-    run = Run(settings)
-    with barrier(f"look at the inputs of {run.folder}"):
-        if run.is_finished():
-            return f"the run {run.folder} is finished already\n{run.summary()}"
-        store = open_live() if open_live else open_store(settings.store, settings.cache_layer)
-        inputs = check_inputs(settings, store, encoder_fingerprint, run.is_new())
-    seen = [
-        run.kept(),
-        store.fingerprint,
-        inputs.held_out and inputs.held_out.fingerprint,
-        run.is_new(),
-    ]
-    if not same_on_all_processes(json.dumps(seen)):
-        raise UserError(
-            "the processes were not given the same command, or do not see the same files"
-        )
+    plan = config.plan()
+    folder = RunFolder(plan)
+    with barrier(f"open the inputs of {folder.folder}"):
+        if folder.is_finished():
+            return load_run(folder.folder, was_finished=True)
+        store: Source
+        if open_live is None:
+            store = open_store(plan.config.store, plan.config.cache_layer)
+        else:
+            store = open_live()
+        data = open_train_data(plan, store, encoder_fingerprint, folder.is_new())
+    _check_processes_agree(folder, data)
     with ExitStack() as stack:
-        with barrier(f"begin {run.folder}"):
+        with barrier(f"create {folder.folder}"):
             if process_index() == 0:
-                stack.enter_context(run.begun())
-        checkpoints = stack.enter_context(Checkpoints(run.checkpoints, settings.max_to_keep))
-        Trainer(inputs, run, checkpoints).train()
-    return f"the run {run.folder} is finished\n{run.summary()}"
+                stack.enter_context(folder.locked())
+        checkpoints = Checkpoints(folder.checkpoints, plan.config.max_to_keep)
+        stack.enter_context(checkpoints)
+        trainer = Trainer(plan, folder, data, checkpoints, on_step)
+        trainer.train()
+    return load_run(folder.folder)
+
+
+def _check_processes_agree(folder: RunFolder, data: TrainData) -> None:
+    held_out = data.held_out.fingerprint if data.held_out else None
+    facts = [folder.saved_settings(), data.store.fingerprint, held_out, folder.is_new()]
+    if not same_on_all_processes(json.dumps(facts)):
+        raise UserError(
+            "the processes got different commands or see different files; start all with the "
+            "same command on a shared file system"
+        )
 
 
 class Trainer:
-    """A run from its last checkpoint, or from its beginning, to its end."""
+    """A run from its last checkpoint, or from its start, to its end."""
 
-    def __init__(self, inputs: Inputs, run: Run, checkpoints: Checkpoints):
-        self.settings, self.store, self.stream = inputs.settings, inputs.store, inputs.stream
-        self.held_out, self.checkpoints = inputs.held_out, checkpoints
-        self.sweep = Sweep(self.settings, inputs.groups, self.store.d_model)
-        self.journal = Journal(inputs, run, writes=process_index() == 0)
-        self.step, self.tokens = 0, 0
+    def __init__(
+        self,
+        plan: TrainPlan,
+        folder: RunFolder,
+        data: TrainData,
+        checkpoints: Checkpoints,
+        on_step: Callable[[int], None] | None = None,
+    ):
+        self.config = plan.config
+        self.num_steps = plan.optimizer.num_steps
+        self.folder = folder
+        self.data = data
+        self.checkpoints = checkpoints
+        self.on_step = on_step
+        self.sweep = Sweep(plan, data.groups, data.store.d_model)
+        self.l1_weighted = plan.logs_weighted_l1
+        self.logger = RunLogger(
+            plan,
+            folder,
+            data.groups,
+            has_held_out=data.held_out is not None,
+            writes=process_index() == 0,
+        )
         latest = checkpoints.latest()
-        if latest is not None:
-            self._restore(latest, run)
+        if latest is None:
+            self._start()
         else:
-            assert inputs.scale is not None
-            self.scale = inputs.scale
-            self.state = self.sweep.init(
-                fold_scale(inputs.start, 1 / self.scale) if inputs.start else None
-            )
+            self._resume(latest)
+        self.saved_at = time.monotonic()
+        self.throughput = Throughput(self.progress.tokens)
 
-    def _restore(self, step: int, run: Run) -> None:
-        state, notes = self.checkpoints.restore(step, self.sweep.abstract_portable())
-        if notes["store"] != self.store.fingerprint:
+    def _start(self) -> None:
+        assert self.data.scale is not None
+        held_out = self.data.held_out
+        self.progress = Progress(
+            scale=self.data.scale,
+            store=self.data.store.fingerprint,
+            held_out_store=held_out.fingerprint if held_out else None,
+        )
+        start = self.data.start
+        if start is not None:
+            # Training sees scale * x, and `start` is for x.
+            kind = self.data.groups[0][0].kind
+            start = kind.fold_scale(start, 1 / self.data.scale)
+        self.state = self.sweep.init(start)
+
+    def _resume(self, step: int) -> None:
+        abstract = self.sweep.abstract_portable()
+        state, self.progress, position = self.checkpoints.restore(step, abstract)
+        if self.progress.store != self.data.store.fingerprint:
             raise UserError(
-                f"the store {self.store.folder} has changed since {run.folder} began: bring the old one back, or "
-                "use --overwrite"
+                f"the store {self.data.store.folder} has changed since {self.folder.folder} was "
+                "started; restore it, or use --overwrite"
             )
-        if notes["held_out"] != self._held_out_fingerprint():
+        held_out = self.data.held_out
+        if self.progress.held_out_store != (held_out.fingerprint if held_out else None):
             raise UserError(
-                f"the held-out store is not the one that {run.folder} began with: bring that back, or use --overwrite"
+                f"the held-out store has changed since {self.folder.folder} was started; restore "
+                "it, or use --overwrite"
             )
         self.state = self.sweep.from_portable(state)
-        self.step, self.tokens, self.scale = step, notes["tokens"], notes["scale"]
-        self.journal.figures, self.journal.diverged = notes["figures"], notes["diverged"]
-        self.journal.measured = notes["measured"]
-        self.stream.set_state(notes["stream"])
-
-    def _save(self) -> None:
-        notes = {
-            "tokens": self.tokens,
-            "scale": self.scale,
-            "figures": self.journal.figures,
-            "measured": self.journal.measured,
-            "diverged": self.journal.diverged,
-            "stream": self.stream.get_state(),
-            "store": self.store.fingerprint,
-            "held_out": self._held_out_fingerprint(),
-        }
-        self.checkpoints.save(self.step, self.sweep.portable(self.state), notes)
-        self.saved_at = time.monotonic()
-
-    def _held_out_fingerprint(self) -> str | None:
-        return self.held_out.fingerprint if self.held_out else None
+        self.data.stream.set_state(position)
 
     def train(self) -> None:
-        """Steps to the end, then the exports."""
-        with self.journal.opened(self.step, self.tokens):
-            self._loop()
+        """Make the remaining steps, then export the members."""
+        with self.logger.opened(self.progress):
+            self._run_steps()
         self.checkpoints.wait()
         with barrier("write the members"):
-            self.journal.export(self.step, self.tokens, self.scale, self.sweep.weights(self.state))
+            weights = self.sweep.weights(self.state)
+            self.logger.export(self.progress, self.data.store, weights)
 
-    def _loop(self) -> None:
-        s, num_steps, scale = self.settings, self.settings.num_steps or 0, np.float32(self.scale)
-        in_flight: deque[jax.Array] = deque()
-        ended: tuple[int, int, State] | None = None  # step, tokens, and the window that ended there
-        self.saved_at = time.monotonic()
-        self.pace = Pace(self.sweep, s.precision, self.tokens)
-        with progress("train", num_steps, "steps") as bar, stop_signals() as stop:
-            bar.start_at(self.step)
-            while self.step < num_steps:
-                with self.pace.waiting():
-                    x = next(self.stream)
+    def _run_steps(self) -> None:
+        losses_in_flight: deque[jax.Array] = deque()
+        unlogged: DeviceMetrics | None = None
+        with progress("train", self.num_steps, "steps") as bar, stop_signals() as signals:
+            bar.start_at(self.progress.step)
+            while self.progress.step < self.num_steps:
+                with self.throughput.waiting():
+                    x = next(self.data.stream)
+                on_device = self.sweep.put(x)
                 self.state, loss = self.sweep.step(
-                    self.state, self.sweep.hyper, self.sweep.put(x), scale, tokens=len(x)
+                    self.state, on_device, self.progress.scale, len(x)
                 )
-                self.step, self.tokens = self.step + 1, self.tokens + len(x)
-                in_flight.append(loss)
-                if len(in_flight) > IN_FLIGHT:
-                    in_flight.popleft().block_until_ready()
-                if (
-                    ended
-                ):  # a step late, so that the devices have work while it is fetched and written
-                    self._log(*ended, bar)
-                    ended = None
+                losses_in_flight.append(loss)
+                if len(losses_in_flight) > STEPS_IN_FLIGHT:
+                    losses_in_flight.popleft().block_until_ready()
+                # Metrics are fetched one step late, while the devices work on this one.
+                if unlogged is not None:
+                    self._log_interval(unlogged, bar)
+                    unlogged = None
+                self.progress.step += 1
+                self.progress.tokens += len(x)
                 bar.advance(1)
-                last, window_ends = self.step == num_steps, self.step % s.eval_window == 0
-                if last or window_ends:
-                    self.state, window = self.sweep.take_window(self.state)
-                    ended = (self.step, self.tokens, window)
-                if self.held_out and (last or self.step % s.eval_every == 0):
-                    jax.block_until_ready(self.state)
-                    with self.pace.paused():
-                        self._measure()
-                stopped, late = self._asked(bool(stop), window_ends)
-                if last or stopped or late or self.step % s.checkpoint_every == 0:
-                    if ended:
-                        self._log(*ended, bar)
-                        ended = None
+
+                step = self.progress.step
+                is_last = step == self.num_steps
+                ends_interval = step % self.config.eval_window == 0
+                if is_last or ends_interval:
+                    self.state, unlogged = self.sweep.take_metrics(self.state)
+                if self.data.held_out and (is_last or step % self.config.eval_every == 0):
+                    self._measure_held_out()
+                stopped, is_late = self._ask_processes(bool(signals), ends_interval)
+                if is_last or stopped or is_late or step % self.config.checkpoint_every == 0:
+                    if unlogged is not None:
+                        self._log_interval(unlogged, bar)
+                        unlogged = None
                     self._save()
-                if stopped and not last:
+                if stopped and not is_last:
                     self.checkpoints.wait()
-                    number = stop[0] if stop else signal.SIGTERM
                     raise Stopped(
-                        number,
-                        f"stopped at step {self.step}, and saved: the same command goes on from there",
+                        signals[0] if signals else signal.SIGTERM,
+                        f"stopped at step {step}, checkpoint saved; rerun the same command to "
+                        "resume",
                     )
+                if self.on_step:
+                    self.on_step(step)
 
-    def _asked(self, stop: bool, window_ends: bool) -> tuple[bool, bool]:
-        """Whether a process was asked to stop, and whether a checkpoint is overdue; processes ask one another when a
-        window ends."""
-        late = time.monotonic() - self.saved_at > 60 * self.settings.checkpoint_minutes
-        if process_count() > 1 and not window_ends:
+    def _ask_processes(self, stop: bool, ends_interval: bool) -> tuple[bool, bool]:
+        """Return whether a process was asked to stop, and whether a checkpoint is overdue.
+
+        In a cluster the processes agree on this at the end of a log interval.
+        """
+        minutes = (time.monotonic() - self.saved_at) / 60
+        is_late = minutes > self.config.checkpoint_minutes
+        if process_count() > 1 and not ends_interval:
             return False, False
-        return any_process(stop, late)
+        return any_process(stop, is_late)
 
-    def _log(self, step: int, tokens: int, ended: State, bar: Bar) -> None:
+    def _log_interval(self, device_metrics: DeviceMetrics, bar: Bar) -> None:
+        """Fetch and write the metrics of the log interval that ended at the current step."""
+        progress = self.progress
         with barrier("write metrics"):
-            windows = read_window(ended)
-            if windows is None:
+            groups = read_metrics(device_metrics)
+            if groups is None:
                 raise UserError(
-                    f"the store {self.store.folder} holds NaN or infinity: extract it again"
+                    f"the store {self.data.store.folder} contains NaN or infinity; extract it again"
                 )
-            speed = self.pace.since_last(tokens)
-            schedules = self.sweep.schedules(step - 1)
-            self.journal.window(
-                step, tokens, windows, (float(schedules[0]), float(schedules[1])), speed
+            speed = self.throughput.since_last(progress.tokens)
+            # The factors of the step that was made last; steps count from 0.
+            schedules = (
+                float(self.sweep.lambda_schedule(progress.step - 1)),
+                float(self.sweep.lr_schedule(progress.step - 1)),
             )
-        bar.note(
-            f"{self.pace.members} x {speed['tokens_per_second'] / 1e3:,.0f}k tokens/s, "
-            f"{speed['share_of_limit']:.0%} of limit, {speed['waiting']:.0%} waiting"
-        )
+            is_complete = progress.step % self.config.eval_window == 0
+            for group, metrics in zip(self.data.groups, groups, strict=True):
+                for i, member in enumerate(group):
+                    l1_weight = member.lambda_sparsity if self.l1_weighted else 1.0
+                    progress.metrics[member.name] = interval_metrics(metrics, i, l1_weight)
+                    if metrics.frozen[i] and member.name not in progress.diverged:
+                        progress.diverged[member.name] = int(metrics.steps[i]) + 1
+                        self.logger.log_divergence(member, progress.diverged[member.name])
+                    # A shorter interval at the end counts for sweep.csv only.
+                    if is_complete:
+                        self.logger.log_interval(
+                            progress, member, metrics.active[i], schedules, speed
+                        )
+        n_members = len(self.logger.members)
+        rate = speed["tokens_per_second"]
+        bar.note(f"{n_members} x {rate / 1e3:,.0f}k tokens/s, {speed['waiting']:.0%} waiting")
 
-    def _measure(self) -> None:
-        """Measures on held-out tokens of the members as they are now."""
-        assert self.held_out
-        batches = held_out_batches(self.settings, self.held_out)
-        groups = measure(
-            self.sweep.mesh, [g["params"] for g in self.state["groups"]], batches, self.scale
-        )
-        with barrier("write measures"):
-            self.journal.held_out(
-                self.step, self.tokens, groups, self.sweep.dead_fractions(self.state)
-            )
+    def _measure_held_out(self) -> None:
+        assert self.data.held_out
+        jax.block_until_ready(self.state)
+        with self.throughput.paused():
+            batches = held_out_batches(self.config, self.data.held_out)
+            params = [group.params for group in self.state.groups]
+            kinds = [group[0].kind for group in self.data.groups]
+            scale = self.progress.scale
+            measures = measure(self.sweep.mesh, kinds, params, batches, scale)
+            dead_fractions = self.sweep.dead_fractions(self.state)
+            for group, of_group, dead in zip(
+                self.data.groups, measures, dead_fractions, strict=True
+            ):
+                for i, member in enumerate(group):
+                    names = [name for name in HELD_OUT_METRICS if name != "dead_fraction"]
+                    values = {name: float(getattr(of_group, name)[i]) for name in names}
+                    values["dead_fraction"] = float(dead[i])
+                    self.progress.held_out[member.name] = values
+            with barrier("write metrics on held-out tokens"):
+                self.logger.log_held_out(self.progress)
+
+    def _save(self) -> None:
+        state = self.sweep.portable(self.state)
+        self.checkpoints.save(self.progress, state, self.data.stream.get_state())
+        self.saved_at = time.monotonic()
 
 
-class Pace:
-    """How fast it goes, against what the devices could do."""
+class Throughput:
+    """Tokens per second, and the share of time spent waiting for the stream."""
 
-    def __init__(self, sweep: Sweep, precision: str, tokens: int):
-        self.members = sum(map(len, sweep.groups))
-        flops = (
-            FLOPS * sweep.d_model * sum(member.d_sae for group in sweep.groups for member in group)
-        )
-        self.limit = product_flops(sweep.mesh, precision) / flops  # tokens a second
-        self.tokens, self.began, self.waited = tokens, time.perf_counter(), 0.0
+    def __init__(self, tokens: int):
+        self._tokens = tokens
+        self._started = time.perf_counter()
+        self._waited = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """For the stream: time that the devices may, or may not, have work for."""
-        began = time.perf_counter()
+        """Count the time in this block as waiting."""
+        started = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - began
+        self._waited += time.perf_counter() - started
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is no training: it counts for nothing."""
-        began = time.perf_counter()
+        """Exclude the time in this block, which is not training."""
+        started = time.perf_counter()
         yield
-        self.began += time.perf_counter() - began
+        self._started += time.perf_counter() - started
 
     def since_last(self, tokens: int) -> dict[str, float]:
-        """Over the steps since this was asked last."""
+        """Return the speed since the last call; tokens: trained on so far."""
         now = time.perf_counter()
-        seconds, rate = now - self.began, (tokens - self.tokens) / (now - self.began)
+        seconds = now - self._started
         speed = {
-            "tokens_per_second": rate,
-            "share_of_limit": rate / self.limit,
-            "waiting": self.waited / seconds,
+            "tokens_per_second": (tokens - self._tokens) / seconds,
+            "waiting": self._waited / seconds,
         }
-        self.tokens, self.began, self.waited = tokens, now, 0.0
+        self._tokens = tokens
+        self._started = now
+        self._waited = 0.0
         return speed
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C are noted in the list, for the loop to end in good order; a second one ends it at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # where signals cannot be caught
-        yield asked
+    """Yield a list to which SIGTERM and Ctrl-C are added; a second signal interrupts at once."""
+    received: list[int] = []
+    # Python allows signal handlers in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        yield received
         return
 
-    def note(number: int, _: object) -> None:
-        if asked:
+    def handle(number: int, _: object) -> None:
+        if received:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

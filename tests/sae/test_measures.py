@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from minsae_jax.parallel.mesh import make_mesh
+from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.measures import measure
 
 D, F = 8, 20
+RELU = KINDS["relu"]
 
 
 def members(count, seed=0):
@@ -30,7 +32,7 @@ def test_definitions():
     x = (rng.normal(size=(210, D)) * rng.uniform(0.1, 3, size=D) + 2).astype(np.float32)
     x[17] = 0
     groups = [members(2), members(4, seed=5)]
-    found = measure(make_mesh(2, 4), groups, cut(x, 50), scale=0.7)
+    found = measure(make_mesh(2, 4), [RELU, RELU], groups, cut(x, 50), scale=0.7)
     x = x.astype(np.float64) * 0.7
     for group, measures in zip(groups, found, strict=True):
         for i in range(len(group["b_enc"])):
@@ -80,6 +82,7 @@ def test_closed_forms(change, expected):
     x = (x - x.mean(0)) / x.std(0)  # so that Σ‖x - x̄‖² = Σ‖x‖²
     (found,) = measure(
         make_mesh(),
+        [RELU],
         [{k: v[None].astype(np.float32) for k, v in params.items()}],
         cut(x.astype(np.float32), 999),
     )
@@ -92,7 +95,7 @@ def test_variance_is_about_the_mean_of_all_batches():
     x = np.random.default_rng(3).normal(size=(6, 100, D)) + 1000 + 50 * np.arange(6)[:, None, None]
     params = {k: v[None].astype(np.float32) for k, v in identity().items()}
     params["b_dec"] += 1
-    (found,) = measure(make_mesh(), [params], list(x.astype(np.float32)))
+    (found,) = measure(make_mesh(), [RELU], [params], list(x.astype(np.float32)))
     flat = x.reshape(-1, D)
     expected = len(flat) * D / ((flat - flat.mean(0)) ** 2).sum()
     assert found.fvu[0] == pytest.approx(expected, rel=1e-3)

@@ -9,11 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from minsae_jax import UserError, load_sae
-from minsae_jax.sae import member as model
+from minsae_jax.sae.kinds import KINDS
+from minsae_jax.sae.member import save_member
+
+RELU = KINDS["relu"]
 
 
 def test_tied_start():
-    p = model.init_tied(jax.random.key(0), 16, 64, decoder_norm=0.1)
+    p = RELU.init_tied(jax.random.key(0), 16, 64, decoder_norm=0.1)
     np.testing.assert_allclose(jnp.linalg.norm(p["W_dec"], axis=1), 0.1, rtol=1e-5)
     np.testing.assert_array_equal(p["W_enc"], p["W_dec"].T)
     assert not p["b_enc"].any()
@@ -22,7 +25,7 @@ def test_tied_start():
 
 
 def test_torch_start():
-    p = model.init_torch(jax.random.key(0), 64, 256)
+    p = RELU.init_torch(jax.random.key(0), 64, 256)
     for name, bound in (("W_enc", 1 / 8), ("b_enc", 1 / 8), ("W_dec", 1 / 16), ("b_dec", 1 / 16)):
         values = np.asarray(p[name])
         assert np.abs(values).max() <= bound
@@ -31,24 +34,24 @@ def test_torch_start():
 
 
 def test_folded_scale_reconstructs_raw_activations():
-    scaled = model.init_torch(jax.random.key(0), 8, 20)
-    raw = model.fold_scale(scaled, 3.0)
+    scaled = RELU.init_torch(jax.random.key(0), 8, 20)
+    raw = RELU.fold_scale(scaled, 3.0)
     x = jax.random.normal(jax.random.key(1), (5, 8))
-    features = model.encode(scaled, 3 * x)
-    np.testing.assert_allclose(model.encode(raw, x), features, atol=1e-5)
+    features = RELU.encode(scaled, 3 * x)
+    np.testing.assert_allclose(RELU.encode(raw, x), features, atol=1e-5)
     np.testing.assert_allclose(
-        model.decode(raw, features), model.decode(scaled, features) / 3, atol=1e-6
+        RELU.decode(raw, features), RELU.decode(scaled, features) / 3, atol=1e-6
     )
-    assert np.abs(model.decode(raw, features) - model.decode(scaled, features)).max() > 0.01
-    for name, value in model.fold_scale(raw, 1 / 3).items():
+    assert np.abs(RELU.decode(raw, features) - RELU.decode(scaled, features)).max() > 0.01
+    for name, value in RELU.fold_scale(raw, 1 / 3).items():
         np.testing.assert_allclose(value, scaled[name], atol=1e-6)
 
 
 def test_member_files(tmp_path):
-    params = {k: np.asarray(v) for k, v in model.init_torch(jax.random.key(0), 8, 20).items()}
-    model.save_member(tmp_path / "m", params, {"layer": -1})
+    params = {k: np.asarray(v) for k, v in RELU.init_torch(jax.random.key(0), 8, 20).items()}
+    save_member(tmp_path / "m", params, {"layer": -1})
     held = load_file(tmp_path / "m" / "sae.safetensors")
-    assert {k: v.shape for k, v in held.items()} == model.shapes(8, 20)
+    assert {k: v.shape for k, v in held.items()} == RELU.shapes(8, 20)
     sae = load_sae(tmp_path / "m")
     assert sae.config == {"layer": -1}
     assert (sae.d_model, sae.d_sae) == (8, 20)
@@ -66,16 +69,16 @@ def test_member_files(tmp_path):
 
 
 def test_wrong_members(tmp_path):
-    params = {k: np.asarray(v) for k, v in model.init_torch(jax.random.key(0), 8, 20).items()}
-    with pytest.raises(UserError, match=r"there is no sae\.safetensors"):
+    params = {k: np.asarray(v) for k, v in RELU.init_torch(jax.random.key(0), 8, 20).items()}
+    with pytest.raises(UserError, match=r"has no sae\.safetensors"):
         load_sae(tmp_path)
     save_file(params | {"more": np.zeros(2, np.float32)}, tmp_path / "sae.safetensors")
-    with pytest.raises(UserError, match="must hold exactly W_enc, b_enc, W_dec, b_dec"):
+    with pytest.raises(UserError, match="must contain exactly W_enc, b_enc, W_dec, b_dec"):
         load_sae(tmp_path)
     save_file(
         params | {"W_dec": np.ascontiguousarray(params["W_dec"].T)}, tmp_path / "sae.safetensors"
     )
-    with pytest.raises(UserError, match="does not fit together"):
+    with pytest.raises(UserError, match="inconsistent shapes"):
         load_sae(tmp_path)
     (tmp_path / "sae.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged"):

@@ -9,7 +9,9 @@ import pytest
 
 from minsae_jax import UserError
 from minsae_jax.sae.config import TrainConfig
-from minsae_jax.sae.sweep import Sweep, make_groups, read_window
+from minsae_jax.sae.grid import make_groups
+from minsae_jax.sae.step import make_schedules
+from minsae_jax.sae.sweep import Sweep, read_metrics
 
 D = 16
 SETTINGS = TrainConfig(
@@ -19,7 +21,7 @@ SETTINGS = TrainConfig(
     feature_dim_factor=(2.0, 3.0),
     num_steps=20,
     batch_size=48,
-).resolved()
+)
 
 
 def batches(count, tokens=48):
@@ -27,39 +29,53 @@ def batches(count, tokens=48):
     return [rng.normal(size=(tokens, D)).astype(np.float32) for _ in range(count)]
 
 
+def make_sweep(settings):
+    return Sweep(settings.plan(), make_groups(settings.plan(), D), D)
+
+
+def make_step(sweep, state, x):
+    state, _ = sweep.step(state, sweep.put(x), 1.0, len(x))
+    return state
+
+
 def run(settings, xs):
-    """Final parameters by member, and figures of every step."""
-    sweep = Sweep(settings, make_groups(settings, D), D)
-    state, windows = sweep.init(), []
+    """Return the final parameters of every member, and the metrics of every step."""
+    sweep = make_sweep(settings)
+    state = sweep.init()
+    steps = []
     for x in xs:
-        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
-        state, ended = sweep.take_window(state)
-        windows.append(read_window(ended))
+        state = make_step(sweep, state, x)
+        state, metrics = sweep.take_metrics(state)
+        steps.append(read_metrics(metrics))
     params = {}
-    for group, arrays in zip(sweep.groups, state["groups"], strict=True):
+    for group, group_state in zip(sweep.groups, state.groups, strict=True):
         for i, member in enumerate(group):
-            params[member] = {k: np.asarray(v[i]) for k, v in arrays["params"].items()}
-    return params, windows
+            params[member] = {k: np.asarray(v[i]) for k, v in group_state.params.items()}
+    return params, steps
 
 
 def test_members():
-    groups = make_groups(SETTINGS, D)
+    groups = make_groups(SETTINGS.plan(), D)
     assert [len(g) for g in groups] == [8, 8]
     names = [m.name for g in groups for m in g]
     assert names[0] == "lambda=1,lr=0.001,seed=0,d_sae=32"
     assert len(set(names)) == 16
-    alone = make_groups(replace(SETTINGS, lr=(5e-5,), seed=(3,), feature_dim_factor=(2.0,)), D)
+    alone = make_groups(
+        replace(SETTINGS, lr=(5e-5,), seed=(3,), feature_dim_factor=(2.0,)).plan(), D
+    )
     assert [m.name for m in alone[0]] == ["lambda=1", "lambda=4"]
-    close = make_groups(replace(SETTINGS, lambda_sparsity=(1.0, 1.0000000000001)), D)
+    close = make_groups(replace(SETTINGS, lambda_sparsity=(1.0, 1.0000000000001)).plan(), D)
     assert len({m.name for g in close for m in g}) == 16
-    with pytest.raises(UserError, match="makes d_sae 32, 32"):
-        make_groups(replace(SETTINGS, feature_dim_factor=(2.0, 2.01)), D)
+    with pytest.raises(UserError, match="gives d_sae 32, 32"):
+        make_groups(replace(SETTINGS, feature_dim_factor=(2.0, 2.01)).plan(), D)
 
 
 def test_a_sweep_is_its_members_alone():
     together, windows = run(SETTINGS, batches(12))
     place = {
-        m: (g, i) for g, group in enumerate(make_groups(SETTINGS, D)) for i, m in enumerate(group)
+        m: (g, i)
+        for g, group in enumerate(make_groups(SETTINGS.plan(), D))
+        for i, m in enumerate(group)
     }
     for member in list(together)[::5]:
         own = {n: (getattr(member, n),) for n in ("lambda_sparsity", "lr", "seed")}
@@ -86,12 +102,12 @@ def test_accelerators_do_the_same(monkeypatch):
 
 
 def test_one_compilation(one_device):
-    sweep = Sweep(SETTINGS, make_groups(SETTINGS, D), D)
+    sweep = make_sweep(SETTINGS)
     state = sweep.init()
     for x in batches(4):
-        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
-        state, _ = sweep.take_window(state)
-    assert sweep.step._cache_size() == 1
+        state = make_step(sweep, state, x)
+        state, _ = sweep.take_metrics(state)
+    assert sweep._step._cache_size() == 1
 
 
 def test_members_differ():
@@ -134,13 +150,13 @@ def test_any_mesh(request, mesh):
 
 def test_a_state_moves_from_mesh_to_mesh():
     settings = replace(SETTINGS, lambda_sparsity=(1.0, 2.0, 3.0), lr=(1e-3,), seed=(0,))
-    groups = make_groups(settings, D)
-    xs, states = batches(4), {}
+    xs = batches(4)
+    states = {}
     for mesh in ("4x2", "3x2", "2x4"):
-        sweep = Sweep(replace(settings, mesh=mesh), groups, D)
+        sweep = make_sweep(replace(settings, mesh=mesh))
         state = sweep.init()
         for x in xs:
-            state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
+            state = make_step(sweep, state, x)
         states[mesh] = sweep.portable(state)
         shapes = jax.tree.map(lambda a: (a.shape, a.dtype), states[mesh])
         assert shapes == jax.tree.map(lambda a: (a.shape, a.dtype), sweep.abstract_portable())
@@ -152,8 +168,8 @@ def test_a_state_moves_from_mesh_to_mesh():
 
 
 def test_a_mesh_of_more_devices_than_there_are():
-    with pytest.raises(UserError, match="--mesh 4x4 is of 16 devices, but there are 8"):
-        Sweep(replace(SETTINGS, mesh="4x4"), make_groups(SETTINGS, D), D)
+    with pytest.raises(UserError, match="--mesh 4x4 needs 16 devices, got 8"):
+        make_sweep(replace(SETTINGS, mesh="4x4"))
 
 
 def test_half_precision_tokens():
@@ -174,28 +190,25 @@ def test_bfloat16_products_train_alike():
 
 
 def test_schedules():
-    sweep = Sweep(replace(SETTINGS, num_steps=100), make_groups(SETTINGS, D), D)
-    factors = np.array([[float(f) for f in sweep.schedules(step)] for step in range(100)])
+    lambda_schedule, lr_schedule = make_schedules(replace(SETTINGS, num_steps=100).plan().optimizer)
+    steps = np.arange(100)
+    factors = np.array([[lambda_schedule(float(step)), lr_schedule(float(step))] for step in steps])
     np.testing.assert_allclose(factors[:6, 0], [0, 0.2, 0.4, 0.6, 0.8, 1], atol=1e-6)
     assert (factors[5:, 0] == 1).all()
     assert (factors[:81, 1] == 1).all()
     np.testing.assert_allclose(factors[80:, 1], np.arange(20, 0, -1) / 20, atol=1e-6)
-    constant = Sweep(
-        TrainConfig(recipe="minsae").resolved(),
-        make_groups(TrainConfig(recipe="minsae").resolved(), D),
-        D,
-    )
-    assert [tuple(map(float, constant.schedules(s))) for s in (0, 5000, 10_719)] == [(1, 1)] * 3
+    for schedule in make_schedules(TrainConfig(recipe="minsae").plan().optimizer):
+        assert [float(schedule(step)) for step in (0, 5000, 10_719)] == [1, 1, 1]
 
 
 def test_clipped_gradients_move_no_further_than_unclipped():
     """Adam hides a constant factor, so the first moment is looked at: it is (1 - β1) of the clipped gradient."""
     settings = replace(SETTINGS, max_grad_norm=0.01)
-    sweep = Sweep(settings, make_groups(settings, D), D)
+    sweep = make_sweep(settings)
     x = batches(1)[0] * 10
-    state, _ = sweep.step(sweep.init(), sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
-    for group in state["groups"]:
-        moments = jax.tree.leaves(group["opt"][1].mu)
+    state = make_step(sweep, sweep.init(), x)
+    for group in state.groups:
+        moments = jax.tree.leaves(group.opt_state[1].mu)
         norms = np.sqrt(sum((np.asarray(m) ** 2).reshape(len(m), -1).sum(1) for m in moments))
         np.testing.assert_allclose(norms, 0.1 * 0.01, rtol=1e-4)
 
@@ -205,7 +218,7 @@ def test_fvu_is_of_the_whole_window():
     settings = replace(
         SETTINGS, lambda_sparsity=(0.0,), lr=(0.0,), seed=(0,), feature_dim_factor=(2.0,)
     )
-    sweep = Sweep(settings, make_groups(settings, D), D)
+    sweep = make_sweep(settings)
     start = {
         k: np.zeros(v, np.float32)
         for k, v in {"W_enc": (D, 32), "b_enc": (32,), "W_dec": (32, D), "b_dec": (D,)}.items()
@@ -213,11 +226,11 @@ def test_fvu_is_of_the_whole_window():
     state = sweep.init(start)
     xs = [x + 5 + i for i, x in enumerate(batches(3))]
     for x in xs:
-        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
-    _, ended = sweep.take_window(state)
+        state = make_step(sweep, state, x)
+    _, ended = sweep.take_metrics(state)
     x = np.concatenate(xs).astype(np.float64)
     expected = (x**2).sum() / ((x - x.mean(0)) ** 2).sum()
-    assert read_window(ended)[0].fvu[0] == pytest.approx(expected, rel=1e-5)
+    assert read_metrics(ended)[0].fvu[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_dead_features():
@@ -230,7 +243,7 @@ def test_dead_features():
         feature_dim_factor=(3 / D,),
         dead_after=100,
     )
-    sweep = Sweep(settings, make_groups(settings, D), D)
+    sweep = make_sweep(settings)
     start = {
         "W_enc": np.zeros((D, 3)),
         "b_enc": np.array([1, -1, 0]),
@@ -242,10 +255,10 @@ def test_dead_features():
     dead, active = [], []
     for i in range(4):
         x = np.full((40, D), 1 if i == 0 else -1, np.float32)
-        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=len(x))
-        state, ended = sweep.take_window(state)
-        (window,) = read_window(ended)
-        dead.append(round(float(window.dead_fraction[0]) * 3))
-        active.append(window.active[0].tolist())
+        state = make_step(sweep, state, x)
+        state, ended = sweep.take_metrics(state)
+        (metrics,) = read_metrics(ended)
+        dead.append(round(float(metrics.dead_fraction[0]) * 3))
+        active.append(metrics.active[0].tolist())
     assert dead == [1, 1, 1, 2]  # feature 2 was silent for 40, 80, 120 >= 100 tokens
     assert active == [[40, 0, 40], [40, 0, 0], [40, 0, 0], [40, 0, 0]]

@@ -15,12 +15,11 @@ from convert.sae import convert_sae
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
 from minsae_jax.files import lock_folder
-from minsae_jax.sae.checkpoints import Checkpoints
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.sae.data import measure_scale
-from minsae_jax.sae.logger import Journal
+from minsae_jax.sae.grid import make_groups
 from minsae_jax.sae.plots import plot
-from minsae_jax.sae.sweep import Sweep, make_groups
+from minsae_jax.sae.sweep import Sweep
 from minsae_jax.sae.trainer import train
 from tests.conftest import FIXTURES
 from tests.test_monitor import FakeWandb
@@ -85,14 +84,15 @@ def test_parity_with_minsae(tmp_path, eval_window):
         np.testing.assert_allclose(final[name], expected[name], atol=1e-3)
 
 
-def test_what_a_run_leaves(settings, tmp_path):
-    told = train(settings)
+def test_files_of_a_run(settings, tmp_path):
+    result = train(settings)
     run = tmp_path / "run"
     left = sorted(p.name for p in run.iterdir() if not p.name.startswith("events.out.tfevents."))
     assert left == ["checkpoints", "config.yaml", "members", "pareto.png", "sweep.csv"]
     names = ["lambda=0.1,d_sae=32", "lambda=0.1,d_sae=48", "lambda=3,d_sae=32", "lambda=3,d_sae=48"]
     assert sorted(p.name for p in (run / "members").iterdir()) == names
-    assert all(name in told for name in names)
+    assert sorted(member.name for member in result.members) == names
+    assert all(name in result.summary() for name in names)
     assert load_run_config(run) == settings.resolved()
     with (run / "sweep.csv").open() as f:
         rows = list(csv.DictReader(f))
@@ -130,10 +130,10 @@ def test_what_a_run_leaves(settings, tmp_path):
         assert any(p.name.startswith("events.out.tfevents") for p in member.iterdir())
     plot(PlotConfig(run=str(run)))
     assert (run / "plots/mse_l1.png").exists()
-    assert "finished already" in train(settings)
+    assert train(settings).was_finished
 
 
-def test_a_last_window_that_is_shorter_counts_for_the_sweep_alone(settings, tmp_path):
+def test_shorter_last_interval_counts_for_sweep_csv_only(settings, tmp_path):
     train(replace(settings, num_steps=20, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,)))
     assert table(tmp_path / "run/members/lambda=3/metrics.csv")["step"].tolist() == [8, 16]
     with (tmp_path / "run/sweep.csv").open() as f:
@@ -160,11 +160,11 @@ def test_scale(settings, small_store):
     store = open_store(small_store, -1)
     x = np.concatenate([store.read(i) for i in range(3)])
     expected = 4 / np.linalg.norm(x.astype(np.float64), axis=1).mean()
-    assert measure_scale(settings.resolved(), store) == pytest.approx(expected, rel=1e-6)
-    half = measure_scale(replace(settings, scale_tokens=50).resolved(), store)
+    assert measure_scale(settings.plan(), store) == pytest.approx(expected, rel=1e-6)
+    half = measure_scale(replace(settings, scale_tokens=50).plan(), store)
     assert half == pytest.approx(expected, rel=0.2)
     assert half != pytest.approx(expected, rel=1e-6)
-    assert measure_scale(TrainConfig(recipe="minsae").resolved(), store) == 1
+    assert measure_scale(TrainConfig(recipe="minsae").plan(), store) == 1
 
 
 def minsae(settings):
@@ -176,36 +176,33 @@ class Killed(Exception):
     pass
 
 
+def kill_after(step):
+    """Return an on_step hook that interrupts a run after this step."""
+
+    def on_step(finished):
+        if finished == step:
+            raise Killed
+
+    return on_step
+
+
 @pytest.mark.parametrize("recipe", ["april2024", "minsae"])
 @pytest.mark.parametrize("kills", [(13,), (13, 26, 39)])
-def test_interrupted_is_uninterrupted(settings, tmp_path, monkeypatch, recipe, kills):
-    """Weights to the bit, rows without gap or repeat; checkpoints fall inside windows of metrics."""
+def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, recipe, kills):
+    """Same bytes; checkpoints fall inside log intervals."""
     if recipe == "minsae":
         settings = minsae(settings)
     train(settings)
     other = replace(settings, run_dir=str(tmp_path / "other"))
-    put = Sweep.put
-    for kill in kills:
-        calls = [0]
-
-        def dying(self, x, kill=kill, calls=calls):
-            if self.steps_before + calls[0] == kill:
-                raise Killed
-            calls[0] += 1
-            return put(self, x)
-
-        latest = _latest(tmp_path / "other")
-        monkeypatch.setattr(Sweep, "put", dying)
-        monkeypatch.setattr(Sweep, "steps_before", latest, raising=False)
+    for step in kills:
         with pytest.raises(Killed):
-            train(other)
-        monkeypatch.setattr(Sweep, "put", put)
+            train(other, on_step=kill_after(step))
     assert _latest(tmp_path / "other") > 0
     train(other)
     names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
-    one, two = files(tmp_path / "run", *names), files(tmp_path / "other", *names)
-    assert len(one) == 4 * 3 + 1
-    assert one == two
+    expected = files(tmp_path / "run", *names)
+    assert len(expected) == 4 * 3 + 1
+    assert files(tmp_path / "other", *names) == expected
 
 
 def _latest(run):
@@ -213,16 +210,10 @@ def _latest(run):
     return max(steps, default=0)
 
 
-def test_cut_off_between_the_last_checkpoint_and_the_exports(settings, tmp_path, monkeypatch):
-    export = Journal.export
-
-    def dying(self, *_):
-        raise Killed
-
-    monkeypatch.setattr(Journal, "export", dying)
+def test_kill_between_the_last_checkpoint_and_the_export(settings, tmp_path):
     with pytest.raises(Killed):
-        train(settings)
-    monkeypatch.setattr(Journal, "export", export)
+        train(settings, on_step=kill_after(40))
+    assert _latest(tmp_path / "run") == 40
     assert not (tmp_path / "run/sweep.csv").exists()
     train(settings)
     train(replace(settings, run_dir=str(tmp_path / "other")))
@@ -230,10 +221,10 @@ def test_cut_off_between_the_last_checkpoint_and_the_exports(settings, tmp_path,
     assert files(tmp_path / "run", *names) == files(tmp_path / "other", *names)
 
 
-def test_finished_runs_are_left_alone(settings, tmp_path):
+def test_finished_run_is_not_changed(settings, tmp_path):
     train(settings)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
-    assert "finished already" in train(settings)
+    assert train(settings).was_finished
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
 
 
@@ -247,41 +238,34 @@ def test_other_settings_are_refused_by_name(settings, tmp_path):
     assert files(tmp_path / "run", "*.csv", "*.yaml") == before
     train(replace(settings, lr=(1e-3,), overwrite=True))
     assert load_run_config(tmp_path / "run").lr == (1e-3,)
-    assert "finished already" in train(replace(settings, lr=(1e-3,)))
+    assert train(replace(settings, lr=(1e-3,))).was_finished
 
 
-def test_a_store_that_changed_is_refused(settings, small_store, tmp_path, monkeypatch):
-    save = Checkpoints.save
-
-    def dying(self, step, *args):
-        save(self, step, *args)
-        raise Killed
-
-    monkeypatch.setattr(Checkpoints, "save", dying)
+def test_changed_store_is_refused(settings, small_store):
     with pytest.raises(Killed):
-        train(settings)
+        train(settings, on_step=kill_after(10))
     np.save(small_store / "l-1/b0003.npy", np.zeros((1, 7, 16), np.float32))
     with pytest.raises(UserError, match="has changed since"):
         train(settings)
 
 
-def test_nothing_appears_before_all_inputs_have_passed(settings, small_store, tmp_path):
+def test_nothing_is_written_before_all_inputs_are_checked(settings, small_store, tmp_path):
     convert_sae(PARITY / "sparse_autoencoder_init.pt", "member", tmp_path / "init")
     np.save(small_store / "l-1/b0002.npy", np.full((5, 7, 16), np.nan, np.float32))
     wrong = [
-        (replace(settings, store=str(tmp_path / "nowhere")), "there is no store"),
+        (replace(settings, store=str(tmp_path / "nowhere")), "no store|there is no store"),
         (replace(settings, cache_layer=0), "no store of layer 0"),
         (
             replace(settings, init=str(tmp_path / "init")),
-            "--init .* d_model 32 and d_sae 128, but the sweep wants 16",
+            "--init .* d_model 32 and d_sae 128, expected 16",
         ),
-        (replace(settings, init=str(tmp_path)), "there is no sae.safetensors"),
-        (replace(settings, feature_dim_factor=(0.01,)), "makes d_sae 0"),
+        (replace(settings, init=str(tmp_path)), "has no sae.safetensors"),
+        (replace(settings, feature_dim_factor=(0.01,)), "gives d_sae 0"),
         (
             replace(minsae(settings), number_of_arrays=4),
             "--number_of_arrays 4 is more than the 3 files",
         ),
-        (settings, "holds NaN"),
+        (settings, "contains NaN"),
     ]
     for bad, told in wrong:
         with pytest.raises(UserError, match=told):
@@ -289,55 +273,57 @@ def test_nothing_appears_before_all_inputs_have_passed(settings, small_store, tm
         assert not (tmp_path / "run").exists()
 
 
-def test_folders_of_others_are_never_overwritten(settings, tmp_path):
+def test_foreign_folder_is_never_overwritten(settings, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"holds thesis\.tex"):
+        with pytest.raises(UserError, match=r"contains thesis\.tex"):
             train(replace(settings, overwrite=overwrite))
     (tmp_path / "run/config.yaml").write_text("a: 1")
-    with pytest.raises(UserError, match=r"holds thesis\.tex"):
+    with pytest.raises(UserError, match=r"contains thesis\.tex"):
         train(replace(settings, overwrite=True))
     assert (tmp_path / "run/thesis.tex").exists()
 
 
-def test_a_run_cut_off_at_its_very_start_goes_on(settings, tmp_path):
+def test_run_killed_at_its_start_resumes(settings, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml.tmp").write_text("tra")
     train(settings)
-    assert "finished already" in train(settings)
+    assert train(settings).was_finished
 
 
-def test_paths_are_compared_for_where_they_lead(settings, small_store, tmp_path, monkeypatch):
+def test_paths_are_compared_after_resolving(settings, small_store, tmp_path, monkeypatch):
     train(settings)
     monkeypatch.chdir(tmp_path)
-    assert "finished already" in train(replace(settings, store="store", run_dir="run"))
+    assert train(replace(settings, store="store", run_dir="run")).was_finished
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert "finished already" in train(replace(settings, run_dir="moved"))
+    assert train(replace(settings, run_dir="moved")).was_finished
 
 
 @pytest.mark.parametrize("recipe", ["april2024", "minsae"])
-def test_nan_far_into_the_store_stops_the_run(settings, small_store, recipe):
+def test_nan_late_in_the_store_stops_the_run(settings, small_store, recipe):
     settings = minsae(settings) if recipe == "minsae" else replace(settings, scale_tokens=32)
     x = np.load(small_store / "l-1/b0002.npy")
     x[-1, -1, -1] = np.nan
     np.save(small_store / "l-1/b0002.npy", x)
-    with pytest.raises(UserError, match="holds NaN"):
+    with pytest.raises(UserError, match="contains NaN"):
         train(settings)
 
 
-def test_one_trainer_at_a_time(settings, tmp_path):
+def test_locked_run_is_refused(settings, tmp_path):
     (tmp_path / "run").mkdir()
     with lock_folder(tmp_path / "run"), pytest.raises(UserError, match="by another process"):
         train(settings)
 
 
-def test_a_full_disk_is_told(settings, monkeypatch):
+def test_full_disk_is_one_line(settings, monkeypatch):
     def full(self, *args, **kwargs):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-    with pytest.raises(UserError, match=r"could not be written to .*No space left.*make room"):
+    with pytest.raises(
+        UserError, match=r"could not be written to .*No space left.*free some disk space"
+    ):
         train(settings)
 
 
@@ -358,7 +344,7 @@ def test_wandb(settings, tmp_path, monkeypatch):
     """A row of metrics.csv is a row there; a run may be finished without it."""
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
     train(replace(settings, wandb=True))
-    assert "finished already" in train(settings)
+    assert train(settings).was_finished
     for member in (tmp_path / "run/members").iterdir():
         metrics = table(member / "metrics.csv")
         logged = [(step, f) for name, step, f in fake.logged if name == member.name]
@@ -371,11 +357,11 @@ def test_wandb(settings, tmp_path, monkeypatch):
     assert len(seen) == 1
 
 
-def test_a_sick_member_is_frozen_and_hurts_nobody(settings, tmp_path):
+def test_diverged_member_is_frozen_and_the_others_are_unchanged(settings, tmp_path):
     """It is marked; the others are, to the bit, as beside a healthy one."""
     both = replace(settings, lambda_sparsity=(0.1,), feature_dim_factor=(2.0,))
     with pytest.warns(
-        UserWarning, match=r"lambda=0.1,lr=1e\+30 diverged at step 2 .*the others go on"
+        UserWarning, match=r"lambda=0.1,lr=1e\+30 diverged at step 2 .*the other members continue"
     ) as seen:
         train(replace(both, lr=(3e-3, 1e30)))
     assert len(seen) == 1
@@ -398,48 +384,40 @@ def test_a_sick_member_is_frozen_and_hurts_nobody(settings, tmp_path):
     assert all(np.isfinite(v).all() for v in load_file(sick / "sae.safetensors").values())
 
 
-def test_a_frozen_member_stays_as_it_was(settings, monkeypatch):
+def test_frozen_member_keeps_its_state(settings, monkeypatch):
     """Its state before the step that it could not make, optimizer and counts too."""
-    small = replace(
-        settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,)
-    ).resolved()
-    sweep = Sweep(small, make_groups(small, 16), 16)
+    small = replace(settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,))
+    sweep = Sweep(small.plan(), make_groups(small.plan(), 16), 16)
     states, state, rng = [], sweep.init(), np.random.default_rng(0)
     for _ in range(4):
         x = rng.normal(size=(32, 16)).astype(np.float32)
-        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), tokens=32)
-        states.append(jax.device_get(state["groups"][0]))
+        state, _ = sweep.step(state, sweep.put(x), 1.0, 32)
+        states.append(jax.device_get(state.groups[0]))
     after_one, last = states[0], states[-1]
-    assert last["frozen"].tolist() == [False, True]
-    assert last["steps"].tolist() == [4, 1]
-    for name in ("params", "opt", "silent", "window"):
+    assert last.frozen.tolist() == [False, True]
+    assert last.steps.tolist() == [4, 1]
+    for name in ("params", "opt_state", "tokens_since_fired", "metrics"):
         for before, now in zip(
-            jax.tree.leaves(after_one[name]), jax.tree.leaves(last[name]), strict=True
+            jax.tree.leaves(getattr(after_one, name)),
+            jax.tree.leaves(getattr(last, name)),
+            strict=True,
         ):
             np.testing.assert_array_equal(before[1], now[1])
-            assert name == "silent" or (before[0] != now[0]).any()
+            assert name == "tokens_since_fired" or (before[0] != now[0]).any()
 
 
-def test_divergence_is_remembered_over_a_break(settings, tmp_path, monkeypatch):
-    sick = replace(settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,))
-    put, calls = Sweep.put, [0]
-
-    def dying(self, x):
-        calls[0] += 1
-        if calls[0] == 25:
-            raise Killed
-        return put(self, x)
-
-    monkeypatch.setattr(Sweep, "put", dying)
+def test_divergence_is_remembered_after_a_resume(settings, tmp_path):
+    diverging = replace(
+        settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,)
+    )
     with pytest.warns(UserWarning, match="diverged"), pytest.raises(Killed):
-        train(sick)
-    monkeypatch.setattr(Sweep, "put", put)
-    train(sick)  # warns no more
+        train(diverging, on_step=kill_after(24))
+    train(diverging)  # does not warn again
     config = json.loads((tmp_path / "run/members/lambda=0.1,lr=1e+30/config.json").read_text())
     assert (config["status"], config["diverged_at_step"]) == ("diverged", 2)
 
 
-def test_a_run_whose_first_checkpoint_was_cut_off_begins_anew(settings, tmp_path):
+def test_run_whose_first_checkpoint_was_interrupted_starts_anew(settings, tmp_path):
     """From the weights of --init, that is."""
     first = replace(settings, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,), num_steps=10)
     train(first)

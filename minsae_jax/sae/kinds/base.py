@@ -1,0 +1,176 @@
+"""What a kind of sparse autoencoder must provide, with a default gradient by autodiff.
+
+Sweep, checkpoints, measures, evaluation and report use this interface only.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+Params = dict[str, Any]  # parameter name -> array, NumPy's or JAX's
+Hyper = dict[str, Array]  # hyper-parameter name -> scalar; under vmap one value for each member
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The part of the loss that all kinds share.
+
+    loss = recon_weight * mse + penalty, where mse is the mean over tokens of Σ_d (x̂ - x)²
+    (Anthropic's April 2024 update), or also the mean over d_model (minSAE).
+    """
+
+    mean_over_d_model: bool
+    recon_weight: float = 1.0
+    # What the factors of matrix products are rounded to. Products are summed in float32.
+    # "rounded" rounds to bfloat16 but multiplies in float32, where XLA has no bfloat16 product.
+    factors: Literal["float32", "bfloat16", "rounded"] = "float32"
+
+    def mse_factor(self, d_model: int) -> float:
+        """Return the factor from Σ_d (x̂ - x)² to the mse of a token."""
+        return 1 / d_model if self.mean_over_d_model else 1.0
+
+    def round_factor(self, a: Array) -> Array:
+        """Round a factor of a matrix product as `factors` says."""
+        if self.factors == "bfloat16":
+            return a.astype(jnp.bfloat16)
+        if self.factors == "rounded":
+            return jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)
+        return a
+
+
+class Batch(NamedTuple):
+    """One device's share of a batch, in tiles, so that one tile's features are in memory."""
+
+    x: Float[Array, "tiles tile d_model"]
+    is_token: Float[Array, "tiles tile"] | None  # 0 for padding; None if there is no padding
+
+
+class BatchSums(NamedTuple):
+    """Sums over tokens, which may be added over tiles and devices."""
+
+    gradients: Params  # of loss * tokens
+    residual: Float[Array, ""]  # Σ over tokens and d_model of (x̂ - x)²
+    penalty: Float[Array, ""]  # without its weight λ
+    active: Int[Array, " d_sae"]  # tokens on which each feature is active
+
+
+class BatchMetrics(NamedTuple):
+    """Metrics of a whole batch."""
+
+    loss: Float[Array, ""]
+    mse: Float[Array, ""]  # without recon_weight
+    l1: Float[Array, ""]  # penalty, mean over tokens, without λ
+    l0: Float[Array, ""]  # active features, mean over tokens
+    residual: Float[Array, ""]  # Σ over tokens and d_model of (x̂ - x)²
+    active: Int[Array, " d_sae"]  # tokens on which each feature is active
+
+
+class SAEKind:
+    """A kind of sparse autoencoder; subclasses are frozen dataclasses of static settings.
+
+    Members of equal kind and size form a group and share one compiled program; hyper-parameters in
+    `hyper_names` are arrays over the members of a group.
+    """
+
+    name: ClassVar[str]
+    param_names: ClassVar[tuple[str, ...]]  # also the tensor names in sae.safetensors
+    sparsity_name: ClassVar[str]  # the hyper-parameter that sets how sparse the features are
+
+    def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every parameter."""
+        raise NotImplementedError
+
+    def init_tied(
+        self, key: Key[Array, ""], d_model: int, d_sae: int, decoder_norm: float
+    ) -> Params:
+        """Initialise with W_enc = W_decᵀ and decoder rows of L2 norm decoder_norm."""
+        raise NotImplementedError
+
+    def init_torch(self, key: Key[Array, ""], d_model: int, d_sae: int) -> Params:
+        """Initialise as minSAE does, by the defaults of torch's nn.Linear."""
+        raise NotImplementedError
+
+    def encode(
+        self, params: Params, x: Float[Array, "*tokens d_model"]
+    ) -> Float[Array, "*tokens d_sae"]:
+        """Return the features of activations."""
+        raise NotImplementedError
+
+    def decode(
+        self, params: Params, features: Float[Array, "*tokens d_sae"]
+    ) -> Float[Array, "*tokens d_model"]:
+        """Return the reconstruction x̂ from features."""
+        raise NotImplementedError
+
+    def penalty(
+        self, params: Params, features: Float[Array, "tokens d_sae"]
+    ) -> Float[Array, " tokens"]:
+        """Return every token's sparsity penalty, without its weight λ."""
+        raise NotImplementedError
+
+    def penalty_weight(self, hyper: Hyper) -> Float[Array, ""]:
+        """Return the weight λ of the penalty in the loss."""
+        raise NotImplementedError
+
+    def fold_scale(self, params: Params, scale: float) -> Params:
+        """Return parameters for x from parameters for scale * x.
+
+        Features stay the same, and x̂ is in the unit of x.
+        """
+        raise NotImplementedError
+
+    # The loss and its gradient. A kind may override `batch_sums` and `gradients` where a
+    # hand-written gradient is faster; a test compares it with these.
+
+    def loss(
+        self,
+        params: Params,
+        x: Float[Array, "tokens d_model"],
+        hyper: Hyper,
+        objective: Objective,
+        is_token: Float[Array, " tokens"] | None = None,
+    ) -> tuple[Float[Array, ""], BatchSums]:
+        """Return the loss summed over tokens, and its parts (without gradients)."""
+        rounded = {name: objective.round_factor(p) for name, p in params.items()}
+        weights = jax.tree.map(lambda p: p.astype(jnp.float32), rounded)
+        features = self.encode(weights, x)
+        error = self.decode(weights, features) - x
+        penalties = self.penalty(params, features)
+        active = features > 0
+        if is_token is not None:
+            error = error * is_token[:, None]
+            penalties = penalties * is_token
+            active = active & (is_token[:, None] > 0)
+        residual = jnp.square(error).sum()
+        penalty = penalties.sum()
+        reconstruction = objective.recon_weight * objective.mse_factor(x.shape[-1]) * residual
+        total = reconstruction + self.penalty_weight(hyper) * penalty
+        return total, BatchSums({}, residual, penalty, active.sum(0, dtype=jnp.int32))
+
+    def batch_sums(self, params: Params, batch: Batch, hyper: Hyper, objective: Objective) -> Any:
+        """Return sums over this device's tokens, one tile after the other, by autodiff."""
+
+        def add_tile(sums: BatchSums, tile: Batch) -> tuple[BatchSums, None]:
+            gradient = jax.grad(self.loss, has_aux=True)
+            gradients, parts = gradient(params, tile.x, hyper, objective, tile.is_token)
+            return jax.tree.map(jnp.add, sums, parts._replace(gradients=gradients)), None
+
+        d_sae = params["b_enc"].shape[-1]
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        start = BatchSums(zeros, jnp.zeros(()), jnp.zeros(()), jnp.zeros(d_sae, jnp.int32))
+        return jax.lax.scan(add_tile, start, batch)[0]
+
+    def gradients(
+        self, params: Params, sums: Any, n_tokens: int, hyper: Hyper, objective: Objective
+    ) -> tuple[Params, BatchMetrics]:
+        """Return the gradient of the mean loss and the metrics, from sums over all tokens."""
+        gradients = jax.tree.map(lambda g: g / n_tokens, sums.gradients)
+        d_model = params["b_dec"].shape[-1]
+        mse = objective.mse_factor(d_model) * sums.residual / n_tokens
+        penalty = sums.penalty / n_tokens
+        loss = objective.recon_weight * mse + self.penalty_weight(hyper) * penalty
+        l0 = sums.active.astype(jnp.float32).sum() / n_tokens
+        return gradients, BatchMetrics(loss, mse, penalty, l0, sums.residual, sums.active)

@@ -1,0 +1,216 @@
+"""One training step, from loss to update, of all members of a sweep.
+
+Read `member_step` first: it is the whole step of one autoencoder. `sweep_step` runs it for every
+member of every group on all devices. The loss and its gradient are in `kinds/`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from minsae_jax.parallel.mesh import DATA, SWEEP, map_members
+from minsae_jax.sae.config import OptimizerPlan
+from minsae_jax.sae.kinds import Batch, BatchMetrics, Hyper, Objective, Params, SAEKind
+
+
+class MemberState(NamedTuple):
+    """State of one member; in a sweep every array has a leading member axis."""
+
+    params: Params
+    opt_state: Any
+    tokens_since_fired: Int[Array, "*members d_sae"]  # at most dead_after
+    steps: Int[Array, "*members"]  # steps made; fewer than the sweep's if frozen
+    frozen: Bool[Array, "*members"]
+    metrics: BatchMetrics  # sums over the steps of the unfinished log interval
+
+
+class TokenMoments(NamedTuple):
+    """Moments of the tokens of the unfinished log interval, for the variance in FVU."""
+
+    steps: Int[Array, ""]
+    tokens: Float[Array, ""]
+    mean: Float[Array, " d_model"]
+    m2: Float[Array, ""]  # Σ‖x - mean‖²
+
+
+class SweepState(NamedTuple):
+    """State of a sweep."""
+
+    groups: tuple[MemberState, ...]
+    step: Int[Array, ""]
+    tokens_seen: Int[Array, ""]  # at most dead_after
+    moments: TokenMoments
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """What is constant in a run: the objective, the optimizer and the schedules."""
+
+    objectives: tuple[Objective, ...]  # one for each group
+    kinds: tuple[SAEKind, ...]  # one for each group
+    optimizer: optax.GradientTransformation
+    lambda_schedule: optax.Schedule  # factor of λ at a step
+    lr_schedule: optax.Schedule  # factor of the learning rate at a step
+    dead_after: int  # tokens
+
+
+def member_step(
+    program: StepProgram,
+    group: int,
+    factors: tuple[Array, Array],
+    n_tokens: int,
+    batch: Batch,
+    state: MemberState,
+    hyper: Hyper,
+) -> MemberState:
+    """Make one step of one member: loss, gradient, Adam update, feature counts.
+
+    batch: this device's tokens; n_tokens: tokens of the batch on all devices; factors: of λ and
+    lr, from their schedules. If the loss or the gradient is not finite, the member stays as it was
+    and is frozen for good.
+    """
+    kind = program.kinds[group]
+    objective = program.objectives[group]
+    lambda_factor, lr_factor = factors
+    hyper = hyper | {"lambda_sparsity": hyper["lambda_sparsity"] * lambda_factor}
+
+    sums = kind.batch_sums(state.params, batch, hyper, objective)
+    sums = jax.lax.psum(sums, DATA)
+    gradients, metrics = kind.gradients(state.params, sums, n_tokens, hyper, objective)
+
+    # optax raises β, a float, to the power of an integer count.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = program.optimizer.update(gradients, state.opt_state)
+    lr = hyper["lr"] * lr_factor
+    params = jax.tree.map(lambda p, update: p - lr * update, state.params, updates)
+
+    # A count stops at dead_after, so that it never overflows.
+    silent_for = jnp.minimum(
+        state.tokens_since_fired + min(n_tokens, program.dead_after), program.dead_after
+    )
+    moved = MemberState(
+        params=params,
+        opt_state=opt_state,
+        tokens_since_fired=jnp.where(metrics.active > 0, 0, silent_for),
+        steps=state.steps + 1,
+        frozen=state.frozen,
+        metrics=jax.tree.map(jnp.add, state.metrics, metrics),
+    )
+    largest_gradient = jnp.stack([jnp.abs(g).max() for g in jax.tree.leaves(gradients)]).max()
+    is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(largest_gradient)
+    moves = is_finite & ~state.frozen
+    return jax.tree.map(partial(jnp.where, moves), moved, state._replace(frozen=~moves))
+
+
+def sweep_step(
+    program: StepProgram,
+    mesh: Mesh,
+    tiling: tuple[int, int],
+    state: SweepState,
+    hyper: tuple[Hyper, ...],
+    x: Float[Array, "rows d_model"],
+    scale: Float[Array, ""],
+    n_tokens: int,
+) -> SweepState:
+    """Make one step of all members on scale * x, of which the first n_tokens rows are tokens.
+
+    tiling: (tiles, rows of a tile) of each device's share of x.
+    """
+    step_number = state.step.astype(jnp.float32)
+    factors = (
+        jnp.asarray(program.lambda_schedule(step_number), jnp.float32),
+        jnp.asarray(program.lr_schedule(step_number), jnp.float32),
+    )
+
+    def on_one_device(
+        groups: tuple[MemberState, ...],
+        hyper: tuple[Hyper, ...],
+        x: Array,
+        factors: tuple[Array, Array],
+    ) -> tuple[tuple[MemberState, ...], tuple[Array, Array]]:
+        first_row = jax.lax.axis_index(DATA) * len(x)
+        is_token = (first_row + jnp.arange(len(x)) < n_tokens).astype(x.dtype)
+        is_padded = n_tokens < len(x) * mesh.shape[DATA]
+        tiles = x.reshape(*tiling, -1)
+        batch = Batch(tiles, is_token.reshape(tiling) if is_padded else None)
+        new_groups = []
+        for i, (group, group_hyper) in enumerate(zip(groups, hyper, strict=True)):
+            step = partial(member_step, program, i, factors, n_tokens, batch)
+            new_groups.append(map_members(step, group, group_hyper))
+        return tuple(new_groups), _token_moments(x, is_token, n_tokens)
+
+    x = x.astype(jnp.float32) * scale
+    run = jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(P(SWEEP), P(SWEEP), P(DATA), P()),
+        out_specs=(P(SWEEP), P()),
+        check_vma=False,
+    )
+    # Full float32 products, also on GPUs, which default to TF32.
+    with jax.default_matmul_precision("highest"):
+        groups, moments = run(state.groups, hyper, x, factors)
+    new_tokens = min(n_tokens, program.dead_after)
+    return SweepState(
+        groups=groups,
+        step=state.step + 1,
+        tokens_seen=jnp.minimum(state.tokens_seen + new_tokens, program.dead_after),
+        moments=_merge_moments(state.moments, *moments, n_tokens),
+    )
+
+
+def make_optimizer(plan: OptimizerPlan) -> optax.GradientTransformation:
+    """Return Adam without its learning rate, after clipping each member's gradient."""
+    adam = optax.scale_by_adam(plan.beta1, plan.beta2, plan.eps)
+    if plan.max_grad_norm is None:
+        return optax.chain(adam)
+    return optax.chain(optax.clip_by_global_norm(plan.max_grad_norm), adam)
+
+
+def make_schedules(plan: OptimizerPlan) -> tuple[optax.Schedule, optax.Schedule]:
+    """Return the factors of λ and lr as functions of the step, counted from 0.
+
+    λ rises linearly from 0 during the warm-up; lr falls linearly to 0 at the end.
+    """
+    lambda_schedule = optax.constant_schedule(1.0)
+    if plan.lambda_warmup_steps:
+        lambda_schedule = optax.linear_schedule(0.0, 1.0, plan.lambda_warmup_steps)
+    lr_schedule = optax.constant_schedule(1.0)
+    if plan.lr_decay_steps:
+        decay_start = plan.num_steps - plan.lr_decay_steps
+        lr_schedule = optax.linear_schedule(1.0, 0.0, plan.lr_decay_steps, decay_start)
+    return lambda_schedule, lr_schedule
+
+
+def _token_moments(
+    x: Float[Array, "rows d_model"], is_token: Float[Array, " rows"], n_tokens: int
+) -> tuple[Float[Array, " d_model"], Float[Array, ""]]:
+    """Return the mean token and Σ‖x - mean‖² over all devices; padding is 0."""
+    mean = jax.lax.psum(x.sum(0), DATA) / n_tokens
+    m2 = (jnp.square(x - mean[None]).sum(1) * is_token).sum()
+    return mean, jax.lax.psum(m2, DATA)
+
+
+def _merge_moments(
+    before: TokenMoments, mean: Float[Array, " d_model"], m2: Float[Array, ""], n_tokens: int
+) -> TokenMoments:
+    """Add the moments of a batch (Chan, Golub & LeVeque 1983).
+
+    The squared distance between the two means accounts for the variance between them.
+    """
+    total = before.tokens + n_tokens
+    shift = mean - before.mean
+    between = jnp.square(shift).sum() * before.tokens * n_tokens / total
+    return TokenMoments(
+        steps=before.steps + 1,
+        tokens=total,
+        mean=before.mean + shift * (n_tokens / total),
+        m2=before.m2 + m2 + between,
+    )
