@@ -116,8 +116,9 @@ class RecipeFlags:
 class DeviceFlags:
     """Devices"""
 
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the factors of matrix products; sums and weights are float32."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Number format of the factors of matrix products; sums and weights are float32. tf32 is for
+    GPUs."""
     mesh: str | None = None
     """Devices for members x devices for tokens, e.g. 4x2 (default: all devices)."""
     distributed: bool = False

@@ -1,4 +1,4 @@
-"""Matrix products of bfloat16 factors, or their emulation where XLA has none."""
+"""How matrix products are computed: in float32, TF32 or of bfloat16 factors."""
 
 from dataclasses import replace
 
@@ -7,6 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from minsae_jax.sae.kinds import Batch, Objective, SAEKind
+
+
+def matmul_precision(precision: str) -> str:
+    """Return JAX's precision of products of float32 factors.
+
+    GPUs multiply float32 in TF32 (10 bits of mantissa) by default; CPUs have no TF32.
+    """
+    return "default" if precision == "tf32" else "highest"
 
 
 def with_bfloat16(

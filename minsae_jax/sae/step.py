@@ -59,6 +59,7 @@ class StepProgram:
     lambda_schedule: optax.Schedule  # factor of λ at a step
     lr_schedule: optax.Schedule  # factor of the learning rate at a step
     dead_after: int  # tokens
+    matmul_precision: str  # of JAX, for float32 products
 
 
 def member_step(
@@ -154,8 +155,7 @@ def sweep_step(
         out_specs=(P(SWEEP), P()),
         check_vma=False,
     )
-    # Full float32 products, also on GPUs, which default to TF32.
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision(program.matmul_precision):
         groups, moments = run(state.groups, hyper, x, factors)
     new_tokens = min(n_tokens, program.dead_after)
     return SweepState(

@@ -26,7 +26,7 @@ from minsae_jax.parallel.mesh import (
 from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group
 from minsae_jax.sae.kinds import BatchMetrics, Hyper, Objective, Params
-from minsae_jax.sae.precision import with_bfloat16
+from minsae_jax.sae.precision import matmul_precision, with_bfloat16
 from minsae_jax.sae.step import (
     MemberState,
     StepProgram,
@@ -227,13 +227,14 @@ class Sweep:
             lambda_schedule=self.lambda_schedule,
             lr_schedule=self.lr_schedule,
             dead_after=self.plan.config.dead_after,
+            matmul_precision=matmul_precision(self.plan.config.precision),
         )
         state = sweep_step(program, self.mesh, tiling, state, hyper, x, scale, n_tokens)
         return state, state.groups[0].metrics.loss[0]
 
     def _objective(self, group: Group, tiling: tuple[int, int]) -> Objective:
         objective = Objective(self.plan.mean_over_d_model, self.plan.recon_weight)
-        if self.plan.config.precision == "float32":
+        if self.plan.config.precision != "bfloat16":
             return objective
         return with_bfloat16(group[0].kind, objective, self.d_model, group[0].d_sae, tiling)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds.base import Batch, BatchMetrics, Hyper, Objective, Params, SAEKind
 
 
@@ -87,52 +88,19 @@ class ReLU(SAEKind):
     def batch_sums(
         self, params: Params, batch: Batch, hyper: Hyper, objective: Objective
     ) -> ReLUSums:
-        """Return sums over this device's tokens, with the gradient written by hand.
-
-        Within a tile features are [d_sae, tile] (suffix FxB: features by tokens of the tile), so
-        that every product is one of two contiguous matrices and only blocks of d_model x tile are
-        transposed. On CPU that saves a quarter of the time of the same products in [tile, d_sae].
-        """
-        round_factor = objective.round_factor
-        w_enc_FxD = round_factor(params["W_enc"].T)
-        w_dec_FxD = round_factor(params["W_dec"])
-        b_enc = params["b_enc"][:, None]
-        b_dec = params["b_dec"][:, None]
-        error_factor = 2 * objective.recon_weight * objective.mse_factor(batch.x.shape[-1])
-        norms = jnp.linalg.norm(params["W_dec"], axis=1)
-        penalty_gradient = (self.penalty_weight(hyper) * norms)[:, None]
+        """Return sums over this device's tokens, with the gradient written by hand."""
+        weights = _prepare(params, self.penalty_weight(hyper), objective, batch.x.shape[-1])
+        # Measured on an H200 at 8 members: products in [tile, d_sae] take 0.7 of the time of those
+        # in [d_sae, tile] with bfloat16 factors, and 1.1 with float32 or TF32.
+        is_transposed = on_cpu() or objective.factors != "bfloat16"
+        tile_sums = _tile_sums_transposed if is_transposed else _tile_sums
 
         def add_tile(sums: ReLUSums, tile: Batch) -> tuple[ReLUSums, None]:
-            x_BxD = round_factor(tile.x)
-            f_FxB = jax.nn.relu(product(w_enc_FxD, x_BxD.T) + b_enc)
-            if tile.is_token is not None:
-                f_FxB = f_FxB * tile.is_token[None]
-            f_rounded_FxB = round_factor(f_FxB)
-            error_DxB = product(w_dec_FxD.T, f_rounded_FxB) + b_dec - tile.x.T
-            if tile.is_token is not None:
-                error_DxB = error_DxB * tile.is_token[None]
-            error_rounded_DxB = round_factor(error_DxB)
-            # dloss/dpre: error through the decoder plus penalty, where the feature is active.
-            active_FxB = f_FxB > 0
-            backward_FxB = error_factor * product(w_dec_FxD, error_rounded_DxB)
-            pre_gradient_FxB = jnp.where(active_FxB, backward_FxB + penalty_gradient, 0)
-            gradients = {
-                "W_enc": product(round_factor(pre_gradient_FxB), x_BxD),  # [d_sae, d_model] so far
-                "b_enc": pre_gradient_FxB.sum(1),
-                "W_dec": error_factor * product(f_rounded_FxB, error_rounded_DxB.T),
-                "b_dec": error_factor * error_DxB.sum(1),
-            }
-            tile_sums = ReLUSums(
-                gradients,
-                residual=jnp.square(error_DxB).sum(),
-                features=f_FxB.sum(1),
-                active=active_FxB.sum(1, dtype=jnp.int32),
-            )
-            return jax.tree.map(jnp.add, sums, tile_sums), None
+            return jax.tree.map(jnp.add, sums, tile_sums(weights, tile, objective)), None
 
-        d_sae, d_model = w_dec_FxD.shape
+        d_sae, d_model = params["W_dec"].shape
         zero_gradients = {
-            "W_enc": jnp.zeros((d_sae, d_model)),
+            "W_enc": jnp.zeros((d_sae, d_model)),  # transposed until all tiles are added
             "b_enc": jnp.zeros(d_sae),
             "W_dec": jnp.zeros((d_sae, d_model)),
             "b_dec": jnp.zeros(d_model),
@@ -162,6 +130,97 @@ class ReLU(SAEKind):
         loss = objective.recon_weight * mse + penalty_weight * l1
         l0 = sums.active.astype(jnp.float32).sum() / n_tokens
         return gradients, BatchMetrics(loss, mse, l1, l0, sums.residual, sums.active)
+
+
+class _Weights(NamedTuple):
+    """What all tiles use: factors of products, biases, and constants of the gradient."""
+
+    w_enc: Float[Array, "d_model d_sae"]
+    w_dec: Float[Array, "d_sae d_model"]
+    b_enc: Float[Array, " d_sae"]
+    b_dec: Float[Array, " d_model"]
+    error_factor: float  # dloss/dx̂ = error_factor * (x̂ - x)
+    penalty: Float[Array, " d_sae"]  # dloss/df_i through the penalty: λ ‖W_dec,i‖
+
+
+def _prepare(
+    params: Params, penalty_weight: Float[Array, ""], objective: Objective, d_model: int
+) -> _Weights:
+    return _Weights(
+        w_enc=objective.round_factor(params["W_enc"]),
+        w_dec=objective.round_factor(params["W_dec"]),
+        b_enc=params["b_enc"],
+        b_dec=params["b_dec"],
+        error_factor=2 * objective.recon_weight * objective.mse_factor(d_model),
+        penalty=penalty_weight * jnp.linalg.norm(params["W_dec"], axis=1),
+    )
+
+
+def _tile_sums_transposed(weights: _Weights, tile: Batch, objective: Objective) -> ReLUSums:
+    """Return the sums of one tile, with features in [d_sae, tile].
+
+    A suffix says the layout: F features, B tokens of the tile, D d_model. Every product is one of
+    two contiguous matrices, and only blocks of d_model x tile are transposed, which on CPU saves a
+    quarter of the time.
+    """
+    round_factor = objective.round_factor
+    x_BxD = round_factor(tile.x)
+    f_FxB = jax.nn.relu(product(weights.w_enc.T, x_BxD.T) + weights.b_enc[:, None])
+    if tile.is_token is not None:
+        f_FxB = f_FxB * tile.is_token[None]
+    f_factor_FxB = round_factor(f_FxB)
+    error_DxB = product(weights.w_dec.T, f_factor_FxB) + weights.b_dec[:, None] - tile.x.T
+    if tile.is_token is not None:
+        error_DxB = error_DxB * tile.is_token[None]
+    error_factor_DxB = round_factor(error_DxB)
+    # dloss/dpre: error through the decoder plus penalty, where the feature is active.
+    active_FxB = f_FxB > 0
+    backward_FxB = weights.error_factor * product(weights.w_dec, error_factor_DxB)
+    pre_FxB = jnp.where(active_FxB, backward_FxB + weights.penalty[:, None], 0)
+    gradients = {
+        "W_enc": product(round_factor(pre_FxB), x_BxD),
+        "b_enc": pre_FxB.sum(1),
+        "W_dec": weights.error_factor * product(f_factor_FxB, error_factor_DxB.T),
+        "b_dec": weights.error_factor * error_DxB.sum(1),
+    }
+    return ReLUSums(
+        gradients,
+        residual=jnp.square(error_DxB).sum(),
+        features=f_FxB.sum(1),
+        active=active_FxB.sum(1, dtype=jnp.int32),
+    )
+
+
+def _tile_sums(weights: _Weights, tile: Batch, objective: Objective) -> ReLUSums:
+    """Return the sums of one tile, with features in [tile, d_sae] and kept in bfloat16.
+
+    On an accelerator the step is limited by memory traffic, which this halves: products write
+    bfloat16 at once (summed in float32), and the active mask is taken from these features.
+    """
+    x = objective.round_factor(tile.x)
+    low = x.dtype
+    pre = jnp.matmul(x, weights.w_enc, preferred_element_type=low)
+    features = jax.nn.relu(pre + weights.b_enc.astype(low)[None])
+    if tile.is_token is not None:
+        features = features * tile.is_token.astype(low)[:, None]
+    error = product(features, weights.w_dec) + weights.b_dec[None] - tile.x
+    if tile.is_token is not None:
+        error = error * tile.is_token[:, None]
+    error_factor = objective.round_factor(weights.error_factor * error)
+    backward = jnp.matmul(error_factor, weights.w_dec.T, preferred_element_type=low)
+    pre_gradient = jnp.where(features > 0, backward + weights.penalty.astype(low)[None], 0)
+    gradients = {
+        "W_enc": product(pre_gradient.T, x),
+        "b_enc": pre_gradient.sum(0, dtype=jnp.float32),
+        "W_dec": product(features.T, error_factor),
+        "b_dec": weights.error_factor * error.sum(0),
+    }
+    return ReLUSums(
+        gradients,
+        residual=jnp.square(error).sum(),
+        features=features.sum(0, dtype=jnp.float32),
+        active=(features > 0).sum(0, dtype=jnp.int32),
+    )
 
 
 def product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:

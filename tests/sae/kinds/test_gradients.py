@@ -116,9 +116,12 @@ def test_zero_decoder_row_has_a_finite_gradient(params, x):
     assert all(np.isfinite(g).all() for g in gradients.values())
 
 
-@pytest.mark.parametrize("factors", ["bfloat16", "rounded"])
-def test_bfloat16_gradients_have_eight_bits(factors):
-    """Sizes for which every XLA has bfloat16 products."""
+@pytest.mark.parametrize(
+    ("factors", "backend"), [("bfloat16", "cpu"), ("rounded", "cpu"), ("bfloat16", "gpu")]
+)
+def test_bfloat16_gradients_have_eight_bits(factors, backend, monkeypatch):
+    """Sizes for which every XLA has bfloat16 products; GPUs have a layout of their own."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     params = RELU.init_torch(jax.random.key(0), 128, 256)
     x = jax.random.normal(jax.random.key(1), (512, 128))
     objective = OBJECTIVES["april2024"]
