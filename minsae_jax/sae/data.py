@@ -8,9 +8,9 @@ from warnings import warn
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.activations.store import Store, open_store
+from minsae_jax.activations.store import Store, open_store, sibling_store
 from minsae_jax.activations.stream import (
-    ShuffledWindows,
+    ShuffleBuffers,
     Source,
     TokenStream,
     files_in_order,
@@ -45,7 +45,7 @@ def check_inputs(
 
     A new run reads the whole stores once, to hold them against their checksums.
     """
-    made_by = store.manifest.get("encoder")
+    made_by = store.origin.encoder
     if encoder_fingerprint and made_by and made_by != encoder_fingerprint:
         raise UserError(
             f"the store {store.folder} is of another encoder ({made_by[:12]}…) than {settings.checkpoint_path} "
@@ -79,7 +79,7 @@ def check_inputs(
 def _tokens_a_step(settings: TrainConfig, store: Source) -> int:
     """At the most."""
     if settings.recipe == "minsae":
-        return (settings.number_of_arrays or 1) * max(store.rows_of_shards)
+        return (settings.number_of_arrays or 1) * max(store.tokens_per_shard)
     return settings.batch_size or 1
 
 
@@ -117,27 +117,14 @@ def open_held_out(settings: TrainConfig, store: Source) -> Store | None:
     return held_out
 
 
-def sibling_store(store: Path, split: str = "val") -> Path | None:
-    """embeddings/store_val for embeddings/store, and embeddings/store_val/l-1 for embeddings/store/l-1."""
-    store = store.absolute()  # links are not followed: a sibling is one by its name
-    named = (
-        store.parent
-        if store.name.startswith("l") and store.name[1:].lstrip("-").isdecimal()
-        else store
-    )
-    return (
-        named.with_name(f"{named.name}_{split}") / store.relative_to(named) if named.name else None
-    )
-
-
 def _mismatch(store: Source, held_out: Store) -> str | None:
     """Why the tokens of one are not of the other's kind, as far as that is known."""
-    if held_out.rows < 2:
+    if held_out.total_tokens < 2:
         return "holds a single token"
     if held_out.d_model != store.d_model:
         return f"is of d_model {held_out.d_model}, but the train store of {store.d_model}"
     for name in ("encoder", "layer_index"):
-        ours, theirs = store.manifest.get(name), held_out.manifest.get(name)
+        ours, theirs = getattr(store.origin, name), getattr(held_out.origin, name)
         if ours is not None and theirs is not None and ours != theirs:
             return f"is of another {name.removesuffix('_index')} than the train store"
     return None
@@ -147,9 +134,10 @@ def held_out_batches(
     settings: TrainConfig, held_out: Store
 ) -> Iterator[Float[np.ndarray, "tokens d_model"]]:
     """eval_tokens tokens from all over the store, always the same, or all of them once."""
-    windows, left = ShuffledWindows(held_out, seed=0), min(settings.eval_tokens, held_out.rows)
-    for i in range(windows.windows_per_epoch):
-        rows = windows[i][:left]
+    buffers = ShuffleBuffers(held_out, seed=0)
+    left = min(settings.eval_tokens, held_out.total_tokens)
+    for i in range(buffers.buffers_per_epoch):
+        rows = buffers[i][:left]
         if not np.isfinite(rows.astype(np.float32, copy=False)).all():
             raise UserError(f"the store {held_out.folder} holds NaN or infinity: extract it again")
         for start in range(0, len(rows), HELD_OUT_BATCH):
@@ -162,7 +150,7 @@ def measure_scale(settings: TrainConfig, store: Source) -> float:
     if settings.recipe == "minsae":
         return 1.0
     stream = open_stream(settings, store)
-    wanted = min(settings.scale_tokens or 1, store.rows)
+    wanted = min(settings.scale_tokens or 1, sum(store.tokens_per_shard))
     total, left = 0.0, wanted
     while left:
         norms = np.linalg.norm(next(stream)[:left].astype(np.float32, copy=False), axis=1)
