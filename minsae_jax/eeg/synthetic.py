@@ -203,7 +203,7 @@ def write_demo(settings: DemoConfig) -> Demo:
     return _open_demo(folder, settings.patients, is_new=True)
 
 
-def _check_replaceable(folder: Path, record: dict[str, float], overwrite: bool) -> None:
+def _check_replaceable(folder: Path, record: dict[str, int | float], overwrite: bool) -> None:
     foreign = foreign_entries(folder, OWNED_FILES)
     if foreign:
         raise UserError(
