@@ -152,6 +152,12 @@ class Store:
         half = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
         return np.dtype(half.get(self.dtype_on_disk, np.float32))
 
+    @cached_property
+    def _file_dtype(self) -> np.dtype:
+        if self.dtype_on_disk == "bfloat16":
+            return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(self.dtype_on_disk)
+
     def read(
         self, shard: int, start: int = 0, stop: int | None = None
     ) -> Float[np.ndarray, "tokens d_model"]:
@@ -173,11 +179,10 @@ class Store:
         return total
 
     def _read_into(self, out: Float[np.ndarray, "tokens d_model"], shard: int, start: int) -> None:
-        file_dtype = np.dtype(self.dtype_on_disk) if self.manifest is None else self.dtype
         target = out
-        if file_dtype != out.dtype:
-            target = np.empty(out.shape, file_dtype)
-        offset = self.shards[shard].offset + start * self.d_model * file_dtype.itemsize
+        if self._file_dtype != out.dtype:
+            target = np.empty(out.shape, self._file_dtype)
+        offset = self.shards[shard].offset + start * self.d_model * self._file_dtype.itemsize
         _read_exactly(self.shards[shard].path, target.view(np.uint8).data.cast("B"), offset)
         if target is not out:
             out[:] = target

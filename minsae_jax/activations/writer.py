@@ -43,7 +43,7 @@ class StoreWriter:
 
     A `with` block locks the folder, and `begin` prepares it. Raises UserError, before anything is
     written, if the folder contains files of others or a store of another identity; `overwrite`
-    replaces such a store.
+    replaces the store.
 
     Several processes can write one store; all call `begin` and `finish` together. The first writes
     manifest.json; process n lists its shards in manifest.{n}.json, which are merged by `finish` or

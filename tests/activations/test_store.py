@@ -202,11 +202,25 @@ def test_damage_is_reported(folder):
 @pytest.mark.parametrize(
     "change",
     [
-        {"shards": []}, {"shards": None}, {"shards": [{}]}, {"shards": [1]}, {"format_version": "1"}, {"data": None},
-        {"d_model": None}, {"dtype": "float17"}, {"layer": None}, {"complete": 1}, {"n_tokens": 5},
-        {"rows": 5}, {"rows": "5"}, {"sha256": "x"}, {"file": 3}, {"bytes": None}, {"shape": [4, 3]},
+        {"shards": []},
+        {"shards": None},
+        {"shards": [{}]},
+        {"shards": [1]},
+        {"format_version": "1"},
+        {"data": None},
+        {"d_model": None},
+        {"dtype": "float17"},
+        {"layer": None},
+        {"complete": 1},
+        {"n_tokens": 5},
+        {"rows": 5},
+        {"rows": "5"},
+        {"sha256": "x"},
+        {"file": 3},
+        {"bytes": None},
+        {"shape": [4, 3]},
     ],
-)  # fmt: skip
+)
 def test_invalid_manifests_are_refused(folder, change):
     manifest = json.loads((folder / "manifest.json").read_text())
     ((key, _),) = change.items()

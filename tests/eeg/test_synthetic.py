@@ -17,7 +17,7 @@ KINDS = {"alpha", "spindle", "slow_wave", "blink", "spike", "muscle"}
 
 
 def test_recordings_have_not_changed():
-    """The demo encoder was trained on them. If the generator must change, print new numbers."""
+    """The demo encoder was trained on them. If the generator must change, print these again."""
     x, events = recording(0, 3000)
     assert x.shape == (3000, 19)
     assert x.dtype == np.float32
@@ -28,7 +28,7 @@ def test_recordings_have_not_changed():
 
 
 def test_events_are_larger_than_the_background():
-    """Amplitude on an event's channels during the event, against the same channels at other times."""
+    """Compare amplitudes on an event's channels during the event and at other times."""
     x, events = recording(1, 60_000)
     assert {e.kind for e in events} == KINDS
     for kind, where in (("blink", ("FP1", "FP2")), ("spike", ("T3",)), ("muscle", ("T4",))):

@@ -60,7 +60,7 @@ def test_again_and_after_a_break(encoder, settings, tmp_path, monkeypatch):
     other = replace(settings, out=str(tmp_path / "broken"))
     with (
         failing_write(monkeypatch, after=1),
-        pytest.raises(UserError, match=r"could not be written \(disk full\): make room"),
+        pytest.raises(UserError, match=r"could not be written \(disk full\); free some space"),
     ):
         extract(encoder, other, "train")
     extract(encoder, other, "train")
@@ -97,7 +97,7 @@ def test_several_layers_in_one_pass(encoder, settings, tmp_path, monkeypatch):
     every = replace(settings, cache_layer=("all",), out=str(tmp_path / "every"))
     with (
         failing_write(monkeypatch, after=1),
-        pytest.raises(UserError, match=r"could not be written \(disk full\): make room"),
+        pytest.raises(UserError, match=r"could not be written \(disk full\); free some space"),
     ):
         extract(encoder, every, "train")
     extract(encoder, every, "train")  # one layer is a shard ahead of the others
