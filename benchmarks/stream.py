@@ -4,8 +4,9 @@
 
 The store contains recordings of 77 windows of 19 channels of 101 tokens, the mean of the TUH
 corpus, as many as fit into 4 GB (--quick: 0.2 GB). "From the cache" is the rate of reading the same
-files in order, 64 MB at a time. Shuffling is measured by the number of other tokens of the same recording in
-a token's batch, against the expected number for tokens drawn from the whole store. Prints Markdown.
+files in order, 64 MB at a time. Shuffling is measured by the number of other tokens of the same
+recording in a token's batch, against the expected number for tokens drawn from the whole store.
+Prints Markdown.
 """
 
 import sys
