@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from minsae_jax import cli
-from minsae_jax.eeg.synthetic import DemoConfig, write_demo
+from minsae_jax.eeg.synthetic import Demo, DemoConfig, write_demo
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import Encoder, is_encoder, load_encoder
 from minsae_jax.encoder.extract import extract
@@ -50,7 +50,7 @@ def main(args: list[str]) -> None:
         return
     verb, flags = args[0], args[1:]
     if verb == "demo":
-        print(write_demo(_settings(DemoConfig, verb, flags)))
+        print(_describe_demo(write_demo(_settings(DemoConfig, verb, flags))))
     elif verb == "extract":
         _extract(_settings(ExtractConfig, verb, flags))
     elif verb == "train":
@@ -83,6 +83,15 @@ def _settings(cls: type[Settings], verb: str, flags: list[str]) -> Settings:
     default = load_settings(cls, files[0]) if files else cls()
     also = f"--config FILE reads the section {verb} of a YAML file, which flags override; --debug shows tracebacks."
     return cli.parse(cls, rest, f"minsae {verb}", default, also)
+
+
+def _describe_demo(demo: Demo) -> str:
+    if not demo.is_new:
+        return f"the demo recordings are already in {demo.folder}"
+    return (
+        f"wrote {demo.n_recordings} recordings of {demo.n_patients} patients "
+        f"({demo.hours:.1f} hours, {demo.n_events} planted events) to {demo.folder}"
+    )
 
 
 def _extract(settings: ExtractConfig) -> None:

@@ -44,7 +44,7 @@ def fails(capsys, main, *args: str) -> str:
         ),
         (["extract", "--split", "tset"], "invalid choice 'tset'"),
         (["extract", "--batch_size", "0"], "--batch_size must be above 0 and finite"),
-        (["demo", "--patients", "2"], "--patients must be 10 or more"),
+        (["demo", "--patients", "2"], "--patients must be at least 10"),
         (["plot"], "plot needs --run"),
         (["plot", "--run", "nowhere"], "nowhere is no run"),
     ],

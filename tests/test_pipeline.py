@@ -219,7 +219,7 @@ def test_extraction_killed_at_any_moment(demo_folder, tmp_path, environment):
         capture_output=True,
     )
     assert full.returncode == 2
-    assert b"could not be written (File too large): make room" in full.stderr.splitlines()[-1]
+    assert b"could not be written (File too large); free some space" in full.stderr.splitlines()[-1]
     run(command + "killed", tmp_path, environment)
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in killed.iterdir())
     for path in whole.iterdir():

@@ -142,7 +142,7 @@ def test_settings_survive_yaml(settings):
 def test_every_setting_is_explained(cls):
     import inspect
 
-    source = inspect.getsource(cls)
+    source = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])
     for field in fields(cls):
         line = source.index(f"    {field.name}: ")
         assert '"""' in source[line:].splitlines()[1], field.name

@@ -1,12 +1,11 @@
-"""Batches of tokens from a store, or from whatever is read like one, read ahead by grain, at positions that fit into a
-checkpoint.
+"""Resumable token batches from any `Source`, prefetched by grain.
 
-Both streams are endless iterators of [tokens, d_model], of the source's dtype, with `get_state()` and `set_state()`,
-the state being plain JSON; what comes next depends on the source, the seed and the position alone.
+Both streams are endless iterators of [tokens, d_model] in the source's dtype. Their position is
+plain JSON. The next batch depends on the source, the seed and the position alone.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,9 +14,10 @@ import grain
 import numpy as np
 from jaxtyping import Float
 
+from minsae_jax.activations.store import Origin
 from minsae_jax.errors import UserError
 
-MIXED_ROWS = 65_536  # tokens that are mixed with one another, from chunks all over the source
+SHUFFLE_BUFFER_TOKENS = 65_536  # tokens shuffled together, from chunks all over the source
 
 
 @runtime_checkable
@@ -31,105 +31,117 @@ class TokenStream(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """Where tokens come from: shards in order, or chunks of some consecutive rows in any order.
-
-    manifest: layer and encoder, as far as they are known. fingerprint: tells sources apart.
-    """
+    """Activations to train on: a store, or recordings that are encoded while training."""
 
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path: ...  # for messages
+    @property
+    def origin(self) -> Origin: ...
+    @property
+    def fingerprint(self) -> str: ...  # equal for equal tokens
     @property
     def d_model(self) -> int: ...
     @property
-    def manifest(self) -> Mapping[str, Any]: ...
+    def dtype(self) -> np.dtype: ...  # after reading
+    def verify(self) -> None: ...  # raises UserError if checksums differ
+
+    # Shards: the parts of the source in order, as minSAE reads them.
     @property
-    def rows(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def rows_of_shards(self) -> Sequence[int]: ...
+    def tokens_per_shard(self) -> Sequence[int]: ...
+    def read(self, shard: int) -> Float[np.ndarray, "tokens d_model"]: ...
+
+    # Chunks: short runs of consecutive tokens, in any order, for shuffling.
     @property
     def n_chunks(self) -> int: ...
     @property
-    def chunk_rows(self) -> int: ...  # at the most
-    @property
-    def dtype(self) -> np.dtype: ...  # of what is read
-    def read(self, shard: int) -> Float[np.ndarray, "rows d_model"]: ...
+    def tokens_per_chunk(self) -> int: ...  # maximum
     def read_chunks(
-        self, chunks: Sequence[int], out: Float[np.ndarray, "most d_model"]
-    ) -> int: ...  # rows of out
-    def verify(self) -> None: ...
+        self, chunks: Sequence[int], out: Float[np.ndarray, "capacity d_model"]
+    ) -> int: ...  # fills the start of `out` and returns the number of tokens
 
 
-def rows_of_chunks(source: Source, chunks: Sequence[int]) -> Float[np.ndarray, "rows d_model"]:
-    """The rows of some chunks, one after the other, in memory of their own."""
-    rows = np.empty((len(chunks) * source.chunk_rows, source.d_model), source.dtype)
-    return rows[: source.read_chunks(chunks, rows)]
+def chunks_per_buffer(source: Source) -> int:
+    """Return the maximum number of chunks that are read into one shuffle buffer."""
+    return min(source.n_chunks, max(1, SHUFFLE_BUFFER_TOKENS // source.tokens_per_chunk))
 
 
-class FileGroups:
-    """Whole shard files, `size` at a time, in order; what does not fill a group at the end is never used."""
+def read_chunks(source: Source, chunks: Sequence[int]) -> Float[np.ndarray, "tokens d_model"]:
+    """Return the tokens of some chunks, one after the other, as a new array."""
+    capacity = len(chunks) * source.tokens_per_chunk
+    tokens = np.empty((capacity, source.d_model), source.dtype)
+    return tokens[: source.read_chunks(chunks, tokens)]
+
+
+class ShardGroups:
+    """Groups of `size` whole shards in order; shards that do not fill a last group are not used."""
 
     def __init__(self, source: Source, size: int):
-        n_shards = len(source.rows_of_shards)
+        n_shards = len(source.tokens_per_shard)
         if size > n_shards:
             raise UserError(
                 f"--number_of_arrays {size} is more than the {n_shards} files in {source.folder}"
             )
-        self.source, self.size, self.n_shards = source, size, n_shards
+        self.source = source
+        self.size = size
+        self.n_shards = n_shards
 
     def __len__(self) -> int:
         return self.n_shards // self.size
 
-    def __getitem__(self, index: int) -> Float[np.ndarray, "rows d_model"]:
+    def __getitem__(self, index: int) -> Float[np.ndarray, "tokens d_model"]:
         first = index * self.size
         return np.concatenate([self.source.read(i) for i in range(first, first + self.size)])
 
 
-class ShuffledWindows:
-    """The source in random order, epoch after epoch: element i is a window of some chunks, its rows mixed.
+class ShuffleBuffers:
+    """The tokens of a source in random order, epoch after epoch, one shuffle buffer per element.
 
-    Chunks are drawn over the whole source, anew each epoch; no window reaches into the next one, so that every token
-    comes once an epoch. (Grain's own shuffle takes milliseconds an element where there are few.)
+    Each epoch draws a new order of all chunks. Buffer i of the epoch contains the next
+    `chunks_per_buffer` chunks, and its tokens are shuffled. Every token appears once per epoch.
+    (Grain's own shuffle needs milliseconds per element if there are few elements.)
     """
 
     def __init__(self, source: Source, seed: int):
-        self.source, self.seed = source, seed
-        self.chunks_mixed = max(1, MIXED_ROWS // source.chunk_rows)
-        self.windows_per_epoch = -(-source.n_chunks // self.chunks_mixed)
-        self._order = lru_cache(2)(
-            lambda epoch: np.random.default_rng([seed, epoch]).permutation(source.n_chunks)
-        )
-        self._own = (
-            threading.local()
-        )  # of each reading thread: fresh memory for each window costs a third of the time
+        self.source = source
+        self.seed = seed
+        self.chunks_per_buffer = chunks_per_buffer(source)
+        self.buffers_per_epoch = -(-source.n_chunks // self.chunks_per_buffer)
+        # Two epochs: at the end of one, a second thread reads the start of the next.
+        self._chunk_order = lru_cache(2)(self._draw_chunk_order)
+        # Memory of each reading thread: allocating it for every buffer takes a third of the time.
+        self._memory = threading.local()
+
+    def _draw_chunk_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.source.n_chunks)
 
     def __len__(self) -> int:
-        return 2**40  # without end, as far as anybody trains
+        return 2**40  # effectively infinite
 
-    def __getitem__(self, index: int) -> Float[np.ndarray, "rows d_model"]:
-        epoch, window = divmod(int(index), self.windows_per_epoch)
-        first = window * self.chunks_mixed
-        if not hasattr(self._own, "rows"):
-            most = min(self.chunks_mixed, self.source.n_chunks) * self.source.chunk_rows
-            self._own.rows = np.empty((most, self.source.d_model), self.source.dtype)
-        n_rows = self.source.read_chunks(
-            self._order(epoch)[first : first + self.chunks_mixed].tolist(), self._own.rows
-        )
-        order = np.random.default_rng([self.seed, epoch, window]).permutation(n_rows)
-        return self._own.rows.take(
-            order, axis=0, mode="clip"
-        )  # without "clip" numpy goes a slower way
+    def __getitem__(self, index: int) -> Float[np.ndarray, "tokens d_model"]:
+        epoch, buffer = divmod(int(index), self.buffers_per_epoch)
+        first = buffer * self.chunks_per_buffer
+        chunks = self._chunk_order(epoch)[first : first + self.chunks_per_buffer].tolist()
+        if not hasattr(self._memory, "tokens"):
+            capacity = self.chunks_per_buffer * self.source.tokens_per_chunk
+            self._memory.tokens = np.empty((capacity, self.source.d_model), self.source.dtype)
+        n_tokens = self.source.read_chunks(chunks, self._memory.tokens)
+        order = np.random.default_rng([self.seed, epoch, buffer]).permutation(n_tokens)
+        # All indices are valid; without "clip", take checks them in a slower loop.
+        return self._memory.tokens.take(order, axis=0, mode="clip")
 
 
 def shuffled_tokens(source: Source, batch_size: int, shuffle_seed: int) -> TokenStream:
-    """batch_size tokens at a time, from ShuffledWindows; batches run on from one window and epoch to the next."""
-    windows = grain.MapDataset.source(ShuffledWindows(source, shuffle_seed))
-    ahead = windows.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
-    return iter(grain.experimental.RebatchIterDataset(ahead, batch_size, drop_remainder=True))
+    """Return batches of `batch_size` shuffled tokens, across the ends of buffers and epochs."""
+    buffers = grain.MapDataset.source(ShuffleBuffers(source, shuffle_seed))
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    prefetched = buffers.to_iter_dataset(options)
+    return iter(grain.experimental.RebatchIterDataset(prefetched, batch_size, drop_remainder=True))
 
 
 def files_in_order(source: Source, number_of_arrays: int) -> TokenStream:
-    """`number_of_arrays` whole files at a time, in order and over again: minSAE's batches."""
-    groups = grain.MapDataset.source(FileGroups(source, number_of_arrays)).repeat()
+    """Return minSAE's batches: `number_of_arrays` whole shards in order, repeated forever.
+
+    Raises UserError if the source has fewer shards.
+    """
+    groups = grain.MapDataset.source(ShardGroups(source, number_of_arrays)).repeat()
     return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))

@@ -1,11 +1,15 @@
-"""Writing a store, so that it can be cut off at any moment and goes on where it was."""
+"""Crash-safe, resumable writer of a store.
+
+Files appear by renaming, so a file with its final name is complete. The manifest is rewritten after
+every shard; shards that it does not list are written again.
+"""
 
 import hashlib
 import io
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,86 +17,49 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from minsae_jax.activations.store import (
-    FORMAT_VERSION,
+from minsae_jax.activations.manifest import (
     MANIFEST,
-    PROVENANCE,
-    SHARD_NAME,
-    damages,
+    Manifest,
+    ShardEntry,
+    StoreIdentity,
+    parse_shard_entry,
     read_manifest,
-    sha256_of,
-    shard_damage,
 )
+from minsae_jax.activations.store import PROVENANCE, find_damage, shard_damage, shard_files
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write, lock_folder
+from minsae_jax.files import atomic_write, foreign_entries, lock_folder, sha256_of
 from minsae_jax.parallel.processes import barrier, process_index
 
-BLOCK = 1 << 20  # bytes hashed and written at a time, while they are in the cache
-OTHERS = "manifest.*.json"  # what processes but the first note
-_OURS = re.compile(rf"({SHARD_NAME.pattern}|{MANIFEST}|manifest\.\d+\.json|{PROVENANCE})(\.tmp)?")
-
-
-def refuse_other_store(folder: Path, identity: dict[str, Any]) -> None:
-    """Raise UserError where the folder holds a store that was begun with other settings, or shards of no manifest."""
-    before = read_manifest(folder)
-    if not before:
-        refuse_foreign_files(folder)
-        shards = (
-            sorted(p.name for p in folder.iterdir() if SHARD_NAME.fullmatch(p.name))
-            if folder.is_dir()
-            else []
-        )
-        if shards:
-            raise UserError(
-                f"{folder} holds {shards[0]} without a manifest: name another --out, or use --overwrite"
-            )
-        return
-    now = {k: v for k, v in identity.items() if k != "data"} | identity["data"]
-    was = (
-        {"precision": "float32", "skipped": {}}
-        | {k: v for k, v in before.items() if k != "data"}
-        | before["data"]
-    )
-    other = [
-        f"{k} ({_short(was.get(k))}, now {_short(v)})" for k, v in now.items() if was.get(k) != v
-    ]
-    if other:
-        raise UserError(
-            f"{folder} holds a store of other settings: {', '.join(other)}; name another --out, or use --overwrite"
-        )
-
-
-def refuse_foreign_files(folder: Path) -> None:
-    """Nothing but a store's own files is ever removed."""
-    foreign = (
-        sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name))
-        if folder.is_dir()
-        else []
-    )
-    if foreign:
-        raise UserError(f"{folder} holds {foreign[0]}, which is no store's: name another --out")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text[:12] + "…" if len(text) == 64 else text
+BLOCK = 1 << 20  # bytes that are hashed and then written while they are in the cache
+PARTIAL_MANIFESTS = "manifest.*.json"  # of processes other than the first
+# Digits are counted, since a pattern like b[0-9]*.npy also matches names of other programs.
+_SHARDS = tuple(f"b{'[0-9]' * n_digits}.npy" for n_digits in range(1, 10))
+_NAMES = (*_SHARDS, MANIFEST, PARTIAL_MANIFESTS, PROVENANCE)
+OWNED_FILES = (*_NAMES, *(f"{name}.tmp" for name in _NAMES))
 
 
 class StoreWriter:
-    """A store that is being written, from its beginning or from where it was left.
+    """Writer of a new store, or of the missing shards of one that was interrupted.
 
-    `identity` is what makes it this store: layer, encoder, shapes, dtype, data. In a `with` the folder is locked;
-    `begin` makes it this store, or raises UserError as `refuse_other_store` does, unless `overwrite` is asked for.
+    A `with` block locks the folder, and `begin` prepares it. Raises UserError, before anything is
+    written, if the folder contains files of others or a store of another identity; `overwrite`
+    replaces the store.
 
-    Several processes may write shards of one store, all going through `begin` and `finish` together: the first keeps
-    manifest.json, the n-th notes its shards in manifest.{n}.json, which are put together at the end, or at the next
-    start.
+    Several processes can write one store; all call `begin` and `finish` together. The first writes
+    manifest.json; process n lists its shards in manifest.{n}.json, which are merged by `finish` or
+    by the next `begin`.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], overwrite: bool = False):
-        self.folder, self.identity, self.overwrite = folder, identity, overwrite
+    def __init__(self, folder: Path, identity: StoreIdentity, overwrite: bool = False):
+        _check_replaceable(folder, identity, overwrite)
+        self.folder = folder
+        self.identity = identity
+        self.overwrite = overwrite
         self.process = process_index()
-        self.finished, self.done, self.manifest = False, set[int](), dict[str, Any]()
+        self.finished = False
+        self.done: set[int] = set()  # numbers of complete shards
+        self._shards: tuple[ShardEntry, ...] = ()  # those that this process lists
+        self._manifest = Manifest.of(identity)
         self._lock = ExitStack()
 
     def __enter__(self) -> "StoreWriter":
@@ -105,126 +72,194 @@ class StoreWriter:
         self._lock.close()
 
     def begin(self) -> None:
-        """Find what is there: `finished`, or the numbers of the shards that are `done`."""
+        """Prepare the folder, then set `finished` and `done`."""
         with barrier(f"begin {self.folder}"):
             if self.process == 0:
-                self._tidy_up()
+                self._prepare_folder()
         manifest = read_manifest(self.folder)
-        self.finished = manifest["complete"]
-        self.done = {_number(e) for e in manifest["shards"]}
-        self.manifest = (
-            manifest if self.process == 0 else {"identity": self._digest(), "shards": []}
-        )
+        if manifest is None:
+            raise UserError(f"{self.folder / MANIFEST} has disappeared; rerun")
+        self._manifest = manifest
+        self.finished = manifest.complete
+        self.done = {entry.number for entry in manifest.shards}
+        if self.process == 0:
+            self._shards = manifest.shards
 
-    def _tidy_up(self) -> None:
-        """Make the folder a store that is finished, or one with whole shards only."""
+    def _prepare_folder(self) -> None:
+        """Leave a complete store as it is; otherwise remove all but undamaged shards."""
         if self.overwrite:
-            refuse_foreign_files(self.folder)
-            self._forget_others()  # before there is a manifest that they might be taken to belong to
-        else:
-            refuse_other_store(self.folder, self.identity)
-        before = {} if self.overwrite else read_manifest(self.folder)
-        if before and before["complete"] and not any(damages(self.folder, before)):
-            return self._forget_others()
-        fresh = {"format_version": FORMAT_VERSION, "complete": False, **self.identity, "shards": []}
-        self.manifest = before or fresh
-        kept = [
-            e for e in self._all_entries()
-            if not shard_damage(self.folder / e["file"], e, self.manifest)
-            and sha256_of(self.folder / e["file"]) == e["sha256"]
-        ]  # fmt: skip
-        self.manifest |= {"shards": kept, "complete": False}
-        self._write_manifest()
-        names = {e["file"] for e in kept} | {MANIFEST}
+            # Before there is a manifest that they could be merged into.
+            self._remove_partial_manifests()
+        manifest = None
+        if not self.overwrite:
+            manifest = read_manifest(self.folder)
+        if manifest and manifest.complete and not any(find_damage(self.folder, manifest)):
+            self._remove_partial_manifests()
+            return
+        self._manifest = manifest or Manifest.of(self.identity)
+        self._shards = self._manifest.shards
+        self._shards = tuple(e for e in self._merged_shards() if self._is_intact(e))
+        self._write_manifest(complete=False)
+        current = {MANIFEST, *(entry.file for entry in self._shards)}
+        protected = current.union(foreign_entries(self.folder, OWNED_FILES))
         for path in self.folder.iterdir():
-            if path.name not in names and _OURS.fullmatch(path.name):
+            if path.name not in protected:
                 path.unlink()
 
-    def _all_entries(self) -> list[dict[str, Any]]:
-        """The manifest's, and what other processes have noted of this very store, in order."""
-        entries = {e["file"]: e for e in self.manifest["shards"]}
-        for path in self.folder.glob(OTHERS):
-            try:
-                part = json.loads(path.read_text())
-                if part["identity"] == self._digest():
-                    entries = {e["file"]: e for e in part["shards"]} | entries
-            except (ValueError, KeyError, TypeError):
-                continue  # cut off: its shards are made again
-        return sorted(entries.values(), key=_number)
+    def _is_intact(self, entry: ShardEntry) -> bool:
+        path = self.folder / entry.file
+        if shard_damage(path, entry, self._manifest.dtype):
+            return False
+        return sha256_of(path) == entry.sha256
 
-    def _digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+    def _merged_shards(self) -> tuple[ShardEntry, ...]:
+        """Return this process's shards and those in partial manifests, in order."""
+        entries = {entry.file: entry for entry in self._shards}
+        for path in self.folder.glob(PARTIAL_MANIFESTS):
+            for entry in self._read_partial_manifest(path):
+                entries.setdefault(entry.file, entry)
+        return tuple(sorted(entries.values(), key=lambda entry: entry.number))
 
-    def _forget_others(self) -> None:
-        for path in self.folder.glob(OTHERS):
+    def _read_partial_manifest(self, path: Path) -> list[ShardEntry]:
+        """Return the shards of another process, or none if the file is damaged or of another store.
+
+        The shards of a damaged file are written again.
+        """
+        sequence_shape = [self.identity.n_tokens, self.identity.d_model]
+        try:
+            content = json.loads(path.read_text())
+            if content["identity"] != self.identity.digest:
+                return []
+            return [parse_shard_entry(entry, sequence_shape) for entry in content["shards"]]
+        except (ValueError, KeyError, TypeError):
+            return []
+
+    def _remove_partial_manifests(self) -> None:
+        for path in self.folder.glob(PARTIAL_MANIFESTS):
             path.unlink()
 
     def write(
         self, number: int, pieces: Sequence[Shaped[np.ndarray, "sequences n_tokens d_model"]]
     ) -> None:
-        """One shard, from pieces that follow one another along the first axis, of the store's dtype. Raises UserError
-        where the disk does not take it."""
+        """Write one shard in the store's dtype, given in pieces along the first axis.
+
+        Raises UserError if the disk is full or cannot be written.
+        """
         path = self.folder / f"b{number:04d}.npy"
         try:
-            entry = _write_shard(path, pieces)
-            self.manifest["shards"].append(entry)
-            self._write_manifest()
+            self._shards = (*self._shards, _write_shard(path, pieces))
+            self._write_manifest(complete=False)
         except OSError as e:
             raise UserError(
-                f"{path} could not be written ({e.strerror or e}): make room, and give the same command again, which "
-                "goes on from here"
+                f"{path} could not be written ({e.strerror or e}); free some space and rerun the "
+                "same command to resume"
             ) from e
         self.done.add(number)
 
-    def finish(self, provenance: dict[str, np.ndarray]) -> None:
-        """Write the provenance, an entry a sequence in the shards' order, and declare the store complete."""
+    def finish(self, provenance: Mapping[str, np.ndarray]) -> None:
+        """Write the provenance, one entry per sequence in the shards' order, and the manifest."""
         with barrier(f"finish {self.folder}"):
             if self.process == 0:
-                with atomic_write(self.folder / PROVENANCE) as aside, aside.open("wb") as f:
-                    np.savez_compressed(f, allow_pickle=False, **provenance)
-                self.manifest |= {"shards": self._all_entries(), "complete": True}
-                self._write_manifest()
-                self._forget_others()
+                path = self.folder / PROVENANCE
+                with atomic_write(path) as temporary, temporary.open("wb") as file:
+                    np.savez_compressed(file, allow_pickle=False, **provenance)
+                self._shards = self._merged_shards()
+                self._write_manifest(complete=True)
+                self._remove_partial_manifests()
 
-    def _write_manifest(self) -> None:
-        name = MANIFEST if self.process == 0 else f"manifest.{self.process}.json"
-        with atomic_write(self.folder / name) as aside:
-            aside.write_text(json.dumps(self.manifest, indent=1) + "\n")
+    def _write_manifest(self, complete: bool) -> None:
+        name = MANIFEST
+        if self.process == 0:
+            self._manifest = replace(self._manifest, shards=self._shards, complete=complete)
+            content = self._manifest.to_json()
+        else:
+            name = f"manifest.{self.process}.json"
+            shards = [entry.to_json() for entry in self._shards]
+            content = {"identity": self.identity.digest, "shards": shards}
+        with atomic_write(self.folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _write_shard(path: Path, pieces: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The shard's entry in the manifest."""
-    arrays = [p.view(np.uint16) if p.dtype == ml_dtypes.bfloat16 else p for p in pieces]
-    shape = (sum(len(p) for p in arrays), *arrays[0].shape[1:])
-    header = io.BytesIO()
-    described = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, described)
+def _check_replaceable(folder: Path, identity: StoreIdentity, overwrite: bool) -> None:
+    """Raise UserError if the folder contains files of others, or another store."""
+    manifest = None
+    if not overwrite:
+        manifest = read_manifest(folder)
+    if manifest is not None:
+        _check_identity(folder, identity, manifest)
+        return
+    foreign = foreign_entries(folder, OWNED_FILES)
+    if foreign:
+        raise UserError(
+            f"{folder} contains {foreign[0]}, which is not part of a store; choose another --out"
+        )
+    if overwrite or not folder.is_dir():
+        return
+    shards = shard_files(folder)
+    if shards:
+        raise UserError(
+            f"{folder} contains {shards[0].name} but no manifest; choose another --out, or use "
+            "--overwrite"
+        )
+
+
+def _check_identity(folder: Path, identity: StoreIdentity, manifest: Manifest) -> None:
+    # Stores of the first version have no precision and list no skipped recordings.
+    before = {"precision": "float32", "skipped": {}} | _flat(manifest)
+    differences = [
+        f"{name} ({_short(before.get(name))}, now {_short(value)})"
+        for name, value in _flat(identity).items()
+        if before.get(name) != value
+    ]
+    if differences:
+        raise UserError(
+            f"{folder} contains a store of other settings: {', '.join(differences)}; choose "
+            "another --out, or use --overwrite"
+        )
+
+
+def _flat(identity: StoreIdentity) -> dict[str, Any]:
+    content = dict(identity.to_json())
+    data = content.pop("data")
+    return content | data
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    if len(text) == 64:  # a SHA-256
+        text = f"{text[:12]}…"
+    return text
+
+
+def _write_shard(path: Path, pieces: Sequence[np.ndarray]) -> ShardEntry:
+    """Write a .npy file of all pieces, block by block, and hash it on the way."""
+    arrays = list(pieces)
+    if arrays[0].dtype == ml_dtypes.bfloat16:
+        arrays = [array.view(np.uint16) for array in arrays]
+    _, n_tokens, d_model = arrays[0].shape
+    shape = (sum(len(array) for array in arrays), n_tokens, d_model)
     digest = hashlib.sha256()
-    with atomic_write(path) as aside:
-        with aside.open("wb", buffering=0) as f:
-            for content in (
-                header.getbuffer(),
-                *(np.ascontiguousarray(a).data.cast("B") for a in arrays),
-            ):
-                for start in range(0, len(content), BLOCK):
-                    digest.update(content[start : start + BLOCK])
-                    _write_all(f, content[start : start + BLOCK])
-        size = aside.stat().st_size
-    rows = shape[0] * shape[1]
-    return {
-        "file": path.name,
-        "shape": list(shape),
-        "rows": rows,
-        "bytes": size,
-        "sha256": digest.hexdigest(),
-    }
+    n_bytes = 0
+    with atomic_write(path) as temporary, temporary.open("wb", buffering=0) as file:
+        for block in _blocks(arrays, shape):
+            digest.update(block)
+            _write_all(file, block)
+            n_bytes += len(block)
+    return ShardEntry(path.name, shape, n_bytes, digest.hexdigest())
+
+
+def _blocks(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> Iterator[memoryview]:
+    """Yield the bytes of a .npy file, at most BLOCK at a time."""
+    header = io.BytesIO()
+    description = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    yield header.getbuffer()
+    for array in arrays:
+        content = np.ascontiguousarray(array).data.cast("B")
+        for start in range(0, len(content), BLOCK):
+            yield content[start : start + BLOCK]
 
 
 def _write_all(file: IO[bytes], block: memoryview) -> None:
-    """An unbuffered file may take less than it is given."""
-    while len(block):
+    while len(block):  # an unbuffered file may write less than it is given
         block = block[file.write(block) :]
-
-
-def _number(entry: dict[str, Any]) -> int:
-    return int(entry["file"].removeprefix("b").removesuffix(".npy"))

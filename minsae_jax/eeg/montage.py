@@ -1,4 +1,4 @@
-"""The 19 channels of the international 10-20 system, as the preprocessed TUH corpus orders and names them; bands."""
+"""Channels of the international 10-20 system in the TUH corpus's order, and frequency bands."""
 
 import numpy as np
 
@@ -8,13 +8,14 @@ CHANNELS = (
     "C4", "T4", "T5", "P3", "PZ", "P4", "T6", "O1", "O2",
 )  # fmt: skip
 
-# x to the right and y to the front on a unit head seen from above, [19, 2].
+# [19, 2] on a unit head seen from above: x to the right, y to the front.
 POSITIONS = np.array([
-    (-0.3, 0.9), (0.3, 0.9), (-0.8, 0.55), (-0.4, 0.5), (0, 0.45), (0.4, 0.5), (0.8, 0.55), (-1, 0), (-0.5, 0), (0, 0),
-    (0.5, 0), (1, 0), (-0.8, -0.55), (-0.4, -0.5), (0, -0.45), (0.4, -0.5), (0.8, -0.55), (-0.3, -0.9), (0.3, -0.9),
+    (-0.3, 0.9), (0.3, 0.9), (-0.8, 0.55), (-0.4, 0.5), (0, 0.45), (0.4, 0.5), (0.8, 0.55),
+    (-1, 0), (-0.5, 0), (0, 0), (0.5, 0), (1, 0),
+    (-0.8, -0.55), (-0.4, -0.5), (0, -0.45), (0.4, -0.5), (0.8, -0.55), (-0.3, -0.9), (0.3, -0.9),
 ])  # fmt: skip
 
-# Name, and limits in Hz.
+# Name, lower and upper limit in Hz.
 BANDS = (
     ("delta", 1.0, 4.0),
     ("theta", 4.0, 8.0),

@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from minsae_jax.activations.writer import StoreWriter, refuse_foreign_files, refuse_other_store
+from minsae_jax.activations.manifest import StoreIdentity
+from minsae_jax.activations.writer import StoreWriter
 from minsae_jax.eeg.recordings import Recordings, Split, Windows, open_recordings, warn_of
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import Encoder, Precision, split_model
@@ -90,11 +91,6 @@ def make_plans(encoder: Encoder, settings: ExtractConfig) -> list[Plan]:
             )
             for index, layer in layers.items()
         )
-        for writer in writers:
-            if settings.overwrite:
-                refuse_foreign_files(writer.folder)
-            else:
-                refuse_other_store(writer.folder, writer.identity)
         plans.append(Plan(split, recordings, tuple(layers), writers))
     return plans
 
@@ -114,16 +110,16 @@ def _identity(
     recordings: Recordings,
     layer: int,
     index: int,
-) -> dict[str, Any]:
+) -> StoreIdentity:
     a = encoder.architecture
-    return {
-        "layer": layer,
-        "layer_index": index,
-        "dtype": settings.dtype,
-        "n_tokens": a.n_tokens,
-        "d_model": a.d_model,
-        "encoder": encoder.fingerprint,
-        "data": {
+    return StoreIdentity(
+        layer=layer,
+        layer_index=index,
+        dtype=settings.dtype,
+        n_tokens=a.n_tokens,
+        d_model=a.d_model,
+        encoder=encoder.fingerprint,
+        data={
             "split": split,
             "split_seed": settings.split_seed,
             "batch_size": settings.batch_size,
@@ -137,7 +133,7 @@ def _identity(
             "skipped": recordings.skipped,
             "precision": settings.precision,
         },
-    }
+    )
 
 
 def _refuse_full_disk(a: Architecture, settings: ExtractConfig, plans: list[Plan]) -> None:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.activations.stream import MIXED_ROWS, rows_of_chunks
+from minsae_jax.activations.store import Origin
+from minsae_jax.activations.stream import chunks_per_buffer, read_chunks
 from minsae_jax.eeg.recordings import OnBadRecording, Recordings, Split, open_recordings, warn_of
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.encoder.extract import sharded_hidden
@@ -58,8 +59,9 @@ class LiveStore:
         index = layer_index(layer, a.n_layers)
         self.windows, self.batch_size = recordings.windows, batch_size
         self.folder, self.d_model = self.windows.folder, a.d_model
-        self.chunk_rows = a.n_vars * a.n_tokens
-        self.manifest: dict[str, Any] = {
+        self.tokens_per_chunk = a.n_vars * a.n_tokens
+        self.origin = Origin(encoder.fingerprint, layer, index, recordings.skipped)
+        self._description: dict[str, Any] = {
             "layer": layer,
             "layer_index": index,
             "encoder": encoder.fingerprint,
@@ -82,28 +84,25 @@ class LiveStore:
         return len(self.windows)
 
     @property
-    def rows(self) -> int:
-        return self.n_chunks * self.chunk_rows
-
-    @property
-    def rows_of_shards(self) -> list[int]:
+    def tokens_per_shard(self) -> list[int]:
         starts = range(0, len(self.windows), self.batch_size)
         return [
-            min(self.batch_size, len(self.windows) - start) * self.chunk_rows for start in starts
+            min(self.batch_size, len(self.windows) - start) * self.tokens_per_chunk
+            for start in starts
         ]
 
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()
 
     def read(self, shard: int) -> Float[np.ndarray, "rows d_model"]:
         start = shard * self.batch_size
         return self._activations(self.windows.read(start, start + self.batch_size), self.batch_size)
 
-    def read_chunks(self, chunks: Sequence[int], out: Float[np.ndarray, "most d_model"]) -> int:
-        # One compilation for all, the last of an epoch too.
-        size = min(self.n_chunks, max(1, MIXED_ROWS // self.chunk_rows))
-        rows = self._activations(self.windows.read_at(np.asarray(chunks)), size)
+    def read_chunks(self, chunks: Sequence[int], out: Float[np.ndarray, "capacity d_model"]) -> int:
+        # Padded to a full shuffle buffer, so that there is one compilation.
+        windows = self.windows.read_at(np.asarray(chunks))
+        rows = self._activations(windows, chunks_per_buffer(self))
         out[: len(rows)] = rows
         return len(rows)
 
@@ -128,7 +127,7 @@ def open_live(encoder: Encoder, settings: LiveSettings) -> LiveStore:
     store = LiveStore(
         encoder, recordings, settings.cache_layer, settings.live_batch_size, settings.force_revin
     )
-    if not np.isfinite(rows_of_chunks(store, [0])).all():
+    if not np.isfinite(read_chunks(store, [0])).all():
         raise UserError(
             f"the encoder gives NaN or infinity for {recordings.windows.files[0]}: see whether the recordings are in SD"
         )

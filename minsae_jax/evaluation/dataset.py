@@ -10,8 +10,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from minsae_jax.activations.store import PROVENANCE, Store, open_store
-from minsae_jax.eeg.recordings import load_recording, patient_of, recordings_folder
-from minsae_jax.eeg.synthetic import SAMPLING_RATE
+from minsae_jax.eeg.recordings import (
+    SAMPLING_RATE,
+    load_recording,
+    patient_of,
+    recordings_folder,
+)
 from minsae_jax.encoder.patchtst.model import Architecture
 from minsae_jax.errors import UserError
 
@@ -47,7 +51,7 @@ class Dataset:
 
     @cached_property
     def _ends(self) -> list[int]:
-        return list(accumulate(rows // self.n_tokens for rows in self.store.rows_of_shards))
+        return list(accumulate(rows // self.n_tokens for rows in self.store.tokens_per_shard))
 
     def read(self, start: int, stop: int) -> Float[np.ndarray, "sequences n_tokens d_model"]:
         """Activations of consecutive sequences, float32."""
@@ -101,11 +105,8 @@ def open_dataset(
 ) -> Dataset:
     """Raises UserError where the store has no provenance, or is of another encoder, or the recordings are missing."""
     store = open_store(path, layer)
-    if not store.manifest:
-        raise UserError(
-            f"the store {store.folder} does not tell where its tokens come from: make it with minsae extract"
-        )
-    if (store.manifest["n_tokens"], store.d_model) != (architecture.n_tokens, architecture.d_model):
+    manifest = store.require_manifest()
+    if (manifest.n_tokens, store.d_model) != (architecture.n_tokens, architecture.d_model):
         raise UserError(
             f"the store {store.folder} is of another architecture than the encoder: extract it again"
         )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minsae_jax.activations.store import Store
+from minsae_jax.activations.store import Store, sibling_store
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.encoder.patchtst.model import layer_index
 from minsae_jax.errors import UserError
@@ -24,7 +24,6 @@ from minsae_jax.monitor import progress, table
 from minsae_jax.parallel.mesh import make_mesh, members_sharding
 from minsae_jax.sae import measures
 from minsae_jax.sae.config import load_run_config
-from minsae_jax.sae.data import sibling_store
 from minsae_jax.sae.grid import HYPER_NAMES as HYPER
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
@@ -101,13 +100,13 @@ def open_split(
 
 
 def _refuse_other(store: Store, encoder: Encoder, layer: int) -> None:
-    if store.manifest["encoder"] != encoder.fingerprint:
+    if store.require_manifest().encoder != encoder.fingerprint:
         raise UserError(
             f"the store {store.folder} is of another encoder than --checkpoint_path: extract it again"
         )
-    if store.manifest["layer_index"] != layer:
+    if store.require_manifest().layer_index != layer:
         raise UserError(
-            f"the store {store.folder} is of layer {store.manifest['layer']}, but the members are not"
+            f"the store {store.folder} is of layer {store.require_manifest().layer}, but the members are not"
         )
 
 
@@ -134,7 +133,7 @@ def evaluate(settings: EvaluateConfig, encoder: Encoder) -> Evaluation:
         "rule": "the member that was asked for" if settings.member else RULE,
         "run": str(run),
         "store": str(test.store.folder),
-        "tokens": test.store.rows,
+        "tokens": test.store.total_tokens,
     }
     about |= _substitute(settings, encoder, test, members, found, mean)
     baselines = _find_events(settings, encoder, test, members, found)
@@ -171,7 +170,7 @@ def _measure(members: list[Member], test: Dataset) -> tuple[list[Found], np.ndar
         ):
             for i, member in enumerate(group):
                 by_name[member.name] = _of_member(measured, i) | _of_decoder(member.sae)
-    return [by_name[m.name] for m in members], (total / test.store.rows).astype(np.float32)
+    return [by_name[m.name] for m in members], (total / test.store.total_tokens).astype(np.float32)
 
 
 def _of_member(m: measures.Measures, i: int) -> Found:
@@ -215,7 +214,7 @@ def _substitute(
             "substitution": f"not measured: the encoder's head is {head}, not the pretrain head"
         }
     errors = substitution_errors(
-        encoder, test, test.store.manifest["layer_index"], [m.sae for m in members], mean,
+        encoder, test, test.store.require_manifest().layer_index, [m.sae for m in members], mean,
         settings.substitution_windows, settings.mask_ratio, settings.seed,
     )  # fmt: skip
     for own, error in zip(found, errors.pop("members"), strict=True):

@@ -33,7 +33,7 @@ def substitution_errors(
     mesh, rng = make_mesh(), np.random.default_rng(seed)
     own = {"mean": np.asarray(mean, np.float32), "saes": [sae.params for sae in saes]}
     params, own = jax.device_put((encoder.params, own), replicated(mesh))
-    run = masked_errors(mesh, a, layer, dataset.store.manifest["data"]["revin"], _variants)
+    run = masked_errors(mesh, a, layer, dataset.store.require_manifest().data["revin"], _variants)
     places = _some_windows(dataset, n_windows, rng)
     batch = -(-min(BATCH, len(places)) // mesh.size) * mesh.size
     errors = []

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.eeg.montage import BANDS, CHANNELS, POSITIONS
-from minsae_jax.eeg.synthetic import SAMPLING_RATE
+from minsae_jax.eeg.recordings import SAMPLING_RATE
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import Dataset, seconds

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
-from minsae_jax.eeg.synthetic import SAMPLING_RATE
+from minsae_jax.eeg.recordings import SAMPLING_RATE
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
@@ -63,13 +63,13 @@ def _meta(
         "member": own["member"],
         "run": str(run),
         "encoder": encoder.fingerprint[:12],
-        "layer": test.store.manifest["layer"],
+        "layer": test.store.require_manifest().layer,
         "created_with": f"minsae_jax {version('minsae_jax')}",
-        "n_tokens": test.store.rows,
+        "n_tokens": test.store.total_tokens,
         "n_windows": len(test.recording) // a.n_vars,
         "n_recordings": len(test.recordings),
         "n_patients": len(set(test.patients)),
-        "split": test.store.manifest["data"].get("split", "test"),
+        "split": test.store.require_manifest().data.get("split", "test"),
         "sampling_rate": SAMPLING_RATE,
         "patch_seconds": a.stride / SAMPLING_RATE,
         "n_patches": a.n_patches,
@@ -88,7 +88,7 @@ def _meta(
             | evaluation.baselines[kind]
             for kind, score in own.get("events", {}).items()
         ],
-        "waveform_exact": test.store.manifest["layer_index"] == a.n_layers - 1,
+        "waveform_exact": test.store.require_manifest().layer_index == a.n_layers - 1,
         "shifted_recordings": shifted,
         "notes": notes,
     }  # fmt: skip

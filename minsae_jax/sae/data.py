@@ -8,9 +8,9 @@ from warnings import warn
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.activations.store import Store, open_store
+from minsae_jax.activations.store import Store, open_store, sibling_store
 from minsae_jax.activations.stream import (
-    ShuffledWindows,
+    ShuffleBuffers,
     Source,
     TokenStream,
     files_in_order,
@@ -48,7 +48,7 @@ def open_train_data(
     if stores, members, encoder and initial weights do not fit one another.
     """
     config = plan.config
-    store_encoder = store.manifest.get("encoder")
+    store_encoder = store.origin.encoder
     if encoder_fingerprint and store_encoder and store_encoder != encoder_fingerprint:
         raise UserError(
             f"the store {store.folder} is from another encoder ({store_encoder[:12]}…) than "
@@ -92,7 +92,7 @@ def _load_start(config: TrainConfig, groups: tuple[Group, ...], d_model: int) ->
 
 def _max_tokens_per_step(plan: TrainPlan, store: Source) -> int:
     if isinstance(plan.batches, FileBatches):
-        return plan.batches.number_of_arrays * max(store.rows_of_shards)
+        return plan.batches.number_of_arrays * max(store.tokens_per_shard)
     return plan.batches.batch_size
 
 
@@ -117,7 +117,7 @@ def open_held_out(config: TrainConfig, store: Source) -> Store | None:
         if mismatch:
             raise UserError(f"--val_store {config.val_store} {mismatch}")
         return held_out
-    sibling = None if config.live else sibling_store(Path(config.store))
+    sibling = None if config.live else sibling_store(Path(config.store), "val")
     if sibling is None or not sibling.is_dir():
         return None
     try:
@@ -135,25 +135,15 @@ def open_held_out(config: TrainConfig, store: Source) -> Store | None:
     return held_out
 
 
-def sibling_store(store: Path, split: str = "val") -> Path | None:
-    """Return embeddings/store_val for embeddings/store, and …/store_val/l-1 for …/store/l-1."""
-    store = store.absolute()  # not resolved: links have siblings by their own names
-    is_layer = store.name.startswith("l") and store.name[1:].lstrip("-").isdecimal()
-    named = store.parent if is_layer else store
-    if not named.name:
-        return None
-    return named.with_name(f"{named.name}_{split}") / store.relative_to(named)
-
-
 def _mismatch(store: Source, held_out: Store) -> str | None:
     """Return why the held-out tokens do not fit the train store, or None."""
-    if held_out.rows < 2:
+    if held_out.total_tokens < 2:
         return "contains a single token"
     if held_out.d_model != store.d_model:
         return f"has d_model {held_out.d_model}, but the train store has {store.d_model}"
     for name in ("encoder", "layer_index"):
-        expected = store.manifest.get(name)
-        actual = held_out.manifest.get(name)
+        expected = getattr(store.origin, name)
+        actual = getattr(held_out.origin, name)
         is_known = expected is not None and actual is not None
         if is_known and expected != actual:
             return f"is from another {name.removesuffix('_index')} than the train store"
@@ -164,9 +154,9 @@ def held_out_batches(
     config: TrainConfig, held_out: Store
 ) -> Iterator[Float[np.ndarray, "tokens d_model"]]:
     """Yield eval_tokens tokens from all over the store, always the same, or all of them once."""
-    buffers = ShuffledWindows(held_out, seed=0)
-    n_missing = min(config.eval_tokens, held_out.rows)
-    for i in range(buffers.windows_per_epoch):
+    buffers = ShuffleBuffers(held_out, seed=0)
+    n_missing = min(config.eval_tokens, held_out.total_tokens)
+    for i in range(buffers.buffers_per_epoch):
         tokens = buffers[i][:n_missing]
         if not np.isfinite(tokens.astype(np.float32, copy=False)).all():
             raise UserError(f"the store {held_out.folder} contains NaN or infinity; extract again")
@@ -183,7 +173,7 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
     if not plan.scale_tokens:
         return 1.0
     stream = open_stream(plan, store)
-    n_tokens = min(plan.scale_tokens, store.rows)
+    n_tokens = min(plan.scale_tokens, sum(store.tokens_per_shard))
     total = 0.0
     n_missing = n_tokens
     while n_missing:

@@ -1,10 +1,11 @@
-"""The store's format: what is written, what goes on after a break, what is refused."""
+"""The store's format: its files, resuming after a break, and errors."""
 
 import hashlib
 import json
 import os
 import resource
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,13 +14,19 @@ import numpy as np
 import pytest
 
 from minsae_jax import UserError
-from minsae_jax.activations.store import open_store
+from minsae_jax.activations.manifest import StoreIdentity
+from minsae_jax.activations.store import open_store, sibling_store, store_folder
 from minsae_jax.activations.writer import StoreWriter
 
-IDENTITY = {
-    "layer": -1, "layer_index": 2, "dtype": "float32", "n_tokens": 3, "d_model": 4, "encoder": "e" * 64,
-    "data": {"split": "train", "batch_size": 2},
-}  # fmt: skip
+IDENTITY = StoreIdentity(
+    layer=-1,
+    layer_index=2,
+    dtype="float32",
+    n_tokens=3,
+    d_model=4,
+    encoder="e" * 64,
+    data={"split": "train", "batch_size": 2},
+)
 
 
 def arrays(dtype=np.float32):
@@ -35,7 +42,7 @@ def begun(folder, identity=IDENTITY, overwrite=False):
 
 
 def write(folder, xs, **changes):
-    with begun(folder, IDENTITY | changes) as writer:
+    with begun(folder, replace(IDENTITY, **changes)) as writer:
         for i, x in enumerate(xs):
             if i not in writer.done:
                 writer.write(i, [x])
@@ -44,7 +51,7 @@ def write(folder, xs, **changes):
 
 
 def opened(folder, identity=IDENTITY, overwrite=False):
-    """A writer's view of the folder: what is finished, and which shards are there."""
+    """Begin to write; return whether the store is finished, and the numbers of its shards."""
     with begun(folder, identity, overwrite) as writer:
         return writer.finished, writer.done
 
@@ -54,13 +61,13 @@ def folder(tmp_path):
     return write(tmp_path / "store" / "l-1", arrays())
 
 
-def test_what_is_written(folder):
+def test_writer_writes_shards_manifest_and_provenance(folder):
     assert sorted(p.name for p in folder.iterdir()) == [
         "b0000.npy", "b0001.npy", "b0002.npy", "manifest.json", "provenance.npz",
     ]  # fmt: skip
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["complete"]
-    assert manifest | IDENTITY == manifest
+    assert manifest | dict(IDENTITY.to_json()) == manifest
     assert [(s["file"], s["shape"], s["rows"]) for s in manifest["shards"]] == [
         ("b0000.npy", [4, 3, 4], 12), ("b0001.npy", [4, 3, 4], 12), ("b0002.npy", [2, 3, 4], 6),
     ]  # fmt: skip
@@ -70,15 +77,16 @@ def test_what_is_written(folder):
 
 
 @pytest.mark.parametrize("path", ["store", "store/l-1"])
-def test_read(folder, tmp_path, path):
+def test_read_returns_the_written_tokens(folder, tmp_path, path):
     store = open_store(tmp_path / path, -1)
     store.verify()
-    assert (store.rows, store.d_model, len(store.shards)) == (30, 4, 3)
+    assert (store.total_tokens, store.d_model, len(store.shards)) == (30, 4, 3)
     np.testing.assert_array_equal(store.read(1, 2, 7), arrays()[1].reshape(-1, 4)[2:7])
 
 
-def test_a_layer_has_two_numbers(folder):
-    assert open_store(folder, 2).rows == open_store(folder, -1).rows == 30  # of three layers
+def test_layer_may_count_from_the_start_or_the_end(folder):
+    assert open_store(folder, 2).total_tokens == 30  # of three layers
+    assert open_store(folder, -1).total_tokens == 30
 
 
 def test_more_shards_than_file_descriptors(tmp_path):
@@ -95,7 +103,7 @@ def test_more_shards_than_file_descriptors(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_stays_what_it_is(tmp_path, dtype):
+def test_half_precision_is_preserved(tmp_path, dtype):
     kind = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
     folder = write(tmp_path / "l0", arrays(kind), dtype=dtype)
     store = open_store(folder)
@@ -104,18 +112,18 @@ def test_half_precision_stays_what_it_is(tmp_path, dtype):
     assert np.load(folder / "b0000.npy").dtype == (np.uint16 if dtype == "bfloat16" else np.float16)
 
 
-def test_without_manifest_in_numerical_order(tmp_path):
+def test_shards_without_manifest_are_sorted_by_number(tmp_path):
     for i in (2, 10000, 9999, 0):
         np.save(tmp_path / f"b{i:04d}.npy", np.full((1, 2, 4), i, np.float32))
     store = open_store(tmp_path, -1)
     assert [int(store.read(i)[0, 0]) for i in range(4)] == [0, 2, 9999, 10000]
-    assert store.manifest == {}
+    assert store.manifest is None
     before = store.fingerprint
     np.save(tmp_path / "b0003.npy", np.zeros((5, 2, 4), np.float32))
     assert open_store(tmp_path, -1).fingerprint != before
 
 
-def test_an_interrupted_store_goes_on(tmp_path, folder):
+def test_interrupted_store_is_resumed(tmp_path, folder):
     undisturbed = {p.name: p.read_bytes() for p in folder.iterdir()}
     broken = tmp_path / "broken"
     with begun(broken) as writer:
@@ -123,7 +131,7 @@ def test_an_interrupted_store_goes_on(tmp_path, folder):
         writer.write(0, [arrays()[0]])
     (broken / "b0001.npy.tmp").write_bytes(b"half")
     (broken / "b0001.npy").write_bytes(b"renamed, but not in the manifest yet")
-    with pytest.raises(UserError, match="is unfinished"):
+    with pytest.raises(UserError, match="is incomplete"):
         open_store(broken)
     assert opened(broken) == (False, {0, 2})
     (broken / "b0000.npy").write_bytes((broken / "b0000.npy").read_bytes()[:-1] + b"x")
@@ -132,7 +140,7 @@ def test_an_interrupted_store_goes_on(tmp_path, folder):
     assert {p.name: p.read_bytes() for p in broken.iterdir()} == undisturbed
 
 
-def test_a_finished_store_is_left_alone(folder):
+def test_finished_store_is_not_changed(folder):
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert opened(folder)[0]
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
@@ -140,32 +148,33 @@ def test_a_finished_store_is_left_alone(folder):
     assert opened(folder) == (False, {0, 2})
 
 
-def test_another_store_in_the_folder(folder):
+def test_store_of_other_settings_requires_overwrite(folder):
     with pytest.raises(
         UserError, match=r"other settings: encoder \(eeee.*, now ffff.*\), split \(train, now val\)"
     ):
-        opened(folder, IDENTITY | {"encoder": "f" * 64, "data": {"split": "val", "batch_size": 2}})
-    assert open_store(folder).rows == 30
-    assert opened(folder, IDENTITY | {"encoder": "f" * 64}, overwrite=True) == (False, set())
+        opened(folder, replace(IDENTITY, encoder="f" * 64, data={"split": "val", "batch_size": 2}))
+    assert open_store(folder).total_tokens == 30
+    assert opened(folder, replace(IDENTITY, encoder="f" * 64), overwrite=True) == (False, set())
     assert sorted(p.name for p in folder.iterdir()) == ["manifest.json"]
 
 
-def test_files_of_others_are_never_removed(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"thesis.tex"):
-            opened(tmp_path, overwrite=overwrite)
-    assert (tmp_path / "thesis.tex").exists()
+@pytest.mark.parametrize("name", ["thesis.tex", "b1-thesis.npy", "backup.npy"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_are_never_removed(tmp_path, name, overwrite):
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(UserError, match=name):
+        opened(tmp_path, overwrite=overwrite)
+    assert (tmp_path / name).exists()
 
 
-def test_minsae_files_need_overwrite(tmp_path):
+def test_shards_without_manifest_require_overwrite(tmp_path):
     np.save(tmp_path / "b0000.npy", np.zeros((1, 2, 4), np.float32))
     with pytest.raises(UserError, match=r"b0000.npy.*--overwrite"):
         opened(tmp_path)
     assert opened(tmp_path, overwrite=True) == (False, set())
 
 
-def test_damage_is_named(folder):
+def test_damage_is_reported(folder):
     np.save(folder / "b0007.npy", arrays()[0])
     with pytest.raises(UserError, match=r"b0007.npy is not in the manifest"):
         open_store(folder)
@@ -180,7 +189,7 @@ def test_damage_is_named(folder):
     (folder / "b0001.npy").unlink()
     with pytest.raises(UserError, match=r"b0001.npy is missing"):
         open_store(folder)
-    write(folder, arrays())  # what is missing is made again, as the sentences say
+    write(folder, arrays())  # rewrites the missing shard, as the messages say
     open_store(folder).verify()
     (folder / "provenance.npz").unlink()
     with pytest.raises(UserError, match=r"provenance.npz is missing"):
@@ -193,12 +202,26 @@ def test_damage_is_named(folder):
 @pytest.mark.parametrize(
     "change",
     [
-        {"shards": []}, {"shards": None}, {"shards": [{}]}, {"shards": [1]}, {"format_version": "1"}, {"data": None},
-        {"d_model": None}, {"dtype": "float17"}, {"layer": None}, {"complete": 1}, {"n_tokens": 5},
-        {"rows": 5}, {"rows": "5"}, {"sha256": "x"}, {"file": 3}, {"bytes": None}, {"shape": [4, 3]},
+        {"shards": []},
+        {"shards": None},
+        {"shards": [{}]},
+        {"shards": [1]},
+        {"format_version": "1"},
+        {"data": None},
+        {"d_model": None},
+        {"dtype": "float17"},
+        {"layer": None},
+        {"complete": 1},
+        {"n_tokens": 5},
+        {"rows": 5},
+        {"rows": "5"},
+        {"sha256": "x"},
+        {"file": 3},
+        {"bytes": None},
+        {"shape": [4, 3]},
     ],
-)  # fmt: skip
-def test_manifests_of_wrong_content(folder, change):
+)
+def test_invalid_manifests_are_refused(folder, change):
     manifest = json.loads((folder / "manifest.json").read_text())
     ((key, _),) = change.items()
     (manifest if key in manifest else manifest["shards"][0]).update(change)
@@ -208,14 +231,14 @@ def test_manifests_of_wrong_content(folder, change):
             attempt()
 
 
-def test_headers_are_held_against_the_manifest(folder):
+def test_headers_must_match_the_manifest(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"dtype": "bfloat16"}))
     with pytest.raises(UserError, match=r"b0000.npy is float32\[4, 3, 4\], not bfloat16"):
         open_store(folder)
 
 
-def test_one_writer_at_a_time(tmp_path):
+def test_second_writer_is_refused(tmp_path):
     with (
         StoreWriter(tmp_path / "l-1", IDENTITY),
         pytest.raises(UserError, match="by another process"),
@@ -224,35 +247,35 @@ def test_one_writer_at_a_time(tmp_path):
     assert opened(tmp_path / "l-1") == (False, set())
 
 
-def test_a_store_cut_off_at_its_very_start_goes_on(tmp_path):
+def test_store_interrupted_at_its_first_file_is_resumed(tmp_path):
     (tmp_path / "manifest.json.tmp").write_text("{")
     assert opened(tmp_path) == (False, set())
 
 
-def test_wrong_places(folder, tmp_path):
+def test_missing_stores_and_layers_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="there is no store"):
         open_store(tmp_path / "nowhere", -1)
-    with pytest.raises(UserError, match=r"no store of layer 0 in .*: it holds l-1"):
+    with pytest.raises(UserError, match=r"no store of layer 0 in .*: it contains l-1"):
         open_store(tmp_path / "store", 0)
     with pytest.raises(UserError, match=r"is of layer -1, not 0"):
         open_store(folder, 0)
 
 
-def test_bad_files_without_manifest(tmp_path):
+def test_invalid_shards_without_manifest_are_refused(tmp_path):
     np.save(tmp_path / "b0000.npy", np.zeros((2, 3, 4), np.float32))
     (tmp_path / "b0001.npy").write_bytes((tmp_path / "b0000.npy").read_bytes()[:-8])
-    with pytest.raises(UserError, match=r"b0001.npy is no .npy array, or a damaged one"):
+    with pytest.raises(UserError, match=r"b0001.npy is not a .npy array, or is damaged"):
         open_store(tmp_path, -1)
     np.save(tmp_path / "b0001.npy", np.zeros((2, 3, 5), np.float32))
     with pytest.raises(UserError, match="do not belong together"):
         open_store(tmp_path, -1)
     np.save(tmp_path / "b0001.npy", np.zeros((2, 3, 4), int))
-    with pytest.raises(UserError, match=r"b0001.npy must hold"):
+    with pytest.raises(UserError, match=r"b0001.npy must be"):
         open_store(tmp_path, -1)
 
 
 def of_two_processes(folder, monkeypatch):
-    """The folder as two processes leave it that were killed at their ends."""
+    """Write a store with two processes that are killed before they finish."""
     for process, numbers in ((0, (0, 2)), (1, (1,))):
         monkeypatch.setattr(jax, "process_index", lambda p=process: p)
         with begun(folder) as writer:
@@ -272,10 +295,10 @@ def dies_at(monkeypatch, name):
     monkeypatch.setattr(Path, "unlink", unlink)
 
 
-def test_what_others_noted_is_counted_once(folder, tmp_path, monkeypatch):
+def test_partial_manifests_are_merged_once(folder, tmp_path, monkeypatch):
     undisturbed = {p.name: p.read_bytes() for p in folder.iterdir()}
     two = of_two_processes(tmp_path / "two", monkeypatch)
-    for _ in range(2):  # dies after the manifest was put together
+    for _ in range(2):  # dies after the manifest was merged
         dies_at(monkeypatch, "manifest.1.json")
         with pytest.raises(KeyboardInterrupt):
             opened(two)
@@ -285,40 +308,36 @@ def test_what_others_noted_is_counted_once(folder, tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in two.iterdir()} == undisturbed
 
 
-def test_what_others_noted_of_another_store_is_forgotten(folder, tmp_path, monkeypatch):
+def test_partial_manifests_of_another_store_are_ignored(folder, tmp_path, monkeypatch):
     two = of_two_processes(tmp_path / "two", monkeypatch)
-    other = IDENTITY | {"encoder": "another"}
+    other = replace(IDENTITY, encoder="another")
     dies_at(monkeypatch, "manifest.1.json")
     with pytest.raises(KeyboardInterrupt):
         opened(two, other, overwrite=True)
     monkeypatch.undo()
     assert opened(two) == (False, {0, 1, 2})  # nothing was touched
-    noted = (two / "manifest.1.json").exists()
-    assert not noted
+    assert not (two / "manifest.1.json").exists()
     of_two_processes(tmp_path / "three", monkeypatch)
-    (tmp_path / "three/manifest.json").write_text(
-        json.dumps(
-            json.loads((tmp_path / "three/manifest.json").read_text())
-            | {"encoder": "another", "shards": []}
-        )
-    )
+    path = tmp_path / "three/manifest.json"
+    manifest = json.loads(path.read_text()) | {"encoder": "another", "shards": []}
+    path.write_text(json.dumps(manifest))
     assert opened(tmp_path / "three", other) == (False, set())
 
 
-def test_notes_of_others_that_were_cut_off(tmp_path, monkeypatch):
+def test_damaged_partial_manifests_are_ignored(tmp_path, monkeypatch):
     two = of_two_processes(tmp_path / "two", monkeypatch)
     (two / "manifest.1.json").write_text('{"sha')
     assert opened(two) == (False, {0, 2})
 
 
-def test_a_finished_store_forgets_notes(folder):
+def test_partial_manifests_of_a_finished_store_are_removed(folder):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     (folder / "manifest.1.json").write_text("{}")
     assert opened(folder) == (True, {0, 1, 2})
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_a_damaged_provenance_is_made_again(folder):
+def test_damaged_provenance_is_written_again(folder):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     for content in (b"junk", b""):
         (folder / "provenance.npz").write_bytes(content)
@@ -331,20 +350,66 @@ def test_a_damaged_provenance_is_made_again(folder):
         open_store(folder)
 
 
-def test_stores_from_before_there_was_a_precision(folder):
-    older = {
-        "data": {k: v for k, v in IDENTITY["data"].items() if k not in ("precision", "skipped")}
-    }
-    now = IDENTITY | {"data": older["data"] | {"precision": "float32", "skipped": {}}}
-    assert opened(folder, now)[0]
+def test_stores_of_the_first_version_have_float32_precision(folder):
+    data = dict(IDENTITY.data) | {"precision": "float32", "skipped": {}}
+    assert opened(folder, replace(IDENTITY, data=data))[0]
     with pytest.raises(UserError, match=r"other settings: precision \(float32, now bfloat16\)"):
-        opened(folder, now | {"data": now["data"] | {"precision": "bfloat16"}})
+        opened(folder, replace(IDENTITY, data=data | {"precision": "bfloat16"}))
 
 
 @pytest.mark.parametrize("dtype", [">f4", ">f8", "<f8", np.longdouble, ">f2"])
-def test_numbers_of_any_kind_without_a_manifest(tmp_path, dtype):
+def test_any_float_dtype_is_read_without_manifest(tmp_path, dtype):
     x = np.random.default_rng(0).normal(size=(3, 5, 4))
     np.save(tmp_path / "b0000.npy", x.astype(dtype))
-    found = open_store(tmp_path).read(0)
-    assert found.dtype in (np.float32, np.float16)
-    np.testing.assert_allclose(found, x.reshape(-1, 4), rtol=1e-3)
+    tokens = open_store(tmp_path).read(0)
+    assert tokens.dtype in (np.float32, np.float16)
+    np.testing.assert_allclose(tokens, x.reshape(-1, 4), rtol=1e-3)
+
+
+def test_unknown_keys_of_a_manifest_are_preserved(folder):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"sampling_rate": 100}
+    path.write_text(json.dumps(manifest))
+    fingerprint = open_store(folder).fingerprint
+    content = json.dumps(manifest, sort_keys=True).encode()
+    assert fingerprint == hashlib.sha256(content).hexdigest()
+    (folder / "b0001.npy").unlink()
+    write(folder, arrays())
+    assert json.loads(path.read_text())["sampling_rate"] == 100
+
+
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_shard_that_became_shorter_is_reported(folder, monkeypatch, has_preadv):
+    if not has_preadv:  # Windows
+        monkeypatch.delattr(os, "preadv")
+    store = open_store(folder)
+    np.testing.assert_array_equal(store.read(1, 2, 7), arrays()[1].reshape(-1, 4)[2:7])
+    path = folder / "b0001.npy"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"b0001.npy has become shorter"):
+        store.read(1)
+
+
+def test_store_folder_adds_the_split_and_the_layer():
+    assert store_folder("a/mine", "train", 2) == Path("a/mine/l2")
+    assert store_folder("a/mine", "test", -1) == Path("a/mine_test/l-1")
+
+
+@pytest.mark.parametrize(
+    ("store", "sibling"),
+    [
+        ("embeddings/store", "embeddings/store_val"),
+        ("a/mine/", "a/mine_val"),
+        ("a/mine/l-1", "a/mine_val/l-1"),
+        ("a/l2/l0", "a/l2_val/l0"),
+        ("a/layers", "a/layers_val"),
+    ],
+)
+def test_sibling_store_is_named_after_the_split(tmp_path, monkeypatch, store, sibling):
+    monkeypatch.chdir(tmp_path)
+    assert sibling_store(Path(store)) == tmp_path / sibling
+    assert sibling_store(tmp_path / store) == tmp_path / sibling
+
+
+def test_root_folder_has_no_sibling():
+    assert sibling_store(Path("/")) is None

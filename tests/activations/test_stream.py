@@ -1,4 +1,4 @@
-"""Batches: every token once an epoch, in an order that seed and position alone decide."""
+"""Batches: every token once per epoch, in an order given by seed and position alone."""
 
 import json
 
@@ -12,7 +12,7 @@ from minsae_jax.activations.store import open_store
 
 @pytest.fixture
 def numbered(tmp_path):
-    """Four files of unlike length whose tokens are numbered, 2,000 in all."""
+    """Four shards of different lengths whose 2,000 tokens are numbered."""
     start = 0
     for i, rows in enumerate((700, 650, 600, 50)):
         x = np.arange(start, start + rows, dtype=np.float32)[:, None].repeat(2, 1)
@@ -26,18 +26,18 @@ def take(it, count):
 
 
 def test_chunks_cover_the_store(numbered):
-    chunks = [stream.rows_of_chunks(numbered, [i])[:, 0] for i in range(numbered.n_chunks)]
+    chunks = [stream.read_chunks(numbered, [i])[:, 0] for i in range(numbered.n_chunks)]
     assert [len(c) for c in chunks] == [256, 256, 188, 256, 256, 138, 256, 256, 88, 50]
     assert np.concatenate(chunks).tolist() == list(range(2000))
     some = [9, 0, 3, 2]
     np.testing.assert_array_equal(
-        stream.rows_of_chunks(numbered, some)[:, 0], np.concatenate([chunks[i] for i in some])
+        stream.read_chunks(numbered, some)[:, 0], np.concatenate([chunks[i] for i in some])
     )
 
 
-@pytest.mark.parametrize("window", [256, 5, 3])
-def test_every_token_once_an_epoch(numbered, monkeypatch, window):
-    monkeypatch.setattr(stream, "MIXED_ROWS", 256 * window)
+@pytest.mark.parametrize("chunks", [256, 5, 3])
+def test_every_token_appears_once_per_epoch(numbered, monkeypatch, chunks):
+    monkeypatch.setattr(stream, "SHUFFLE_BUFFER_TOKENS", 256 * chunks)
     epochs = take(stream.shuffled_tokens(numbered, 80, 0), 25 * 4).reshape(4, 2000)
     for i, epoch in enumerate(epochs):
         assert sorted(epoch) == list(range(2000))
@@ -45,16 +45,16 @@ def test_every_token_once_an_epoch(numbered, monkeypatch, window):
             assert (epoch != other).mean() > 0.9
 
 
-def test_order(numbered):
+def test_seed_alone_determines_a_random_order(numbered):
     one, same, other = (stream.shuffled_tokens(numbered, 100, seed) for seed in (0, 0, 1))
     a, b, c = take(one, 40), take(same, 40), take(other, 40)
     np.testing.assert_array_equal(a, b)
     assert (a != c).mean() > 0.9
-    assert (np.diff(a) == 1).mean() < 0.05  # neighbours are torn apart
+    assert (np.diff(a) == 1).mean() < 0.05  # neighbours are separated
     assert np.abs(np.diff(a)).mean() > 400  # and far apart: 667 where the order is random
 
 
-def test_a_store_smaller_than_a_batch_repeats(numbered):
+def test_store_smaller_than_a_batch_is_repeated(numbered):
     batch = next(stream.shuffled_tokens(numbered, 5000, 0))
     assert batch.shape == (5000, 2)
     assert batch.dtype == np.float32
@@ -65,8 +65,8 @@ def test_a_store_smaller_than_a_batch_repeats(numbered):
     "make", [lambda s: stream.shuffled_tokens(s, 300, 0), lambda s: stream.files_in_order(s, 1)]
 )
 @pytest.mark.parametrize("cut", [0, 1, 7, 23])
-def test_resume(numbered, monkeypatch, make, cut):
-    monkeypatch.setattr(stream, "MIXED_ROWS", 256 * 4)
+def test_restored_position_continues_with_the_same_batches(numbered, monkeypatch, make, cut):
+    monkeypatch.setattr(stream, "SHUFFLE_BUFFER_TOKENS", 256 * 4)
     it = make(numbered)
     for _ in range(cut):
         next(it)
@@ -78,9 +78,9 @@ def test_resume(numbered, monkeypatch, make, cut):
         np.testing.assert_array_equal(next(fresh), batch)
 
 
-def test_whole_files_in_order(numbered):
+def test_files_in_order_yields_whole_shards(numbered):
     it = stream.files_in_order(numbered, 3)
-    for _ in range(3):  # the fourth file fills no group, and is never used
+    for _ in range(3):  # the fourth shard does not fill a group
         assert next(it)[:, 0].tolist() == list(range(1950))
     lengths = [len(b) for b, _ in zip(stream.files_in_order(numbered, 1), range(5), strict=False)]
     assert lengths == [700, 650, 600, 50, 700]

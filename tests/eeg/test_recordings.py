@@ -1,4 +1,4 @@
-"""Files, splits and windows as the reference's data set gives them, and what is refused."""
+"""Files, splits and windows equal those of the reference's data set; invalid data are refused."""
 
 import json
 import os
@@ -23,15 +23,15 @@ def root(tmp_path):
 
 @pytest.fixture
 def data(root):
-    """The folder of the recordings, without a pickle."""
+    """The folder of the recordings, which has no pickle."""
     return root / "tuhab_preprocessed"
 
 
 @pytest.mark.parametrize("split", EXPECTED["splits"])
 @pytest.mark.parametrize(
     "folder", [".", "tuhab_preprocessed"]
-)  # splits read from the pickle, and made anew
-def test_as_the_reference(root, split, folder):
+)  # splits from the pickle, or drawn again
+def test_splits_and_windows_equal_the_reference(root, split, folder):
     expected = EXPECTED["splits"][split]
     windows = open_windows(root / folder, split, EXPECTED["split_seed"], *SIZES)
     assert list(windows.files) == expected["files"]
@@ -45,15 +45,14 @@ def test_as_the_reference(root, split, folder):
     assert (root / folder / "tuh_patient_splits_seed_42.pkl").exists()
 
 
-def test_written_splits_are_the_references_own(root, data):
+def test_written_splits_equal_the_reference(root, data):
     open_windows(data, "train", 42, *SIZES)
-    ours, theirs = (
-        pickle.loads((f / "tuh_patient_splits_seed_42.pkl").read_bytes()) for f in (data, root)
-    )
-    assert ours == theirs
+    written = pickle.loads((data / "tuh_patient_splits_seed_42.pkl").read_bytes())
+    reference = pickle.loads((root / "tuh_patient_splits_seed_42.pkl").read_bytes())
+    assert written == reference
 
 
-def test_another_seed_is_another_split(data):
+def test_seed_changes_the_split(data):
     assert (
         open_windows(data, "train", 42, *SIZES).files
         != open_windows(data, "train", 7, *SIZES).files
@@ -61,7 +60,7 @@ def test_another_seed_is_another_split(data):
     assert (data / "tuh_patient_splits_seed_7.pkl").exists()
 
 
-def test_an_existing_pickle_decides(data):
+def test_existing_pickle_is_used(data):
     splits = {"train": ["aaaaabgf"], "val": ["aaaaadpi", "gone"], "test": ["aaaaabxw"]}
     (data / "tuh_patient_splits_seed_42.pkl").write_bytes(pickle.dumps(splits))
     with pytest.warns(UserWarning, match="in no split"):
@@ -72,14 +71,14 @@ def test_an_existing_pickle_decides(data):
     assert [f.split("_")[0] for f in everyone.files] == ["aaaaabgf", *["aaaaadpi"] * 3, "aaaaabxw"]
 
 
-def test_all_is_every_split(data):
-    together = open_windows(data, "all", 42, *SIZES).files
-    assert together == sum(
-        (open_windows(data, s, 42, *SIZES).files for s in ("train", "val", "test")), ()
-    )
+def test_all_joins_the_splits(data):
+    files = []
+    for split in ("train", "val", "test"):
+        files += open_windows(data, split, 42, *SIZES).files
+    assert list(open_windows(data, "all", 42, *SIZES).files) == files
 
 
-def test_windows_leave_room_for_a_target(tmp_path):
+def test_windows_reserve_samples_for_a_target(tmp_path):
     """120,000 samples give 118 windows of 1,000, not 120."""
     np.save(tmp_path / "a_s001_t000_preprocessed.npy", np.zeros(120_000, np.float32))
     (tmp_path / "file_lengths_map.csv").write_text(
@@ -90,16 +89,16 @@ def test_windows_leave_room_for_a_target(tmp_path):
     assert windows.read(117, 118).shape == (1, 1000, 1)  # a 1-D file is one channel
 
 
-def test_shifted_columns_are_seen(data):
+def test_scan_detects_shifted_columns(data):
     name = open_windows(data, "test", 42, *SIZES).files[1]
     array = np.load(data / name)
     array[:, -1] = 0
     np.save(data / name, array)
     windows = open_windows(data, "test", 42, *SIZES)
-    assert [f for f, look in windows.survey().items() if look.shifted] == [name]
+    assert [f for f, scan in windows.scan().items() if scan.shifted] == [name]
 
 
-def test_a_survey_sees_every_sample(data):
+def test_checksum_covers_every_sample_of_the_windows(data):
     def digest():
         return open_recordings(data, ["test"], 42, SIZES)[0].sha256
 
@@ -120,7 +119,7 @@ def test_a_survey_sees_every_sample(data):
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 40])
-def test_first_windows(data, count):
+def test_first_keeps_a_prefix_of_the_windows(data, count):
     windows = open_windows(data, "train", 42, *SIZES)
     first = windows.first(count)
     assert len(first) == count
@@ -136,7 +135,7 @@ class Hostile:
 @pytest.mark.parametrize(
     "content", [{"train": [Hostile()], "val": [], "test": []}, Hostile(), [1], {"train": []}]
 )
-def test_pickles_that_are_not_plain_lists(data, monkeypatch, tmp_path, content):
+def test_invalid_pickles_are_refused_and_run_no_code(data, monkeypatch, tmp_path, content):
     monkeypatch.chdir(tmp_path)
     (data / "tuh_patient_splits_seed_42.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=r"tuh_patient_splits_seed_42\.pkl"):
@@ -145,16 +144,16 @@ def test_pickles_that_are_not_plain_lists(data, monkeypatch, tmp_path, content):
 
 
 def change(data, how):
-    """One recording of the test split, changed."""
+    """Change one recording of the test split and return its name."""
     name = open_windows(data, "test", 42, *SIZES).files[0]
     how(data / name, np.load(data / name))
     return name
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [
-        (lambda p, x: np.save(p, x[:, :2]), "has 2 channels, but the encoder wants 3"),
+        (lambda p, x: np.save(p, x[:, :2]), "has 2 channels, but the encoder expects 3"),
         (lambda p, x: np.save(p, x[:50]), "has 50 samples, but file_lengths_map.csv says"),
         (lambda p, x: np.save(p, x.astype(int)), "must be floating-point"),
         (lambda p, x: np.save(p, x[None]), "must be floating-point [time, channels]"),
@@ -164,29 +163,29 @@ def change(data, how):
         (lambda p, x: p.write_bytes(b"no array"), "cannot be read"),
     ],
 )
-def test_bad_recordings(data, how, told):
+def test_unusable_recordings_are_refused(data, how, message):
     name = change(data, how)
     with pytest.raises(UserError) as e:
         open_windows(data, "test", 42, *SIZES)
-    assert told in str(e.value)
+    assert message in str(e.value)
     assert name in str(e.value)
-    open_windows(data, "train", 42, *SIZES)  # not its patient
+    open_windows(data, "train", 42, *SIZES)  # has other patients
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
-def test_not_finite(data, value):
+def test_nan_and_infinity_are_refused(data, value):
     def how(path, x):
         x = x.astype(np.float64)
         x[130, 1] = value
         np.save(path, x)
 
     name = change(data, how)
-    with pytest.raises(UserError, match=rf"{name} holds NaN or infinity at sample 130"):
+    with pytest.raises(UserError, match=rf"{name} contains NaN or infinity at sample 130"):
         open_recordings(data, ["test"], 42, SIZES)
 
 
 @pytest.mark.parametrize(
-    ("csv", "told"),
+    ("csv", "message"),
     [
         ("filename,length\nx,5\n", "lacks the column time_len; it has filename, length"),
         ("", "lacks the column filename and time_len"),
@@ -201,14 +200,14 @@ def test_not_finite(data, value):
         ("time_len,filename\n77,\n", "has a row without a filename"),
     ],
 )
-def test_bad_csv(data, csv, told):
+def test_invalid_csv_is_refused(data, csv, message):
     (data / "file_lengths_map.csv").write_text(csv)
     with pytest.raises(UserError) as e:
         open_windows(data, "train", 42, *SIZES)
-    assert told in str(e.value)
+    assert message in str(e.value)
 
 
-def test_nothing_there(tmp_path, data):
+def test_missing_files_are_refused(tmp_path, data):
     with pytest.raises(UserError, match="there is no folder"):
         open_windows(tmp_path / "nowhere", "train", 42, *SIZES)
     with pytest.raises(UserError, match=r"there is no file_lengths_map\.csv"):

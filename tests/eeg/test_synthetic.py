@@ -1,22 +1,23 @@
-"""The demo's recordings: their law, their events, their files."""
+"""The demo's recordings: their statistics, their events, their files."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from minsae_jax import UserError
 from minsae_jax.eeg.montage import CHANNELS
-from minsae_jax.eeg.recordings import open_windows, read_lengths
-from minsae_jax.eeg.synthetic import SAMPLING_RATE, DemoConfig, recording, write_demo
+from minsae_jax.eeg.recordings import SAMPLING_RATE, open_windows, read_lengths
+from minsae_jax.eeg.synthetic import DemoConfig, recording, write_demo
 
 GOLDEN_SAMPLES = [1.91393, 0.69934, -1.446]
 GOLDEN_EVENTS = [("alpha", 90), ("spindle", 534), ("spike", 541)]
 KINDS = {"alpha", "spindle", "slow_wave", "blink", "spike", "muscle"}
 
 
-def test_the_law_has_not_moved():
-    """The demo encoder was trained on it. Regenerate by printing these numbers, if the law is ever to change."""
+def test_recordings_have_not_changed():
+    """The demo encoder was trained on them. If the generator must change, print these again."""
     x, events = recording(0, 3000)
     assert x.shape == (3000, 19)
     assert x.dtype == np.float32
@@ -26,8 +27,8 @@ def test_the_law_has_not_moved():
     assert [(e.kind, e.start) for e in events[:3]] == GOLDEN_EVENTS
 
 
-def test_events_stand_out_where_they_are_said_to_be():
-    """Amplitude on an event's channels during the event, against the same channels at other times."""
+def test_events_are_larger_than_the_background():
+    """Compare amplitudes on an event's channels during the event and at other times."""
     x, events = recording(1, 60_000)
     assert {e.kind for e in events} == KINDS
     for kind, where in (("blink", ("FP1", "FP2")), ("spike", ("T3",)), ("muscle", ("T4",))):
@@ -57,17 +58,21 @@ def test_alpha_is_posterior_and_in_its_band():
     assert 8 <= hz[4:][power[4:].argmax()] <= 12
 
 
-def test_folder(tmp_path):
+def test_demo_folder_is_valid(tmp_path):
     folder = tmp_path / "data" / "tuhab_preprocessed"
     settings = DemoConfig(root_path=str(folder), patients=10, minutes=0.5)
-    assert "15 recordings of 10 patients" in write_demo(settings)
+    demo = write_demo(settings)
     lengths = read_lengths(folder / "file_lengths_map.csv")
+    assert (demo.folder, demo.n_recordings, demo.n_patients) == (folder, 15, 10)
+    assert demo.is_new
+    assert demo.hours == pytest.approx(sum(lengths.values()) / 100 / 3600)
     assert set(lengths) == {p.name for p in folder.glob("*.npy")}
     assert all(len(np.load(folder / name)) == length for name, length in lengths.items())
     for split in ("train", "val", "test"):
         assert len(open_windows(folder, split, 42, 1000, 10, 19)) > 0
     with (folder / "events.csv").open() as f:
         rows = list(csv.DictReader(f))
+    assert demo.n_events == len(rows)
     assert list(rows[0]) == ["recording", "event", "start", "stop", "channels"]
     for row in rows:
         assert 0 <= int(row["start"]) < int(row["stop"]) <= lengths[row["recording"]]
@@ -75,27 +80,48 @@ def test_folder(tmp_path):
     assert [p.name for p in folder.parent.iterdir()] == ["tuhab_preprocessed"]
 
 
-def test_again_and_otherwise(tmp_path):
-    folder = tmp_path / "tuhab_preprocessed"
-    settings = DemoConfig(root_path=str(folder), patients=10, minutes=0.5)
-    write_demo(settings)
-    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert "already" in write_demo(settings)
-    other = DemoConfig(root_path=str(folder), patients=10, minutes=0.5, seed=1)
+@pytest.fixture
+def settings(tmp_path):
+    return DemoConfig(root_path=str(tmp_path / "tuhab_preprocessed"), patients=10, minutes=0.5)
+
+
+def modification_times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_complete_demo_is_not_written_again(settings):
+    folder = write_demo(settings).folder
+    before = modification_times(folder)
+    again = write_demo(settings)
+    assert not again.is_new
+    assert again.n_recordings == 15
+    assert modification_times(folder) == before
+
+
+def test_other_settings_require_overwrite(settings):
+    folder = write_demo(settings).folder
+    before = modification_times(folder)
+    other = replace(settings, seed=1)
     with pytest.raises(UserError, match="--overwrite"):
         write_demo(other)
-    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
-    write_demo(DemoConfig(root_path=str(folder), patients=10, minutes=0.5, seed=1, overwrite=True))
-    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} != before
+    assert modification_times(folder) == before
+    assert write_demo(replace(other, overwrite=True)).is_new
+    assert modification_times(folder) != before
+
+
+def test_incomplete_demo_is_written_again(settings):
+    folder = write_demo(settings).folder
     (folder / "events.csv").unlink()
-    write_demo(
-        DemoConfig(root_path=str(folder), patients=10, minutes=0.5, seed=1)
-    )  # what is damaged is written again
+    assert write_demo(settings).is_new
     assert (folder / "events.csv").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_are_never_replaced(settings, tmp_path, overwrite):
+    folder = write_demo(settings).folder
     (folder / "notes.txt").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"holds notes\.txt"):
-            write_demo(DemoConfig(root_path=str(folder), overwrite=overwrite))
+    with pytest.raises(UserError, match=r"contains notes\.txt"):
+        write_demo(replace(settings, overwrite=overwrite))
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="no demo"):
-        write_demo(DemoConfig(root_path=str(tmp_path / "mine"), overwrite=True))
+    with pytest.raises(UserError, match="is not a demo"):
+        write_demo(replace(settings, root_path=str(tmp_path / "mine"), overwrite=overwrite))

@@ -26,8 +26,8 @@ def spoil(root, names):
         x[70, 3] = np.nan
         return x
 
-    save(names[0], lambda x: x[:, :18], "has 18 channels, but the encoder wants 19")
-    save(names[1], set_nan, "holds NaN or infinity at sample 70")
+    save(names[0], lambda x: x[:, :18], "has 18 channels, but the encoder expects 19")
+    save(names[1], set_nan, "contains NaN or infinity at sample 70")
     save(names[2], lambda x: x[:, 0], "has 1 channels")
     save(names[3], lambda x: (x * 100).astype(np.int16), "must be floating-point")
     save(names[4], lambda x: x[:-7], "file_lengths_map.csv says")
@@ -64,7 +64,7 @@ def test_bad_recordings_are_told_together_or_left_out(encoder, settings, demo_fo
     ):
         extract(encoder, skipping, "all")
     store = open_store(tmp_path / "store" / "l-1")
-    assert store.manifest["data"]["skipped"].keys() == told.keys()
+    assert store.manifest.data["skipped"].keys() == told.keys()
     origin = np.load(tmp_path / "store/l-1/provenance.npz")
     good = [n for n in names if n not in told]
     assert origin["recordings"].tolist() == good
@@ -89,7 +89,7 @@ def test_skipping_makes_room_for_others(encoder, settings, demo_folder, tmp_path
     with pytest.warns(UserWarning, match="left out of split train"):
         extract(encoder, few, "train")
     store = open_store(tmp_path / "store" / "l-1")
-    assert store.manifest["data"]["n_windows"] == 4
+    assert store.manifest.data["n_windows"] == 4
     assert np.load(tmp_path / "store/l-1/provenance.npz")["recordings"][0] == others[0]
 
 
@@ -138,7 +138,7 @@ def test_nothing_is_written_before_all_recordings_are_seen(
     with pytest.raises(UserError) as e:
         extract(encoder, ExtractConfig(root_path=str(root)), "train", "test")
     for name in names:
-        assert f"{name} holds NaN or infinity at sample 5" in str(e.value)
+        assert f"{name} contains NaN or infinity at sample 5" in str(e.value)
     assert not (tmp_path / "embeddings").exists()
 
 

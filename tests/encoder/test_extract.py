@@ -46,8 +46,8 @@ def test_store(encoder, settings, tmp_path, layer, capsys):
         np.testing.assert_allclose(
             encoder.activations(window, layer)[0, origin["channel"][i]], got[i], atol=1e-5
         )
-    assert store.manifest["encoder"] == encoder.fingerprint
-    assert (store.manifest["layer"], store.manifest["layer_index"]) == (layer, layer % 3)
+    assert store.manifest.encoder == encoder.fingerprint
+    assert (store.manifest.layer, store.manifest.layer_index) == (layer, layer % 3)
 
 
 def test_again_and_after_a_break(encoder, settings, tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_again_and_after_a_break(encoder, settings, tmp_path, monkeypatch):
     other = replace(settings, out=str(tmp_path / "broken"))
     with (
         failing_write(monkeypatch, after=1),
-        pytest.raises(UserError, match=r"could not be written \(disk full\): make room"),
+        pytest.raises(UserError, match=r"could not be written \(disk full\); free some space"),
     ):
         extract(encoder, other, "train")
     extract(encoder, other, "train")
@@ -97,7 +97,7 @@ def test_several_layers_in_one_pass(encoder, settings, tmp_path, monkeypatch):
     every = replace(settings, cache_layer=("all",), out=str(tmp_path / "every"))
     with (
         failing_write(monkeypatch, after=1),
-        pytest.raises(UserError, match=r"could not be written \(disk full\): make room"),
+        pytest.raises(UserError, match=r"could not be written \(disk full\); free some space"),
     ):
         extract(encoder, every, "train")
     extract(encoder, every, "train")  # one layer is a shard ahead of the others
@@ -148,7 +148,7 @@ def test_overwriting_is_refused_before_anything_is_touched(encoder, settings, tm
     extract(encoder, both, "train", "val")
     before = contents(tmp_path / "store" / "l0")
     (tmp_path / "store_val/l1/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds notes\.txt"):
+    with pytest.raises(UserError, match=r"contains notes\.txt"):
         extract(encoder, replace(both, overwrite=True), "train", "val")
     (tmp_path / "store_val/l1/notes.txt").unlink()
     with (
@@ -176,10 +176,10 @@ def test_another_store_is_never_mixed_in(encoder, settings, tmp_path):
     extract(encoder, settings, "val")
     before = contents(tmp_path / "store" / "l-1")
     other = Encoder(replace(encoder.architecture, activation="gelu"), encoder.params)
-    with pytest.raises(UserError, match=r"holds a store of other settings: encoder \("):
+    with pytest.raises(UserError, match=r"contains a store of other settings: encoder \("):
         extract(other, settings, "val")
     for change, split in ((replace(settings, batch_size=5), "val"), (settings, "test")):
-        with pytest.raises(UserError, match="holds a store of other settings"):
+        with pytest.raises(UserError, match="contains a store of other settings"):
             extract(encoder, change, split)
     changed = shutil.copytree(settings.root_path, tmp_path / "changed")
     name = open_windows(changed, "val", 42, 1000, 100, 19).files[0]

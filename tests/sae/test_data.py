@@ -12,7 +12,7 @@ from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
 from minsae_jax.sae.checkpoints import Checkpoints
 from minsae_jax.sae.config import TrainConfig
-from minsae_jax.sae.data import held_out_batches, sibling_store
+from minsae_jax.sae.data import held_out_batches
 from minsae_jax.sae.logger import Journal
 from minsae_jax.sae.run import HELD_OUT, Run
 from minsae_jax.sae.trainer import train
@@ -74,16 +74,6 @@ def test_which_tokens(val_store):
     np.testing.assert_array_equal(everything[0], everything[1])
     np.testing.assert_array_equal(everything[0][:40], everything[2])
     assert len(np.unique(everything[0], axis=0)) == 105
-
-
-@pytest.mark.parametrize(
-    ("store", "sibling"),
-    [("embeddings/store", "embeddings/store_val"), ("a/mine/", "a/mine_val"), ("a/mine/l-1", "a/mine_val/l-1"),
-     ("a/l2/l0", "a/l2_val/l0"), ("a/layers", "a/layers_val")],
-)  # fmt: skip
-def test_the_sibling(tmp_path, monkeypatch, store, sibling):
-    monkeypatch.chdir(tmp_path)
-    assert sibling_store(tmp_path / store) == tmp_path / sibling
 
 
 def test_a_store_of_another_kind(settings, small_store, val_store, tmp_path):

@@ -1,0 +1,123 @@
+"""Patient splits: the patients of train, val and test, drawn exactly as gPatchTST's data set does.
+
+The root folder of the recordings keeps them in `tuh_patient_splits_seed_{seed}.pkl`.
+"""
+
+import os
+import pickle
+import random
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from minsae_jax.errors import UserError
+from minsae_jax.files import atomic_write
+
+Split = Literal["train", "val", "test", "all"]
+Splits = dict[str, list[str]]  # train, val, test -> patients
+
+TRAIN_SHARE = 0.7
+TEST_SHARE = 0.2
+
+
+def patient_of(name: str) -> str:
+    """Return the patient of a recording's file name.
+
+    >>> patient_of("aaaaabgf_s001_t000_preprocessed.npy")
+    'aaaaabgf'
+    """
+    return name.split("_", 1)[0]
+
+
+def patient_splits(root: Path, names: Sequence[str], seed: int) -> Splits:
+    """Return the patients of each split, from the pickle in `root` or drawn from `names`.
+
+    A new draw is written to the pickle if the folder is writable. Warns about patients that are in
+    several splits of the pickle or in none.
+    """
+    path = root / f"tuh_patient_splits_seed_{seed}.pkl"
+    if path.exists():
+        splits = read_splits(path)
+        _warn_about_patients(splits, names, path)
+        return splits
+    splits = draw_splits(list(dict.fromkeys(patient_of(name) for name in names)), seed)
+    if os.access(root, os.W_OK):
+        with atomic_write(path, shared=True) as temporary:
+            temporary.write_bytes(pickle.dumps(splits))
+    return splits
+
+
+def draw_splits(patients: list[str], seed: int) -> Splits:
+    """Return a random split of distinct patients: 70 % train, 20 % test, the rest val.
+
+    The order, the generator and the rounding are those of gPatchTST, so equal seeds agree.
+    """
+    patients = list(patients)
+    random.Random(seed).shuffle(patients)
+    train_end = int(len(patients) * TRAIN_SHARE)
+    # Not 0.1: the float 1 - 0.7 - 0.2 rounds some sizes differently.
+    val_end = train_end + int(len(patients) * (1 - TRAIN_SHARE - TEST_SHARE))
+    return {
+        "train": patients[:train_end],
+        "val": patients[train_end:val_end],
+        "test": patients[val_end:],
+    }
+
+
+def _warn_about_patients(splits: Splits, names: Sequence[str], path: Path) -> None:
+    listed = [patient for patients in splits.values() for patient in patients]
+    known = set(listed)
+    if len(listed) > len(known):
+        duplicates = sorted(patient for patient in known if listed.count(patient) > 1)
+        warnings.warn(
+            f"{path.name} contains {join_some(duplicates)} more than once: splits overlap",
+            stacklevel=3,
+        )
+    unknown = sorted({patient_of(name) for name in names} - known)
+    if unknown:
+        warnings.warn(
+            f"{join_some(unknown)} of {path.parent} is in no split of {path.name} and is left out",
+            stacklevel=3,
+        )
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickler without globals: enough for lists, dicts, strings and numbers, and runs no code."""
+
+    def find_class(self, module: str, name: str) -> None:
+        raise pickle.UnpicklingError(f"it requires {module}.{name}")
+
+
+def read_splits(path: Path) -> Splits:
+    """Return the splits in a pickle of the reference, without running code from it.
+
+    Raises UserError if it is not a dict of three lists of patients.
+    """
+    try:
+        with path.open("rb") as file:
+            splits = _PlainUnpickler(file).load()
+    except Exception as e:  # a damaged pickle can raise almost anything
+        raise UserError(
+            f"{path} is not a pickle of lists of patients ({e}); remove it to draw a new split"
+        ) from e
+    names = ("train", "val", "test")
+    if not isinstance(splits, dict) or not all(_is_patient_list(splits.get(n)) for n in names):
+        raise UserError(f"{path} must contain a dict of three lists of patients: train, val, test")
+    return {name: splits[name] for name in names}
+
+
+def _is_patient_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(patient, str) for patient in value)
+
+
+def join_some(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
+    """Return the first `limit` items as text, with the number of the others.
+
+    >>> join_some(["a", "b", "c"], limit=2)
+    'a, b, and 1 more'
+    """
+    text = separator.join(items[:limit])
+    if len(items) > limit:
+        text += f"{separator}and {len(items) - limit} more"
+    return text
