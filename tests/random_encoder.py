@@ -2,7 +2,7 @@
 
 import torch
 
-from minsae_jax.encoder.patchtst.model import Architecture
+from minsae_jax.encoder.patchtst.architecture import Architecture
 
 BASE = Architecture(
     n_vars=3, seq_len=50, patch_len=8, stride=6, n_layers=3, d_model=16, n_heads=4, d_ff=24, activation="relu",

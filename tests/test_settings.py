@@ -12,6 +12,9 @@ from minsae_jax.sae.config import PlotConfig, TrainConfig
 from minsae_jax.settings import from_dict, to_dict
 
 
+REQUIRED = {ExtractConfig: {"root_path": "eeg", "checkpoint_path": "encoder"}}
+
+
 @pytest.fixture
 def load(tmp_path):
     def run(text, cls=TrainConfig):
@@ -22,7 +25,7 @@ def load(tmp_path):
 
 
 def test_a_section_a_verb(load):
-    text = "extract: {cache_layer: 1, split: [train, val]}\ntrain: {lr: 1e-5, lambda_sparsity: [1, 2.5]}"
+    text = "extract: {root_path: a, checkpoint_path: b, split: [train, val]}\ntrain: {lr: 1e-5, lambda_sparsity: [1, 2.5]}"
     settings = load(text)
     assert settings.lr == (1e-5,)  # PyYAML alone reads text
     assert settings.lambda_sparsity == (1.0, 2.5)
@@ -98,7 +101,7 @@ def test_no_file(tmp_path):
 )  # fmt: skip
 def test_out_of_range(cls, values):
     with pytest.raises(UserError) as e:
-        from_dict(cls, values)
+        from_dict(cls, REQUIRED.get(cls, {}) | values)
     name = next(name for name in values if name != "recipe")
     assert f"--{name}" in str(e.value)
 
@@ -129,7 +132,7 @@ def test_recipes_fill_in_their_numbers():
     [
         TrainConfig().resolved(),
         TrainConfig(recipe="minsae").resolved(),
-        ExtractConfig(),
+        ExtractConfig(root_path="eeg", checkpoint_path="encoder"),
         DemoConfig(),
         PlotConfig(),
     ],
@@ -142,7 +145,7 @@ def test_settings_survive_yaml(settings):
 def test_every_setting_is_explained(cls):
     import inspect
 
-    source = inspect.getsource(cls)
+    source = "".join(inspect.getsource(base) for base in cls.__mro__[:-1])
     for field in fields(cls):
         line = source.index(f"    {field.name}: ")
         assert '"""' in source[line:].splitlines()[1], field.name

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from minsae_jax.activations.store import PROVENANCE, Store, open_store
 from minsae_jax.eeg.recordings import load_recording, patient_of, recordings_folder
 from minsae_jax.eeg.synthetic import SAMPLING_RATE
-from minsae_jax.encoder.patchtst.model import Architecture
+from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.errors import UserError
 
 
