@@ -175,18 +175,24 @@ def _can_be_replaced(folder: Path) -> bool:
 
 
 def load_source(folder: str | Path) -> EncoderSource:
-    """Return the origin of a converted encoder; entries that are missing or invalid are left out.
+    """Return the origin of a converted encoder; entries of a wrong type are left out.
 
-    The values within an entry are not checked: the file may have been edited.
+    Raises UserError if the values within an entry have a wrong type: the file can be edited.
     """
     config = json.loads((Path(folder) / CONFIG).read_text())
     default = EncoderSource()
-    valid = {}
+    entries = {}
     for setting in dataclasses.fields(EncoderSource):
-        expected = dict if isinstance(getattr(default, setting.name), dict) else str
-        if isinstance(config.get(setting.name), expected):
-            valid[setting.name] = config[setting.name]
-    return EncoderSource(**valid)
+        entry = config.get(setting.name)
+        if not isinstance(entry, type(getattr(default, setting.name))):
+            continue
+        value_type = int if setting.name == "batches_tracked" else str
+        if isinstance(entry, dict) and not all(type(v) is value_type for v in entry.values()):
+            raise UserError(
+                f"the encoder's {CONFIG} is damaged ({setting.name}); convert the encoder again"
+            )
+        entries[setting.name] = entry
+    return EncoderSource(**entries)
 
 
 def load_encoder(folder: str | Path) -> Encoder:

@@ -20,7 +20,7 @@ from tests.conftest import FIXTURES
 SOURCE = FIXTURES / "sae_parity/sparse_autoencoder_final.pt"
 
 
-def test_there_and_back(tmp_path):
+def test_minsae_round_trip_is_exact(tmp_path):
     main(["sae", str(SOURCE), "--to", "member", "--out", str(tmp_path / "member")])
     main(["sae", str(tmp_path / "member"), "--to", "minsae", "--out", str(tmp_path / "back.pt")])
     before, after = (torch.load(p, weights_only=True) for p in (SOURCE, tmp_path / "back.pt"))
@@ -30,7 +30,7 @@ def test_there_and_back(tmp_path):
         assert torch.equal(before[name], after[name])
 
 
-def test_same_numbers_as_torch(tmp_path):
+def test_member_computes_like_torch(tmp_path):
     main(["sae", str(SOURCE), "--to", "member", "--out", str(tmp_path / "member")])
     state, sae = torch.load(SOURCE, weights_only=True), load_sae(tmp_path / "member")
     x = torch.randn(3, 5, sae.d_model)
@@ -41,25 +41,25 @@ def test_same_numbers_as_torch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        (lambda s: s.pop("decoder.bias"), "is no autoencoder of minSAE"),
-        (lambda s: s.update(more=torch.zeros(1)), "is no autoencoder of minSAE"),
+        (lambda s: s.pop("decoder.bias"), "is not an autoencoder of minSAE"),
+        (lambda s: s.update(more=torch.zeros(1)), "is not an autoencoder of minSAE"),
         (lambda s: s.update({"encoder.weight": s["encoder.weight"].T}), "does not fit together"),
         (lambda s: s.update({"encoder.bias": s["encoder.bias"].double()}), "must be float32"),
-        (lambda s: s.update({"encoder.bias": [1.0]}), "is no tensor"),
+        (lambda s: s.update({"encoder.bias": [1.0]}), "is not a tensor"),
     ],
 )
-def test_strict(tmp_path, change, told):
+def test_wrong_state_dict_is_refused(tmp_path, change, message):
     state = dict(torch.load(SOURCE, weights_only=True))
     change(state)
     torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         main(["sae", str(tmp_path / "x.pt"), "--to", "member", "--out", str(tmp_path / "member")])
     assert not (tmp_path / "member").exists()
 
 
-def test_wrong_paths(tmp_path):
+def test_wrong_paths_are_refused(tmp_path):
     with pytest.raises(UserError, match="there is no autoencoder"):
         main(["sae", str(tmp_path / "x.pt"), "--to", "member", "--out", str(tmp_path / "m")])
     with pytest.raises(UserError, match=r"there is no sae\.safetensors"):
@@ -71,12 +71,12 @@ def test_wrong_paths(tmp_path):
         ("minsae", "thesis.tex"),
         ("member", "thesis.tex"),
     ):
-        with pytest.raises(UserError, match="exists and is no such autoencoder"):
+        with pytest.raises(UserError, match="exists and is not an autoencoder of kind"):
             main(["sae", str(SOURCE), "--to", to, "--out", str(tmp_path / out)])
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_its_own_kind_is_replaced(tmp_path):
+def test_autoencoder_of_the_same_kind_is_replaced(tmp_path):
     for _ in range(2):
         main(["sae", str(SOURCE), "--to", "member", "--out", str(tmp_path / "member")])
         main(
@@ -247,9 +247,9 @@ def test_saelens_default_takes_the_bias_away_first(lens, tmp_path, said):
 
 
 @pytest.mark.parametrize(
-    ("cfg", "told"),
+    ("cfg", "message"),
     [
-        ({"architecture": "jumprelu"}, "has architecture 'jumprelu': only 'standard'"),
+        ({"architecture": "jumprelu"}, "has architecture 'jumprelu'; only 'standard'"),
         ({"architecture": ["standard"]}, "has architecture"),
         ({"normalize_activations": "layer_norm"}, "has normalize_activations 'layer_norm'"),
         ({"normalize_activations": "expected_average_only_in"}, "has normalize_activations"),
@@ -261,25 +261,25 @@ def test_saelens_default_takes_the_bias_away_first(lens, tmp_path, said):
         ({"apply_b_dec_to_input": 0}, "has apply_b_dec_to_input 0"),
     ],
 )
-def test_what_saelens_has_and_we_have_not(lens, tmp_path, cfg, told):
-    with pytest.raises(UserError, match=told):
+def test_unsupported_saelens_options_are_refused(lens, tmp_path, cfg, message):
+    with pytest.raises(UserError, match=message):
         main(["sae", str(lens(cfg)), "--to", "member", "--out", str(tmp_path / "back")])
     assert not (tmp_path / "back").exists()
 
 
-def test_damaged_saelens(lens, tmp_path):
+def test_damaged_saelens_is_refused(lens, tmp_path):
     args = ["--to", "member", "--out", str(tmp_path / "back")]
     with pytest.raises(UserError, match="must hold exactly"):
         main(["sae", str(lens(threshold=np.zeros(D_SAE, np.float32))), *args])
     (tmp_path / "lens/sae_weights.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match="no safetensors file, or a damaged one"):
+    with pytest.raises(UserError, match="not a safetensors file, or it is damaged"):
         main(["sae", str(tmp_path / "lens"), *args])
     (tmp_path / "lens/cfg.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
         main(["sae", str(tmp_path / "lens"), *args])
 
 
-def test_a_trainers_folder_of_dictionary_learning(member, tmp_path):
+def test_trainer_folder_of_dictionary_learning(member, tmp_path):
     main(
         [
             "sae",
@@ -297,8 +297,8 @@ def test_a_trainers_folder_of_dictionary_learning(member, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["member", *OTHERS])
-def test_a_killed_conversion_never_looks_complete(kind, member, tmp_path, monkeypatch):
-    """Whatever rename it dies at, what is there is no autoencoder."""
+def test_killed_conversion_never_looks_complete(kind, member, tmp_path, monkeypatch):
+    """At any rename, the output is not an autoencoder."""
     for survived in range(2):
         out = tmp_path / f"out{survived}"
         renames = []
@@ -321,7 +321,7 @@ def test_a_killed_conversion_never_looks_complete(kind, member, tmp_path, monkey
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
-def test_only_the_same_kind_is_replaced(member, tmp_path):
+def test_another_kind_is_never_replaced(member, tmp_path):
     torch.save({"model_state_dict": {}, "bias": torch.zeros(3)}, tmp_path / "encoder.pth")
     (tmp_path / "config").mkdir()
     (tmp_path / "config/cfg.json").write_text('{"mine": 1}')
@@ -332,25 +332,25 @@ def test_only_the_same_kind_is_replaced(member, tmp_path):
         ("minsae", "encoder.pth"), ("dictionary_learning", "encoder.pth"), ("saelens", "config"), ("saelens", "topk"),
     ):  # fmt: skip
         before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-        with pytest.raises(UserError, match="exists and is no such autoencoder"):
+        with pytest.raises(UserError, match="exists and is not an autoencoder of kind"):
             main(["sae", str(member), "--to", to, "--out", str(tmp_path / name)])
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_what_grows_past_float32_is_refused(lens, tmp_path):
+def test_bias_beyond_float32_is_refused(lens, tmp_path):
     large = {n: np.full(shapes(D_MODEL, D_SAE)[n], 1e30, np.float32) for n in ("W_enc", "b_dec")}
     folder = lens({"apply_b_dec_to_input": True}, **large)
     with pytest.raises(UserError, match="holds NaN or infinity"):
         main(["sae", str(folder), "--to", "member", "--out", str(tmp_path / "back")])
 
 
-def test_metadata_of_others_is_not_trusted(lens, tmp_path):
+def test_invalid_metadata_is_ignored(lens, tmp_path):
     folder = lens({"metadata": {"minsae_jax": {"kind": "topk", "format_version": 99}}})
     main(["sae", str(folder), "--to", "member", "--out", str(tmp_path / "back")])
     assert load_sae(tmp_path / "back").config["kind"] == "relu"
 
 
-def test_the_new_form_in_a_trainers_folder(member, tmp_path):
+def test_minsae_state_dict_in_a_trainer_folder(member, tmp_path):
     main(["sae", str(member), "--to", "minsae", "--out", str(tmp_path / "trainer_0/ae.pt")])
     main(["sae", str(tmp_path / "trainer_0"), "--to", "member", "--out", str(tmp_path / "back")])
     np.testing.assert_array_equal(
@@ -358,13 +358,13 @@ def test_the_new_form_in_a_trainers_folder(member, tmp_path):
     )
 
 
-def test_a_member_onto_itself(member):
+def test_member_is_written_onto_itself_unchanged(member):
     before = {p.name: p.read_bytes() for p in member.iterdir()}
     main(["sae", str(member), "--to", "member", "--out", str(member)])
     assert {p.name: p.read_bytes() for p in member.iterdir()} == before
 
 
-def test_damaged_members(member, tmp_path):
+def test_damaged_member_is_refused(member, tmp_path):
     (member / "config.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match="damaged autoencoder"):
         load_sae(member)
