@@ -40,7 +40,9 @@ def test_checkpoints_config_resolves_like_the_yaml(through_files, checkpoint, se
         ("model", "revin", "maybe", "revin must be true or false, but the YAML contains 'maybe'"),
     ],
 )  # fmt: skip
-def test_setting_that_contradicts_the_state_dict_is_refused(through_files, checkpoint, settings, section, key, value, message):
+def test_setting_that_contradicts_the_state_dict_is_refused(
+    through_files, checkpoint, settings, section, key, value, message
+):
     settings[section][key] = value
     with pytest.raises(UserError) as e:
         through_files(checkpoint, settings)
@@ -64,7 +66,9 @@ def test_missing_setting_is_named(through_files, checkpoint, settings, key):
     for config in (settings, checkpoint["config"]):
         for section in ("data", "model"):
             config[section].pop(key, None)
-    with pytest.raises(UserError, match=rf"neither the YAML nor the config in x.pth contains {key}"):
+    with pytest.raises(
+        UserError, match=rf"neither the YAML nor the config in x.pth contains {key}"
+    ):
         through_files(checkpoint, settings)
 
 

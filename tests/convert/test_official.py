@@ -26,9 +26,7 @@ FLAGS = {
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_layer_and_the_head(name):
     encoder, source = convert(read_source(OFFICIAL / name / "checkpoint.pth", flags=FLAGS[name]))
-    assert source.source_program == (
-        "supervised" if name.startswith("supervised") else "gpatchtst"
-    )
+    assert source.source_program == ("supervised" if name.startswith("supervised") else "gpatchtst")
     expected = np.load(OFFICIAL / name / "expected.npz")
     x = expected["past_values"]
     for layer in range(encoder.architecture.n_layers):
@@ -66,7 +64,11 @@ def test_programs_differ_in_patches_and_denormalisation():
     }
     supervised = read_source(path, flags=flags).architecture
     gpatchtst = read_source(path, flags=flags, program="gpatchtst").architecture
-    assert (supervised.first_sample, supervised.denormalize, supervised.scaler) == (0, True, "last_sd")
+    assert (supervised.first_sample, supervised.denormalize, supervised.scaler) == (
+        0,
+        True,
+        "last_sd",
+    )
     assert (gpatchtst.first_sample, gpatchtst.denormalize, gpatchtst.leftover) == (
         0 + (53 - 8) % 5,
         False,
@@ -91,7 +93,9 @@ def test_wrong_sizes_are_refused():
         read_source(OFFICIAL / "supervised/checkpoint.pth", flags=SIZES | {"seq_len": 43})
     with pytest.raises(UserError, match="n_vars is 5 in the flags, but 4 in the state dict"):
         read_source(OFFICIAL / "supervised/checkpoint.pth", flags=SIZES | {"n_vars": 5})
-    with pytest.raises(UserError, match="contains seq_len, stride, revin; pass --seq_len and so on"):
+    with pytest.raises(
+        UserError, match="contains seq_len, stride, revin; pass --seq_len and so on"
+    ):
         read_source(OFFICIAL / "supervised_individual/checkpoint.pth")
 
 
