@@ -3,7 +3,7 @@
 Every setting of `Architecture` takes the value of the first source that has it:
 
 1. the program's fixed behaviour (the official supervised program only);
-2. the state dict, as far as shapes and keys determine a setting (`infer.py`);
+2. the state dict, for settings that shapes and keys determine (`infer.py`);
 3. flags, the YAML, then the checkpoint's own config (`settings.py`);
 4. the program's default.
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.checkpoint import Checkpoint, Program, Tensors
+from convert.checkpoint import Checkpoint, JsonObject, Program, Tensors
 from convert.infer import infer_settings
 from convert.settings import (
     FIELD_TYPES,
@@ -31,7 +31,7 @@ from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.errors import UserError
 
 # Settings that a program's code fixes and its configuration leaves out.
-DEFAULTS: dict[Program, dict[str, Any]] = {
+DEFAULTS: dict[Program, JsonObject] = {
     "gpatchtst": {"pre_norm": False},
     "supervised": {
         "pre_norm": False,
@@ -73,6 +73,7 @@ def read_architecture(
         _yaml_overrides(from_config, from_yaml, from_flags),
         _check_agreement(stated, inferred, "state dict"),
     )
+    # The right operand of | precedes the left one, here and above.
     settings = _program_defaults(checkpoint.program) | stated | inferred
     if checkpoint.program == "supervised":
         settings |= _supervised_settings(settings, checkpoint.tensors)
@@ -171,7 +172,7 @@ def _supervised_settings(settings: Settings, tensors: Tensors) -> Settings:
     one additional position.
     """
     values = {name: setting.value for name, setting in settings.items()}
-    fixed: dict[str, Any] = {"leftover": "end"}
+    fixed: JsonObject = {"leftover": "end"}
     if "seq_len" in values and "stride" in values:
         n_patches = (values["seq_len"] - values["patch_len"]) // values["stride"] + 1
         is_padded = len(tensors["backbone.W_pos"]) == n_patches + 1
@@ -203,6 +204,7 @@ def _check_complete(settings: Settings, checkpoint: Checkpoint) -> None:
 
 def _check_sizes(a: Architecture, checkpoint: Checkpoint) -> None:
     n_patches = len(checkpoint.tensors["backbone.W_pos"]) - a.use_cls_token
+    # The number of positions is the one size that ties seq_len and stride to the weights.
     if a.seq_len < a.patch_len or a.n_patches != n_patches:
         message = (
             f"seq_len {a.seq_len}, patch_length {a.patch_len} and stride {a.stride} make "

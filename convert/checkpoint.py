@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 Tensors = dict[str, np.ndarray]
+JsonObject = dict[str, Any]  # from files of other programs: any keys and values
 Program = Literal["gpatchtst", "supervised", "transformers"]
 Form = Literal["checkpoint", "state dict"]
 HALVES = ("float16", "bfloat16")
@@ -51,7 +52,7 @@ class Checkpoint:
     sha256: str
     program: Program
     tensors: Tensors
-    config: dict[str, Any]
+    config: JsonObject
     form: Form = "state dict"
     dtypes: dict[str, str] = field(default_factory=dict)
 
@@ -70,7 +71,8 @@ def load_torch(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
-    path.open("rb").close()  # raises OSError if the file may not be read
+    # Raises OSError here, with its own message, if the file may not be read.
+    path.open("rb").close()
     _check_archive(path)
     try:
         with (
@@ -78,7 +80,8 @@ def load_torch(path: str | Path) -> Any:
             warnings.catch_warnings(),
             _limited_memory(path),
         ):
-            warnings.simplefilter("ignore")  # torch's advice on how to call it
+            # torch advises on how to call it.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         unsafe = _unsafe_globals(path)
@@ -109,6 +112,7 @@ def _check_archive(path: Path) -> None:
             f"{_not_a_checkpoint(path)} (if it is from before PyTorch 1.6, load and save it again "
             "with torch)"
         ) from None
+    # torch.save stores without compression; an archive that expands can be a bomb.
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise UserError(f"{path} is compressed, unlike a PyTorch checkpoint; it was not opened")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
@@ -116,10 +120,11 @@ def _check_archive(path: Path) -> None:
 
 
 def _numpy_scalar_types() -> list[Any]:
-    """Return what torch must allow for numpy scalars, which checkpoints often contain as losses."""
+    """Return the types torch must allow for numpy scalars, often in checkpoints as losses."""
     scalar = np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?")]
-    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]  # second: numpy 1
+    # The second entry is the name under which numpy 1 pickled its scalars.
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
 
 
 @contextlib.contextmanager
@@ -184,6 +189,7 @@ def to_numpy(state: Any, path: Path, part: str = "") -> Tensors:
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise UserError(f"{where} is not a state dict: {str(key)[:80]} is not a tensor")
     try:
+        # Before any copy: tensors can share one storage many times.
         n_bytes = sum(_n_bytes(tensor) for tensor in state.values())
         arrays = {}
         if n_bytes <= 4 * path.stat().st_size:
@@ -212,7 +218,8 @@ def _n_bytes(tensor: "torch.Tensor") -> int:
 def _numpy_array(tensor: "torch.Tensor") -> np.ndarray:
     import torch
 
-    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16: reinterpret the bits
+    # numpy has no bfloat16: reinterpret the bits.
+    if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
@@ -227,7 +234,7 @@ def load_safetensors(path: Path) -> Tensors:
         ) from e
 
 
-def load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> JsonObject:
     """Return the mapping in a JSON file. Raises UserError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -270,6 +277,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         tensors |= _revin_tensors(content, path)
         if isinstance(content.get("config"), dict):
             config = content["config"]
+    # The official supervised program names its RevIN `revin_layer`. Without RevIN its models are
+    # recognised by the prefix of a bare state dict and the shape of their head.
     program: Program = "gpatchtst"
     if any(name.startswith("revin_layer.") for name in tensors):
         program = "supervised"
@@ -280,8 +289,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return make_checkpoint(path, program, tensors, config, form)
 
 
-def _revin_tensors(content: dict[str, Any], path: Path) -> Tensors:
-    """Return RevIN's weights, which gPatchTST saves in a state dict of their own."""
+def _revin_tensors(content: JsonObject, path: Path) -> Tensors:
+    """Return RevIN's weights, which gPatchTST saves in a separate state dict."""
     state = content.get("revin_state_dict")
     if not state:
         return {}
@@ -290,7 +299,7 @@ def _revin_tensors(content: dict[str, Any], path: Path) -> Tensors:
 
 
 def make_checkpoint(
-    path: Path, program: Program, tensors: Tensors, config: dict[str, Any], form: Form
+    path: Path, program: Program, tensors: Tensors, config: JsonObject, form: Form
 ) -> Checkpoint:
     """Return a checkpoint with every floating-point tensor in float32."""
     names = {name: str(tensor.dtype) for name, tensor in tensors.items()}

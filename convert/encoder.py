@@ -5,13 +5,21 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from convert.architecture import read_architecture
-from convert.checkpoint import HALVES, Checkpoint, Program, Tensors, load_checkpoint, save_torch
+from convert.checkpoint import (
+    HALVES,
+    Checkpoint,
+    JsonObject,
+    Program,
+    Tensors,
+    load_checkpoint,
+    save_torch,
+)
 from convert.huggingface import load_huggingface
 from convert.settings import spelling
 from minsae_jax.encoder.converted import Encoder, EncoderSource, parameter_path
@@ -19,6 +27,9 @@ from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.encoder.patchtst.pure import Params, abstract_params
 from minsae_jax.errors import UserError
 from minsae_jax.settings import read_yaml
+
+if TYPE_CHECKING:
+    import torch
 
 BATCHES_TRACKED = "num_batches_tracked"  # BatchNorm's counter, which nothing reads
 MAX_COMPLAINTS = 6  # in one error message
@@ -83,6 +94,7 @@ def rules(a: Architecture) -> list[Rule]:
 
 
 def _linear(key: str, path: str) -> list[Rule]:
+    # torch.nn.Linear stores [outputs, inputs], nnx.Linear [inputs, outputs].
     weight = Rule(f"{key}.weight", f"{path}/kernel", np.transpose, np.transpose)
     return [weight, Rule(f"{key}.bias", f"{path}/bias")]
 
@@ -115,6 +127,7 @@ def apply_rules(a: Architecture, tensors: Tensors) -> Params:
             if tensor.ndim or not np.isfinite(tensor):
                 complaints.append(f"{key} is not a number")
             continue
+        # The first rule that knows the key; in a valid table there is only one.
         rule = next((rule for rule in table if rule.path_of(key) is not None), None)
         path = rule.path_of(key) if rule else None
         if rule is None or path not in expected:
@@ -131,6 +144,7 @@ def apply_rules(a: Architecture, tensors: Tensors) -> Params:
         if len(complaints) > MAX_COMPLAINTS:
             message += f" and {len(complaints) - MAX_COMPLAINTS} more"
         raise UserError(message)
+    # Copies in C order, so that fingerprints do not depend on transposed views.
     arrays = [np.array(filled[path], order="C") for path in expected]
     return jax.tree_util.tree_unflatten(structure, arrays)
 
@@ -216,6 +230,7 @@ def convert(source: Source) -> Converted:
         warnings.warn(
             f"{checkpoint.path.name} contains float64, which is rounded to float32", stacklevel=2
         )
+    # Kept so that `write_pytorch` can restore the file to the bit.
     counters = {k: t for k, t in checkpoint.tensors.items() if k.endswith(BATCHES_TRACKED)}
     origin = EncoderSource(
         sources=source.sources,
@@ -261,7 +276,7 @@ def write_pytorch(path: Path, encoder: Encoder, source: EncoderSource) -> None:
     save_torch(path, content)
 
 
-def _torch_tensors(arrays: Tensors, source: EncoderSource) -> dict[str, Any]:
+def _torch_tensors(arrays: Tensors, source: EncoderSource) -> "dict[str, torch.Tensor]":
     """Return torch tensors with the source's dtypes and counters.
 
     Raises UserError if these do not fit: config.json can be edited.
@@ -307,7 +322,7 @@ def _check_runs_in_gpatchtst(a: Architecture) -> None:
         )
 
 
-def settings_of(a: Architecture) -> dict[str, dict[str, Any]]:
+def settings_of(a: Architecture) -> dict[str, JsonObject]:
     """Return the settings in the sections and spellings of gPatchTST's YAML."""
     names = [field.name for field in fields(a) if field.default is MISSING]
     model = {spelling(name): getattr(a, name) for name in names}

@@ -13,6 +13,7 @@ import numpy as np
 
 from convert.checkpoint import (
     Checkpoint,
+    JsonObject,
     Tensors,
     load_json,
     load_safetensors,
@@ -95,7 +96,7 @@ def _read_weights(folder: Path) -> tuple[Path, Tensors]:
     )
 
 
-def _head_type(config: dict[str, Any], tensors: Tensors, without_head: bool) -> str:
+def _head_type(config: JsonObject, tensors: Tensors, without_head: bool) -> str:
     """Return the head_type. Raises UserError on heads that `patchtst.model.Head` does not have."""
     head_keys = {key for key in tensors if key.startswith("head.")}
     if without_head or not head_keys:
@@ -116,7 +117,7 @@ def _head_type(config: dict[str, Any], tensors: Tensors, without_head: bool) -> 
     raise UserError(f"the model {reason}, which is not supported; {USE_WITHOUT_HEAD}")
 
 
-def _model_class(config: dict[str, Any], head_keys: set[str]) -> str:
+def _model_class(config: JsonObject, head_keys: set[str]) -> str:
     names = config.get("architectures")
     if isinstance(names, list) and names and isinstance(names[0], str):
         return names[0]
@@ -125,16 +126,17 @@ def _model_class(config: dict[str, Any], head_keys: set[str]) -> str:
     return "PatchTSTForPrediction"
 
 
-def _read_settings(config: dict[str, Any], head_type: str) -> dict[str, Any]:
+def _read_settings(config: JsonObject, head_type: str) -> JsonObject:
     """Return the settings of config.json under the names of `Architecture`."""
     _check_supported(config)
-    settings = {}
+    settings: JsonObject = {}
     for key, (name, default) in PLAIN_SETTINGS.items():
         settings[name] = config.get(key, default)
     scaling = config.get("scaling", "std")
     scaler, smallest_scale = SCALERS.get(scaling or "std", ("mean_sd", 1e-5))
     return settings | {
         "norm": NORMS[config.get("norm_type", "batchnorm")],
+        # Branches are added to the stream itself, and each layer has its own scores.
         "norm_stream": False,
         "res_attention": False,
         "pos_dim": settings["d_model"],
@@ -149,7 +151,7 @@ def _read_settings(config: dict[str, Any], head_type: str) -> dict[str, Any]:
     }
 
 
-def _check_supported(config: dict[str, Any]) -> None:
+def _check_supported(config: JsonObject) -> None:
     """Raise UserError on options that this package does not have."""
     if config.get("channel_attention"):
         raise UserError(
@@ -173,7 +175,7 @@ def _check_supported(config: dict[str, Any]) -> None:
         )
 
 
-def _pooling(config: dict[str, Any], head_type: str, use_cls_token: Any) -> str:
+def _pooling(config: JsonObject, head_type: str, use_cls_token: Any) -> str:
     """Return how the head pools tokens; null pooling reads all of them, like gPatchTST."""
     pooling = config.get("pooling_type", "mean")
     if pooling not in ("mean", "max", None):
@@ -201,10 +203,11 @@ def _gpatchtst_name(name: str) -> str:
         match = re.fullmatch(pattern, name.removeprefix("model."))
         if match:
             return match.expand(template)
-    return name  # apply_rules complains about it
+    # apply_rules lists unknown keys in its error.
+    return name
 
 
-def _complete(tensors: Tensors, settings: dict[str, Any], has_bias: bool) -> Tensors:
+def _complete(tensors: Tensors, settings: JsonObject, has_bias: bool) -> Tensors:
     """Add tensors that transformers does not store, and reshape those in another shape or order."""
     d_model = settings["d_model"]
     n_heads = settings["n_heads"]
@@ -221,6 +224,7 @@ def _complete(tensors: Tensors, settings: dict[str, Any], has_bias: bool) -> Ten
     if cls_token is not None:
         completed["backbone.cls_token"] = cls_token.reshape(1, 1, -1)
     suffix = ".self_attn.W_Q.weight"
+    # transformers computes the attention scale, gPatchTST stores it as a parameter.
     for key in tensors:
         if not key.endswith(suffix):
             continue

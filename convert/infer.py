@@ -2,11 +2,12 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint, Tensors
+from convert.checkpoint import Checkpoint, JsonObject, Tensors
 from convert.settings import Setting, Settings
 from minsae_jax.errors import UserError
 
@@ -26,6 +27,7 @@ def infer_settings(checkpoint: Checkpoint, stated: Settings) -> Settings:
     first_embedding = "W_P.0" if has_individual_embeddings else "W_P"
     d_model, patch_len = tensor_of(tensors, f"backbone.{first_embedding}.weight", 2).shape
     position = tensor_of(tensors, "backbone.W_pos", 2)
+    # One learnt number per position, or one per position and dimension.
     if position.shape[1] not in (1, d_model):
         raise UserError(
             f"backbone.W_pos is {list(position.shape)}, but must be 1 or d_model ({d_model}) wide"
@@ -70,6 +72,7 @@ def _n_heads(checkpoint: Checkpoint, d_model: int) -> int | None:
     rounding = SCALE_ROUNDING.get(checkpoint.dtypes.get(key, ""), 0.0)
     if not math.isfinite(heads) or abs(heads - round(heads)) >= 1e-3 + rounding * heads:
         return None
+    # Another scale was trained; the number of heads must then be stated.
     if round(heads) == 0 or d_model % round(heads) != 0:
         return None
     return round(heads)
@@ -93,8 +96,8 @@ def _n_channels(tensors: Tensors) -> int | None:
 
 
 def _head_settings(
-    tensors: Tensors, inferred: dict[str, Any], n_tokens: int, stated: Settings
-) -> dict[str, Any]:
+    tensors: Tensors, inferred: Mapping[str, Any], n_tokens: int, stated: Settings
+) -> JsonObject:
     """Return the number of outputs of the head, and its kind if only one kind has its shape."""
     requested = stated.get("head_type")
     if not any(key.startswith("head.") for key in tensors):
@@ -116,14 +119,14 @@ def _head_settings(
         )
     if not kinds:
         raise UserError(f"the head's weights {shape} fit no known head; use --without_head")
-    settings: dict[str, Any] = {"target_dim": len(weight)}
+    settings: JsonObject = {"target_dim": len(weight)}
     if len(kinds) == 1:
         settings["head_type"] = kinds[0]
     return settings
 
 
 def _kinds_that_fit(
-    weight: np.ndarray, inferred: dict[str, Any], n_tokens: int, stated: Settings
+    weight: np.ndarray, inferred: Mapping[str, Any], n_tokens: int, stated: Settings
 ) -> list[str]:
     n_outputs, n_inputs = weight.shape
     d_model = inferred["d_model"]
@@ -132,6 +135,7 @@ def _kinds_that_fit(
     if is_pretrain and not inferred["individual_head"]:
         kinds.append("pretrain")
     pooling = stated["pooling"].value if "pooling" in stated else "gpatchtst"
+    # gPatchTST flattens all tokens of a channel unless a CLS token summarises them.
     reads_all_tokens = pooling == "gpatchtst" and not inferred["use_cls_token"]
     if n_inputs == d_model * (n_tokens if reads_all_tokens else 1):
         kinds.append("prediction")

@@ -50,12 +50,14 @@ def _embed(a: Architecture, state: StateDict, x: Tensor) -> Tensor:
     if a.end_padding:
         x = torch.cat([x, x[:, -1:].expand(-1, a.end_padding, -1)], 1)
     if a.leftover == "start":
+        # gPatchTST drops the samples that fill no patch at the start of the window.
         x = x[:, (x.shape[1] - a.patch_len) % a.stride :]
     x = x.unfold(1, a.patch_len, a.stride)
     names = [f"backbone.W_P.{i}" for i in range(a.n_vars)]
     if a.shared_embedding:
         names = ["backbone.W_P"] * a.n_vars
     channels = [_linear(state, name, x[:, :, i]) for i, name in enumerate(names)]
+    # Every channel becomes a sequence: [B * n_vars, T, d_model].
     z = torch.stack(channels, 1).flatten(0, 1)
     if a.use_cls_token:
         z = torch.cat([state["backbone.cls_token"].expand(len(z), -1, -1), z], 1)
@@ -85,6 +87,7 @@ def _attention(
     def heads(part: str) -> Tensor:
         return _linear(state, f"{name}.{part}", z).unflatten(2, (a.n_heads, -1)).transpose(1, 2)
 
+    # Written as RealFormer defines it: score matrices are added, not queries concatenated.
     scores = heads("W_Q") @ heads("W_K").transpose(2, 3) * state[f"{name}.sdp_attn.scale"]
     if a.res_attention:
         scores = scores + earlier
@@ -140,6 +143,7 @@ def _pool(a: Architecture, z: Tensor) -> Tensor:
         return z.amax(2)
     if a.use_cls_token:
         return z[:, :, 0]
+    # gPatchTST without a CLS token: all tokens, or the last one.
     if a.head_type == "prediction":
         return z.transpose(2, 3).flatten(2)
     return z[:, :, -1]

@@ -17,6 +17,7 @@ from safetensors.numpy import save
 
 from convert.checkpoint import (
     HALVES,
+    JsonObject,
     Tensors,
     load_json,
     load_safetensors,
@@ -68,7 +69,7 @@ class Autoencoder:
     """A ReLU autoencoder: parameters under a member's names, and entries of its config.json."""
 
     params: Tensors
-    config: dict[str, Any]
+    config: JsonObject
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ def read_dictionary_learning(path: Path) -> Autoencoder:
 def write_dictionary_learning(path: Path, sae: Autoencoder) -> None:
     """Write a state dict of dictionary_learning."""
     params = _shift_bias(sae.params, +1)
+    # relu((x - b_dec) W_enc + b) = relu(x W_enc + b_enc) requires b = b_enc + b_dec W_enc.
     state = {DICTIONARY_LEARNING_BIAS: params["b_dec"]}
     state |= {linear.key: _to_torch(params, linear) for linear in LINEARS[:3]}
     _write_torch(path, state)
@@ -205,7 +207,7 @@ def _to_torch(params: Tensors, linear: Linear) -> np.ndarray:
     return params[linear.name].T if linear.is_transposed else params[linear.name]
 
 
-def _relu_config(path: Path) -> dict[str, Any]:
+def _relu_config(path: Path) -> JsonObject:
     return {"format_version": 1, "kind": "relu", "source_file": path.name}
 
 
@@ -218,6 +220,7 @@ def _write_torch(path: Path, state: Tensors) -> None:
 
 def _shift_bias(params: Tensors, sign: int) -> Tensors:
     """Return the parameters with sign * b_dec W_enc added to b_enc, rounded to float32 once."""
+    # In float64: the product is summed over d_model and added to b_enc before rounding.
     shift = params["b_dec"].astype(np.float64) @ params["W_enc"]
     with np.errstate(over="ignore"):  # check_params reports infinity
         shifted = params | {"b_enc": (params["b_enc"] + sign * shift).astype(np.float32)}
@@ -228,14 +231,14 @@ def _shift_bias(params: Tensors, sign: int) -> Tensors:
 def read_saelens(path: Path) -> Autoencoder:
     """Read a standard (ReLU) SAE of SAELens.
 
-    Raises UserError on what a member cannot represent: other architectures, inputs that are
+    Raises UserError if a member cannot represent it: another architecture, inputs that are
     normalised or reshaped, activations that were scaled after training.
     """
     cfg = load_json(path / SAELENS_CONFIG)
     tensors = load_safetensors(path / SAELENS_WEIGHTS)
     for key, supported in SAELENS_SUPPORTED.items():
         value = cfg.get(key, supported[0])
-        # `is` for False and None, since 0 == False.
+        # Compared with `is`, since 0 == False and 1 == True.
         if not any(value is s or (isinstance(value, str) and value == s) for s in supported):
             raise UserError(
                 f"{path} has {key} {shown(value)}; only {shown(supported[0])} can be converted"
@@ -253,7 +256,7 @@ def read_saelens(path: Path) -> Autoencoder:
     return Autoencoder(params, _member_config(cfg) or _relu_config(path))
 
 
-def _member_config(cfg: dict[str, Any]) -> dict[str, Any] | None:
+def _member_config(cfg: JsonObject) -> JsonObject | None:
     """Return the member's config.json that `write_saelens` put into the metadata, if valid."""
     metadata = cfg.get("metadata")
     config = metadata.get("minsae_jax") if isinstance(metadata, dict) else None

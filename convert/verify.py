@@ -81,6 +81,7 @@ def read_windows(encoder: Encoder, recording: str | None) -> Float[np.ndarray, "
         noise = np.random.default_rng(0).normal(size=(n_windows, a.seq_len, a.n_vars))
         return noise.astype(np.float32)
     samples = _load_samples(recording, a)
+    # Fewer windows where the recording is short: unique starts.
     starts = np.unique(np.linspace(0, len(samples) - a.seq_len, n_windows).astype(int))
     windows = np.stack([samples[start : start + a.seq_len] for start in starts])
     windows = windows.astype(np.float32)

@@ -74,7 +74,7 @@ def test_slips_are_named(load, text, told):
 
 
 def test_anchors_and_merges(load):
-    assert load("extract: &x {batch_size: 5}\ntrain: {<<: *x, lr: 1}").batch_size == 5
+    assert load("demo: &x {seed: 3}\ntrain: {<<: *x, lr: 1}").seed == (3,)
 
 
 def test_no_file(tmp_path):

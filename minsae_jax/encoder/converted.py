@@ -139,7 +139,8 @@ def save_encoder(folder: str | Path, encoder: Encoder, source: EncoderSource | N
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(temporary / PARAMS, encoder.params)
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    except (OSError, ValueError, RuntimeError) as e:  # Orbax raises all three when a write fails
+    # Orbax raises all three when a write fails.
+    except (OSError, ValueError, RuntimeError) as e:
         raise UserError(
             f"the encoder could not be written to {folder} ({brief(e)}); "
             "free some space or choose another --out"
@@ -166,6 +167,7 @@ def _can_be_replaced(folder: Path) -> bool:
     if not folder.is_dir() or foreign_entries(folder, OWNED_FILES):
         return False
     config = folder / CONFIG
+    # Parameters without config.json are the rest of an interrupted conversion.
     if not config.exists():
         return True
     try:
@@ -206,7 +208,8 @@ def load_encoder(folder: str | Path) -> Encoder:
         return _load(folder)
     except UserError:
         raise
-    except Exception as e:  # the folder can be damaged in any way
+    # A damaged folder can make Orbax, JSON and numpy raise anything.
+    except Exception as e:
         raise UserError(
             f"{folder} is not a converted encoder, or it is damaged ({brief(e)}); convert it again"
         ) from e

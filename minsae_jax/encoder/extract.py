@@ -64,6 +64,7 @@ def extract(encoder: Encoder, config: ExtractConfig) -> list[ExtractedStore]:
     plans = plan_extraction(encoder, config)
     _check_free_space(encoder.architecture, config, plans)
     stores = []
+    # All folders are locked before the first write, since another process could start one of them.
     with ExitStack() as locks:
         for plan in plans:
             for writer in plan.writers:
@@ -138,6 +139,7 @@ def _store_identity(
     index: int,
 ) -> dict[str, Any]:
     """Return the entries of the manifest that make it this store and no other."""
+    # Part of the store's format: stores with other names or values are refused.
     a = encoder.architecture
     return {
         "layer": layer,
@@ -166,7 +168,8 @@ def _store_identity(
 def _check_free_space(a: Architecture, config: ExtractConfig, plans: list[SplitPlan]) -> None:
     """Raise UserError if a file system has less space than its stores still need."""
     window_bytes = a.n_vars * a.n_tokens * a.d_model * np.dtype(DTYPES[config.dtype]).itemsize
-    needed: dict[Path, int] = {}  # by one folder of each file system
+    # Stores on one file system share its free space, so they are added up by device number.
+    needed: dict[Path, int] = {}
     folder_of_device: dict[int, Path] = {}
     for plan in plans:
         for writer in plan.writers:
@@ -229,6 +232,7 @@ class Extraction:
 
     def _open_extracted(self, folder: Path, was_complete: bool) -> ExtractedStore:
         store = open_store(folder)
+        # dataclasses.asdict would copy the shards into dicts.
         return ExtractedStore(
             **{field.name: getattr(store, field.name) for field in fields(store)},
             split=self.plan.split,
@@ -239,6 +243,7 @@ class Extraction:
     def _write_missing_shards(self) -> None:
         if process_index() == 0:
             warn_of(self.plan.recordings, self.plan.split)
+        # A batch is computed if any of its layers lacks it: a store can be a shard ahead.
         missing = [number for number in range(self.n_batches) if self._writers_without(number)]
         n_missing_windows = sum(stop - start for start, stop in map(self._bounds, missing))
         with progress(f"extract {self.plan.split}", len(self.windows), "windows") as bar:
@@ -267,6 +272,7 @@ class Extraction:
             running: RunningBatch | None = None
             for number in numbers:
                 x = self._timed_wait(batches.__next__)
+                # Returns at once: the devices compute while the batch before is copied.
                 outputs = compute(params, put_batch(mesh, x, windows_per_device))
                 if running is not None:
                     self._finish_batch(running, background, bar)
@@ -284,6 +290,7 @@ class Extraction:
             for writer, z in zip(self.plan.writers, batch.outputs, strict=True)
             if writer in missing
         ]
+        # At most one batch waits for the disk, so that memory stays bounded.
         self._wait_for_writing()
         self.writing = background.submit(self._write_batch, batch.number, host)
         bar.advance(batch.n_windows)
@@ -383,6 +390,7 @@ def _provenance(recordings: Recordings) -> dict[str, np.ndarray]:
     `window` (number within the recording) and `channel`.
     """
     windows = recordings.windows
+    # A shard contains the channels of a window one after the other.
     places = windows.places(np.arange(len(windows)))
     per_sequence = np.repeat(places, windows.n_vars, axis=0).astype(np.int32)
     channels = np.arange(windows.n_vars, dtype=np.int32)

@@ -31,15 +31,35 @@ def test_checkpoints_config_resolves_like_the_yaml(through_files, checkpoint, se
         ("model", "d_ff", 100, "d_ff is 100 in the YAML, but 96 in the state dict"),
         ("model", "num_heads", 8, "num_heads is 8 in the YAML, but 6 in the state dict"),
         ("model", "patch_length", 10, "patch_length is 10 in the YAML, but 20 in the state dict"),
-        ("model", "shared_embedding", False, "shared_embedding is False in the YAML, but True in the state dict"),
+        (
+            "model",
+            "shared_embedding",
+            False,
+            "shared_embedding is False in the YAML, but True in the state dict",
+        ),
         ("model", "stride", 20, "make 10 patches, but the state dict has positions for 16"),
         ("model", "seq_len", 1000, "make 82 patches, but the state dict has positions for 16"),
-        ("model", "head_type", "regression", "the head is 'regression' in the YAML, but its weights"),
-        ("model", "activation", "swish", "activation must be relu or gelu, but the YAML contains 'swish'"),
-        ("model", "stride", 0, "stride must be a whole number above 0 and below 2^31, but the YAML contains 0"),
+        (
+            "model",
+            "head_type",
+            "regression",
+            "the head is 'regression' in the YAML, but its weights",
+        ),
+        (
+            "model",
+            "activation",
+            "swish",
+            "activation must be relu or gelu, but the YAML contains 'swish'",
+        ),
+        (
+            "model",
+            "stride",
+            0,
+            "stride must be a whole number above 0 and below 2^31, but the YAML contains 0",
+        ),
         ("model", "revin", "maybe", "revin must be true or false, but the YAML contains 'maybe'"),
     ],
-)  # fmt: skip
+)
 def test_setting_that_contradicts_the_state_dict_is_refused(
     through_files, checkpoint, settings, section, key, value, message
 ):

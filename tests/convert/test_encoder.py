@@ -83,11 +83,13 @@ def test_all_wrong_keys_are_in_one_error(through_files, checkpoint, settings):
     state["backbone.encoder.layers.2.ff.0.bias"][0] = float("nan")
     with pytest.raises(UserError) as e:
         through_files(checkpoint, settings)
-    for told in (
-        "nothing fills layers/1/ff_in/bias", "unknown key backbone.extra.weight", "layers.2.ff.3.bias is float32[5]",
+    for message in (
+        "nothing fills layers/1/ff_in/bias",
+        "unknown key backbone.extra.weight",
+        "layers.2.ff.3.bias is float32[5]",
         "layers.2.ff.0.bias contains NaN",
-    ):  # fmt: skip
-        assert told in str(e.value)
+    ):
+        assert message in str(e.value)
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -95,12 +97,12 @@ def test_damaged_files_are_refused(tmp_path):
     text.write_text("hello")
     cut.write_bytes((SOURCE / "checkpoint.pth").read_bytes()[:50_000])
     torch.save([1, 2], other)
-    for path, told in (
+    for path, message in (
         (text, "not a PyTorch checkpoint"),
         (cut, "not a PyTorch checkpoint"),
         (other, "contains a list"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             convert_encoder(path)
     with pytest.raises(UserError, match="there is no checkpoint file"):
         convert_encoder(tmp_path / "nowhere.pth")
@@ -144,7 +146,7 @@ def test_wrong_commands_are_refused(tmp_path):
     given = ["encoder", str(SOURCE / "checkpoint.pth")]
     main([*given, "--out", str(tmp_path / "e")])
     (tmp_path / "precious.pth").write_text("epochs of work")
-    for args, told in (
+    for args, message in (
         (given, "say what to write with --out, or --verify"),
         ([*given, "--verify", "a.npy", "b.npy"], "takes one recording, not 2"),
         (
@@ -174,7 +176,7 @@ def test_wrong_commands_are_refused(tmp_path):
         ),
         ([*given, "--out", str(tmp_path / "f"), "--stride", "20"], "make 10 patches"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             main(args)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e", "precious.pth"]
     assert (tmp_path / "precious.pth").read_text() == "epochs of work"

@@ -19,15 +19,24 @@ with warnings.catch_warnings():
     from transformers import PatchTSTConfig
 
 BASE = {
-    "num_input_channels": 3, "context_length": 50, "patch_length": 8, "patch_stride": 6, "num_hidden_layers": 2,
-    "d_model": 16, "num_attention_heads": 4, "ffn_dim": 24, "prediction_length": 5, "num_targets": 2,
-}  # fmt: skip
+    "num_input_channels": 3,
+    "context_length": 50,
+    "patch_length": 8,
+    "patch_stride": 6,
+    "num_hidden_layers": 2,
+    "d_model": 16,
+    "num_attention_heads": 4,
+    "ffn_dim": 24,
+    "prediction_length": 5,
+    "num_targets": 2,
+}
 VARIANTS = {
     "default": ("PatchTSTModel", {}),
     "layernorm": ("PatchTSTModel", {"norm_type": "layernorm", "norm_eps": 1e-3}),
     "post_norm": ("PatchTSTModel", {"pre_norm": False, "norm_eps": 1e-2}),
     "post_layernorm_relu": (
-        "PatchTSTModel", {"pre_norm": False, "norm_type": "layernorm", "activation_function": "relu"},
+        "PatchTSTModel",
+        {"pre_norm": False, "norm_type": "layernorm", "activation_function": "relu"},
     ),
     "cls": ("PatchTSTModel", {"use_cls_token": True, "positional_encoding_type": "random"}),
     "no_bias": ("PatchTSTModel", {"bias": False}),
@@ -37,14 +46,17 @@ VARIANTS = {
     "no_scaler": ("PatchTSTModel", {"scaling": None}),
     "small_scale": ("PatchTSTModel", {"minimum_scale": 0.5}),
     "pretraining": ("PatchTSTForPretraining", {"random_mask_ratio": 0.0}),
-    "pretraining_cls": ("PatchTSTForPretraining", {"random_mask_ratio": 0.0, "use_cls_token": True}),
+    "pretraining_cls": (
+        "PatchTSTForPretraining",
+        {"random_mask_ratio": 0.0, "use_cls_token": True},
+    ),
     "prediction_mean": ("PatchTSTForPrediction", {}),
     "prediction_max": ("PatchTSTForPrediction", {"pooling_type": "max", "scaling": "mean"}),
     "prediction_all": ("PatchTSTForPrediction", {"pooling_type": None}),
     "prediction_cls": ("PatchTSTForPrediction", {"use_cls_token": True, "scaling": None}),
     "classification": ("PatchTSTForClassification", {"pooling_type": "max"}),
     "classification_cls": ("PatchTSTForClassification", {"use_cls_token": True}),
-}  # fmt: skip
+}
 OUTPUTS = {
     "PatchTSTModel": "last_hidden_state",
     "PatchTSTForPretraining": "prediction_output",
@@ -168,7 +180,7 @@ def test_unsupported_models_are_refused(kind, changes, message, tmp_path):
 
 
 def test_transformers_itself_fails_with_individual_heads(x):
-    """The reason given above holds."""
+    """transformers fails, as the error message says."""
     with pytest.raises((IndexError, RuntimeError)):
         forward(build("PatchTSTForPrediction", {"share_projection": False}), x)
 

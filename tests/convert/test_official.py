@@ -18,9 +18,12 @@ FLAGS = {
     "self_supervised": {**SELF_SUPERVISED, "activation": "relu", "res_attention": False},
     "self_supervised_finetuned": {**SELF_SUPERVISED, "activation": "relu", "res_attention": False},
     "self_supervised_regression": {
-        **SELF_SUPERVISED, "activation": "gelu", "res_attention": True, "head_type": "regression",
+        **SELF_SUPERVISED,
+        "activation": "gelu",
+        "res_attention": True,
+        "head_type": "regression",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FLAGS)

@@ -27,8 +27,16 @@ def assert_bit_identical(before, after):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_written_checkpoint_is_bit_identical(name, tmp_path):
     source = FIXTURES / name
-    main(["encoder", str(source / "checkpoint.pth"), "--config_path", str(source / "config.yaml"), "--out",
-          str(tmp_path / "encoder")])  # fmt: skip
+    main(
+        [
+            "encoder",
+            str(source / "checkpoint.pth"),
+            "--config_path",
+            str(source / "config.yaml"),
+            "--out",
+            str(tmp_path / "encoder"),
+        ]
+    )
     main(
         [
             "encoder",
@@ -83,9 +91,13 @@ def test_bare_state_dict_is_written_bare(change, dtype, tmp_path):
         ]
     )
     main(["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(tmp_path / "back.pth")])
-    assert_bit_identical({k: v.view(torch.int16) if v.itemsize == 2 else v for k, v in before.items()},
-         {k: v.view(torch.int16) if v.itemsize == 2 else v
-          for k, v in torch.load(tmp_path / "back.pth", weights_only=True).items()})  # fmt: skip
+    assert_bit_identical(
+        {k: v.view(torch.int16) if v.itemsize == 2 else v for k, v in before.items()},
+        {
+            k: v.view(torch.int16) if v.itemsize == 2 else v
+            for k, v in torch.load(tmp_path / "back.pth", weights_only=True).items()
+        },
+    )
 
 
 def test_encoder_that_gpatchtst_cannot_run_is_refused(tmp_path):
@@ -108,9 +120,11 @@ def test_edited_config_json_is_not_trusted(tmp_path):
     main(["encoder", str(SOURCE / "checkpoint.pth"), "--out", str(tmp_path / "e")])
     config = json.loads((tmp_path / "e/config.json").read_text())
     for change in (
-        {"source_dtypes": {"nokey": "float16"}}, {"source_dtypes": {"backbone.W_pos": "int8"}},
-        {"batches_tracked": {"backbone.W_pos": 3}}, {"batches_tracked": {"a.1.num_batches_tracked": "x"}},
-    ):  # fmt: skip
+        {"source_dtypes": {"nokey": "float16"}},
+        {"source_dtypes": {"backbone.W_pos": "int8"}},
+        {"batches_tracked": {"backbone.W_pos": 3}},
+        {"batches_tracked": {"a.1.num_batches_tracked": "x"}},
+    ):
         (tmp_path / "e/config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=r"config\.json is damaged"):
             main(

@@ -1,6 +1,6 @@
-"""Autoencoders of minSAE, SAELens and dictionary_learning in and out: the same numbers, and strict.
+"""Autoencoders of minSAE, SAELens and dictionary_learning: same numbers, strict formats.
 
-Each library's own arithmetic is written out here, from its documentation, in float64.
+The arithmetic of each library is written out here, from its documentation, in float64.
 """
 
 import json
@@ -88,7 +88,7 @@ def test_nan_is_refused(tmp_path):
     state = dict(torch.load(SOURCE, weights_only=True))
     state["encoder.bias"] = torch.full_like(state["encoder.bias"], torch.nan)
     torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="holds NaN"):
+    with pytest.raises(UserError, match="NaN"):
         main(["sae", str(tmp_path / "x.pt"), "--to", "member", "--out", str(tmp_path / "m")])
 
 
@@ -111,7 +111,7 @@ def dictionary_learning(state):
 
 
 def saelens(cfg, state):
-    """`architecture: standard`; apply_b_dec_to_input is true unless said otherwise."""
+    """`architecture: standard`; apply_b_dec_to_input is true by default."""
     shift = state["b_dec"] if cfg.get("apply_b_dec_to_input", True) else 0
     return lambda x: relu(
         (x - shift) @ state["W_enc"] + state["b_enc"]
@@ -119,7 +119,7 @@ def saelens(cfg, state):
 
 
 def read(kind, path):
-    """(encode, decode) of what was written, as the library would run it."""
+    """Return (encode, decode) of a written file, as the library computes them."""
     if kind == "saelens":
         cfg = json.loads((path / "cfg.json").read_text())
         tensors = load_file(path / "sae_weights.safetensors")
@@ -134,7 +134,7 @@ OTHERS = ("minsae", "saelens", "dictionary_learning")
 
 @pytest.fixture
 def trained():
-    """Parameters for scaled inputs, biases far from 0, so that a wrong scale, sign or transpose is seen."""
+    """Parameters for scaled inputs; large biases reveal a wrong scale, sign or transposition."""
     rng = np.random.default_rng(0)
     return {
         name: rng.normal(size=shape).astype(np.float32)
@@ -158,7 +158,7 @@ def member(tmp_path, trained):
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_libraries_compute_the_same(kind, member, trained, tmp_path):
-    """From training's own parameters, on scale * x, to what each library makes of the file, on x."""
+    """Compare training's parameters on scale * x with each library's arithmetic on x."""
     main(["sae", str(member), "--to", kind, "--out", str(tmp_path / "out")])
     encode, decode = read(kind, tmp_path / "out")
     x = 8 * np.random.default_rng(1).normal(size=(50, D_MODEL))
@@ -167,13 +167,13 @@ def test_other_libraries_compute_the_same(kind, member, trained, tmp_path):
     np.testing.assert_allclose(encode(x), features, atol=1e-5, rtol=1e-5)
     x_hat = (features @ trained["W_dec"] + trained["b_dec"]) / SCALE
     np.testing.assert_allclose(decode(features), x_hat, atol=1e-4, rtol=1e-5)
-    ours = load_sae(member)
-    np.testing.assert_allclose(ours.encode(x), encode(x), atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(ours.decode(features), decode(features), atol=1e-4, rtol=1e-5)
+    sae = load_sae(member)
+    np.testing.assert_allclose(sae.encode(x), encode(x), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(sae.decode(features), decode(features), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_back_in(kind, member, tmp_path):
+def test_round_trip_keeps_the_parameters(kind, member, tmp_path):
     main(["sae", str(member), "--to", kind, "--out", str(tmp_path / "out")])
     main(["sae", str(tmp_path / "out"), "--to", "member", "--out", str(tmp_path / "back")])
     before, after = load_sae(member), load_sae(tmp_path / "back")
@@ -186,7 +186,7 @@ def test_back_in(kind, member, tmp_path):
 
 @pytest.mark.parametrize("source", OTHERS)
 @pytest.mark.parametrize("target", OTHERS)
-def test_any_to_any(source, target, member, tmp_path):
+def test_every_kind_converts_to_every_kind(source, target, member, tmp_path):
     main(["sae", str(member), "--to", source, "--out", str(tmp_path / "one")])
     main(["sae", str(tmp_path / "one"), "--to", target, "--out", str(tmp_path / "two")])
     encode, decode = read(source, tmp_path / "one")
@@ -196,7 +196,7 @@ def test_any_to_any(source, target, member, tmp_path):
     np.testing.assert_allclose(other_decode(encode(x)), decode(encode(x)), atol=1e-5, rtol=1e-5)
 
 
-def test_documented_names_and_shapes(member, tmp_path):
+def test_names_and_shapes_are_the_documented_ones(member, tmp_path):
     for kind in OTHERS:
         main(["sae", str(member), "--to", kind, "--out", str(tmp_path / kind)])
     cfg = json.loads((tmp_path / "saelens/cfg.json").read_text())
@@ -207,9 +207,11 @@ def test_documented_names_and_shapes(member, tmp_path):
     assert {k: v.shape for k, v in tensors.items()} == shapes(D_MODEL, D_SAE)
     state = torch.load(tmp_path / "dictionary_learning", weights_only=True)
     assert {k: tuple(v.shape) for k, v in state.items()} == {
-        "bias": (D_MODEL,), "encoder.weight": (D_SAE, D_MODEL), "encoder.bias": (D_SAE,),
+        "bias": (D_MODEL,),
+        "encoder.weight": (D_SAE, D_MODEL),
+        "encoder.bias": (D_SAE,),
         "decoder.weight": (D_MODEL, D_SAE),
-    }  # fmt: skip
+    }
     assert all(v.is_contiguous() and v.dtype == torch.float32 for v in state.values())
 
 
@@ -329,8 +331,11 @@ def test_another_kind_is_never_replaced(member, tmp_path):
     cfg = json.loads((tmp_path / "topk/cfg.json").read_text())
     (tmp_path / "topk/cfg.json").write_text(json.dumps(cfg | {"architecture": "topk"}))
     for to, name in (
-        ("minsae", "encoder.pth"), ("dictionary_learning", "encoder.pth"), ("saelens", "config"), ("saelens", "topk"),
-    ):  # fmt: skip
+        ("minsae", "encoder.pth"),
+        ("dictionary_learning", "encoder.pth"),
+        ("saelens", "config"),
+        ("saelens", "topk"),
+    ):
         before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
         with pytest.raises(UserError, match="exists and is not an autoencoder of kind"):
             main(["sae", str(member), "--to", to, "--out", str(tmp_path / name)])
@@ -340,7 +345,7 @@ def test_another_kind_is_never_replaced(member, tmp_path):
 def test_bias_beyond_float32_is_refused(lens, tmp_path):
     large = {n: np.full(shapes(D_MODEL, D_SAE)[n], 1e30, np.float32) for n in ("W_enc", "b_dec")}
     folder = lens({"apply_b_dec_to_input": True}, **large)
-    with pytest.raises(UserError, match="holds NaN or infinity"):
+    with pytest.raises(UserError, match="NaN or infinity"):
         main(["sae", str(folder), "--to", "member", "--out", str(tmp_path / "back")])
 
 

@@ -1,5 +1,6 @@
 """Recordings that cannot be used, are shifted, or change during extraction."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -30,8 +31,8 @@ def spoil(root, names):
         x[70, 3] = np.nan
         return x
 
-    save(names[0], lambda x: x[:, :18], "has 18 channels, but the encoder wants 19")
-    save(names[1], set_nan, "holds NaN or infinity at sample 70")
+    save(names[0], lambda x: x[:, :18], "has 18 channels")
+    save(names[1], set_nan, "NaN or infinity at sample 70")
     save(names[2], lambda x: x[:, 0], "has 1 channels")
     save(names[3], lambda x: (x * 100).astype(np.int16), "must be floating-point")
     save(names[4], lambda x: x[:-7], "file_lengths_map.csv says")
@@ -142,7 +143,7 @@ def test_all_recordings_are_checked_before_anything_is_written(
     with pytest.raises(UserError) as e:
         extract(encoder, config(root), "train", "test")
     for name in names:
-        assert f"{name} holds NaN or infinity at sample 5" in str(e.value)
+        assert re.search(f"{name} .*NaN or infinity at sample 5", str(e.value))
     assert not (tmp_path / "embeddings").exists()
 
 

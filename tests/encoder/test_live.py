@@ -31,10 +31,19 @@ def encoder():
 @pytest.fixture
 def settings(demo_folder, tmp_path):
     return TrainConfig(
-        live=True, root_path=str(demo_folder), checkpoint_path=str(CHECKPOINT), live_batch_size=4,
-        run_dir=str(tmp_path / "run"), lambda_sparsity=(0.1, 3.0), lr=(3e-3,), num_steps=40, feature_dim_factor=(2.0,),
-        batch_size=500, eval_window=10, checkpoint_every=10,
-    )  # fmt: skip
+        live=True,
+        root_path=str(demo_folder),
+        checkpoint_path=str(CHECKPOINT),
+        live_batch_size=4,
+        run_dir=str(tmp_path / "run"),
+        lambda_sparsity=(0.1, 3.0),
+        lr=(3e-3,),
+        num_steps=40,
+        feature_dim_factor=(2.0,),
+        batch_size=500,
+        eval_window=10,
+        checkpoint_every=10,
+    )
 
 
 @pytest.fixture
@@ -108,9 +117,15 @@ def test_curves_equal_those_from_a_store(encoder, settings, tmp_path):
     common = {"recipe": "minsae", "batch_size": None, "lr": (1e-3,)}
     run(encoder, replace(settings, **common))
     from_store = TrainConfig(
-        recipe="minsae", store=str(store.folder.parent), lambda_sparsity=(0.1, 3.0), lr=(1e-3,), num_steps=40,
-        feature_dim_factor=(2.0,), eval_window=10, run_dir=str(tmp_path / "other"),
-    )  # fmt: skip
+        recipe="minsae",
+        store=str(store.folder.parent),
+        lambda_sparsity=(0.1, 3.0),
+        lr=(1e-3,),
+        num_steps=40,
+        feature_dim_factor=(2.0,),
+        eval_window=10,
+        run_dir=str(tmp_path / "other"),
+    )
     train(from_store)
     for member in ("lambda=0.1", "lambda=3"):
         live, stored_run = (

@@ -74,10 +74,15 @@ def test_two_processes_write_the_store_of_one(encoder, settings, tmp_path, monke
             batches,
         ]
         both = [
-            subprocess.Popen(list(map(str, command)), env=environment | {"JAX_PROCESS_ID": str(i)},
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                list(map(str, command)),
+                env=environment | {"JAX_PROCESS_ID": str(i)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             for i in range(2)
-        ]  # fmt: skip
+        ]
         if batches != "all":  # process 0 would wait until it misses the dead one
             both[1].wait(100)
             both[0].kill()

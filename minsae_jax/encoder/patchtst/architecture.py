@@ -42,7 +42,7 @@ class Architecture:
     leftover: Literal["start", "end"] = "start"  # end at which samples that fill no patch are cut
     norm_stream: bool = True  # pre_norm normalises the residual stream, not only branch inputs
     norm_eps: float = 1e-5
-    # What the head reads from the tokens of a channel.
+    # How the head combines the tokens of a channel.
     pooling: Literal["gpatchtst", "cls", "mean", "max"] = "gpatchtst"
     # Whether the prediction head's output is mapped back to each window's own mean and SD.
     denormalize: bool = False

@@ -27,6 +27,7 @@ def patches(
 ) -> Float[Array, "batch n_patches n_vars patch_len"]:
     """Cut windows into patches."""
     x = jnp.pad(x, ((0, 0), (0, a.end_padding), (0, 0)), mode="edge")
+    # One gather of all patches: sample index = start of the patch + position within it.
     starts = a.first_sample + a.stride * jnp.arange(a.n_patches)
     return x[:, starts[:, None] + jnp.arange(a.patch_len)[None, :]].swapaxes(2, 3)
 
@@ -45,6 +46,7 @@ class Layer(nnx.Module):
         layer_norm = partial(nnx.LayerNorm, epsilon=a.norm_eps, use_fast_variance=False)
         norm = batch_norm if a.norm == "BatchNorm" else layer_norm
         linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        # torch's default is the exact GELU, JAX's the tanh approximation.
         exact_gelu = partial(jax.nn.gelu, approximate=False)
         self.pre_norm = a.pre_norm
         self.norm_stream = a.norm_stream
@@ -75,7 +77,9 @@ class Layer(nnx.Module):
             return x, x
         normalized = norm(x)
         # gPatchTST adds the branch to the normalised stream; transformers to the stream itself.
-        return (normalized if self.norm_stream else x), normalized
+        if self.norm_stream:
+            return normalized, normalized
+        return x, normalized
 
     def _after_branch(self, norm: Norm, x: Array) -> Array:
         return x if self.pre_norm else norm(x)
@@ -96,9 +100,11 @@ class Head(nnx.Module):
             "regression": a.n_vars * a.d_model,
             "classification": a.n_vars * a.d_model,
         }[a.head_type]
-        n_linear = a.n_vars if a.individual_head else 1
+        n_linear = 1
         if a.head_type == "none":
             n_linear = 0
+        elif a.individual_head:
+            n_linear = a.n_vars
         linears = [nnx.Linear(n_inputs, a.target_dim, rngs=rngs) for _ in range(n_linear)]
         self.linears = nnx.List(linears)
 
@@ -178,11 +184,14 @@ class PatchTST(nnx.Module):
         Windows are in SD. RevIN is applied if the encoder was trained with it, or if `force_revin`.
         """
         a = self.architecture
-        x = self.revin(past_values) if a.revin or force_revin else past_values
+        x = past_values
+        if a.revin or force_revin:
+            x = self.revin(x)
         if on_cpu():
             return self._hidden_one_by_one(x, layers)
         x = self.embed(patches(a, x))
         outputs = self.run_layers(x.reshape(-1, *x.shape[2:]), layers)
+        # Back from sequences to [B, n_vars, T, d_model].
         return tuple(z.reshape(x.shape) for z in outputs)
 
     def _hidden_one_by_one(
@@ -233,7 +242,7 @@ class PatchTST(nnx.Module):
     ) -> tuple[Float[Array, "N T d_model"], QueriesKeys | None]:
         """Run the layers first to end - 1 on the output of the layer before them.
 
-        `earlier` is what the layer before handed on. Returns the stream, and queries and keys for
+        `earlier`: queries and keys from the layer before. Returns the stream, and queries and keys for
         the layer after.
         """
         for layer in self.layers[first:end]:

@@ -33,6 +33,7 @@ def _abstract_model(
     architecture: Architecture, precision: Precision
 ) -> tuple[nnx.GraphDef, Params]:
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
+    # Shapes only: real initial values would be thrown away.
     model = nnx.eval_shape(lambda: PatchTST(architecture, dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     return graph, nnx.to_pure_dict(state)

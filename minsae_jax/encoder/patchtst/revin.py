@@ -50,5 +50,6 @@ class RevIN(nnx.Module):
         mean = x.mean(1, keepdims=True)
         scale = jnp.sqrt(jnp.square(x - mean).mean(1, keepdims=True) + self.eps)
         # last_sd changes the centre only: its SD is still the one about the mean.
-        centre = x[:, -1:] if self.scaler == "last_sd" else mean
-        return centre, scale
+        if self.scaler == "last_sd":
+            return x[:, -1:], scale
+        return mean, scale
