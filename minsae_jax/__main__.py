@@ -87,7 +87,7 @@ def _extract(settings: ExtractConfig) -> None:
     start_jax(distributed=settings.distributed)
     encoder = open_encoder(settings.checkpoint_path, settings.config_path)
     for store in extract(encoder, settings):
-        status = "complete already" if store.was_complete else "written"
+        status = "finished already" if store.was_complete else "written"
         print(
             f"{store.folder}: {status}, {store.n_windows:,} windows of split {store.split}, "
             f"{store.rows:,} tokens of d_model {store.d_model}"
