@@ -242,8 +242,8 @@ class PatchTST(nnx.Module):
     ) -> tuple[Float[Array, "N T d_model"], QueriesKeys | None]:
         """Run the layers first to end - 1 on the output of the layer before them.
 
-        `earlier`: queries and keys from the layer before. Returns the stream, and queries and keys for
-        the layer after.
+        earlier: queries and keys from the layer before. Returns the stream, and queries and keys
+        for the layer after.
         """
         for layer in self.layers[first:end]:
             x, earlier = layer(x, earlier)
