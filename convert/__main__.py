@@ -19,7 +19,7 @@ from convert import verify
 from convert.encoder import convert, describe, read_source, write_pytorch
 from convert.sae import Kind, convert_sae
 from minsae_jax import cli
-from minsae_jax.encoder.converted import is_encoder, load_encoder, load_notes, save_encoder
+from minsae_jax.encoder.converted import is_encoder, load_encoder, load_source, save_encoder
 from minsae_jax.errors import UserError
 
 # None: the flag was not given; (): it was, without a recording.
@@ -153,7 +153,7 @@ def _write_back(command: EncoderCommand, folder: Path) -> None:
         raise UserError(
             f"{folder} is given back as it is: --to and --out are all that can be said of it"
         )
-    write_pytorch(Path(command.out), load_encoder(folder), load_notes(folder))
+    write_pytorch(Path(command.out), load_encoder(folder), load_source(folder))
     print(f"written to {command.out}")
 
 
@@ -164,7 +164,11 @@ def main(args: list[str]) -> None:
         encoder(cli.parse(EncoderCommand, args[1:], "python -m convert encoder"))
     elif args[0] == "sae":
         command = cli.parse(SaeCommand, args[1:], "python -m convert sae")
-        print(convert_sae(command.path, command.to, command.out))
+        sae = convert_sae(command.path, command.to, command.out)
+        print(
+            f"autoencoder of d_model {sae.d_model}, d_sae {sae.d_sae}, read as {sae.source_kind}, "
+            f"written as {sae.kind} to {sae.path}"
+        )
     else:
         raise UserError(f"there is no {args[0]!r} to convert: it is encoder or sae")
 

@@ -1,343 +1,226 @@
-"""The architecture of a PatchTST: from the state dict where that tells it, else from the settings that come with it."""
+"""The architecture of a PatchTST, resolved from everything that determines it.
 
-import contextlib
+Every setting of `Architecture` takes the value of the first source that has it:
+
+1. the program's fixed behaviour (the official supervised program only);
+2. the state dict, for settings that shapes and keys determine (`infer.py`);
+3. flags, the YAML, then the checkpoint's own config (`settings.py`);
+4. the program's default.
+
+A stated setting (3) must agree with the state dict (2); a contradiction is an error, not a choice.
+"""
+
 import dataclasses
-import math
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
-import numpy as np
-
-from convert.checkpoint import Checkpoint, Program, Tensors, shown
-from minsae_jax.encoder.patchtst.model import Architecture
+from convert.checkpoint import Checkpoint, JsonObject, Program, Tensors
+from convert.infer import infer_settings
+from convert.settings import (
+    FIELD_TYPES,
+    REQUIRED,
+    Setting,
+    Settings,
+    parse_setting,
+    read_settings,
+    spelling,
+)
+from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.errors import UserError
 
-# our name -> the names that settings use for it: gPatchTST's YAML, its code, the official programs
-SPELLINGS = {
-    "patch_len": ("patch_length", "patch_len"),
-    "n_layers": ("num_layers", "n_layers", "e_layers"),
-    "n_heads": ("num_heads", "n_heads"),
-    "n_vars": ("n_vars", "num_variates", "enc_in", "c_in"),
-    "activation": ("activation", "act"),
-    "revin_affine": ("revin_affine", "affine"),
-    "individual_head": ("individual_head", "individual"),
-}
-# What a program's code fixes and its settings leave out.
-DEFAULTS: dict[Program, dict[str, Any]] = {
+# Settings that a program's code fixes and its configuration leaves out.
+DEFAULTS: dict[Program, JsonObject] = {
     "gpatchtst": {"pre_norm": False},
     "supervised": {
-        "pre_norm": False, "activation": "gelu", "res_attention": True, "revin_eps": 1e-5, "scaler": "mean_sd",
+        "pre_norm": False,
+        "activation": "gelu",
+        "res_attention": True,
+        "revin_eps": 1e-5,
+        "scaler": "mean_sd",
     },
     "transformers": {},
-}  # fmt: skip
-MOST_LAYERS, MOST_NUMBERS = 64, 1 << 26  # a window's samples, or one layer's numbers for it
-PADDED = ": the official supervised program adds one by padding, if it is of that say --program supervised"
-FOLLOWS_STATE_DICT = ("norm", "use_cls_token")  # the reference ignores these two settings
-HINTS = get_type_hints(Architecture)
-REQUIRED = [f.name for f in dataclasses.fields(Architecture) if f.default is dataclasses.MISSING]
+}
+# The reference ignores these two settings and follows the state dict.
+IGNORED_BY_REFERENCE = ("norm", "use_cls_token")
+MAX_LAYERS = 64
+MAX_NUMBERS = 1 << 26  # samples of a window, or activations of one layer for it
 
 
 @dataclass(frozen=True)
-class Setting:
-    value: Any
-    source: str  # "flags", "YAML", "checkpoint's config" and so on
+class ResolvedArchitecture:
+    """An architecture, the source of each of its settings, and warnings to show."""
+
+    architecture: Architecture
+    sources: dict[str, str]
+    warnings: tuple[str, ...]
 
 
 def read_architecture(
     checkpoint: Checkpoint, yaml: Mapping[str, Any], flags: Mapping[str, Any]
-) -> tuple[Architecture, dict[str, str], tuple[str, ...]]:
-    """The architecture, where each setting came from, and what is worth a warning. Flags precede the YAML, and that the
-    checkpoint's own config.
+) -> ResolvedArchitecture:
+    """Resolve every setting of a checkpoint's architecture.
 
-    Raises UserError naming every setting that nothing gives and both values of every size that disagrees.
+    Raises UserError that names every missing setting, or both values of every contradiction.
     """
-    given, disagreement = _merge_settings(checkpoint, yaml, flags)
-    told = _from_state_dict(checkpoint, given)
-    ignored = _compare(told, given)
-    default = {n: Setting(v, "program's default") for n, v in DEFAULTS[checkpoint.program].items()}
-    settings = default | given | {n: Setting(v, "state dict") for n, v in told.items()}
+    from_config = _config_settings(checkpoint)
+    from_yaml = read_settings(yaml, "YAML")
+    from_flags = read_settings(flags, "flags")
+    stated = from_config | from_yaml | from_flags
+    inferred = infer_settings(checkpoint, stated)
+    messages = (
+        _yaml_overrides(from_config, from_yaml, from_flags),
+        _check_agreement(stated, inferred, "state dict"),
+    )
+    # The right operand of | precedes the left one, here and above.
+    settings = _program_defaults(checkpoint.program) | stated | inferred
     if checkpoint.program == "supervised":
-        fixed = _supervised(settings, checkpoint.tensors)
-        settings |= {n: Setting(v, "program's own way") for n, v in fixed.items()}
-    missing = [spelling(n) for n in REQUIRED if n not in settings]
-    if missing:
-        raise UserError(
-            f"neither the YAML nor the config in {checkpoint.path.name} gives {', '.join(missing)}: "
-            f"say --{next(n for n in REQUIRED if n not in settings)} and so on, or add it to a YAML and name that with "
-            "--config_path"
-        )
-    settings = {n: settings[n] for n in HINTS if n in settings}
-    architecture = Architecture(**{n: s.value for n, s in settings.items()})
+        settings |= _supervised_settings(settings, checkpoint.tensors)
+    _check_complete(settings, checkpoint)
+
+    settings = {name: settings[name] for name in FIELD_TYPES if name in settings}
+    architecture = Architecture(**{name: s.value for name, s in settings.items()})
     _check_sizes(architecture, checkpoint)
-    return (
+    return ResolvedArchitecture(
         architecture,
-        {n: s.source for n, s in settings.items()},
-        tuple(filter(None, (disagreement, ignored))),
+        sources={name: setting.source for name, setting in settings.items()},
+        warnings=tuple(message for message in messages if message),
     )
-
-
-def _merge_settings(
-    checkpoint: Checkpoint | None, yaml: Mapping[str, Any], flags: Mapping[str, Any]
-) -> tuple[dict[str, Setting], str]:
-    """Our names to settings, each source preceding the ones before it; and in words where the YAML and the checkpoint's
-    own config disagree."""
-    config: Mapping[str, Any] = checkpoint.config if checkpoint else {}
-    if checkpoint and checkpoint.program == "transformers":
-        own = {n: Setting(v, "config.json") for n, v in config.items()}
-    else:
-        own = {n: Setting(v, "checkpoint's config") for n, v in _flat(config).items()}
-    ours = {n: Setting(v, "YAML") for n, v in _flat(yaml).items()}
-    said = {n: Setting(v, "flags") for n, v in _flat(flags).items()}
-    for settings in (own, ours, said):
-        settings.update({n: Setting(_checked(n, s), s.source) for n, s in settings.items()})
-    both = [
-        n
-        for n in ours
-        if n in own and ours[n].value != own[n].value and n not in FOLLOWS_STATE_DICT
-    ]
-    disagreement = ", ".join(
-        f"{spelling(n)} ({ours[n].value!r}, not {own[n].value!r})" for n in both if n not in said
-    )
-    if disagreement:
-        disagreement = (
-            f"the YAML disagrees with the checkpoint's own config and precedes it: {disagreement}"
-        )
-    return own | ours | said, disagreement
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that we know, from the sections `model` and `data` or from the top level."""
-    sections = [
-        s for s in (settings.get("model"), settings.get("data"), settings) if isinstance(s, Mapping)
-    ]
-    found: dict[str, Any] = {}
-    for name in REQUIRED:
-        for section in sections:
-            for spelling in SPELLINGS.get(name, (name,)):
-                if section.get(spelling) is not None:
-                    found.setdefault(name, section[spelling])
-    last = next((s["subtract_last"] for s in sections if s.get("subtract_last") is not None), None)
-    if last is not None:
-        if type(last) not in (bool, int) or last not in (0, 1):
-            raise UserError(f"subtract_last must be true or false, but is {shown(last)}")
-        found["scaler"] = "last_sd" if last else "mean_sd"
-    return found
-
-
-def _checked(name: str, setting: Setting) -> Any:
-    """The setting's value, of the type that the architecture wants."""
-    value, hint = setting.value, HINTS[name]
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
-    if choices:
-        value = next(
-            (c for c in choices if isinstance(value, str) and c.lower() == value.lower()), value
-        )
-    elif (
-        hint is bool and type(value) is int and value in (0, 1)
-    ):  # as the official programs' flags have it
-        value = bool(value)
-    elif hint is float and type(value) in (
-        int,
-        str,
-    ):  # PyYAML reads 1e-5 as text, and so may the checkpoint's config
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    lowest, highest = 0 if name == "target_dim" else 1e-30, 2**31 if hint is int else math.inf
-    fits = (
-        any(value is c for c in choices)
-        if choices
-        else type(value) is hint and (hint is bool or lowest <= value < highest)
-    )
-    if not fits:
-        words = {
-            int: "a whole number above 0 and below 2^31",
-            bool: "true or false",
-            float: "a number above 0",
-        }
-        wanted = " or ".join(choices) or words[hint]
-        raise UserError(
-            f"{spelling(name)} must be {wanted}, but the {setting.source} says {shown(setting.value)}"
-        )
-    return value
-
-
-def spelling(name: str) -> str:
-    """gPatchTST's name for one of ours."""
-    return SPELLINGS.get(name, (name,))[0]
-
-
-def _from_state_dict(checkpoint: Checkpoint, given: Mapping[str, Setting]) -> dict[str, Any]:
-    """Every setting that the tensors tell."""
-    tensors = checkpoint.tensors
-    layer = "backbone.encoder.layers.0"
-    individual = "backbone.W_P.0.weight" in tensors
-    embedding = _tensor(
-        tensors, "backbone.W_P.0.weight" if individual else "backbone.W_P.weight", 2
-    )
-    d_model, patch_len = embedding.shape
-    position = _tensor(tensors, "backbone.W_pos", 2)
-    if position.shape[1] not in (1, d_model):
-        raise UserError(
-            f"backbone.W_pos is {list(position.shape)}, but must be 1 or d_model ({d_model}) wide"
-        )
-    told = {
-        "d_model": d_model,
-        "patch_len": patch_len,
-        "shared_embedding": not individual,
-        "use_cls_token": "backbone.cls_token" in tensors,
-        "pos_dim": position.shape[1],
-        "n_layers": _count(tensors, r"backbone\.encoder\.layers\.(\d+)\..*"),
-        "d_ff": _tensor(tensors, f"{layer}.ff.0.weight", 2).shape[0],
-        "norm": "BatchNorm" if f"{layer}.norm_attn.1.running_mean" in tensors else "LayerNorm",
-        "revin_affine": "revin.affine_weight" in tensors,
-        "individual_head": "head.linears.0.weight" in tensors,
-    }
-    scale = f"{layer}.self_attn.sdp_attn.scale"
-    heads = float(_tensor(tensors, scale, 0)) ** 2 * d_model
-    rounding = {"float16": 2e-3, "bfloat16": 1e-2}.get(
-        checkpoint.dtypes.get(scale, ""), 0.0
-    )  # of the scale's square
-    if (
-        math.isfinite(heads)
-        and abs(heads - round(heads)) < 1e-3 + rounding * heads
-        and round(heads) > 0
-    ):
-        told |= {"n_heads": round(heads)} if d_model % round(heads) == 0 else {}
-    # else the scale was trained, and tells nothing
-    counts = {
-        "embeddings": _count(tensors, r"backbone\.W_P\.(\d+)\.weight"),
-        "heads": _count(tensors, r"head\.linears\.(\d+)\.weight"),
-        "RevIN weights": _tensor(tensors, "revin.affine_weight", 1).size
-        if told["revin_affine"]
-        else 0,
-    }
-    counts = {what: n for what, n in counts.items() if n}
-    if counts:
-        told["n_vars"] = max(counts.values())
-        if min(counts.values()) < told["n_vars"]:
-            said = ", ".join(f"{n} {what}" for what, n in counts.items())
-            raise UserError(
-                f"the state dict disagrees with itself on the number of channels: {said}"
-            )
-    return told | _head(tensors, told, position.shape[0], given)
-
-
-def _head(
-    tensors: Tensors, told: Mapping[str, Any], n_tokens: int, given: Mapping[str, Setting]
-) -> dict[str, Any]:
-    """The head's kind, as far as its shape tells, and its number of outputs."""
-    asked = given.get("head_type")
-    if not any(k.startswith("head.") for k in tensors):
-        if asked and asked.value != "none":
-            raise UserError(
-                f"the head is {asked.value!r} in the {asked.source}, but the state dict has none: say --without_head"
-            )
-        return {"head_type": "none", "target_dim": 0}
-    weight = _tensor(
-        tensors, "head.linears.0.weight" if told["individual_head"] else "head.linear.weight", 2
-    )
-    n_out, n_in = weight.shape
-    d_model, cls = told["d_model"], told["use_cls_token"]
-    n_vars = told.get("n_vars", given["n_vars"].value if "n_vars" in given else None)
-    reads_all = not cls and ("pooling" not in given or given["pooling"].value == "gpatchtst")
-    fits = {
-        "pretrain": n_in == d_model and n_out == told["patch_len"] and not told["individual_head"],
-        "prediction": n_in == d_model * (n_tokens if reads_all else 1),
-        "regression": n_in == d_model * n_vars if isinstance(n_vars, int) else n_in % d_model == 0,
-    }
-    fits["classification"] = fits["regression"]
-    kinds = [kind for kind, fit in fits.items() if fit]
-    if not kinds or (asked and asked.value not in kinds):
-        raise UserError(
-            f"the head is {asked.value!r} in the {asked.source}, but its weights {list(weight.shape)} fit "
-            f"{' or '.join(kinds) or 'no head that is known'}"
-            if asked
-            else f"the head's weights {list(weight.shape)} fit no head that is known: say --without_head"
-        )
-    return {"target_dim": n_out} | ({"head_type": kinds[0]} if len(kinds) == 1 else {})
-
-
-def _supervised(settings: Mapping[str, Setting], tensors: Tensors) -> dict[str, Any]:
-    """What the official supervised program does in its own way: it repeats the last sample for a stride where its
-    positions tell so, leaves out samples at the end, has one kind of head, and takes its output back by RevIN."""
-    values = {n: s.value for n, s in settings.items()}
-    fixed: dict[str, Any] = {"leftover": "end"}
-    if "seq_len" in values and "stride" in values:
-        n_patches = (values["seq_len"] - values["patch_len"]) // values["stride"] + 1
-        fixed["end_padding"] = values["stride"] * (len(tensors["backbone.W_pos"]) == n_patches + 1)
-    if values["revin_affine"]:
-        fixed["revin"] = True
-    if values.get("head_type") != "none":
-        fixed |= {"head_type": "prediction", "denormalize": (values | fixed).get("revin", False)}
-    for name in ("revin", "head_type"):
-        if name in fixed and values.get(name, fixed[name]) != fixed[name]:
-            raise UserError(
-                f"{name} is {values[name]} in the {settings[name].source}, but {fixed[name]} in a model of the "
-                "official supervised program, as this seems to be: if it is not, say --program gpatchtst"
-            )
-    return fixed
 
 
 def check_yaml(architecture: Architecture, yaml: Mapping[str, Any]) -> None:
-    """Refuse a YAML that describes another encoder than a converted one; raises UserError with both values."""
-    ignored = _compare(
-        dataclasses.asdict(architecture), _merge_settings(None, yaml, {})[0], "converted encoder"
-    )
-    if ignored:
-        warnings.warn(ignored, stacklevel=2)
+    """Raise UserError with both values if a YAML contradicts a converted encoder."""
+    where = "converted encoder"
+    actual = dataclasses.asdict(architecture)
+    settings = {name: Setting(value, where) for name, value in actual.items()}
+    message = _check_agreement(read_settings(yaml, "YAML"), settings, where)
+    if message:
+        warnings.warn(message, stacklevel=2)
 
 
-def _compare(told: dict[str, Any], given: Mapping[str, Setting], teller: str = "state dict") -> str:
-    """Settings that the state dict tells too: words on those that the reference ignores, an error for sizes."""
-    ignored: list[str] = []
-    wrong: list[str] = []
-    values = {n: s.value for n, s in given.items()} | told
-    for name, setting in given.items():
-        if setting.value == values[name]:
+def _config_settings(checkpoint: Checkpoint) -> Settings:
+    """Return the settings in the checkpoint's own configuration."""
+    if checkpoint.program != "transformers":
+        return read_settings(checkpoint.config, "checkpoint's config")
+    # huggingface.py has translated the names already.
+    return {n: parse_setting(n, value, "config.json") for n, value in checkpoint.config.items()}
+
+
+def _program_defaults(program: Program) -> Settings:
+    return {n: Setting(value, "program's default") for n, value in DEFAULTS[program].items()}
+
+
+def _yaml_overrides(from_config: Settings, from_yaml: Settings, from_flags: Settings) -> str:
+    """Return a warning that lists settings of the config which the YAML overrides, or ""."""
+    overridden = []
+    for name, setting in from_yaml.items():
+        if name not in from_config or name in from_flags or name in IGNORED_BY_REFERENCE:
             continue
-        if name == "target_dim" and values.get("head_type") in ("pretrain", "none"):
-            continue  # these heads have none; YAMLs say 0
-        if name == "revin_affine" and not told[name] and not values.get("revin"):
-            continue  # nothing is normalised, so nothing is missing
-        said = f"{spelling(name)} is {setting.value} in the {setting.source}, but {told[name]} in the {teller}"
-        (ignored if name in FOLLOWS_STATE_DICT else wrong).append(said)
-    if wrong:
-        raise UserError("; ".join(wrong))
-    return f"{'; '.join(ignored)}: the {teller} decides, as in the reference" if ignored else ""
+        before = from_config[name].value
+        if setting.value != before:
+            overridden.append(f"{spelling(name)} ({setting.value!r}, not {before!r})")
+    if not overridden:
+        return ""
+    listed = ", ".join(overridden)
+    return f"the YAML disagrees with the checkpoint's own config and precedes it: {listed}"
+
+
+def _check_agreement(stated: Settings, actual: Settings, where: str) -> str:
+    """Raise UserError if stated settings differ from the actual ones, which are those of `where`.
+
+    Returns a warning on differences that the reference ignores too, or "".
+    """
+    final = stated | actual
+    ignored = []
+    contradictions = []
+    for name, setting in stated.items():
+        actual_value = final[name].value
+        if setting.value == actual_value or _is_irrelevant(name, actual, final):
+            continue
+        difference = (
+            f"{spelling(name)} is {setting.value} in the {setting.source}, "
+            f"but {actual_value} in the {where}"
+        )
+        if name in IGNORED_BY_REFERENCE:
+            ignored.append(difference)
+        else:
+            contradictions.append(difference)
+    if contradictions:
+        raise UserError("; ".join(contradictions))
+    if not ignored:
+        return ""
+    return f"{'; '.join(ignored)}: the {where} decides, as in the reference"
+
+
+def _is_irrelevant(name: str, actual: Settings, final: Settings) -> bool:
+    """Return whether a difference in this setting has no effect."""
+    if name == "target_dim":
+        # These heads have no such setting; YAMLs contain a 0.
+        return "head_type" in final and final["head_type"].value in ("pretrain", "none")
+    if name == "revin_affine" and not actual[name].value:
+        # Without RevIN no affine weights are missing.
+        return "revin" not in final or not final["revin"].value
+    return False
+
+
+def _supervised_settings(settings: Settings, tensors: Tensors) -> Settings:
+    """Return the fixed behaviour of the official supervised program.
+
+    It cuts leftover samples at the end, has a prediction head only, and denormalises its output if
+    RevIN is on. It may also repeat the last sample for one stride (`padding_patch`), which shows in
+    one additional position.
+    """
+    values = {name: setting.value for name, setting in settings.items()}
+    fixed: JsonObject = {"leftover": "end"}
+    if "seq_len" in values and "stride" in values:
+        n_patches = (values["seq_len"] - values["patch_len"]) // values["stride"] + 1
+        is_padded = len(tensors["backbone.W_pos"]) == n_patches + 1
+        fixed["end_padding"] = values["stride"] if is_padded else 0
+    if values["revin_affine"]:
+        fixed["revin"] = True
+    if values.get("head_type") != "none":
+        fixed["head_type"] = "prediction"
+        fixed["denormalize"] = fixed.get("revin", values.get("revin", False))
+    for name in ("revin", "head_type"):
+        if name in fixed and name in values and values[name] != fixed[name]:
+            raise UserError(
+                f"{name} is {values[name]} in the {settings[name].source}, but {fixed[name]} in a "
+                "model of the official supervised program, which this seems to be; if it is not, "
+                "use --program gpatchtst"
+            )
+    return {name: Setting(value, "program's own way") for name, value in fixed.items()}
+
+
+def _check_complete(settings: Settings, checkpoint: Checkpoint) -> None:
+    missing = [name for name in REQUIRED if name not in settings]
+    if missing:
+        listed = ", ".join(spelling(name) for name in missing)
+        raise UserError(
+            f"neither the YAML nor the config in {checkpoint.path.name} contains {listed}; pass "
+            f"--{missing[0]} and so on, or add them to a YAML for --config_path"
+        )
 
 
 def _check_sizes(a: Architecture, checkpoint: Checkpoint) -> None:
     n_patches = len(checkpoint.tensors["backbone.W_pos"]) - a.use_cls_token
+    # The number of positions is the one size that ties seq_len and stride to the weights.
     if a.seq_len < a.patch_len or a.n_patches != n_patches:
-        raise UserError(
-            f"seq_len {a.seq_len}, patch_length {a.patch_len} and stride {a.stride} make {max(a.n_patches, 0)} "
-            f"patches, but the state dict has positions for {n_patches}"
-            + ("" if checkpoint.program == "supervised" or a.n_patches + 1 != n_patches else PADDED)
+        message = (
+            f"seq_len {a.seq_len}, patch_length {a.patch_len} and stride {a.stride} make "
+            f"{max(a.n_patches, 0)} patches, but the state dict has positions for {n_patches}"
         )
+        if checkpoint.program != "supervised" and a.n_patches + 1 == n_patches:
+            message += (
+                "; the official supervised program adds one by padding: for its models use "
+                "--program supervised"
+            )
+        raise UserError(message)
     numbers = a.n_vars * max(a.seq_len, n_patches * max(a.d_model, a.d_ff))
-    if a.n_layers > MOST_LAYERS or numbers > MOST_NUMBERS:
+    if a.n_layers > MAX_LAYERS or numbers > MAX_NUMBERS:
         raise UserError(
-            f"{a.n_layers} layers on windows of {a.seq_len} samples x {a.n_vars} channels are beyond what can be run: "
-            f"at most {MOST_LAYERS} layers, and {MOST_NUMBERS:,} numbers a window"
+            f"{a.n_layers} layers on windows of {a.seq_len} samples x {a.n_vars} channels are too "
+            f"large: at most {MAX_LAYERS} layers and {MAX_NUMBERS:,} numbers per window"
         )
     if a.d_model % a.n_heads:
         raise UserError(f"num_heads {a.n_heads} does not divide d_model {a.d_model}")
-
-
-def _tensor(tensors: Tensors, key: str, ndim: int) -> np.ndarray:
-    if key not in tensors:
-        raise UserError(f"the state dict has no {key}: it is no PatchTST that can be converted")
-    tensor = tensors[key]
-    if tensor.ndim != ndim or tensor.dtype != np.float32 or 0 in tensor.shape:
-        raise UserError(
-            f"{key} must be floating-point of {ndim} dimensions, but is {tensor.dtype}{list(tensor.shape)}"
-        )
-    return tensor
-
-
-def _count(tensors: Tensors, pattern: str) -> int:
-    """How many different numbers the keys have at one place."""
-    return len({m[1] for k in tensors if (m := re.fullmatch(pattern, k))})

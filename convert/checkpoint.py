@@ -1,11 +1,10 @@
-"""Opening what PyTorch programs saved, without running code from it, as plain numpy arrays under gPatchTST's names.
+"""Files that PyTorch programs saved, read as plain numpy arrays under gPatchTST's names.
 
-What comes in may be hostile: archives are looked at before they are opened, no tensor may be larger than the file that
-holds it, and the memory that reading may take is limited.
+Files may be hostile: no code from them runs, archives are checked before they are opened, no tensor
+may be larger than the file that contains it, and the memory for reading is limited.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import pickle
@@ -15,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -23,103 +22,125 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from minsae_jax.errors import UserError, brief
-from minsae_jax.files import atomic_write
+from minsae_jax.files import atomic_write, sha256_of
+
+if TYPE_CHECKING:
+    import torch
 
 Tensors = dict[str, np.ndarray]
+JsonObject = dict[str, Any]  # from files of other programs: any keys and values
 Program = Literal["gpatchtst", "supervised", "transformers"]
+Form = Literal["checkpoint", "state dict"]
 HALVES = ("float16", "bfloat16")
-WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, a wrapping module
-SPARE_MEMORY = 1 << 30  # bytes that reading may take beside four times the file
+ROUNDED = (*HALVES, "float64")  # dtypes that are converted to float32
+STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model")
+# Prefixes of every key, from DataParallel, torch.compile and a wrapping module.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+EXTRA_MEMORY = 1 << 30  # bytes that reading may take, plus four times the file
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What an encoder's checkpoint says.
+    """The content of an encoder's checkpoint.
 
-    tensors: under gPatchTST's names, RevIN's own under `revin.`. dtypes: of those that are not kept as they came.
-    config: the settings that the checkpoint carries, {} where it has none. form: "checkpoint" as gPatchTST's training
-    saves it, or a bare state dict.
+    tensors: float32, under gPatchTST's names; RevIN's weights start with `revin.`. config: the
+    settings in the checkpoint, {} if it has none. form: a checkpoint as gPatchTST's training saves
+    it, or a bare state dict. dtypes: original dtypes of the tensors that were converted.
     """
 
     path: Path
     sha256: str
     program: Program
     tensors: Tensors
-    config: dict[str, Any]
-    form: Literal["checkpoint", "state dict"] = "state dict"
+    config: JsonObject
+    form: Form = "state dict"
     dtypes: dict[str, str] = field(default_factory=dict)
 
 
 def load_torch(path: str | Path) -> Any:
-    """The content of a .pth or .pt file, tensors on the CPU. Raises UserError on anything but plain data."""
+    """Return the content of a .pth or .pt file, tensors on the CPU.
+
+    Raises UserError if it contains anything but plain data.
+    """
     try:
         import torch
     except ImportError:
-        raise UserError("reading a PyTorch file needs torch: install minsae_jax[torch]") from None
+        raise UserError(
+            "reading a PyTorch file requires torch: install minsae_jax[torch]"
+        ) from None
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint file {path}")
-    path.open("rb").close()  # an OSError where it may not be read
-    _look_at_archive(path)
-    scalar = np.float64(0).__reduce__()[0]
-    numpy_scalars: list[Any] = [
-        scalar,
-        (scalar, "numpy.core.multiarray.scalar"),  # as numpy 1 names it
-        np.dtype,
-        *(type(np.dtype(t)) for t in ("f4", "f8", "i4", "i8", "?")),
-    ]
+    # Raises OSError here, with its own message, if the file may not be read.
+    path.open("rb").close()
+    _check_archive(path)
     try:
         with (
-            torch.serialization.safe_globals(numpy_scalars),
+            torch.serialization.safe_globals(_numpy_scalar_types()),
             warnings.catch_warnings(),
-            _little_memory(path),
+            _limited_memory(path),
         ):
-            warnings.simplefilter("ignore")  # torch's own, on how it would rather be called
+            # torch advises on how to call it.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         unsafe = _unsafe_globals(path)
         if unsafe:
             raise UserError(
-                f"{path} holds code or objects ({unsafe}), not only weights: it was not opened"
+                f"{path} contains code or objects ({unsafe}), not only weights; it was not opened"
             ) from e
-        raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one") from e
+        raise UserError(_not_a_checkpoint(path)) from e
     except MemoryError as e:
         raise UserError(
-            f"{path} asks for far more memory than its size explains: it was not opened"
+            f"{path} asks for far more memory than its size explains; it was not opened"
         ) from e
-    except Exception as e:
-        raise UserError(
-            f"{path} is no PyTorch checkpoint, or a damaged one ({type(e).__name__})"
-        ) from e
+    except Exception as e:  # torch raises many types on damaged files
+        raise UserError(f"{_not_a_checkpoint(path)} ({type(e).__name__})") from e
 
 
-def _look_at_archive(path: Path) -> None:
-    """Refuse what torch.save never writes: no archive at all, or one that grows when it is opened."""
+def _not_a_checkpoint(path: Path) -> str:
+    return f"{path} is not a PyTorch checkpoint, or it is damaged"
+
+
+def _check_archive(path: Path) -> None:
+    """Raise UserError on files that torch.save never writes: no archive, or one that expands."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except Exception:
+    except Exception:  # zipfile raises many types on damaged files
         raise UserError(
-            f"{path} is no PyTorch checkpoint, or a damaged one (one from before PyTorch 1.6 must be loaded and saved "
-            "again with torch)"
+            f"{_not_a_checkpoint(path)} (if it is from before PyTorch 1.6, load and save it again "
+            "with torch)"
         ) from None
-    if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
-        raise UserError(f"{path} is compressed, which no PyTorch checkpoint is: it was not opened")
-    if sum(e.file_size for e in entries) > path.stat().st_size:
-        raise UserError(
-            f"{path} is no PyTorch checkpoint, or a damaged one: its parts say that they exceed the file"
-        )
+    # torch.save stores without compression; an archive that expands can be a bomb.
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise UserError(f"{path} is compressed, unlike a PyTorch checkpoint; it was not opened")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise UserError(f"{_not_a_checkpoint(path)} (its declared sizes exceed the file)")
+
+
+def _numpy_scalar_types() -> list[Any]:
+    """Return the types torch must allow for numpy scalars, often in checkpoints as losses."""
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "?")]
+    # The second entry is the name under which numpy 1 pickled its scalars.
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *dtypes]
 
 
 @contextlib.contextmanager
-def _little_memory(path: Path) -> Iterator[None]:
-    """Reading a file must not take the machine's memory, whatever the file says. Only Linux enforces this."""
-    try:
-        import resource
+def _limited_memory(path: Path) -> Iterator[None]:
+    """Limit this process's memory to little more than the file needs. Only Linux enforces it.
 
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    Torch's restricted unpickler calls functions whose result can be far larger than the file:
+    bytearray(n), chains of codecs.encode(x, "hex"), numpy's dtype("V<n>"). Checks of the archive
+    cannot see them, since the arguments may be built by the pickle itself.
+    """
+    try:
+        import resource  # POSIX only
+
+        used_pages = int(Path("/proc/self/statm").read_text().split()[0])
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        limit = taken + SPARE_MEMORY + 4 * path.stat().st_size
+        limit = used_pages * resource.getpagesize() + EXTRA_MEMORY + 4 * path.stat().st_size
         if soft != resource.RLIM_INFINITY:
             limit = min(limit, soft)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -133,165 +154,182 @@ def _little_memory(path: Path) -> Iterator[None]:
 
 
 def _unsafe_globals(path: Path) -> str:
+    """Return the first names that torch refused to import from a pickle, or ""."""
     import torch
 
     try:
         return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)[:3])
-    except Exception:  # not even a pickle inside a zip
+    except Exception:  # the archive need not contain a pickle
         return ""
 
 
 def save_torch(path: Path, content: Any) -> None:
-    """torch.save, written aside and renamed. Raises OSError where that fails."""
+    """Write a file with torch.save, atomically. Raises OSError if that fails."""
     import torch
 
-    whole = io.BytesIO()
-    torch.save(content, whole)  # which raises anything but OSError where it writes to a file itself
+    # torch.save to a file raises other types than OSError when the disk is full.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, shared=True) as aside:
-        aside.write_bytes(whole.getbuffer())
+    with atomic_write(path, shared=True) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def to_numpy(state: Any, path: Path, part: str = "") -> Tensors:
-    """The tensors of a state dict in the file at path, in their own dtype. Raises UserError where a value is no tensor,
-    or not plain numbers."""
+    """Return the tensors of a state dict from the file at `path`, in their own dtype.
+
+    Raises UserError if a value is not a tensor, or not plain numbers.
+    """
     import torch
 
-    where = f"{path}{f' ({part})' if part else ''}"
-
+    where = f"{path} ({part})" if part else str(path)
     if not isinstance(state, dict) or not state:
-        raise UserError(f"{where} holds no state dict")
-    wrong = [
-        str(k)[:80]
-        for k, v in state.items()
-        if not (isinstance(k, str) and isinstance(v, torch.Tensor))
-    ]
-    if wrong:
-        raise UserError(f"{where} is no state dict: {', '.join(wrong[:3])} is no tensor")
+        raise UserError(f"{where} does not contain a state dict")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{where} is not a state dict: {str(key)[:80]} is not a tensor")
     try:
-        tensors = {k: _numpy(v.detach()) for k, v in state.items()}
-    except Exception as e:
+        # Before any copy: tensors can share one storage many times.
+        n_bytes = sum(_n_bytes(tensor) for tensor in state.values())
+        arrays = {}
+        if n_bytes <= 4 * path.stat().st_size:
+            arrays = {key: _numpy_array(tensor.detach()) for key, tensor in state.items()}
+    except Exception as e:  # torch's error depends on the kind of tensor
         raise UserError(
-            f"{where} holds tensors that are not plain numbers (sparse, quantized, without data, or larger than what "
-            "is stored of them)"
+            f"{where} contains tensors that are not plain numbers (sparse, quantized, without "
+            "data, or larger than their stored numbers)"
         ) from e
-    if sum(t.nbytes for t in tensors.values()) > 4 * path.stat().st_size:
+    if not arrays:
         raise UserError(
-            f"{where} holds tensors that share so much storage that they are far larger than the file"
+            f"{where} contains tensors that share so much storage that they are far larger than "
+            "the file"
         )
-    return tensors
+    return arrays
 
 
-def _numpy(tensor: Any) -> np.ndarray:
+def _n_bytes(tensor: "torch.Tensor") -> int:
+    """Return the size of a tensor. Raises ValueError on a view that repeats its numbers."""
+    n_bytes = tensor.numel() * tensor.element_size()
+    if n_bytes > tensor.untyped_storage().nbytes():
+        raise ValueError("a view that repeats its numbers")
+    return n_bytes
+
+
+def _numpy_array(tensor: "torch.Tensor") -> np.ndarray:
     import torch
 
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError("a view that repeats its numbers")
+    # numpy has no bfloat16: reinterpret the bits.
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 
 def load_safetensors(path: Path) -> Tensors:
-    """A safetensors file's tensors, in their own dtype. Raises UserError on a damaged one."""
+    """Return the tensors of a safetensors file, in their own dtype. Raises UserError if damaged."""
     try:
         return load_file(path)
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{path} is no safetensors file, or a damaged one ({_short(e)})") from e
+        raise UserError(
+            f"{path} is not a safetensors file, or it is damaged ({brief(e, 150)})"
+        ) from e
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises UserError where there is none."""
+def load_json(path: Path) -> JsonObject:
+    """Return the mapping in a JSON file. Raises UserError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read as JSON ({_short(e)})") from e
+        raise UserError(f"{path} cannot be read as JSON ({brief(e, 150)})") from e
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON mapping")
+        raise UserError(f"{path} does not contain a JSON mapping")
     return content
 
 
-def _short(e: Exception) -> str:
-    return brief(e, 150)
-
-
 def shown(value: Any) -> str:
-    """A value from a file, for a sentence: short, however large it is."""
+    """Return a value from a file for a message, at most 80 characters long."""
     try:
         text = reprlib.repr(value)
-    except Exception:  # a number of thousands of digits, a hostile __repr__
+    except Exception:  # a number with thousands of digits, a hostile __repr__
         text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """A .pth of gPatchTST or of the official PatchTST, in any of the forms that their users meet: what training saved,
-    a bare state dict, one under `model` or `state_dict`, with the prefixes that wrappers leave."""
+    """Read a .pth of gPatchTST or of the official PatchTST.
+
+    It may be a checkpoint of gPatchTST's training, a bare state dict, or one under `model` or
+    `state_dict`, with the prefixes of wrapping modules.
+    """
+    path = Path(path)
     content = load_torch(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    key = next(
-        (
-            k
-            for k in ("model_state_dict", "state_dict", "model")
-            if isinstance(content.get(k), dict)
-        ),
-        None,
-    )
-    path = Path(path)
-    tensors, wrappers = without_prefixes(to_numpy(content[key] if key else content, path))
-    if any(k.startswith("model_trend.") for k in tensors):
+        raise UserError(f"{path} contains a {type(content).__name__}, not a checkpoint")
+    key = next((k for k in STATE_DICT_KEYS if isinstance(content.get(k), dict)), None)
+    state = content if key is None else content[key]
+    tensors, prefixes = without_prefixes(to_numpy(state, path))
+    if any(name.startswith("model_trend.") for name in tensors):
         raise UserError(
-            f"{path} decomposes its input for two PatchTSTs (model_trend, model_res), which is not supported"
+            f"{path} decomposes its input for two PatchTSTs (model_trend, model_res), "
+            "which is not supported"
         )
-    revin = content.get("revin_state_dict") if key else None
-    if revin:
-        own, _ = without_prefixes(to_numpy(revin, path, "revin_state_dict"))
-        tensors |= {f"revin.{k}": v for k, v in own.items()}
+    config = {}
+    if key is not None:
+        tensors |= _revin_tensors(content, path)
+        if isinstance(content.get("config"), dict):
+            config = content["config"]
+    # The official supervised program names its RevIN `revin_layer`. Without RevIN its models are
+    # recognised by the prefix of a bare state dict and the shape of their head.
     program: Program = "gpatchtst"
-    if any(k.startswith("revin_layer.") for k in tensors):
+    if any(name.startswith("revin_layer.") for name in tensors):
         program = "supervised"
-        tensors = {k.replace("revin_layer.", "revin."): v for k, v in tensors.items()}
-    elif key is None and "model." in wrappers and _reads_all_patches(tensors):
+        tensors = {name.replace("revin_layer.", "revin."): t for name, t in tensors.items()}
+    elif key is None and "model." in prefixes and _reads_all_patches(tensors):
         program = "supervised"
-    config = content.get("config") if key else None
-    return checkpoint_of(
-        path, sha256_of(path), program, tensors, config if isinstance(config, dict) else {},
-        "checkpoint" if key == "model_state_dict" else "state dict",
-    )  # fmt: skip
+    form: Form = "checkpoint" if key == "model_state_dict" else "state dict"
+    return make_checkpoint(path, program, tensors, config, form)
 
 
-def checkpoint_of(
-    path: Path, sha256: str, program: Program, tensors: Tensors, config: dict[str, Any],
-    form: Literal["checkpoint", "state dict"] = "checkpoint",
-) -> Checkpoint:  # fmt: skip
-    """The same with every floating-point tensor in float32."""
-    dtypes = {k: str(t.dtype) for k, t in tensors.items() if str(t.dtype) in (*HALVES, "float64")}
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
-        kept = {k: t.astype(np.float32) if k in dtypes else t for k, t in tensors.items()}
-    return Checkpoint(path, sha256, program, kept, config, form, dtypes)
+def _revin_tensors(content: JsonObject, path: Path) -> Tensors:
+    """Return RevIN's weights, which gPatchTST saves in a separate state dict."""
+    state = content.get("revin_state_dict")
+    if not state:
+        return {}
+    tensors, _ = without_prefixes(to_numpy(state, path, "revin_state_dict"))
+    return {f"revin.{name}": tensor for name, tensor in tensors.items()}
 
 
-def sha256_of(path: str | Path) -> str:
-    with Path(path).open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def make_checkpoint(
+    path: Path, program: Program, tensors: Tensors, config: JsonObject, form: Form
+) -> Checkpoint:
+    """Return a checkpoint with every floating-point tensor in float32."""
+    names = {name: str(tensor.dtype) for name, tensor in tensors.items()}
+    dtypes = {name: dtype for name, dtype in names.items() if dtype in ROUNDED}
+    converted = dict(tensors)
+    # Numbers beyond float32 become infinite, which apply_rules refuses.
+    with np.errstate(over="ignore"):
+        converted |= {name: tensors[name].astype(np.float32) for name in dtypes}
+    return Checkpoint(path, sha256_of(path), program, converted, config, form, dtypes)
 
 
 def without_prefixes(tensors: Tensors) -> tuple[Tensors, set[str]]:
-    """Without what wrappers put before every key, in any order and number; and which these were."""
-    found: set[str] = set()
-    while prefix := next((p for p in WRAPPERS if all(k.startswith(p) for k in tensors)), None):
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-        found.add(prefix)
-    return tensors, found
+    """Remove wrappers' prefixes that all keys have; returns the tensors and these prefixes."""
+    removed: set[str] = set()
+    while True:
+        shared = [p for p in WRAPPERS if all(key.startswith(p) for key in tensors)]
+        if not shared:
+            return tensors, removed
+        tensors = {key.removeprefix(shared[0]): tensor for key, tensor in tensors.items()}
+        removed.add(shared[0])
 
 
 def _reads_all_patches(tensors: Tensors) -> bool:
-    """Whether the head is the official supervised program's only one, and the embedding the one it has."""
+    """Return whether the head is the official supervised program's: linear on all patches."""
     head = tensors.get("head.linear.weight", tensors.get("head.linears.0.weight"))
-    embedding, position = (tensors.get(f"backbone.{name}") for name in ("W_P.weight", "W_pos"))
+    embedding = tensors.get("backbone.W_P.weight")
+    position = tensors.get("backbone.W_pos")
     if head is None or embedding is None or position is None or "backbone.cls_token" in tensors:
         return False
     if not head.ndim == embedding.ndim == position.ndim == 2:
         return False
-    return head.shape != embedding.T.shape and head.shape[1] == len(embedding) * len(position)
+    is_pretrain_head = head.shape == embedding.T.shape
+    return not is_pretrain_head and head.shape[1] == len(embedding) * len(position)

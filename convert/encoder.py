@@ -1,147 +1,188 @@
-"""A PyTorch PatchTST becomes a Flax encoder, and goes back: `python -m convert encoder SOURCE --out DIR`."""
+"""A PyTorch PatchTST to a Flax encoder and back: `python -m convert encoder SOURCE --out DIR`."""
 
-import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from convert.architecture import read_architecture, spelling
-from convert.checkpoint import HALVES, Checkpoint, Program, Tensors, load_checkpoint, save_torch
+from convert.architecture import read_architecture
+from convert.checkpoint import (
+    HALVES,
+    Checkpoint,
+    JsonObject,
+    Program,
+    Tensors,
+    load_checkpoint,
+    save_torch,
+)
 from convert.huggingface import load_huggingface
-from minsae_jax.encoder.converted import Encoder, Params, split_model
-from minsae_jax.encoder.patchtst.model import Architecture
+from convert.settings import spelling
+from minsae_jax.encoder.converted import Encoder, EncoderSource, parameter_path
+from minsae_jax.encoder.patchtst.architecture import Architecture
+from minsae_jax.encoder.patchtst.pure import Params, abstract_params
 from minsae_jax.errors import UserError
 from minsae_jax.settings import read_yaml
 
-Transform = Callable[[np.ndarray], np.ndarray]
-# Key of gPatchTST's state dict, path in the Flax model, transforms there and back; `#` is a number.
-Rule = tuple[str, str, Transform, Transform]
-COUNTER = "num_batches_tracked"  # BatchNorm's, which nothing reads
+if TYPE_CHECKING:
+    import torch
+
+BATCHES_TRACKED = "num_batches_tracked"  # BatchNorm's counter, which nothing reads
+MAX_COMPLAINTS = 6  # in one error message
+PROGRAM_NAMES = {
+    "gpatchtst": "gPatchTST",
+    "supervised": "the official supervised program",
+    "transformers": "transformers",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One parameter (or one per layer or channel) in PyTorch and in Flax; `#` is a number."""
+
+    key: str  # in gPatchTST's state dict
+    path: str  # in the Flax model
+    to_flax: Callable[[np.ndarray], np.ndarray] = np.asarray
+    to_torch: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+    def path_of(self, key: str) -> str | None:
+        """Return the path for a key, or None if the rule is about other keys."""
+        return _translate(key, self.key, self.path)
+
+    def key_of(self, path: str) -> str | None:
+        """Return the key for a path, or None if the rule is about other paths."""
+        return _translate(path, self.path, self.key)
+
+
+def _translate(name: str, pattern: str, template: str) -> str | None:
+    match = re.fullmatch(re.escape(pattern).replace(r"\#", r"(\d+)"), name)
+    if match is None:
+        return None
+    return template.replace("#", match[1]) if match.groups() else template
 
 
 def rules(a: Architecture) -> list[Rule]:
-    """The table for one architecture; every key and every path stands in one rule."""
-
-    def same(source: str, target: str) -> Rule:
-        return source, target, np.asarray, np.asarray
-
-    def linear(source: str, target: str) -> list[Rule]:
-        weight = (f"{source}.weight", f"{target}/kernel", np.transpose, np.transpose)
-        return [weight, same(f"{source}.bias", f"{target}/bias")]
-
-    def norm(source: str, target: str) -> list[Rule]:
-        if a.norm == "LayerNorm":
-            return [
-                same(f"{source}.weight", f"{target}/scale"),
-                same(f"{source}.bias", f"{target}/bias"),
-            ]
-        names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
-        return [same(f"{source}.1.{theirs}", f"{target}/{ours}") for theirs, ours in names.items()]
-
+    """Return the conversion table of an architecture; every key and path is in one rule."""
     layer = "backbone.encoder.layers.#"
+    embedding = _linear("backbone.W_P.#", "embeddings/#")
+    if a.shared_embedding:
+        embedding = _linear("backbone.W_P", "embeddings/0")
+    head = _linear("head.linear", "head/linears/0")
+    if a.individual_head:
+        head = _linear("head.linears.#", "head/linears/#")
     return [
-        same("revin.affine_weight", "revin/affine_weight"),
-        same("revin.affine_bias", "revin/affine_bias"),
-        same("backbone.W_pos", "position"),
-        ("backbone.cls_token", "cls_token", np.ravel, lambda t: t.reshape(1, 1, -1)),
-        *(
-            linear("backbone.W_P", "embeddings/0")
-            if a.shared_embedding
-            else linear("backbone.W_P.#", "embeddings/#")
-        ),
-        *linear(f"{layer}.self_attn.W_Q", "layers/#/attention/query"),
-        *linear(f"{layer}.self_attn.W_K", "layers/#/attention/key"),
-        *linear(f"{layer}.self_attn.W_V", "layers/#/attention/value"),
-        same(f"{layer}.self_attn.sdp_attn.scale", "layers/#/attention/scale"),
-        *linear(f"{layer}.self_attn.to_out.0", "layers/#/attention/out"),
-        *norm(f"{layer}.norm_attn", "layers/#/norm_attention"),
-        *linear(f"{layer}.ff.0", "layers/#/ff_in"),
-        *linear(f"{layer}.ff.3", "layers/#/ff_out"),
-        *norm(f"{layer}.norm_ffn", "layers/#/norm_ff"),
-        *(
-            linear("head.linears.#", "head/linears/#")
-            if a.individual_head
-            else linear("head.linear", "head/linears/0")
-        ),
+        Rule("revin.affine_weight", "revin/affine_weight"),
+        Rule("revin.affine_bias", "revin/affine_bias"),
+        Rule("backbone.W_pos", "position"),
+        Rule("backbone.cls_token", "cls_token", np.ravel, lambda t: t.reshape(1, 1, -1)),
+        *embedding,
+        *_linear(f"{layer}.self_attn.W_Q", "layers/#/attention/query"),
+        *_linear(f"{layer}.self_attn.W_K", "layers/#/attention/key"),
+        *_linear(f"{layer}.self_attn.W_V", "layers/#/attention/value"),
+        Rule(f"{layer}.self_attn.sdp_attn.scale", "layers/#/attention/scale"),
+        *_linear(f"{layer}.self_attn.to_out.0", "layers/#/attention/out"),
+        *_norm(a, f"{layer}.norm_attn", "layers/#/norm_attention"),
+        *_linear(f"{layer}.ff.0", "layers/#/ff_in"),
+        *_linear(f"{layer}.ff.3", "layers/#/ff_out"),
+        *_norm(a, f"{layer}.norm_ffn", "layers/#/norm_ff"),
+        *head,
     ]
 
 
-def _translated(name: str, source: str, target: str) -> str | None:
-    """The target's name for what matches the source's pattern."""
-    match = re.fullmatch(re.escape(source).replace(r"\#", r"(\d+)"), name)
-    return match and target.replace("#", match[1] if match.groups() else "")
+def _linear(key: str, path: str) -> list[Rule]:
+    # torch.nn.Linear stores [outputs, inputs], nnx.Linear [inputs, outputs].
+    weight = Rule(f"{key}.weight", f"{path}/kernel", np.transpose, np.transpose)
+    return [weight, Rule(f"{key}.bias", f"{path}/bias")]
+
+
+def _norm(a: Architecture, key: str, path: str) -> list[Rule]:
+    if a.norm == "LayerNorm":
+        return [Rule(f"{key}.weight", f"{path}/scale"), Rule(f"{key}.bias", f"{path}/bias")]
+    # BatchNorm with its running statistics, wrapped in transpositions: hence the ".1".
+    return [
+        Rule(f"{key}.1.weight", f"{path}/scale"),
+        Rule(f"{key}.1.bias", f"{path}/bias"),
+        Rule(f"{key}.1.running_mean", f"{path}/mean"),
+        Rule(f"{key}.1.running_var", f"{path}/var"),
+    ]
 
 
 def apply_rules(a: Architecture, tensors: Tensors) -> Params:
-    """The Flax model's parameters from the tensors.
+    """Return the Flax model's parameters.
 
-    Raises one UserError with every key that no rule of this architecture knows, every shape that does not fit, every
-    place left empty, and every value that is not finite.
+    Raises one UserError with every unknown key, every wrong shape, every parameter without a
+    tensor, and every value that is not finite.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(split_model(a)[1])
-    wanted = {_path(keys): leaf for keys, leaf in leaves}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_params(a))
+    expected = {parameter_path(keys): leaf for keys, leaf in leaves}
     filled: dict[str, np.ndarray] = {}
     complaints = []
     table = rules(a)
     for key, tensor in tensors.items():
-        if a.norm == "BatchNorm" and key.endswith(f".1.{COUNTER}"):
+        if a.norm == "BatchNorm" and key.endswith(f".1.{BATCHES_TRACKED}"):
             if tensor.ndim or not np.isfinite(tensor):
-                complaints.append(f"{key} is no number")
+                complaints.append(f"{key} is not a number")
             continue
-        found = ((_translated(key, theirs, ours), there) for theirs, ours, there, _ in table)
-        path, there = next(((path, there) for path, there in found if path), ("", None))
-        if there is None or path not in wanted:
+        # The first rule that knows the key; in a valid table there is only one.
+        rule = next((rule for rule in table if rule.path_of(key) is not None), None)
+        path = rule.path_of(key) if rule else None
+        if rule is None or path not in expected:
             complaints.append(f"unknown key {key[:200]}")
             continue
-        value = there(tensor)
-        if value.shape != wanted[path].shape or value.dtype != wanted[path].dtype:
-            complaints.append(
-                f"{key} is {value.dtype}{list(tensor.shape)}, not what fits {path}, float32{list(wanted[path].shape)}"
-            )
-        elif not np.isfinite(value).all():
-            complaints.append(f"{key} holds NaN or infinity")
-        elif path.endswith("/var") and value.min() < 0:
-            complaints.append(f"{key} holds a variance below 0")
+        value = rule.to_flax(tensor)
+        complaint = _complaint(value, path, expected[path].shape)
+        if complaint:
+            complaints.append(f"{key} {complaint}")
         filled[path] = value
-    complaints += [f"nothing fills {path}" for path in wanted if path not in filled]
+    complaints += [f"nothing fills {path}" for path in expected if path not in filled]
     if complaints:
-        more = f" and {len(complaints) - 6} more" if len(complaints) > 6 else ""
-        raise UserError(f"the state dict does not fit: {'; '.join(complaints[:6])}{more}")
-    return jax.tree_util.tree_unflatten(
-        structure, [np.array(filled[path], order="C") for path in wanted]
-    )
+        message = f"the state dict does not fit: {'; '.join(complaints[:MAX_COMPLAINTS])}"
+        if len(complaints) > MAX_COMPLAINTS:
+            message += f" and {len(complaints) - MAX_COMPLAINTS} more"
+        raise UserError(message)
+    # Copies in C order, so that fingerprints do not depend on transposed views.
+    arrays = [np.array(filled[path], order="C") for path in expected]
+    return jax.tree_util.tree_unflatten(structure, arrays)
+
+
+def _complaint(value: np.ndarray, path: str, shape: tuple[int, ...]) -> str | None:
+    if value.shape != shape or value.dtype != np.float32:
+        return f"is {value.dtype}{list(value.shape)} for {path}, expected float32{list(shape)}"
+    if not np.isfinite(value).all():
+        return "contains NaN or infinity"
+    if path.endswith("/var") and value.min() < 0:
+        return "contains a variance below 0"
+    return None
 
 
 def state_dict(a: Architecture, params: Params) -> Tensors:
-    """The inverse of `apply_rules`: gPatchTST's state dict (without BatchNorm's counters), RevIN's under `revin.`."""
-    leaves = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    """Return gPatchTST's state dict, the inverse of `apply_rules`.
+
+    BatchNorm's counters are missing; RevIN's weights start with `revin.`.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    arrays = {parameter_path(keys): np.asarray(leaf) for keys, leaf in leaves}
     tensors = {}
-    for theirs, ours, _, back in rules(a):
-        for path, leaf in leaves.items():
-            key = _translated(path, ours, theirs)
-            if key:
-                tensors[key] = np.array(back(np.asarray(leaf)), order="C")
+    for rule in rules(a):
+        for path, array in arrays.items():
+            key = rule.key_of(path)
+            if key is not None:
+                tensors[key] = np.array(rule.to_torch(array), order="C")
     return tensors
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    return "/".join(str(getattr(key, "key", key)) for key in keys)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be converted, opened and understood."""
+    """A checkpoint that was read, and the architecture resolved for it."""
 
     checkpoint: Checkpoint
     architecture: Architecture
-    sources: dict[str, str]  # where each setting came from
-    doubts: tuple[str, ...]  # worth a warning each, once it is converted
+    sources: dict[str, str]  # setting -> where its value came from
+    warnings: tuple[str, ...]  # to show once it is converted
 
 
 def read_source(
@@ -151,137 +192,160 @@ def read_source(
     program: Program | None = None,
     without_head: bool = False,
 ) -> Source:
-    """A .pth file, or a folder of transformers. flags precede the YAML at config_path; program is guessed where it is
-    not said. Raises UserError where the file, its settings or its tensors are not those of a PatchTST."""
+    """Read a .pth file, or a folder of transformers.
+
+    flags: settings that precede those of the YAML at `config_path`. program: guessed if it is None.
+    Raises UserError if file, settings or tensors are not those of a PatchTST.
+    """
     yaml = read_yaml(config_path) if config_path else {}
+    flags = dict(flags or {})
     path = Path(path)
     checkpoint = load_huggingface(path, without_head) if path.is_dir() else load_checkpoint(path)
-    if program and checkpoint.program == "transformers":
-        raise UserError(
-            f"{path} is a folder of transformers, which leaves nothing to say with --program"
-        )
+    if program is not None:
+        if checkpoint.program == "transformers":
+            raise UserError(f"{path} is a folder of transformers; leave out --program")
+        checkpoint = replace(checkpoint, program=program)
     if without_head:
         tensors = {k: t for k, t in checkpoint.tensors.items() if not k.startswith("head.")}
         checkpoint = replace(checkpoint, tensors=tensors)
-        flags = dict(flags or {}) | {"head_type": "none"}
-    checkpoint = replace(checkpoint, program=program or checkpoint.program)
-    return Source(checkpoint, *read_architecture(checkpoint, yaml, flags or {}))
+        flags["head_type"] = "none"
+    resolved = read_architecture(checkpoint, yaml, flags)
+    return Source(checkpoint, resolved.architecture, resolved.sources, resolved.warnings)
 
 
-def convert(source: Source) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder, and notes for its config.json: `sources`, source_program, source_file, source_sha256, and what
-    `write_pytorch` needs to give the file back to the bit. Raises UserError where tensors do not fit."""
-    c = source.checkpoint
-    encoder = Encoder(source.architecture, apply_rules(source.architecture, c.tensors))
-    for doubt in source.doubts:
-        warnings.warn(doubt, stacklevel=2)
-    if "float64" in c.dtypes.values():
-        warnings.warn(f"{c.path.name} holds float64, which is rounded to float32", stacklevel=2)
-    notes = {
-        "sources": source.sources,
-        "source_program": c.program,
-        "source_file": c.path.name,
-        "source_sha256": c.sha256,
-        "source_form": c.form,
-        "source_dtypes": {k: dtype for k, dtype in c.dtypes.items() if dtype in HALVES},
-        "batches_tracked": {
-            k: int(t) for k, t in c.tensors.items() if k.endswith(COUNTER) and t.dtype.kind == "i"
-        },
-    }
-    return encoder, notes
+class Converted(NamedTuple):
+    """A converted encoder, and the origin to save with it."""
+
+    encoder: Encoder
+    source: EncoderSource
 
 
-def convert_encoder(
-    path: str | Path, config_path: str | Path | None = None
-) -> tuple[Encoder, dict[str, Any]]:
-    """`read_source` and `convert` in one."""
+def convert(source: Source) -> Converted:
+    """Convert a checkpoint. Raises UserError if its tensors do not fit the architecture."""
+    checkpoint = source.checkpoint
+    encoder = Encoder(source.architecture, apply_rules(source.architecture, checkpoint.tensors))
+    for message in source.warnings:
+        warnings.warn(message, stacklevel=2)
+    if "float64" in checkpoint.dtypes.values():
+        warnings.warn(
+            f"{checkpoint.path.name} contains float64, which is rounded to float32", stacklevel=2
+        )
+    # Kept so that `write_pytorch` can restore the file to the bit.
+    counters = {k: t for k, t in checkpoint.tensors.items() if k.endswith(BATCHES_TRACKED)}
+    origin = EncoderSource(
+        sources=source.sources,
+        source_program=checkpoint.program,
+        source_file=checkpoint.path.name,
+        source_sha256=checkpoint.sha256,
+        source_form=checkpoint.form,
+        source_dtypes={k: name for k, name in checkpoint.dtypes.items() if name in HALVES},
+        batches_tracked={k: int(t) for k, t in counters.items() if t.dtype.kind == "i"},
+    )
+    return Converted(encoder, origin)
+
+
+def convert_encoder(path: str | Path, config_path: str | Path | None = None) -> Converted:
+    """Read and convert a checkpoint in one call; see `read_source` and `convert`."""
     return convert(read_source(path, config_path))
 
 
-def write_pytorch(path: Path, encoder: Encoder, notes: Mapping[str, Any]) -> None:
-    """gPatchTST's checkpoint of an encoder, or its bare state dict where that came in; written aside and renamed.
+def write_pytorch(path: Path, encoder: Encoder, source: EncoderSource) -> None:
+    """Write gPatchTST's checkpoint of an encoder, or its bare state dict if the source was one.
 
-    A checkpoint holds model_state_dict, revin_state_dict (None without affine weights) and config, from which it is
-    converted again without a YAML. Raises UserError on an encoder that gPatchTST cannot run.
+    A checkpoint contains model_state_dict, revin_state_dict (None without affine weights) and
+    config, so that it can be converted again without a YAML. Raises UserError if the file exists,
+    or if gPatchTST cannot run the encoder.
     """
-    import torch
-
     if path.exists():
-        raise UserError(f"{path} exists, and a checkpoint is never overwritten: name another file")
-    a = encoder.architecture
-    _refuse_foreign(a)
-    tensors = {k: torch.from_numpy(t) for k, t in state_dict(a, encoder.params).items()}
-    dtypes, counts = notes.get("source_dtypes", {}), notes.get("batches_tracked", {})
-    if not all(key in tensors and dtype in HALVES for key, dtype in dtypes.items()) or not all(
-        key.endswith(f".1.{COUNTER}") and type(count) is int and abs(count) < 2**63
-        for key, count in counts.items()
-    ):
         raise UserError(
-            "the encoder's config.json is damaged (source_dtypes, batches_tracked): convert it again"
+            f"{path} exists, and a checkpoint is never overwritten; choose another --out"
         )
-    tensors |= {key: tensors[key].to(getattr(torch, dtype)) for key, dtype in dtypes.items()}
-    tensors |= {key: torch.tensor(count) for key, count in counts.items()}
-    content: dict[str, Any] = tensors
-    if notes.get("source_form") != "state dict":
-        revin = {k.removeprefix("revin."): t for k, t in tensors.items() if k.startswith("revin.")}
-        content = {
-            "model_state_dict": {k: t for k, t in tensors.items() if not k.startswith("revin.")},
-            "revin_state_dict": revin or None,
-            "config": settings_of(a),
-        }
+    a = encoder.architecture
+    _check_runs_in_gpatchtst(a)
+    tensors = _torch_tensors(state_dict(a, encoder.params), source)
+    if source.source_form == "state dict":
+        save_torch(path, tensors)
+        return
+    prefix = "revin."
+    revin = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    content = {
+        "model_state_dict": {k: t for k, t in tensors.items() if not k.startswith(prefix)},
+        "revin_state_dict": revin or None,
+        "config": settings_of(a),
+    }
     save_torch(path, content)
 
 
-def _refuse_foreign(a: Architecture) -> None:
-    """gPatchTST knows only the defaults of what other programs do differently."""
-    alike = replace(
-        a,
-        **{
-            f.name: f.default for f in dataclasses.fields(a) if f.default is not dataclasses.MISSING
-        },
+def _torch_tensors(arrays: Tensors, source: EncoderSource) -> "dict[str, torch.Tensor]":
+    """Return torch tensors with the source's dtypes and counters.
+
+    Raises UserError if these do not fit: config.json can be edited.
+    """
+    import torch
+
+    valid_dtypes = all(k in arrays and name in HALVES for k, name in source.source_dtypes.items())
+    valid_counters = all(
+        key.endswith(f".1.{BATCHES_TRACKED}") and type(count) is int and abs(count) < 2**63
+        for key, count in source.batches_tracked.items()
     )
-    if not a.revin:
-        alike = replace(alike, scaler=a.scaler)
-    if not a.pre_norm:
-        alike = replace(alike, norm_stream=a.norm_stream)
-    if a.first_sample == alike.first_sample:
-        alike = replace(alike, leftover=a.leftover)
-    if a.head_type == "none" or alike != a:
-        names = [
-            f.name for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(alike, f.name)
-        ]
+    if not valid_dtypes or not valid_counters:
         raise UserError(
-            f"gPatchTST has no such encoder ({', '.join(names) or 'no head'}), so it cannot be written for it"
+            "the encoder's config.json is damaged (source_dtypes, batches_tracked); "
+            "convert the encoder again"
+        )
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    for key, name in source.source_dtypes.items():
+        tensors[key] = tensors[key].to(getattr(torch, name))
+    for key, count in source.batches_tracked.items():
+        tensors[key] = torch.tensor(count)
+    return tensors
+
+
+def _check_runs_in_gpatchtst(a: Architecture) -> None:
+    """Raise UserError if the encoder needs options that only other programs have."""
+    # gPatchTST has only the defaults of the optional fields. Other values are harmless where they
+    # have no effect, so those are allowed.
+    defaults = {f.name: f.default for f in fields(a) if f.default is not MISSING}
+    allowed = replace(a, **defaults)
+    if not a.revin:
+        allowed = replace(allowed, scaler=a.scaler)
+    if not a.pre_norm:
+        allowed = replace(allowed, norm_stream=a.norm_stream)
+    if a.first_sample == allowed.first_sample:
+        allowed = replace(allowed, leftover=a.leftover)
+    if a.head_type == "none":
+        raise UserError("gPatchTST has no such encoder (no head), so it cannot be written for it")
+    if a != allowed:
+        differing = [f.name for f in fields(a) if getattr(a, f.name) != getattr(allowed, f.name)]
+        raise UserError(
+            f"gPatchTST cannot run this encoder ({', '.join(differing)}), so it was not written"
         )
 
 
-def settings_of(a: Architecture) -> dict[str, Any]:
-    """The settings in the sections and spellings of gPatchTST's YAML."""
-    model = {
-        spelling(f.name): getattr(a, f.name)
-        for f in dataclasses.fields(a)
-        if f.default is dataclasses.MISSING
-    }
+def settings_of(a: Architecture) -> dict[str, JsonObject]:
+    """Return the settings in the sections and spellings of gPatchTST's YAML."""
+    names = [field.name for field in fields(a) if field.default is MISSING]
+    model = {spelling(name): getattr(a, name) for name in names}
     return {"data": {"n_vars": model.pop("n_vars")}, "model": model}
 
 
 def describe(source: Source, encoder: Encoder) -> str:
-    """A short summary for the terminal."""
-    a, c = source.architecture, source.checkpoint
-    program = {"gpatchtst": "gPatchTST", "supervised": "the official supervised program"}.get(
-        c.program, c.program
-    )
+    """Return a summary of a conversion for the terminal, over several lines."""
+    a = source.architecture
+    checkpoint = source.checkpoint
     head = "no head" if a.head_type == "none" else f"{a.head_type} head"
+    cls_token = ", and CLS" if a.use_cls_token else ""
     lines = [
-        f"PatchTST of {program} from {c.path.name}: {a.n_layers} layers, d_model {a.d_model}, {a.n_heads} heads, "
-        f"d_ff {a.d_ff}, {a.norm}, {a.activation}, {head}",
-        f"windows of {a.seq_len} samples x {a.n_vars} channels -> {a.n_tokens} tokens a channel "
-        f"({a.n_patches} patches of {a.patch_len}, stride {a.stride}{', and CLS' if a.use_cls_token else ''}), "
+        f"PatchTST of {PROGRAM_NAMES[checkpoint.program]} from {checkpoint.path.name}: "
+        f"{a.n_layers} layers, d_model {a.d_model}, {a.n_heads} heads, d_ff {a.d_ff}, {a.norm}, "
+        f"{a.activation}, {head}",
+        f"windows of {a.seq_len} samples x {a.n_vars} channels -> {a.n_tokens} tokens per channel "
+        f"({a.n_patches} patches of {a.patch_len}, stride {a.stride}{cls_token}), "
         f"RevIN {'on' if a.revin else 'off'}",
     ]
-    lines += [
-        f"from the {where}: {', '.join(n for n, s in source.sources.items() if s == where)}"
-        for where in dict.fromkeys(source.sources.values())
-    ]
-    count = sum(leaf.size for leaf in jax.tree.leaves(encoder.params))
-    return "\n".join([*lines, f"{count:,} parameters, fingerprint {encoder.fingerprint[:12]}"])
+    for where in dict.fromkeys(source.sources.values()):
+        names = [name for name, origin in source.sources.items() if origin == where]
+        lines.append(f"from the {where}: {', '.join(names)}")
+    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(encoder.params))
+    lines.append(f"{n_parameters:,} parameters, fingerprint {encoder.fingerprint[:12]}")
+    return "\n".join(lines)

@@ -1,7 +1,8 @@
-"""PatchTST of Hugging Face `transformers`: a folder with config.json and model.safetensors or pytorch_model.bin.
+"""PatchTST of Hugging Face `transformers`: config.json and model.safetensors or pytorch_model.bin.
 
-The tensors get gPatchTST's names, and config.json becomes the settings of `Architecture`, so that all that follows is
-the same for every source. Masking, which transformers does in evaluation too, is left out.
+Tensors get gPatchTST's names and config.json becomes settings of `Architecture`, so that all later
+steps are the same for every source. Masking, which transformers also applies in evaluation, is left
+out.
 """
 
 import re
@@ -12,32 +13,33 @@ import numpy as np
 
 from convert.checkpoint import (
     Checkpoint,
+    JsonObject,
     Tensors,
-    checkpoint_of,
     load_json,
     load_safetensors,
     load_torch,
-    sha256_of,
+    make_checkpoint,
     shown,
     to_numpy,
-)  # fmt: skip
+)
 from minsae_jax.errors import UserError
 
-_LAYER, _OURS = r"encoder\.layers\.(\d+)", r"backbone.encoder.layers.\1"
-# transformers' name (a pattern, without `model.`) -> gPatchTST's
+_SOURCE_LAYER = r"encoder\.layers\.(\d+)"
+_LAYER = r"backbone.encoder.layers.\1"
+# transformers' name (a pattern, without `model.`) -> gPatchTST's name
 NAMES = (
     (r"encoder\.embedder\.input_embedding\.(.*)", r"backbone.W_P.\1"),
     (r"encoder\.positional_encoder\.position_enc", "backbone.W_pos"),
     (r"encoder\.positional_encoder\.cls_token", "backbone.cls_token"),
-    (rf"{_LAYER}\.self_attn\.q_proj\.(\w+)", rf"{_OURS}.self_attn.W_Q.\2"),
-    (rf"{_LAYER}\.self_attn\.k_proj\.(\w+)", rf"{_OURS}.self_attn.W_K.\2"),
-    (rf"{_LAYER}\.self_attn\.v_proj\.(\w+)", rf"{_OURS}.self_attn.W_V.\2"),
-    (rf"{_LAYER}\.self_attn\.out_proj\.(\w+)", rf"{_OURS}.self_attn.to_out.0.\2"),
-    (rf"{_LAYER}\.norm_sublayer1\.(\w+)", rf"{_OURS}.norm_attn.\2"),
-    (rf"{_LAYER}\.norm_sublayer1\.batchnorm\.(\w+)", rf"{_OURS}.norm_attn.1.\2"),
-    (rf"{_LAYER}\.norm_sublayer3\.(\w+)", rf"{_OURS}.norm_ffn.\2"),
-    (rf"{_LAYER}\.norm_sublayer3\.batchnorm\.(\w+)", rf"{_OURS}.norm_ffn.1.\2"),
-    (rf"{_LAYER}\.ff\.(\d)\.(\w+)", rf"{_OURS}.ff.\2.\3"),
+    (rf"{_SOURCE_LAYER}\.self_attn\.q_proj\.(\w+)", rf"{_LAYER}.self_attn.W_Q.\2"),
+    (rf"{_SOURCE_LAYER}\.self_attn\.k_proj\.(\w+)", rf"{_LAYER}.self_attn.W_K.\2"),
+    (rf"{_SOURCE_LAYER}\.self_attn\.v_proj\.(\w+)", rf"{_LAYER}.self_attn.W_V.\2"),
+    (rf"{_SOURCE_LAYER}\.self_attn\.out_proj\.(\w+)", rf"{_LAYER}.self_attn.to_out.0.\2"),
+    (rf"{_SOURCE_LAYER}\.norm_sublayer1\.(\w+)", rf"{_LAYER}.norm_attn.\2"),
+    (rf"{_SOURCE_LAYER}\.norm_sublayer1\.batchnorm\.(\w+)", rf"{_LAYER}.norm_attn.1.\2"),
+    (rf"{_SOURCE_LAYER}\.norm_sublayer3\.(\w+)", rf"{_LAYER}.norm_ffn.\2"),
+    (rf"{_SOURCE_LAYER}\.norm_sublayer3\.batchnorm\.(\w+)", rf"{_LAYER}.norm_ffn.1.\2"),
+    (rf"{_SOURCE_LAYER}\.ff\.(\d)\.(\w+)", rf"{_LAYER}.ff.\2.\3"),
     (r"head\.(?:linear|projection)\.(weight|bias)", r"head.linear.\1"),
 )
 HEADS = {
@@ -46,9 +48,9 @@ HEADS = {
     "PatchTSTForPrediction": "prediction",
     "PatchTSTForClassification": "classification",
 }
-WITHOUT_HEAD = "convert it with --without_head, for its activations alone"
-# config.json's key -> ours, and transformers' default
-PLAIN = {
+USE_WITHOUT_HEAD = "convert it with --without_head to extract activations only"
+# Key of config.json -> field of Architecture, and transformers' default
+PLAIN_SETTINGS = {
     "num_input_channels": ("n_vars", 1),
     "context_length": ("seq_len", 32),
     "patch_length": ("patch_len", 1),
@@ -63,148 +65,181 @@ PLAIN = {
     "pre_norm": ("pre_norm", True),
     "norm_eps": ("norm_eps", 1e-5),
 }
+NORMS = {"batchnorm": "BatchNorm", "layernorm": "LayerNorm"}
+# `scaling` -> scaler, and the default of its minimum_scale
 SCALERS = {"std": ("mean_sd", 1e-5), "mean": ("mean_abs", 1e-10), True: ("mean_abs", 1e-10)}
 
 
 def load_huggingface(folder: Path, without_head: bool) -> Checkpoint:
-    """The model in a folder. Raises UserError on one that cannot be converted, with the reason."""
+    """Read the model in a folder. Raises UserError with the reason if it cannot be converted."""
     config = load_json(folder / "config.json")
     if config.get("model_type", "patchtst") != "patchtst":
         raise UserError(
-            f"{folder} holds a model of type {shown(config['model_type'])}, not a patchtst"
+            f"{folder} contains a model of type {shown(config['model_type'])}, not a patchtst"
         )
-    path, tensors = _weights(folder)
-    settings = _settings(config, _head_type(config, tensors, without_head))
-    renamed = _renamed(tensors, without_head)
-    _complete(renamed, settings, has_bias=config.get("bias", True) is not False)
-    return checkpoint_of(path, sha256_of(path), "transformers", renamed, settings)
+    path, tensors = _read_weights(folder)
+    settings = _read_settings(config, _head_type(config, tensors, without_head))
+    renamed = _rename(tensors, without_head)
+    completed = _complete(renamed, settings, has_bias=config.get("bias", True) is not False)
+    return make_checkpoint(path, "transformers", completed, settings, form="checkpoint")
 
 
-def _weights(folder: Path) -> tuple[Path, Tensors]:
-    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    if safe.is_file():
-        return safe, load_safetensors(safe)
+def _read_weights(folder: Path) -> tuple[Path, Tensors]:
+    safetensors = folder / "model.safetensors"
+    if safetensors.is_file():
+        return safetensors, load_safetensors(safetensors)
+    pickled = folder / "pytorch_model.bin"
     if pickled.is_file():
         return pickled, to_numpy(load_torch(pickled), pickled)
     raise UserError(
-        f"{folder} has neither model.safetensors nor pytorch_model.bin beside its config.json"
+        f"{folder} contains neither model.safetensors nor pytorch_model.bin, only config.json"
     )
 
 
-def _head_type(config: dict[str, Any], tensors: Tensors, without_head: bool) -> str:
-    """Raises UserError on heads that gPatchTST's Head cannot stand for."""
-    heads = {k for k in tensors if k.startswith("head.")}
-    if without_head or not heads:
+def _head_type(config: JsonObject, tensors: Tensors, without_head: bool) -> str:
+    """Return the head_type. Raises UserError on heads that `patchtst.model.Head` does not have."""
+    head_keys = {key for key in tensors if key.startswith("head.")}
+    if without_head or not head_keys:
         return "none"
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    if name is None:
-        name = (
-            "PatchTSTForPretraining" if "head.linear.weight" in heads else "PatchTSTForPrediction"
-        )
-    reason = None
+    name = _model_class(config, head_keys)
     if name not in HEADS:
         reason = f"is a {shown(name)}"
-    elif any("projection.proj" in k or "projections.0.proj" in k for k in heads):
+    elif any("projection.proj" in key or "projections.0.proj" in key for key in head_keys):
+        distribution = shown(config.get("distribution_output", "student_t"))
+        reason = f"predicts a distribution ({distribution})"
+    elif any(".projections." in key for key in head_keys):
         reason = (
-            f"predicts a distribution ({shown(config.get('distribution_output', 'student_t'))})"
+            "has a head for each channel (share_projection false), with which transformers' own "
+            "forward fails,"
         )
-    elif any(".projections." in k for k in heads):
-        reason = "has a head for each channel (share_projection false), with which transformers' own forward fails,"
-    if reason:
-        raise UserError(f"the model {reason}, which is not supported: {WITHOUT_HEAD}")
-    return HEADS[name]
+    else:
+        return HEADS[name]
+    raise UserError(f"the model {reason}, which is not supported; {USE_WITHOUT_HEAD}")
 
 
-def _settings(config: dict[str, Any], head_type: str) -> dict[str, Any]:
-    """What config.json says, in the names of Architecture."""
-    if config.get("channel_attention"):
-        raise UserError(
-            "channel_attention is on: channels attend to each other, while here every channel is a sequence of its own"
-        )
-    if config.get("positional_encoding_type", "sincos") not in ("sincos", "random"):
-        raise UserError(
-            f"positional_encoding_type {shown(config['positional_encoding_type'])} is not known"
-        )
-    settings = {ours: config.get(theirs, default) for theirs, (ours, default) in PLAIN.items()}
-    norms = {"batchnorm": "BatchNorm", "layernorm": "LayerNorm"}
-    norm, scaling = config.get("norm_type", "batchnorm"), config.get("scaling", "std")
-    if not isinstance(norm, str) or norm not in norms:
-        raise UserError(f"norm_type must be batchnorm or layernorm, but is {shown(norm)}")
-    if not isinstance(scaling, (str, bool, type(None))) or (scaling and scaling not in SCALERS):
-        raise UserError(f"scaling must be std, mean or null, but is {shown(scaling)}")
-    if config.get("scaling_dim", 1) != 1 or config.get("keepdim", True) is not True:
-        raise UserError(
-            "its scaler works along another axis than time (scaling_dim, keepdim), which is not supported"
-        )
-    scaler, eps = SCALERS.get(scaling or "std", ("mean_sd", 1e-5))
-    pooling = config.get("pooling_type", "mean")
-    if pooling not in ("mean", "max", None):
-        raise UserError(f"pooling_type must be mean, max or null, but is {shown(pooling)}")
-    if head_type == "classification" and not pooling and not settings["use_cls_token"]:
-        raise UserError(f"pooling_type null has no meaning for classification: {WITHOUT_HEAD}")
-    has_pooling = head_type in ("prediction", "classification")
+def _model_class(config: JsonObject, head_keys: set[str]) -> str:
+    names = config.get("architectures")
+    if isinstance(names, list) and names and isinstance(names[0], str):
+        return names[0]
+    if "head.linear.weight" in head_keys:
+        return "PatchTSTForPretraining"
+    return "PatchTSTForPrediction"
+
+
+def _read_settings(config: JsonObject, head_type: str) -> JsonObject:
+    """Return the settings of config.json under the names of `Architecture`."""
+    _check_supported(config)
+    settings: JsonObject = {}
+    for key, (name, default) in PLAIN_SETTINGS.items():
+        settings[name] = config.get(key, default)
+    scaling = config.get("scaling", "std")
+    scaler, smallest_scale = SCALERS.get(scaling or "std", ("mean_sd", 1e-5))
     return settings | {
-        "norm": norms[norm],
+        "norm": NORMS[config.get("norm_type", "batchnorm")],
+        # Branches are added to the stream itself, and each layer has its own scores.
         "norm_stream": False,
         "res_attention": False,
         "pos_dim": settings["d_model"],
         "head_type": head_type,
         "individual_head": False,
-        "pooling": ("cls" if settings["use_cls_token"] else pooling or "gpatchtst")
-        if has_pooling
-        else "gpatchtst",
+        "pooling": _pooling(config, head_type, settings["use_cls_token"]),
         "revin": bool(scaling),
         "revin_affine": False,
-        "revin_eps": config.get("minimum_scale", eps),
+        "revin_eps": config.get("minimum_scale", smallest_scale),
         "scaler": scaler,
         "denormalize": bool(scaling) and head_type == "prediction",
     }
 
 
-def _renamed(tensors: Tensors, without_head: bool) -> Tensors:
+def _check_supported(config: JsonObject) -> None:
+    """Raise UserError on options that this package does not have."""
+    if config.get("channel_attention"):
+        raise UserError(
+            "channel_attention is on: channels attend to each other, which is not supported; here "
+            "every channel is an independent sequence"
+        )
+    encoding = config.get("positional_encoding_type", "sincos")
+    if encoding not in ("sincos", "random"):
+        raise UserError(f"unknown positional_encoding_type {shown(encoding)}")
+    norm = config.get("norm_type", "batchnorm")
+    if not isinstance(norm, str) or norm not in NORMS:
+        raise UserError(f"norm_type must be batchnorm or layernorm, got {shown(norm)}")
+    scaling = config.get("scaling", "std")
+    is_plain = isinstance(scaling, (str, bool, type(None)))
+    if not is_plain or (scaling and scaling not in SCALERS):
+        raise UserError(f"scaling must be std, mean or null, got {shown(scaling)}")
+    if config.get("scaling_dim", 1) != 1 or config.get("keepdim", True) is not True:
+        raise UserError(
+            "the scaler works along another axis than time (scaling_dim, keepdim), which is not "
+            "supported"
+        )
+
+
+def _pooling(config: JsonObject, head_type: str, use_cls_token: Any) -> str:
+    """Return how the head pools tokens; null pooling reads all of them, like gPatchTST."""
+    pooling = config.get("pooling_type", "mean")
+    if pooling not in ("mean", "max", None):
+        raise UserError(f"pooling_type must be mean, max or null, got {shown(pooling)}")
+    if head_type == "classification" and not pooling and not use_cls_token:
+        raise UserError(f"pooling_type null is not valid for classification; {USE_WITHOUT_HEAD}")
+    if head_type not in ("prediction", "classification"):
+        return "gpatchtst"
+    if use_cls_token:
+        return "cls"
+    return pooling or "gpatchtst"
+
+
+def _rename(tensors: Tensors, without_head: bool) -> Tensors:
     renamed = {}
     for name, tensor in tensors.items():
         if without_head and name.startswith("head."):
             continue
-        found = (
-            (re.fullmatch(pattern, name.removeprefix("model.")), ours) for pattern, ours in NAMES
-        )
-        renamed[next((match.expand(ours) for match, ours in found if match), name)] = tensor
+        renamed[_gpatchtst_name(name)] = tensor
     return renamed
 
 
-def _complete(tensors: Tensors, settings: dict[str, Any], has_bias: bool) -> None:
-    """Add what transformers does not store, and bring what it stores in another shape or order to gPatchTST's."""
+def _gpatchtst_name(name: str) -> str:
+    for pattern, template in NAMES:
+        match = re.fullmatch(pattern, name.removeprefix("model."))
+        if match:
+            return match.expand(template)
+    # apply_rules lists unknown keys in its error.
+    return name
+
+
+def _complete(tensors: Tensors, settings: JsonObject, has_bias: bool) -> Tensors:
+    """Add tensors that transformers does not store, and reshape those in another shape or order."""
+    d_model = settings["d_model"]
+    n_heads = settings["n_heads"]
+    d_ff = settings["d_ff"]
+    sizes = (d_model, n_heads, d_ff)
+    if not all(type(n) is int and 0 < n < 1 << 20 for n in sizes) or d_model % n_heads:
+        listed = ", ".join(shown(n) for n in sizes)
+        raise UserError(
+            "d_model, num_attention_heads and ffn_dim must be whole numbers above 0, the second "
+            f"dividing the first, got {listed}"
+        )
+    completed = dict(tensors)
     cls_token = tensors.get("backbone.cls_token")
     if cls_token is not None:
-        tensors["backbone.cls_token"] = cls_token.reshape(1, 1, -1)
-    d_model, heads, d_ff = (settings[name] for name in ("d_model", "n_heads", "d_ff"))
-    if (
-        not all(type(n) is int and 0 < n < 1 << 20 for n in (d_model, heads, d_ff))
-        or d_model % heads
-    ):
-        raise UserError(
-            "d_model, num_attention_heads and ffn_dim must be whole numbers above 0, the second dividing the first, "
-            f"but are {shown(d_model)}, {shown(heads)} and {shown(d_ff)}"
-        )
-    for layer in [
-        k.removesuffix(".self_attn.W_Q.weight")
-        for k in tensors
-        if k.endswith(".self_attn.W_Q.weight")
-    ]:
-        tensors[f"{layer}.self_attn.sdp_attn.scale"] = np.asarray(
-            (d_model // heads) ** -0.5, np.float32
-        )
+        completed["backbone.cls_token"] = cls_token.reshape(1, 1, -1)
+    suffix = ".self_attn.W_Q.weight"
+    # transformers computes the attention scale, gPatchTST stores it as a parameter.
+    for key in tensors:
+        if not key.endswith(suffix):
+            continue
+        layer = key.removesuffix(suffix)
+        scale = np.asarray((d_model // n_heads) ** -0.5, np.float32)
+        completed[f"{layer}.self_attn.sdp_attn.scale"] = scale
         if not has_bias:
-            tensors |= {
-                f"{layer}.ff.0.bias": np.zeros(d_ff, np.float32),
-                f"{layer}.ff.3.bias": np.zeros(d_model, np.float32),
-            }
+            completed[f"{layer}.ff.0.bias"] = np.zeros(d_ff, np.float32)
+            completed[f"{layer}.ff.3.bias"] = np.zeros(d_model, np.float32)
     weight = tensors.get("head.linear.weight")
-    reads_all = settings["head_type"] == "prediction" and settings["pooling"] == "gpatchtst"
-    if reads_all and weight is not None and weight.ndim == 2 and weight.shape[1] % d_model == 0:
-        by_patch = weight.reshape(len(weight), -1, d_model)  # gPatchTST has the patches innermost
-        tensors["head.linear.weight"] = np.ascontiguousarray(by_patch.swapaxes(1, 2)).reshape(
-            weight.shape
-        )
+    reads_all_tokens = settings["head_type"] == "prediction" and settings["pooling"] == "gpatchtst"
+    is_valid = weight is not None and weight.ndim == 2 and weight.shape[1] % d_model == 0
+    if reads_all_tokens and weight is not None and is_valid:
+        # transformers flattens [patches, d_model], gPatchTST [d_model, patches].
+        by_patch = weight.reshape(len(weight), -1, d_model)
+        patches_innermost = np.ascontiguousarray(by_patch.swapaxes(1, 2))
+        completed["head.linear.weight"] = patches_innermost.reshape(weight.shape)
+    return completed

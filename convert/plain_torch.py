@@ -1,10 +1,10 @@
-"""PatchTST in plain torch functions on a state dict, sharing nothing with the Flax model that is held against it."""
+"""PatchTST in plain torch functions on a state dict, independent of the Flax model it verifies."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minsae_jax.encoder.patchtst.model import Architecture
+from minsae_jax.encoder.patchtst.architecture import Architecture
 
 StateDict = dict[str, Tensor]
 
@@ -12,49 +12,53 @@ StateDict = dict[str, Tensor]
 def forward(
     a: Architecture, state: StateDict, x: Tensor, n_layers: int | None = None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Output of every layer, [B, n_vars, T, d_model], and of the head, for windows [B, seq_len, n_vars]; with n_layers,
-    of so many layers and no head."""
+    """Return the output of every layer, [B, n_vars, T, d_model], and the output of the head.
+
+    x: windows [B, seq_len, n_vars] in SD. n_layers: run only the first layers, and no head.
+    """
     centre, scale = _statistics(a, x)
     if a.revin:
         x = (x - centre) / scale
         if a.revin_affine:
             x = x * state["revin.affine_weight"] + state["revin.affine_bias"]
     z = _embed(a, state, x)
-    scores, hidden = torch.zeros((), device=x.device), []
+    scores = torch.zeros((), device=x.device)
+    hidden = []
     for i in range(a.n_layers if n_layers is None else n_layers):
         z, scores = _layer(a, state, f"backbone.encoder.layers.{i}", z, scores)
         hidden.append(z.unflatten(0, (-1, a.n_vars)))
     if n_layers is not None:
         return hidden, None
     output = _head(a, state, hidden[-1])
-    if a.denormalize and a.revin_affine:
-        output = (output - state["revin.affine_bias"]) / (
-            state["revin.affine_weight"] + a.revin_eps**2
-        )
-    return hidden, output * scale + centre if a.denormalize else output
+    if a.denormalize:
+        if a.revin_affine:
+            weight = state["revin.affine_weight"] + a.revin_eps**2
+            output = (output - state["revin.affine_bias"]) / weight
+        output = output * scale + centre
+    return hidden, output
 
 
 def _statistics(a: Architecture, x: Tensor) -> tuple[Tensor, Tensor]:
     if a.scaler == "mean_abs":
         return torch.zeros(()), x.abs().mean(1, keepdim=True).clamp(min=a.revin_eps)
     scale = (x.var(1, keepdim=True, unbiased=False) + a.revin_eps).sqrt()
-    return (x[:, -1:] if a.scaler == "last_sd" else x.mean(1, keepdim=True)), scale
+    centre = x[:, -1:] if a.scaler == "last_sd" else x.mean(1, keepdim=True)
+    return centre, scale
 
 
 def _embed(a: Architecture, state: StateDict, x: Tensor) -> Tensor:
     if a.end_padding:
         x = torch.cat([x, x[:, -1:].expand(-1, a.end_padding, -1)], 1)
     if a.leftover == "start":
+        # gPatchTST drops the samples that fill no patch at the start of the window.
         x = x[:, (x.shape[1] - a.patch_len) % a.stride :]
     x = x.unfold(1, a.patch_len, a.stride)
-    names = (
-        ["backbone.W_P"] * a.n_vars
-        if a.shared_embedding
-        else [f"backbone.W_P.{i}" for i in range(a.n_vars)]
-    )
-    z = torch.stack([_linear(state, name, x[:, :, i]) for i, name in enumerate(names)], 1).flatten(
-        0, 1
-    )
+    names = [f"backbone.W_P.{i}" for i in range(a.n_vars)]
+    if a.shared_embedding:
+        names = ["backbone.W_P"] * a.n_vars
+    channels = [_linear(state, name, x[:, :, i]) for i, name in enumerate(names)]
+    # Every channel becomes a sequence: [B * n_vars, T, d_model].
+    z = torch.stack(channels, 1).flatten(0, 1)
     if a.use_cls_token:
         z = torch.cat([state["backbone.cls_token"].expand(len(z), -1, -1), z], 1)
     return z + state["backbone.W_pos"]
@@ -63,6 +67,7 @@ def _embed(a: Architecture, state: StateDict, x: Tensor) -> Tensor:
 def _layer(
     a: Architecture, state: StateDict, name: str, z: Tensor, earlier: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Return the stream after a layer and its scores; `earlier` are those of the layer before."""
     if not a.pre_norm:
         branch, scores = _attention(a, state, name, z, earlier)
         z = _norm(a, state, f"{name}.norm_attn", z + branch)
@@ -78,16 +83,16 @@ def _attention(
     a: Architecture, state: StateDict, name: str, z: Tensor, earlier: Tensor
 ) -> tuple[Tensor, Tensor]:
     name = f"{name}.self_attn"
-    q, k, v = (
-        _linear(state, f"{name}.{n}", z).unflatten(2, (a.n_heads, -1)).transpose(1, 2)
-        for n in ("W_Q", "W_K", "W_V")
-    )
-    scores = q @ k.transpose(2, 3) * state[f"{name}.sdp_attn.scale"]
+
+    def heads(part: str) -> Tensor:
+        return _linear(state, f"{name}.{part}", z).unflatten(2, (a.n_heads, -1)).transpose(1, 2)
+
+    # Written as RealFormer defines it: score matrices are added, not queries concatenated.
+    scores = heads("W_Q") @ heads("W_K").transpose(2, 3) * state[f"{name}.sdp_attn.scale"]
     if a.res_attention:
         scores = scores + earlier
-    return _linear(
-        state, f"{name}.to_out.0", (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    ), scores
+    mixed = scores.softmax(-1) @ heads("W_V")
+    return _linear(state, f"{name}.to_out.0", mixed.transpose(1, 2).flatten(2)), scores
 
 
 def _feed_forward(a: Architecture, state: StateDict, name: str, z: Tensor) -> Tensor:
@@ -101,13 +106,17 @@ def _linear(state: StateDict, name: str, x: Tensor) -> Tensor:
 
 def _norm(a: Architecture, state: StateDict, name: str, x: Tensor) -> Tensor:
     if a.norm == "LayerNorm":
-        return F.layer_norm(
-            x, (a.d_model,), state[f"{name}.weight"], state[f"{name}.bias"], a.norm_eps
-        )
-    mean, var, weight, bias = (
-        state[f"{name}.1.{k}"] for k in ("running_mean", "running_var", "weight", "bias")
+        weight = state[f"{name}.weight"]
+        return F.layer_norm(x, (a.d_model,), weight, state[f"{name}.bias"], a.norm_eps)
+    normed = F.batch_norm(
+        x.transpose(1, 2),
+        state[f"{name}.1.running_mean"],
+        state[f"{name}.1.running_var"],
+        state[f"{name}.1.weight"],
+        state[f"{name}.1.bias"],
+        eps=a.norm_eps,
     )
-    return F.batch_norm(x.transpose(1, 2), mean, var, weight, bias, eps=a.norm_eps).transpose(1, 2)
+    return normed.transpose(1, 2)
 
 
 def _head(a: Architecture, state: StateDict, z: Tensor) -> Tensor:
@@ -115,19 +124,26 @@ def _head(a: Architecture, state: StateDict, z: Tensor) -> Tensor:
         return z
     if a.head_type == "pretrain":
         return _linear(state, "head.linear", z[:, :, int(a.use_cls_token) :]).transpose(1, 2)
-    if a.pooling == "mean":
-        pooled = z.mean(2)
-    elif a.pooling == "max":
-        pooled = z.amax(2)
-    elif a.use_cls_token:
-        pooled = z[:, :, 0]
-    elif a.head_type == "prediction":
-        pooled = z.transpose(2, 3).flatten(2)
-    else:
-        pooled = z[:, :, -1]
+    pooled = _pool(a, z)
     if a.head_type != "prediction":
         return _linear(state, "head.linear", pooled.flatten(1))
     if a.use_cls_token and a.pooling == "gpatchtst":
         return pooled.transpose(1, 2)
-    names = [f"head.linears.{i}" if a.individual_head else "head.linear" for i in range(a.n_vars)]
-    return torch.stack([_linear(state, name, pooled[:, i]) for i, name in enumerate(names)], 2)
+    outputs = []
+    for i in range(a.n_vars):
+        name = f"head.linears.{i}" if a.individual_head else "head.linear"
+        outputs.append(_linear(state, name, pooled[:, i]))
+    return torch.stack(outputs, 2)
+
+
+def _pool(a: Architecture, z: Tensor) -> Tensor:
+    if a.pooling == "mean":
+        return z.mean(2)
+    if a.pooling == "max":
+        return z.amax(2)
+    if a.use_cls_token:
+        return z[:, :, 0]
+    # gPatchTST without a CLS token: all tokens, or the last one.
+    if a.head_type == "prediction":
+        return z.transpose(2, 3).flatten(2)
+    return z[:, :, -1]

@@ -1,25 +1,29 @@
-"""Holding a converted encoder against plain torch on the PyTorch weights: `python -m convert encoder … --verify`."""
+"""Comparison of a converted encoder with plain torch: `python -m convert encoder … --verify`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 
 from convert.checkpoint import Tensors
 from minsae_jax.encoder.converted import Encoder
-from minsae_jax.errors import UserError
+from minsae_jax.encoder.patchtst.architecture import Architecture
+from minsae_jax.errors import UserError, brief
 from minsae_jax.monitor import table
 
-MOST_NUMBERS = (
-    1 << 26
-)  # that a layer may have for all windows: plain torch keeps several such tensors
-TOLERANCE = 1e-4  # largest difference allowed, in the unit of the activations
-WINDOWS = 4
+# Numbers of one layer for all windows: plain torch keeps several such tensors in memory.
+MAX_NUMBERS = 1 << 26
+TOLERANCE = 1e-4  # largest allowed difference, in the unit of the activations
+N_WINDOWS = 4
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one layer, over all windows, channels, tokens and dimensions; sd is the layer's own."""
+    """Difference in one part of the model, over all windows, channels, tokens and dimensions.
+
+    largest, mean: of |Flax - torch|. sd: SD of torch's values.
+    """
 
     part: str
     largest: float
@@ -28,78 +32,84 @@ class Difference:
 
     @property
     def passes(self) -> bool:
-        return self.largest <= TOLERANCE  # NaN does not
+        """Return whether the largest difference is tolerable; NaN is not."""
+        return self.largest <= TOLERANCE
 
 
-def verify(encoder: Encoder, tensors: Tensors, windows: np.ndarray) -> list[Difference]:
-    """Flax against plain torch on the source's own tensors, for every layer and the head, both in float32.
+def verify(
+    encoder: Encoder, tensors: Tensors, windows: Float[np.ndarray, "B seq_len n_vars"]
+) -> list[Difference]:
+    """Compare Flax with plain torch on the source's tensors, for every layer and the head.
 
-    windows: [B, seq_len, n_vars] in SD.
+    windows: EEG in SD. Both compute in float32.
     """
     import torch
 
     from convert.plain_torch import forward
 
     a = encoder.architecture
+    state = {key: torch.tensor(array) for key, array in tensors.items()}
     with torch.no_grad():
-        hidden, output = forward(
-            a, {k: torch.tensor(t) for k, t in tensors.items()}, torch.from_numpy(windows)
-        )
-    expected = {f"layer {i}": h for i, h in enumerate(hidden)}
-    got = {f"layer {i}": encoder.activations(windows, i) for i in range(a.n_layers)}
+        hidden, output = forward(a, state, torch.from_numpy(windows))
+    differences = []
+    for layer, expected in enumerate(hidden):
+        actual = np.asarray(encoder.activations(windows, layer))
+        differences.append(_difference(f"layer {layer}", actual, expected.numpy()))
     if a.head_type != "none" and output is not None:
-        expected["head"], got["head"] = output, encoder(windows)
-    return [_difference(part, np.asarray(got[part]), expected[part].numpy()) for part in expected]
+        differences.append(_difference("head", np.asarray(encoder(windows)), output.numpy()))
+    return differences
 
 
-def _difference(part: str, got: np.ndarray, expected: np.ndarray) -> Difference:
-    off = np.abs(got.astype(np.float64) - expected)
-    return Difference(part, float(off.max()), float(off.mean()), float(expected.std()))
+def _difference(part: str, actual: np.ndarray, expected: np.ndarray) -> Difference:
+    absolute = np.abs(actual.astype(np.float64) - expected)
+    return Difference(part, float(absolute.max()), float(absolute.mean()), float(expected.std()))
 
 
-def read_windows(encoder: Encoder, recording: str | None) -> np.ndarray:
-    """Windows evenly spread over a recording, or white noise of SD 1. Raises UserError where the recording does not fit
-    the encoder."""
+def read_windows(encoder: Encoder, recording: str | None) -> Float[np.ndarray, "B seq_len n_vars"]:
+    """Return windows spread evenly over a recording, or white noise with SD 1.
+
+    Raises UserError if the recording does not fit the encoder.
+    """
     a = encoder.architecture
     numbers = a.n_vars * a.n_tokens * max(a.d_model, a.d_ff, a.n_heads * a.n_tokens)
-    if numbers > MOST_NUMBERS:
+    if numbers > MAX_NUMBERS:
         raise UserError(
-            f"the encoder is too large to be verified: {numbers:,} numbers a layer and window"
+            f"the encoder is too large to be verified: {numbers:,} numbers per layer and window"
         )
-    n_windows = min(WINDOWS, MOST_NUMBERS // numbers)
+    n_windows = min(N_WINDOWS, MAX_NUMBERS // numbers)
     if recording is None:
-        return (
-            np.random.default_rng(0)
-            .normal(size=(n_windows, a.seq_len, a.n_vars))
-            .astype(np.float32)
-        )
-    try:
-        samples = np.load(Path(recording), allow_pickle=False, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(
-            f"{recording} is no recording that can be read ({' '.join(str(e).split())[:150]})"
-        ) from e
-    if not isinstance(samples, np.ndarray):
-        raise UserError(f"{recording} is an archive of arrays, not one recording")
-    samples = samples[:, None] if samples.ndim == 1 else samples
-    if (
-        samples.ndim != 2
-        or samples.dtype.kind != "f"
-        or samples.shape[1] != a.n_vars
-        or len(samples) < a.seq_len
-    ):
-        raise UserError(
-            f"{recording} is {samples.dtype}{list(samples.shape)}, but must be floating-point [time, {a.n_vars} "
-            f"channels] of at least {a.seq_len} samples"
-        )
+        noise = np.random.default_rng(0).normal(size=(n_windows, a.seq_len, a.n_vars))
+        return noise.astype(np.float32)
+    samples = _load_samples(recording, a)
+    # Fewer windows where the recording is short: unique starts.
     starts = np.unique(np.linspace(0, len(samples) - a.seq_len, n_windows).astype(int))
-    windows = np.stack([samples[i : i + a.seq_len] for i in starts]).astype(np.float32)
+    windows = np.stack([samples[start : start + a.seq_len] for start in starts])
+    windows = windows.astype(np.float32)
     if not np.isfinite(windows).all():
-        raise UserError(f"{recording} holds NaN or infinity")
+        raise UserError(f"{recording} contains NaN or infinity")
     return windows
 
 
+def _load_samples(recording: str, a: Architecture) -> np.ndarray:
+    """Return a recording [time, n_vars], mapped from disk."""
+    try:
+        samples = np.load(Path(recording), allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"{recording} cannot be read as a recording ({brief(e, 150)})") from e
+    if not isinstance(samples, np.ndarray):
+        raise UserError(f"{recording} is an archive of arrays, not one recording")
+    if samples.ndim == 1:
+        samples = samples[:, None]
+    is_matrix = samples.ndim == 2 and samples.dtype.kind == "f"
+    if not is_matrix or samples.shape[1] != a.n_vars or len(samples) < a.seq_len:
+        raise UserError(
+            f"{recording} must be floating-point [time, {a.n_vars} channels] with at least "
+            f"{a.seq_len} samples, got {samples.dtype}{list(samples.shape)}"
+        )
+    return samples
+
+
 def report(differences: list[Difference]) -> str:
-    """The table for the terminal."""
+    """Return the table for the terminal."""
     rows = [[d.part, f"{d.largest:.1e}", f"{d.mean:.1e}", f"{d.sd:.3g}"] for d in differences]
-    return table(["", "max difference", "mean difference", "its SD"], rows)
+    return table(["", "max difference", "mean difference", "SD"], rows)

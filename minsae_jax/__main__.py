@@ -41,7 +41,8 @@ SECTIONS: dict[str, type] = {
 def load_settings(cls: type[Settings], path: str | Path) -> Settings:
     """The settings of one verb from the section of that name. All sections are checked, so that no slip hides."""
     name = next(name for name, section_cls in SECTIONS.items() if section_cls is cls)
-    return load_sections(path, SECTIONS).get(name, cls())
+    sections = load_sections(path, SECTIONS)
+    return sections[name] if name in sections else cls()
 
 
 def main(args: list[str]) -> None:
@@ -80,7 +81,7 @@ def _settings(cls: type[Settings], verb: str, flags: list[str]) -> Settings:
             rest.append(argument)
     if len(files) > 1 or "" in files:
         raise UserError("--config takes one YAML file")
-    default = load_settings(cls, files[0]) if files else cls()
+    default = load_settings(cls, files[0]) if files else None
     also = f"--config FILE reads the section {verb} of a YAML file, which flags override; --debug shows tracebacks."
     return cli.parse(cls, rest, f"minsae {verb}", default, also)
 
@@ -95,15 +96,14 @@ def _describe_demo(demo: Demo) -> str:
 
 
 def _extract(settings: ExtractConfig) -> None:
-    for name in ("root_path", "checkpoint_path"):
-        if getattr(settings, name) is None:
-            raise UserError(
-                f"extract needs --{name}, as a flag or in the section extract of the --config file"
-            )
     start_jax(distributed=settings.distributed)
-    encoder = open_encoder(str(settings.checkpoint_path), settings.config_path)
-    for told in extract(encoder, settings):
-        print(told, flush=True)
+    encoder = open_encoder(settings.checkpoint_path, settings.config_path)
+    for store in extract(encoder, settings):
+        status = "finished already" if store.was_complete else "written"
+        print(
+            f"{store.folder}: {status}, {store.n_windows:,} windows of split {store.split}, "
+            f"{store.total_tokens:,} tokens of d_model {store.d_model}"
+        )
 
 
 def _train(settings: TrainConfig) -> Run:
@@ -111,11 +111,18 @@ def _train(settings: TrainConfig) -> Run:
     if not settings.checkpoint_path:
         return train(settings)
     encoder = open_encoder(settings.checkpoint_path, settings.config_path)
-    return train(
-        settings,
-        encoder.fingerprint,
-        partial(open_live, encoder, settings) if settings.live else None,
+    live = partial(
+        open_live,
+        encoder,
+        root_path=str(settings.root_path),
+        split=settings.split,
+        split_seed=settings.split_seed,
+        layer=settings.cache_layer,
+        batch_size=settings.live_batch_size,
+        force_revin=settings.force_revin,
+        on_bad_recording=settings.on_bad_recording,
     )
+    return train(settings, encoder.fingerprint, live if settings.live else None)
 
 
 def _evaluate(settings: EvaluateConfig) -> None:

@@ -114,12 +114,13 @@ class Trained:
 def trained(demo_folder, tmp_path_factory) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     encoder, _ = convert_encoder(FIXTURES / "tuhab_patch_100/checkpoint.pth")
-    save_encoder(folder / "encoder", encoder, {})
+    save_encoder(folder / "encoder", encoder)
     store, run = folder / "store", folder / "run"
     settings = ExtractConfig(
-        root_path=str(demo_folder), batch_size=4, out=str(store), split=("train", "val", "test")
-    )
-    list(extract(encoder, settings))
+        root_path=str(demo_folder), checkpoint_path="encoder", batch_size=4, out=str(store),
+        split=("train", "val", "test"),
+    )  # fmt: skip
+    extract(encoder, settings)
     train(
         TrainConfig(store=str(store), checkpoint_path=str(folder / "encoder"), run_dir=str(run), lambda_sparsity=(0.1, 1.0),
               feature_dim_factor=(0.5,), lr=(3e-3,), num_steps=150, batch_size=256, eval_every=0),

@@ -2,17 +2,35 @@
 
 import torch
 
-from minsae_jax.encoder.patchtst.model import Architecture
+from minsae_jax.encoder.patchtst.architecture import Architecture
 
 BASE = Architecture(
-    n_vars=3, seq_len=50, patch_len=8, stride=6, n_layers=3, d_model=16, n_heads=4, d_ff=24, activation="relu",
-    norm="BatchNorm", pre_norm=False, res_attention=True, shared_embedding=True, use_cls_token=True, pos_dim=16,
-    head_type="pretrain", target_dim=8, individual_head=False, revin=False, revin_affine=False, revin_eps=1e-5,
-)  # fmt: skip
+    n_vars=3,
+    seq_len=50,
+    patch_len=8,
+    stride=6,
+    n_layers=3,
+    d_model=16,
+    n_heads=4,
+    d_ff=24,
+    activation="relu",
+    norm="BatchNorm",
+    pre_norm=False,
+    res_attention=True,
+    shared_embedding=True,
+    use_cls_token=True,
+    pos_dim=16,
+    head_type="pretrain",
+    target_dim=8,
+    individual_head=False,
+    revin=False,
+    revin_affine=False,
+    revin_eps=1e-5,
+)
 
 
 def random_state_dict(a: Architecture, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor of a gPatchTST checkpoint of this architecture, none of them trivial."""
+    """Return every tensor of a gPatchTST checkpoint, none of them trivial."""
     g = torch.Generator().manual_seed(seed)
     state = {"backbone.W_pos": 0.3 * torch.randn(a.n_tokens, a.pos_dim, generator=g)}
 

@@ -11,6 +11,8 @@ from minsae_jax.errors import UserError
 from minsae_jax.sae.config import PlotConfig, TrainConfig
 from minsae_jax.settings import from_dict, to_dict
 
+REQUIRED = {ExtractConfig: {"root_path": "eeg", "checkpoint_path": "encoder"}}
+
 
 @pytest.fixture
 def load(tmp_path):
@@ -22,7 +24,7 @@ def load(tmp_path):
 
 
 def test_a_section_a_verb(load):
-    text = "extract: {cache_layer: 1, split: [train, val]}\ntrain: {lr: 1e-5, lambda_sparsity: [1, 2.5]}"
+    text = "extract: {root_path: a, checkpoint_path: b, split: [train, val]}\ntrain: {lr: 1e-5, lambda_sparsity: [1, 2.5]}"
     settings = load(text)
     assert settings.lr == (1e-5,)  # PyYAML alone reads text
     assert settings.lambda_sparsity == (1.0, 2.5)
@@ -71,7 +73,7 @@ def test_slips_are_named(load, text, told):
 
 
 def test_anchors_and_merges(load):
-    assert load("extract: &x {batch_size: 5}\ntrain: {<<: *x, lr: 1}").batch_size == 5
+    assert load("demo: &x {seed: 3}\ntrain: {<<: *x, lr: 1}").seed == (3,)
 
 
 def test_no_file(tmp_path):
@@ -98,7 +100,7 @@ def test_no_file(tmp_path):
 )  # fmt: skip
 def test_out_of_range(cls, values):
     with pytest.raises(UserError) as e:
-        from_dict(cls, values)
+        from_dict(cls, REQUIRED.get(cls, {}) | values)
     name = next(name for name in values if name != "recipe")
     assert f"--{name}" in str(e.value)
 
@@ -129,7 +131,7 @@ def test_recipes_fill_in_their_numbers():
     [
         TrainConfig().resolved(),
         TrainConfig(recipe="minsae").resolved(),
-        ExtractConfig(),
+        ExtractConfig(root_path="eeg", checkpoint_path="encoder"),
         DemoConfig(),
         PlotConfig(),
     ],

@@ -16,7 +16,7 @@ from minsae_jax.eeg.recordings import (
     patient_of,
     recordings_folder,
 )
-from minsae_jax.encoder.patchtst.model import Architecture
+from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.errors import UserError
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from minsae_jax.activations.store import Store, sibling_store
 from minsae_jax.encoder.converted import Encoder
-from minsae_jax.encoder.patchtst.model import layer_index
+from minsae_jax.encoder.patchtst.architecture import layer_index
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation import events as planted
 from minsae_jax.evaluation.config import EvaluateConfig

@@ -112,10 +112,14 @@ def put_batch(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
 
 
 def fetch_batch(x: jax.Array, n_rows: int) -> list[np.ndarray]:
-    """Fetch the first n_rows rows to the host, one array for each device; no copy on CPU."""
+    """Fetch the first n_rows rows to the host, one array for each device, in order.
+
+    On CPU nothing is copied. An accelerator copies into page-locked memory: on an H200 at 44 GB/s,
+    against 1.4 GB/s into ordinary memory.
+    """
+    if not on_cpu():
+        x = jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
     shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    for shard in shards:
-        shard.data.copy_to_host_async()
     arrays = []
     n_missing = n_rows
     for shard in shards:
@@ -145,8 +149,3 @@ def shard_over_members_and_batch(mesh: Mesh, function: Callable) -> Callable:
         out_specs=(P(SWEEP), P()),
         check_vma=False,
     )
-
-
-def has_fused_attention(dims: int) -> bool:
-    """Whether cuDNN's attention, for half precision alone, takes queries and keys of this width."""
-    return jax.default_backend() == "gpu" and dims % 8 == 0 and dims <= 128

@@ -143,7 +143,7 @@ class RunLogger:
         self, progress: Progress, store: Source, member: MemberSpec, status: str
     ) -> dict[str, Any]:
         """Return the content of a member's config.json."""
-        config = {
+        config: dict[str, Any] = {
             "format_version": 1,
             "kind": member.kind.name,
             "recipe": self.plan.config.recipe,

@@ -1,4 +1,4 @@
-"""The command: what it reads, and what it leaves alone."""
+"""The command `python -m convert encoder`: forms it reads, files it does not touch."""
 
 import json
 import resource
@@ -20,7 +20,7 @@ SAE = FIXTURES / "sae_parity/sparse_autoencoder_final.pt"
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_command(name, tmp_path, capsys):
+def test_command_writes_an_encoder(name, tmp_path, capsys):
     out = tmp_path / "encoder"
     source = FIXTURES / name
     main(
@@ -33,10 +33,10 @@ def test_command(name, tmp_path, capsys):
             str(out),
         ]
     )
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     encoder = load_encoder(out)
-    assert encoder.fingerprint[:12] in told
-    assert "from the state dict: " in told
+    assert encoder.fingerprint[:12] in printed
+    assert "from the state dict: " in printed
     config = json.loads((out / "config.json").read_text())
     assert config["sources"]["d_model"] == "state dict"
     assert config["sources"]["stride"] == "YAML"
@@ -75,7 +75,7 @@ def test_numpy_scalars_beside_the_weights(through_files, checkpoint, settings):
     )
 
 
-def test_keys_that_do_not_fit_are_told_together(through_files, checkpoint, settings):
+def test_all_wrong_keys_are_in_one_error(through_files, checkpoint, settings):
     state = checkpoint["model_state_dict"]
     del state["backbone.encoder.layers.1.ff.0.bias"]
     state["backbone.extra.weight"] = torch.zeros(3)
@@ -83,24 +83,26 @@ def test_keys_that_do_not_fit_are_told_together(through_files, checkpoint, setti
     state["backbone.encoder.layers.2.ff.0.bias"][0] = float("nan")
     with pytest.raises(UserError) as e:
         through_files(checkpoint, settings)
-    for told in (
-        "nothing fills layers/1/ff_in/bias", "unknown key backbone.extra.weight", "layers.2.ff.3.bias is float32[5]",
-        "layers.2.ff.0.bias holds NaN",
-    ):  # fmt: skip
-        assert told in str(e.value)
+    for message in (
+        "nothing fills layers/1/ff_in/bias",
+        "unknown key backbone.extra.weight",
+        "layers.2.ff.3.bias is float32[5]",
+        "layers.2.ff.0.bias contains NaN",
+    ):
+        assert message in str(e.value)
 
 
-def test_files_that_are_none(tmp_path):
+def test_damaged_files_are_refused(tmp_path):
     text, cut, other = tmp_path / "text.pth", tmp_path / "cut.pth", tmp_path / "other.pth"
     text.write_text("hello")
     cut.write_bytes((SOURCE / "checkpoint.pth").read_bytes()[:50_000])
     torch.save([1, 2], other)
-    for path, told in (
-        (text, "no PyTorch checkpoint"),
-        (cut, "no PyTorch checkpoint"),
-        (other, "holds a list"),
+    for path, message in (
+        (text, "not a PyTorch checkpoint"),
+        (cut, "not a PyTorch checkpoint"),
+        (other, "contains a list"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             convert_encoder(path)
     with pytest.raises(UserError, match="there is no checkpoint file"):
         convert_encoder(tmp_path / "nowhere.pth")
@@ -109,7 +111,7 @@ def test_files_that_are_none(tmp_path):
         convert_encoder(other)
 
 
-def test_a_failed_conversion_leaves_what_was_there(tmp_path, checkpoint):
+def test_failed_conversion_keeps_the_old_encoder(tmp_path, checkpoint):
     out = tmp_path / "encoder"
     main(["encoder", str(SOURCE / "checkpoint.pth"), "--out", str(out)])
     before = load_encoder(out).fingerprint
@@ -120,9 +122,9 @@ def test_a_failed_conversion_leaves_what_was_there(tmp_path, checkpoint):
     assert load_encoder(out).fingerprint == before
 
 
-def test_folders_of_others_are_never_overwritten(tmp_path):
+def test_foreign_folder_is_never_overwritten(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is no converted encoder, and is not overwritten"):
+    with pytest.raises(UserError, match="is not a converted encoder"):
         main(["encoder", str(SOURCE / "checkpoint.pth"), "--out", str(tmp_path)])
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -132,7 +134,7 @@ def test_float64_is_rounded_with_a_warning(through_files, checkpoint, settings):
     checkpoint["model_state_dict"] = {
         k: v.double() if v.is_floating_point() else v for k, v in state.items()
     }
-    with pytest.warns(UserWarning, match="holds float64, which is rounded"):
+    with pytest.warns(UserWarning, match="contains float64, which is rounded"):
         encoder, _ = through_files(checkpoint, settings)
     assert (
         encoder.fingerprint
@@ -140,11 +142,11 @@ def test_float64_is_rounded_with_a_warning(through_files, checkpoint, settings):
     )
 
 
-def test_wrong_ways(tmp_path):
+def test_wrong_commands_are_refused(tmp_path):
     given = ["encoder", str(SOURCE / "checkpoint.pth")]
     main([*given, "--out", str(tmp_path / "e")])
     (tmp_path / "precious.pth").write_text("epochs of work")
-    for args, told in (
+    for args, message in (
         (given, "say what to write with --out, or --verify"),
         ([*given, "--verify", "a.npy", "b.npy"], "takes one recording, not 2"),
         (
@@ -174,14 +176,14 @@ def test_wrong_ways(tmp_path):
         ),
         ([*given, "--out", str(tmp_path / "f"), "--stride", "20"], "make 10 patches"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             main(args)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e", "precious.pth"]
     assert (tmp_path / "precious.pth").read_text() == "epochs of work"
 
 
-def test_a_killed_conversion_never_looks_complete(tmp_path, monkeypatch):
-    """Whatever write it dies at, there is no encoder, or the old one."""
+def test_killed_conversion_never_looks_complete(tmp_path, monkeypatch):
+    """At any write, there is no encoder, or the old one."""
     given = ["encoder", str(SOURCE / "checkpoint.pth"), "--out", str(tmp_path / "e")]
 
     def die(*_, **__):
@@ -193,7 +195,7 @@ def test_a_killed_conversion_never_looks_complete(tmp_path, monkeypatch):
             main(given)
     assert list(tmp_path.iterdir()) == []
     main(given)
-    (tmp_path / "e.tmp/params").mkdir(parents=True)  # as SIGKILL leaves it
+    (tmp_path / ".e.tmp/params").mkdir(parents=True)  # as SIGKILL leaves it
     main(given)
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
     with monkeypatch.context() as patch:
@@ -222,13 +224,15 @@ def test_only_encoders_are_replaced(tmp_path):
     (tmp_path / "e.tmp").mkdir()
     (tmp_path / "e.tmp/thesis.tex").write_text("years of work")
     before = sorted(tmp_path.rglob("*"))
-    for name in ("with_more", "alike", "e"):
-        with pytest.raises(UserError, match="is no converted encoder, and is not overwritten"):
+    for name in ("with_more", "alike"):
+        with pytest.raises(UserError, match="is not a converted encoder"):
             main([*given, str(tmp_path / name)])
     assert sorted(tmp_path.rglob("*")) == before
+    main([*given, str(tmp_path / "e")])
+    assert (tmp_path / "e.tmp/thesis.tex").read_text() == "years of work"
 
 
-def test_what_cannot_be_written_is_one_sentence(tmp_path, capfd):
+def test_full_disk_is_one_error(tmp_path, capfd):
     """As on a full disk: no file may be longer than 1 KiB."""
     main(["encoder", str(SOURCE / "checkpoint.pth"), "--out", str(tmp_path / "e")])
     out = tmp_path / "full"

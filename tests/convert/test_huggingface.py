@@ -1,4 +1,4 @@
-"""Parity with transformers: small random models of every kind that is read, and reasons for those that are not."""
+"""Parity with transformers on small random models, and errors for unsupported ones."""
 
 import json
 import warnings
@@ -19,15 +19,24 @@ with warnings.catch_warnings():
     from transformers import PatchTSTConfig
 
 BASE = {
-    "num_input_channels": 3, "context_length": 50, "patch_length": 8, "patch_stride": 6, "num_hidden_layers": 2,
-    "d_model": 16, "num_attention_heads": 4, "ffn_dim": 24, "prediction_length": 5, "num_targets": 2,
-}  # fmt: skip
+    "num_input_channels": 3,
+    "context_length": 50,
+    "patch_length": 8,
+    "patch_stride": 6,
+    "num_hidden_layers": 2,
+    "d_model": 16,
+    "num_attention_heads": 4,
+    "ffn_dim": 24,
+    "prediction_length": 5,
+    "num_targets": 2,
+}
 VARIANTS = {
     "default": ("PatchTSTModel", {}),
     "layernorm": ("PatchTSTModel", {"norm_type": "layernorm", "norm_eps": 1e-3}),
     "post_norm": ("PatchTSTModel", {"pre_norm": False, "norm_eps": 1e-2}),
     "post_layernorm_relu": (
-        "PatchTSTModel", {"pre_norm": False, "norm_type": "layernorm", "activation_function": "relu"},
+        "PatchTSTModel",
+        {"pre_norm": False, "norm_type": "layernorm", "activation_function": "relu"},
     ),
     "cls": ("PatchTSTModel", {"use_cls_token": True, "positional_encoding_type": "random"}),
     "no_bias": ("PatchTSTModel", {"bias": False}),
@@ -37,14 +46,17 @@ VARIANTS = {
     "no_scaler": ("PatchTSTModel", {"scaling": None}),
     "small_scale": ("PatchTSTModel", {"minimum_scale": 0.5}),
     "pretraining": ("PatchTSTForPretraining", {"random_mask_ratio": 0.0}),
-    "pretraining_cls": ("PatchTSTForPretraining", {"random_mask_ratio": 0.0, "use_cls_token": True}),
+    "pretraining_cls": (
+        "PatchTSTForPretraining",
+        {"random_mask_ratio": 0.0, "use_cls_token": True},
+    ),
     "prediction_mean": ("PatchTSTForPrediction", {}),
     "prediction_max": ("PatchTSTForPrediction", {"pooling_type": "max", "scaling": "mean"}),
     "prediction_all": ("PatchTSTForPrediction", {"pooling_type": None}),
     "prediction_cls": ("PatchTSTForPrediction", {"use_cls_token": True, "scaling": None}),
     "classification": ("PatchTSTForClassification", {"pooling_type": "max"}),
     "classification_cls": ("PatchTSTForClassification", {"use_cls_token": True}),
-}  # fmt: skip
+}
 OUTPUTS = {
     "PatchTSTModel": "last_hidden_state",
     "PatchTSTForPretraining": "prediction_output",
@@ -100,7 +112,7 @@ def test_every_layer_and_the_head(name, tmp_path, x):
     kind, changes = VARIANTS[name]
     model = build(kind, changes)
     model.save_pretrained(tmp_path)
-    encoder, notes = convert_encoder(tmp_path)
+    encoder, source = convert_encoder(tmp_path)
     hidden, output = forward(model, x)
     assert len(hidden) == encoder.architecture.n_layers
     for layer, expected in enumerate(hidden):
@@ -111,14 +123,14 @@ def test_every_layer_and_the_head(name, tmp_path, x):
         got = got.swapaxes(1, 2)  # gPatchTST's order
     assert got.shape == output.shape
     np.testing.assert_allclose(got, output, atol=1e-4, rtol=0)
-    assert notes["source_program"] == "transformers"
+    assert source.source_program == "transformers"
 
 
 def test_bin_and_half_precision(tmp_path, x):
     model = build("PatchTSTForPretraining", {}).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "safe")
-    encoder, notes = convert_encoder(tmp_path / "safe")
-    assert notes["source_dtypes"]["backbone.W_pos"] == "bfloat16"
+    encoder, source = convert_encoder(tmp_path / "safe")
+    assert source.source_dtypes["backbone.W_pos"] == "bfloat16"
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/config.json").write_text((tmp_path / "safe/config.json").read_text())
     torch.save(model.state_dict(), tmp_path / "bin/pytorch_model.bin")
@@ -134,23 +146,23 @@ def test_bin_and_half_precision(tmp_path, x):
 def test_command_and_use_in_place(tmp_path, capsys):
     build("PatchTSTForPretraining", {}).save_pretrained(tmp_path / "hf")
     main(["encoder", str(tmp_path / "hf"), "--verify", "--out", str(tmp_path / "encoder")])
-    told = capsys.readouterr().out
-    assert "PatchTST of transformers from model.safetensors" in told
-    assert "from the config.json: " in told
-    assert "layer 1" in told
+    printed = capsys.readouterr().out
+    assert "PatchTST of transformers from model.safetensors" in printed
+    assert "from the config.json: " in printed
+    assert "layer 1" in printed
     loaded = load_encoder(tmp_path / "encoder")
     assert open_encoder(str(tmp_path / "hf")).fingerprint == loaded.fingerprint
     assert open_encoder(str(tmp_path / "encoder")).fingerprint == loaded.fingerprint
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "told"),
+    ("kind", "changes", "message"),
     [
         ("PatchTSTModel", {"channel_attention": True}, "channel_attention is on"),
         (
             "PatchTSTModel",
             {"activation_function": "silu"},
-            "activation must be relu or gelu, but the config.json says",
+            "activation must be relu or gelu, but the config.json contains",
         ),
         ("PatchTSTForPrediction", {"loss": "nll"}, "predicts a distribution .*--without_head"),
         (
@@ -161,14 +173,14 @@ def test_command_and_use_in_place(tmp_path, capsys):
         ("PatchTSTForRegression", {}, "is a 'PatchTSTForRegression'.*--without_head"),
     ],
 )
-def test_what_is_refused(kind, changes, told, tmp_path):
+def test_unsupported_models_are_refused(kind, changes, message, tmp_path):
     build(kind, changes).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         convert_encoder(tmp_path)
 
 
 def test_transformers_itself_fails_with_individual_heads(x):
-    """The reason given above holds."""
+    """transformers fails, as the error message says."""
     with pytest.raises((IndexError, RuntimeError)):
         forward(build("PatchTSTForPrediction", {"share_projection": False}), x)
 
@@ -183,7 +195,7 @@ def test_without_head(changes, tmp_path, x):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"model_type": "bert"}, "a model of type 'bert'"),
         ({"norm_type": "rmsnorm"}, "norm_type must be"),
@@ -191,27 +203,27 @@ def test_without_head(changes, tmp_path, x):
         ({"scaling": 3}, "scaling must be"),
         ({"scaling_dim": 2}, "along another axis"),
         ({"num_hidden_layers": 3}, "num_layers is 3 in the config.json, but 2 in the state dict"),
-        ({"num_attention_heads": None}, "must be whole numbers above 0.*but are 16, None and 24"),
-        ({"num_attention_heads": 3}, "the second dividing the first, but are 16, 3 and 24"),
+        ({"num_attention_heads": None}, "must be whole numbers above 0.*got 16, None, 24"),
+        ({"num_attention_heads": 3}, "the second dividing the first, got 16, 3, 24"),
         ({"patch_stride": 0}, "stride must be"),
         ({"context_length": 10**9}, "patches, but the state dict has positions for 8"),
-        ({"positional_encoding_type": "rotary"}, "is not known"),
+        ({"positional_encoding_type": "rotary"}, "unknown positional_encoding_type"),
         ({"d_model": [[[]]]}, "must be whole numbers"),
     ],
 )
-def test_config_that_does_not_fit(change, told, tmp_path):
+def test_wrong_config_is_refused(change, message, tmp_path):
     build("PatchTSTModel", {}).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         convert_encoder(tmp_path)
 
 
-def test_damaged_folders(tmp_path):
+def test_damaged_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read as JSON"):
         convert_encoder(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match="holds no JSON mapping"):
+    with pytest.raises(UserError, match="does not contain a JSON mapping"):
         convert_encoder(tmp_path)
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="cannot be read as JSON"):
@@ -220,5 +232,5 @@ def test_damaged_folders(tmp_path):
     with pytest.raises(UserError, match=r"neither model.safetensors nor pytorch_model.bin"):
         convert_encoder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(UserError, match="no safetensors file, or a damaged one"):
+    with pytest.raises(UserError, match="not a safetensors file, or it is damaged"):
         convert_encoder(tmp_path)

@@ -1,4 +1,4 @@
-"""Parity with the official PatchTST: what its two programs gave for small random models (tests/fixtures/official)."""
+"""Parity with both official PatchTST programs on small random models (fixtures/official)."""
 
 import numpy as np
 import pytest
@@ -18,17 +18,18 @@ FLAGS = {
     "self_supervised": {**SELF_SUPERVISED, "activation": "relu", "res_attention": False},
     "self_supervised_finetuned": {**SELF_SUPERVISED, "activation": "relu", "res_attention": False},
     "self_supervised_regression": {
-        **SELF_SUPERVISED, "activation": "gelu", "res_attention": True, "head_type": "regression",
+        **SELF_SUPERVISED,
+        "activation": "gelu",
+        "res_attention": True,
+        "head_type": "regression",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_layer_and_the_head(name):
-    encoder, notes = convert(read_source(OFFICIAL / name / "checkpoint.pth", flags=FLAGS[name]))
-    assert notes["source_program"] == (
-        "supervised" if name.startswith("supervised") else "gpatchtst"
-    )
+    encoder, source = convert(read_source(OFFICIAL / name / "checkpoint.pth", flags=FLAGS[name]))
+    assert source.source_program == ("supervised" if name.startswith("supervised") else "gpatchtst")
     expected = np.load(OFFICIAL / name / "expected.npz")
     x = expected["past_values"]
     for layer in range(encoder.architecture.n_layers):
@@ -41,8 +42,7 @@ def test_every_layer_and_the_head(name):
     np.testing.assert_allclose(got, output, atol=1e-4, rtol=0)
 
 
-def test_settings_tell_apart():
-    """Every flag that has to be said changes something."""
+def test_every_required_flag_changes_the_output():
     path = OFFICIAL / "supervised_individual/checkpoint.pth"
     x = np.load(OFFICIAL / "supervised_individual/expected.npz")["past_values"]
     flags = FLAGS["supervised_individual"]
@@ -57,8 +57,7 @@ def test_settings_tell_apart():
         assert np.abs(np.asarray(other(x)) - np.asarray(base(x))).max() > 1e-2
 
 
-def test_the_programs_have_their_own_rules():
-    """The same weights leave out other samples, and are taken back by RevIN or not."""
+def test_programs_differ_in_patches_and_denormalisation():
     path = OFFICIAL / "supervised_individual/checkpoint.pth"
     flags = {
         **FLAGS["supervised_individual"],
@@ -66,10 +65,14 @@ def test_the_programs_have_their_own_rules():
         "res_attention": True,
         "revin_eps": 1e-5,
     }
-    own = read_source(path, flags=flags).architecture
-    other = read_source(path, flags=flags, program="gpatchtst").architecture
-    assert (own.first_sample, own.denormalize, own.scaler) == (0, True, "last_sd")
-    assert (other.first_sample, other.denormalize, other.leftover) == (
+    supervised = read_source(path, flags=flags).architecture
+    gpatchtst = read_source(path, flags=flags, program="gpatchtst").architecture
+    assert (supervised.first_sample, supervised.denormalize, supervised.scaler) == (
+        0,
+        True,
+        "last_sd",
+    )
+    assert (gpatchtst.first_sample, gpatchtst.denormalize, gpatchtst.leftover) == (
         0 + (53 - 8) % 5,
         False,
         "start",
@@ -88,12 +91,14 @@ def test_flags_precede_the_yaml(tmp_path):
     assert source.sources["seq_len"] == "YAML"
 
 
-def test_wrong_sizes():
+def test_wrong_sizes_are_refused():
     with pytest.raises(UserError, match="make 8 patches, but the state dict has positions for 11"):
         read_source(OFFICIAL / "supervised/checkpoint.pth", flags=SIZES | {"seq_len": 43})
     with pytest.raises(UserError, match="n_vars is 5 in the flags, but 4 in the state dict"):
         read_source(OFFICIAL / "supervised/checkpoint.pth", flags=SIZES | {"n_vars": 5})
-    with pytest.raises(UserError, match="gives seq_len, stride, revin: say --seq_len and so on"):
+    with pytest.raises(
+        UserError, match="contains seq_len, stride, revin; pass --seq_len and so on"
+    ):
         read_source(OFFICIAL / "supervised_individual/checkpoint.pth")
 
 
@@ -119,20 +124,20 @@ def test_without_head():
     np.testing.assert_array_equal(encoder(x), whole.activations(x))
 
 
-def test_contradictions_with_the_program():
+def test_contradictions_with_the_program_are_refused():
     path = OFFICIAL / "supervised/checkpoint.pth"
-    for change, told in (
+    for change, message in (
         (
             {"revin": False},
             "revin is False in the flags, but True in a model of the official supervised program",
         ),
         ({"head_type": "regression"}, "head_type is regression|fit prediction"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             read_source(path, flags=FLAGS["supervised"] | change)
 
 
-def test_a_wrapped_supervised_model_is_hinted_at(tmp_path):
+def test_error_suggests_the_supervised_program(tmp_path):
     state = torch.load(OFFICIAL / "supervised_plain/checkpoint.pth", weights_only=True)
     torch.save({"state_dict": state}, tmp_path / "x.pth")
     flags = {
@@ -141,7 +146,7 @@ def test_a_wrapped_supervised_model_is_hinted_at(tmp_path):
         "res_attention": True,
         "revin_eps": 1e-5,
     }
-    with pytest.raises(UserError, match="say --program supervised"):
+    with pytest.raises(UserError, match="use --program supervised"):
         read_source(tmp_path / "x.pth", flags=flags)
     assert (
         read_source(tmp_path / "x.pth", flags=flags, program="supervised").architecture.end_padding

@@ -1,4 +1,4 @@
-"""Encoders back to PyTorch: equal to the bit, or refused."""
+"""Encoders written as PyTorch checkpoints: bit-identical, or refused."""
 
 import json
 from dataclasses import replace
@@ -16,8 +16,7 @@ from tests.random_encoder import BASE, random_state_dict
 SOURCE = FIXTURES / "layernorm_prenorm"
 
 
-def same(before, after):
-    """Two state dicts, to the bit."""
+def assert_bit_identical(before, after):
     assert before.keys() == after.keys()
     for name in before:
         assert before[name].dtype == after[name].dtype
@@ -26,10 +25,18 @@ def same(before, after):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_back_to_the_bit(name, tmp_path):
+def test_written_checkpoint_is_bit_identical(name, tmp_path):
     source = FIXTURES / name
-    main(["encoder", str(source / "checkpoint.pth"), "--config_path", str(source / "config.yaml"), "--out",
-          str(tmp_path / "encoder")])  # fmt: skip
+    main(
+        [
+            "encoder",
+            str(source / "checkpoint.pth"),
+            "--config_path",
+            str(source / "config.yaml"),
+            "--out",
+            str(tmp_path / "encoder"),
+        ]
+    )
     main(
         [
             "encoder",
@@ -43,8 +50,8 @@ def test_back_to_the_bit(name, tmp_path):
     before, after = (
         torch.load(p, weights_only=True) for p in (source / "checkpoint.pth", tmp_path / "back.pth")
     )
-    same(before["model_state_dict"], after["model_state_dict"])
-    same(before.get("revin_state_dict") or {}, after["revin_state_dict"] or {})
+    assert_bit_identical(before["model_state_dict"], after["model_state_dict"])
+    assert_bit_identical(before.get("revin_state_dict") or {}, after["revin_state_dict"] or {})
     again, _ = convert_encoder(tmp_path / "back.pth")  # its own config is enough
     assert again.fingerprint == load_encoder(tmp_path / "encoder").fingerprint
 
@@ -66,7 +73,7 @@ def test_back_to_the_bit(name, tmp_path):
         {"head_type": "classification", "target_dim": 3},
     ],
 )
-def test_a_bare_state_dict_comes_back_bare(change, dtype, tmp_path):
+def test_bare_state_dict_is_written_bare(change, dtype, tmp_path):
     a = replace(BASE, **change)
     before = {
         k: v.to(dtype) if v.is_floating_point() else v for k, v in random_state_dict(a).items()
@@ -84,34 +91,40 @@ def test_a_bare_state_dict_comes_back_bare(change, dtype, tmp_path):
         ]
     )
     main(["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(tmp_path / "back.pth")])
-    same({k: v.view(torch.int16) if v.itemsize == 2 else v for k, v in before.items()},
-         {k: v.view(torch.int16) if v.itemsize == 2 else v
-          for k, v in torch.load(tmp_path / "back.pth", weights_only=True).items()})  # fmt: skip
+    assert_bit_identical(
+        {k: v.view(torch.int16) if v.itemsize == 2 else v for k, v in before.items()},
+        {
+            k: v.view(torch.int16) if v.itemsize == 2 else v
+            for k, v in torch.load(tmp_path / "back.pth", weights_only=True).items()
+        },
+    )
 
 
-def test_what_gpatchtst_cannot_run_is_not_written_for_it(tmp_path):
-    source = read_source(
+def test_encoder_that_gpatchtst_cannot_run_is_refused(tmp_path):
+    supervised = read_source(
         FIXTURES / "official/supervised/checkpoint.pth",
         flags={"n_vars": 4, "seq_len": 53, "stride": 5},
     )
-    encoder, notes = convert(source)
+    encoder, source = convert(supervised)
     with pytest.raises(
-        UserError, match=r"gPatchTST has no such encoder \(end_padding, denormalize\)"
+        UserError, match=r"gPatchTST cannot run this encoder \(end_padding, denormalize\)"
     ):
-        write_pytorch(tmp_path / "x.pth", encoder, notes)
-    encoder, notes = convert(read_source(SOURCE / "checkpoint.pth", without_head=True))
+        write_pytorch(tmp_path / "x.pth", encoder, source)
+    encoder, source = convert(read_source(SOURCE / "checkpoint.pth", without_head=True))
     with pytest.raises(UserError, match="no head"):
-        write_pytorch(tmp_path / "x.pth", encoder, notes)
+        write_pytorch(tmp_path / "x.pth", encoder, source)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_notes_that_were_edited_are_not_trusted(tmp_path):
+def test_edited_config_json_is_not_trusted(tmp_path):
     main(["encoder", str(SOURCE / "checkpoint.pth"), "--out", str(tmp_path / "e")])
     config = json.loads((tmp_path / "e/config.json").read_text())
     for change in (
-        {"source_dtypes": {"nokey": "float16"}}, {"source_dtypes": {"backbone.W_pos": "int8"}},
-        {"batches_tracked": {"backbone.W_pos": 3}}, {"batches_tracked": {"a.1.num_batches_tracked": "x"}},
-    ):  # fmt: skip
+        {"source_dtypes": {"nokey": "float16"}},
+        {"source_dtypes": {"backbone.W_pos": "int8"}},
+        {"batches_tracked": {"backbone.W_pos": 3}},
+        {"batches_tracked": {"a.1.num_batches_tracked": "x"}},
+    ):
         (tmp_path / "e/config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=r"config\.json is damaged"):
             main(

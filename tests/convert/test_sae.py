@@ -1,6 +1,6 @@
-"""Autoencoders of minSAE, SAELens and dictionary_learning in and out: the same numbers, and strict.
+"""Autoencoders of minSAE, SAELens and dictionary_learning: same numbers, strict formats.
 
-Each library's own arithmetic is written out here, from its documentation, in float64.
+The arithmetic of each library is written out here, from its documentation, in float64.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.conftest import FIXTURES
 SOURCE = FIXTURES / "sae_parity/sparse_autoencoder_final.pt"
 
 
-def test_there_and_back(tmp_path):
+def test_minsae_round_trip_is_exact(tmp_path):
     main(["sae", str(SOURCE), "--to", "member", "--out", str(tmp_path / "member")])
     main(["sae", str(tmp_path / "member"), "--to", "minsae", "--out", str(tmp_path / "back.pt")])
     before, after = (torch.load(p, weights_only=True) for p in (SOURCE, tmp_path / "back.pt"))
@@ -30,7 +30,7 @@ def test_there_and_back(tmp_path):
         assert torch.equal(before[name], after[name])
 
 
-def test_same_numbers_as_torch(tmp_path):
+def test_member_computes_like_torch(tmp_path):
     main(["sae", str(SOURCE), "--to", "member", "--out", str(tmp_path / "member")])
     state, sae = torch.load(SOURCE, weights_only=True), load_sae(tmp_path / "member")
     x = torch.randn(3, 5, sae.d_model)
@@ -41,25 +41,25 @@ def test_same_numbers_as_torch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        (lambda s: s.pop("decoder.bias"), "is no autoencoder of minSAE"),
-        (lambda s: s.update(more=torch.zeros(1)), "is no autoencoder of minSAE"),
+        (lambda s: s.pop("decoder.bias"), "is not an autoencoder of minSAE"),
+        (lambda s: s.update(more=torch.zeros(1)), "is not an autoencoder of minSAE"),
         (lambda s: s.update({"encoder.weight": s["encoder.weight"].T}), "does not fit together"),
         (lambda s: s.update({"encoder.bias": s["encoder.bias"].double()}), "must be float32"),
-        (lambda s: s.update({"encoder.bias": [1.0]}), "is no tensor"),
+        (lambda s: s.update({"encoder.bias": [1.0]}), "is not a tensor"),
     ],
 )
-def test_strict(tmp_path, change, told):
+def test_wrong_state_dict_is_refused(tmp_path, change, message):
     state = dict(torch.load(SOURCE, weights_only=True))
     change(state)
     torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         main(["sae", str(tmp_path / "x.pt"), "--to", "member", "--out", str(tmp_path / "member")])
     assert not (tmp_path / "member").exists()
 
 
-def test_wrong_paths(tmp_path):
+def test_wrong_paths_are_refused(tmp_path):
     with pytest.raises(UserError, match="there is no autoencoder"):
         main(["sae", str(tmp_path / "x.pt"), "--to", "member", "--out", str(tmp_path / "m")])
     with pytest.raises(UserError, match=r"there is no sae\.safetensors"):
@@ -71,12 +71,12 @@ def test_wrong_paths(tmp_path):
         ("minsae", "thesis.tex"),
         ("member", "thesis.tex"),
     ):
-        with pytest.raises(UserError, match="exists and is no such autoencoder"):
+        with pytest.raises(UserError, match="exists and is not an autoencoder of kind"):
             main(["sae", str(SOURCE), "--to", to, "--out", str(tmp_path / out)])
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_its_own_kind_is_replaced(tmp_path):
+def test_autoencoder_of_the_same_kind_is_replaced(tmp_path):
     for _ in range(2):
         main(["sae", str(SOURCE), "--to", "member", "--out", str(tmp_path / "member")])
         main(
@@ -88,7 +88,7 @@ def test_nan_is_refused(tmp_path):
     state = dict(torch.load(SOURCE, weights_only=True))
     state["encoder.bias"] = torch.full_like(state["encoder.bias"], torch.nan)
     torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="holds NaN"):
+    with pytest.raises(UserError, match="NaN"):
         main(["sae", str(tmp_path / "x.pt"), "--to", "member", "--out", str(tmp_path / "m")])
 
 
@@ -111,7 +111,7 @@ def dictionary_learning(state):
 
 
 def saelens(cfg, state):
-    """`architecture: standard`; apply_b_dec_to_input is true unless said otherwise."""
+    """`architecture: standard`; apply_b_dec_to_input is true by default."""
     shift = state["b_dec"] if cfg.get("apply_b_dec_to_input", True) else 0
     return lambda x: relu(
         (x - shift) @ state["W_enc"] + state["b_enc"]
@@ -119,7 +119,7 @@ def saelens(cfg, state):
 
 
 def read(kind, path):
-    """(encode, decode) of what was written, as the library would run it."""
+    """Return (encode, decode) of a written file, as the library computes them."""
     if kind == "saelens":
         cfg = json.loads((path / "cfg.json").read_text())
         tensors = load_file(path / "sae_weights.safetensors")
@@ -134,7 +134,7 @@ OTHERS = ("minsae", "saelens", "dictionary_learning")
 
 @pytest.fixture
 def trained():
-    """Parameters for scaled inputs, biases far from 0, so that a wrong scale, sign or transpose is seen."""
+    """Parameters for scaled inputs; large biases reveal a wrong scale, sign or transposition."""
     rng = np.random.default_rng(0)
     return {
         name: rng.normal(size=shape).astype(np.float32)
@@ -158,7 +158,7 @@ def member(tmp_path, trained):
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_libraries_compute_the_same(kind, member, trained, tmp_path):
-    """From training's own parameters, on scale * x, to what each library makes of the file, on x."""
+    """Compare training's parameters on scale * x with each library's arithmetic on x."""
     main(["sae", str(member), "--to", kind, "--out", str(tmp_path / "out")])
     encode, decode = read(kind, tmp_path / "out")
     x = 8 * np.random.default_rng(1).normal(size=(50, D_MODEL))
@@ -167,13 +167,13 @@ def test_other_libraries_compute_the_same(kind, member, trained, tmp_path):
     np.testing.assert_allclose(encode(x), features, atol=1e-5, rtol=1e-5)
     x_hat = (features @ trained["W_dec"] + trained["b_dec"]) / SCALE
     np.testing.assert_allclose(decode(features), x_hat, atol=1e-4, rtol=1e-5)
-    ours = load_sae(member)
-    np.testing.assert_allclose(ours.encode(x), encode(x), atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(ours.decode(features), decode(features), atol=1e-4, rtol=1e-5)
+    sae = load_sae(member)
+    np.testing.assert_allclose(sae.encode(x), encode(x), atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(sae.decode(features), decode(features), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_back_in(kind, member, tmp_path):
+def test_round_trip_keeps_the_parameters(kind, member, tmp_path):
     main(["sae", str(member), "--to", kind, "--out", str(tmp_path / "out")])
     main(["sae", str(tmp_path / "out"), "--to", "member", "--out", str(tmp_path / "back")])
     before, after = load_sae(member), load_sae(tmp_path / "back")
@@ -186,7 +186,7 @@ def test_back_in(kind, member, tmp_path):
 
 @pytest.mark.parametrize("source", OTHERS)
 @pytest.mark.parametrize("target", OTHERS)
-def test_any_to_any(source, target, member, tmp_path):
+def test_every_kind_converts_to_every_kind(source, target, member, tmp_path):
     main(["sae", str(member), "--to", source, "--out", str(tmp_path / "one")])
     main(["sae", str(tmp_path / "one"), "--to", target, "--out", str(tmp_path / "two")])
     encode, decode = read(source, tmp_path / "one")
@@ -196,7 +196,7 @@ def test_any_to_any(source, target, member, tmp_path):
     np.testing.assert_allclose(other_decode(encode(x)), decode(encode(x)), atol=1e-5, rtol=1e-5)
 
 
-def test_documented_names_and_shapes(member, tmp_path):
+def test_names_and_shapes_are_the_documented_ones(member, tmp_path):
     for kind in OTHERS:
         main(["sae", str(member), "--to", kind, "--out", str(tmp_path / kind)])
     cfg = json.loads((tmp_path / "saelens/cfg.json").read_text())
@@ -207,9 +207,11 @@ def test_documented_names_and_shapes(member, tmp_path):
     assert {k: v.shape for k, v in tensors.items()} == shapes(D_MODEL, D_SAE)
     state = torch.load(tmp_path / "dictionary_learning", weights_only=True)
     assert {k: tuple(v.shape) for k, v in state.items()} == {
-        "bias": (D_MODEL,), "encoder.weight": (D_SAE, D_MODEL), "encoder.bias": (D_SAE,),
+        "bias": (D_MODEL,),
+        "encoder.weight": (D_SAE, D_MODEL),
+        "encoder.bias": (D_SAE,),
         "decoder.weight": (D_MODEL, D_SAE),
-    }  # fmt: skip
+    }
     assert all(v.is_contiguous() and v.dtype == torch.float32 for v in state.values())
 
 
@@ -247,9 +249,9 @@ def test_saelens_default_takes_the_bias_away_first(lens, tmp_path, said):
 
 
 @pytest.mark.parametrize(
-    ("cfg", "told"),
+    ("cfg", "message"),
     [
-        ({"architecture": "jumprelu"}, "has architecture 'jumprelu': only 'standard'"),
+        ({"architecture": "jumprelu"}, "has architecture 'jumprelu'; only 'standard'"),
         ({"architecture": ["standard"]}, "has architecture"),
         ({"normalize_activations": "layer_norm"}, "has normalize_activations 'layer_norm'"),
         ({"normalize_activations": "expected_average_only_in"}, "has normalize_activations"),
@@ -261,25 +263,25 @@ def test_saelens_default_takes_the_bias_away_first(lens, tmp_path, said):
         ({"apply_b_dec_to_input": 0}, "has apply_b_dec_to_input 0"),
     ],
 )
-def test_what_saelens_has_and_we_have_not(lens, tmp_path, cfg, told):
-    with pytest.raises(UserError, match=told):
+def test_unsupported_saelens_options_are_refused(lens, tmp_path, cfg, message):
+    with pytest.raises(UserError, match=message):
         main(["sae", str(lens(cfg)), "--to", "member", "--out", str(tmp_path / "back")])
     assert not (tmp_path / "back").exists()
 
 
-def test_damaged_saelens(lens, tmp_path):
+def test_damaged_saelens_is_refused(lens, tmp_path):
     args = ["--to", "member", "--out", str(tmp_path / "back")]
     with pytest.raises(UserError, match="must hold exactly"):
         main(["sae", str(lens(threshold=np.zeros(D_SAE, np.float32))), *args])
     (tmp_path / "lens/sae_weights.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match="no safetensors file, or a damaged one"):
+    with pytest.raises(UserError, match="not a safetensors file, or it is damaged"):
         main(["sae", str(tmp_path / "lens"), *args])
     (tmp_path / "lens/cfg.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
         main(["sae", str(tmp_path / "lens"), *args])
 
 
-def test_a_trainers_folder_of_dictionary_learning(member, tmp_path):
+def test_trainer_folder_of_dictionary_learning(member, tmp_path):
     main(
         [
             "sae",
@@ -297,8 +299,8 @@ def test_a_trainers_folder_of_dictionary_learning(member, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["member", *OTHERS])
-def test_a_killed_conversion_never_looks_complete(kind, member, tmp_path, monkeypatch):
-    """Whatever rename it dies at, what is there is no autoencoder."""
+def test_killed_conversion_never_looks_complete(kind, member, tmp_path, monkeypatch):
+    """At any rename, the output is not an autoencoder."""
     for survived in range(2):
         out = tmp_path / f"out{survived}"
         renames = []
@@ -321,7 +323,7 @@ def test_a_killed_conversion_never_looks_complete(kind, member, tmp_path, monkey
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
-def test_only_the_same_kind_is_replaced(member, tmp_path):
+def test_another_kind_is_never_replaced(member, tmp_path):
     torch.save({"model_state_dict": {}, "bias": torch.zeros(3)}, tmp_path / "encoder.pth")
     (tmp_path / "config").mkdir()
     (tmp_path / "config/cfg.json").write_text('{"mine": 1}')
@@ -329,28 +331,31 @@ def test_only_the_same_kind_is_replaced(member, tmp_path):
     cfg = json.loads((tmp_path / "topk/cfg.json").read_text())
     (tmp_path / "topk/cfg.json").write_text(json.dumps(cfg | {"architecture": "topk"}))
     for to, name in (
-        ("minsae", "encoder.pth"), ("dictionary_learning", "encoder.pth"), ("saelens", "config"), ("saelens", "topk"),
-    ):  # fmt: skip
+        ("minsae", "encoder.pth"),
+        ("dictionary_learning", "encoder.pth"),
+        ("saelens", "config"),
+        ("saelens", "topk"),
+    ):
         before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-        with pytest.raises(UserError, match="exists and is no such autoencoder"):
+        with pytest.raises(UserError, match="exists and is not an autoencoder of kind"):
             main(["sae", str(member), "--to", to, "--out", str(tmp_path / name)])
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_what_grows_past_float32_is_refused(lens, tmp_path):
+def test_bias_beyond_float32_is_refused(lens, tmp_path):
     large = {n: np.full(shapes(D_MODEL, D_SAE)[n], 1e30, np.float32) for n in ("W_enc", "b_dec")}
     folder = lens({"apply_b_dec_to_input": True}, **large)
-    with pytest.raises(UserError, match="holds NaN or infinity"):
+    with pytest.raises(UserError, match="NaN or infinity"):
         main(["sae", str(folder), "--to", "member", "--out", str(tmp_path / "back")])
 
 
-def test_metadata_of_others_is_not_trusted(lens, tmp_path):
+def test_invalid_metadata_is_ignored(lens, tmp_path):
     folder = lens({"metadata": {"minsae_jax": {"kind": "topk", "format_version": 99}}})
     main(["sae", str(folder), "--to", "member", "--out", str(tmp_path / "back")])
     assert load_sae(tmp_path / "back").config["kind"] == "relu"
 
 
-def test_the_new_form_in_a_trainers_folder(member, tmp_path):
+def test_minsae_state_dict_in_a_trainer_folder(member, tmp_path):
     main(["sae", str(member), "--to", "minsae", "--out", str(tmp_path / "trainer_0/ae.pt")])
     main(["sae", str(tmp_path / "trainer_0"), "--to", "member", "--out", str(tmp_path / "back")])
     np.testing.assert_array_equal(
@@ -358,13 +363,13 @@ def test_the_new_form_in_a_trainers_folder(member, tmp_path):
     )
 
 
-def test_a_member_onto_itself(member):
+def test_member_is_written_onto_itself_unchanged(member):
     before = {p.name: p.read_bytes() for p in member.iterdir()}
     main(["sae", str(member), "--to", "member", "--out", str(member)])
     assert {p.name: p.read_bytes() for p in member.iterdir()} == before
 
 
-def test_damaged_members(member, tmp_path):
+def test_damaged_member_is_refused(member, tmp_path):
     (member / "config.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match="damaged autoencoder"):
         load_sae(member)

@@ -1,4 +1,4 @@
-"""The proof on the user's own machine: it passes for what is right and fails for what is wrong."""
+"""`--verify` passes for a correct conversion and fails for a wrong one."""
 
 import jax
 import numpy as np
@@ -14,11 +14,19 @@ SOURCE = FIXTURES / "layernorm_prenorm"
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_table(name, tmp_path, capsys):
+def test_table_lists_every_layer_and_the_head(name, tmp_path, capsys):
     expected = np.load(FIXTURES / name / "expected.npz")
     np.save(tmp_path / "recording.npy", np.concatenate(expected["past_values"]))
-    main(["encoder", str(FIXTURES / name / "checkpoint.pth"), "--config_path", str(FIXTURES / name / "config.yaml"),
-          "--verify", str(tmp_path / "recording.npy")])  # fmt: skip
+    main(
+        [
+            "encoder",
+            str(FIXTURES / name / "checkpoint.pth"),
+            "--config_path",
+            str(FIXTURES / name / "config.yaml"),
+            "--verify",
+            str(tmp_path / "recording.npy"),
+        ]
+    )
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if "max difference" in line)
     rows = [line.split() for line in lines[start + 1 :]]
@@ -26,8 +34,8 @@ def test_table(name, tmp_path, capsys):
     assert all(0 < float(r[-3]) < 1e-4 and float(r[-2]) <= float(r[-3]) for r in rows)
 
 
-def test_a_wrong_encoder_fails(tmp_path, capsys, monkeypatch):
-    """A thousandth in one weight of the last layer is seen, in that layer and after; nothing is written."""
+def test_wrong_encoder_fails(tmp_path, capsys, monkeypatch):
+    """A change of 0.001 in one bias of the last layer is seen in it and after it."""
     source = read_source(SOURCE / "checkpoint.pth")
     encoder, _ = convert(source)
     params = jax.tree.map(np.array, encoder.params)
@@ -49,7 +57,7 @@ def test_nan_never_passes():
     assert not verify.Difference("layer 0", float("nan"), 0.0, 1.0).passes
 
 
-def test_short_recordings_and_one_channel(tmp_path):
+def test_recording_of_one_window_is_enough(tmp_path):
     encoder, _ = convert(read_source(SOURCE / "checkpoint.pth"))
     a = encoder.architecture
     np.save(tmp_path / "x.npy", np.ones((a.seq_len, a.n_vars), np.float64))

@@ -1,4 +1,4 @@
-"""A small encoder, and settings that extract the small demo."""
+"""A small encoder, and settings for extracting the small demo."""
 
 import pytest
 
@@ -14,4 +14,9 @@ def encoder():
 
 @pytest.fixture
 def settings(demo_folder, tmp_path):
-    return ExtractConfig(root_path=str(demo_folder), batch_size=4, out=str(tmp_path / "store"))
+    return ExtractConfig(
+        root_path=str(demo_folder),
+        checkpoint_path="encoder",  # `extract` gets the encoder itself
+        batch_size=4,
+        out=str(tmp_path / "store"),
+    )

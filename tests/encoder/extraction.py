@@ -1,14 +1,15 @@
-"""Extraction all at once, and what it leaves."""
+"""Helpers for tests of extraction."""
 
 from dataclasses import replace
 
 from minsae_jax.encoder import extract as extraction
 
 
-def extract(encoder, settings, *splits):
-    """All at once, and what was told."""
-    return "\n".join(extraction.extract(encoder, replace(settings, split=splits)))
+def extract(encoder, config, *splits):
+    """Extract some splits and return the stores."""
+    return extraction.extract(encoder, replace(config, split=splits))
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    """Return file name -> bytes."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,5 +1,6 @@
-"""Recordings that cannot be used, are shifted, or change on the way."""
+"""Recordings that cannot be used, are shifted, or change during extraction."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -14,47 +15,51 @@ from minsae_jax.encoder.config import ExtractConfig
 from tests.encoder.extraction import extract
 
 
+def config(root, **changes):
+    return ExtractConfig(root_path=str(root), checkpoint_path="encoder", **changes)
+
+
 def spoil(root, names):
-    """One recording of each kind that cannot be used; name to what is told of it."""
-    told = {}
+    """Make one recording unusable in each way; returns file name -> reason in the message."""
+    reasons = {}
 
     def save(name, change, reason):
         np.save(root / name, change(np.load(root / name)))
-        told[name] = reason
+        reasons[name] = reason
 
     def set_nan(x):
         x[70, 3] = np.nan
         return x
 
-    save(names[0], lambda x: x[:, :18], "has 18 channels, but the encoder expects 19")
-    save(names[1], set_nan, "contains NaN or infinity at sample 70")
+    save(names[0], lambda x: x[:, :18], "has 18 channels")
+    save(names[1], set_nan, "NaN or infinity at sample 70")
     save(names[2], lambda x: x[:, 0], "has 1 channels")
     save(names[3], lambda x: (x * 100).astype(np.int16), "must be floating-point")
     save(names[4], lambda x: x[:-7], "file_lengths_map.csv says")
     (root / names[5]).write_bytes((root / names[5]).read_bytes()[:-40])
     (root / names[6]).write_bytes(b"")
-    told |= {names[5]: "cannot be read", names[6]: "cannot be read"}
+    reasons |= {names[5]: "cannot be read", names[6]: "cannot be read"}
     lengths = (root / "file_lengths_map.csv").read_text().splitlines()
-    kept = [line for line in lengths if not line.startswith(names[7])]
+    listed = [line for line in lengths if not line.startswith(names[7])]
     (root / "file_lengths_map.csv").write_text(
-        "\n".join([*kept, "demo9999_s001_t000_preprocessed.npy,9000"]) + "\n"
+        "\n".join([*listed, "demo9999_s001_t000_preprocessed.npy,9000"]) + "\n"
     )
-    return told | {
+    return reasons | {
         names[7]: "has no row for it",
         "demo9999_s001_t000_preprocessed.npy": "there is no such file",
     }
 
 
-def test_bad_recordings_are_told_together_or_left_out(encoder, settings, demo_folder, tmp_path):
+def test_bad_recordings_are_listed_or_skipped(encoder, settings, demo_folder, tmp_path):
     root = shutil.copytree(demo_folder, tmp_path / "data")
     settings = replace(settings, root_path=str(root))
     names = open_windows(root, "all", 42, 1000, 100, 19).files
-    told = spoil(root, names)
+    reasons = spoil(root, names)
     with pytest.raises(UserError) as e:
         extract(encoder, settings, "train", "val", "test")
-    for name, reason in told.items():
-        (sentence,) = [one for one in str(e.value).split("; ") if name in one]
-        assert reason in sentence
+    for name, reason in reasons.items():
+        (message,) = [part for part in str(e.value).split("; ") if name in part]
+        assert reason in message
     assert "--on_bad_recording skip" in str(e.value)
     assert not (tmp_path / "store").exists()
 
@@ -64,9 +69,9 @@ def test_bad_recordings_are_told_together_or_left_out(encoder, settings, demo_fo
     ):
         extract(encoder, skipping, "all")
     store = open_store(tmp_path / "store" / "l-1")
-    assert store.manifest.data["skipped"].keys() == told.keys()
+    assert store.manifest.data["skipped"].keys() == reasons.keys()
     origin = np.load(tmp_path / "store/l-1/provenance.npz")
-    good = [n for n in names if n not in told]
+    good = [n for n in names if n not in reasons]
     assert origin["recordings"].tolist() == good
     x = np.load(root / good[0])[None, :1000]
     np.testing.assert_allclose(
@@ -79,7 +84,7 @@ def test_bad_recordings_are_told_together_or_left_out(encoder, settings, demo_fo
         extract(encoder, replace(skipping, out=str(tmp_path / "other")), "test")
 
 
-def test_skipping_makes_room_for_others(encoder, settings, demo_folder, tmp_path):
+def test_skipped_recordings_are_replaced_by_others(encoder, settings, demo_folder, tmp_path):
     root = shutil.copytree(demo_folder, tmp_path / "data")
     first, *others = open_windows(root, "train", 42, 1000, 100, 19).files
     eeg = np.load(root / first)
@@ -94,7 +99,7 @@ def test_skipping_makes_room_for_others(encoder, settings, demo_folder, tmp_path
 
 
 @pytest.mark.parametrize("change", [lambda x: 2 * x, lambda x: x[:1500]])
-def test_a_recording_that_changes_on_the_way(
+def test_recording_that_changes_during_extraction_is_refused(
     encoder, settings, demo_folder, tmp_path, monkeypatch, change
 ):
     root = shutil.copytree(demo_folder, tmp_path / "data")
@@ -112,7 +117,7 @@ def test_a_recording_that_changes_on_the_way(
     assert not (tmp_path / "store/l-1/provenance.npz").exists()
 
 
-def test_shifted_columns_are_told_and_marked(encoder, settings, demo_folder, tmp_path):
+def test_shifted_channels_are_marked_with_a_warning(encoder, settings, demo_folder, tmp_path):
     root = shutil.copytree(demo_folder, tmp_path / "data")
     name = open_windows(root, "val", 42, 1000, 100, 19).files[0]
     eeg = np.load(root / name)
@@ -125,7 +130,7 @@ def test_shifted_columns_are_told_and_marked(encoder, settings, demo_folder, tmp
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_nothing_is_written_before_all_recordings_are_seen(
+def test_all_recordings_are_checked_before_anything_is_written(
     encoder, demo_folder, tmp_path, monkeypatch, value
 ):
     monkeypatch.chdir(tmp_path)
@@ -136,16 +141,16 @@ def test_nothing_is_written_before_all_recordings_are_seen(
         eeg[5, 3] = value
         np.save(root / name, eeg)
     with pytest.raises(UserError) as e:
-        extract(encoder, ExtractConfig(root_path=str(root)), "train", "test")
+        extract(encoder, config(root), "train", "test")
     for name in names:
-        assert f"{name} contains NaN or infinity at sample 5" in str(e.value)
+        assert re.search(f"{name} .*NaN or infinity at sample 5", str(e.value))
     assert not (tmp_path / "embeddings").exists()
 
 
-def test_activations_that_are_not_finite_are_not_stored(encoder, demo_folder, tmp_path):
+def test_nan_activations_are_not_stored(encoder, demo_folder, tmp_path):
     root = shutil.copytree(demo_folder, tmp_path / "data")
     for name in open_windows(root, "val", 42, 1000, 100, 19).files:
         np.save(root / name, np.load(root / name) * 1e25)
-    with pytest.raises(UserError, match="the encoder gives NaN or infinity in float32"):
-        extract(encoder, ExtractConfig(root_path=str(root), out=str(tmp_path / "store")), "val")
+    with pytest.raises(UserError, match="the encoder returned NaN or infinity in float32"):
+        extract(encoder, config(root, out=str(tmp_path / "store")), "val")
     assert [p.name for p in (tmp_path / "store/l-1").iterdir()] == ["manifest.json"]

@@ -1,4 +1,4 @@
-"""Recordings to a store: right numbers in the right order, each with its origin, and nothing done twice."""
+"""Extraction: right numbers in the right order, each with its origin, and nothing done twice."""
 
 import shutil
 import warnings
@@ -14,21 +14,23 @@ from minsae_jax.activations import writer
 from minsae_jax.activations.store import open_store
 from minsae_jax.eeg.recordings import open_windows
 from minsae_jax.encoder import extract as extraction
-from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.files import lock_folder
 from tests.encoder.extraction import contents, extract
 
 
 @pytest.mark.parametrize("layer", [-1, 0])
-def test_store(encoder, settings, tmp_path, layer, capsys):
+def test_store_contains_the_activations_of_every_window(encoder, settings, tmp_path, layer):
     settings = replace(settings, cache_layer=(layer,))
-    told = extract(encoder, settings, "train")
+    (extracted,) = extract(encoder, settings, "train")
     folder = tmp_path / "store" / f"l{layer}"
     windows = open_windows(settings.root_path, "train", 42, 1000, 100, 19)
     assert len(windows) % 4 != 0  # the last batch is short
-    assert f"{len(windows)} windows" in told
+    assert (extracted.split, extracted.n_windows) == ("train", len(windows))
+    assert extracted.rows == len(windows) * 19 * 11
+    assert not extracted.was_complete
     store = open_store(folder)
+    assert (extracted.folder, extracted.fingerprint) == (folder, store.fingerprint)
     assert len(store.shards) == -(-len(windows) // 4)
     x = windows.read(0, len(windows))
     expected = np.concatenate(
@@ -50,17 +52,20 @@ def test_store(encoder, settings, tmp_path, layer, capsys):
     assert (store.manifest.layer, store.manifest.layer_index) == (layer, layer % 3)
 
 
-def test_again_and_after_a_break(encoder, settings, tmp_path, monkeypatch):
+def test_interrupted_store_is_completed_with_the_same_bytes(
+    encoder, settings, tmp_path, monkeypatch
+):
     folder = tmp_path / "store" / "l-1"
     extract(encoder, settings, "train")
     before, times = contents(folder), {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert "finished already" in extract(encoder, settings, "train")
+    (again,) = extract(encoder, settings, "train")
+    assert again.was_complete
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == times
 
     other = replace(settings, out=str(tmp_path / "broken"))
     with (
         failing_write(monkeypatch, after=1),
-        pytest.raises(UserError, match=r"could not be written \(disk full\); free some space"),
+        pytest.raises(UserError, match=r"could not be written \(disk full\)"),
     ):
         extract(encoder, other, "train")
     extract(encoder, other, "train")
@@ -69,7 +74,7 @@ def test_again_and_after_a_break(encoder, settings, tmp_path, monkeypatch):
 
 @contextmanager
 def failing_write(monkeypatch, after):
-    """The disk is full in the middle of a shard."""
+    """Simulate a disk that is full in the middle of a shard."""
     write_all, count = writer._write_all, [0]
 
     def failing(file, block):
@@ -90,27 +95,32 @@ def test_several_layers_in_one_pass(encoder, settings, tmp_path, monkeypatch):
         extract(
             encoder, replace(settings, cache_layer=(layer,), out=str(tmp_path / "alone")), "train"
         )
-    told = extract(encoder, replace(settings, cache_layer=(2, 0)), "train")
-    assert told.endswith(f"written to {tmp_path}/store/l2 and {tmp_path}/store/l0")
+    stores = extract(encoder, replace(settings, cache_layer=(2, 0)), "train")
+    assert [store.folder.name for store in stores] == ["l2", "l0"]
     for layer in ("l0", "l2"):
         assert contents(tmp_path / "store" / layer) == contents(tmp_path / "alone" / layer)
     every = replace(settings, cache_layer=("all",), out=str(tmp_path / "every"))
     with (
         failing_write(monkeypatch, after=1),
-        pytest.raises(UserError, match=r"could not be written \(disk full\); free some space"),
+        pytest.raises(UserError, match=r"could not be written \(disk full\)"),
     ):
         extract(encoder, every, "train")
     extract(encoder, every, "train")  # one layer is a shard ahead of the others
     assert sorted(p.name for p in (tmp_path / "every").iterdir()) == ["l0", "l1", "l2"]
     for layer in ("l0", "l2"):
         assert contents(tmp_path / "every" / layer) == contents(tmp_path / "alone" / layer)
-    assert "l1 and" in extract(encoder, every, "train")  # finished already
-    for layers, told in (((0, -3), "names a layer twice: 0 -3"), ((3,), "there is no layer 3")):
-        with pytest.raises(UserError, match=told):
-            extract(encoder, replace(settings, cache_layer=layers), "train")
+    assert all(store.was_complete for store in extract(encoder, every, "train"))
 
 
-def test_a_full_disk_is_seen_before_the_start(encoder, settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("layers", "message"), [((0, -3), "duplicate layers: 0 -3"), ((3,), "there is no layer 3")]
+)
+def test_wrong_layers_are_refused(encoder, settings, layers, message):
+    with pytest.raises(UserError, match=message):
+        extract(encoder, replace(settings, cache_layer=layers), "train")
+
+
+def test_full_disk_is_reported_before_anything_is_written(encoder, settings, tmp_path, monkeypatch):
     windows = len(open_windows(settings.root_path, "train", 42, 1000, 100, 19))
     needed = 2 * windows * 19 * 11 * 128 * 2
     both = replace(settings, cache_layer=(0, 1), dtype="float16")
@@ -128,11 +138,11 @@ def test_a_full_disk_is_seen_before_the_start(encoder, settings, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
     free(needed)
     extract(encoder, both, "train")
-    free(1)  # what is there needs no room
-    assert "finished already" in extract(encoder, both, "train")
+    free(1)  # files that exist need no space
+    assert all(store.was_complete for store in extract(encoder, both, "train"))
 
 
-def test_bfloat16_products(encoder, settings, tmp_path):
+def test_bfloat16_products_make_another_store(encoder, settings, tmp_path):
     extract(encoder, settings, "val")
     extract(encoder, replace(settings, precision="bfloat16", out=str(tmp_path / "half")), "val")
     exact, half = (open_store(tmp_path / name, -1).read(0) for name in ("store", "half"))
@@ -143,12 +153,12 @@ def test_bfloat16_products(encoder, settings, tmp_path):
         extract(encoder, replace(settings, out=str(tmp_path / "half")), "val")
 
 
-def test_overwriting_is_refused_before_anything_is_touched(encoder, settings, tmp_path):
+def test_overwriting_is_refused_before_anything_changes(encoder, settings, tmp_path):
     both = replace(settings, cache_layer=(0, 1))
     extract(encoder, both, "train", "val")
     before = contents(tmp_path / "store" / "l0")
     (tmp_path / "store_val/l1/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"contains notes\.txt"):
+    with pytest.raises(UserError, match=r"notes\.txt"):
         extract(encoder, replace(both, overwrite=True), "train", "val")
     (tmp_path / "store_val/l1/notes.txt").unlink()
     with (
@@ -159,27 +169,44 @@ def test_overwriting_is_refused_before_anything_is_touched(encoder, settings, tm
     assert contents(tmp_path / "store" / "l0") == before
 
 
-def test_wrong_out():
-    with pytest.raises(UserError, match="--out must name a folder"):
-        ExtractConfig(out="")
-    assert str(ExtractConfig(out="/").store("train", -1)) == "/l-1"
+def test_empty_out_is_refused(settings):
+    with pytest.raises(UserError, match="--out must be the name of a folder"):
+        replace(settings, out="")
+    assert str(replace(settings, out="/").store("train", -1)) == "/l-1"
 
 
-def test_max_batches(encoder, settings, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cache_layer": ("all", 1)}, "--cache_layer all cannot be combined"),
+        ({"cache_layer": ()}, "--cache_layer requires"),
+        ({"split": ()}, "--split requires"),
+        ({"split": ("val", "val")}, "--split contains duplicate values"),
+        ({"batch_size": 0}, "--batch_size must be"),
+        ({"max_batches": 0}, "--max_batches must be"),
+        ({"split_seed": -1}, "--split_seed must be"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, change, message):
+    with pytest.raises(UserError, match=message):
+        replace(settings, **change)
+
+
+def test_max_batches_limits_the_shards(encoder, settings, tmp_path):
     extract(encoder, replace(settings, max_batches=2), "train")
     folder = tmp_path / "store" / "l-1"
     assert len(open_store(folder).shards) == 2
     assert len(np.load(folder / "provenance.npz")["window"]) == 2 * 4 * 19
 
 
-def test_another_store_is_never_mixed_in(encoder, settings, tmp_path):
+def test_another_store_is_never_overwritten(encoder, settings, tmp_path):
     extract(encoder, settings, "val")
     before = contents(tmp_path / "store" / "l-1")
     other = Encoder(replace(encoder.architecture, activation="gelu"), encoder.params)
-    with pytest.raises(UserError, match=r"contains a store of other settings: encoder \("):
+    with pytest.raises(UserError, match=r"other settings: encoder \("):
         extract(other, settings, "val")
     for change, split in ((replace(settings, batch_size=5), "val"), (settings, "test")):
-        with pytest.raises(UserError, match="contains a store of other settings"):
+        with pytest.raises(UserError, match="other settings"):
             extract(encoder, change, split)
     changed = shutil.copytree(settings.root_path, tmp_path / "changed")
     name = open_windows(changed, "val", 42, 1000, 100, 19).files[0]
@@ -195,7 +222,7 @@ def test_another_store_is_never_mixed_in(encoder, settings, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision(encoder, settings, tmp_path, dtype):
+def test_half_precision_store_is_close(encoder, settings, tmp_path, dtype):
     extract(encoder, settings, "val")
     extract(encoder, replace(settings, dtype=dtype, out=str(tmp_path / dtype)), "val")
     exact, half = (
@@ -207,7 +234,7 @@ def test_half_precision(encoder, settings, tmp_path, dtype):
     assert 0 < error < {"float16": 5e-4, "bfloat16": 4e-3}[dtype]
 
 
-def test_forced_revin(encoder, settings, tmp_path):
+def test_forced_revin_normalises_the_windows(encoder, settings, tmp_path):
     extract(encoder, settings, "val")
     extract(encoder, replace(settings, force_revin=True, out=str(tmp_path / "forced")), "val")
     plain, forced = (open_store(tmp_path / name, -1).read(0) for name in ("store", "forced"))
@@ -222,17 +249,20 @@ def test_forced_revin(encoder, settings, tmp_path):
     np.testing.assert_allclose(forced[: len(expected)], expected, atol=1e-4)
 
 
-def test_default_folders():
-    assert str(ExtractConfig(out="x", split=("val",)).store("val", -1)) == "x/l-1"
-    several = ExtractConfig(out="x/y/", split=("train", "val"))
+def test_folders_of_stores(settings):
+    assert str(replace(settings, out="x", split=("val",)).store("val", -1)) == "x/l-1"
+    several = replace(settings, out="x/y/", split=("train", "val"))
     assert [str(several.store(s, -1)) for s in several.split] == ["x/y/l-1", "x/y_val/l-1"]
-    settings = ExtractConfig(split=("train", "val", "test", "all"))
-    assert [str(settings.store(s, 2)) for s in settings.split] == [
-        "embeddings/store/l2", "embeddings/store_val/l2", "embeddings/store_test/l2", "embeddings/store_all/l2",
-    ]  # fmt: skip
+    default = replace(settings, out=None, split=("train", "val", "test", "all"))
+    assert [str(default.store(s, 2)) for s in default.split] == [
+        "embeddings/store/l2",
+        "embeddings/store_val/l2",
+        "embeddings/store_test/l2",
+        "embeddings/store_all/l2",
+    ]
 
 
-def test_no_warnings_otherwise(encoder, settings):
+def test_good_recordings_make_no_warnings(encoder, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         extract(encoder, settings, "val")

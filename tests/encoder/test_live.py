@@ -1,4 +1,4 @@
-"""Training without a store: the same activations, the same curves, the same restart."""
+"""Training without a store: the same activations, curves and results after an interruption."""
 
 import json
 import shutil
@@ -11,7 +11,6 @@ import pytest
 from convert.encoder import convert_encoder
 from minsae_jax import UserError
 from minsae_jax.activations import stream
-from minsae_jax.activations.store import open_store
 from minsae_jax.eeg.recordings import open_windows
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.extract import extract
@@ -32,35 +31,61 @@ def encoder():
 @pytest.fixture
 def settings(demo_folder, tmp_path):
     return TrainConfig(
-        live=True, root_path=str(demo_folder), checkpoint_path=str(CHECKPOINT), live_batch_size=4,
-        run_dir=str(tmp_path / "run"), lambda_sparsity=(0.1, 3.0), lr=(3e-3,), num_steps=40, feature_dim_factor=(2.0,),
-        batch_size=500, eval_window=10, checkpoint_every=10,
-    )  # fmt: skip
+        live=True,
+        root_path=str(demo_folder),
+        checkpoint_path=str(CHECKPOINT),
+        live_batch_size=4,
+        run_dir=str(tmp_path / "run"),
+        lambda_sparsity=(0.1, 3.0),
+        lr=(3e-3,),
+        num_steps=40,
+        feature_dim_factor=(2.0,),
+        batch_size=500,
+        eval_window=10,
+        checkpoint_every=10,
+    )
 
 
 @pytest.fixture
 def few_mixed(monkeypatch):
-    """Shuffle buffers of four windows, so that an epoch has several."""
+    """Shuffle buffers of four windows, so that an epoch has several of them."""
     monkeypatch.setattr(stream, "SHUFFLE_BUFFER_TOKENS", 4 * 19 * 11)
 
 
+def open_source(encoder, settings):
+    return open_live(
+        encoder,
+        root_path=settings.root_path,
+        split=settings.split,
+        split_seed=settings.split_seed,
+        layer=settings.cache_layer,
+        batch_size=settings.live_batch_size,
+        on_bad_recording=settings.on_bad_recording,
+    )
+
+
 def run(encoder, settings):
-    return train(settings, encoder.fingerprint, partial(open_live, encoder, settings))
+    return train(settings, encoder.fingerprint, partial(open_source, encoder, settings))
 
 
 def stored(encoder, settings, tmp_path):
-    made = ExtractConfig(root_path=settings.root_path, batch_size=4, out=str(tmp_path / "store"))
-    list(extract(encoder, made))
-    return open_store(tmp_path / "store", -1)
+    config = ExtractConfig(
+        root_path=settings.root_path,
+        checkpoint_path="encoder",
+        batch_size=4,
+        out=str(tmp_path / "store"),
+    )
+    (store,) = extract(encoder, config)
+    return store
 
 
-def test_it_reads_what_a_store_holds(encoder, settings, tmp_path, few_mixed):
-    store, source = stored(encoder, settings, tmp_path), open_live(encoder, settings)
+def test_live_tokens_equal_those_of_a_store(encoder, settings, tmp_path, few_mixed):
+    store, source = stored(encoder, settings, tmp_path), open_source(encoder, settings)
     assert isinstance(source, stream.Source)
     assert isinstance(store, stream.Source)
     assert source.tokens_per_shard == store.tokens_per_shard
-    assert source.d_model == store.d_model
-    assert source.origin == store.origin
+    assert (sum(source.tokens_per_shard), source.d_model) == (store.total_tokens, store.d_model)
+    assert source.manifest.encoder == store.manifest.encoder
     whole = np.concatenate([store.read(i) for i in range(len(store.shards))])
     np.testing.assert_allclose(
         np.concatenate([source.read(i) for i in range(len(store.shards))]), whole, atol=1e-5
@@ -72,8 +97,8 @@ def test_it_reads_what_a_store_holds(encoder, settings, tmp_path, few_mixed):
         )
 
 
-def test_every_token_once_an_epoch(encoder, settings, few_mixed):
-    source = open_live(encoder, settings)
+def test_every_token_comes_once_per_epoch(encoder, settings, few_mixed):
+    source = open_source(encoder, settings)
     batches = stream.shuffled_tokens(source, 11, 0)
     epochs = [
         np.concatenate([next(batches) for _ in range(sum(source.tokens_per_shard) // 11)])
@@ -89,34 +114,42 @@ def test_every_token_once_an_epoch(encoder, settings, few_mixed):
     assert (np.abs(epochs[0] - epochs[1]).max(1) > 1e-3).mean() > 0.9
 
 
-def test_the_same_curves_as_from_a_store(encoder, settings, tmp_path):
-    """minsae goes through files in order, which both have."""
+def test_curves_equal_those_from_a_store(encoder, settings, tmp_path):
+    # The recipe minsae reads shards in order, which live and stored activations share.
     store = stored(encoder, settings, tmp_path)
     common = {"recipe": "minsae", "batch_size": None, "lr": (1e-3,)}
     run(encoder, replace(settings, **common))
     from_store = TrainConfig(
-        recipe="minsae", store=str(store.folder.parent), lambda_sparsity=(0.1, 3.0), lr=(1e-3,), num_steps=40,
-        feature_dim_factor=(2.0,), eval_window=10, run_dir=str(tmp_path / "other"),
-    )  # fmt: skip
+        recipe="minsae",
+        store=str(store.folder.parent),
+        lambda_sparsity=(0.1, 3.0),
+        lr=(1e-3,),
+        num_steps=40,
+        feature_dim_factor=(2.0,),
+        eval_window=10,
+        run_dir=str(tmp_path / "other"),
+    )
     train(from_store)
     for member in ("lambda=0.1", "lambda=3"):
-        ours, theirs = (
+        live, stored_run = (
             np.genfromtxt(
                 tmp_path / name / "members" / member / "metrics.csv", delimiter=",", names=True
             )
             for name in ("run", "other")
         )
-        assert len(ours) == 4
+        assert len(live) == 4
         for name in ("tokens", "loss", "mse", "l1"):
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4)
-        np.testing.assert_allclose(ours["l0"], theirs["l0"], rtol=2e-3)
+            np.testing.assert_allclose(live[name], stored_run[name], rtol=1e-4)
+        np.testing.assert_allclose(live["l0"], stored_run["l0"], rtol=2e-3)
 
 
 class Killed(Exception):
     pass
 
 
-def test_interrupted_is_uninterrupted(encoder, settings, tmp_path, few_mixed, monkeypatch):
+def test_interrupted_run_ends_with_the_same_bytes(
+    encoder, settings, tmp_path, few_mixed, monkeypatch
+):
     run(encoder, settings)
     other, put, calls = replace(settings, run_dir=str(tmp_path / "other")), Sweep.put, [0]
 
@@ -142,7 +175,7 @@ def test_interrupted_is_uninterrupted(encoder, settings, tmp_path, few_mixed, mo
     )
 
 
-def test_other_recordings_are_refused_on_the_way(encoder, settings, tmp_path, monkeypatch):
+def test_other_recordings_are_refused_on_resume(encoder, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "minsae_jax.sae.logger.Journal.export", lambda *_: (_ for _ in ()).throw(Killed)
     )
@@ -153,12 +186,12 @@ def test_other_recordings_are_refused_on_the_way(encoder, settings, tmp_path, mo
         train(
             settings,
             encoder.fingerprint,
-            partial(open_live, encoder, replace(settings, split="test")),
+            partial(open_source, encoder, replace(settings, split="test")),
         )
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"root_path": None}, "--live needs --root_path"),
         ({"checkpoint_path": None}, "--live needs --checkpoint_path"),
@@ -167,12 +200,14 @@ def test_other_recordings_are_refused_on_the_way(encoder, settings, tmp_path, mo
         ({"live_batch_size": 0}, "--live_batch_size must be above 0"),
     ],
 )
-def test_wrong_settings(settings, change, told):
-    with pytest.raises(UserError, match=told):
+def test_wrong_settings_are_refused(settings, change, message):
+    with pytest.raises(UserError, match=message):
         replace(settings, **change)
 
 
-def test_what_is_left_out_is_told_and_kept(encoder, settings, demo_folder, tmp_path):
+def test_skipped_recordings_are_in_the_warning_and_the_config(
+    encoder, settings, demo_folder, tmp_path
+):
     root = shutil.copytree(demo_folder, tmp_path / "data")
     files = open_windows(root, "train", 42, 1000, 100, 19).files
     (root / files[0]).write_bytes(b"")

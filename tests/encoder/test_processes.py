@@ -9,6 +9,7 @@ from dataclasses import replace
 from socket import socket
 
 import numpy as np
+import pytest
 
 from tests.conftest import FIXTURES
 from tests.encoder.extraction import contents, extract
@@ -24,7 +25,8 @@ from minsae_jax.encoder.extract import extract
 import jax
 assert jax.process_count() == 2
 checkpoint, root, out, batches = sys.argv[1:]
-settings = ExtractConfig(root_path=root, out=out, batch_size=4, cache_layer=(0, -1), split=("train", "val"))
+settings = ExtractConfig(root_path=root, checkpoint_path=checkpoint, out=out, batch_size=4,
+                         cache_layer=(0, -1), split=("train", "val"))
 writes = []
 if batches != "all" and jax.process_index() == 1:  # dies
     import os
@@ -43,10 +45,11 @@ if "fails" in os.environ and jax.process_index() == 1:
     def failing(file, block):
         raise OSError(28, "No space left on device")
     writer._write_all = failing
-cli.run(lambda _: list(extract(open_encoder(checkpoint), settings)), [])
+cli.run(lambda _: extract(open_encoder(checkpoint), settings), [])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_store_of_one(encoder, settings, tmp_path, monkeypatch):
     extract(encoder, replace(settings, cache_layer=(0, -1)), "train", "val")
     checkpoint = FIXTURES / "tuhab_patch_100/checkpoint.pth"
@@ -71,30 +74,35 @@ def test_two_processes_write_the_store_of_one(encoder, settings, tmp_path, monke
             batches,
         ]
         both = [
-            subprocess.Popen(list(map(str, command)), env=environment | {"JAX_PROCESS_ID": str(i)},
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                list(map(str, command)),
+                env=environment | {"JAX_PROCESS_ID": str(i)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             for i in range(2)
-        ]  # fmt: skip
-        if batches != "all":  # the other would wait for the dead one until it is missed
+        ]
+        if batches != "all":  # process 0 would wait until it misses the dead one
             both[1].wait(100)
             both[0].kill()
-        told = [process.communicate(timeout=100)[1] for process in both]
-        return [process.returncode for process in both], told
+        errors = [process.communicate(timeout=100)[1] for process in both]
+        return [process.returncode for process in both], errors
 
     monkeypatch.setenv("fails", "1")
-    codes, told = run_both("all")
-    assert codes == [2, 2], told
-    assert "could not be written (No space left on device)" in told[1]
-    assert told[0].splitlines()[-1].startswith("error: another process failed")
+    codes, errors = run_both("all")
+    assert codes == [2, 2], errors
+    assert "could not be written (No space left on device)" in errors[1]
+    assert errors[0].splitlines()[-1].startswith("error: another process failed")
     monkeypatch.delenv("fails")
-    codes, told = run_both("3")
-    assert codes[1] == 9, told
+    codes, errors = run_both("3")
+    assert codes[1] == 9, errors
     assert not any(
         (tmp_path / "two" / layer / "provenance.npz").exists() for layer in ("l0", "l-1")
     )
     assert list(tmp_path.glob("two/*/manifest.1.json"))
-    codes, told = run_both("all")
-    assert codes == [0, 0], told
+    codes, errors = run_both("all")
+    assert codes == [0, 0], errors
     for name in ("store/l0", "store/l-1", "store_val/l0", "store_val/l-1"):
         one, two = (
             contents(tmp_path / name.replace("store", base, 1)) for base in ("store", "two")

@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from convert.encoder import convert_encoder
 from minsae_jax import SparseAutoencoder
 from minsae_jax.encoder.patchtst.masked_error import masked_errors
 from minsae_jax.encoder.patchtst.model import patches
+from minsae_jax.encoder.patchtst.pure import bind
 from minsae_jax.evaluation.loss_recovered import loss_recovered, substitution_errors
 from minsae_jax.parallel.mesh import make_mesh
 from tests.conftest import FIXTURES
@@ -61,7 +61,7 @@ def test_errors_are_those_of_the_whole_model(name):
     run = masked_errors(make_mesh(), a, 0, a.revin, lambda own, z: z[None])
     errors = np.asarray(run(encoder.params, {}, (x, masks)))
     assert errors.shape == (8, 1)
-    model = nnx.merge(encoder.graph, encoder.params)
+    model = bind(a, encoder.params)
     for i in range(8):
         window = jax.numpy.asarray(x[i : i + 1])
         target = patches(a, model.revin(window) if a.revin else window)

@@ -1,4 +1,4 @@
-"""Reversible instance normalisation (Kim et al. 2022), and the two scalers that other PatchTSTs have in its place."""
+"""Reversible instance normalisation (Kim et al. 2022), and the scalers other PatchTSTs use."""
 
 from typing import Literal
 
@@ -6,16 +6,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-# What is taken away and what is divided by. mean_sd: RevIN; last_sd: the last sample is taken away instead of the mean;
-# mean_abs: nothing is taken away, the mean of |x| is divided by.
+# Centre and scale of a window's channel. mean_sd: RevIN; last_sd: the last sample is the centre;
+# mean_abs: the centre is 0 and the scale is the mean of |x|.
 Scaler = Literal["mean_sd", "last_sd", "mean_abs"]
 
 
 class RevIN(nnx.Module):
-    """Takes away each window's own mean and SD, channel by channel, then applies the affine map where there is one."""
+    """Subtract the centre of each window and channel, divide by its scale, apply an affine map.
+
+    The affine map (one weight and one bias per channel) is optional.
+    """
 
     def __init__(self, n_vars: int, eps: float, affine: bool, scaler: Scaler = "mean_sd"):
-        self.eps, self.scaler = eps, scaler
+        self.eps = eps
+        self.scaler = scaler
         self.affine_weight = nnx.Param(jnp.ones(n_vars)) if affine else None
         self.affine_bias = nnx.Param(jnp.zeros(n_vars)) if affine else None
 
@@ -29,17 +33,23 @@ class RevIN(nnx.Module):
     def denormalize(
         self, y: Float[Array, "batch steps n_vars"], x: Float[Array, "batch time n_vars"]
     ) -> Float[Array, "batch steps n_vars"]:
-        """The way back for what was predicted from the windows x."""
+        """Map predictions y back to the units of the windows x from which they were made."""
         if self.affine_weight is not None and self.affine_bias is not None:
+            # eps² instead of eps: the reference implementation guards its division like this.
             y = (y - self.affine_bias[None, None]) / (self.affine_weight[None, None] + self.eps**2)
         centre, scale = self._statistics(x)
         return y * scale + centre
 
-    def _statistics(self, x: Array) -> tuple[Array, Array]:
-        """Both [batch, 1, n_vars]; mean, and biased variance about it, are over time."""
+    def _statistics(
+        self, x: Float[Array, "batch time n_vars"]
+    ) -> tuple[Float[Array, "batch 1 n_vars"], Float[Array, "batch 1 n_vars"]]:
+        """Return centre and scale over time; the variance is the biased one about the mean."""
         if self.scaler == "mean_abs":
             scale = jnp.maximum(jnp.abs(x).mean(1, keepdims=True), self.eps)
             return jnp.zeros_like(scale), scale
         mean = x.mean(1, keepdims=True)
         scale = jnp.sqrt(jnp.square(x - mean).mean(1, keepdims=True) + self.eps)
-        return mean if self.scaler == "mean_sd" else x[:, -1:], scale
+        # last_sd changes the centre only: its SD is still the one about the mean.
+        if self.scaler == "last_sd":
+            return x[:, -1:], scale
+        return mean, scale

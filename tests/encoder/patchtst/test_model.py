@@ -1,4 +1,4 @@
-"""Parity with the reference: its own outputs on the fixtures, and plain torch on every variant."""
+"""Parity with the reference's outputs on fixtures, and with plain torch on every variant."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_fixture(name):
+def test_layers_and_head_equal_the_reference(name):
     folder = FIXTURES / name
     encoder, _ = convert_encoder(folder / "checkpoint.pth", folder / "config.yaml")
     expected = np.load(folder / "expected.npz")
@@ -38,7 +38,7 @@ def test_fixture(name):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_fixture_parts(name):
+def test_revin_and_patches_equal_the_reference(name):
     folder = FIXTURES / name
     encoder, _ = convert_encoder(folder / "checkpoint.pth", folder / "config.yaml")
     expected = np.load(folder / "expected.npz")
@@ -78,11 +78,11 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_against_plain_torch(name):
+def test_variant_equals_plain_torch(name):
     a = replace(BASE, **VARIANTS[name])
     state = random_state_dict(a)
     x = torch.randn(2, a.seq_len, a.n_vars, generator=torch.Generator().manual_seed(1)) + 0.5
-    # In float64, so that the difference is ours alone.
+    # Torch in float64, so that the difference is Flax's rounding alone.
     hidden, output = forward(a, {k: v.double() for k, v in state.items()}, x.double())
     tensors = {k: v.numpy() for k, v in state.items()}
     encoder = Encoder(a, apply_rules(a, tensors))
@@ -96,7 +96,7 @@ def test_against_plain_torch(name):
     np.testing.assert_allclose(got, output, atol=TOLERANCE, rtol=0)
 
 
-def test_accelerators_do_the_same(monkeypatch):
+def test_accelerator_path_equals_the_cpu_path(monkeypatch):
     folder = FIXTURES / "tuhab_patch_100"
     x = np.load(folder / "expected.npz")["past_values"]
     on_cpu = convert_encoder(folder / "checkpoint.pth")[0].activations(x)
@@ -109,7 +109,7 @@ def test_accelerators_do_the_same(monkeypatch):
 
 
 def test_variants_differ():
-    """A variant that changed nothing would be tested by nothing."""
+    """Otherwise the tests above would not test a variant."""
     x = np.random.default_rng(0).normal(size=(1, 50, 3)).astype(np.float32)
     tensors = {k: v.numpy() for k, v in random_state_dict(BASE).items()}
     params = apply_rules(BASE, tensors)
@@ -128,9 +128,9 @@ def test_variants_differ():
             assert np.abs(one - other).max() > 1e-2
 
 
-def test_saved_and_loaded(tmp_path):
-    encoder, notes = convert_encoder(FIXTURES / "layernorm_prenorm/checkpoint.pth")
-    save_encoder(tmp_path / "encoder", encoder, notes)
+def test_saved_encoder_is_loaded_unchanged(tmp_path):
+    encoder, source = convert_encoder(FIXTURES / "layernorm_prenorm/checkpoint.pth")
+    save_encoder(tmp_path / "encoder", encoder, source)
     loaded = load_encoder(tmp_path / "encoder")
     assert loaded.architecture == encoder.architecture
     assert loaded.fingerprint == encoder.fingerprint
@@ -139,7 +139,7 @@ def test_saved_and_loaded(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
 
 
-def test_fingerprint_tells_encoders_apart():
+def test_fingerprint_depends_on_weights_and_architecture():
     encoder, _ = convert_encoder(FIXTURES / "layernorm_prenorm/checkpoint.pth")
     params = jax.tree.map(np.array, encoder.params)
     params["position"][0, 0] += 1e-3
@@ -148,8 +148,8 @@ def test_fingerprint_tells_encoders_apart():
     assert Encoder(other, encoder.params).fingerprint != encoder.fingerprint
 
 
-def test_wrong_use(tmp_path):
-    encoder, notes = convert_encoder(FIXTURES / "layernorm_prenorm/checkpoint.pth")
+def test_wrong_windows_layers_and_folders_are_refused(tmp_path):
+    encoder, source = convert_encoder(FIXTURES / "layernorm_prenorm/checkpoint.pth")
     with pytest.raises(
         UserError, match=r"must be \[batch, 205 samples, 4 channels\].*\[1, 205, 5\]"
     ):
@@ -158,11 +158,11 @@ def test_wrong_use(tmp_path):
         encoder.activations(np.zeros((1, 205, 4), np.float32), layer=3)
     with pytest.raises(UserError, match="there is no encoder at"):
         load_encoder(tmp_path / "nowhere")
-    save_encoder(tmp_path / "encoder", encoder, notes)
+    save_encoder(tmp_path / "encoder", encoder, source)
     config = json.loads((tmp_path / "encoder/config.json").read_text())
     config["architecture"]["activation"] = "relu"
     (tmp_path / "encoder/config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="not what its fingerprint says"):
+    with pytest.raises(UserError, match="fingerprint mismatch"):
         load_encoder(tmp_path / "encoder")
     for path in (tmp_path / "encoder" / "params").rglob("*"):
         if path.is_file():

@@ -1,0 +1,20 @@
+"""Batches to the devices and back."""
+
+import jax
+import numpy as np
+import pytest
+
+from minsae_jax.parallel.mesh import fetch_batch, make_mesh, put_batch
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("n_rows", [1, 8, 21, 40])
+def test_fetched_batch_equals_the_one_put(n_rows, backend, monkeypatch):
+    """GPUs copy through page-locked memory, which the CPU backend has too."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x = np.random.default_rng(0).normal(size=(n_rows, 3, 5)).astype(np.float32)
+    on_devices = put_batch(make_mesh(), x, multiple=2)
+    assert len(on_devices) % 16 == 0
+    arrays = fetch_batch(on_devices, n_rows)
+    assert all(len(array) > 0 for array in arrays)
+    np.testing.assert_array_equal(np.concatenate(arrays), x)
