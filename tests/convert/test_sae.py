@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, save_file
 from convert.__main__ import main
 from convert.sae import kind_of
 from minsae_jax import UserError, load_sae
-from minsae_jax.sae.member import fold_scale, save_member, shapes
+from minsae_jax.sae.kinds import KINDS
+from minsae_jax.sae.member import save_member
 from tests.conftest import FIXTURES
 
+RELU = KINDS["relu"]
 SOURCE = FIXTURES / "sae_parity/sparse_autoencoder_final.pt"
 
 
@@ -138,7 +140,7 @@ def trained():
     rng = np.random.default_rng(0)
     return {
         name: rng.normal(size=shape).astype(np.float32)
-        for name, shape in shapes(D_MODEL, D_SAE).items()
+        for name, shape in RELU.shapes(D_MODEL, D_SAE).items()
     }
 
 
@@ -152,7 +154,7 @@ def member(tmp_path, trained):
         "d_model": D_MODEL,
         "d_sae": D_SAE,
     }
-    save_member(tmp_path / "member", fold_scale(trained, SCALE), config)
+    save_member(tmp_path / "member", RELU.fold_scale(trained, SCALE), config)
     return tmp_path / "member"
 
 
@@ -204,7 +206,7 @@ def test_names_and_shapes_are_the_documented_ones(member, tmp_path):
     assert cfg["apply_b_dec_to_input"] is False
     assert (cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (D_MODEL, D_SAE, "float32")
     tensors = load_file(tmp_path / "saelens/sae_weights.safetensors")
-    assert {k: v.shape for k, v in tensors.items()} == shapes(D_MODEL, D_SAE)
+    assert {k: v.shape for k, v in tensors.items()} == RELU.shapes(D_MODEL, D_SAE)
     state = torch.load(tmp_path / "dictionary_learning", weights_only=True)
     assert {k: tuple(v.shape) for k, v in state.items()} == {
         "bias": (D_MODEL,),
@@ -343,7 +345,7 @@ def test_another_kind_is_never_replaced(member, tmp_path):
 
 
 def test_bias_beyond_float32_is_refused(lens, tmp_path):
-    large = {n: np.full(shapes(D_MODEL, D_SAE)[n], 1e30, np.float32) for n in ("W_enc", "b_dec")}
+    large = {n: np.full(RELU.shapes(D_MODEL, D_SAE)[n], 1e30, np.float32) for n in ("W_enc", "b_dec")}
     folder = lens({"apply_b_dec_to_input": True}, **large)
     with pytest.raises(UserError, match="NaN or infinity"):
         main(["sae", str(folder), "--to", "member", "--out", str(tmp_path / "back")])

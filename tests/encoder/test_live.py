@@ -85,7 +85,7 @@ def test_live_tokens_equal_those_of_a_store(encoder, settings, tmp_path, few_mix
     assert isinstance(store, stream.Source)
     assert source.tokens_per_shard == store.tokens_per_shard
     assert (sum(source.tokens_per_shard), source.d_model) == (store.total_tokens, store.d_model)
-    assert source.manifest.encoder == store.manifest.encoder
+    assert source.origin == store.origin
     whole = np.concatenate([store.read(i) for i in range(len(store.shards))])
     np.testing.assert_allclose(
         np.concatenate([source.read(i) for i in range(len(store.shards))]), whole, atol=1e-5
@@ -175,13 +175,9 @@ def test_interrupted_run_ends_with_the_same_bytes(
     )
 
 
-def test_other_recordings_are_refused_on_resume(encoder, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "minsae_jax.sae.logger.Journal.export", lambda *_: (_ for _ in ()).throw(Killed)
-    )
-    with pytest.raises(Killed):
-        run(encoder, settings)
-    monkeypatch.undo()
+def test_other_recordings_are_refused_on_resume(encoder, settings):
+    open_source_now = partial(open_source, encoder, settings)
+    train_until(settings, 20, encoder.fingerprint, open_source_now)
     with pytest.raises(UserError, match="has changed since"):
         train(
             settings,
@@ -193,11 +189,11 @@ def test_other_recordings_are_refused_on_resume(encoder, settings, tmp_path, mon
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"root_path": None}, "--live needs --root_path"),
-        ({"checkpoint_path": None}, "--live needs --checkpoint_path"),
-        ({"live": False}, "--root_path has no meaning without --live"),
-        ({"live": False, "root_path": None}, "--live_batch_size has no meaning without --live"),
-        ({"live_batch_size": 0}, "--live_batch_size must be above 0"),
+        ({"root_path": None}, "--live requires --root_path"),
+        ({"checkpoint_path": None}, "--live requires --checkpoint_path"),
+        ({"live": False}, "--root_path requires --live"),
+        ({"live": False, "root_path": None}, "--live_batch_size requires --live"),
+        ({"live_batch_size": 0}, "--live_batch_size must be at least 1"),
     ],
 )
 def test_wrong_settings_are_refused(settings, change, message):
