@@ -5,4 +5,3 @@ from minsae_jax.errors import UserError
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
 
 __all__ = ["Encoder", "SparseAutoencoder", "UserError", "load_encoder", "load_sae"]
-__version__ = "0.1.0"
