@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from minsae_jax.sae.config import TrainConfig
+from minsae_jax.settings import from_dict
 from tests.conftest import FIXTURES
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +93,7 @@ def test_readme(tmp_path, demo_folder, environment):
     script = [
         encode,
         "assert x_hat.shape == x.shape",
-        train.replace("num_steps=1000", "num_steps=30, batch_size=256, feature_dim_factor=1"),
+        train.replace("num_steps=1000", "num_steps=30, batch_size=256, feature_dim_factor=(1,)"),
         "assert len(run.members) == 2",
         report,
         "assert len(features.table()) == 128",
@@ -268,7 +269,8 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def test_readme_shows_the_demo_run():
     """The README's table is that of the run in the fixtures, and that run is of the demo's YAML."""
-    config = TrainConfig(**yaml.safe_load((ROOT / "configs/demo.yaml").read_text())["train"])
+    values = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())["train"]
+    config = from_dict(TrainConfig, values)
     sweep = read_csv(DEMO_RUN / "sweep.csv")
     assert [float(row["lambda_sparsity"]) for row in sweep] == list(config.lambda_sparsity)
     held_out = {
@@ -299,9 +301,10 @@ DEMO_STEPS = """
 import yaml
 from tests.interrupt import train_until
 from minsae_jax.sae.config import TrainConfig
+from minsae_jax.settings import from_dict
 
-config = yaml.safe_load(open("configs/demo.yaml"))["train"]
-train_until(TrainConfig(**config), step=110)
+values = yaml.safe_load(open("configs/demo.yaml", encoding="utf-8"))["train"]
+train_until(from_dict(TrainConfig, values), step=110)
 """
 
 
