@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from minsae_jax.sae.config import TrainConfig
-from minsae_jax.settings import from_dict
+from minsae_jax.settings import from_dict, read_yaml
 from tests.conftest import FIXTURES
 
 ROOT = Path(__file__).parent.parent
@@ -269,8 +269,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def test_readme_shows_the_demo_run():
     """The README's table is that of the run in the fixtures, and that run is of the demo's YAML."""
-    values = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())["train"]
-    config = from_dict(TrainConfig, values)
+    config = from_dict(TrainConfig, read_yaml(ROOT / "configs/demo.yaml")["train"])
     sweep = read_csv(DEMO_RUN / "sweep.csv")
     assert [float(row["lambda_sparsity"]) for row in sweep] == list(config.lambda_sparsity)
     held_out = {
@@ -298,13 +297,12 @@ def test_readme_shows_the_demo_run():
 
 
 DEMO_STEPS = """
-import yaml
 from tests.interrupt import train_until
 from minsae_jax.sae.config import TrainConfig
-from minsae_jax.settings import from_dict
+from minsae_jax.settings import from_dict, read_yaml
 
-values = yaml.safe_load(open("configs/demo.yaml", encoding="utf-8"))["train"]
-train_until(from_dict(TrainConfig, values), step=110)
+config = from_dict(TrainConfig, read_yaml("configs/demo.yaml")["train"])
+train_until(config, step=110)
 """
 
 

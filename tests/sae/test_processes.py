@@ -44,6 +44,7 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_run_resumes_on_another_mesh(settings, tmp_path):
     """Start on 4x2, which the two members of a group do not fill, and finish on one device."""
     train(settings)
