@@ -1,4 +1,4 @@
-# The whole way of the data: `make extract train` runs the demo; CONFIG=my.yaml runs your own.
+# The whole pipeline: `make extract train` runs the demo; CONFIG=my.yaml runs your own data.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
 	$p -c 'import sys; sys.version_info >= (3, 11) and print("$p")' 2>/dev/null)) python3)
 CONFIG ?= configs/demo.yaml
@@ -9,25 +9,28 @@ BIN     = .venv/bin
 MINSAE  = $(BIN)/python -m minsae_jax
 SETUP   = .venv/.installed$(if $(EXTRA),-$(EXTRA))
 
-# What the demo needs before it can be extracted; a CONFIG of one's own names its own data and encoder.
+# Inputs of the demo. Any other CONFIG names its own recordings and encoder.
 CHECKPOINT ?= configs/demo/encoder.pth
 CHECKPOINT_YAML ?= $(if $(filter configs/demo/encoder.pth,$(CHECKPOINT)),configs/demo/encoder.yaml)
 ENCODER ?= checkpoints/demo
 DEMO_DATA = data/demo/tuhab_preprocessed/file_lengths_map.csv
 INPUTS = $(if $(filter configs/demo.yaml,$(CONFIG)),$(DEMO_DATA) $(ENCODER)/config.json)
 
-.PHONY: help setup demo convert extract train evaluate tensorboard test check bench bench-train bench-stream bench-extract clean
+# One pytest worker per core; a worker that runs out of tests takes some of another's.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+.PHONY: help setup demo convert extract train evaluate tensorboard test test-all check bench bench-train bench-stream bench-extract clean
 .DEFAULT_GOAL := help
-.NOTPARALLEL: # train reads what extract writes
+.NOTPARALLEL: # train reads the store that extract writes
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
 	@echo; echo "  CONFIG=my.yaml runs extract, train and evaluate on your own data; GPU=1 installs JAX for CUDA."
 
-setup: $(SETUP) ## make .venv and install the project in it (GPU=1, or EXTRA=cuda12 or cuda13, for CUDA)
+setup: $(SETUP) ## create .venv and install the project in it (GPU=1, or EXTRA=cuda12 or cuda13, for CUDA)
 
 $(SETUP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("minsae_jax needs Python 3.11 or newer, not " + sys.version.split()[0] + ": name one with PYTHON=...") if sys.version_info < (3, 11) else 0'
+	@$(PYTHON) -c 'import sys; sys.exit("minsae_jax requires Python 3.11 or newer, got " + sys.version.split()[0] + "; choose another with PYTHON=...") if sys.version_info < (3, 11) else 0'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[torch,dev$(if $(EXTRA),$(comma)$(EXTRA))]"
 	@touch $@
@@ -42,34 +45,40 @@ convert: $(ENCODER)/config.json ## convert a PyTorch encoder (CHECKPOINT=x.pth C
 $(ENCODER)/config.json: $(CHECKPOINT) $(CHECKPOINT_YAML) | $(SETUP)
 	@$(BIN)/python -m convert encoder $(CHECKPOINT) $(if $(CHECKPOINT_YAML),--config_path $(CHECKPOINT_YAML)) --out $(ENCODER)
 
-extract: $(SETUP) $(INPUTS) ## store the encoder's activations, for train, val and test patients
+extract: $(SETUP) $(INPUTS) ## write the encoder's activations for train, val and test patients
 	@$(MINSAE) extract --config $(CONFIG)
 
-train: $(SETUP) ## train the sweep on the store
+train: $(SETUP) ## train the sweep on the stored activations
 	@$(MINSAE) train --config $(CONFIG)
 
-evaluate: $(SETUP) ## measure the sweep on held-out patients, recommend a member, and write the report of its features
+evaluate: $(SETUP) ## measure the sweep on test patients, recommend a member, and write the report
 	@$(MINSAE) evaluate --config $(CONFIG)
 
-tensorboard: $(SETUP) ## watch all runs at http://localhost:6006
+tensorboard: $(SETUP) ## show all runs at http://localhost:6006
 	@$(BIN)/tensorboard --logdir runs
 
-test: $(SETUP) ## run the tests
-	@$(BIN)/python -m pytest
+test: $(SETUP) ## run the quick tests
+	@$(PYTEST) -m "not slow"
+
+test-all: $(SETUP) ## run all tests, as CI does
+	@$(PYTEST)
 
 check: $(SETUP) ## format, lint and types
-	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet . && $(BIN)/mypy
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/biome lint --diagnostic-level=warn --error-on-warnings --skip=noRedundantUseStrict --skip=noUnusedVariables minsae_jax/report/assets/*.js
 
 bench: bench-train bench-stream bench-extract ## measure training and extraction on this machine
 
 bench-train: $(SETUP) ## measure training against PyTorch
 	@$(BIN)/python -m benchmarks.train
 
-bench-stream: $(SETUP) ## measure how fast a store is read, and how well it is mixed
+bench-stream: $(SETUP) ## measure how fast a store is read, and how well it is shuffled
 	@$(BIN)/python -m benchmarks.stream
 
 bench-extract: $(SETUP) ## measure extraction against PyTorch
 	@$(BIN)/python -m benchmarks.extract
 
-clean: ## remove what the demo made, and caches (stores in embeddings/ stay: they may be yours)
-	rm -rf data/demo checkpoints/demo runs/demo .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove the demo's files and all caches (stores in embeddings/ stay: they may be yours)
+	rm -rf data/demo checkpoints/demo runs/demo .pytest_cache .mypy_cache .ruff_cache .jax_cache

@@ -1,23 +1,30 @@
-"""Eight simulated devices, strict promotion, and small data that several tests share."""
+"""Shared test set-up: eight simulated devices, strict promotion, and small data for many tests."""
 
 import os
 import shutil
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+# JAX reads these when it is imported, here and in the commands that tests start. All of them
+# share one folder of compiled programs, which also serves the next run of the tests. Two processes
+# may write the same program at once: a reader that meets half of it compiles it again.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 from selenium import webdriver
 
 from convert.encoder import convert_encoder
 from minsae_jax import load_sae
 from minsae_jax.eeg.synthetic import DemoConfig, write_demo
 from minsae_jax.encoder.config import ExtractConfig
-from minsae_jax.encoder.converted import Encoder, save_encoder
+from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder
 from minsae_jax.encoder.extract import extract
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.sae.config import TrainConfig
@@ -28,34 +35,60 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ENCODERS = ("tuhab_patch_10", "tuhab_patch_100", "revin_affine_gelu_overlap", "layernorm_prenorm")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _compile_once(tmp_path_factory):
-    """Many tests run the same programs."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+CHROMIUM_FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1280,900",
+)
 
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Meshes made in the test have one device instead of eight."""
+    """Give meshes made in the test one device instead of eight."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
+def write_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, write: Callable[[Path], None]
+) -> Path:
+    """Return a folder that `write` fills once per test run, in whichever xdist worker comes first.
+
+    Workers share the folder, so that tests may only read it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each worker has a folder of its own below this one
+    folder = base / name
+    is_written = base / f"{name}.written"
+    with FileLock(base / f"{name}.lock"):
+        if not is_written.exists():
+            folder.mkdir(exist_ok=True)
+            write(folder)
+            is_written.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory) -> Path:
     """A small demo: ten patients with half a minute each."""
-    folder = tmp_path_factory.mktemp("demo") / "tuhab_preprocessed"
-    write_demo(DemoConfig(root_path=str(folder), patients=10, minutes=0.5))
-    return folder
+
+    def write(folder: Path) -> None:
+        root_path = str(folder / "tuhab_preprocessed")
+        write_demo(DemoConfig(root_path=root_path, patients=10, minutes=0.5))
+
+    return write_once(tmp_path_factory, "demo", write) / "tuhab_preprocessed"
 
 
 @pytest.fixture
 def small_store(tmp_path) -> Path:
-    """What minSAE writes: three files of [5, 7, 16] tokens with structure, no manifest."""
+    """A store as minSAE writes it: three files of [5, 7, 16] structured tokens, no manifest."""
     return write_small_store(tmp_path / "store", seed=0)
 
 
@@ -66,27 +99,25 @@ def write_small_store(store: Path, seed: int) -> Path:
     rng = np.random.default_rng([1, seed])
     for i in range(3):
         sources = rng.exponential(size=(5, 7, 24)) * (rng.random((5, 7, 24)) < 0.1)
-        np.save(
-            folder / f"b{i:04d}.npy",
-            (sources @ directions + 0.1 * rng.normal(size=(5, 7, 16))).astype(np.float32),
-        )
+        tokens = sources @ directions + 0.1 * rng.normal(size=(5, 7, 16))
+        np.save(folder / f"b{i:04d}.npy", tokens.astype(np.float32))
     return store
 
 
 @pytest.fixture(scope="session")
 def chromium():
-    """A headless browser. Without one, tests of pages are skipped aloud, but not in CI."""
-    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-    browser, driver = next((path for path in found if path), None), shutil.which("chromedriver")
+    """A headless browser. Without one, tests of pages are skipped with a reason, or fail in CI."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    driver = shutil.which("chromedriver")
     if browser is None or driver is None:
         reason = "PAGES ARE NOT TESTED: install chromium and chromedriver (Debian: chromium-driver)"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
     options = webdriver.ChromeOptions()
     options.binary_location = browser
-    for flag in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,900",
-    ):  # fmt: skip
+    for flag in CHROMIUM_FLAGS:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -96,6 +127,8 @@ def chromium():
 
 @dataclass(frozen=True)
 class Trained:
+    """A trained sweep and everything that it was made from."""
+
     encoder: Encoder
     encoder_folder: Path
     recordings: Path
@@ -112,18 +145,34 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(demo_folder, tmp_path_factory) -> Trained:
-    folder = tmp_path_factory.mktemp("trained")
-    encoder, _ = convert_encoder(FIXTURES / "tuhab_patch_100/checkpoint.pth")
-    save_encoder(folder / "encoder", encoder)
-    store, run = folder / "store", folder / "run"
-    settings = ExtractConfig(
-        root_path=str(demo_folder), checkpoint_path="encoder", batch_size=4, out=str(store),
-        split=("train", "val", "test"),
-    )  # fmt: skip
-    extract(encoder, settings)
-    train(
-        TrainConfig(store=str(store), checkpoint_path=str(folder / "encoder"), run_dir=str(run), lambda_sparsity=(0.1, 1.0),
-              feature_dim_factor=(0.5,), lr=(3e-3,), num_steps=150, batch_size=256, eval_every=0),
-        encoder.fingerprint,
-    )  # fmt: skip
-    return Trained(encoder, folder / "encoder", demo_folder, store, run)
+    """Two members trained on the small demo; evaluation may write to this worker's `run`."""
+
+    def write(folder: Path) -> None:
+        encoder, _ = convert_encoder(FIXTURES / "tuhab_patch_100/checkpoint.pth")
+        save_encoder(folder / "encoder", encoder)
+        extract_settings = ExtractConfig(
+            root_path=str(demo_folder),
+            checkpoint_path=str(folder / "encoder"),
+            batch_size=4,
+            out=str(folder / "store"),
+            split=("train", "val", "test"),
+        )
+        extract(encoder, extract_settings)
+        train_settings = TrainConfig(
+            store=str(folder / "store"),
+            checkpoint_path=str(folder / "encoder"),
+            run_dir=str(folder / "run"),
+            lambda_sparsity=(0.1, 1.0),
+            feature_dim_factor=(0.5,),
+            lr=(3e-3,),
+            num_steps=150,
+            batch_size=256,
+            eval_every=0,
+        )
+        train(train_settings, encoder.fingerprint)
+
+    folder = write_once(tmp_path_factory, "trained", write)
+    run = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(folder / "run", run)
+    encoder = load_encoder(folder / "encoder")
+    return Trained(encoder, folder / "encoder", demo_folder, folder / "store", run)

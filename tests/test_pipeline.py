@@ -1,5 +1,10 @@
-"""The whole way as a user goes it: the README's commands, and `make extract train` in a fresh copy."""
+"""The whole pipeline as a user runs it: the README's commands, and `make extract train` in a copy.
 
+Most tests here start interpreters, and so are slow; the tests of the packages cover the same code
+in process.
+"""
+
+import csv
 import os
 import re
 import shlex
@@ -14,34 +19,52 @@ import numpy as np
 import pytest
 import yaml
 
+from minsae_jax.sae.config import TrainConfig
+from minsae_jax.settings import from_dict, read_yaml
 from tests.conftest import FIXTURES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TRACKED = ("minsae_jax", "convert", "configs", "Makefile", "pyproject.toml")
-# What keeps a command of the README short here; a later flag overrides an earlier one.
-SHORTER = {
-    "minsae train": "--num_steps 30 --batch_size 256 --eval_window 10 --feature_dim_factor 1"
-}
+COPIED = ("minsae_jax", "convert", "configs", "Makefile", "pyproject.toml")
+SHORT_TRAINING = "--num_steps 30 --batch_size 256 --eval_window 10 --feature_dim_factor 1"
+DEMO_RUN = FIXTURES / "demo_run"  # what a full run of configs/demo.yaml wrote
+TARGETS = """
+help setup demo convert extract train evaluate tensorboard test test-all check
+bench bench-train bench-stream bench-extract clean
+"""
 
 
 def blocks(language: str) -> list[str]:
+    """Return the README's code blocks in a language."""
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def commands() -> list[str]:
+    """Return the README's shell commands, except for make."""
+    lines = "".join(blocks("bash")).splitlines()
+    return [line for line in lines if not line.startswith("make ")]
 
 
 @pytest.fixture(scope="module")
 def environment():
-    """As a user's shell, with this environment activated, and two devices."""
-    flags = {
+    """A user's shell with this environment activated, and two devices."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | {
+        "PATH": path,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "PYTHONWARNINGS": "error::DeprecationWarning",
     }
-    return os.environ | flags | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-def run(command, cwd, env):
+def run(command: str | list[str], cwd: Path, environment: dict[str, str]) -> str:
+    """Run a command that must succeed without warnings, and return its output."""
     done = subprocess.run(
-        command, cwd=cwd, env=env, shell=isinstance(command, str), capture_output=True, text=True
+        command,
+        cwd=cwd,
+        env=environment,
+        shell=isinstance(command, str),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
@@ -49,52 +72,49 @@ def run(command, cwd, env):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_readme(tmp_path, demo_folder, environment):
     """Every command and the Python of the README, in order, where its files are."""
     shutil.copytree(demo_folder, tmp_path / "tuhab_preprocessed")
-    for source, target in (("checkpoint.pth", "checkpoint.pth"), ("config.yaml", "config.yaml")):
-        shutil.copy(FIXTURES / "tuhab_patch_100" / source, tmp_path / target)
-    commands = [
-        line
-        for block in blocks("bash")
-        for line in block.splitlines()
-        if not line.startswith("make ")
-    ]
-    assert len(commands) == 8
-    for command in commands:
-        if command.startswith("tensorboard"):
-            continue  # test_tensorboard_starts
-        shorter = next((flags for start, flags in SHORTER.items() if command.startswith(start)), "")
-        run(f"{command} {shorter}", tmp_path, environment)
+    for name in ("checkpoint.pth", "config.yaml"):
+        shutil.copy(FIXTURES / "tuhab_patch_100" / name, tmp_path)
+    assert len(commands()) == 8
+    for command in commands():
+        if command.startswith("minsae train"):
+            command += f" {SHORT_TRAINING}"  # a later flag overrides an earlier one
+        if not command.startswith("tensorboard"):  # see test_tensorboard_starts
+            run(command, tmp_path, environment)
     for split in ("", "_val", "_test"):
         assert (tmp_path / f"stores/mine{split}/l-1/manifest.json").exists()
     assert (tmp_path / "runs/mine/report/index.html").is_file()
-    for block, check in zip(
-        blocks("python"), ("x_hat.shape == x.shape", "len(found.table()) == 128"), strict=True
-    ):
-        run([sys.executable, "-c", f"{block}\nassert {check}"], tmp_path, environment)
-    init = re.search(r"`(minsae train --init \S+)`", README)[1]
-    out = run(
-        f"{init} --store stores/mine --lambda_sparsity 1 {SHORTER['minsae train']} --run_dir runs/two",
-        tmp_path,
-        environment,
-    )
-    assert "lambda=1" in out
 
-
-def test_tensorboard_starts(tmp_path, environment):
-    (command,) = [
-        line
-        for block in blocks("bash")
-        for line in block.splitlines()
-        if line.startswith("tensorboard")
+    encode, train, report = blocks("python")
+    assert "num_steps=1000" in train
+    script = [
+        encode,
+        "assert x_hat.shape == x.shape",
+        train.replace("num_steps=1000", "num_steps=30, batch_size=256, feature_dim_factor=(1,)"),
+        "assert len(run.members) == 2",
+        report,
+        "assert len(features.table()) == 128",
     ]
+    out = run([sys.executable, "-c", "\n".join(script)], tmp_path, environment)
+    assert "lambda=2" in out
+    assert "(128, 16)" in out
+
+    start_from_member = re.search(r"`(minsae train --init \S+)`", README)[1]
+    flags = f"--store stores/mine --lambda_sparsity 1 {SHORT_TRAINING} --run_dir runs/two"
+    assert "lambda=1" in run(f"{start_from_member} {flags}", tmp_path, environment)
+
+
+@pytest.mark.slow
+def test_tensorboard_starts(tmp_path, environment):
+    (command,) = [command for command in commands() if command.startswith("tensorboard")]
     (tmp_path / "runs").mkdir()
-    environment = environment | {"PYTHONWARNINGS": ""}  # tensorboard's own are not ours
     with subprocess.Popen(
         [*shlex.split(command), "--port", "0"],
         cwd=tmp_path,
-        env=environment,
+        env=environment | {"PYTHONWARNINGS": ""},  # TensorBoard's own warnings are not ours
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
@@ -105,12 +125,13 @@ def test_tensorboard_starts(tmp_path, environment):
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory, environment):
+def checkout(tmp_path_factory):
     """A fresh copy with a smaller demo; its .venv is this environment."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in TRACKED:
+    for name in COPIED:
         source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / name)
     (folder / ".venv").symlink_to(sys.prefix)
     config = yaml.safe_load((folder / "configs/demo.yaml").read_text())
     config["demo"] |= {"patients": 10, "minutes": 0.5}
@@ -124,48 +145,49 @@ def checkout(tmp_path_factory, environment):
     return folder
 
 
-def make(*targets):
-    return ["make", "-o", ".venv/.installed", *targets]  # the environment is there
+def make(*targets: str) -> list[str]:
+    """Return the command for targets of the Makefile, without an installation."""
+    return ["make", "-o", ".venv/.installed", *targets]
 
 
-def test_make(checkout, environment):
+@pytest.mark.slow
+def test_make_runs_the_demo_once(checkout, environment):
     first = run(make("extract", "train"), checkout, environment)
-    assert "windows of split train" in first
-    assert "windows of split test" in first
-    members = sorted(p.name for p in (checkout / "runs/demo/members").iterdir())
-    assert members == [f"lambda={v}" for v in ("0.5", "1", "10", "2", "20", "5")]
+    for split in ("train", "val", "test"):
+        assert f"split {split}" in first
+    members = sorted(path.name for path in (checkout / "runs/demo/members").iterdir())
+    assert members == [f"lambda={value}" for value in ("0.5", "1", "10", "2", "20", "5")]
     assert all(name in first for name in members)
-    began = time.time()
+
+    files = [*checkout.glob("runs/demo/**/*"), *checkout.glob("embeddings/**/*")]
+    before = {path: path.stat().st_mtime_ns for path in files}
     second = run(make("extract", "train"), checkout, environment)
-    assert second.count("finished already") == 4
-    assert time.time() - began < 30
-    told = run(make("evaluate"), checkout, environment)
-    assert "recommended: lambda=" in told
-    assert (checkout / re.search(r"^open (\S+)", told, re.M)[1]).is_file()
+    assert second.count("already") == 4  # three stores and the run
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+
+    out = run(make("evaluate"), checkout, environment)
+    assert "recommended: lambda=" in out
+    report = re.search(r"^open (\S+)", out, re.M)[1]
+    assert (checkout / report).is_file()
     assert len(list((checkout / "runs/demo/report/data").iterdir())) == 128
 
 
-def test_killed_at_any_moment(small_store, tmp_path, environment):
-    """SIGKILL between checkpoints, twice, and SIGTERM and Ctrl-C, which save first; then the same command: the files of
-    an undisturbed run, to the byte."""
+@pytest.mark.slow
+def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, environment):
+    """SIGKILL between checkpoints, then SIGTERM and Ctrl-C, which save first."""
     command = (
-        f"minsae train --store {small_store} --lambda_sparsity 0.1 1 --lr 1e-3 --num_steps 2000 --batch_size 64 "
-        "--checkpoint_every 100 --eval_window 130 --run_dir "
+        f"minsae train --store {small_store} --lambda_sparsity 0.1 1 --lr 1e-3 --num_steps 2000 "
+        "--batch_size 64 --checkpoint_every 100 --eval_window 130 --run_dir "
     )
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
     run(command + "whole", tmp_path, environment)
 
-    def latest():
-        return max(
-            (int(p.name) for p in killed.glob("checkpoints/*") if p.name.isdigit()), default=0
-        )
+    def latest_checkpoint() -> int:
+        names = [path.name for path in killed.glob("checkpoints/*")]
+        return max((int(name) for name in names if name.isdigit()), default=0)
 
-    for wanted, how in (
-        (100, signal.SIGKILL),
-        (400, signal.SIGTERM),
-        (700, signal.SIGKILL),
-        (1000, signal.SIGINT),
-    ):
+    for step, number in ((100, signal.SIGKILL), (500, signal.SIGTERM), (900, signal.SIGINT)):
         with subprocess.Popen(
             shlex.split(command + "killed"),
             cwd=tmp_path,
@@ -173,89 +195,138 @@ def test_killed_at_any_moment(small_store, tmp_path, environment):
             stderr=subprocess.PIPE,
             text=True,
         ) as process:
-            while latest() < wanted:
+            while latest_checkpoint() < step:
                 assert process.poll() is None
                 time.sleep(0.01)
-            process.send_signal(how)
-            told = process.communicate()[1].splitlines()[-1]
-        if how != signal.SIGKILL:
-            assert process.returncode == 128 + how
-            assert (
-                f"stopped at step {latest()}, and saved: the same command goes on from there"
-                in told
-            )
+            process.send_signal(number)
+            _, err = process.communicate()
+        if number != signal.SIGKILL:
+            assert process.returncode == 128 + number
+            assert f"stopped at step {latest_checkpoint()}" in err.splitlines()[-1]
     assert not (killed / "sweep.csv").exists()
     run(command + "killed", tmp_path, environment)
-    compared = [
-        p.relative_to(whole) for p in whole.rglob("*") if p.suffix in (".csv", ".safetensors")
-    ]
-    assert len(compared) == 7
-    for name in compared:
-        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+
+    paths = [path for path in whole.rglob("*") if path.suffix in (".csv", ".safetensors")]
+    assert len(paths) == 7
+    for path in paths:
+        name = path.relative_to(whole)
+        assert path.read_bytes() == (killed / name).read_bytes(), name
 
 
-def test_extraction_killed_at_any_moment(demo_folder, tmp_path, environment):
-    """SIGKILL, SIGTERM and a disk that takes no more, then the same command: the store of an undisturbed run."""
+@pytest.mark.slow
+def test_killed_extraction_resumes_to_the_same_bytes(demo_folder, tmp_path, environment):
+    """SIGKILL, SIGTERM and a full disk."""
     checkpoint = FIXTURES / "tuhab_patch_100/checkpoint.pth"
-    command = f"minsae extract --root_path {demo_folder} --checkpoint_path {checkpoint} --batch_size 1 --out "
-    whole, killed = tmp_path / "whole/l-1", tmp_path / "killed/l-1"
+    command = (
+        f"minsae extract --root_path {demo_folder} --checkpoint_path {checkpoint} "
+        "--batch_size 1 --out "
+    )
+    whole = tmp_path / "whole/l-1"
+    killed = tmp_path / "killed/l-1"
     run(command + "whole", tmp_path, environment)
-    for wanted, how in ((3, signal.SIGKILL), (12, signal.SIGTERM), (18, signal.SIGKILL)):
+    for n_shards, number in ((3, signal.SIGKILL), (14, signal.SIGTERM)):
         with subprocess.Popen(
             shlex.split(command + "killed"),
             cwd=tmp_path,
             env=environment,
             stderr=subprocess.DEVNULL,
         ) as process:
-            while len(list(killed.glob("b*.npy"))) < wanted:
+            while len(list(killed.glob("b*.npy"))) < n_shards:
                 assert process.poll() is None
                 time.sleep(0.001)
-            process.send_signal(how)
+            process.send_signal(number)
         assert not (killed / "provenance.npz").exists()
-    full = subprocess.run(
+    full_disk = subprocess.run(
         ["bash", "-c", f"ulimit -f 50; exec {command} killed"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
+        text=True,
     )
-    assert full.returncode == 2
-    assert b"could not be written (File too large); free some space" in full.stderr.splitlines()[-1]
+    assert full_disk.returncode == 2
+    assert "could not be written (File too large)" in full_disk.stderr.splitlines()[-1]
     run(command + "killed", tmp_path, environment)
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in killed.iterdir())
     for path in whole.iterdir():
         assert path.read_bytes() == (killed / path.name).read_bytes(), path.name
 
 
-def test_make_explains_itself(checkout, environment):
-    told = run(["make"], checkout, environment)
-    makefile = (ROOT / "Makefile").read_text()
-    targets = re.search(r"\.PHONY: (.*)", makefile)[1].split()
+def test_make_lists_its_targets(checkout, environment):
+    out = run(["make"], checkout, environment)
+    targets = re.search(r"\.PHONY: (.*)", (ROOT / "Makefile").read_text())[1].split()
+    assert sorted(targets) == sorted(TARGETS.split())
     for target in targets:
-        assert f"make {target}" in told
-    assert set(targets) == {
-        "help", "setup", "demo", "convert", "extract", "train", "evaluate", "tensorboard", "test", "check", "bench",
-        "bench-train", "bench-stream",
-        "bench-extract", "clean",
-    }  # fmt: skip
+        assert f"make {target}" in out
     for line in blocks("bash")[0].splitlines():
-        assert set(line.split("#")[0].split()[1:]) <= set(targets)
+        command, _, _ = line.partition("#")
+        assert set(command.split()[1:]) <= set(targets)
 
 
-def test_full_demo_is_as_promised():
-    """What the README says of configs/demo.yaml, which test_make makes smaller."""
-    config = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
-    lambdas = config["train"]["lambda_sparsity"]
-    assert (
-        f"activations, {['four', 'five', 'six', 'seven'][len(lambdas) - 4]} autoencoders" in README
-    )
-    told = [line.split() for line in blocks("text")[0].splitlines()[1:]]
-    assert [row[0] for row in told] == [f"lambda={v:g}" for v in lambdas]
-    l0, fvu = np.array([(float(row[3]), float(row[4])) for row in told]).T
-    assert (np.diff(l0) < 0).all()
-    assert (np.diff(fvu) > 0).all()
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def test_benchmarks_run(environment):
-    for name in ("train", "stream", "extract"):
-        out = run([sys.executable, "-m", f"benchmarks.{name}", "--quick"], ROOT, environment)
-        assert "| " in out
+def test_readme_shows_the_demo_run():
+    """The README's table is that of the run in the fixtures, and that run is of the demo's YAML."""
+    config = from_dict(TrainConfig, read_yaml(ROOT / "configs/demo.yaml")["train"])
+    sweep = read_csv(DEMO_RUN / "sweep.csv")
+    assert [float(row["lambda_sparsity"]) for row in sweep] == list(config.lambda_sparsity)
+    held_out = {
+        row["member"]: row
+        for row in read_csv(DEMO_RUN / "eval.csv")
+        if int(row["step"]) == config.num_steps
+    }
+    header, *lines = blocks("text")[0].splitlines()
+    assert " ".join(header.split()) == "member λ MSE L0 FVU dead val L0 val FVU status"
+    for line, row in zip(lines, sweep, strict=True):
+        expected = [
+            row["member"],
+            f"{float(row['lambda_sparsity']):g}",
+            f"{float(row['mse']):.4g}",
+            f"{float(row['l0']):.1f}",
+            f"{float(row['fvu']):.3f}",
+            f"{float(row['dead_fraction']):.1%}",
+            f"{float(held_out[row['member']]['l0']):.1f}",
+            f"{float(held_out[row['member']]['fvu']):.3f}",
+            row["status"],
+        ]
+        assert line.split() == expected
+    assert "activations, six SAEs" in README
+    assert len(sweep) == 6
+
+
+DEMO_STEPS = """
+from tests.interrupt import train_until
+from minsae_jax.sae.config import TrainConfig
+from minsae_jax.settings import from_dict, read_yaml
+
+config = from_dict(TrainConfig, read_yaml("configs/demo.yaml")["train"])
+train_until(config, step=110)
+"""
+
+
+@pytest.mark.slow
+def test_demo_reproduces_its_first_steps(tmp_path, environment):
+    """The full demo, unlike the small one of test_make, up to its step 100."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    demo = "configs/demo.yaml"
+    encoder = "configs/demo/encoder.pth --config_path configs/demo/encoder.yaml"
+    run(f"minsae demo --config {demo}", tmp_path, environment)
+    run(f"python -m convert encoder {encoder} --out checkpoints/demo", tmp_path, environment)
+    run(f"minsae extract --config {demo} --split train", tmp_path, environment)
+    path = environment | {"PYTHONPATH": str(ROOT)}
+    run([sys.executable, "-c", DEMO_STEPS], tmp_path, path)
+    for expected in sorted(DEMO_RUN.glob("members/*/metrics.csv")):
+        actual = tmp_path / "runs/demo" / expected.relative_to(DEMO_RUN)
+        columns = np.genfromtxt(actual, delimiter=",", names=True)
+        expected_columns = np.genfromtxt(expected, delimiter=",", names=True)
+        for name in ("step", "tokens", "loss", "mse", "l1", "l0"):
+            np.testing.assert_allclose(columns[name], expected_columns[name], rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "stream", "extract"])
+def test_benchmarks_run(environment, name):
+    out = run([sys.executable, "-m", f"benchmarks.{name}", "--quick"], ROOT, environment)
+    assert "| " in out
