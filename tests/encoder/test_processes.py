@@ -19,7 +19,7 @@ import os, sys
 from minsae_jax.parallel.processes import start_jax
 from minsae_jax.encoder.config import ExtractConfig
 start_jax(distributed=True)
-from minsae_jax.__main__ import open_encoder
+from minsae_jax import load_encoder
 from minsae_jax.encoder.extract import extract
 import jax
 assert jax.process_count() == 2
@@ -43,7 +43,7 @@ if "fails" in os.environ and jax.process_index() == 1:
     def failing(file, block):
         raise OSError(28, "No space left on device")
     writer._write_all = failing
-cli.run(lambda _: list(extract(open_encoder(checkpoint), settings)), [])
+cli.run(lambda _: list(extract(load_encoder(checkpoint), settings)), [])
 """
 
 
