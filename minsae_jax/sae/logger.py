@@ -91,7 +91,7 @@ class Journal:
         self.diverged[member.name] = step
         if not self.writes:
             return
-        self._logs[member.name].note(step, f"diverged at step {step}, and frozen as it was before")
+        self._logs[member.name].write_text(step, f"diverged at step {step}, and frozen as it was before")
         warnings.warn(
             f"{member.name} diverged at step {step} (loss or gradient is not finite) and is frozen as it was before; "
             "the others go on",
@@ -108,10 +108,10 @@ class Journal:
             return
         for name, own in self.measured.items():
             self._held_out.writerow([step, tokens, name, *(own[measure] for measure in HELD_OUT)])
-            self._logs[name].measured(step, own)
+            self._logs[name].write_held_out(step, own)
         self._held_out.flush()
         self.draw(step)
-        self._run_log.show("pareto", self.run.pareto, step)
+        self._run_log.add_image("pareto", self.run.pareto, step)
 
     def draw(self, step: int) -> None:
         """The members' place between few features and good reconstruction."""
