@@ -181,3 +181,21 @@ def test_killed_process_releases_its_lock(tmp_path, system):
         process.wait()
     with lock_folder(folder):
         pass
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import filelock
+
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+import minsae_jax
+
+for module in pkgutil.walk_packages(minsae_jax.__path__, "minsae_jax."):
+    importlib.import_module(module.name)
+"""
+
+
+def test_package_imports_without_posix_modules():
+    """As on Windows; other libraries there do without these modules too."""
+    subprocess.run([sys.executable, "-c", IMPORT_ALL], check=True)
