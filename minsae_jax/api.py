@@ -26,7 +26,7 @@ def start(deterministic: bool = False, distributed: bool = False) -> None:
     """Set up JAX's devices; must come before anything else uses them.
 
     The functions below call this themselves. A program that loads an encoder first calls it before
-    that if it runs on a cluster (`distributed`) or wants a CPU device for each core.
+    that if it runs on a cluster (`distributed`) or needs one CPU device for each core.
     """
     import jax
 

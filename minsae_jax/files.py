@@ -74,12 +74,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
     Raises UserError if another process has the lock. On file systems without locks the block runs
     without one. The lock leaves no file in the folder: POSIX locks the folder itself, while Windows
-    needs a file, which lies beside it.
+    needs a lock file, which is in the parent folder.
     """
     try:
         import fcntl  # not on Windows
     except ImportError:
-        with _lock_file_beside(folder):
+        with _lock_file_in_parent(folder):
             yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -95,7 +95,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _lock_file_beside(folder: Path) -> Iterator[None]:
+def _lock_file_in_parent(folder: Path) -> Iterator[None]:
     import filelock
 
     if not folder.is_dir():

@@ -33,7 +33,7 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 
 @dataclass(frozen=True)
 class Range:
-    """Allowed values of a setting, beside its type: `lr: Annotated[float, Range(above=0)]`.
+    """Allowed values of a setting, next to its type: `lr: Annotated[float, Range(above=0)]`.
 
     For a setting with several values the range applies to each of them. None is always allowed;
     infinity and NaN never are.
@@ -74,13 +74,14 @@ Seed = Range(min=0, max=2**32 - 1)
 def check_ranges(settings: Any) -> None:
     """Raise UserError naming the first setting whose value is out of its Range."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
-        value = getattr(settings, name)
-        values = value if isinstance(value, tuple) else (value,)
-        numbers = [v for v in values if isinstance(v, int | float)]
+        values = getattr(settings, name)
+        if not isinstance(values, tuple):
+            values = (values,)
+        numbers = [value for value in values if isinstance(value, int | float)]
         for allowed in _ranges(hint):
-            for v in numbers:
-                limits = allowed if abs(v) < FLOAT32_LIMIT else "finite"
-                require(allowed.contains(v), f"--{name} must be {limits}, got {v}")
+            for number in numbers:
+                require(abs(number) < FLOAT32_LIMIT, f"--{name} must be finite, got {number}")
+                require(allowed.contains(number), f"--{name} must be {allowed}, got {number}")
 
 
 def _ranges(hint: Any) -> list[Range]:
@@ -134,9 +135,11 @@ class _Loader(yaml.SafeLoader):
         for key, value in node.value:
             if key.tag != MERGE_TAG:
                 continue
-            for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                # A mapping that merges itself has no size yet.
-                size += self._merged_sizes.get(merged, MAX_MERGED_KEYS)
+            sources = [value]
+            if isinstance(value, yaml.SequenceNode):
+                sources = value.value
+            # A mapping that merges itself has no size yet.
+            size += sum(self._merged_sizes.get(source, MAX_MERGED_KEYS) for source in sources)
         if size > MAX_MERGED_KEYS:
             raise yaml.composer.ComposerError(
                 problem="merge keys (<<) make this mapping too large", problem_mark=node.start_mark
@@ -246,23 +249,27 @@ def missing_settings(cls: type, values: Values) -> list[str]:
     ]
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a hint at the known word that is most similar, or "" if none is.
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return a hint at the most similar known word, or "" if no known word is similar.
 
-    A known word may also be longer, as when only its beginning was written.
+    A known word is also similar if it only continues.
 
     >>> did_you_mean("lamda", ["lr", "lambda_sparsity"])
     "; did you mean 'lambda_sparsity'?"
     """
 
-    word = word[:50]  # the time grows with its square
+    if not isinstance(word, str):
+        return ""
+    word = word[:50]  # the time grows with the square of the length
 
     def similarity(candidate: str) -> float:
         beginning = candidate[: len(word) + 1]
         return max(difflib.SequenceMatcher(None, word, c).ratio() for c in (candidate, beginning))
 
     best = max(known, key=similarity, default="")
-    return f"; did you mean {best!r}?" if best and similarity(best) >= 0.6 else ""
+    if not best or similarity(best) < 0.6:
+        return ""
+    return f"; did you mean {best!r}?"
 
 
 def shown(value: Any) -> str:
@@ -280,8 +287,7 @@ def _refuse_unknown(values: Values, known: Iterable[str], what: str) -> None:
     names = list(known)
     for key in values:
         if key not in names:
-            hint = did_you_mean(key, names) if isinstance(key, str) else ""
-            raise UserError(f"{what} {shown(key)}{hint}")
+            raise UserError(f"{what} {shown(key)}{did_you_mean(key, names)}")
 
 
 def _typed(cls: type, values: Values) -> Values:
@@ -297,13 +303,15 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         return _coerce_union(value, options, name)
     if origin is tuple:
-        values = value if isinstance(value, list | tuple) else [value]
-        return tuple(_coerce(v, options[0], name) for v in values)
+        if not isinstance(value, list | tuple):
+            value = [value]
+        return tuple(_coerce(v, options[0], name) for v in value)
     if origin is Literal:
         if type(value) is type(options[0]) and value in options:
             return value
-        hint = did_you_mean(value, options) if isinstance(value, str) else ""
-        raise UserError(f"{name} must be one of {', '.join(options)}, got {shown(value)}{hint}")
+        choices = ", ".join(options)
+        hint = did_you_mean(value, options)
+        raise UserError(f"{name} must be one of {choices}, got {shown(value)}{hint}")
     if hint is float and type(value) is int and abs(value) < FLOAT32_LIMIT:
         return float(value)
     if hint is int and type(value) is float and value.is_integer():

@@ -15,7 +15,7 @@ METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "
 class MemberLog:
     """Metrics of one member, a row for each log interval.
 
-    On resume at `step` and `tokens`, what was written after that checkpoint is dropped.
+    On resume at `step` and `tokens`, rows and events after that checkpoint are dropped.
     held_out: names of the metrics on held-out tokens that `write_held_out` will get.
     """
 
