@@ -33,6 +33,7 @@ def demo(config: DemoConfig) -> None:
 
 def extract(config: ExtractConfig) -> None:
     """Run recordings through the encoder and write the activations of its layers to disk."""
+    # A cluster must be joined before the encoder's parameters are put on a device.
     api.start(distributed=config.distributed)
     encoder = api.load_encoder(str(config.checkpoint_path), config.config_path)
     for line in api.extract(encoder, config):

@@ -45,9 +45,12 @@ def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "En
     from minsae_jax.encoder import converted
 
     path = Path(path)
+    # Both a converted encoder and a folder of transformers contain config.json; a path with none
+    # is left to load_encoder, which says how to convert one.
     is_pytorch = path.suffix in (".pth", ".pt") or path.is_file()
     has_config = (path / "config.json").is_file()
     if (is_pytorch or has_config) and not converted.is_encoder(path):
+        # Imports torch, which is not installed with the package.
         from convert.encoder import convert_encoder
 
         encoder, _ = convert_encoder(path, config_path)

@@ -33,6 +33,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     On an error `folder` stays as it was. A process killed between the two renames leaves
     `.NAME.old`, which the next call restores.
     """
+    # A folder cannot be renamed over one with files, so the old one is moved away first.
     temporary = folder.with_name(f".{folder.name}.tmp")
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
@@ -77,13 +78,16 @@ def lock_folder(folder: Path) -> Iterator[None]:
     needs a lock file, which is in the parent folder.
     """
     try:
-        import fcntl  # not on Windows
+        # Windows does not have this module.
+        import fcntl
     except ImportError:
         with _lock_file_in_parent(folder):
             yield
         return
+    # The kernel releases the lock when the descriptor is closed, also that of a killed process.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        # Some network file systems cannot lock folders.
         with suppress(OSError):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -35,8 +35,8 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 class Range:
     """Allowed values of a setting, next to its type: `lr: Annotated[float, Range(above=0)]`.
 
-    For a setting with several values the range applies to each of them. None is always allowed;
-    infinity and NaN never are.
+    For a setting with several values the range applies to each. None is always allowed; infinity
+    and NaN never are.
     """
 
     min: int | float = -math.inf
@@ -138,7 +138,8 @@ class _Loader(yaml.SafeLoader):
             sources = [value]
             if isinstance(value, yaml.SequenceNode):
                 sources = value.value
-            # A mapping that merges itself has no size yet.
+            # Anchors are known before their mapping is complete, so one that merges itself has no
+            # size yet and counts as too large.
             size += sum(self._merged_sizes.get(source, MAX_MERGED_KEYS) for source in sources)
         if size > MAX_MERGED_KEYS:
             raise yaml.composer.ComposerError(
@@ -160,6 +161,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1, which PyYAML follows, takes 1e-5 for text, since it has neither a point nor a sign.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -325,6 +327,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 def _coerce_union(value: Any, options: tuple[Any, ...], name: str) -> Any:
     if value is None and type(None) in options:
         return None
+    # The first alternative is also the one that an error names.
     alternatives = [option for option in options if option is not type(None)]
     for alternative in alternatives[1:]:
         if type(value) is alternative or value in get_args(alternative):

@@ -55,6 +55,7 @@ class Argument:
     @property
     def metavar(self) -> str:
         """Return INT, {a,b} or the like for one value."""
+        # A single Literal is a choice in braces; with other types its words are just joined.
         words = []
         for kind in self.types:
             if get_origin(kind) is Literal:
@@ -117,7 +118,10 @@ def _value_types(hint: Any) -> list[Any]:
     """Return the types of one value: of `tuple[int | Literal["all"], ...]`, int and the Literal."""
     if get_origin(hint) in (tuple, Union, types.UnionType):
         return [kind for part in get_args(hint) for kind in _value_types(part)]
-    return [] if hint in (type(None), Ellipsis) else [hint]
+    # None and the dots of a tuple are not written on a command line.
+    if hint in (type(None), Ellipsis):
+        return []
+    return [hint]
 
 
 def parse(

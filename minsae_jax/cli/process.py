@@ -20,13 +20,16 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         args = sys.argv[1:]
     debug = "--debug" in args
     for stream in (sys.stdout, sys.stderr):
+        # Some terminals cannot print λ; in tests these are other streams.
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # some terminals cannot print λ
+            stream.reconfigure(errors="replace")
     warnings.showwarning = _print_warning
     try:
         main([argument for argument in args if argument != "--debug"])
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
+    except BrokenPipeError:
+        # The reader of our output has closed it, as `head` does. Python would fail again when it
+        # flushes stdout at exit, so the rest goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Stopped as e:
@@ -56,7 +59,8 @@ def _user_message(error: Exception) -> str | None:
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{place}"
-    if "RESOURCE_EXHAUSTED" in str(error):  # XLA's status code
+    # XLA's errors are RuntimeErrors that begin with a status code.
+    if "RESOURCE_EXHAUSTED" in str(error):
         advice = "try a smaller --batch_size, --feature_dim_factor or sweep"
         return f"out of memory ({brief(error, 150)}); {advice}"
     return None

@@ -42,5 +42,8 @@ def open_csv(path: Path, header: tuple[str, ...], last: int) -> Csv:
 
 
 def _cell_count(line: str) -> int:
-    # The csv module is only needed for quoted cells: act_freqs.csv has a column for each feature.
-    return len(next(csv.reader([line]))) if '"' in line else line.count(",") + 1
+    # The csv module is slow on act_freqs.csv, which has a column for each feature; it is only
+    # needed for quoted cells.
+    if '"' in line:
+        return len(next(csv.reader([line])))
+    return line.count(",") + 1

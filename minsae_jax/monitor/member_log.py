@@ -83,7 +83,8 @@ class MemberLog:
 
     def _add_scalars(self, prefix: str, metrics: Mapping[str, int | float], step: int) -> None:
         for name, value in metrics.items():
-            if np.isfinite(value):  # metrics of a frozen member are NaN
+            # Metrics of a frozen member are NaN, which TensorBoard cannot draw.
+            if np.isfinite(value):
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
 
     def close(self) -> None:

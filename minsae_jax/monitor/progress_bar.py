@@ -70,6 +70,7 @@ class _Lines(Bar):
 
     def _print(self) -> None:
         self._printed = time.monotonic()
+        # tqdm itself would print lines that end in \r and, at last, an empty one.
         line = tqdm.format_meter(
             self._count,
             self._total,
@@ -89,8 +90,11 @@ def progress(title: str, total: int, unit: str, delay: float = 0.0) -> Iterator[
 
     If stderr is not a terminal, a line is printed every ten seconds instead of a bar.
     """
-    kind = Bar if sys.stderr.isatty() else _Lines
-    bar = kind(title, total, unit, delay)
+    bar: Bar
+    if sys.stderr.isatty():
+        bar = Bar(title, total, unit, delay)
+    else:
+        bar = _Lines(title, total, unit, delay)
     try:
         yield bar
     finally:

@@ -44,7 +44,8 @@ def _multiline_charts(prefix: str, names: Sequence[str]) -> dict[str, list[objec
 
 def open_board(folder: Path, step: int) -> "SummaryWriter":
     """Return a writer of TensorBoard events that hides events of earlier files after `step`."""
-    from tensorboardX import SummaryWriter  # imports torch if it is installed, which takes a second
+    # Imports torch if it is installed, which takes a second that few verbs need.
+    from tensorboardX import SummaryWriter
 
     earlier = len(list(folder.glob(f"{TFEVENTS_PREFIX}*")))
     if not earlier:

@@ -21,6 +21,7 @@ class Wandb:
     def __init__(self, folder: Path, members: Mapping[str, Mapping[str, int | float]]):
         self._runs: dict[str, Any] = {}
         with self._disabled_on_error():
+            # In here, since a missing package must not stop training either.
             import wandb
 
             run_id = _read_or_make_id(folder / "wandb" / "id")
