@@ -185,6 +185,8 @@ class Example(Training, Reading):
 
     share: float = 0.05
     """Share, in 0 to 100 %"""
+    bands: tuple[str, ...] = ("alpha 8-13", "beta")
+    """Bands"""
     live: bool = False
     """Without a store"""
 
@@ -209,6 +211,7 @@ def test_help_is_grouped_by_topic_with_one_default(capsys):
         "--lr FLOAT [FLOAT ...] Learning rate (default: 5e-5; minsae 1e-3) --num_steps",
         "--num_steps INT Number of steps settings:",
         "--share FLOAT Share, in 0 to 100 % (default: 0.05)",
+        '--bands TEXT [TEXT ...] Bands (default: "alpha 8-13" beta)',
         "--live, --no_live Without a store (default: false)",
     ):
         assert line in text

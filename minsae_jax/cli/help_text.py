@@ -74,4 +74,6 @@ def _shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
+    if " " in str(value):
+        return f'"{value}"'
     return str(value)
