@@ -1,19 +1,10 @@
-"""PyTorch in and out.
+"""PyTorch in and out: `python -m convert encoder` and `python -m convert sae`."""
 
-    python -m convert encoder SOURCE [--config_path YAML] --out DIR    a checkpoint, or a folder of transformers
-    python -m convert encoder DIR --to pytorch --out PATH              and back
-    python -m convert sae PATH --to member|minsae|saelens|dictionary_learning --out PATH
-
-`encoder --help` and `sae --help` tell more, and docs/convert.md what is read from where.
-"""
-
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+from typing import Annotated, Literal
 
 from convert import verify
 from convert.encoder import convert, describe, read_source, write_pytorch
@@ -22,113 +13,118 @@ from minsae_jax import cli
 from minsae_jax.encoder.converted import is_encoder, load_encoder, load_source, save_encoder
 from minsae_jax.errors import UserError
 
-# None: the flag was not given; (): it was, without a recording.
-Recording = Annotated[
-    tuple[str, ...] | None,
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[RECORDING]",
-        instance_from_str=tuple,
-        is_instance=lambda value: value is None or isinstance(value, tuple),
-        str_from_instance=lambda value: ["no"] if value is None else list(value),
-    ),
-]
+ABOUT = """
+Convert weights between PyTorch and minsae_jax.
+
+  python -m convert encoder SOURCE [--config_path YAML] --out DIR   PyTorch to Flax
+  python -m convert encoder DIR --to pytorch --out PATH             and back
+  python -m convert sae PATH --to member|minsae|saelens|dictionary_learning --out PATH
+
+`python -m convert VERB --help` shows the flags; docs/convert.md describes the formats.
+"""
+NOISE = "noise"
+Choice = Literal["true", "false"]  # a switch that can also be left to the checkpoint
 
 
-@dataclass(frozen=True)
-class EncoderCommand:
-    """Convert a PyTorch PatchTST into a Flax encoder, or an encoder back into gPatchTST's state dict. Settings that the
-    weights do not tell come from flags, else from the YAML, else from the source's own config."""
+@dataclass(frozen=True, kw_only=True)
+class ConversionFlags:
+    """Conversion"""
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A .pth file, a folder of transformers, or a converted encoder (--to pytorch)."""
+    source: Annotated[str, cli.Flag(positional=True)]
+    """A .pth file, a folder of transformers, or a converted encoder (with --to pytorch)"""
     out: str | None = None
-    """Folder (flax) or file (pytorch) to write; without it nothing is written, which makes sense with --verify."""
+    """Folder (flax) or file (pytorch) to write; may be missing with --verify"""
     to: Literal["flax", "pytorch"] = "flax"
-    """What to write: our encoder, or gPatchTST's state dict."""
+    """flax: an encoder for minsae; pytorch: the state dict of gPatchTST"""
     config_path: str | None = None
-    """The encoder's YAML."""
+    """YAML file with the encoder's settings"""
     program: Literal["auto", "gpatchtst", "supervised"] = "auto"
-    """Which program's rules hold: gpatchtst (also the official self-supervised one), or the official supervised one,
-    which is taken for granted (auto) for a bare state dict under `model.` whose head reads all patches."""
+    """Program that wrote the file: gpatchtst (also the official self-supervised one) or the
+    official supervised one; auto picks supervised for bare state dicts under `model.` whose head
+    reads all patches"""
     without_head: bool = False
-    """Leave the head out, for activations alone."""
-    verify: Recording = None
-    """Hold every layer against plain torch on the PyTorch weights, on windows of a recording (.npy, [time, channels] in
-    SD) or, without one, on white noise. Ends with exit code 1, and writes nothing, where they differ by over 1e-4."""
+    """Leave out the head"""
+    verify: Annotated[str | None, cli.Flag(bare=NOISE)] = None
+    """Compare every layer with PyTorch on a recording (.npy, [time, channels] in SD) or, without
+    one, on white noise; if they differ by over 1e-4, write nothing and exit with code 1"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureFlags:
+    """Settings that the weights do not determine; they override the YAML and the checkpoint"""
 
     n_vars: int | None = None
-    """Number of channels."""
+    """Number of channels"""
     seq_len: int | None = None
-    """Length of a window, in samples."""
+    """Samples of a window"""
     stride: int | None = None
-    """Samples from one patch to the next."""
+    """Samples from one patch to the next"""
     n_heads: int | None = None
-    """Attention heads: needed only where their scale was trained."""
+    """Attention heads; only needed if the scale of the scores was trained"""
     activation: Literal["relu", "gelu"] | None = None
-    """Of the feed-forward branch."""
-    res_attention: Literal["true", "false"] | None = None
-    """Whether attention scores are handed on from layer to layer."""
-    pre_norm: Literal["true", "false"] | None = None
-    """Whether normalisation precedes each branch."""
-    revin: Literal["true", "false"] | None = None
-    """Whether RevIN is applied to the windows."""
+    """Activation function of the feed-forward layers"""
+    res_attention: Choice | None = None
+    """Add the attention scores of the layer before"""
+    pre_norm: Choice | None = None
+    """Normalise before attention and feed-forward layers instead of after them"""
+    revin: Choice | None = None
+    """Apply RevIN to the windows"""
     revin_eps: float | None = None
-    """Added to RevIN's variance."""
-    subtract_last: Literal["true", "false"] | None = None
-    """Whether RevIN takes away the window's last sample instead of its mean (official supervised program)."""
+    """Added to RevIN's variance"""
+    subtract_last: Choice | None = None
+    """Let RevIN subtract the last sample instead of the mean (official supervised program)"""
     head_type: Literal["pretrain", "prediction", "regression", "classification"] | None = None
-    """The head, where its shape leaves it open."""
-
-    def settings(self) -> dict[str, Any]:
-        """What the flags say of the architecture."""
-        names = (
-            "n_vars", "seq_len", "stride", "n_heads", "activation", "res_attention", "pre_norm", "revin", "revin_eps",
-            "subtract_last", "head_type",
-        )  # fmt: skip
-        said = {name: getattr(self, name) for name in names}
-        return {
-            name: {"true": True, "false": False}.get(v, v)
-            for name, v in said.items()
-            if v is not None
-        }
+    """Type of the head, if its shape does not determine it"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class EncoderCommand(ArchitectureFlags, ConversionFlags):
+    """Flags of `python -m convert encoder`."""
+
+    def architecture_settings(self) -> dict[str, object]:
+        """Return the settings of the architecture that were given as flags."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(ArchitectureFlags)}
+        bools = {"true": True, "false": False}
+        return {name: bools.get(v, v) for name, v in values.items() if v is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class SaeCommand:
-    """Convert a sparse autoencoder from any of the forms below into any other. What PATH is, its content says."""
+    """Flags of `python -m convert sae`."""
 
-    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """A member's folder, a .pt file of minSAE or dictionary_learning, or a folder of SAELens."""
+    path: Annotated[str, cli.Flag(positional=True)]
+    """Folder of a member, .pt file of minSAE or dictionary_learning, or folder of SAELens"""
     to: Kind
-    """What to write."""
+    """Format to write"""
     out: str
-    """Folder (member, saelens) or file (minsae, dictionary_learning) to write."""
+    """Folder (member, saelens) or file (minsae, dictionary_learning) to write"""
 
 
 def encoder(command: EncoderCommand) -> None:
+    """Convert a PyTorch PatchTST into a Flax encoder, or an encoder back to PyTorch."""
     if command.out is None and command.verify is None:
-        raise UserError("say what to write with --out, or --verify")
-    if command.verify is not None and len(command.verify) > 1:
-        raise UserError(f"--verify takes one recording, not {len(command.verify)}")
+        raise UserError("requires --out, --verify or both")
     source = Path(command.source)
     if is_encoder(source):
-        return _write_back(command, source)
+        _export_encoder(command, source)
+        return
     opened = read_source(
-        source, command.config_path, command.settings(), None if command.program == "auto" else command.program,
+        source,
+        command.config_path,
+        command.architecture_settings(),
+        None if command.program == "auto" else command.program,
         command.without_head,
-    )  # fmt: skip
+    )
     converted, notes = convert(opened)
     print(describe(opened, converted))
     if command.verify is not None:
-        windows = verify.read_windows(converted, *(command.verify or (None,)))
+        recording = None if command.verify == NOISE else command.verify
+        windows = verify.read_windows(converted, recording)
         differences = verify.verify(converted, opened.checkpoint.tensors, windows)
         print(verify.report(differences))
         if not all(d.passes for d in differences):
-            print(
-                f"error: Flax and torch differ by over {verify.TOLERANCE}: nothing is written",
-                file=sys.stderr,
-            )
+            message = f"Flax and PyTorch differ by over {verify.TOLERANCE}; nothing is written"
+            print(f"error: {message}", file=sys.stderr)
             sys.exit(1)
     if command.out is None:
         return
@@ -139,38 +135,34 @@ def encoder(command: EncoderCommand) -> None:
     print(f"written to {command.out}")
 
 
-def _write_back(command: EncoderCommand, folder: Path) -> None:
+def _export_encoder(command: EncoderCommand, folder: Path) -> None:
+    """Write a converted encoder as PyTorch's state dict."""
     if command.to != "pytorch" or command.out is None:
-        raise UserError(
-            f"{folder} is a converted encoder already: --to pytorch --out FILE gives it back"
-        )
-    if (
-        command.verify is not None
-        or command.settings()
-        or command.config_path
-        or command.without_head
-    ):
-        raise UserError(
-            f"{folder} is given back as it is: --to and --out are all that can be said of it"
-        )
+        raise UserError(f"{folder} is already converted; export it with --to pytorch --out FILE")
+    other_flags = (command.verify, command.config_path, command.without_head or None)
+    if command.architecture_settings() or any(flag is not None for flag in other_flags):
+        raise UserError(f"{folder} is already converted; only --to and --out apply to its export")
     write_pytorch(Path(command.out), load_encoder(folder), load_source(folder))
     print(f"written to {command.out}")
 
 
+def sae(command: SaeCommand) -> None:
+    """Convert a sparse autoencoder between file formats; the format of PATH is detected."""
+    converted = convert_sae(command.path, command.to, command.out)
+    print(
+        f"autoencoder with d_model {converted.d_model}, d_sae {converted.d_sae}, read as "
+        f"{converted.source_kind}, written as {converted.kind} to {converted.path}"
+    )
+
+
+VERBS = {
+    "encoder": cli.Verb(EncoderCommand, encoder),
+    "sae": cli.Verb(SaeCommand, sae),
+}
+
+
 def main(args: list[str]) -> None:
-    if not args or args[0] in ("-h", "--help"):
-        print(__doc__)
-    elif args[0] == "encoder":
-        encoder(cli.parse(EncoderCommand, args[1:], "python -m convert encoder"))
-    elif args[0] == "sae":
-        command = cli.parse(SaeCommand, args[1:], "python -m convert sae")
-        sae = convert_sae(command.path, command.to, command.out)
-        print(
-            f"autoencoder of d_model {sae.d_model}, d_sae {sae.d_sae}, read as {sae.source_kind}, "
-            f"written as {sae.kind} to {sae.path}"
-        )
-    else:
-        raise UserError(f"there is no {args[0]!r} to convert: it is encoder or sae")
+    cli.call_verb(VERBS, args, "python -m convert", ABOUT, has_config=False)
 
 
 if __name__ == "__main__":

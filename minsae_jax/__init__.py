@@ -1,7 +1,78 @@
-"""Sparse autoencoders on the activations of EEG transformers: `python -m minsae_jax --help`."""
+"""Sparse autoencoders on the activations of EEG transformers: `python -m minsae_jax --help`.
 
-from minsae_jax.encoder.converted import Encoder, load_encoder
-from minsae_jax.errors import UserError
-from minsae_jax.sae.member import SparseAutoencoder, load_sae
+Public names are imported when they are first used, so that a command line's --help does not wait
+for JAX.
+"""
 
-__all__ = ["Encoder", "SparseAutoencoder", "UserError", "load_encoder", "load_sae"]
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minsae_jax.activations.store import Store, open_store
+    from minsae_jax.api import evaluate, extract, load_encoder, plot, train, write_demo
+    from minsae_jax.eeg.synthetic import DemoConfig
+    from minsae_jax.encoder.config import ExtractConfig
+    from minsae_jax.encoder.converted import Encoder
+    from minsae_jax.errors import UserError
+    from minsae_jax.evaluation.config import EvaluateConfig
+    from minsae_jax.evaluation.evaluate import Evaluation
+    from minsae_jax.report.features import load_features
+    from minsae_jax.sae.config import PlotConfig, TrainConfig
+    from minsae_jax.sae.member import SparseAutoencoder, load_sae
+    from minsae_jax.sae.run import Run
+
+    __version__: str
+
+__all__ = [
+    "DemoConfig",
+    "Encoder",
+    "EvaluateConfig",
+    "Evaluation",
+    "ExtractConfig",
+    "PlotConfig",
+    "Run",
+    "SparseAutoencoder",
+    "Store",
+    "TrainConfig",
+    "UserError",
+    "evaluate",
+    "extract",
+    "load_encoder",
+    "load_features",
+    "load_sae",
+    "open_store",
+    "plot",
+    "train",
+    "write_demo",
+]
+
+_NAMES_OF_MODULES = {
+    "activations.store": ("Store", "open_store"),
+    "api": ("evaluate", "extract", "load_encoder", "plot", "train", "write_demo"),
+    "eeg.synthetic": ("DemoConfig",),
+    "encoder.config": ("ExtractConfig",),
+    "encoder.converted": ("Encoder",),
+    "errors": ("UserError",),
+    "evaluation.config": ("EvaluateConfig",),
+    "evaluation.evaluate": ("Evaluation",),
+    "report.features": ("load_features",),
+    "sae.config": ("PlotConfig", "TrainConfig"),
+    "sae.member": ("SparseAutoencoder", "load_sae"),
+    "sae.run": ("Run",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("minsae_jax")
+    for module, names in _NAMES_OF_MODULES.items():
+        if name in names:
+            value = getattr(import_module(f"minsae_jax.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'minsae_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])

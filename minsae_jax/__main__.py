@@ -1,176 +1,77 @@
-"""The command line: `python -m minsae_jax VERB [--config FILE] [flags]`, installed as `minsae`.
+"""The command line: `python -m minsae_jax VERB [flags]`, installed as `minsae`.
 
-verbs:
-  demo      write synthetic EEG with planted, labelled events
-  extract   run recordings through the encoder and store the activations of its layers
-  train     train a sweep of sparse autoencoders on a store
-  evaluate  measure a sweep on held-out recordings, recommend a member, and show its features in a report
-  plot      draw the course of a run
-
-`VERB --help` tells a verb's flags. Flags override the file given by --config; --debug shows tracebacks.
+Each verb is parsed into its settings, calls its function in `api`, and prints the result.
 """
 
-from functools import partial
 from pathlib import Path
 
-from minsae_jax import cli
-from minsae_jax.eeg.synthetic import Demo, DemoConfig, write_demo
+import minsae_jax
+from minsae_jax import api, cli
+from minsae_jax.eeg.synthetic import DemoConfig
 from minsae_jax.encoder.config import ExtractConfig
-from minsae_jax.encoder.converted import Encoder, is_encoder, load_encoder
-from minsae_jax.encoder.extract import extract
-from minsae_jax.encoder.live import open_live
-from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
-from minsae_jax.files import lock_folder
-from minsae_jax.parallel.processes import start_jax
-from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
-from minsae_jax.sae.plots import plot
-from minsae_jax.sae.run import Run
-from minsae_jax.sae.trainer import train
-from minsae_jax.settings import Settings, load_sections, read_yaml
+from minsae_jax.sae.config import PlotConfig, TrainConfig
 
-SECTIONS: dict[str, type] = {
-    "demo": DemoConfig,
-    "extract": ExtractConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "plot": PlotConfig,
-}
+ABOUT = """
+Sparse autoencoders on the activations of EEG transformers, many at a time.
 
-
-def load_settings(cls: type[Settings], path: str | Path) -> Settings:
-    """The settings of one verb from the section of that name. All sections are checked, so that no slip hides."""
-    name = next(name for name, section_cls in SECTIONS.items() if section_cls is cls)
-    sections = load_sections(path, SECTIONS)
-    return sections[name] if name in sections else cls()
+`minsae VERB --help` shows the flags of a verb; `minsae --version` shows the version.
+"""
 
 
 def main(args: list[str]) -> None:
-    if not args or args[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    verb, flags = args[0], args[1:]
-    if verb == "demo":
-        print(_describe_demo(write_demo(_settings(DemoConfig, verb, flags))))
-    elif verb == "extract":
-        _extract(_settings(ExtractConfig, verb, flags))
-    elif verb == "train":
-        run = _train(_settings(TrainConfig, verb, flags))
-        already = "already finished" if run.was_finished else "finished"
-        print(f"the run {run.folder} is {already}\n{run.summary()}")
-    elif verb == "evaluate":
-        _evaluate(_settings(EvaluateConfig, verb, flags))
-    elif verb == "plot":
-        print(plot(_settings(PlotConfig, verb, flags)))
+    if args == ["--version"]:
+        print(f"minsae_jax {minsae_jax.__version__}")
     else:
-        raise UserError(
-            f"there is no verb {verb!r}: it is demo, extract, train, evaluate or plot; see python -m minsae_jax --help"
-        )
+        cli.call_verb(VERBS, args, "minsae", ABOUT)
 
 
-def _settings(cls: type[Settings], verb: str, flags: list[str]) -> Settings:
-    """The verb's settings: flags over the file given by --config over the defaults."""
-    files, rest = [], []
-    arguments = iter(flags)
-    for argument in arguments:
-        if argument == "--config":
-            files.append(next(arguments, ""))
-        elif argument.startswith("--config="):
-            files.append(argument.removeprefix("--config="))
-        else:
-            rest.append(argument)
-    if len(files) > 1 or "" in files:
-        raise UserError("--config takes one YAML file")
-    default = load_settings(cls, files[0]) if files else None
-    also = f"--config FILE reads the section {verb} of a YAML file, which flags override; --debug shows tracebacks."
-    return cli.parse(cls, rest, f"minsae {verb}", default, also)
+def demo(config: DemoConfig) -> None:
+    """Write synthetic EEG recordings with labelled events, in the layout of the TUH corpus."""
+    print(api.write_demo(config))
 
 
-def _describe_demo(demo: Demo) -> str:
-    if not demo.is_new:
-        return f"the demo recordings are already in {demo.folder}"
-    return (
-        f"wrote {demo.n_recordings} recordings of {demo.n_patients} patients "
-        f"({demo.hours:.1f} hours, {demo.n_events} planted events) to {demo.folder}"
-    )
+def extract(config: ExtractConfig) -> None:
+    """Run recordings through the encoder and write the activations of its layers to disk."""
+    # A cluster must be joined before the encoder's parameters are put on a device.
+    api.start(distributed=config.distributed)
+    encoder = api.load_encoder(str(config.checkpoint_path), config.config_path)
+    for line in api.extract(encoder, config):
+        print(line)
 
 
-def _extract(settings: ExtractConfig) -> None:
-    start_jax(distributed=settings.distributed)
-    encoder = open_encoder(settings.checkpoint_path, settings.config_path)
-    for store in extract(encoder, settings):
-        status = "finished already" if store.was_complete else "written"
-        print(
-            f"{store.folder}: {status}, {store.n_windows:,} windows of split {store.split}, "
-            f"{store.total_tokens:,} tokens of d_model {store.d_model}"
-        )
+def train(config: TrainConfig) -> None:
+    """Train a sweep of sparse autoencoders, one for each combination of λ, lr, seed and size."""
+    print(api.train(config))
 
 
-def _train(settings: TrainConfig) -> Run:
-    start_jax(settings.deterministic, settings.distributed)
-    if not settings.checkpoint_path:
-        return train(settings)
-    encoder = open_encoder(settings.checkpoint_path, settings.config_path)
-    live = partial(
-        open_live,
-        encoder,
-        root_path=str(settings.root_path),
-        split=settings.split,
-        split_seed=settings.split_seed,
-        layer=settings.cache_layer,
-        batch_size=settings.live_batch_size,
-        force_revin=settings.force_revin,
-        on_bad_recording=settings.on_bad_recording,
-    )
-    return train(settings, encoder.fingerprint, live if settings.live else None)
+def evaluate(config: EvaluateConfig) -> None:
+    """Measure a run on held-out recordings, recommend an SAE, and report its features."""
+    evaluation = api.evaluate(config)
+
+    from minsae_jax.evaluation.evaluate import summary
+
+    print(summary(evaluation))
+    if config.report:
+        print(f"open {Path(str(config.run)) / 'report' / 'index.html'}")
 
 
-def _evaluate(settings: EvaluateConfig) -> None:
-    for name in ("run", "root_path"):
-        if getattr(settings, name) is None:
-            raise UserError(
-                f"evaluate needs --{name}, as a flag or in the section evaluate of the --config file"
-            )
-    config = Path(str(settings.run)) / "config.yaml"
-    if not config.is_file():
-        raise UserError(f"{settings.run} holds no run: name one with --run")
-    trained = load_run_config(Path(str(settings.run)))
-    checkpoint_path = settings.checkpoint_path or trained.checkpoint_path
-    if checkpoint_path is None:
-        raise UserError("evaluate needs --checkpoint_path, since the run does not name its encoder")
-    from minsae_jax.evaluation.evaluate import (  # scipy is imported for this verb only
-        evaluate,
-        summary,
-    )
-    from minsae_jax.report.report import show
-
-    start_jax()
-    encoder = open_encoder(checkpoint_path, settings.config_path or trained.config_path)
-    with lock_folder(Path(str(settings.run))):
-        evaluation = evaluate(settings, encoder)
-        print(summary(evaluation), flush=True)
-        if settings.report:
-            print(f"open {show(settings, encoder, evaluation)}")
+def plot(config: PlotConfig) -> None:
+    """Draw the metrics of a run over its steps, finished or not."""
+    print(api.plot(config))
 
 
-def open_encoder(checkpoint_path: str, config_path: str | None = None) -> Encoder:
-    """A converted encoder, held against the YAML where one is given; or any other, converted in memory."""
-    path = Path(checkpoint_path)
-    is_source = path.suffix in (".pth", ".pt") or path.is_file() or (path / "config.json").is_file()
-    if is_source and not is_encoder(path):
-        from convert.encoder import convert_encoder  # torch is imported for PyTorch files only
-
-        return convert_encoder(path, config_path)[0]
-    encoder = load_encoder(path)
-    if config_path:
-        from convert.architecture import check_yaml
-
-        check_yaml(encoder.architecture, read_yaml(config_path))
-    return encoder
+VERBS = {
+    "demo": cli.Verb(DemoConfig, demo),
+    "extract": cli.Verb(ExtractConfig, extract),
+    "train": cli.Verb(TrainConfig, train),
+    "evaluate": cli.Verb(EvaluateConfig, evaluate),
+    "plot": cli.Verb(PlotConfig, plot),
+}
 
 
 def entry() -> None:
-    """The installed command `minsae`."""
+    """Run the installed command `minsae`."""
     cli.run(main)
 
 

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A user-fixable error, as one line: what is wrong, where, and what to do.
+    """An error that the user can fix. The message is one line: problem, place, remedy.
 
     Characters that a terminal cannot print are replaced, since messages contain names from files.
     """

@@ -1,12 +1,10 @@
 """Atomic writes, folder replacement and locks: no half-written file ever looks complete."""
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -32,8 +30,10 @@ def atomic_write(path: Path, shared: bool = False) -> Iterator[Path]:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder that takes the place of `folder` on success.
 
-    A process killed between the two renames leaves `.NAME.old`, which the next call restores.
+    On an error `folder` stays as it was. A process killed between the two renames leaves
+    `.NAME.old`, which the next call restores.
     """
+    # A folder cannot be renamed over one with files, so the old one is moved away first.
     temporary = folder.with_name(f".{folder.name}.tmp")
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
@@ -53,7 +53,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def foreign_entries(folder: Path, owned: Collection[str]) -> list[str]:
-    """Return the sorted names in `folder` that match none of the `owned` patterns."""
+    """Return the sorted names in `folder` that match none of the `owned` patterns.
+
+    There are none in a folder that does not exist.
+    """
     if not folder.is_dir():
         return []
     names = sorted(path.name for path in folder.iterdir())
@@ -68,16 +71,53 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `folder`. Raises UserError if another process holds it."""
+    """Lock `folder` exclusively until the block ends or the process does.
+
+    Raises UserError if another process has the lock. On file systems without locks the block runs
+    without one. The lock leaves no file in the folder: POSIX locks the folder itself, while Windows
+    needs a lock file, which is in the parent folder.
+    """
+    try:
+        # Windows does not have this module.
+        import fcntl
+    except ImportError:
+        with _lock_file_in_parent(folder):
+            yield
+        return
+    # The kernel releases the lock when the descriptor is closed, also that of a killed process.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some file systems lock no folders
+        # Some network file systems cannot lock folders.
+        with suppress(OSError):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(
-                    f"{folder} is being written by another process; wait for it or choose another folder"
-                ) from None
+                raise _locked(folder) from None
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _lock_file_in_parent(folder: Path) -> Iterator[None]:
+    import filelock
+
+    if not folder.is_dir():
+        raise FileNotFoundError(2, "No such file or directory", str(folder))
+    folder = folder.resolve()
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    with suppress(OSError, NotImplementedError):
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:  # a subclass of OSError
+            raise _locked(folder) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _locked(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} is being written by another process; wait for it or choose another folder"
+    )

@@ -12,8 +12,9 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,13 +24,19 @@ import yaml
 from minsae_jax.errors import UserError, brief
 
 Settings = TypeVar("Settings")
+Values = dict[str, Any]  # settings as YAML has them: name -> number, text, bool, None or list
+
+FLOAT32_LIMIT = 1e38  # just below the largest float32
+MAX_MERGED_KEYS = 10_000  # of one YAML mapping, with all that its merge keys (<<) bring in
+MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 @dataclass(frozen=True)
 class Range:
-    """Allowed values of a setting, beside its type: `lr: Annotated[float, Range(above=0)]`.
+    """Allowed values of a setting, next to its type: `lr: Annotated[float, Range(above=0)]`.
 
-    For a setting with several values the range applies to each of them; None is always allowed.
+    For a setting with several values the range applies to each. None is always allowed; infinity
+    and NaN never are.
     """
 
     min: int | float = -math.inf
@@ -38,23 +45,28 @@ class Range:
     below: int | float = math.inf
 
     def contains(self, value: int | float) -> bool:
-        return self.min <= value <= self.max and self.above < value < self.below
+        is_finite = abs(value) < FLOAT32_LIMIT
+        return is_finite and self.min <= value <= self.max and self.above < value < self.below
 
     def __str__(self) -> str:
+        """Return the limits in words.
+
+        >>> str(Range(min=0, below=1))
+        'at least 0 and below 1'
+        """
         limits = {
-            "at least": (self.min, -math.inf),
-            "above": (self.above, -math.inf),
-            "at most": (self.max, math.inf),
-            "below": (self.below, math.inf),
+            "at least": self.min,
+            "above": self.above,
+            "at most": self.max,
+            "below": self.below,
         }
-        words = [f"{word} {limit:g}" for word, (limit, unset) in limits.items() if limit != unset]
+        words = [f"{word} {limit:,}" for word, limit in limits.items() if math.isfinite(limit)]
         return " and ".join(words) or "finite"
 
 
-FLOAT32_LIMIT = 1e38  # just below the largest float32
-Positive = Range(above=0, below=FLOAT32_LIMIT)
-NonNegative = Range(min=0, below=FLOAT32_LIMIT)
-AtLeastOne = Range(min=1, below=FLOAT32_LIMIT)
+Positive = Range(above=0)
+NonNegative = Range(min=0)
+AtLeastOne = Range(min=1)
 Share = Range(min=0, max=1)
 Seed = Range(min=0, max=2**32 - 1)
 
@@ -62,12 +74,22 @@ Seed = Range(min=0, max=2**32 - 1)
 def check_ranges(settings: Any) -> None:
     """Raise UserError naming the first setting whose value is out of its Range."""
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
-        ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
-        value = getattr(settings, name)
-        values = value if isinstance(value, tuple) else (value,)
-        for allowed in ranges:
-            for v in values:
-                require(v is None or allowed.contains(v), f"--{name} must be {allowed}, got {v}")
+        values = getattr(settings, name)
+        if not isinstance(values, tuple):
+            values = (values,)
+        numbers = [value for value in values if isinstance(value, int | float)]
+        for allowed in _ranges(hint):
+            for number in numbers:
+                require(abs(number) < FLOAT32_LIMIT, f"--{name} must be finite, got {number}")
+                require(allowed.contains(number), f"--{name} must be {allowed}, got {number}")
+
+
+def _ranges(hint: Any) -> list[Range]:
+    """Return the ranges anywhere in a type hint, as in `Annotated[int, AtLeastOne] | None`."""
+    ranges = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
+    for part in get_args(hint):
+        ranges += _ranges(part)
+    return ranges
 
 
 def check_no_duplicates(settings: Any, *names: str) -> None:
@@ -78,12 +100,13 @@ def check_no_duplicates(settings: Any, *names: str) -> None:
         require(is_unique, f"--{name} contains duplicate values: {' '.join(map(str, values))}")
 
 
-def require(condition: bool, sentence: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with this message unless the condition is true."""
     if not condition:
-        raise UserError(sentence)
+        raise UserError(message)
 
 
-LARGEST = 1e38  # float32 ends a little above
+LARGEST = FLOAT32_LIMIT
 
 
 def require_positive(settings: object, *names: str) -> None:
@@ -96,26 +119,49 @@ def require_positive(settings: object, *names: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number (YAML 1.2), and refuses a key given twice, and mappings without end, as a
-    few lines of merge keys can make."""
+    """SafeLoader that reads 1e-5 as a number (YAML 1.2) and rejects duplicate keys and merge bombs.
 
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > 10_000:
-            raise yaml.constructor.ConstructorError(
-                problem="too large a mapping", problem_mark=node.start_mark
-            )
+    A chain of mappings, each merging the one before several times, grows exponentially. Sizes are
+    therefore added up while nodes are composed, before PyYAML copies any of the merged keys.
+    """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = [key for key in keys if isinstance(key, str) and keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                problem=f"key {twice[0]!r} stands twice", problem_mark=node.start_mark
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._merged_sizes: dict[yaml.Node, int] = {}  # keys of a mapping once merges are done
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        size = len(node.value)
+        for key, value in node.value:
+            if key.tag != MERGE_TAG:
+                continue
+            sources = [value]
+            if isinstance(value, yaml.SequenceNode):
+                sources = value.value
+            # Anchors are known before their mapping is complete, so one that merges itself has no
+            # size yet and counts as too large.
+            size += sum(self._merged_sizes.get(source, MAX_MERGED_KEYS) for source in sources)
+        if size > MAX_MERGED_KEYS:
+            raise yaml.composer.ComposerError(
+                problem="merge keys (<<) make this mapping too large", problem_mark=node.start_mark
             )
+        self._merged_sizes[node] = size
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == MERGE_TAG or not isinstance(key.value, str):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1, which PyYAML follows, takes 1e-5 for text, since it has neither a point nor a sign.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -123,74 +169,167 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError where there is none."""
+def read_yaml(path: str | Path) -> Values:
+    """Return the mapping in a YAML file. Raises UserError if there is none."""
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except Exception as e:  # PyYAML's constructors raise all kinds on values that are none
-        raise UserError(f"{path} cannot be read as YAML: {brief(e, 300)}") from None
+        raise UserError(f"file {path} does not exist") from None
+    except Exception as e:  # PyYAML's constructors raise all kinds of errors on invalid values
+        raise UserError(f"{path} is not valid YAML: {brief(e, 300)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no YAML mapping")
+        raise UserError(f"{path} does not contain a YAML mapping")
+    return content
+
+
+def load_values(path: str | Path, sections: Mapping[str, type]) -> dict[str, Values]:
+    """Return the values in every section of a YAML file.
+
+    Raises UserError on unknown sections, unknown keys and invalid values in any section. Required
+    settings may be missing, since flags can add them.
+    """
+    content = read_yaml(path)
+    _refuse_unknown(content, sections, f"{path}: unknown section")
+    for name, section in content.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: section {name} must contain settings, got {shown(section)}")
+        try:
+            check_values(sections[name], section)
+        except UserError as e:
+            raise UserError(f"{path}, section {name}: {e}") from None
     return content
 
 
 def load_sections(path: str | Path, sections: Mapping[str, type]) -> dict[str, Any]:
-    """Read the settings of every section of a YAML file. Raises UserError on unknown sections, keys or values."""
-    content = read_yaml(path)
-    _refuse_unknown(content, list(sections), f"{path}: unknown section")
-    settings: dict[str, Any] = {}
-    for name, section in content.items():
-        if not isinstance(section, dict):
-            raise UserError(f"{path}: section {name} must hold settings, but is {section!r}")
-        try:
-            settings[name] = from_dict(sections[name], section)
-        except UserError as e:
-            raise UserError(f"{path}: {e}, in section {name}") from None
-    return settings
+    """Return the settings in every section of a YAML file.
+
+    Raises UserError on unknown sections, keys or values.
+    """
+    content = load_values(path, sections)
+    try:
+        return {name: from_dict(sections[name], section) for name, section in content.items()}
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
 
 
-def from_dict(cls: type[Settings], values: dict[str, Any]) -> Settings:
-    """A settings dataclass from plain values of exactly the right types (a whole number passes as a float)."""
+def check_values(cls: type, values: Values) -> None:
+    """Raise UserError unless `cls` can be made from these values and, perhaps, missing ones."""
+    typed = _typed(cls, values)
+    if not missing_settings(cls, values):
+        cls(**typed)
+
+
+def from_dict(cls: type[Settings], values: Values) -> Settings:
+    """Return a settings dataclass made from plain values.
+
+    Raises UserError on unknown or missing settings and on values of another type; whole numbers
+    such as 5 and 1e4 are valid as int and float alike.
+    """
+    typed = _typed(cls, values)
+    missing = missing_settings(cls, values)
+    require(not missing, f"missing settings: {', '.join(missing)}")
+    return cls(**typed)
+
+
+def to_dict(settings: Any) -> Values:
+    """Return plain values that `from_dict` and YAML take."""
+    values = dataclasses.asdict(settings)
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            values[name] = list(value)
+    return values
+
+
+def missing_settings(cls: type, values: Values) -> list[str]:
+    """Return the names of the required fields of `cls` that have no value."""
+    return [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return a hint at the most similar known word, or "" if no known word is similar.
+
+    A known word is also similar if it only continues.
+
+    >>> did_you_mean("lamda", ["lr", "lambda_sparsity"])
+    "; did you mean 'lambda_sparsity'?"
+    """
+
+    if not isinstance(word, str):
+        return ""
+    word = word[:50]  # the time grows with the square of the length
+
+    def similarity(candidate: str) -> float:
+        beginning = candidate[: len(word) + 1]
+        return max(difflib.SequenceMatcher(None, word, c).ratio() for c in (candidate, beginning))
+
+    best = max(known, key=similarity, default="")
+    if not best or similarity(best) < 0.6:
+        return ""
+    return f"; did you mean {best!r}?"
+
+
+def shown(value: Any) -> str:
+    """Return a short repr, also of values that are too large to be printed."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    short.maxstring = short.maxother = 60
+    try:
+        return short.repr(value)
+    except ValueError:  # Python does not print integers of over 4,300 digits
+        return "a huge number"
+
+
+def _refuse_unknown(values: Values, known: Iterable[str], what: str) -> None:
+    names = list(known)
+    for key in values:
+        if key not in names:
+            raise UserError(f"{what} {shown(key)}{did_you_mean(key, names)}")
+
+
+def _typed(cls: type, values: Values) -> Values:
     hints = get_type_hints(cls)
-    _refuse_unknown(values, list(hints), "unknown key")
-    return cls(**{name: _coerce(value, hints[name], name) for name, value in values.items()})
-
-
-def to_dict(settings: Any) -> dict[str, Any]:
-    """Plain values that `from_dict` and YAML take."""
-    return {
-        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()
-    }
-
-
-def _refuse_unknown(given: dict[str, Any], known: list[str], what: str) -> None:
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise UserError(f"{what} {key!r}, did you mean {close[0]!r}?")
+    _refuse_unknown(values, hints, "unknown key")
+    return {name: _coerce(value, hints[name], name) for name, value in values.items()}
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
+    """Return `value` as the type `hint`. Raises UserError naming the setting if it is another."""
+    origin = get_origin(hint)
+    options = get_args(hint)
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        kinds = [a for a in args if a is not type(None)]
-        fits = next((a for a in kinds if type(value) is a or value in get_args(a)), kinds[0])
-        return _coerce(value, fits, name)
+        return _coerce_union(value, options, name)
     if origin is tuple:
-        return tuple(
-            _coerce(v, args[0], name) for v in (value if isinstance(value, list) else [value])
-        )
+        if not isinstance(value, list | tuple):
+            value = [value]
+        return tuple(_coerce(v, options[0], name) for v in value)
     if origin is Literal:
-        if value in args and type(value) is type(args[0]):
+        if type(value) is type(options[0]) and value in options:
             return value
-        raise UserError(f"{name} must be one of {', '.join(map(str, args))}, but is {value!r}")
-    if hint is float and type(value) is int:
+        choices = ", ".join(options)
+        hint = did_you_mean(value, options)
+        raise UserError(f"{name} must be one of {choices}, got {shown(value)}{hint}")
+    if hint is float and type(value) is int and abs(value) < FLOAT32_LIMIT:
         return float(value)
+    if hint is int and type(value) is float and value.is_integer():
+        return int(value)
     if type(value) is not hint:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise UserError(f"{name} must be {words[hint]}, but is {value!r}")
+        raise UserError(f"{name} must be {words[hint]}, got {shown(value)}")
     return value
+
+
+def _coerce_union(value: Any, options: tuple[Any, ...], name: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    # The first alternative is also the one that an error names.
+    alternatives = [option for option in options if option is not type(None)]
+    for alternative in alternatives[1:]:
+        if type(value) is alternative or value in get_args(alternative):
+            return _coerce(value, alternative, name)
+    return _coerce(value, alternatives[0], name)

@@ -1,15 +1,28 @@
-"""The command lines, in the process: flags, help, and one sentence for every mistake."""
+"""Command lines, called in this process: flags, help, and one line for every error."""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import pytest
 
 import convert.__main__
 import minsae_jax.__main__
 from minsae_jax import cli
+from minsae_jax.errors import UserError
 from minsae_jax.sae.config import TrainConfig
+from minsae_jax.settings import AtLeastOne, missing_settings
+
+SECTIONS = {name: verb.settings for name, verb in minsae_jax.__main__.VERBS.items()}
+COMMANDS = [
+    (module.main, prog, name, verb)
+    for module, prog in ((minsae_jax.__main__, "minsae"), (convert.__main__, "python -m convert"))
+    for name, verb in module.VERBS.items()
+]
 
 
-def fails(capsys, main, *args: str) -> str:
-    """The one line on stderr of a command that must end with exit code 2."""
+def error_of(capsys, main, *args: str) -> str:
+    """Return the only line on stderr of a command that must exit with code 2."""
     with pytest.raises(SystemExit) as e:
         cli.run(main, list(args))
     assert e.value.code == 2
@@ -19,68 +32,79 @@ def fails(capsys, main, *args: str) -> str:
     return lines[0]
 
 
+def help_of(capsys, main, *args: str) -> str:
+    with pytest.raises(SystemExit) as e:
+        cli.run(main, list(args))
+    assert e.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
-        (["fly"], "there is no verb 'fly'"),
-        (["train", "--lrr", "3"], "Unrecognized options: --lrr, 3 (did you mean --lr?)"),
-        (["train", "--lr", "x"], "Could not find valid parse for arguments: ['x']"),
-        (["train", "--lr", "-1"], "--lr must be finite and not below 0, but is -1"),
-        (["train", "--num_steps", "0"], "--num_steps must be above 0 and finite, but is 0"),
-        (
-            ["train", "--number_of_arrays", "2"],
-            "--number_of_arrays has no meaning under --recipe april2024",
-        ),
-        (["train", "--recipe", "minsea"], "invalid choice 'minsea'"),
-        (["train", "--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
-        (["train", "--config"], "--config takes one YAML file"),
-        (["train", "--store", "nowhere"], "there is no store nowhere"),
-        (["train", "--checkpoint_path", "nowhere"], "there is no encoder at nowhere"),
-        (["extract"], "extract needs --root_path"),
-        (["extract", "--root_path", "x"], "extract needs --checkpoint_path"),
-        (
-            ["extract", "--root_path", "x", "--checkpoint_path", "no.pth"],
-            "there is no checkpoint file no.pth",
-        ),
-        (["extract", "--split", "tset"], "invalid choice 'tset'"),
-        (["extract", "--batch_size", "0"], "--batch_size must be above 0 and finite"),
-        (["demo", "--patients", "2"], "--patients must be at least 10"),
-        (["plot"], "plot needs --run"),
-        (["plot", "--run", "nowhere"], "nowhere is no run"),
+        (["fly"], "unknown verb 'fly'; choose from demo, extract, train, evaluate, plot"),
+        (["trian"], "unknown verb 'trian'; did you mean 'train'?"),
+        (["train", "--lrr", "3"], "unknown flag --lrr; did you mean '--lr'?"),
+        (["train", "--lamda", "3"], "unknown flag --lamda; did you mean '--lambda_sparsity'?"),
+        (["train", "--lamda=3"], "unknown flag --lamda; did you mean '--lambda_sparsity'?"),
+        (["train", "--num", "3"], "unknown flag --num"),  # no abbreviations
+        (["train", "3"], "unexpected argument '3' (see minsae train --help)"),
+        (["train", "--lr", "x"], "lr must be a number, got 'x'"),
+        (["train", "--lr", "-1e-3"], "--lr must be"),
+        (["train", "--lr"], "--lr: expected at least one argument"),
+        (["train", "--live=yes"], "--live/--no_live: ignored explicit argument 'yes'"),
+        (["train", "--num_steps", "0"], "--num_steps must be"),
+        (["train", "--num_steps", "1.5"], "num_steps must be a whole number, got 1.5"),
+        (["train", "--number_of_arrays", "2"], "--number_of_arrays"),
+        (["train", "--recipe", "minsea"], "got 'minsea'; did you mean 'minsae'?"),
+        (["train", "--config", "nowhere.yaml"], "file nowhere.yaml does not exist"),
+        (["train", "--config"], "--config: expected one argument"),
+        (["train", "--config", "a.yaml", "--config=b.yaml"], "--config takes one file"),
+        (["train", "--store", "nowhere"], "nowhere"),
+        (["train", "--checkpoint_path", "nowhere"], "nowhere"),
+        (["extract", "--root_path", "x", "--checkpoint_path", "no.pth"], "no.pth"),
+        (["extract", "--split", "tset"], "got 'tset'; did you mean 'test'?"),
+        (["extract", "--batch_size", "0"], "batch_size"),
+        (["demo", "--patients", "2"], "--patients must be"),
+        (["plot", "--run", "nowhere"], "nowhere"),
+        (["evaluate", "--run", "nowhere", "--root_path", "x"], "nowhere"),
     ],
 )
-def test_mistakes(capsys, monkeypatch, tmp_path, args, told):
+def test_mistake_is_one_line(capsys, monkeypatch, tmp_path, args, message):
     monkeypatch.chdir(tmp_path)
-    assert told in fails(capsys, minsae_jax.__main__.main, *args)
+    if args[0] == "extract" and "--root_path" not in args:
+        args = [*args, "--root_path", "x", "--checkpoint_path", "y"]
+    assert message in error_of(capsys, minsae_jax.__main__.main, *args)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
-        (["decoder"], "there is no 'decoder' to convert"),
-        (["encoder", "no.pth", "--out", "x"], "there is no checkpoint file no.pth"),
-        (["encoder", "no.pth"], "--out"),
-        (
-            ["encoder", "no.pth", "--out", "x", "--config_path", "no.yaml"],
-            "there is no file no.yaml",
-        ),
-        (["sae", "no.pt", "--to", "member", "--out", "x"], "there is no autoencoder no.pt"),
-        (["sae", "no.pt", "--to", "keras", "--out", "x"], "invalid choice 'keras'"),
+        (["encodr"], "unknown verb 'encodr'; did you mean 'encoder'?"),
+        (["encoder"], "python -m convert encoder requires SOURCE"),
+        (["sae", "no.pt"], "python -m convert sae requires --to and --out"),
+        (["encoder", "no.pth", "--out", "x"], "no.pth"),
+        (["encoder", "no.pth"], "requires --out, --verify or both"),
+        (["encoder", "no.pth", "--out", "x", "--config_path", "no.yaml"], "no.yaml does not exist"),
+        (["encoder", "no.pth", "--config", "x"], "unknown flag --config"),
+        (["sae", "no.pt", "--to", "member", "--out", "x"], "no.pt"),
+        (["sae", "no.pt", "--to", "keras", "--out", "x"], "to must be one of member, minsae"),
     ],
 )
-def test_mistakes_of_convert(capsys, monkeypatch, tmp_path, args, told):
+def test_mistake_of_convert_is_one_line(capsys, monkeypatch, tmp_path, args, message):
     monkeypatch.chdir(tmp_path)
-    assert told in fails(capsys, convert.__main__.main, *args)
+    assert message in error_of(capsys, convert.__main__.main, *args)
 
 
-def test_debug_shows_the_traceback(capsys):
-    with pytest.raises(SystemExit):
+def test_debug_shows_traceback(capsys):
+    with pytest.raises(SystemExit) as e:
         cli.run(minsae_jax.__main__.main, ["fly", "--debug"])
+    assert e.value.code == 2
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_bug_is_not_dressed_up_as_a_mistake():
+def test_bug_is_not_reported_as_user_error():
     def broken(args):
         raise RuntimeError("a bug")
 
@@ -88,46 +112,196 @@ def test_a_bug_is_not_dressed_up_as_a_mistake():
         cli.run(broken, [])
 
 
-@pytest.mark.parametrize(
-    "args", [["train", "--help"], ["extract", "-h"], ["demo", "--help"], ["plot", "--help"]]
-)
-def test_help(capsys, args):
-    with pytest.raises(SystemExit) as e:
-        cli.run(minsae_jax.__main__.main, args)
-    assert e.value.code == 0
-    assert f"usage: minsae {args[0]}" in capsys.readouterr().out
-
-
-def test_overview(capsys):
-    for main in (minsae_jax.__main__.main, convert.__main__.main):
-        cli.run(main, [])
-        cli.run(main, ["--help"])
-    assert "verbs:" in capsys.readouterr().out
-
-
-def test_dashes_and_underscores_are_alike():
-    one = cli.parse(
-        TrainConfig, ["--lambda-sparsity", "1", "2", "--num-steps", "5", "--no-overwrite"], "x"
-    )
-    other = cli.parse(TrainConfig, ["--lambda_sparsity", "1", "2", "--num_steps=5"], "x")
-    assert one == other == TrainConfig(lambda_sparsity=(1.0, 2.0), num_steps=5)
-
-
-def test_flags_override_the_file(tmp_path):
-    (tmp_path / "x.yaml").write_text("train: {lr: 1e-4, num_steps: 7}")
-    for config in (["--config", str(tmp_path / "x.yaml")], [f"--config={tmp_path / 'x.yaml'}"]):
-        settings = minsae_jax.__main__._settings(
-            TrainConfig, "train", [*config, "--num_steps", "9"]
-        )
-        assert (settings.lr, settings.num_steps) == ((1e-4,), 9)
-
-
-def test_the_disks_refusals_are_one_sentence_too(capsys, tmp_path):
+def test_system_errors_are_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "below")
-    assert "Not a directory" in fails(capsys, minsae_jax.__main__.main, "demo", "--root_path", out)
+    message = error_of(capsys, minsae_jax.__main__.main, "demo", "--root_path", out)
+    assert "Not a directory" in message
 
     def full(args):
         raise OSError(28, "No space left on device")
 
-    assert fails(capsys, full) == "error: No space left on device"
+    assert error_of(capsys, full) == "error: No space left on device"
+
+
+def test_out_of_memory_is_one_line(capsys):
+    def too_large(args):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\n  by allocator")
+
+    assert "out of memory" in error_of(capsys, too_large)
+
+
+def test_interrupt_exits_with_130(capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as e:
+        cli.run(interrupted, [])
+    assert e.value.code == 130
+    assert capsys.readouterr().err == "interrupted; rerun the same command to resume\n"
+
+
+@pytest.mark.parametrize(("main", "prog", "name", "verb"), COMMANDS)
+def test_help_explains_every_setting_and_default_once(capsys, main, prog, name, verb):
+    text = help_of(capsys, main, name, "--help")
+    assert f"usage: {prog} {name}" in text
+    assert text == help_of(capsys, main, name, "-h")
+    assert "%%" not in text
+    for field, explanation in cli.help_texts(verb.settings).items():
+        assert explanation, field
+        assert field in text or field.upper() in text
+    assert not re.search(r"\(default[^()]*\)[. ]*\(default", text)
+    assert "(default: )" not in text
+    assert "none)" not in text.lower()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Recordings to read.
+
+    Not shown.
+    """
+
+    root_path: str
+    """Folder of the recordings."""
+    layers: tuple[int | Literal["all"], ...] = (-1,)
+    """Layers, from 0,
+    or all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Optimisation"""
+
+    lr: tuple[float, ...] = ()
+    """Learning rate (default: 5e-5; minsae 1e-3)"""
+    num_steps: Annotated[int | None, AtLeastOne] = None
+    """Number of steps"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Training, Reading):
+    """Settings made of topics."""
+
+    share: float = 0.05
+    """Share, in 0 to 100 %"""
+    bands: tuple[str, ...] = ("alpha 8-13", "beta")
+    """Bands"""
+    live: bool = False
+    """Without a store"""
+
+
+def parse_example(*args: str, tmp_path=None, text: str = "") -> Example:
+    if text:
+        (tmp_path / "x.yaml").write_text(text)
+        args = (*args, "--config", str(tmp_path / "x.yaml"))
+    return cli.parse(Example, args, "minsae read", "", {"read": Example}, "read")
+
+
+def test_help_is_grouped_by_topic_with_one_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_example("--help")
+    text = capsys.readouterr().out
+    groups = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert groups == ["Recordings to read:", "Optimisation:", "settings:", "general:"]
+    text = " ".join(text.split())
+    for line in (
+        "--root_path TEXT Folder of the recordings (required)",
+        "--layers INT|all [INT|all ...] Layers, from 0, or all (default: -1)",
+        "--lr FLOAT [FLOAT ...] Learning rate (default: 5e-5; minsae 1e-3) --num_steps",
+        "--num_steps INT Number of steps settings:",
+        "--share FLOAT Share, in 0 to 100 % (default: 0.05)",
+        '--bands TEXT [TEXT ...] Bands (default: "alpha 8-13" beta)',
+        "--live, --no_live Without a store (default: false)",
+    ):
+        assert line in text
+
+
+def test_help_shows_values_of_the_config_file(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        parse_example("-h", tmp_path=tmp_path, text="read: {lr: [1e-4, 2], root_path: data}")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Learning rate (x.yaml: 0.0001 2) --num_steps" in text
+    assert "Folder of the recordings (x.yaml: data)" in text
+
+
+def test_required_setting_comes_from_flag_or_config(tmp_path):
+    assert parse_example("--root_path", "a").root_path == "a"
+    assert parse_example(tmp_path=tmp_path, text="read: {root_path: b}").root_path == "b"
+    with pytest.raises(UserError) as e:
+        parse_example(tmp_path=tmp_path, text="read: {live: true}")
+    where = "(as a flag or in section read of --config)"
+    assert str(e.value) == f"minsae read requires --root_path {where}"
+
+
+def test_every_verb_names_its_required_settings():
+    for name, cls in SECTIONS.items():
+        required = missing_settings(cls, {})
+        if required:
+            with pytest.raises(UserError) as e:
+                cli.parse(cls, [], f"minsae {name}", "", SECTIONS, name)
+            assert all(f"--{setting}" in str(e.value) for setting in required)
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["--num_steps", "1e4"], "num_steps", 10_000),
+        (["--num-steps", "12345678901234567"], "num_steps", 12_345_678_901_234_567),
+        (["--layers", "-1", "0"], "layers", (-1, 0)),
+        (["--layers", "all"], "layers", ("all",)),
+        (["--lr", "-1e-3", "-.5", "2"], "lr", (-1e-3, -0.5, 2.0)),
+        (["--root-path", "-1"], "root_path", "-1"),
+        (["--live"], "live", True),
+        (["--live", "--no-live"], "live", False),
+        (["--share=1", "--share", "2"], "share", 2.0),  # the last one counts
+    ],
+)
+def test_words_become_values(words, field, value):
+    result = getattr(parse_example("--root_path", "x", *words), field)
+    assert result == value
+    assert type(result) is type(value)
+
+
+def test_flag_without_value_and_positional():
+    @dataclass(frozen=True, kw_only=True)
+    class Command:
+        path: Annotated[str, cli.Flag(positional=True)]
+        """Path"""
+        verify: Annotated[str | None, cli.Flag(bare="noise")] = None
+        """Verify"""
+
+    assert cli.parse(Command, ["x"], "c") == Command(path="x")
+    assert cli.parse(Command, ["x", "--verify"], "c").verify == "noise"
+    assert cli.parse(Command, ["--verify", "a.npy", "x"], "c") == Command(path="x", verify="a.npy")
+
+
+def test_overview_lists_verbs(capsys):
+    for module in (minsae_jax.__main__, convert.__main__):
+        for args in ([], ["--help"], ["-h"]):
+            cli.run(module.main, args)
+            out = capsys.readouterr().out
+            for name in module.VERBS:
+                assert re.search(rf"^  {name} +\S", out, flags=re.M)
+
+
+def test_version(capsys):
+    cli.run(minsae_jax.__main__.main, ["--version"])
+    assert capsys.readouterr().out == f"minsae_jax {minsae_jax.__version__}\n"
+
+
+def test_dashes_and_underscores_are_the_same():
+    words = ["--lambda-sparsity", "1", "2", "--num-steps", "5", "--no-overwrite"]
+    one = cli.parse(TrainConfig, words, "x")
+    other = cli.parse(TrainConfig, ["--lambda_sparsity", "1", "2", "--num_steps=5"], "x")
+    assert one == other == TrainConfig(lambda_sparsity=(1.0, 2.0), num_steps=5)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_flags_override_the_config_file(tmp_path, joined):
+    path = tmp_path / "x.yaml"
+    path.write_text("train: {lr: 1e-4, num_steps: 7}\nextract: {batch_size: 4}")
+    config = [f"--config={path}"] if joined else ["--config", str(path)]
+    args = [*config, "--num_steps", "9"]
+    settings = cli.parse(TrainConfig, args, "minsae train", "", SECTIONS, "train")
+    assert (settings.lr, settings.num_steps) == ((1e-4,), 9)

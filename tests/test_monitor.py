@@ -1,4 +1,4 @@
-"""What TensorBoard, W&B and the CSV files show."""
+"""Contents of TensorBoard events, W&B and CSV files, and lines of progress."""
 
 import sys
 from types import ModuleType
@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from minsae_jax.monitor import METRICS, MemberLog, RunLog, Wandb, table
+from minsae_jax.monitor import METRICS, MemberLog, RunLog, Wandb, progress, table
 
 HPARAMS = {"lambda_sparsity": 5.0, "lr": 1e-3, "seed": 0, "d_sae": 4}
 
@@ -33,9 +33,9 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(folder), size_guidance={"histograms": 0})
     events.Reload()
     tags = events.Tags()
-    wanted = {f"train/{n}" for n in ("loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")}
-    wanted.add("speed/tokens_per_second")
-    assert wanted == set(tags["scalars"])
+    expected = {f"train/{n}" for n in ("loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")}
+    expected.add("speed/tokens_per_second")
+    assert expected == set(tags["scalars"])
     assert [(e.step, round(e.value, 6)) for e in events.Scalars("train/mse")] == [
         (10, 0.1),
         (20, 0.05),
@@ -54,7 +54,7 @@ def test_tensorboard(tmp_path):
     assert {"train/mse", "train/l0", "eval/fvu"} <= {i.name.tag for i in experiment.metric_infos}
 
 
-def test_going_on_forgets_what_came_after_the_checkpoint(tmp_path):
+def test_resume_drops_rows_after_the_checkpoint(tmp_path):
     log = open_log(tmp_path / "m")
     for step in (10, 20, 30):
         write(log, step)
@@ -73,7 +73,7 @@ def test_going_on_forgets_what_came_after_the_checkpoint(tmp_path):
     assert [e.step for e in events.Scalars("train/mse")] == [10, 20, 30]
 
 
-def test_starting_anew_forgets_all(tmp_path):
+def test_new_log_replaces_an_old_one(tmp_path):
     for _ in range(2):
         log = open_log(tmp_path / "m")
         write(log, 10)
@@ -84,12 +84,12 @@ def test_starting_anew_forgets_all(tmp_path):
     assert [e.step for e in events.Scalars("train/mse")] == [10]
 
 
-def test_events_of_the_run(tmp_path):
-    for step, shown in ((0, (10, 20, 30)), (10, (20,))):
+def test_run_log_has_images_and_charts(tmp_path):
+    for step, image_steps in ((0, (10, 20, 30)), (10, (20,))):
         log = RunLog(tmp_path, step, ("fvu",))
-        for at in shown:
+        for at in image_steps:
             Image.new("RGBA", (8, 6), (at, 0, 0, 255)).save(tmp_path / "pareto.png")
-            log.show("pareto", tmp_path / "pareto.png", at)
+            log.add_image("pareto", tmp_path / "pareto.png", at)
         log.close()
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
     events.Reload()
@@ -110,21 +110,31 @@ def test_events_of_the_run(tmp_path):
 
 
 class FakeWandb(ModuleType):
-    """Remembers what it is given; what `failing` names raises."""
+    """Record calls; raise in the one that `failing` names."""
 
     def __init__(self, failing=""):
         super().__init__("wandb")
-        self.failing, self.started, self.logged, self.finished = failing, [], [], []
+        self.failing = failing
+        self.started = []  # arguments of init
+        self.logged = []  # (run, step, metrics)
+        self.finished = []
 
-    def init(self, **how):
+    def init(self, **arguments):
         self._fail("init")
-        run = ModuleType(how["name"])
-        run.log = lambda figures, step: (
-            self._fail("log"),
-            self.logged.append((how["name"], step, figures)),
-        )
-        run.finish = lambda: (self._fail("finish"), self.finished.append(how["name"]))
-        self.started.append(how)
+        self.started.append(arguments)
+        name = arguments["name"]
+
+        def log(metrics, step):
+            self._fail("log")
+            self.logged.append((name, step, metrics))
+
+        def finish():
+            self._fail("finish")
+            self.finished.append(name)
+
+        run = ModuleType(name)
+        run.log = log
+        run.finish = finish
         return run
 
     def _fail(self, name):
@@ -136,7 +146,7 @@ MEMBERS = {"lambda=5": HPARAMS, "lambda=10": HPARAMS | {"lambda_sparsity": 10.0}
 
 
 def test_wandb(tmp_path, monkeypatch):
-    """A run a member under minSAE's names; one that goes on has the same ids, another run has others."""
+    """Members are runs with minSAE's names; a resumed run has the same ids, another run others."""
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
     for folder in ("run", "run", "other"):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -144,22 +154,26 @@ def test_wandb(tmp_path, monkeypatch):
         log.write("lambda=10", {"step": 50, "mse": 1.0, "l1": 2.0, "l0": 3.0, "loss": 4.0})
         log.write("lambda=5", {"step": 50, "mse": np.nan, "l1": np.nan, "l0": np.nan})  # frozen
         log.close()
-    figures = {"avg_mse": 1.0, "avg_l1": 2.0, "avg_active_features": 3.0}
-    assert fake.logged == 3 * [("lambda=10", 50, figures)]
+    metrics = {"avg_mse": 1.0, "avg_l1": 2.0, "avg_active_features": 3.0}
+    assert fake.logged == 3 * [("lambda=10", 50, metrics)]
     assert fake.finished == 3 * list(MEMBERS)
     first = fake.started[1]
-    given = {name: first[name] for name in ("project", "group", "name", "config", "resume", "dir")}
-    assert given == {
-        "project": "minSAE", "group": "run", "name": "lambda=10", "config": MEMBERS["lambda=10"], "resume": "allow",
+    expected = {
+        "project": "minSAE",
+        "group": "run",
+        "name": "lambda=10",
+        "config": MEMBERS["lambda=10"],
+        "resume": "allow",
         "dir": str(tmp_path / "run"),
-    }  # fmt: skip
-    ids = [how["id"] for how in fake.started]
+    }
+    assert {name: first[name] for name in expected} == expected
+    ids = [arguments["id"] for arguments in fake.started]
     assert ids[:2] == ids[2:4]
     assert len(set(ids)) == 4
 
 
 @pytest.mark.parametrize("failing", ["import", "init", "log", "finish"])
-def test_wandb_fails_alone(tmp_path, monkeypatch, failing):
+def test_wandb_error_does_not_stop_training(tmp_path, monkeypatch, failing):
     monkeypatch.setitem(sys.modules, "wandb", None if failing == "import" else FakeWandb(failing))
 
     def run():
@@ -169,7 +183,9 @@ def test_wandb_fails_alone(tmp_path, monkeypatch, failing):
                 log.write(name, {"step": step, "mse": 1.0, "l1": 2.0, "l0": 3.0})
         log.close()
 
-    with pytest.warns(UserWarning, match="nothing more goes to W&B .*; training goes on") as seen:
+    with pytest.warns(
+        UserWarning, match=r"W&B failed and is disabled \(.*\); training continues"
+    ) as seen:
         run()
     assert len(seen) == 1
     assert "\n" not in str(seen[0].message)
@@ -180,3 +196,49 @@ def test_table():
         table(["member", "λ"], [["lambda=10", "10"], ["x", "2.5"]])
         == "member       λ\nlambda=10   10\nx          2.5"
     )
+
+
+def advance(bar, times: int) -> None:
+    for _ in range(times):
+        bar.advance(2)
+
+
+def test_progress_in_a_pipe_is_lines(capsys, monkeypatch):
+    monkeypatch.setattr("minsae_jax.monitor.progress_bar.LINE_SECONDS", 0)
+    with progress("train", 10, "steps") as bar:
+        bar.start_at(4)
+        bar.note("waiting 3%")
+        advance(bar, 3)
+    err = capsys.readouterr().err
+    assert "\r" not in err
+    lines = err.splitlines()
+    counts = ("60%, 6/10", "80%, 8/10", "100%, 10/10", "100%, 10/10")
+    assert [line.split(", 00:00 left, ")[0] for line in lines] == [f"train {c}" for c in counts]
+    assert all(line.endswith("steps/s, waiting 3%") for line in lines)
+
+
+def test_short_progress_in_a_pipe_is_one_line_or_none(capsys):
+    with progress("train", 4, "steps") as bar:
+        advance(bar, 2)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    with progress("check", 4, "files", delay=2.0) as bar:
+        advance(bar, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress("train", 4, "steps") as bar:
+        advance(bar, 2)
+        bar.note("waiting 3%")
+    err = capsys.readouterr().err
+    assert "\r" in err
+    assert "train 100%|" in err
+    assert "4/4" in err
+    assert "waiting 3%" in err
+
+
+def test_progress_is_closed_on_error(capsys):
+    with pytest.raises(RuntimeError), progress("train", 4, "steps"):
+        raise RuntimeError
+    assert "train 0%, 0/4" in capsys.readouterr().err

@@ -102,7 +102,7 @@ class RunLogger:
         if not self.writes:
             return
         text = f"diverged at step {step}, frozen as it was before"
-        self._member_logs[member.name].note(step, text)
+        self._member_logs[member.name].write_text(step, text)
         warnings.warn(
             f"{member.name} diverged at step {step} (loss or gradient is not finite) and is "
             "frozen as it was before; the other members continue",
@@ -116,10 +116,10 @@ class RunLogger:
         for name, metrics in progress.held_out.items():
             values = [metrics[metric] for metric in HELD_OUT_METRICS]
             self._held_out_csv.writerow([progress.step, progress.tokens, name, *values])
-            self._member_logs[name].measured(progress.step, metrics)
+            self._member_logs[name].write_held_out(progress.step, metrics)
         self._held_out_csv.flush()
         self._draw_pareto(progress)
-        self._run_log.show("pareto", self.folder.pareto_png, progress.step)
+        self._run_log.add_image("pareto", self.folder.pareto_png, progress.step)
 
     def export(self, progress: Progress, store: Source, weights: Iterator[Params]) -> None:
         """Write every member's weights, for raw activations, then sweep.csv.

@@ -18,7 +18,7 @@ import yaml
 
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, foreign_entries, lock_folder
-from minsae_jax.monitor import EVENTS, table
+from minsae_jax.monitor import TFEVENTS_PREFIX, table
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
 from minsae_jax.sae.grid import HYPER_NAMES
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
@@ -37,7 +37,7 @@ _FILES = (
 )
 _FOLDERS = ("checkpoints", "members", "plots", "report", ".report.tmp", ".report.old", "wandb")
 # Names, and patterns of names, that a run may have in its folder.
-OWNED = (*_FILES, *(f"{name}.tmp" for name in _FILES), *_FOLDERS, f"{EVENTS}*")
+OWNED = (*_FILES, *(f"{name}.tmp" for name in _FILES), *_FOLDERS, f"{TFEVENTS_PREFIX}*")
 # Settings that say how to train rather than what; they may change when a run resumes.
 _CHANGEABLE = (
     "run_dir",

@@ -11,7 +11,6 @@ import torch
 from convert.__main__ import main
 from convert.encoder import convert, convert_encoder, read_source
 from minsae_jax import UserError, load_encoder
-from minsae_jax.__main__ import open_encoder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -151,8 +150,7 @@ def test_command_and_use_in_place(tmp_path, capsys):
     assert "from the config.json: " in printed
     assert "layer 1" in printed
     loaded = load_encoder(tmp_path / "encoder")
-    assert open_encoder(str(tmp_path / "hf")).fingerprint == loaded.fingerprint
-    assert open_encoder(str(tmp_path / "encoder")).fingerprint == loaded.fingerprint
+    assert load_encoder(tmp_path / "hf").fingerprint == loaded.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,7 @@ def test_wandb(settings, tmp_path, monkeypatch):
         for theirs, ours in (("avg_mse", "mse"), ("avg_l1", "l1"), ("avg_active_features", "l0")):
             assert [f[theirs] for _, f in logged] == metrics[ours].tolist()
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.warns(UserWarning, match="nothing more goes to W&B") as seen:
+    with pytest.warns(UserWarning, match="W&B failed and is disabled") as seen:
         train(replace(settings, wandb=True, overwrite=True))
     assert len(seen) == 1
 

@@ -1,0 +1,131 @@
+"""The Python API: one function for each verb of the command line, and loading of encoders.
+
+JAX and the other heavy libraries are imported by the functions that need them, since the command
+line imports this module to print a --help. `encoder` and `sae` do not import each other; the
+functions here join them.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minsae_jax.eeg.synthetic import DemoConfig
+from minsae_jax.encoder.config import ExtractConfig
+from minsae_jax.errors import UserError
+from minsae_jax.evaluation.config import EvaluateConfig
+from minsae_jax.files import lock_folder
+from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
+from minsae_jax.settings import read_yaml
+
+if TYPE_CHECKING:
+    from minsae_jax.encoder.converted import Encoder
+    from minsae_jax.evaluation.evaluate import Evaluation
+
+
+def start(deterministic: bool = False, distributed: bool = False) -> None:
+    """Set up JAX's devices; must come before anything else uses them.
+
+    The functions below call this themselves. A program that loads an encoder first calls it before
+    that if it runs on a cluster (`distributed`) or needs one CPU device for each core.
+    """
+    import jax
+
+    from minsae_jax.parallel.processes import start_jax
+
+    start_jax(deterministic, distributed and not jax.distributed.is_initialized())
+
+
+def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "Encoder":
+    """Return the encoder in a converted folder, a PyTorch file or a folder of transformers.
+
+    PyTorch weights are converted in memory, which requires torch. config_path: the encoder's YAML,
+    which most .pth files need; a converted encoder is checked against it. Raises UserError if
+    there is no encoder or it does not fit the YAML.
+    """
+    from minsae_jax.encoder import converted
+
+    path = Path(path)
+    # Both a converted encoder and a folder of transformers contain config.json; a path with none
+    # is left to load_encoder, which says how to convert one.
+    is_pytorch = path.suffix in (".pth", ".pt") or path.is_file()
+    has_config = (path / "config.json").is_file()
+    if (is_pytorch or has_config) and not converted.is_encoder(path):
+        # Imports torch, which is not installed with the package.
+        from convert.encoder import convert_encoder
+
+        encoder, _ = convert_encoder(path, config_path)
+        return encoder
+    encoder = converted.load_encoder(path)
+    if config_path:
+        from convert.architecture import check_yaml
+
+        check_yaml(encoder.architecture, read_yaml(config_path))
+    return encoder
+
+
+def write_demo(config: DemoConfig) -> str:
+    """Write synthetic recordings with labelled events."""
+    from minsae_jax.eeg import synthetic
+
+    return synthetic.write_demo(config)
+
+
+def extract(encoder: "Encoder", config: ExtractConfig) -> list[str]:
+    """Write the activations of recordings into stores on disk.
+
+    Raises UserError, before anything is written, if recordings do not fit the encoder, a folder
+    contains another store, or the disk has too little room.
+    """
+    from minsae_jax.encoder import extract as extraction
+
+    start(distributed=config.distributed)
+    return list(extraction.extract(encoder, config))
+
+
+def train(config: TrainConfig) -> str:
+    """Train a sweep of sparse autoencoders, or resume it.
+
+    With `config.live` activations come from the encoder at `config.checkpoint_path`; otherwise the
+    store must be of that encoder, if one is given. Raises UserError, before anything is written,
+    if settings, store and run folder do not fit each other.
+    """
+    from minsae_jax.encoder.live import open_live
+    from minsae_jax.sae import trainer
+
+    start(config.deterministic, config.distributed)
+    if not config.checkpoint_path:
+        return trainer.train(config)
+    encoder = load_encoder(config.checkpoint_path, config.config_path)
+    live = partial(open_live, encoder, config) if config.live else None
+    return trainer.train(config, encoder.fingerprint, live)
+
+
+def evaluate(config: EvaluateConfig) -> "Evaluation":
+    """Measure a finished run on held-out recordings; with `config.report`, also write its report.
+
+    Raises UserError if there is no such run, encoder or store, or they do not belong together.
+    """
+    from minsae_jax.evaluation import evaluate as evaluation
+    from minsae_jax.report.report import show
+
+    run = Path(str(config.run))
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} does not contain a run; choose another --run")
+    trained = load_run_config(run)
+    checkpoint_path = config.checkpoint_path or trained.checkpoint_path
+    if checkpoint_path is None:
+        raise UserError("evaluate requires --checkpoint_path, since the run does not name one")
+    start()
+    encoder = load_encoder(checkpoint_path, config.config_path or trained.config_path)
+    with lock_folder(run):
+        result = evaluation.evaluate(config, encoder)
+        if config.report:
+            show(config, encoder, result)
+    return result
+
+
+def plot(config: PlotConfig) -> str:
+    """Draw the metrics of a run over its steps."""
+    from minsae_jax.sae import plots
+
+    return plots.plot(config)

@@ -1,0 +1,8 @@
+"""Command lines of `minsae_jax` and `convert`: verbs, flags from settings classes, errors."""
+
+from minsae_jax.cli.flags import Flag, parse
+from minsae_jax.cli.help_text import help_texts, topics
+from minsae_jax.cli.process import run
+from minsae_jax.cli.verbs import Verb, call_verb
+
+__all__ = ["Flag", "Verb", "call_verb", "help_texts", "parse", "run", "topics"]

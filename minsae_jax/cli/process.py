@@ -1,0 +1,66 @@
+"""The process of a command: exit codes, and one line for every error and warning."""
+
+import io
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+from minsae_jax.errors import Stopped, UserError, brief
+
+
+def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> None:
+    """Call `main` with the arguments and exit: 0 on success, 2 after an error, 130 on Ctrl-C.
+
+    Errors that a user can fix (UserError, OSError, too little memory) are printed as one line;
+    `--debug` adds the traceback. Warnings are one line each.
+    """
+    if args is None:
+        args = sys.argv[1:]
+    debug = "--debug" in args
+    for stream in (sys.stdout, sys.stderr):
+        # Some terminals cannot print λ; in tests these are other streams.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    warnings.showwarning = _print_warning
+    try:
+        main([argument for argument in args if argument != "--debug"])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output has closed it, as `head` does. Python would fail again when it
+        # flushes stdout at exit, so the rest goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; rerun the same command to resume", file=sys.stderr)
+        sys.exit(130)
+    except Exception as e:
+        message = _user_message(e)
+        if debug:
+            traceback.print_exc()
+        elif message is None:
+            raise
+        print(f"error: {message or brief(e)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _user_message(error: Exception) -> str | None:
+    """Return the message for the user, or None if the error is a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{place}"
+    # XLA's errors are RuntimeErrors that begin with a status code.
+    if "RESOURCE_EXHAUSTED" in str(error):
+        advice = "try a smaller --batch_size, --feature_dim_factor or sweep"
+        return f"out of memory ({brief(error, 150)}); {advice}"
+    return None

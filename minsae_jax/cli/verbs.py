@@ -1,0 +1,50 @@
+"""Verbs of a command line, each with its settings class and function."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minsae_jax.cli.flags import parse
+from minsae_jax.errors import UserError
+from minsae_jax.settings import did_you_mean
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of a command line; the docstring of `run` is its help."""
+
+    settings: type
+    run: Callable[[Any], None]
+
+    @property
+    def help(self) -> str:
+        return inspect.getdoc(self.run) or ""
+
+
+def call_verb(
+    verbs: Mapping[str, Verb], args: list[str], prog: str, about: str, has_config: bool = True
+) -> None:
+    """Call the verb named by the first argument with its settings.
+
+    has_config: a YAML file with a section for each verb can be given by --config. Raises UserError
+    on an unknown verb or invalid flags; ends the process after the verb's --help.
+    """
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview(verbs, prog, about))
+        return
+    name = args[0]
+    if name not in verbs:
+        hint = did_you_mean(name, verbs) or f"; choose from {', '.join(verbs)}"
+        raise UserError(f"unknown verb {name!r}{hint} (see {prog} --help)")
+    verb = verbs[name]
+    sections: dict[str, type] = {}
+    if has_config:
+        sections = {each: verbs[each].settings for each in verbs}
+    verb.run(parse(verb.settings, args[1:], f"{prog} {name}", verb.help, sections, name))
+
+
+def _overview(verbs: Mapping[str, Verb], prog: str, about: str) -> str:
+    width = max(map(len, verbs))
+    lines = [f"  {name:{width}}  {verb.help.splitlines()[0]}" for name, verb in verbs.items()]
+    return "\n".join([f"usage: {prog} VERB [flags]", "", about.strip(), "", "verbs:", *lines])

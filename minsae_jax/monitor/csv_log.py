@@ -1,0 +1,49 @@
+"""CSV files that grow by rows and can be resumed at a checkpoint."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+from minsae_jax.files import atomic_write
+
+
+class Csv:
+    """A CSV file that rows are appended to."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", newline="")
+        self._writer = csv.writer(self._file)
+
+    def writerow(self, row: Iterable[object]) -> None:
+        self._writer.writerow(row)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def open_csv(path: Path, header: tuple[str, ...], last: int) -> Csv:
+    """Open a CSV file for appending, without the rows after a checkpoint.
+
+    Rows are dropped whose first column is above `last` or that were cut off. With `last` = 0 the
+    file is new.
+    """
+    lines = [",".join(header)]
+    if last and path.exists():
+        for line in path.read_text(errors="replace").splitlines()[1:]:
+            first = line.split(",", 1)[0]
+            if _cell_count(line) == len(header) and first.isdecimal() and int(first) <= last:
+                lines.append(line)
+    with atomic_write(path) as temporary:
+        temporary.write_text("\r\n".join(lines) + "\r\n", newline="")
+    return Csv(path)
+
+
+def _cell_count(line: str) -> int:
+    # The csv module is slow on act_freqs.csv, which has a column for each feature; it is only
+    # needed for quoted cells.
+    if '"' in line:
+        return len(next(csv.reader([line])))
+    return line.count(",") + 1

@@ -1,0 +1,93 @@
+"""Metrics of one member: metrics.csv, act_freqs.csv and TensorBoard events."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from minsae_jax.monitor.csv_log import open_csv
+from minsae_jax.monitor.tensorboard import COMPARED, open_board, write_hparams
+
+METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")
+
+
+class MemberLog:
+    """Metrics of one member, a row for each log interval.
+
+    On resume at `step` and `tokens`, rows and events after that checkpoint are dropped.
+    held_out: names of the metrics on held-out tokens that `write_held_out` will get.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        hparams: Mapping[str, int | float],
+        d_sae: int,
+        step: int,
+        tokens: int,
+        held_out: Sequence[str] = (),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokens = tokens
+        features = [f"feat_{i}" for i in range(d_sae)]
+        self._metrics = open_csv(folder / "metrics.csv", METRICS, last=step)
+        self._act_freqs = open_csv(folder / "act_freqs.csv", ("step", *features), last=tokens)
+        self._board = open_board(folder, step)
+        if not step:
+            # With the run's name, since TensorBoard averages members of one name over runs.
+            name = f"{folder.resolve().parent.parent.name}/{folder.name}"
+            tags = [f"train/{metric}" for metric in COMPARED]
+            tags += [f"eval/{metric}" for metric in held_out]
+            write_hparams(self._board, name, hparams, tags)
+
+    def __enter__(self) -> "MemberLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(
+        self,
+        row: Mapping[str, int | float],
+        active: Int[np.ndarray, " d_sae"],
+        speed: Mapping[str, float],
+    ) -> None:
+        """Write the metrics of a log interval.
+
+        row: a value for each of METRICS. active: number of the interval's tokens on which each
+        feature was active. speed: shown in TensorBoard only.
+        """
+        tokens_in_interval = int(row["tokens"]) - self.tokens
+        self.tokens = int(row["tokens"])
+        self._metrics.writerow([row[name] for name in METRICS])
+        self._act_freqs.writerow([self.tokens, *active.tolist()])
+        self._metrics.flush()
+        self._act_freqs.flush()
+        step = int(row["step"])
+        self._add_scalars("train", {name: row[name] for name in METRICS[2:]}, step)
+        self._add_scalars("speed", speed, step)
+        densities = active[active > 0] / tokens_in_interval
+        if len(densities):
+            self._board.add_histogram("train_density/log10", np.log10(densities), step)
+        self._board.flush()
+
+    def write_held_out(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write metrics on held-out tokens to TensorBoard."""
+        self._add_scalars("eval", metrics, step)
+        self._board.flush()
+
+    def write_text(self, step: int, text: str) -> None:
+        """Write to TensorBoard's Text tab."""
+        self._board.add_text("status", text, step)
+
+    def _add_scalars(self, prefix: str, metrics: Mapping[str, int | float], step: int) -> None:
+        for name, value in metrics.items():
+            # Metrics of a frozen member are NaN, which TensorBoard cannot draw.
+            if np.isfinite(value):
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._act_freqs.close()
+        self._board.close()

@@ -1,0 +1,101 @@
+"""Progress bars on stderr, which are lines in a log file where stderr is not a terminal."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+COUNTS = "{n_fmt}/{total_fmt}, {remaining} left, {rate_noinv_fmt}{postfix}"
+BAR = "{desc} {percentage:.0f}%|{bar}| " + COUNTS
+LINE = "{desc} {percentage:.0f}%, " + COUNTS
+LINE_SECONDS = 10.0  # from one line to the next
+
+
+class Bar:
+    """A progress bar: title, percentage, count, time left, rate, and a note if there is one."""
+
+    def __init__(self, title: str, total: int, unit: str, delay: float = 0.0):
+        self._tqdm = tqdm(
+            total=total, desc=title, unit=unit, bar_format=BAR, dynamic_ncols=True, delay=delay
+        )
+
+    def start_at(self, done: int) -> None:
+        """Set the count that was reached before; it does not enter the rate."""
+        self._tqdm.initial = done
+        self._tqdm.n = done
+
+    def advance(self, count: int) -> None:
+        """Add to the count."""
+        self._tqdm.update(count)
+
+    def note(self, text: str) -> None:
+        """Show a text after the rate from the next update on."""
+        self._tqdm.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        self._tqdm.close()
+
+
+class _Lines(Bar):
+    """The same as lines: one every LINE_SECONDS, and one at the end."""
+
+    def __init__(self, title: str, total: int, unit: str, delay: float = 0.0):
+        self._title = title
+        self._total = total
+        self._unit = unit
+        self._delay = delay
+        self._note = ""
+        self._initial = 0
+        self._count = 0
+        self._started = time.monotonic()
+        self._printed = self._started
+
+    def start_at(self, done: int) -> None:
+        self._initial = done
+        self._count = done
+
+    def advance(self, count: int) -> None:
+        self._count += count
+        if time.monotonic() - self._printed >= max(LINE_SECONDS, self._delay):
+            self._print()
+
+    def note(self, text: str) -> None:
+        self._note = text
+
+    def close(self) -> None:
+        if time.monotonic() - self._started >= self._delay:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        # tqdm itself would print lines that end in \r and, at last, an empty one.
+        line = tqdm.format_meter(
+            self._count,
+            self._total,
+            self._printed - self._started,
+            prefix=self._title,
+            unit=self._unit,
+            bar_format=LINE,
+            postfix=self._note,
+            initial=self._initial,
+        )
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str, delay: float = 0.0) -> Iterator[Bar]:
+    """Show the progress of a block that calls `advance`, once it has taken `delay` seconds.
+
+    If stderr is not a terminal, a line is printed every ten seconds instead of a bar.
+    """
+    bar: Bar
+    if sys.stderr.isatty():
+        bar = Bar(title, total, unit, delay)
+    else:
+        bar = _Lines(title, total, unit, delay)
+    try:
+        yield bar
+    finally:
+        bar.close()

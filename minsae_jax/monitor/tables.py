@@ -1,0 +1,19 @@
+"""Tables for the terminal."""
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """Return the rows below their titles, the first column aligned left and the others right.
+
+    >>> print(table(["member", "λ"], [["lambda=10", "10"]]))
+    member      λ
+    lambda=10  10
+    """
+    lines = [columns, *rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return "\n".join(_line(cells, widths) for cells in lines)
+
+
+def _line(cells: list[str], widths: list[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return "  ".join([first, *others])

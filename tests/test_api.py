@@ -1,0 +1,80 @@
+"""The Python API: public names, and functions that join encoder and SAE."""
+
+import subprocess
+import sys
+
+import pytest
+
+import minsae_jax as ms
+from convert.encoder import convert_encoder
+from tests.conftest import FIXTURES
+
+CHECKPOINT = FIXTURES / "tuhab_patch_100/checkpoint.pth"
+LIGHT = """
+import sys
+import minsae_jax.__main__
+
+heavy = {"jax", "flax", "orbax", "grain", "optax", "scipy", "matplotlib", "tensorboardX", "torch"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return ms.load_encoder(CHECKPOINT)
+
+
+def test_public_names_can_be_imported():
+    for name in ms.__all__:
+        assert getattr(ms, name).__doc__, name
+    assert set(ms.__all__) <= set(dir(ms))
+    assert ms.__version__.count(".") == 2
+    with pytest.raises(AttributeError, match="no attribute 'load_everything'"):
+        _ = ms.load_everything
+
+
+def test_settings_and_help_do_not_import_jax():
+    subprocess.run([sys.executable, "-c", LIGHT], check=True)
+
+
+def test_pytorch_encoder_is_converted_in_memory(encoder):
+    converted, _ = convert_encoder(CHECKPOINT)
+    assert encoder.fingerprint == converted.fingerprint
+
+
+def test_missing_encoder_is_named(tmp_path):
+    for name in ("nowhere", "nowhere.pth"):
+        with pytest.raises(ms.UserError, match=name):
+            ms.load_encoder(tmp_path / name)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_extract_and_train(encoder, demo_folder, tmp_path, live):
+    recordings = {"root_path": str(demo_folder), "checkpoint_path": str(CHECKPOINT)}
+    store = str(tmp_path / "store")
+    if live:
+        data = recordings | {"live": True, "live_batch_size": 2}
+    else:
+        data = {"store": store, "checkpoint_path": str(CHECKPOINT)}
+        ms.extract(encoder, ms.ExtractConfig(**recordings, batch_size=2, max_batches=2, out=store))
+    run = str(tmp_path / "run")
+    sizes = {"num_steps": 3, "batch_size": 64, "feature_dim_factor": (0.5,), "scale_tokens": 500}
+    ms.train(ms.TrainConfig(**data, **sizes, run_dir=run, lambda_sparsity=(1.0,), eval_every=0))
+    sae = ms.load_sae(f"{run}/members/lambda=1")
+    assert sae.config["encoder_fingerprint"] == encoder.fingerprint
+
+
+def test_store_of_another_encoder_is_refused(encoder, demo_folder, tmp_path):
+    config = ms.ExtractConfig(
+        root_path=str(demo_folder),
+        checkpoint_path=str(CHECKPOINT),
+        batch_size=2,
+        max_batches=1,
+        out=str(tmp_path / "store"),
+    )
+    ms.extract(encoder, config)
+    other = str(FIXTURES / "tuhab_patch_10/checkpoint.pth")
+    run = tmp_path / "run"
+    with pytest.raises(ms.UserError, match=r"(another|other) encoder"):
+        ms.train(ms.TrainConfig(store=config.out, checkpoint_path=other, run_dir=str(run)))
+    assert not run.exists()
