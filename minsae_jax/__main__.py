@@ -57,7 +57,8 @@ def main(args: list[str]) -> None:
     elif verb == "evaluate":
         _evaluate(_settings(EvaluateConfig, verb, flags))
     elif verb == "plot":
-        print(plot(_settings(PlotConfig, verb, flags)))
+        files = plot(_settings(PlotConfig, verb, flags))
+        print(f"wrote {files.metrics} and {files.densities}")
     else:
         raise UserError(
             f"there is no verb {verb!r}: it is demo, extract, train, evaluate or plot; see python -m minsae_jax --help"
@@ -77,7 +78,7 @@ def _settings(cls: type[Settings], verb: str, flags: list[str]) -> Settings:
             rest.append(argument)
     if len(files) > 1 or "" in files:
         raise UserError("--config takes one YAML file")
-    default = load_settings(cls, files[0]) if files else cls()
+    default = load_settings(cls, files[0]) if files else None
     also = f"--config FILE reads the section {verb} of a YAML file, which flags override; --debug shows tracebacks."
     return cli.parse(cls, rest, f"minsae {verb}", default, also)
 
@@ -107,31 +108,24 @@ def _train(settings: TrainConfig) -> str:
 
 
 def _evaluate(settings: EvaluateConfig) -> None:
-    for name in ("run", "root_path"):
-        if getattr(settings, name) is None:
-            raise UserError(
-                f"evaluate needs --{name}, as a flag or in the section evaluate of the --config file"
-            )
-    config = Path(str(settings.run)) / "config.yaml"
+    config = Path(settings.run) / "config.yaml"
     if not config.is_file():
         raise UserError(f"{settings.run} holds no run: name one with --run")
-    trained = load_run_config(Path(str(settings.run)))
+    trained = load_run_config(Path(settings.run))
     checkpoint_path = settings.checkpoint_path or trained.checkpoint_path
     if checkpoint_path is None:
         raise UserError("evaluate needs --checkpoint_path, since the run does not name its encoder")
-    from minsae_jax.evaluation.evaluate import (  # scipy is imported for this verb only
-        evaluate,
-        summary,
-    )
-    from minsae_jax.report.report import show
+    # scipy is imported for this verb only
+    from minsae_jax.evaluation.evaluate import evaluate
+    from minsae_jax.report.report import write_report
 
     start_jax()
     encoder = open_encoder(checkpoint_path, settings.config_path or trained.config_path)
-    with lock_folder(Path(str(settings.run))):
-        evaluation = evaluate(settings, encoder)
-        print(summary(evaluation), flush=True)
+    with lock_folder(Path(settings.run)):
+        evaluation = evaluate(settings, encoder, trained)
+        print(evaluation.summary(), flush=True)
         if settings.report:
-            print(f"open {show(settings, encoder, evaluation)}")
+            print(f"open {write_report(settings, evaluation)}")
 
 
 def open_encoder(checkpoint_path: str, config_path: str | None = None) -> Encoder:

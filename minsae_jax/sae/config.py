@@ -211,14 +211,14 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw a run's course, finished or not: MSE and L1 over steps, and an animation of its features' densities."""
+    """Plot the metrics of a run over its steps, and animate the densities of its features."""
 
-    run: str | None = None
-    """Folder of the run."""
+    run: str
+    """Folder of the run, finished or not."""
     out: str | None = None
-    """Folder of the pictures (default: plots in that of the run)."""
+    """Folder for the plots (default: plots/ in the run)."""
 
 
 def load_run_config(run: Path) -> TrainConfig:

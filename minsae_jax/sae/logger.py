@@ -13,7 +13,7 @@ from minsae_jax.monitor import Csv, MemberLog, RunLog, Wandb, open_csv
 from minsae_jax.sae.data import Inputs
 from minsae_jax.sae.measures import Measures
 from minsae_jax.sae.member import Params, fold_scale, save_member
-from minsae_jax.sae.plots import draw_pareto
+from minsae_jax.sae.plots import ParetoPoint, draw_pareto
 from minsae_jax.sae.run import FIGURES, HELD_OUT, HYPER, Run
 from minsae_jax.sae.sweep import Member, Window
 
@@ -114,14 +114,11 @@ class Journal:
         self._run_log.show("pareto", self.run.pareto, step)
 
     def draw(self, step: int) -> None:
-        """The members' place between few features and good reconstruction."""
-        points: dict[str, list[dict[str, float]]] = {}
+        """Write pareto.png: FVU over L0 of all members."""
+        points = []
         for member in self.members:
-            kind = member.name.partition(",")[2]  # what is varied beside λ
             figures = self.measured.get(member.name) or self.figures[member.name]
-            points.setdefault(kind, []).append(
-                figures | {"lambda_sparsity": member.lambda_sparsity}
-            )
+            points.append(ParetoPoint(hyper(member), figures["l0"], figures["fvu"]))
         where = "on held-out tokens" if self.measured else "in training"
         draw_pareto(self.run.pareto, points, f"{self.run.folder.name} {where}, step {step:,}")
 
