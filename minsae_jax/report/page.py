@@ -89,7 +89,7 @@ class ReportMeta:
     n_recordings: int
     n_patients: int
     split: str
-    sampling_rate: float  # Hz
+    sampling_rate: int | float  # Hz
     patch_seconds: float  # from the start of a patch to the next
     n_patches: int
     has_cls: bool

@@ -91,7 +91,7 @@ def _member_hypers(settings: TrainConfig, d_saes: set[int]) -> dict[str, Hyper]:
 
 
 def read_densities(histories: list[MemberHistory]) -> Densities:
-    """Return densities at up to MAX_FRAMES log intervals, evenly spaced, first and last included."""
+    """Return densities at up to MAX_FRAMES evenly spaced log intervals, the last one included."""
     last = len(histories[0].step) - 1
     intervals = np.unique(np.linspace(0, last, MAX_FRAMES).round().astype(int))
     longest = max(int(history.tokens_per_interval.max()) for history in histories)
@@ -139,8 +139,8 @@ def _read_metrics(path: Path) -> Float[np.ndarray, "intervals 4"]:
 
 def _read_density(
     history: MemberHistory, intervals: Int[np.ndarray, " frames"]
-) -> Float[np.ndarray, "frames d_sae"]:
-    """Return every feature's density in these log intervals, as far as their rows are written."""
+) -> Float[np.ndarray, "written d_sae"]:
+    """Return every feature's density in those log intervals whose rows are written."""
     path = history.act_freqs
     lines = _complete_lines(path)
     n_features = next(lines, "").count(",")

@@ -1,4 +1,4 @@
-"""The evaluation of the small sweep: measures against definitions, errors, files, recommendation."""
+"""Evaluation of the small sweep: measures against definitions, errors, files, recommendation."""
 
 import csv
 import json

@@ -31,7 +31,7 @@ def constant(d_model, value):
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_loss_recovered_is_1_for_identity_and_0_for_ablation(trained, layer):
-    """An SAE whose x̂ is x, the mean or 0 gets the same error as untouched activations or ablation."""
+    """x̂ = x, mean or 0 has the error of untouched activations, mean- or zero-ablation."""
     dataset = trained.dataset("test")
     mean = dataset.read(0, 200).mean((0, 1))
     saes = [identity(128), constant(128, mean), constant(128, np.zeros(128))]

@@ -37,7 +37,8 @@ def visit(page, folder, hash=""):
     page.get(f"{(folder / 'index.html').as_uri()}{hash}")
     wait(
         page,
-        "return !document.querySelector('#index').hidden || document.querySelector('#feature h1') !== null",
+        "return !document.querySelector('#index').hidden"
+        " || document.querySelector('#feature h1') !== null",
     )
 
 
@@ -137,9 +138,16 @@ def test_page_of_a_feature(page, report):
     assert "exact only after the last layer" in text
     titles = [h.text for h in find(page, "#feature h3")]
     assert titles == [
-        "Channels", "Spectrum", "Activations", "Patients", "Position in the window", "Nearest features",
-        "Active together", "Waveform", "Artefact hints",
-    ]  # fmt: skip
+        "Channels",
+        "Spectrum",
+        "Activations",
+        "Patients",
+        "Position in the window",
+        "Nearest features",
+        "Active together",
+        "Waveform",
+        "Artefact hints",
+    ]
     for figure in find(page, "#feature .figure"):
         size = figure.find_element(By.TAG_NAME, "svg").size
         assert size["width"] > 200
@@ -292,5 +300,6 @@ def test_sixteen_thousand_features_are_sorted_in_a_second(page, tmp_path):
     page.execute_script("scrollTo(0, document.documentElement.scrollHeight)")
     wait(
         page,
-        f"return [...document.querySelectorAll('#rows td.id')].at(-1)?.textContent === '{density.argmin()}'",
+        "return [...document.querySelectorAll('#rows td.id')].at(-1)?.textContent"
+        f" === '{density.argmin()}'",
     )

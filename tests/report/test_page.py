@@ -85,12 +85,13 @@ def test_keys_of_the_data_files(report):
     ]
     data = read(report / "data/f00000.js")
     assert " ".join(data) == (
-        "id density mean max channel band patients patient_share artefact cls label note suggestion "
-        "examples histogram channel_ratio spectrum position patient_list nearest coactive waveform "
-        "artefacts"
+        "id density mean max channel band patients patient_share artefact cls label note "
+        "suggestion examples histogram channel_ratio spectrum position patient_list nearest "
+        "coactive waveform artefacts"
     )
     assert " ".join(data["examples"][0]) == (
-        "group activation recording patient channel start patch trace others strip strip_start hints"
+        "group activation recording patient channel start patch trace others strip strip_start "
+        "hints"
     )
 
 
@@ -149,6 +150,6 @@ def test_kill_between_the_renames_loses_nothing(tmp_path):
 
 def test_other_folders_are_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="contains thesis.tex and is not a report"):
+    with pytest.raises(UserError, match=r"contains thesis\.tex and is not a report"):
         write_pages(tmp_path, make_meta(), [make_dead_card(0, 1)])
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
