@@ -67,7 +67,7 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ReportConfig, MeasureConfig, EvaluationInputConfig):
-    """Evaluate the members of a run on held-out recordings and report the best one's features."""
+    """Evaluate the members of a run on held-out recordings and report on the features of one."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -81,5 +81,10 @@ class EvaluateConfig(ReportConfig, MeasureConfig, EvaluationInputConfig):
 
     def band_limits(self) -> tuple[Band, ...]:
         """Return name, lower and upper limit in Hz of every band."""
-        matches = [match for band in self.bands if (match := _BAND.fullmatch(band))]
-        return tuple(Band(m[1], float(m[2]), float(m[3])) for m in matches)
+        limits = []
+        for band in self.bands:
+            match = _BAND.fullmatch(band)
+            assert match is not None  # see __post_init__
+            name, low, high = match.groups()
+            limits.append(Band(name, float(low), float(high)))
+        return tuple(limits)

@@ -28,11 +28,14 @@ class Dataset:
 
     store: Store
     architecture: Architecture
-    folder: Path  # of the recordings
-    recordings: tuple[str, ...]  # file names
+    # Folder of the recordings
+    folder: Path
+    # File names of the recordings
+    recordings: tuple[str, ...]
     shifted: Bool[np.ndarray, " recordings"]
-    recording: Int[np.ndarray, " sequences"]  # index into recordings
-    window: Int[np.ndarray, " sequences"]  # within the recording
+    # Of every sequence: index into `recordings`, window within it, channel
+    recording: Int[np.ndarray, " sequences"]
+    window: Int[np.ndarray, " sequences"]
     channel: Int[np.ndarray, " sequences"]
 
     @property
@@ -88,7 +91,9 @@ class Dataset:
                 yield first, self.read(first, min(first + sequences, stop))
 
     def first_samples(
-        self, sequence: Int[np.ndarray, "*n"], token: Int[np.ndarray, "*n"]
+        self,
+        sequence: Int[np.ndarray, "*n"],
+        token: Int[np.ndarray, "*n"],
     ) -> Int[np.ndarray, "*n"]:
         """Return the sample of the recording at which each token's patch begins.
 

@@ -46,6 +46,7 @@ from minsae_jax.sae.measures import Measures, measure
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_SEQUENCES = 64
+ScoresByKind = dict[str, EventScore]
 COSINE_ROWS = 1024  # decoder rows compared with all others at a time
 DENSITY_EDGES = np.arange(-7, 0.51, 0.5)  # log10
 MIN_RECOVERED = 0.95
@@ -116,6 +117,8 @@ def _measure_tokens(
 ) -> tuple[dict[str, TokenMeasures], Float[np.ndarray, " d_model"]]:
     """Return measures by member's name and the mean activation, in one pass over the store."""
     groups = _group_by_shape(inputs.members)
+    # The parameters of each group are stacked along a member axis, which lies along the mesh's
+    # `sweep` axis, so that one pass over the store measures all members.
     params = []
     for group in groups:
         leaves = [member.sae.params for member in group]
@@ -142,7 +145,8 @@ def _group_by_shape(members: Sequence[Member]) -> list[list[Member]]:
 
 
 def _test_batches(
-    test: Dataset, total: Float[np.ndarray, " d_model"]
+    test: Dataset,
+    total: Float[np.ndarray, " d_model"],
 ) -> Iterator[Float[np.ndarray, "tokens d_model"]]:
     """Yield all tokens of the test store, adding each to `total`."""
     n_sequences = len(test.recording)
@@ -188,7 +192,9 @@ def _decoder_cosines(sae: SparseAutoencoder) -> DecoderCosines:
 
 
 def _substitute(
-    settings: EvaluateConfig, inputs: EvaluationInputs, mean: Float[np.ndarray, " d_model"]
+    settings: EvaluateConfig,
+    inputs: EvaluationInputs,
+    mean: Float[np.ndarray, " d_model"],
 ) -> SubstitutionErrors | None:
     """Return the pretraining errors on the members' x̂, or None without a pretrain head."""
     if inputs.encoder.architecture.head_type != "pretrain":
@@ -219,7 +225,7 @@ def _loss_recovered(errors: SubstitutionErrors, i: int) -> LossRecovered:
 
 def _score_events(
     settings: EvaluateConfig, inputs: EvaluationInputs
-) -> tuple[list[dict[str, EventScore]] | None, Mapping[str, Baseline]]:
+) -> tuple[list[ScoresByKind] | None, Mapping[str, Baseline]]:
     """Return every member's scores by kind of event, and baselines by kind.
 
     Without labelled events the scores are None. Kinds with too few spans are left out.
@@ -230,9 +236,11 @@ def _score_events(
         return None, {}
     events_by_kind = read_events(test.folder)
     baselines = {}
-    scores: list[dict[str, EventScore]] = [{} for _ in inputs.members]
+    scores: list[ScoresByKind] = [{} for _ in inputs.members]
     with progress("score events", len(events_by_kind), "kinds", delay=2.0) as bar:
         for kind, events in sorted(events_by_kind.items()):
+            # Features are chosen on val patients and scored on test patients, so that the best of
+            # many features does not win by chance.
             val_spans = gather(val, draw_spans(val, events, settings.seed))
             test_spans = gather(test, draw_spans(test, events, settings.seed))
             if not (val_spans.has_both and test_spans.has_both):

@@ -38,7 +38,8 @@ class LabelledEvent:
     recording: str
     start: int
     stop: int
-    channels: tuple[int, ...]  # indices into CHANNELS
+    # Indices into CHANNELS
+    channels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Span:
     """A stretch of a recording, with an event or without one."""
 
     recording: int
-    start: int  # samples
+    # First sample of the recording, and the one after the last
+    start: int
     stop: int
     channels: tuple[int, ...]
     is_event: bool
@@ -57,7 +59,8 @@ class SpanActivations:
     """Spans, and for each the activations of the tokens that it touches."""
 
     spans: list[Span]
-    activations: list[np.ndarray]  # [tokens, d_model] for each span
+    # [tokens, d_model] of each span
+    activations: list[np.ndarray]
 
     @property
     def is_event(self) -> Bool[np.ndarray, " spans"]:
@@ -73,12 +76,15 @@ class SpanActivations:
 class EventScore:
     """How well the features of one SAE separate one kind of events; AUCs on test unless said."""
 
-    feature: int  # the best on val
+    # The feature with the largest AUC on val
+    feature: int
     auc: float
     val_auc: float
-    best_five: tuple[int, ...]  # features of the probe, the best on val
+    # The features of the probe: the five with the largest AUC on val
+    best_five: tuple[int, ...]
     probe_auc: float
-    token_auc: float | None = None  # of `feature` over single patches
+    # AUC of `feature` over single patches
+    token_auc: float | None = None
 
 
 def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
@@ -125,7 +131,9 @@ def draw_spans(dataset: Dataset, events: list[LabelledEvent], seed: int) -> list
             span = Span(recording, event.start, event.stop, event.channels, is_event=True)
             spans.append(span)
             length = event.stop - event.start
-            free_starts = np.flatnonzero(n_taken[length:] == n_taken[: end + 1 - length])
+            n_before_start = n_taken[: end + 1 - length]
+            n_before_stop = n_taken[length:]
+            free_starts = np.flatnonzero(n_before_start == n_before_stop)
             if len(free_starts):
                 start = int(rng.choice(free_starts))
                 spans.append(replace(span, start=start, stop=start + length, is_event=False))
@@ -148,7 +156,9 @@ def tokens_of(dataset: Dataset, span: Span) -> tuple[Int[np.ndarray, " n"], Int[
     a = dataset.architecture
     first, last = dataset.sequences_of(span.recording)
     windows = dataset.window[first:last]
-    is_near = (windows >= span.start // a.seq_len) & (windows <= (span.stop - 1) // a.seq_len)
+    first_window = span.start // a.seq_len
+    last_window = (span.stop - 1) // a.seq_len
+    is_near = (windows >= first_window) & (windows <= last_window)
     is_near &= np.isin(dataset.channel[first:last], span.channels)
     near = np.arange(first, last)[is_near]
     grid = np.meshgrid(near, dataset.patch_tokens, indexing="ij")
@@ -175,8 +185,13 @@ def gather(dataset: Dataset, spans: list[Span]) -> SpanActivations:
     return gathered
 
 
-def max_per_span(activations: list[np.ndarray], encode: Encode) -> Float[np.ndarray, "spans n"]:
+def max_per_span(
+    activations: list[np.ndarray],
+    encode: Encode,
+) -> Float[np.ndarray, "spans n"]:
     """Return the largest value of each feature over the tokens of every span."""
+    # Spans are encoded in groups of about BATCH_TOKENS tokens. reduceat takes the maximum from each
+    # span's first row to that of the next.
     lengths = np.array([len(x) for x in activations])
     groups = np.cumsum(lengths) // BATCH_TOKENS
     scores = []
@@ -189,7 +204,8 @@ def max_per_span(activations: list[np.ndarray], encode: Encode) -> Float[np.ndar
 
 
 def auc(
-    scores: Float[np.ndarray, "n features"], is_event: Bool[np.ndarray, " n"]
+    scores: Float[np.ndarray, "n features"],
+    is_event: Bool[np.ndarray, " n"],
 ) -> Float[np.ndarray, " features"]:
     """Return each column's area under the ROC curve.
 
@@ -199,6 +215,8 @@ def auc(
     >>> auc(np.array([[1.0], [2.0], [2.0], [3.0]]), np.array([False, False, True, True])).tolist()
     [0.875]
     """
+    # U is the number of pairs (event, other) in which the event scores higher. An event of rank r
+    # is above r - 1 scores; summed over events, n (n - 1) / 2 of these are other events.
     ranks = rankdata(scores, axis=0)
     n_events = int(is_event.sum())
     n_others = len(is_event) - n_events
@@ -207,7 +225,8 @@ def auc(
 
 
 def fit_probe(
-    x: Float[np.ndarray, "n features"], is_event: Bool[np.ndarray, " n"]
+    x: Float[np.ndarray, "n features"],
+    is_event: Bool[np.ndarray, " n"],
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Fit a logistic regression on standardised scores; return the function from scores to logits.
 
@@ -225,9 +244,10 @@ def fit_probe(
         margin = sign * (z @ w + bias)
         value = np.logaddexp(0, -margin).mean() + 5e-4 * (w**2).sum()
         # d/dm log(1 + exp(-m)) = -1 / (1 + exp(m)); the clip avoids an overflow.
-        d_logit = -sign / (1 + np.exp(np.clip(margin, -500, 500))) / len(z)
-        gradient = np.concatenate([[d_logit.sum()], z.T @ d_logit + 1e-3 * w])
-        return float(value), gradient
+        d_margin = -1 / (1 + np.exp(np.clip(margin, -500, 500)))
+        d_logit = sign * d_margin / len(z)
+        d_w = z.T @ d_logit + 1e-3 * w
+        return float(value), np.concatenate([[d_logit.sum()], d_w])
 
     fit = minimize(loss, np.zeros(z.shape[1] + 1), jac=True, method="L-BFGS-B").x
     return lambda scores: (scores - mean) / sd @ fit[1:] + fit[0]
@@ -277,12 +297,14 @@ def covered_patches(
         is_event = np.zeros((a.n_vars, n_samples + 1), np.int64)
         for event in events:
             if event.recording == name:
-                is_event[list(event.channels), event.start + 1 : event.stop + 1] = 1
+                samples = slice(event.start + 1, event.stop + 1)
+                is_event[list(event.channels), samples] = 1
         n_before = is_event.cumsum(axis=1)  # event samples before each sample
         sequences, tokens = np.meshgrid(np.arange(first, last), dataset.patch_tokens, indexing="ij")
         begin = dataset.first_samples(sequences, tokens)
         channel = dataset.channel[sequences]
-        n_inside = n_before[channel, begin + a.patch_len] - n_before[channel, begin]
+        end = begin + a.patch_len
+        n_inside = n_before[channel, end] - n_before[channel, begin]
         is_covered[first:last] = 2 * n_inside >= a.patch_len
     return is_covered
 
@@ -295,7 +317,7 @@ def token_auc(
 ) -> float | None:
     """Return the AUC of one feature over all patches: covered by an event or not.
 
-    None if all patches are covered, or none is.
+    None if all patches are covered, or no patch is.
     """
     if is_covered.all() or not is_covered.any():
         return None

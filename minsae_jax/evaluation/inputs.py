@@ -1,4 +1,4 @@
-"""What an evaluation reads: the members of a run, its settings and the stores, each opened once."""
+"""Inputs of an evaluation: the members of a run, its settings and the stores, each opened once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,11 @@ class EvaluationInputs:
 
     run: Path
     encoder: Encoder
-    members: tuple[Member, ...]  # sorted by hyper-parameters
+    # Sorted by hyper-parameters
+    members: tuple[Member, ...]
     test: Dataset
-    val: Dataset | None  # None if there are no labelled events
+    # None if there are no labelled events
+    val: Dataset | None
 
     @property
     def layer(self) -> int:
@@ -83,7 +85,8 @@ def open_members(run: Path, name: str | None, encoder: Encoder) -> tuple[Member,
         raise UserError(f"{run} is not a finished run; choose one with --run, or rerun `train`")
     if name is not None and name not in names:
         raise UserError(f"unknown member {name} in {run}; members: {', '.join(names)}")
-    members = [Member(n, load_sae(folder / n)) for n in names if name is None or name == n]
+    selected = names if name is None else [name]
+    members = [Member(n, load_sae(folder / n)) for n in selected]
     for member in members:
         _check_member(member, encoder)
     return tuple(sorted(members, key=lambda member: sort_key(member.hyper)))

@@ -23,14 +23,17 @@ class SubstitutionErrors(NamedTuple):
     """Mean squared errors on masked patches, mean over windows, for each substitute of a layer."""
 
     windows: int
-    untouched: float  # the layer's activations themselves
+    # Error on the layer's activations themselves
+    untouched: float
     mean_ablation: float
     zero_ablation: float
-    members: tuple[float, ...]  # x̂ of each SAE
+    # Errors on the x̂ of each SAE
+    members: tuple[float, ...]
 
 
 class _Substitutes(NamedTuple):
-    mean: Any  # [d_model]
+    # The layer's mean activation [d_model]
+    mean: Any
     saes: list[Params]
 
 
@@ -63,9 +66,11 @@ def substitution_errors(
     with progress("substitute", len(places), "windows", delay=2.0) as bar:
         for start in range(0, len(places), batch):
             batch_places = places[start : start + batch]
-            x = np.stack([np.asarray(dataset.window_of(*p), np.float32) for p in batch_places])
+            windows = [dataset.window_of(*place) for place in batch_places]
+            x = np.stack(windows).astype(np.float32)
             masks = np.stack([_draw_mask(a.n_patches, mask_ratio, rng) for _ in batch_places])
-            rows = tuple(put_batch(mesh, array, batch // mesh.size) for array in (x, masks))
+            per_device = batch // mesh.size
+            rows = (put_batch(mesh, x, per_device), put_batch(mesh, masks, per_device))
             batch_errors = np.asarray(run(params, substitutes, rows), np.float64)
             errors.append(batch_errors[: len(batch_places)])
             bar.advance(len(batch_places))
@@ -85,7 +90,8 @@ def loss_recovered(ablated: float, substituted: float, untouched: float) -> floa
 
 
 def _variants(
-    substitutes: _Substitutes, x: Float[Array, "T d_model"]
+    substitutes: _Substitutes,
+    x: Float[Array, "T d_model"],
 ) -> Float[Array, "variants T d_model"]:
     """Return activations and all that replaces them, in the order of SubstitutionErrors."""
     by_mean = jnp.broadcast_to(substitutes.mean, x.shape)

@@ -22,7 +22,8 @@ class DensityHistogram:
     """Number of features by log10 density, the share of tokens with the feature active."""
 
     edges: list[float]
-    features: list[int]  # between edges; never active features are left out
+    # Number of features between edges; never active ones are left out
+    features: list[int]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class TokenMeasures:
     dense_fraction: float
     cosine: float
     norm_ratio: float
-    dead_fraction: float  # features active on no test token
+    # Share of features active on no test token
+    dead_fraction: float
     log10_density: DensityHistogram
 
 
@@ -46,7 +48,8 @@ class DecoderCosines:
 
     mean: float
     median: float
-    over_0_9: float  # share of rows above 0.9
+    # Share of rows with a cosine above 0.9
+    over_0_9: float
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class LossRecovered:
     """The pretraining task on a member's x̂."""
 
     masked_error: float
-    loss_recovered: float  # 1: nothing is lost, 0: as bad as mean-ablation
+    # 1: nothing is lost; 0: as bad as mean-ablation
+    loss_recovered: float
     loss_recovered_of_zero_ablation: float
 
 
@@ -62,8 +66,10 @@ class LossRecovered:
 class Baseline:
     """AUC of the best feature that is not of an SAE, for one kind of events."""
 
-    raw_auc: float  # dimensions of the activations
-    pca_auc: float  # their principal components
+    # Best of the dimensions of the activations
+    raw_auc: float
+    # Best of their principal components
+    pca_auc: float
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,14 @@ class MemberEvaluation:
 
     member: str
     hyper: Hyper
-    status: str | None  # "finished" or "diverged"
+    # "finished" or "diverged"
+    status: str | None
     tokens: TokenMeasures
     decoder: DecoderCosines
-    loss: LossRecovered | None  # None if the encoder has no pretrain head
-    events: Mapping[str, EventScore] | None  # by kind; None if there is no events.csv
+    # None if the encoder has no pretrain head
+    loss: LossRecovered | None
+    # Scores by kind of event; None if there is no events.csv
+    events: Mapping[str, EventScore] | None
 
     def to_record(self) -> Record:
         """Return the member's entry in evaluation.json."""
@@ -109,11 +118,15 @@ class Evaluation:
 
     inputs: EvaluationInputs
     members: tuple[MemberEvaluation, ...]
-    recommended: str  # name of a member
-    rule: str  # by which it was chosen
-    substitution: SubstitutionErrors | None  # None if the encoder has no pretrain head
+    # Name of the recommended member
+    recommended: str
+    # How it was chosen
+    rule: str
+    # None if the encoder has no pretrain head
+    substitution: SubstitutionErrors | None
     mask_ratio: float
-    baselines: Mapping[str, Baseline]  # by kind of event
+    # Baselines by kind of event
+    baselines: Mapping[str, Baseline]
 
     def find(self, name: str) -> MemberEvaluation:
         """Return the evaluation of the member called `name`."""

@@ -10,7 +10,9 @@ from minsae_jax.sae.member import Params, SparseAutoencoder
 
 
 def encode_features(
-    sae: SparseAutoencoder, x: Float[np.ndarray, "*tokens d_model"], indices: Sequence[int]
+    sae: SparseAutoencoder,
+    x: Float[np.ndarray, "*tokens d_model"],
+    indices: Sequence[int],
 ) -> Float[np.ndarray, "*tokens n"]:
     """Return only the features `indices` of activations, without computing the others."""
     columns = np.asarray(indices)
@@ -32,7 +34,8 @@ def unit_directions(sae: SparseAutoencoder) -> Float[np.ndarray, "d_sae d_model"
 
 
 def reconstruct(
-    params: Params, x: Float[Array, "tokens d_model"]
+    params: Params,
+    x: Float[Array, "tokens d_model"],
 ) -> Float[Array, "tokens d_model"]:
     """Return x̂ as a pure function of parameters, for use under jit."""
     return model.decode(params, model.encode(params, x))

@@ -35,16 +35,18 @@ MAX_COSINE_FEATURES = 16_384  # above it, no nearest features: all cosines are i
 
 @dataclass(frozen=True)
 class Context:
-    """What all feature cards share."""
+    """Data that all feature cards share."""
 
     dataset: Dataset
     sae: SparseAutoencoder
     activity: Activity
     encoder: Encoder
-    w: int  # patches shown before and after an example's patch
+    # Patches shown before and after an example's patch
+    w: int
     bands: Sequence[Band]
     base: BaseSpectra
-    cosine: Float[np.ndarray, "d_sae d_sae"] | None  # of decoder rows
+    # Cosines of decoder rows
+    cosine: Float[np.ndarray, "d_sae d_sae"] | None
     labels: Mapping[int, Label]
     quantiles: Tokens
     seed: int
@@ -54,18 +56,25 @@ class Context:
 class Example:
     """EEG around one token of a feature."""
 
-    group: str  # "top", "random", or "q1" … "q10" for tenths of the activations
+    # "top", "random", or "q1" … "q10" for tenths of the activations
+    group: str
     activation: float
     recording: str
     patient: str
     channel: str
-    start: float  # of the trace [s]
-    patch: tuple[float, float] | None  # start and end [s]; None for a CLS token
-    trace: Int8[np.ndarray, " samples"]  # in TRACE_STEP SD
-    others: Int8[np.ndarray, "channels half_samples"] | None  # all channels, every 2nd sample
-    strip: Float[np.ndarray, " patches"]  # activation of the feature on each patch shown
-    strip_start: float  # [s]
-    hints: list[str]  # of artefacts
+    # Start of the trace in the recording [s]
+    start: float
+    # Start and end of the active patch [s]; None for a CLS token
+    patch: tuple[float, float] | None
+    # EEG of the token's channel, in units of TRACE_STEP SD
+    trace: Int8[np.ndarray, " samples"]
+    # EEG of all channels, every 2nd sample
+    others: Int8[np.ndarray, "channels half_samples"] | None
+    # Activation of the feature on each patch shown, and the start of the first [s]
+    strip: Float[np.ndarray, " patches"]
+    strip_start: float
+    # Artefact hints
+    hints: list[str]
 
 
 @dataclass(frozen=True)
@@ -81,28 +90,45 @@ class FeatureCard:
     """One feature as the report shows it; field names are the keys of its data file."""
 
     id: int
-    density: float  # share of tokens with the feature active
-    mean: float  # activation when active
+    # Share of tokens with the feature active
+    density: float
+    # Mean and largest activation when active
+    mean: float
     max: float
-    channel: str  # on which the feature is most active; "" if unknown
-    band: str  # dominant frequency band; "" if unknown
-    patients: int  # with any activation
-    patient_share: float  # of the patient with most activations
-    artefact: float  # largest share of examples with an artefact hint
-    cls: float  # share of its active tokens that are CLS tokens
-    label: str  # the user's
+    # Channel on which the feature is most active; "" if unknown
+    channel: str
+    # Dominant frequency band; "" if unknown
+    band: str
+    # Number of patients with any activation
+    patients: int
+    # Share of the active tokens that the first patient has
+    patient_share: float
+    # Largest of `artefacts`
+    artefact: float
+    # Share of the active tokens that are CLS tokens
+    cls: float
+    # The user's label and note, from labels.csv
+    label: str
     note: str
-    suggestion: str  # of a label
+    # Suggested label
+    suggestion: str
     examples: list[Example]
     histogram: Histogram
-    channel_ratio: Float[np.ndarray, " n_vars"]  # mean activation on a channel over that on all
+    # Mean activation on each channel over the mean on all channels
+    channel_ratio: Float[np.ndarray, " n_vars"]
     spectrum: Spectrum | None
-    position: Float[np.ndarray, " n_patches"]  # share of its active tokens by patch
-    patient_list: list[tuple[str, float]]  # share of its active tokens, largest first
-    nearest: list[tuple[int, float]]  # feature, cosine of decoder rows
-    coactive: list[tuple[int, float]]  # feature, Jaccard index of active tokens
-    waveform: Float[np.ndarray, " patch_len"] | None  # a unit of it through the pretrain head
-    artefacts: dict[str, float]  # share of examples with each artefact hint
+    # Share of the active tokens by patch
+    position: Float[np.ndarray, " n_patches"]
+    # Share of the active tokens by patient, largest first
+    patient_list: list[tuple[str, float]]
+    # Features by cosine of decoder rows
+    nearest: list[tuple[int, float]]
+    # Features by Jaccard index of active tokens
+    coactive: list[tuple[int, float]]
+    # Samples that a unit of the feature adds to a patch, by the pretrain head
+    waveform: Float[np.ndarray, " patch_len"] | None
+    # Share of examples with each artefact hint
+    artefacts: dict[str, float]
 
 
 def make_context(
@@ -115,7 +141,7 @@ def make_context(
     labels: Mapping[int, Label] | None = None,
     seed: int = 0,
 ) -> Context:
-    """Compute what all feature cards share; w: patches before and after an example's patch."""
+    """Compute the data that all feature cards share; w: patches before and after an example's patch."""
     cosine = None
     if sae.d_sae <= MAX_COSINE_FEATURES:
         rows = unit_directions(sae)
@@ -183,7 +209,9 @@ def describe(context: Context, feature: int) -> FeatureCard:
 
 
 def _patient_shares(
-    dataset: Dataset, by_recording: Int[np.ndarray, " recordings"], n_active: int
+    dataset: Dataset,
+    by_recording: Int[np.ndarray, " recordings"],
+    n_active: int,
 ) -> list[tuple[str, float]]:
     """Return (patient, share of the active tokens), largest first, without zeros."""
     counts: dict[str, int] = {}
@@ -223,10 +251,12 @@ class _Place:
 
     group: str
     sequence: int
-    patch: int  # -1 for a CLS token
+    # Patch of the token; -1 for a CLS token
+    patch: int
     activation: float
     has_montage: bool
-    first: int  # patch
+    # First and last patch shown
+    first: int
     last: int
 
 
@@ -235,7 +265,8 @@ def _choose_places(context: Context, feature: int) -> list[_Place]:
     quantiles = context.quantiles
     n_quantiles = quantiles.token.shape[1]
     n_random = min(RANDOM_EXAMPLES, activity.random.token.shape[1])
-    chosen = [("top", activity.top, rank) for rank in range(activity.top.token.shape[1])]
+    n_top = activity.top.token.shape[1]
+    chosen = [("top", activity.top, rank) for rank in range(n_top)]
     chosen += [(f"q{rank + 1}", quantiles, rank) for rank in range(n_quantiles)]
     chosen += [("random", activity.random, rank) for rank in range(n_random)]
     a = context.dataset.architecture
@@ -279,13 +310,18 @@ def _make_examples(context: Context, feature: int) -> list[Example]:
     return [_make_example(dataset, *pair) for pair in zip(places, strips, strict=True)]
 
 
-def _make_example(dataset: Dataset, place: _Place, strip: Float[np.ndarray, " patches"]) -> Example:
+def _make_example(
+    dataset: Dataset,
+    place: _Place,
+    strip: Float[np.ndarray, " patches"],
+) -> Example:
     a = dataset.architecture
     recording = int(dataset.recording[place.sequence])
     channel = int(dataset.channel[place.sequence])
     # Samples of the window that are shown, and of the recording before it.
     begin = a.first_sample + place.first * a.stride
-    end = min(a.first_sample + place.last * a.stride + a.patch_len, a.seq_len)
+    last_begin = a.first_sample + place.last * a.stride
+    end = min(last_begin + a.patch_len, a.seq_len)
     offset = int(dataset.window[place.sequence]) * a.seq_len
     eeg = np.asarray(window_eeg(dataset, place.sequence)[begin:end], np.float32)
     patch = None
@@ -326,7 +362,8 @@ def _nearest(context: Context, feature: int) -> list[tuple[int, float]]:
         return []
     cosine = context.cosine[feature].copy()
     cosine[feature] = -2
-    order = np.argsort(-cosine, kind="stable")[: min(NEIGHBOURS, len(cosine) - 1)]
+    n_others = len(cosine) - 1
+    order = np.argsort(-cosine, kind="stable")[: min(NEIGHBOURS, n_others)]
     return [(int(i), float(cosine[i])) for i in order]
 
 
@@ -347,9 +384,10 @@ def _coactive(activity: Activity, feature: int) -> list[tuple[int, float]]:
 
 
 def _waveform(context: Context, feature: int) -> Float[np.ndarray, " patch_len"] | None:
-    """Return what a unit of the feature adds to a patch, if the encoder has a pretrain head.
+    """Return the samples that a unit of the feature adds to a patch, by the pretrain head.
 
-    It is exact after the last layer only, since later layers are skipped.
+    None if the encoder has another head. Exact after the last layer only, since layers between
+    the SAE and the head are skipped.
     """
     if context.encoder.architecture.head_type != "pretrain":
         return None

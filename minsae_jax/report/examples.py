@@ -38,16 +38,21 @@ class Activity:
     n_tokens: int
     top: Tokens
     random: Tokens
-    active: Int[np.ndarray, " d_sae"]  # active tokens
-    total: Float[np.ndarray, " d_sae"]  # sum of activations
+    # Number of active tokens
+    active: Int[np.ndarray, " d_sae"]
+    # Sum of activations
+    total: Float[np.ndarray, " d_sae"]
     largest: Float[np.ndarray, " d_sae"]
-    # Of activations between EDGES; smaller and larger ones are in the outer bins.
+    # Active tokens by activation between EDGES; the outer bins contain those beyond
     histogram: Int[np.ndarray, "d_sae bins"]
-    by_recording: Int[np.ndarray, "d_sae recordings"]  # active tokens
+    # Number of active tokens
+    by_recording: Int[np.ndarray, "d_sae recordings"]
     # Sum of activations, without recordings whose columns are shifted.
     by_channel: Float[np.ndarray, "d_sae n_vars"]
-    by_token: Int[np.ndarray, "d_sae n_tokens"]  # active tokens by position; a CLS token is first
-    channel_tokens: Int[np.ndarray, " n_vars"]  # all tokens of the recordings in by_channel
+    # Active tokens by position in the sequence; a CLS token is first
+    by_token: Int[np.ndarray, "d_sae n_tokens"]
+    # All tokens by channel, of the recordings in by_channel
+    channel_tokens: Int[np.ndarray, " n_vars"]
     # Sampled tokens with both features active; None with over MAX_COACTIVE_FEATURES features.
     together: Float[np.ndarray, "d_sae d_sae"] | None
 
@@ -105,7 +110,8 @@ def collect(
             strongest.add(entries, first * n_tokens, recording)
             # Each token gets a random key; the active tokens with the largest keys are a
             # uniform sample of all active tokens.
-            keys = np.random.default_rng([seed, first]).random(len(features)).astype(np.float32)
+            rng = np.random.default_rng([seed, first])
+            keys = rng.random(len(features)).astype(np.float32)
             sample.add(
                 entries.feature,
                 keys[entries.row],
@@ -147,7 +153,7 @@ def _find_active(features: Float[np.ndarray, "rows d_sae"]) -> _ActiveEntries:
 
 
 class _Counts:
-    """Counts and sums of active entries; see Activity for what each is."""
+    """Counts and sums of active entries, with the names of Activity's fields."""
 
     def __init__(self, dataset: Dataset, d_sae: int):
         self.dataset = dataset
@@ -211,7 +217,10 @@ class _PairCounts:
         if d_sae <= MAX_COACTIVE_FEATURES:
             self.together = np.zeros((d_sae, d_sae), np.float32)
 
-    def add(self, features: Float[np.ndarray, "rows d_sae"]) -> None:
+    def add(
+        self,
+        features: Float[np.ndarray, "rows d_sae"],
+    ) -> None:
         if self.together is not None and self.n_batches % self.every == 0:
             self.together += np.asarray(_count_pairs(jnp.asarray(features)))
         self.n_batches += 1
@@ -276,7 +285,10 @@ class _LargestByFeature:
         is_last = self._ranks(self.feature) == self.size - 1
         self.threshold[self.feature[is_last]] = self.key[is_last]
 
-    def _ranks(self, feature: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    def _ranks(
+        self,
+        feature: Int[np.ndarray, " n"],
+    ) -> Int[np.ndarray, " n"]:
         """Return each entry's place among those of its feature; `feature` is sorted."""
         starts = np.searchsorted(feature, np.arange(self.d_sae))
         return np.arange(len(feature)) - starts[feature]

@@ -24,7 +24,9 @@ class Label(NamedTuple):
 
 
 def suggest_name(
-    bands: Sequence[Band], channel_ratio: Float[np.ndarray, " n_vars"], band: str
+    bands: Sequence[Band],
+    channel_ratio: Float[np.ndarray, " n_vars"],
+    band: str,
 ) -> str:
     """Return a name from region and dominant band, such as "posterior alpha, 8–13 Hz"."""
     words = []
@@ -76,7 +78,8 @@ def read_labels(path: Path) -> dict[int, Label]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
-                labels[int(row["feature"])] = Label(row["label"] or "", row.get("note") or "")
+                feature = int(row["feature"])
+                labels[feature] = Label(row["label"] or "", row.get("note") or "")
     except (KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(
             f"{path} must have the columns feature, label and note, one row per feature ({e})"

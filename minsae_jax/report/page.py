@@ -81,7 +81,8 @@ class ReportMeta:
     title: str
     member: str
     run: str
-    encoder: str  # fingerprint
+    # Fingerprint of the encoder
+    encoder: str
     layer: int | str
     created_with: str
     n_tokens: int
@@ -89,14 +90,18 @@ class ReportMeta:
     n_recordings: int
     n_patients: int
     split: str
-    sampling_rate: int | float  # Hz
-    patch_seconds: float  # from the start of a patch to the next
+    # In Hz
+    sampling_rate: int | float
+    # From the start of a patch to the start of the next
+    patch_seconds: float
     n_patches: int
     has_cls: bool
     channels: Sequence[str]
-    positions: Float[np.ndarray, "channels 2"]  # unit head from above; x right, y front
+    # On a unit head seen from above; x right, y front
+    positions: Float[np.ndarray, "channels 2"]
     bands: Sequence[Band]
-    summary: Sequence[tuple[str, str]]  # label, text
+    # Label and text of each row
+    summary: Sequence[tuple[str, str]]
     members: Sequence[MemberRow]
     events: Sequence[EventRow]
     waveform_exact: bool
@@ -107,8 +112,8 @@ class ReportMeta:
 def write_pages(folder: Path, meta: ReportMeta, cards: Iterable[FeatureCard]) -> None:
     """Write the report to `folder`, or nothing if anything fails.
 
-    An older report is replaced; other files beside it, such as the user's labels.csv, are kept.
-    Cards are written one by one, and none is kept in memory. Raises UserError if `folder` contains
+    An older report is replaced; other files in the folder, such as the user's labels.csv, stay.
+    Cards are written one by one and not kept in memory. Raises UserError if `folder` contains
     files but no report.
     """
     folder = folder.resolve()

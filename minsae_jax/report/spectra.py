@@ -30,7 +30,8 @@ class Spectrum:
 
     hz: Float[np.ndarray, " n_hz"]
     ratio: Float[np.ndarray, " n_hz"]
-    low: Float[np.ndarray, " n_hz"]  # 95 % bootstrap interval over examples
+    # 95 % bootstrap interval of the ratio over examples
+    low: Float[np.ndarray, " n_hz"]
     high: Float[np.ndarray, " n_hz"]
 
 
@@ -48,8 +49,9 @@ def measure_base_spectra(dataset: Dataset, w: int, seed: int) -> BaseSpectra:
     a = dataset.architecture
     rng = np.random.default_rng(seed)
     span = min(a.seq_len, 2 * w * a.stride + a.patch_len)
-    hz, is_shown = _frequencies(span)
-    base = np.zeros((a.n_vars, int(is_shown.sum())))
+    all_hz = np.fft.rfftfreq(span, 1 / SAMPLING_RATE)
+    hz = all_hz[_is_shown(all_hz)]
+    base = np.zeros((a.n_vars, len(hz)))
     for channel in range(a.n_vars):
         candidates = np.flatnonzero(dataset.channel == channel)
         count = min(BASE_SEGMENTS, len(candidates))
@@ -60,11 +62,8 @@ def measure_base_spectra(dataset: Dataset, w: int, seed: int) -> BaseSpectra:
     return BaseSpectra(span, hz, base.astype(np.float32))
 
 
-def _frequencies(span: int) -> tuple[Float[np.ndarray, " n_hz"], Bool[np.ndarray, " all_hz"]]:
-    """Return the frequencies shown, and which of all frequencies of a segment they are."""
-    hz = np.fft.rfftfreq(span, 1 / SAMPLING_RATE)
-    is_shown = (hz >= MIN_HZ) & (hz <= MAX_HZ)
-    return hz[is_shown], is_shown
+def _is_shown(hz: Float[np.ndarray, " all_hz"]) -> Bool[np.ndarray, " all_hz"]:
+    return (hz >= MIN_HZ) & (hz <= MAX_HZ)
 
 
 def cut_segments(
@@ -85,8 +84,8 @@ def cut_segments(
         begin = min(max(0, centre - span // 2), a.seq_len - span)
         eeg = window_eeg(dataset, sequence)
         channel = int(dataset.channel[sequence])
-        segments.append(np.asarray(eeg[begin : begin + span, channel], np.float32))
-    return np.stack(segments)
+        segments.append(eeg[begin : begin + span, channel])
+    return np.stack(segments).astype(np.float32)
 
 
 def window_eeg(dataset: Dataset, sequence: int) -> Float[np.ndarray, "seq_len n_vars"]:
@@ -97,12 +96,12 @@ def window_eeg(dataset: Dataset, sequence: int) -> Float[np.ndarray, "seq_len n_
 def relative_power(segments: Float[np.ndarray, "n span"]) -> Float[np.ndarray, "n n_hz"]:
     """Return Hann-windowed periodograms, each divided by its sum over the frequencies shown."""
     n_samples = segments.shape[1]
-    _, is_shown = _frequencies(n_samples)
     centred = segments - segments.mean(axis=1, keepdims=True)
     # In float64, and with a symmetric window where scipy's own is periodic.
     window = np.hanning(n_samples)
-    _, power = periodogram(centred.astype(np.float64), SAMPLING_RATE, window, detrend=False)
-    power = power[:, is_shown]
+    centred = centred.astype(np.float64)
+    hz, power = periodogram(centred, SAMPLING_RATE, window, detrend=False)
+    power = power[:, _is_shown(hz)]
     return power / np.maximum(power.sum(axis=1, keepdims=True), 1e-20)
 
 
@@ -137,7 +136,10 @@ def measure_spectrum(
 
 def _share_hints(segments: Float[np.ndarray, "n span"]) -> dict[str, float]:
     hints = [artefact_hints(segment) for segment in segments]
-    return {name: float(np.mean([hint[name] for hint in hints])) for name in hints[0]}
+    shares = {}
+    for name in hints[0]:
+        shares[name] = float(np.mean([hint[name] for hint in hints]))
+    return shares
 
 
 def artefact_hints(eeg: Float[np.ndarray, " time"]) -> Mapping[str, bool]:

@@ -32,7 +32,8 @@ class MemberHistory:
 
     hyper: Hyper
     step: Int[np.ndarray, " intervals"]
-    tokens: Int[np.ndarray, " intervals"]  # trained on up to the end of the interval
+    # Tokens trained on up to the end of the interval
+    tokens: Int[np.ndarray, " intervals"]
     mse: Float[np.ndarray, " intervals"]
     l1: Float[np.ndarray, " intervals"]
     act_freqs: Path
@@ -46,10 +47,13 @@ class MemberHistory:
 class Densities:
     """Histograms of log10 density, the share of an interval's tokens with the feature active."""
 
-    intervals: Int[np.ndarray, " frames"]  # indices of the log intervals
+    # Indices of the log intervals
+    intervals: Int[np.ndarray, " frames"]
     edges: Float[np.ndarray, " edges"]
-    percent: Float[np.ndarray, "frames members bins"]  # of all features, smoothed over bins
-    silent: Int[np.ndarray, "frames members"]  # features active on no token of the interval
+    # Percent of all features, smoothed over bins
+    percent: Float[np.ndarray, "frames members bins"]
+    # Number of features active on no token of the interval
+    silent: Int[np.ndarray, "frames members"]
 
 
 def read_histories(run: Path) -> list[MemberHistory]:
@@ -70,8 +74,15 @@ def read_histories(run: Path) -> list[MemberHistory]:
     histories = []
     for name, hyper in sorted(hypers.items(), key=lambda item: sort_key(item[1])):
         step, tokens, mse, l1 = metrics[name][:intervals].T
-        path = run / "members" / name / "act_freqs.csv"
-        histories.append(MemberHistory(hyper, step.astype(int), tokens.astype(int), mse, l1, path))
+        history = MemberHistory(
+            hyper=hyper,
+            step=step.astype(int),
+            tokens=tokens.astype(int),
+            mse=mse,
+            l1=l1,
+            act_freqs=run / "members" / name / "act_freqs.csv",
+        )
+        histories.append(history)
     return histories
 
 
@@ -112,7 +123,8 @@ def read_densities(histories: list[MemberHistory]) -> Densities:
 
 
 def _smoothed_percent(
-    density: Float[np.ndarray, " d_sae"], edges: Float[np.ndarray, " edges"]
+    density: Float[np.ndarray, " d_sae"],
+    edges: Float[np.ndarray, " edges"],
 ) -> Float[np.ndarray, " bins"]:
     counts, _ = np.histogram(np.log10(density[density > 0]), edges)
     return 100 * np.convolve(counts, SMOOTHING, "same") / len(density)
@@ -138,7 +150,8 @@ def _read_metrics(path: Path) -> Float[np.ndarray, "intervals 4"]:
 
 
 def _read_density(
-    history: MemberHistory, intervals: Int[np.ndarray, " frames"]
+    history: MemberHistory,
+    intervals: Int[np.ndarray, " frames"],
 ) -> Float[np.ndarray, "written d_sae"]:
     """Return every feature's density in those log intervals whose rows are written."""
     path = history.act_freqs

@@ -55,14 +55,14 @@ def draw_pareto(path: Path, points: Sequence[ParetoPoint], title: str) -> None:
     """Write a PNG of FVU over L0, one point per member.
 
     Members that differ only in their sparsity setting are joined by a line. The value of that
-    setting is written beside each point, or only at the ends of each line if there are over 3
+    setting labels each point, or only at the ends of each line if there are over 3
     lines. Points that are not finite are left out.
     """
     lines = _group_by_line(points)
     figure = _make_figure(7.0 if len(lines) == 1 else 9.0, 4.5)
     axes = figure.subplots()
     for i, (label, members) in enumerate(lines.items()):
-        finite = [m for m in members if np.isfinite(m.l0) and np.isfinite(m.fvu)]
+        finite = [m for m in members if np.isfinite([m.l0, m.fvu]).all()]
         line = sorted(finite, key=lambda m: m.l0)
         axes.plot(
             [m.l0 for m in line],
@@ -93,8 +93,8 @@ def _group_by_line(points: Sequence[ParetoPoint]) -> dict[str, list[ParetoPoint]
     names = [n for n in varied_names(point.hyper for point in points) if n not in SPARSITY]
     lines: dict[str, list[ParetoPoint]] = {}
     for point in points:
-        label = ",".join(f"{n}={value_text(point.hyper[n])}" for n in names if n in point.hyper)
-        lines.setdefault(label, []).append(point)
+        parts = [f"{n}={value_text(point.hyper[n])}" for n in names if n in point.hyper]
+        lines.setdefault(",".join(parts), []).append(point)
     return lines
 
 
@@ -113,7 +113,7 @@ def _annotate_sparsity(axes: "Axes", member: ParetoPoint) -> None:
 
 
 def _note_sparsity(axes: "Axes", points: Sequence[ParetoPoint]) -> None:
-    """Explain the numbers beside the points."""
+    """Explain the labels of the points."""
     settings = [setting for point in points if (setting := sparsity(point.hyper))]
     symbols = dict.fromkeys(SYMBOLS[name] for name, _ in settings)
     if not symbols:
@@ -153,10 +153,11 @@ def plot(settings: PlotConfig) -> PlotFiles:
 def _member_labels(histories: Sequence[MemberHistory]) -> list[str]:
     hypers = [history.hyper for history in histories]
     names = varied_names(hypers) or list(SPARSITY)
-    return [
-        ", ".join(f"{SYMBOLS[n]} {value_text(hyper[n])}" for n in names if n in hyper)
-        for hyper in hypers
-    ]
+    labels = []
+    for hyper in hypers:
+        parts = [f"{SYMBOLS[n]} {value_text(hyper[n])}" for n in names if n in hyper]
+        labels.append(", ".join(parts))
+    return labels
 
 
 def _member_styles(histories: Sequence[MemberHistory]) -> list[LineStyle]:
@@ -171,7 +172,9 @@ def _member_styles(histories: Sequence[MemberHistory]) -> list[LineStyle]:
     for hyper in hypers:
         first, *others = [values[name].index(hyper.get(name, 0)) for name in names]
         share = first / max(len(values[names[0]]) - 1, 1)
-        styles.append(LineStyle(colours(0.85 * share), STYLES[sum(others) % len(STYLES)]))
+        # The lightest 15 % of the colour map are hard to see on white.
+        colour = colours(0.85 * share)
+        styles.append(LineStyle(colour, STYLES[sum(others) % len(STYLES)]))
     return styles
 
 
@@ -235,8 +238,9 @@ def _animate_densities(
         areas.append(area)
     # In the first frames most features have the same density: their peak may be cut off.
     highest = densities.percent[len(densities.percent) // 10 :].max()
-    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.1 * highest or 1))
     axes.set(
+        xlim=(edges[0], edges[-1]),
+        ylim=(0, 1.1 * highest or 1),
         xlabel="log10 of the share of tokens with the feature active",
         ylabel="% of features per 0.1 decade",
     )
@@ -247,7 +251,8 @@ def _animate_densities(
     images: list[Image.Image] = []
     for frame, interval in enumerate(densities.intervals):
         for area, curve in zip(areas, densities.percent[frame], strict=True):
-            area.set_xy(np.column_stack([x, np.concatenate([[0], curve, [0]])]))
+            y = np.concatenate([[0], curve, [0]])
+            area.set_xy(np.column_stack([x, y]))
         for text, label in zip(legend.get_texts(), labels[frame], strict=True):
             text.set_text(label)
         step = histories[0].step[interval]
@@ -271,10 +276,12 @@ def _frame_labels(histories: Sequence[MemberHistory], densities: Densities) -> l
     labels = _member_labels(histories)
     width = max(map(len, labels))
     digits = len(f"{densities.silent.max():,}")
-    return [
-        [f"{label:{width}}  dead: {n:{digits},}" for label, n in zip(labels, row, strict=True)]
-        for row in densities.silent
-    ]
+    padded = [f"{label:{width}}" for label in labels]
+    frames = []
+    for row in densities.silent:
+        frame = [f"{label}  dead: {n:{digits},}" for label, n in zip(padded, row, strict=True)]
+        frames.append(frame)
+    return frames
 
 
 def _render(figure: "Figure", earlier: "list[Image]") -> "Image":
@@ -303,7 +310,7 @@ def _make_figure(width: float, height: float) -> "Figure":
 def _add_legend(
     figure: "Figure", handles: Sequence[Any], labels: Sequence[str], **text: Any
 ) -> "Legend":
-    """Add a legend beside the axes, with up to 20 entries per column."""
+    """Add a legend to the right of the axes, with up to 20 entries per column."""
     n_columns = -(-len(labels) // 20)
     return figure.legend(
         handles, labels, loc="outside right center", frameon=False, ncols=n_columns, **text
