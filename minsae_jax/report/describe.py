@@ -141,7 +141,7 @@ def make_context(
     labels: Mapping[int, Label] | None = None,
     seed: int = 0,
 ) -> Context:
-    """Compute the data that all feature cards share; w: patches before and after an example's patch."""
+    """Compute the data that all cards share; w: patches before and after an example's patch."""
     cosine = None
     if sae.d_sae <= MAX_COSINE_FEATURES:
         rows = unit_directions(sae)
