@@ -28,37 +28,48 @@ def main(args: list[str]) -> None:
 
 def demo(config: DemoConfig) -> None:
     """Write synthetic EEG recordings with labelled events, in the layout of the TUH corpus."""
-    print(api.write_demo(config))
+    written = api.write_demo(config)
+    if written.is_new:
+        print(
+            f"wrote {written.n_recordings} recordings of {written.n_patients} patients "
+            f"({written.hours:.1f} hours, {written.n_events} planted events) to {written.folder}"
+        )
+    else:
+        print(f"the demo recordings are already in {written.folder}")
 
 
 def extract(config: ExtractConfig) -> None:
     """Run recordings through the encoder and write the activations of its layers to disk."""
     # A cluster must be joined before the encoder's parameters are put on a device.
     api.start(distributed=config.distributed)
-    encoder = api.load_encoder(str(config.checkpoint_path), config.config_path)
-    for line in api.extract(encoder, config):
-        print(line)
+    encoder = api.load_encoder(config.checkpoint_path, config.config_path)
+    for store in api.extract(encoder, config):
+        status = "already complete" if store.was_complete else "written"
+        print(
+            f"{store.folder}: {status}, {store.n_windows:,} windows of split {store.split}, "
+            f"{store.total_tokens:,} tokens of d_model {store.d_model}"
+        )
 
 
 def train(config: TrainConfig) -> None:
     """Train a sweep of sparse autoencoders, one for each combination of λ, lr, seed and size."""
-    print(api.train(config))
+    run = api.train(config)
+    status = "already finished" if run.was_finished else "finished"
+    print(f"the run {run.folder} is {status}\n{run.summary()}")
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measure a run on held-out recordings, recommend an SAE, and report its features."""
     evaluation = api.evaluate(config)
-
-    from minsae_jax.evaluation.evaluate import summary
-
-    print(summary(evaluation))
+    print(evaluation.summary())
     if config.report:
-        print(f"open {Path(str(config.run)) / 'report' / 'index.html'}")
+        print(f"open {Path(config.run) / 'report' / 'index.html'}")
 
 
 def plot(config: PlotConfig) -> None:
     """Draw the metrics of a run over its steps, finished or not."""
-    print(api.plot(config))
+    files = api.plot(config)
+    print(f"wrote {files.metrics} and {files.densities}")
 
 
 VERBS = {

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minsae_jax.eeg.synthetic import DemoConfig
+from minsae_jax.eeg.synthetic import Demo, DemoConfig
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
@@ -19,7 +19,10 @@ from minsae_jax.settings import read_yaml
 
 if TYPE_CHECKING:
     from minsae_jax.encoder.converted import Encoder
-    from minsae_jax.evaluation.evaluate import Evaluation
+    from minsae_jax.encoder.extract import ExtractedStore
+    from minsae_jax.evaluation.results import Evaluation
+    from minsae_jax.sae.plots import PlotFiles
+    from minsae_jax.sae.run import Run
 
 
 def start(deterministic: bool = False, distributed: bool = False) -> None:
@@ -63,15 +66,15 @@ def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "En
     return encoder
 
 
-def write_demo(config: DemoConfig) -> str:
+def write_demo(config: DemoConfig) -> Demo:
     """Write synthetic recordings with labelled events."""
     from minsae_jax.eeg import synthetic
 
     return synthetic.write_demo(config)
 
 
-def extract(encoder: "Encoder", config: ExtractConfig) -> list[str]:
-    """Write the activations of recordings into stores on disk.
+def extract(encoder: "Encoder", config: ExtractConfig) -> list["ExtractedStore"]:
+    """Write the activations of recordings into stores on disk, one for each split and layer.
 
     Raises UserError, before anything is written, if recordings do not fit the encoder, a folder
     contains another store, or the disk has too little room.
@@ -79,11 +82,11 @@ def extract(encoder: "Encoder", config: ExtractConfig) -> list[str]:
     from minsae_jax.encoder import extract as extraction
 
     start(distributed=config.distributed)
-    return list(extraction.extract(encoder, config))
+    return extraction.extract(encoder, config)
 
 
-def train(config: TrainConfig) -> str:
-    """Train a sweep of sparse autoencoders, or resume it.
+def train(config: TrainConfig) -> "Run":
+    """Train a sweep of sparse autoencoders, or resume it, and return its results.
 
     With `config.live` activations come from the encoder at `config.checkpoint_path`; otherwise the
     store must be of that encoder, if one is given. Raises UserError, before anything is written,
@@ -96,7 +99,19 @@ def train(config: TrainConfig) -> str:
     if not config.checkpoint_path:
         return trainer.train(config)
     encoder = load_encoder(config.checkpoint_path, config.config_path)
-    live = partial(open_live, encoder, config) if config.live else None
+    if not config.live:
+        return trainer.train(config, encoder.fingerprint)
+    live = partial(
+        open_live,
+        encoder,
+        root_path=str(config.root_path),
+        split=config.split,
+        split_seed=config.split_seed,
+        layer=config.cache_layer,
+        batch_size=config.live_batch_size,
+        force_revin=config.force_revin,
+        on_bad_recording=config.on_bad_recording,
+    )
     return trainer.train(config, encoder.fingerprint, live)
 
 
@@ -106,9 +121,9 @@ def evaluate(config: EvaluateConfig) -> "Evaluation":
     Raises UserError if there is no such run, encoder or store, or they do not belong together.
     """
     from minsae_jax.evaluation import evaluate as evaluation
-    from minsae_jax.report.report import show
+    from minsae_jax.report.report import write_report
 
-    run = Path(str(config.run))
+    run = Path(config.run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} does not contain a run; choose another --run")
     trained = load_run_config(run)
@@ -118,14 +133,14 @@ def evaluate(config: EvaluateConfig) -> "Evaluation":
     start()
     encoder = load_encoder(checkpoint_path, config.config_path or trained.config_path)
     with lock_folder(run):
-        result = evaluation.evaluate(config, encoder)
+        result = evaluation.evaluate(config, encoder, trained)
         if config.report:
-            show(config, encoder, result)
+            write_report(config, result)
     return result
 
 
-def plot(config: PlotConfig) -> str:
-    """Draw the metrics of a run over its steps."""
+def plot(config: PlotConfig) -> "PlotFiles":
+    """Plot the metrics of a run over its steps, finished or not."""
     from minsae_jax.sae import plots
 
     return plots.plot(config)

@@ -1,4 +1,4 @@
-"""A store whose tokens are known by recording, channel and time, and the EEG that they came from."""
+"""A store with the recording, window and channel of its tokens, and the EEG behind them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,49 +19,65 @@ from minsae_jax.eeg.recordings import (
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.errors import UserError
 
+MAX_OPEN_RECORDINGS = 64
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """Sequences of tokens, each of one channel of one window; recordings lie one after the other."""
+    """Sequences of tokens, each of one channel of one window, sorted by recording.
+
+    `recording`, `window` and `channel` say where each sequence is from. The columns of a shifted
+    recording may not be the channels of their names, since electrodes were missing.
+    """
 
     store: Store
     architecture: Architecture
-    folder: Path  # of the recordings
-    recordings: tuple[str, ...]  # file names
-    shifted: Bool[
-        np.ndarray, " recordings"
-    ]  # columns no longer stand for the channels of their names
+    # Folder of the recordings
+    folder: Path
+    # File names of the recordings
+    recordings: tuple[str, ...]
+    shifted: Bool[np.ndarray, " recordings"]
+    # Of every sequence: index into `recordings`, window within it, channel
     recording: Int[np.ndarray, " sequences"]
-    window: Int[np.ndarray, " sequences"]  # within the recording
+    window: Int[np.ndarray, " sequences"]
     channel: Int[np.ndarray, " sequences"]
 
     @property
     def n_tokens(self) -> int:
+        """Tokens per sequence."""
         return self.architecture.n_tokens
 
     @property
+    def patch_tokens(self) -> Int[np.ndarray, " n_patches"]:
+        """Positions in a sequence of all tokens but the CLS token."""
+        return np.arange(int(self.architecture.use_cls_token), self.n_tokens)
+
+    @property
     def patients(self) -> list[str]:
-        """Of every recording."""
+        """The patient of every recording."""
         return [patient_of(name) for name in self.recordings]
 
     def sequences_of(self, recording: int) -> tuple[int, int]:
-        """First sequence of a recording, and the one after its last."""
+        """Return the first sequence of a recording and the one after its last."""
         start, stop = np.searchsorted(self.recording, [recording, recording + 1])
         return int(start), int(stop)
 
     @cached_property
-    def _ends(self) -> list[int]:
+    def _shard_ends(self) -> list[int]:
+        """The sequence after the last of each shard."""
         return list(accumulate(rows // self.n_tokens for rows in self.store.tokens_per_shard))
 
     def read(self, start: int, stop: int) -> Float[np.ndarray, "sequences n_tokens d_model"]:
-        """Activations of consecutive sequences, float32."""
-        pieces, begin = [], 0
-        for shard, end in enumerate(self._ends):
-            first, last = max(start, begin), min(stop, end)
+        """Return the activations of sequences start:stop, float32."""
+        pieces = []
+        begin = 0
+        for shard, end in enumerate(self._shard_ends):
+            first = max(start, begin)
+            last = min(stop, end)
             if first < last:
-                rows = self.store.read(
-                    shard, (first - begin) * self.n_tokens, (last - begin) * self.n_tokens
-                )
+                first_row = (first - begin) * self.n_tokens
+                last_row = (last - begin) * self.n_tokens
+                rows = self.store.read(shard, first_row, last_row)
                 pieces.append(rows.astype(np.float32, copy=False))
             begin = end
         return np.concatenate(pieces).reshape(-1, self.n_tokens, self.store.d_model)
@@ -69,31 +85,41 @@ class Dataset:
     def batches(
         self, sequences: int
     ) -> Iterator[tuple[int, Float[np.ndarray, "sequences n_tokens d_model"]]]:
-        """The number of the first sequence, and the activations of so many, all of one recording, in order."""
+        """Yield (first sequence, activations) of up to `sequences` sequences at a time, in order.
+
+        A batch is never of two recordings.
+        """
         for recording in range(len(self.recordings)):
             start, stop = self.sequences_of(recording)
             for first in range(start, stop, sequences):
                 yield first, self.read(first, min(first + sequences, stop))
 
     def first_samples(
-        self, sequence: Int[np.ndarray, "*n"], token: Int[np.ndarray, "*n"]
+        self,
+        sequence: Int[np.ndarray, "*n"],
+        token: Int[np.ndarray, "*n"],
     ) -> Int[np.ndarray, "*n"]:
-        """Where in its recording a token's patch begins; a CLS token's is where its window begins."""
+        """Return the sample of the recording at which each token's patch begins.
+
+        For a CLS token this is the first sample of its window.
+        """
         a = self.architecture
         patch = token - int(a.use_cls_token)
-        within = np.where(patch < 0, 0, a.first_sample + a.stride * patch)
-        return self.window[sequence].astype(np.int64) * a.seq_len + within
+        sample_in_window = np.where(patch < 0, 0, a.first_sample + a.stride * patch)
+        return self.window[sequence].astype(np.int64) * a.seq_len + sample_in_window
 
     @cached_property
-    def _mapped(self) -> Callable[[int], np.ndarray]:
-        return lru_cache(64)(
-            lambda recording: load_recording(self.folder / self.recordings[recording])
-        )
+    def _load_recording(self) -> Callable[[int], np.ndarray]:
+        @lru_cache(MAX_OPEN_RECORDINGS)
+        def load(recording: int) -> np.ndarray:
+            return load_recording(self.folder / self.recordings[recording])
+
+        return load
 
     def window_of(self, recording: int, window: int) -> Float[np.ndarray, "seq_len n_vars"]:
-        """EEG in SD, all channels; mapped, and read where it is looked at."""
-        size = self.architecture.seq_len
-        return self._mapped(recording)[window * size : (window + 1) * size]
+        """Return all channels of a window in SD, memory-mapped."""
+        seq_len = self.architecture.seq_len
+        return self._load_recording(recording)[window * seq_len : (window + 1) * seq_len]
 
 
 def seconds(samples: int | float) -> float:
@@ -103,22 +129,39 @@ def seconds(samples: int | float) -> float:
 def open_dataset(
     path: str | Path, layer: int | None, architecture: Architecture, root_path: str | Path
 ) -> Dataset:
-    """Raises UserError where the store has no provenance, or is of another encoder, or the recordings are missing."""
+    """Open a store with its recordings; `layer` is needed if the folder contains several layers.
+
+    Raises UserError if the store has no provenance or was extracted with an encoder of another
+    architecture, or if recordings are missing.
+    """
     store = open_store(path, layer)
-    manifest = store.require_manifest()
-    if (manifest.n_tokens, store.d_model) != (architecture.n_tokens, architecture.d_model):
+    if not store.manifest:
         raise UserError(
-            f"the store {store.folder} is of another architecture than the encoder: extract it again"
+            f"{store.folder} does not record where its tokens are from; extract it with minsae"
+        )
+    shape = (store.manifest.n_tokens, store.d_model)
+    if shape != (architecture.n_tokens, architecture.d_model):
+        raise UserError(
+            f"{store.folder} was extracted with an encoder of another architecture; "
+            "extract it again"
         )
     with np.load(store.folder / PROVENANCE, allow_pickle=False) as provenance:
-        keys = ("recordings", "shifted", "recording", "window", "channel")
-        recordings, shifted, recording, window, channel = (provenance[key] for key in keys)
+        arrays = dict(provenance)
+    names = tuple(str(name) for name in arrays["recordings"])
     folder = recordings_folder(Path(root_path))
-    missing = [str(name) for name in recordings if not (folder / str(name)).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} does not hold {missing[0]}, of which the store {store.folder} is: name the recordings' folder "
-            "with --root_path"
-        )
-    names = tuple(str(name) for name in recordings)
-    return Dataset(store, architecture, folder, names, shifted, recording, window, channel)
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} does not contain {name}, which the store {store.folder} was extracted "
+                "from; choose the recordings' folder with --root_path"
+            )
+    return Dataset(
+        store=store,
+        architecture=architecture,
+        folder=folder,
+        recordings=names,
+        shifted=arrays["shifted"],
+        recording=arrays["recording"],
+        window=arrays["window"],
+        channel=arrays["channel"],
+    )

@@ -1,342 +1,264 @@
-"""From a finished sweep to an answer: which autoencoder, and what has it found? `python -m minsae_jax evaluate`."""
+"""`minsae evaluate`: measure the members of a run on held-out recordings and recommend one."""
 
-import csv
-import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
-from minsae_jax.activations.store import Store, sibling_store
 from minsae_jax.encoder.converted import Encoder
-from minsae_jax.encoder.patchtst.architecture import layer_index
-from minsae_jax.errors import UserError
-from minsae_jax.evaluation import events as planted
 from minsae_jax.evaluation.config import EvaluateConfig
-from minsae_jax.evaluation.dataset import Dataset, open_dataset
-from minsae_jax.evaluation.loss_recovered import loss_recovered, substitution_errors
-from minsae_jax.files import atomic_write
-from minsae_jax.monitor import progress, table
+from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.events import (
+    EventScore,
+    both_signs,
+    covered_patches,
+    draw_spans,
+    gather,
+    principal_components,
+    read_events,
+    score_kind,
+    token_auc,
+)
+from minsae_jax.evaluation.inputs import EvaluationInputs, Member, open_inputs
+from minsae_jax.evaluation.loss_recovered import (
+    SubstitutionErrors,
+    loss_recovered,
+    substitution_errors,
+)
+from minsae_jax.evaluation.results import (
+    Baseline,
+    DecoderCosines,
+    DensityHistogram,
+    Evaluation,
+    LossRecovered,
+    MemberEvaluation,
+    TokenMeasures,
+)
+from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import make_mesh, members_sharding
-from minsae_jax.sae import measures
-from minsae_jax.sae.config import load_run_config
-from minsae_jax.sae.grid import HYPER_NAMES as HYPER
-from minsae_jax.sae.kinds import KINDS
-from minsae_jax.sae.member import SparseAutoencoder, load_sae
-from minsae_jax.sae.plots import draw_pareto
+from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae.measures import Measures, measure
+from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_SEQUENCES = 64
-DENSITY_EDGES = np.arange(-7, 0.51, 0.5)  # log10, of the density histogram
-RECOVERED, EXPLAINED = 0.95, 0.85
+ScoresByKind = dict[str, EventScore]
+COSINE_ROWS = 1024  # decoder rows compared with all others at a time
+DENSITY_EDGES = np.arange(-7, 0.51, 0.5)  # log10
+MIN_RECOVERED = 0.95
+MIN_EXPLAINED = 0.85
 RULE = (
-    f"the member with the fewest active features of those that recover at least {RECOVERED:.0%} of the loss (without a "
-    f"pretrain head: explain at least {EXPLAINED:.0%} of the variance); where none does, the one that comes nearest"
+    "the member with the fewest active features among those that recover at least "
+    f"{MIN_RECOVERED:.0%} of the loss (without a pretrain head: explain at least "
+    f"{MIN_EXPLAINED:.0%} of the variance); if there is none, the one that comes closest"
 )
-Found = dict[str, Any]  # of a member
+RULE_ONE_MEMBER = "the member set by --member"
 
 
-@dataclass(frozen=True)
-class Member:
-    name: str
-    sae: SparseAutoencoder
+def evaluate(
+    settings: EvaluateConfig, encoder: Encoder, train_config: TrainConfig | None = None
+) -> Evaluation:
+    """Evaluate the members of a run, and write evaluation.json, .csv and .png into it.
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything that was found, as it is written to evaluation.json."""
-
-    members: list[Found]
-    recommended: str
-    baselines: dict[
-        str, dict[str, float]
-    ]  # AUC of raw dimensions and principal components, of each kind of event
-    about: dict[str, Any]
-
-
-def open_members(run: Path, name: str | None, encoder: Encoder) -> list[Member]:
-    """The members of a run, or one of them. Raises UserError where they are not of this encoder, or of two layers."""
-    folder = run / "members"
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    if not names or not (run / "sweep.csv").exists():
-        raise UserError(
-            f"{run} holds no finished run: name one with --run, or give its train command again"
-        )
-    if name is not None and name not in names:
-        raise UserError(f"there is no member {name} in {run}: it has {', '.join(names)}")
-    members = [Member(n, load_sae(folder / n)) for n in names if name in (None, n)]
-    for member in members:
-        made_by = member.sae.config.get("encoder_fingerprint")
-        if made_by and made_by != encoder.fingerprint:
-            raise UserError(
-                f"{member.name} was trained on another encoder ({made_by[:12]}…) than --checkpoint_path "
-                f"({encoder.fingerprint[:12]}…)"
-            )
-        if member.sae.d_model != encoder.architecture.d_model:
-            raise UserError(
-                f"{member.name} is of d_model {member.sae.d_model}, but the encoder is not"
-            )
-    return sorted(members, key=lambda m: tuple(m.sae.config.get(key, 0) for key in HYPER))
-
-
-def open_split(
-    settings: EvaluateConfig, encoder: Encoder, split: Literal["val", "test"]
-) -> Dataset | None:
-    """The store of a split: the one that is named, else the sibling of the run's train store. None where there is no
-    such sibling."""
-    trained = load_run_config(Path(str(settings.run)))
-    named = {"test": settings.store, "val": settings.val_store}[split]
-    path = Path(named) if named else sibling_store(Path(trained.store), split)
-    if path is None or (not named and not path.is_dir()):
-        return None
-    dataset = open_dataset(path, trained.cache_layer, encoder.architecture, str(settings.root_path))
-    _refuse_other(
-        dataset.store, encoder, layer_index(trained.cache_layer, encoder.architecture.n_layers)
-    )
-    return dataset
-
-
-def _refuse_other(store: Store, encoder: Encoder, layer: int) -> None:
-    if store.require_manifest().encoder != encoder.fingerprint:
-        raise UserError(
-            f"the store {store.folder} is of another encoder than --checkpoint_path: extract it again"
-        )
-    if store.require_manifest().layer_index != layer:
-        raise UserError(
-            f"the store {store.folder} is of layer {store.require_manifest().layer}, but the members are not"
-        )
-
-
-def evaluate(settings: EvaluateConfig, encoder: Encoder) -> Evaluation:
-    """Measure the members of a run on held-out recordings, and write evaluation.json, .csv and .png beside them.
-
-    Raises UserError where run, store, encoder and recordings do not fit one another.
+    train_config: settings of the run, read from it unless passed. Raises UserError if run, stores,
+    encoder and recordings do not belong together.
     """
-    run = Path(str(settings.run))
-    members = open_members(run, settings.member, encoder)
-    test = open_split(settings, encoder, "test")
-    if test is None:
-        raise UserError(
-            "there is no store of the test patients: name one with --store, or extract --split test"
+    inputs = open_inputs(settings, encoder, train_config)
+    tokens, mean = _measure_tokens(inputs)
+    errors = _substitute(settings, inputs, mean)
+    events, baselines = _score_events(settings, inputs)
+    members = []
+    for i, member in enumerate(inputs.members):
+        evaluated = MemberEvaluation(
+            member=member.name,
+            hyper=member.hyper,
+            status=member.sae.config.get("status"),
+            tokens=tokens[member.name],
+            decoder=_decoder_cosines(member.sae),
+            loss=None if errors is None else _loss_recovered(errors, i),
+            events=None if events is None else events[i],
         )
-    found = [
-        {"member": m.name} | {key: m.sae.config.get(key) for key in (*HYPER, "status")}
-        for m in members
-    ]
-    measured, mean = _measure(members, test)
-    for own, measures_of_own in zip(found, measured, strict=True):
-        own |= measures_of_own
-    about = {
-        "rule": "the member that was asked for" if settings.member else RULE,
-        "run": str(run),
-        "store": str(test.store.folder),
-        "tokens": test.store.total_tokens,
-    }
-    about |= _substitute(settings, encoder, test, members, found, mean)
-    baselines = _find_events(settings, encoder, test, members, found)
-    evaluation = Evaluation(found, recommend(found), baselines, about)
-    _write(run, evaluation)
+        members.append(evaluated)
+    evaluation = Evaluation(
+        inputs=inputs,
+        members=tuple(members),
+        recommended=recommend(members),
+        rule=RULE_ONE_MEMBER if settings.member else RULE,
+        substitution=errors,
+        mask_ratio=settings.mask_ratio,
+        baselines=baselines,
+    )
+    evaluation.write()
     return evaluation
 
 
-def _measure(members: list[Member], test: Dataset) -> tuple[list[Found], np.ndarray]:
-    """Measures of all members, and of their decoders, and the mean activation, in one pass over the store."""
-    sizes = sorted({m.sae.d_sae for m in members})
-    groups = [[m for m in members if m.sae.d_sae == size] for size in sizes]
-    stacked = [
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(m.sae.params for m in group))
-        for group in groups
-    ]
+def recommend(members: Sequence[MemberEvaluation]) -> str:
+    """Return the name of the member that RULE chooses; a diverged one only if all diverged."""
+    candidates = [m for m in members if m.status != "diverged"] or list(members)
+
+    def quality(member: MemberEvaluation) -> float:
+        if member.loss is not None:
+            return member.loss.loss_recovered
+        return member.tokens.explained_variance
+
+    threshold = MIN_EXPLAINED if candidates[0].loss is None else MIN_RECOVERED
+    sufficient = [m for m in candidates if quality(m) >= threshold]
+    if sufficient:
+        return min(sufficient, key=lambda m: m.tokens.l0).member
+    return max(candidates, key=quality).member
+
+
+def _measure_tokens(
+    inputs: EvaluationInputs,
+) -> tuple[dict[str, TokenMeasures], Float[np.ndarray, " d_model"]]:
+    """Return measures by member's name and the mean activation, in one pass over the store."""
+    groups = _group_by_shape(inputs.members)
+    # The parameters of each group are stacked along a member axis, which lies along the mesh's
+    # `sweep` axis, so that one pass over the store measures all members.
+    params = []
+    for group in groups:
+        leaves = [member.sae.params for member in group]
+        params.append(jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves))
+    kinds = [group[0].sae.kind for group in groups]
     mesh = make_mesh(*map(len, groups))
-    stacked = jax.device_put(stacked, members_sharding(mesh))
-    by_name: dict[str, Found] = {}
-    total = np.zeros(test.store.d_model)
-    with progress("measure", len(test.recording), "sequences", delay=2.0) as bar:
-
-        def batches():
-            for start in range(0, len(test.recording), BATCH_SEQUENCES):
-                x = test.read(start, min(start + BATCH_SEQUENCES, len(test.recording)))
-                bar.advance(len(x))
-                np.add(total, x.sum((0, 1), dtype=np.float64), out=total)
-                yield x.reshape(-1, x.shape[-1])
-
-        for group, measured in zip(
-            groups,
-            measures.measure(mesh, [KINDS["relu"]] * len(stacked), stacked, batches()),
-            strict=True,
-        ):
-            for i, member in enumerate(group):
-                by_name[member.name] = _of_member(measured, i) | _of_decoder(member.sae)
-    return [by_name[m.name] for m in members], (total / test.store.total_tokens).astype(np.float32)
+    params = jax.device_put(params, members_sharding(mesh))
+    store = inputs.test.store
+    total = np.zeros(store.d_model)
+    batches = _test_batches(inputs.test, total)
+    measured = {}
+    for group, measures in zip(groups, measure(mesh, kinds, params, batches), strict=True):
+        for i, member in enumerate(group):
+            measured[member.name] = _token_measures(measures, i)
+    return measured, (total / store.total_tokens).astype(np.float32)
 
 
-def _of_member(m: measures.Measures, i: int) -> Found:
-    names = ("fvu", "explained_variance", "l0", "l1", "dense_fraction", "cosine", "norm_ratio")
-    density = m.density[i]
-    counts, _ = np.histogram(np.log10(density[density > 0]), DENSITY_EDGES)
-    return {name: float(getattr(m, name)[i]) for name in names} | {
-        "dead_fraction": float((density == 0).mean()),
-        "log10_density": {"edges": DENSITY_EDGES.tolist(), "features": counts.tolist()},
-    }
+def _group_by_shape(members: Sequence[Member]) -> list[list[Member]]:
+    """Return members of equal kind and size together, since their parameters are stacked."""
+    groups: dict[tuple[int, str], list[Member]] = {}
+    for member in members:
+        key = (member.sae.d_sae, member.sae.config.get("kind", "relu"))
+        groups.setdefault(key, []).append(member)
+    return [groups[key] for key in sorted(groups)]
 
 
-def _of_decoder(sae: SparseAutoencoder) -> Found:
-    """Of the largest cosine that each decoder row has with another: near 1 where features are doubles."""
-    rows = np.asarray(sae.params["W_dec"])
-    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+def _test_batches(
+    test: Dataset,
+    total: Float[np.ndarray, " d_model"],
+) -> Iterator[Float[np.ndarray, "tokens d_model"]]:
+    """Yield all tokens of the test store, adding each to `total`."""
+    n_sequences = len(test.recording)
+    with progress("measure", n_sequences, "sequences", delay=2.0) as bar:
+        for start in range(0, n_sequences, BATCH_SEQUENCES):
+            x = test.read(start, min(start + BATCH_SEQUENCES, n_sequences))
+            bar.advance(len(x))
+            total += x.sum((0, 1), dtype=np.float64)
+            yield x.reshape(-1, x.shape[-1])
+
+
+def _token_measures(measures: Measures, i: int) -> TokenMeasures:
+    """Return the measures of member i of a group."""
+    density = measures.density[i]
+    log10_density = np.log10(density[density > 0])
+    counts, _ = np.histogram(log10_density, DENSITY_EDGES)
+    return TokenMeasures(
+        fvu=float(measures.fvu[i]),
+        explained_variance=float(measures.explained_variance[i]),
+        l0=float(measures.l0[i]),
+        l1=float(measures.l1[i]),
+        dense_fraction=float(measures.dense_fraction[i]),
+        cosine=float(measures.cosine[i]),
+        norm_ratio=float(measures.norm_ratio[i]),
+        dead_fraction=float((density == 0).mean()),
+        log10_density=DensityHistogram(DENSITY_EDGES.tolist(), counts.tolist()),
+    )
+
+
+def _decoder_cosines(sae: SparseAutoencoder) -> DecoderCosines:
+    rows = sae.unit_directions
     largest = np.full(len(rows), -1.0)
-    for start in range(0, len(rows), 1024):
-        cosine = rows[start : start + 1024] @ rows.T
-        cosine[np.arange(len(cosine)), start + np.arange(len(cosine))] = -1
-        largest[start : start + 1024] = cosine.max(1)
-    return {
-        "decoder_cosine_mean": float(largest.mean()),
-        "decoder_cosine_median": float(np.median(largest)),
-        "decoder_cosine_over_0.9": float((largest > 0.9).mean()),
-    }
+    for start in range(0, len(rows), COSINE_ROWS):
+        cosine = rows[start : start + COSINE_ROWS] @ rows.T
+        in_block = np.arange(len(cosine))
+        cosine[in_block, start + in_block] = -1  # each row with itself
+        largest[start : start + COSINE_ROWS] = cosine.max(axis=1)
+    return DecoderCosines(
+        mean=float(largest.mean()),
+        median=float(np.median(largest)),
+        over_0_9=float((largest > 0.9).mean()),
+    )
 
 
 def _substitute(
     settings: EvaluateConfig,
-    encoder: Encoder,
-    test: Dataset,
-    members: list[Member],
-    found: list[Found],
-    mean: np.ndarray,
-) -> Found:
-    """Adds loss_recovered to every member; returns the errors they come from."""
-    if encoder.architecture.head_type != "pretrain":
-        head = encoder.architecture.head_type
-        return {
-            "substitution": f"not measured: the encoder's head is {head}, not the pretrain head"
-        }
-    errors = substitution_errors(
-        encoder, test, test.store.require_manifest().layer_index, [m.sae for m in members], mean,
-        settings.substitution_windows, settings.mask_ratio, settings.seed,
-    )  # fmt: skip
-    for own, error in zip(found, errors.pop("members"), strict=True):
-        own["masked_error"] = error
-        own["loss_recovered"] = loss_recovered(errors["mean_ablation"], error, errors["untouched"])
-        own["loss_recovered_of_zero_ablation"] = loss_recovered(
-            errors["zero_ablation"], error, errors["untouched"]
-        )
-    return {"substitution": errors | {"mask_ratio": settings.mask_ratio}}
+    inputs: EvaluationInputs,
+    mean: Float[np.ndarray, " d_model"],
+) -> SubstitutionErrors | None:
+    """Return the pretraining errors on the members' x̂, or None without a pretrain head."""
+    if inputs.encoder.architecture.head_type != "pretrain":
+        return None
+    return substitution_errors(
+        inputs.encoder,
+        inputs.test,
+        inputs.layer,
+        [member.sae for member in inputs.members],
+        mean,
+        settings.substitution_windows,
+        settings.mask_ratio,
+        settings.seed,
+    )
 
 
-def _find_events(
-    settings: EvaluateConfig,
-    encoder: Encoder,
-    test: Dataset,
-    members: list[Member],
-    found: list[Found],
-) -> dict[str, dict[str, float]]:
-    """Adds `events` to every member; returns the AUC of raw dimensions and principal components."""
-    if not (test.folder / planted.EVENTS).exists():
-        return {}
-    val = open_split(settings, encoder, "val")
+def _loss_recovered(errors: SubstitutionErrors, i: int) -> LossRecovered:
+    """Return the result of member i."""
+    error = errors.members[i]
+    return LossRecovered(
+        masked_error=error,
+        loss_recovered=loss_recovered(errors.mean_ablation, error, errors.untouched),
+        loss_recovered_of_zero_ablation=loss_recovered(
+            errors.zero_ablation, error, errors.untouched
+        ),
+    )
+
+
+def _score_events(
+    settings: EvaluateConfig, inputs: EvaluationInputs
+) -> tuple[list[ScoresByKind] | None, Mapping[str, Baseline]]:
+    """Return every member's scores by kind of event, and baselines by kind.
+
+    Without labelled events the scores are None. Kinds with too few spans are left out.
+    """
+    test = inputs.test
+    val = inputs.val
     if val is None:
-        raise UserError(
-            f"{test.folder} has events.csv, so features are chosen on val patients, but there is no store of them: "
-            "name one with --val_store, or extract --split val"
-        )
-    all_events = planted.read_events(test.folder)
-    baselines: dict[str, dict[str, float]] = {}
-    for own in found:
-        own["events"] = {}
-    with progress("find events", len(all_events), "kinds", delay=2.0) as bar:
-        for kind, events in sorted(all_events.items()):
-            on_val, on_test = (
-                planted.gather(d, planted.spans_of(d, events, settings.seed)) for d in (val, test)
+        return None, {}
+    events_by_kind = read_events(test.folder)
+    baselines = {}
+    scores: list[ScoresByKind] = [{} for _ in inputs.members]
+    with progress("score events", len(events_by_kind), "kinds", delay=2.0) as bar:
+        for kind, events in sorted(events_by_kind.items()):
+            # Features are chosen on val patients and scored on test patients, so that the best of
+            # many features does not win by chance.
+            val_spans = gather(val, draw_spans(val, events, settings.seed))
+            test_spans = gather(test, draw_spans(test, events, settings.seed))
+            if not (val_spans.has_both and test_spans.has_both):
+                continue
+            components = principal_components(val_spans.activations)
+            baselines[kind] = Baseline(
+                raw_auc=score_kind(val_spans, test_spans, both_signs).auc,
+                pca_auc=score_kind(val_spans, test_spans, components).auc,
             )
-            if any(len({span.is_event for span in spans}) < 2 for spans, _ in (on_val, on_test)):
-                continue  # nothing to choose on, or to score on
-            components = planted.principal_components(on_val[1])
-            baselines[kind] = {
-                "raw_auc": planted.score_kind(on_val, on_test, planted.both_signs)["auc"],
-                "pca_auc": planted.score_kind(on_val, on_test, components)["auc"],
-            }
-            truth = planted.labelled_tokens(test, events)
-            for own, member in zip(found, members, strict=True):
-                score = planted.score_kind(on_val, on_test, partial(_encode, member.sae))
-                score["token_auc"] = planted.token_auc(test, truth, member.sae, score["feature"])
-                own["events"][kind] = score
+            is_covered = covered_patches(test, events)
+            for member, member_scores in zip(inputs.members, scores, strict=True):
+                encode = partial(_encode_numpy, member.sae)
+                score = score_kind(val_spans, test_spans, encode)
+                auc = token_auc(test, is_covered, member.sae, score.feature)
+                member_scores[kind] = replace(score, token_auc=auc)
             bar.advance(1)
-    return baselines
+    return scores, baselines
 
 
-def _encode(sae: SparseAutoencoder, x: np.ndarray) -> np.ndarray:
+def _encode_numpy(sae: SparseAutoencoder, x: np.ndarray) -> np.ndarray:
     return np.asarray(sae.encode(x))
-
-
-def recommend(found: list[Found]) -> str:
-    """The member that RULE chooses; none that diverged, unless all did."""
-    well = [own for own in found if own.get("status") != "diverged"] or found
-    name, least = (
-        ("loss_recovered", RECOVERED)
-        if "loss_recovered" in well[0]
-        else ("explained_variance", EXPLAINED)
-    )
-    enough = [own for own in well if own[name] >= least]
-    best = (
-        min(enough, key=lambda own: own["l0"]) if enough else max(well, key=lambda own: own[name])
-    )
-    return best["member"]
-
-
-def summary(evaluation: Evaluation) -> str:
-    """The members as a table for the terminal, and the one that is recommended."""
-    recovered = "loss_recovered" in evaluation.members[0]
-    kinds = list(evaluation.baselines)
-    columns = ["member", "L0", "FVU", "dead", *(["recovered"] if recovered else []), *kinds]
-    rows = [
-        [
-            own["member"], f"{own['l0']:.1f}", f"{own['fvu']:.3f}", f"{own['dead_fraction']:.1%}",
-            *([f"{own['loss_recovered']:.1%}"] if recovered else []),
-            *(f"{own['events'][kind]['auc']:.3f}" for kind in kinds),
-        ]
-        for own in evaluation.members
-    ]  # fmt: skip
-    blank = ["", "", "", *([""] if recovered else [])]
-    for name, label in (("raw_auc", "raw dimension"), ("pca_auc", "principal component")):
-        if kinds:
-            rows.append(
-                [label, *blank, *(f"{evaluation.baselines[kind][name]:.3f}" for kind in kinds)]
-            )
-    told = [table(columns, rows)]
-    if kinds:
-        told.append(
-            "Under an event's name: AUC of its best single feature, chosen on val, scored on test patients."
-        )
-    told.append(f"recommended: {evaluation.recommended}\nrule: {evaluation.about['rule']}")
-    return "\n".join(told)
-
-
-def _write(run: Path, evaluation: Evaluation) -> None:
-    content = evaluation.about | {
-        "recommended": evaluation.recommended,
-        "baselines": evaluation.baselines,
-        "members": evaluation.members,
-    }
-    with atomic_write(run / "evaluation.json") as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n")
-    flat = [_flat(own) for own in evaluation.members]
-    with atomic_write(run / "evaluation.csv") as aside, aside.open("w", newline="") as f:
-        writer = csv.DictWriter(f, list(flat[0]))
-        writer.writeheader()
-        writer.writerows(flat)
-    points: dict[str, list[Found]] = {}
-    for own in evaluation.members:
-        points.setdefault(own["member"].partition(",")[2], []).append(own)
-    draw_pareto(run / "evaluation.png", points, f"{run.resolve().name} on test patients")
-
-
-def _flat(own: Found) -> Found:
-    row = {name: value for name, value in own.items() if not isinstance(value, dict)}
-    for kind, score in own.get("events", {}).items():
-        row |= {
-            f"{kind}_{name}": score[name] for name in ("feature", "auc", "probe_auc", "token_auc")
-        }
-    return row

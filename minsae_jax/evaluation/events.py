@@ -1,16 +1,17 @@
-"""How well single features tell labelled events in the EEG from spans without them.
+"""How well single features separate labelled EEG events from spans without an event.
 
-`events.csv` beside the recordings has recording, event (its kind), start, stop (samples) and channels (separated by
-spaces). An event's score is a feature's largest activation over the tokens that it covers on its channels. For every
-event there is a span of the same length on the same channels of the same recording that touches no event of its kind.
-A kind's best features are chosen by their AUC on the val patients, and scored on the test patients.
+`events.csv`, in the folder of the recordings, has the columns recording, event (its kind), start,
+stop (samples) and channels (names separated by spaces). The score of an event is the largest
+activation of a feature over the tokens of its channels that it touches. Each event is compared with
+a random span of the same length, on the same channels of the same recording, that touches no event
+of its kind. The best features for a kind are chosen by their AUC on the val patients, and scored on
+the test patients.
 """
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -22,217 +23,305 @@ from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.sae.member import SparseAutoencoder
 
-EVENTS = "events.csv"
-PROBED = 5  # features of a probe
-Event = tuple[str, int, int, tuple[int, ...]]  # recording, start, stop, channels
-TOKENS = 8192  # that are encoded at a time
+EVENTS_CSV = "events.csv"
+PROBE_FEATURES = 5
+BATCH_TOKENS = 8192  # encoded at a time
+BATCH_SEQUENCES = 512
 Encode = Callable[[np.ndarray], np.ndarray]  # [tokens, d_model] -> [tokens, n]
 
 
 @dataclass(frozen=True)
+class LabelledEvent:
+    """One line of events.csv without its kind; start and stop in samples of the recording."""
+
+    recording: str
+    start: int
+    stop: int
+    # Indices into CHANNELS
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Span:
+    """A stretch of a recording, with an event or without one."""
+
     recording: int
-    start: int  # samples
+    # First sample of the recording, and the one after the last
+    start: int
     stop: int
     channels: tuple[int, ...]
     is_event: bool
 
 
-def read_events(folder: Path) -> dict[str, list[Event]]:
-    """Of every kind: recording, start, stop, channels. Raises UserError where the file is no table of events."""
-    events: dict[str, list[Event]] = {}
-    with (folder / EVENTS).open(newline="", encoding="utf-8") as f:
-        for number, row in enumerate(csv.DictReader(f), start=2):
+@dataclass(frozen=True)
+class SpanActivations:
+    """Spans, and for each the activations of the tokens that it touches."""
+
+    spans: list[Span]
+    # [tokens, d_model] of each span
+    activations: list[np.ndarray]
+
+    @property
+    def is_event(self) -> Bool[np.ndarray, " spans"]:
+        return np.array([span.is_event for span in self.spans], bool)
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there are spans with and without an event."""
+        return len({span.is_event for span in self.spans}) == 2
+
+
+@dataclass(frozen=True)
+class EventScore:
+    """How well the features of one SAE separate one kind of events; AUCs on test unless said."""
+
+    # The feature with the largest AUC on val
+    feature: int
+    auc: float
+    val_auc: float
+    # The features of the probe: the five with the largest AUC on val
+    best_five: tuple[int, ...]
+    probe_auc: float
+    # AUC of `feature` over single patches
+    token_auc: float | None = None
+
+
+def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
+    """Return the events of every kind. Raises UserError if events.csv is invalid."""
+    events: dict[str, list[LabelledEvent]] = {}
+    path = folder / EVENTS_CSV
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
             try:
                 channels = tuple(CHANNELS.index(name.upper()) for name in row["channels"].split())
-                event = (row["recording"], int(row["start"]), int(row["stop"]), channels)
-                if not (0 <= event[1] < event[2] and channels):
-                    raise ValueError("it covers nothing")
+                event = LabelledEvent(
+                    row["recording"], int(row["start"]), int(row["stop"]), channels
+                )
+                if not (0 <= event.start < event.stop and channels):
+                    raise ValueError("the event is empty")
                 events.setdefault(row["event"], []).append(event)
             except (KeyError, TypeError, ValueError, AttributeError) as e:
                 raise UserError(
-                    f"{folder / EVENTS}, line {number}, must hold recording, event, start, stop and channels ({e})"
+                    f"{path}, line {number}: expected recording, event, start, stop and channels "
+                    f"({e})"
                 ) from None
     return events
 
 
-def spans_of(dataset: Dataset, events: list[Event], seed: int) -> list[Span]:
-    """The events of the dataset's recordings that its windows cover, and as many spans without one."""
-    numbers, rng = (
-        {name: i for i, name in enumerate(dataset.recordings)},
-        np.random.default_rng(seed),
-    )
+def draw_spans(dataset: Dataset, events: list[LabelledEvent], seed: int) -> list[Span]:
+    """Return the events inside the dataset's windows, each followed by a span without an event.
+
+    An event without any free place of its length in the recording has no such span.
+    """
+    rng = np.random.default_rng(seed)
     spans = []
-    for recording in range(len(dataset.recordings)):
-        own = [event for event in events if numbers.get(event[0]) == recording]
-        first, last = dataset.sequences_of(recording)
-        end = (
-            (int(dataset.window[last - 1]) + 1) * dataset.architecture.seq_len
-            if last > first
-            else 0
-        )
-        taken = np.zeros(end + 1, np.int64)  # taken[i]: event samples before sample i
-        for _, start, stop, _ in own:
-            taken[start + 1 : min(stop, end) + 1] = 1
-        taken = np.cumsum(taken)
-        for _, start, stop, channels in own:
-            if stop > end:
+    for recording, name in enumerate(dataset.recordings):
+        in_recording = [event for event in events if event.recording == name]
+        end = _windows_end(dataset, recording)
+        # is_taken[i + 1] says whether sample i is part of an event, so that its cumulative sum
+        # counts the event samples before each sample. A span is free if it does not grow in it.
+        is_taken = np.zeros(end + 1, np.int64)
+        for event in in_recording:
+            is_taken[event.start + 1 : min(event.stop, end) + 1] = 1
+        n_taken = np.cumsum(is_taken)
+        for event in in_recording:
+            if event.stop > end:
                 continue
-            spans.append(Span(recording, start, stop, channels, True))
-            free = np.flatnonzero(taken[stop - start :] == taken[: end + 1 - (stop - start)])
-            if len(free):
-                begin = int(rng.choice(free))
-                spans.append(Span(recording, begin, begin + stop - start, channels, False))
+            span = Span(recording, event.start, event.stop, event.channels, is_event=True)
+            spans.append(span)
+            length = event.stop - event.start
+            n_before_start = n_taken[: end + 1 - length]
+            n_before_stop = n_taken[length:]
+            free_starts = np.flatnonzero(n_before_start == n_before_stop)
+            if len(free_starts):
+                start = int(rng.choice(free_starts))
+                spans.append(replace(span, start=start, stop=start + length, is_event=False))
     return spans
 
 
-def _patch_tokens(dataset: Dataset) -> np.ndarray:
-    """All but the CLS token."""
-    return np.arange(int(dataset.architecture.use_cls_token), dataset.architecture.n_tokens)
+def _windows_end(dataset: Dataset, recording: int) -> int:
+    """Return the sample after the last window of a recording."""
+    first, last = dataset.sequences_of(recording)
+    if first == last:
+        return 0
+    return (int(dataset.window[last - 1]) + 1) * dataset.architecture.seq_len
 
 
 def tokens_of(dataset: Dataset, span: Span) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Sequences and tokens whose patches a span touches on its channels; no CLS token is one."""
+    """Return sequence and position of the tokens whose patches a span touches on its channels.
+
+    A CLS token is never one of them.
+    """
     a = dataset.architecture
     first, last = dataset.sequences_of(span.recording)
-    sequences = np.arange(first, last)
     windows = dataset.window[first:last]
-    near = (windows >= span.start // a.seq_len) & (windows <= (span.stop - 1) // a.seq_len)
-    sequences = sequences[near & np.isin(dataset.channel[first:last], span.channels)]
-    sequences, tokens = (
-        grid.reshape(-1) for grid in np.meshgrid(sequences, _patch_tokens(dataset), indexing="ij")
-    )
+    first_window = span.start // a.seq_len
+    last_window = (span.stop - 1) // a.seq_len
+    is_near = (windows >= first_window) & (windows <= last_window)
+    is_near &= np.isin(dataset.channel[first:last], span.channels)
+    near = np.arange(first, last)[is_near]
+    grid = np.meshgrid(near, dataset.patch_tokens, indexing="ij")
+    sequences = grid[0].reshape(-1)
+    tokens = grid[1].reshape(-1)
     begin = dataset.first_samples(sequences, tokens)
-    touched = (begin < span.stop) & (begin + a.patch_len > span.start)
-    return sequences[touched], tokens[touched]
+    is_touched = (begin < span.stop) & (begin + a.patch_len > span.start)
+    return sequences[is_touched], tokens[is_touched]
 
 
-def gather(dataset: Dataset, spans: list[Span]) -> tuple[list[Span], list[np.ndarray]]:
-    """The spans that touch a token at all, in order of recording, and the activations [tokens, d_model] of each."""
-    found, activations = [], []
+def gather(dataset: Dataset, spans: list[Span]) -> SpanActivations:
+    """Return the spans that touch at least one token, by recording, with their activations."""
+    gathered = SpanActivations([], [])
     for recording in sorted({span.recording for span in spans}):
         first, last = dataset.sequences_of(recording)
         x = dataset.read(first, last)
         for span in spans:
-            if span.recording == recording:
-                sequences, tokens = tokens_of(dataset, span)
-                if len(sequences):
-                    found.append(span)
-                    activations.append(x[sequences - first, tokens])
-    return found, activations
+            if span.recording != recording:
+                continue
+            sequences, tokens = tokens_of(dataset, span)
+            if len(sequences):
+                gathered.spans.append(span)
+                gathered.activations.append(x[sequences - first, tokens])
+    return gathered
 
 
-def largest(activations: list[np.ndarray], encode: Encode) -> Float[np.ndarray, "spans n"]:
-    """Every span's largest value of each feature."""
-    scores, lengths = [], np.array([len(x) for x in activations])
-    groups = np.cumsum(lengths) // TOKENS
+def max_per_span(
+    activations: list[np.ndarray],
+    encode: Encode,
+) -> Float[np.ndarray, "spans n"]:
+    """Return the largest value of each feature over the tokens of every span."""
+    # Spans are encoded in groups of about BATCH_TOKENS tokens. reduceat takes the maximum from each
+    # span's first row to that of the next.
+    lengths = np.array([len(x) for x in activations])
+    groups = np.cumsum(lengths) // BATCH_TOKENS
+    scores = []
     for group in np.unique(groups):
-        some = np.flatnonzero(groups == group)
-        values = encode(np.concatenate([activations[i] for i in some]))
-        scores.append(np.maximum.reduceat(values, np.cumsum(lengths[some]) - lengths[some], axis=0))
+        members = np.flatnonzero(groups == group)
+        values = encode(np.concatenate([activations[i] for i in members]))
+        starts = np.cumsum(lengths[members]) - lengths[members]
+        scores.append(np.maximum.reduceat(values, starts, axis=0))
     return np.concatenate(scores)
 
 
 def auc(
-    scores: Float[np.ndarray, "n features"], is_event: np.ndarray
+    scores: Float[np.ndarray, "n features"],
+    is_event: Bool[np.ndarray, " n"],
 ) -> Float[np.ndarray, " features"]:
-    """Of every column: the chance that an event's score is above that of a span without, ties counting half.
+    """Return each column's area under the ROC curve.
+
+    It is the probability that an event scores higher than a span without one, where ties count
+    half; computed from ranks as the Mann-Whitney U.
 
     >>> auc(np.array([[1.0], [2.0], [2.0], [3.0]]), np.array([False, False, True, True])).tolist()
     [0.875]
     """
+    # U is the number of pairs (event, other) in which the event scores higher. An event of rank r
+    # is above r - 1 scores; summed over events, n (n - 1) / 2 of these are other events.
     ranks = rankdata(scores, axis=0)
-    n_events, n_others = int(is_event.sum()), int((~is_event).sum())
-    return (ranks[is_event].sum(0) - n_events * (n_events + 1) / 2) / (n_events * n_others)
+    n_events = int(is_event.sum())
+    n_others = len(is_event) - n_events
+    u = ranks[is_event].sum(axis=0) - n_events * (n_events + 1) / 2
+    return u / (n_events * n_others)
 
 
-def probe(
-    x: Float[np.ndarray, "n features"], is_event: np.ndarray
+def fit_probe(
+    x: Float[np.ndarray, "n features"],
+    is_event: Bool[np.ndarray, " n"],
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Logistic regression on standardised scores with a small L2 penalty; gives a score for others."""
-    mean, sd = x.mean(0), x.std(0) + 1e-9
-    z, sign = (x - mean) / sd, np.where(is_event, 1.0, -1.0)
+    """Fit a logistic regression on standardised scores; return the function from scores to logits.
 
-    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
-        margin = sign * (z @ w[1:] + w[0])
-        pull = -sign / (1 + np.exp(np.clip(margin, -500, 500))) / len(z)
-        value = np.logaddexp(0, -margin).mean() + 5e-4 * (w[1:] ** 2).sum()
-        return float(value), np.r_[pull.sum(), z.T @ pull + 1e-3 * w[1:]]
+    Minimises mean_i log(1 + exp(-margin_i)) + 5e-4 ‖w‖², where margin_i = ±(w·z_i + bias) is
+    positive if i is classified correctly. The bias is not penalised.
+    """
+    mean = x.mean(axis=0)
+    sd = x.std(axis=0) + 1e-9
+    z = (x - mean) / sd
+    sign = np.where(is_event, 1.0, -1.0)
 
-    w = minimize(loss, np.zeros(z.shape[1] + 1), jac=True, method="L-BFGS-B").x
-    return lambda other: (other - mean) / sd @ w[1:] + w[0]
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        bias = parameters[0]
+        w = parameters[1:]
+        margin = sign * (z @ w + bias)
+        value = np.logaddexp(0, -margin).mean() + 5e-4 * (w**2).sum()
+        # d/dm log(1 + exp(-m)) = -1 / (1 + exp(m)); the clip avoids an overflow.
+        d_margin = -1 / (1 + np.exp(np.clip(margin, -500, 500)))
+        d_logit = sign * d_margin / len(z)
+        d_w = z.T @ d_logit + 1e-3 * w
+        return float(value), np.concatenate([[d_logit.sum()], d_w])
+
+    fit = minimize(loss, np.zeros(z.shape[1] + 1), jac=True, method="L-BFGS-B").x
+    return lambda scores: (scores - mean) / sd @ fit[1:] + fit[0]
 
 
-def score_kind(
-    val: tuple[list[Span], list[np.ndarray]],
-    test: tuple[list[Span], list[np.ndarray]],
-    encode: Encode,
-) -> dict[str, Any]:
-    """The best column of `encode` and a probe on the best five, chosen on val, scored on test."""
-    scores = [largest(activations, encode) for _, activations in (val, test)]
-    is_event = [np.array([span.is_event for span in spans]) for spans, _ in (val, test)]
-    chosen = np.argsort(-auc(scores[0], is_event[0]), kind="stable")[:PROBED]
-    probed = probe(scores[0][:, chosen], is_event[0])(scores[1][:, chosen])
-    return {
-        "feature": int(chosen[0]),
-        "auc": float(auc(scores[1][:, chosen[:1]], is_event[1])[0]),
-        "val_auc": float(auc(scores[0][:, chosen[:1]], is_event[0])[0]),
-        "best_five": [int(i) for i in chosen],
-        "probe_auc": float(auc(probed[:, None], is_event[1])[0]),
-    }
+def score_kind(val: SpanActivations, test: SpanActivations, encode: Encode) -> EventScore:
+    """Score the columns of `encode` on one kind of events: chosen on val, measured on test."""
+    val_scores = max_per_span(val.activations, encode)
+    test_scores = max_per_span(test.activations, encode)
+    val_auc = auc(val_scores, val.is_event)
+    best = np.argsort(-val_auc, kind="stable")[:PROBE_FEATURES]
+    probe = fit_probe(val_scores[:, best], val.is_event)
+    probe_scores = probe(test_scores[:, best])
+    return EventScore(
+        feature=int(best[0]),
+        auc=float(auc(test_scores[:, best[:1]], test.is_event)[0]),
+        val_auc=float(val_auc[best[0]]),
+        best_five=tuple(int(i) for i in best),
+        probe_auc=float(auc(probe_scores[:, None], test.is_event)[0]),
+    )
 
 
 def both_signs(x: Float[np.ndarray, "tokens d_model"]) -> Float[np.ndarray, "tokens columns"]:
-    """Raw dimensions as features."""
+    """Return raw dimensions and their negatives as features, [x, -x]."""
     return np.concatenate([x, -x], axis=1)
 
 
 def principal_components(activations: list[np.ndarray]) -> Encode:
-    """All components of the activations, with both signs."""
+    """Return the function from activations to all their principal components, with both signs."""
     x = np.concatenate(activations).astype(np.float64)
-    mean = x.mean(0)
+    mean = x.mean(axis=0)
     _, directions = np.linalg.eigh(np.cov((x - mean).T))
-    return lambda x: both_signs(
-        (x - mean).astype(np.float32) @ directions[:, ::-1].astype(np.float32)
-    )
+    largest_first = directions[:, ::-1].astype(np.float32)
+    return lambda x: both_signs((x - mean).astype(np.float32) @ largest_first)
 
 
-def labelled_tokens(
-    dataset: Dataset, events: list[Event]
+def covered_patches(
+    dataset: Dataset, events: list[LabelledEvent]
 ) -> Bool[np.ndarray, "sequences n_patches"]:
-    """Which patches an event covers for at least half, on its channels."""
+    """Return which patches have at least half of their samples in an event on their channel."""
     a = dataset.architecture
-    found = np.zeros((len(dataset.recording), a.n_patches), bool)
-    for number, name in enumerate(dataset.recordings):
-        first, last = dataset.sequences_of(number)
-        covered = np.zeros(
-            (a.n_vars, (int(dataset.window[last - 1]) + 2) * a.seq_len + 1), np.int64
-        )
-        for own in (event for event in events if event[0] == name):
-            covered[list(own[3]), own[1] + 1 : own[2] + 1] = 1
-        before = covered.cumsum(1)  # samples covered before each sample
-        sequences, tokens = np.meshgrid(
-            np.arange(first, last), _patch_tokens(dataset), indexing="ij"
-        )
-        begin, channel = dataset.first_samples(sequences, tokens), dataset.channel[sequences]
-        found[first:last] = (
-            2 * (before[channel, begin + a.patch_len] - before[channel, begin]) >= a.patch_len
-        )
-    return found
+    is_covered = np.zeros((len(dataset.recording), a.n_patches), bool)
+    for recording, name in enumerate(dataset.recordings):
+        first, last = dataset.sequences_of(recording)
+        # The last patch of a window may end after it: one more window of room.
+        n_samples = _windows_end(dataset, recording) + a.seq_len
+        is_event = np.zeros((a.n_vars, n_samples + 1), np.int64)
+        for event in events:
+            if event.recording == name:
+                samples = slice(event.start + 1, event.stop + 1)
+                is_event[list(event.channels), samples] = 1
+        n_before = is_event.cumsum(axis=1)  # event samples before each sample
+        sequences, tokens = np.meshgrid(np.arange(first, last), dataset.patch_tokens, indexing="ij")
+        begin = dataset.first_samples(sequences, tokens)
+        channel = dataset.channel[sequences]
+        end = begin + a.patch_len
+        n_inside = n_before[channel, end] - n_before[channel, begin]
+        is_covered[first:last] = 2 * n_inside >= a.patch_len
+    return is_covered
 
 
 def token_auc(
     dataset: Dataset,
-    covered: Bool[np.ndarray, "sequences n_patches"],
+    is_covered: Bool[np.ndarray, "sequences n_patches"],
     sae: SparseAutoencoder,
     feature: int,
 ) -> float | None:
-    """Of one feature over all patches: those that an event covers against all others. None where there are no two
-    kinds."""
-    w, b = np.asarray(sae.params["W_enc"][:, feature]), float(sae.params["b_enc"][feature])
-    values = np.empty(covered.shape, np.float32)
-    for start, x in dataset.batches(512):
-        values[start : start + len(x)] = np.maximum(x[:, _patch_tokens(dataset)] @ w + b, 0)
-    if covered.all() or not covered.any():
+    """Return the AUC of one feature over all patches: covered by an event or not.
+
+    None if all patches are covered, or no patch is.
+    """
+    if is_covered.all() or not is_covered.any():
         return None
-    return float(auc(values.reshape(-1, 1), covered.reshape(-1))[0])
+    values = np.empty(is_covered.shape, np.float32)
+    for start, x in dataset.batches(BATCH_SEQUENCES):
+        features = sae.encode_features(x[:, dataset.patch_tokens], [feature])
+        values[start : start + len(x)] = features[..., 0]
+    return float(auc(values.reshape(-1, 1), is_covered.reshape(-1))[0])

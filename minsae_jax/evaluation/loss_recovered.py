@@ -1,86 +1,126 @@
-"""How much of the pretraining task survives when a member's x̂ stands in the place of the layer's activations."""
+"""Loss recovered: how well the encoder's pretraining task works on a member's x̂."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from minsae_jax.encoder.converted import Encoder
-from minsae_jax.encoder.patchtst.masked_error import masked_errors
+from minsae_jax.encoder.patchtst.masked_error import Substitutes, masked_errors
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import make_mesh, put_batch, replicated
-from minsae_jax.sae.kinds import KINDS
+from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
 
-BATCH = 16  # windows
+BATCH_WINDOWS = 16
+
+
+class SubstitutionErrors(NamedTuple):
+    """Mean squared errors on masked patches, mean over windows, for each substitute of a layer."""
+
+    windows: int
+    # Error on the layer's activations themselves
+    untouched: float
+    mean_ablation: float
+    zero_ablation: float
+    # Errors on the x̂ of each SAE
+    members: tuple[float, ...]
+
+
+class _Substitutes(NamedTuple):
+    # The layer's mean activation [d_model]
+    mean: Any
+    saes: list[Params]
 
 
 def substitution_errors(
-    encoder: Encoder, dataset: Dataset, layer: int, saes: Sequence[SparseAutoencoder],
-    mean: Float[np.ndarray, " d_model"], n_windows: int, mask_ratio: float, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Masked-patch errors of the untouched encoder, of mean- and zero-ablation, and of each autoencoder (`members`).
+    encoder: Encoder,
+    dataset: Dataset,
+    layer: int,
+    saes: Sequence[SparseAutoencoder],
+    mean: Float[np.ndarray, " d_model"],
+    n_windows: int,
+    mask_ratio: float,
+    seed: int = 0,
+) -> SubstitutionErrors:
+    """Return the pretraining error with the output of a layer replaced.
 
-    They are means over n_windows windows from all over the recordings, with the same random masks for all: each hides a
-    share mask_ratio of the patches, in all channels alike, as gPatchTST's pretraining does. `mean` is the layer's mean
-    activation.
+    Windows are drawn from all recordings. In each a share mask_ratio of the patches is masked, in
+    all channels alike, as in gPatchTST's pretraining; all substitutes get the same masks.
+    mean: the layer's mean activation, for mean-ablation.
     """
     a = encoder.architecture
-    mesh, rng = make_mesh(), np.random.default_rng(seed)
-    own = {"mean": np.asarray(mean, np.float32), "saes": [sae.params for sae in saes]}
-    params, own = jax.device_put((encoder.params, own), replicated(mesh))
-    run = masked_errors(mesh, a, layer, dataset.store.require_manifest().data["revin"], _variants)
-    places = _some_windows(dataset, n_windows, rng)
-    batch = -(-min(BATCH, len(places)) // mesh.size) * mesh.size
+    mesh = make_mesh()
+    rng = np.random.default_rng(seed)
+    substitutes = _Substitutes(np.asarray(mean, np.float32), [sae.params for sae in saes])
+    params, substitutes = jax.device_put((encoder.params, substitutes), replicated(mesh))
+    kinds = [sae.kind for sae in saes]
+    revin = dataset.store.require_manifest().data["revin"]
+    run = masked_errors(mesh, a, layer, revin, _variants(kinds))
+    places = _draw_windows(dataset, n_windows, rng)
+    # Every batch has the same number of windows, a multiple of the number of devices.
+    batch = -(-min(BATCH_WINDOWS, len(places)) // mesh.size) * mesh.size
     errors = []
     with progress("substitute", len(places), "windows", delay=2.0) as bar:
         for start in range(0, len(places), batch):
-            some = places[start : start + batch]
-            x = np.stack([np.asarray(dataset.window_of(*place), np.float32) for place in some])
-            masks = np.stack([_mask(a.n_patches, mask_ratio, rng) for _ in some])
-            rows = tuple(put_batch(mesh, rows, batch // mesh.size) for rows in (x, masks))
-            errors.append(np.asarray(run(params, own, rows), np.float64)[: len(some)])
-            bar.advance(len(some))
-    untouched, by_mean, by_zero, *members = np.concatenate(errors).mean(0)
-    return {
-        "windows": len(places),
-        "untouched": float(untouched),
-        "mean_ablation": float(by_mean),
-        "zero_ablation": float(by_zero),
-        "members": [float(error) for error in members],
-    }
+            batch_places = places[start : start + batch]
+            windows = [dataset.window_of(*place) for place in batch_places]
+            x = np.stack(windows).astype(np.float32)
+            masks = np.stack([_draw_mask(a.n_patches, mask_ratio, rng) for _ in batch_places])
+            per_device = batch // mesh.size
+            rows = (put_batch(mesh, x, per_device), put_batch(mesh, masks, per_device))
+            batch_errors = np.asarray(run(params, substitutes, rows), np.float64)
+            errors.append(batch_errors[: len(batch_places)])
+            bar.advance(len(batch_places))
+    untouched, by_mean, by_zero, *members = np.concatenate(errors).mean(axis=0).tolist()
+    return SubstitutionErrors(len(places), untouched, by_mean, by_zero, tuple(members))
 
 
 def loss_recovered(ablated: float, substituted: float, untouched: float) -> float:
-    """1 where nothing is lost, 0 where it is as bad as ablation.
+    """Return 1 if nothing is lost, 0 for the error of ablation, NaN if ablation loses nothing.
 
     >>> loss_recovered(ablated=5.0, substituted=2.0, untouched=1.0)
     0.75
     """
-    return (ablated - substituted) / (ablated - untouched) if ablated != untouched else float("nan")
+    if ablated == untouched:
+        return float("nan")
+    return (ablated - substituted) / (ablated - untouched)
 
 
-def _variants(
-    own: dict[str, Any], x: Float[Array, "T d_model"]
-) -> Float[Array, "variants T d_model"]:
-    reconstructed = [
-        KINDS["relu"].decode(params, KINDS["relu"].encode(params, x)) for params in own["saes"]
-    ]
-    return jnp.stack([x, jnp.broadcast_to(own["mean"], x.shape), jnp.zeros_like(x), *reconstructed])
+def _variants(kinds: Sequence[SAEKind]) -> Substitutes:
+    """Return a function of activations to all that replaces them.
+
+    The order is that of SubstitutionErrors; kinds: of the members.
+    """
+
+    def variants(
+        substitutes: _Substitutes,
+        x: Float[Array, "T d_model"],
+    ) -> Float[Array, "variants T d_model"]:
+        by_mean = jnp.broadcast_to(substitutes.mean, x.shape)
+        by_members = []
+        for kind, params in zip(kinds, substitutes.saes, strict=True):
+            by_members.append(kind.decode(params, kind.encode(params, x)))
+        return jnp.stack([x, by_mean, jnp.zeros_like(x), *by_members])
+
+    return variants
 
 
-def _some_windows(dataset: Dataset, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """(recording, window), without doubles."""
+def _draw_windows(dataset: Dataset, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Return up to `count` distinct (recording, window), sorted."""
     places = np.unique(np.stack([dataset.recording, dataset.window], axis=1), axis=0)
     chosen = np.sort(rng.permutation(len(places))[:count])
     return [(int(recording), int(window)) for recording, window in places[chosen]]
 
 
-def _mask(n_patches: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
+def _draw_mask(
+    n_patches: int, ratio: float, rng: np.random.Generator
+) -> Bool[np.ndarray, " n_patches"]:
     mask = np.zeros(n_patches, bool)
-    mask[rng.permutation(n_patches)[: max(1, int(n_patches * ratio))]] = True
+    n_masked = max(1, int(n_patches * ratio))
+    mask[rng.permutation(n_patches)[:n_masked]] = True
     return mask

@@ -1,8 +1,8 @@
-"""One pass over a store: where each feature is most active, and how often, how strongly, on what it is.
+"""One pass over a store: the top examples of every feature, and statistics of its activity.
 
-The strongest tokens are exact: of all tokens of the store the `top` largest activations of a feature, with at most
-`per_recording` from one recording, earlier tokens first where two are equal. The random ones are a uniform sample of
-its active tokens.
+The top examples are exact: of all tokens of the store the `top` largest activations of a feature,
+with at most `per_recording` from one recording, and earlier tokens first if two are equal. The
+random examples are a uniform sample of the feature's active tokens.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from minsae_jax.monitor import progress
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_TOKENS = 16_384
-COACTIVE_TOKENS = 200_000
-LARGEST_COACTIVE = 8192  # features, whose pairs are counted
+COACTIVE_TOKENS = 200_000  # sample for co-activity
+MAX_COACTIVE_FEATURES = 8192  # above it, pairs are not counted
 EDGES = np.geomspace(1e-4, 1e4, 8 * 8 + 1)  # of the activation histogram
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Some tokens of each feature, best first; `token` is -1 where a feature has no more."""
+    """Up to n tokens of each feature, best first; `token` is -1 if a feature has fewer."""
 
     sequence: Int[np.ndarray, "d_sae n"]
     token: Int[np.ndarray, "d_sae n"]
@@ -33,50 +33,58 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Activity:
-    """Of every feature over all tokens."""
+    """Activity of every feature over all tokens."""
 
     n_tokens: int
     top: Tokens
     random: Tokens
-    active: Int[np.ndarray, " d_sae"]  # tokens
-    total: Float[np.ndarray, " d_sae"]  # sum of activations
+    # Number of active tokens
+    active: Int[np.ndarray, " d_sae"]
+    # Sum of activations
+    total: Float[np.ndarray, " d_sae"]
     largest: Float[np.ndarray, " d_sae"]
-    histogram: Int[
-        np.ndarray, "d_sae bins"
-    ]  # of activations between EDGES; what lies beyond is in the outer bins
-    by_recording: Int[np.ndarray, "d_sae recordings"]  # active tokens
-    by_channel: Float[
-        np.ndarray, "d_sae n_vars"
-    ]  # sum of activations, without recordings whose columns are shifted
-    by_token: Int[
-        np.ndarray, "d_sae n_tokens"
-    ]  # position in the window; CLS is the first, where there is one
-    channel_tokens: Int[np.ndarray, " n_vars"]  # all tokens of each channel, in the same recordings
-    together: Float[np.ndarray, "d_sae d_sae"] | None  # tokens of a sample on which both are active
+    # Active tokens by activation between EDGES; the outer bins contain those beyond
+    histogram: Int[np.ndarray, "d_sae bins"]
+    # Number of active tokens
+    by_recording: Int[np.ndarray, "d_sae recordings"]
+    # Sum of activations, without recordings whose columns are shifted.
+    by_channel: Float[np.ndarray, "d_sae n_vars"]
+    # Active tokens by position in the sequence; a CLS token is first
+    by_token: Int[np.ndarray, "d_sae n_tokens"]
+    # All tokens by channel, of the recordings in by_channel
+    channel_tokens: Int[np.ndarray, " n_vars"]
+    # Sampled tokens with both features active; None with over MAX_COACTIVE_FEATURES features.
+    together: Float[np.ndarray, "d_sae d_sae"] | None
 
     @property
     def density(self) -> Float[np.ndarray, " d_sae"]:
+        """Share of tokens with the feature active."""
         return self.active / self.n_tokens
 
     @property
     def mean(self) -> Float[np.ndarray, " d_sae"]:
-        """Of the activation, where there is any."""
+        """Mean activation over active tokens."""
         return self.total / np.maximum(self.active, 1)
 
     def quantiles(self, count: int = 10) -> Tokens:
-        """From each of `count` equal parts of a feature's activations, lowest first, a token near its middle: from the
-        random sample, where that has so many."""
-        n = (self.random.token >= 0).sum(1)
-        order = np.argsort(
-            np.where(self.random.token >= 0, self.random.activation, np.inf), axis=1, kind="stable"
+        """Return one random example from each of `count` equal parts of a feature's activations.
+
+        The lowest part is first, and the example is near the middle of its part. Features with
+        under `count` random examples have none.
+        """
+        is_example = self.random.token >= 0
+        n_examples = is_example.sum(axis=1)
+        sortable = np.where(is_example, self.random.activation, np.inf)
+        order = np.argsort(sortable, axis=1, kind="stable")
+        middles = (np.arange(count) + 0.5) / count
+        ranks = (middles * n_examples[:, None]).astype(int)
+        chosen = np.take_along_axis(order, ranks, axis=1)
+        token = np.take_along_axis(self.random.token, chosen, axis=1)
+        return Tokens(
+            sequence=np.take_along_axis(self.random.sequence, chosen, axis=1),
+            token=np.where((n_examples >= count)[:, None], token, -1),
+            activation=np.take_along_axis(self.random.activation, chosen, axis=1),
         )
-        places = ((np.arange(count) + 0.5) / count * n[:, None]).astype(int)
-        chosen = np.take_along_axis(order, places, axis=1)
-        sequence, token, activation = (
-            np.take_along_axis(values, chosen, axis=1)
-            for values in (self.random.sequence, self.random.token, self.random.activation)
-        )
-        return Tokens(sequence, np.where((n >= count)[:, None], token, -1), activation)
 
 
 def collect(
@@ -87,121 +95,243 @@ def collect(
     random: int = 64,
     seed: int = 0,
 ) -> Activity:
-    """One pass over all tokens of the dataset. Memory grows with d_sae, not with the store."""
-    n_vars, n_tokens, d_sae = dataset.architecture.n_vars, dataset.n_tokens, sae.d_sae
-    best, sample = _Kept(d_sae, top), _Kept(d_sae, random)
-    active, largest, total = np.zeros(d_sae, np.int64), np.zeros(d_sae, np.float32), np.zeros(d_sae)
-    histogram = np.zeros((d_sae, len(EDGES) - 1), np.int64)
-    by_recording = np.zeros((d_sae, len(dataset.recordings)), np.int64)
-    by_channel, by_token = np.zeros((d_sae, n_vars)), np.zeros((d_sae, n_tokens), np.int64)
-    channel_tokens, seen, paired = np.zeros(n_vars, np.int64), 0, 0
-    together = np.zeros((d_sae, d_sae), np.float32) if d_sae <= LARGEST_COACTIVE else None
+    """Return the activity of every feature; memory grows with d_sae, not with the store."""
+    n_tokens = dataset.n_tokens
+    strongest = _StrongestExamples(sae.d_sae, top, per_recording)
+    sample = _LargestByFeature(sae.d_sae, random)
+    counts = _Counts(dataset, sae.d_sae)
     n_sequences = len(dataset.recording)
-    pair_every = max(1, n_sequences * n_tokens // COACTIVE_TOKENS)
-    within, current = _Kept(d_sae, per_recording), -1
+    pairs = _PairCounts(sae.d_sae, every=max(1, n_sequences * n_tokens // COACTIVE_TOKENS))
     with progress("find examples", n_sequences, "sequences", delay=2.0) as bar:
-        for number, (first, x) in enumerate(dataset.batches(max(1, BATCH_TOKENS // n_tokens))):
+        for first, x in dataset.batches(max(1, BATCH_TOKENS // n_tokens)):
+            features = np.asarray(sae.encode(x)).reshape(-1, sae.d_sae)
+            entries = _find_active(features)
             recording = int(dataset.recording[first])
-            if recording != current:
-                best.add(*within.take())
-                current = recording
-            f = np.asarray(sae.encode(x)).reshape(-1, d_sae)
-            flat = np.flatnonzero(f)
-            row, feature = np.divmod(flat, d_sae)
-            value, position = f.ravel()[flat], first * n_tokens + row
-            within.add(feature, value, position, above=best.least)
-            chance = np.random.default_rng([seed, first]).random(len(f)).astype(np.float32)
-            sample.add(feature, chance[row], position, carried=value)
-
-            def count(by: np.ndarray, size: int, weights=None, feature=feature) -> np.ndarray:
-                return np.bincount(feature * size + by, weights, d_sae * size).reshape(d_sae, size)
-
-            tokens_here = count(row % n_tokens, n_tokens)
-            by_token += tokens_here
-            active += tokens_here.sum(1)
-            by_recording[:, recording] += tokens_here.sum(1)
-            total += np.bincount(feature, value, d_sae)
-            largest = np.maximum(largest, f.max(0))
-            histogram += count(
-                np.clip(np.searchsorted(EDGES, value, "right") - 1, 0, len(EDGES) - 2),
-                len(EDGES) - 1,
+            strongest.add(entries, first * n_tokens, recording)
+            # Each token gets a random key; the active tokens with the largest keys are a
+            # uniform sample of all active tokens.
+            rng = np.random.default_rng([seed, first])
+            keys = rng.random(len(features)).astype(np.float32)
+            sample.add(
+                entries.feature,
+                keys[entries.row],
+                first * n_tokens + entries.row,
+                activation=entries.value,
             )
-            if not dataset.shifted[recording]:
-                channel = dataset.channel[first : first + len(x)]
-                by_channel += count(channel[row // n_tokens], n_vars, value)
-                channel_tokens += np.bincount(channel, minlength=n_vars) * n_tokens
-            if together is not None and number % pair_every == 0:
-                together += np.asarray(_pairs(jnp.asarray(f)))
-                paired += len(f)
-            seen += len(f)
+            counts.add(features, entries, first, recording)
+            pairs.add(features)
             bar.advance(len(x))
-    best.add(*within.take())
     return Activity(
-        seen, best.tokens(n_tokens), sample.tokens(n_tokens), active, total, largest, histogram, by_recording,
-        by_channel, by_token, channel_tokens, together,
-    )  # fmt: skip
+        n_tokens=counts.n_tokens,
+        top=strongest.finish().to_tokens(n_tokens),
+        random=sample.to_tokens(n_tokens),
+        active=counts.by_token.sum(axis=1),
+        total=counts.total,
+        largest=counts.largest,
+        histogram=counts.histogram,
+        by_recording=counts.by_recording,
+        by_channel=counts.by_channel,
+        by_token=counts.by_token,
+        channel_tokens=counts.channel_tokens,
+        together=pairs.together,
+    )
+
+
+@dataclass(frozen=True)
+class _ActiveEntries:
+    """The entries of a batch's features [rows, d_sae] that are not 0; a row is a token."""
+
+    row: Int[np.ndarray, " n"]
+    feature: Int[np.ndarray, " n"]
+    value: Float[np.ndarray, " n"]
+
+
+def _find_active(features: Float[np.ndarray, "rows d_sae"]) -> _ActiveEntries:
+    flat = np.flatnonzero(features)
+    row, feature = np.divmod(flat, features.shape[1])
+    return _ActiveEntries(row, feature, features.ravel()[flat])
+
+
+class _Counts:
+    """Counts and sums of active entries, with the names of Activity's fields."""
+
+    def __init__(self, dataset: Dataset, d_sae: int):
+        self.dataset = dataset
+        self.d_sae = d_sae
+        n_vars = dataset.architecture.n_vars
+        self.n_tokens = 0
+        self.total = np.zeros(d_sae)
+        self.largest = np.zeros(d_sae, np.float32)
+        self.histogram = np.zeros((d_sae, len(EDGES) - 1), np.int64)
+        self.by_recording = np.zeros((d_sae, len(dataset.recordings)), np.int64)
+        self.by_channel = np.zeros((d_sae, n_vars))
+        self.by_token = np.zeros((d_sae, dataset.n_tokens), np.int64)
+        self.channel_tokens = np.zeros(n_vars, np.int64)
+
+    def add(
+        self,
+        features: Float[np.ndarray, "rows d_sae"],
+        entries: _ActiveEntries,
+        first: int,
+        recording: int,
+    ) -> None:
+        """Add a batch that begins with sequence `first`, all of one recording."""
+        n_tokens = self.dataset.n_tokens
+        by_token = self._count(entries, entries.row % n_tokens, n_tokens)
+        self.n_tokens += len(features)
+        self.by_token += by_token
+        self.by_recording[:, recording] += by_token.sum(axis=1)
+        self.total += np.bincount(entries.feature, entries.value, self.d_sae)
+        self.largest = np.maximum(self.largest, features.max(axis=0))
+        n_bins = len(EDGES) - 1
+        bins = np.searchsorted(EDGES, entries.value, "right") - 1
+        self.histogram += self._count(entries, np.clip(bins, 0, n_bins - 1), n_bins)
+        if not self.dataset.shifted[recording]:
+            n_vars = len(self.channel_tokens)
+            n_sequences = len(features) // n_tokens
+            channel = self.dataset.channel[first : first + n_sequences]
+            channel_of_entry = channel[entries.row // n_tokens]
+            self.by_channel += self._count(entries, channel_of_entry, n_vars, entries.value)
+            self.channel_tokens += np.bincount(channel, minlength=n_vars) * n_tokens
+
+    def _count(
+        self,
+        entries: _ActiveEntries,
+        category: Int[np.ndarray, " n"],
+        n_categories: int,
+        weights: Float[np.ndarray, " n"] | None = None,
+    ) -> np.ndarray:
+        """Return the entries, or the sum of their weights, by feature and category."""
+        index = entries.feature * n_categories + category
+        counts = np.bincount(index, weights, self.d_sae * n_categories)
+        return counts.reshape(self.d_sae, n_categories)
+
+
+class _PairCounts:
+    """Counts how often two features are active together, on every n-th batch."""
+
+    def __init__(self, d_sae: int, every: int):
+        self.every = every
+        self.n_batches = 0
+        self.together = None
+        if d_sae <= MAX_COACTIVE_FEATURES:
+            self.together = np.zeros((d_sae, d_sae), np.float32)
+
+    def add(
+        self,
+        features: Float[np.ndarray, "rows d_sae"],
+    ) -> None:
+        if self.together is not None and self.n_batches % self.every == 0:
+            self.together += np.asarray(_count_pairs(jnp.asarray(features)))
+        self.n_batches += 1
 
 
 @jax.jit
-def _pairs(f: Float[Array, "tokens d_sae"]) -> Float[Array, "d_sae d_sae"]:
-    is_active = (f > 0).astype(jnp.float32)
+def _count_pairs(features: Float[Array, "rows d_sae"]) -> Float[Array, "d_sae d_sae"]:
+    is_active = (features > 0).astype(jnp.float32)
     return is_active.T @ is_active
 
 
-class _Kept:
-    """The largest of what was added, so many of each feature; the earlier position where two are equal."""
+class _LargestByFeature:
+    """The `size` entries of each feature with the largest keys; the earlier position if equal.
+
+    Entries are flat arrays sorted by feature, then by falling key.
+    """
 
     def __init__(self, d_sae: int, size: int):
-        self.d_sae, self.size = d_sae, size
-        self.least = np.full(d_sae, -np.inf)  # that is kept of a feature with all places taken
-        self._clear()
+        self.d_sae = d_sae
+        self.size = size
+        self.clear()
 
-    def _clear(self) -> None:
-        self.feature, self.position = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self.value, self.carried = np.zeros(0, np.float32), np.zeros(0, np.float32)
-        self.least[:] = -np.inf
+    def clear(self) -> None:
+        self.feature = np.zeros(0, np.int64)
+        self.position = np.zeros(0, np.int64)
+        self.key = np.zeros(0, np.float32)
+        self.activation = np.zeros(0, np.float32)
+        # The smallest key of each feature that is full. Keys that do not exceed it are dropped
+        # before anything is sorted, which is nearly all of them after a few batches.
+        self.threshold = np.full(self.d_sae, -np.inf)
 
     def add(
-        self, feature: np.ndarray, value: np.ndarray, position: np.ndarray, carried: np.ndarray | None = None,
-        above: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
-        """`above`: of each feature, what must be exceeded beside what is kept."""
-        least = self.least if above is None else np.maximum(self.least, above)
-        some = value > least[feature]
-        if not some.any():
+        self,
+        feature: Int[np.ndarray, " n"],
+        key: Float[np.ndarray, " n"],
+        position: Int[np.ndarray, " n"],
+        activation: Float[np.ndarray, " n"] | None = None,
+        above: Float[np.ndarray, " d_sae"] | None = None,
+    ) -> None:
+        """Add entries; positions are later than all earlier ones.
+
+        activation: stored with each entry, its key unless passed. above: for each feature, a
+        second threshold that keys must exceed.
+        """
+        threshold = self.threshold if above is None else np.maximum(self.threshold, above)
+        is_candidate = key > threshold[feature]
+        if not is_candidate.any():
             return
-        carried = value if carried is None else carried
-        columns = [
-            np.concatenate([kept, new[some]])
-            for kept, new in (
-                (self.feature, feature), (self.value, value), (self.position, position), (self.carried, carried)
-            )
-        ]  # fmt: skip
-        order = np.lexsort((columns[2], -columns[1], columns[0]))
-        feature, value, position, carried = (column[order] for column in columns)
+        activation = key if activation is None else activation
+        feature = np.concatenate([self.feature, feature[is_candidate]])
+        key = np.concatenate([self.key, key[is_candidate]])
+        position = np.concatenate([self.position, position[is_candidate]])
+        activation = np.concatenate([self.activation, activation[is_candidate]])
+
+        order = np.lexsort((position, -key, feature))
+        rank = self._ranks(feature[order])
+        order = order[rank < self.size]
+        self.feature = feature[order]
+        self.key = key[order]
+        self.position = position[order]
+        self.activation = activation[order]
+        is_last = self._ranks(self.feature) == self.size - 1
+        self.threshold[self.feature[is_last]] = self.key[is_last]
+
+    def _ranks(
+        self,
+        feature: Int[np.ndarray, " n"],
+    ) -> Int[np.ndarray, " n"]:
+        """Return each entry's place among those of its feature; `feature` is sorted."""
         starts = np.searchsorted(feature, np.arange(self.d_sae))
-        rank = np.arange(len(feature)) - starts[feature]
-        first = rank < self.size
-        self.feature, self.value, self.position, self.carried = (
-            column[first] for column in (feature, value, position, carried)
-        )
-        full = rank == self.size - 1
-        self.least[feature[full]] = value[full]
+        return np.arange(len(feature)) - starts[feature]
 
-    def take(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What was kept; nothing is kept any more."""
-        kept = self.feature, self.value, self.position
-        self._clear()
-        return kept
-
-    def tokens(self, n_tokens: int) -> Tokens:
-        rank = (
-            np.arange(len(self.feature))
-            - np.searchsorted(self.feature, np.arange(self.d_sae))[self.feature]
-        )
+    def to_tokens(self, n_tokens: int) -> Tokens:
+        """Return a table; a position is sequence * n_tokens + token."""
+        rank = self._ranks(self.feature)
         position = np.full((self.d_sae, self.size), -1, np.int64)
+        position[self.feature, rank] = self.position
         activation = np.zeros((self.d_sae, self.size), np.float32)
-        position[self.feature, rank], activation[self.feature, rank] = self.position, self.carried
-        return Tokens(
-            position // n_tokens, np.where(position < 0, -1, position % n_tokens), activation
+        activation[self.feature, rank] = self.activation
+        token = np.where(position < 0, -1, position % n_tokens)
+        return Tokens(position // n_tokens, token, activation)
+
+
+class _StrongestExamples:
+    """The largest activations of each feature, at most per_recording of them from one recording.
+
+    Batches come recording by recording. The best of the current recording are merged into the best
+    of all once the recording ends.
+    """
+
+    def __init__(self, d_sae: int, top: int, per_recording: int):
+        self.best = _LargestByFeature(d_sae, top)
+        self.in_recording = _LargestByFeature(d_sae, per_recording)
+        self.recording = -1
+
+    def add(self, entries: _ActiveEntries, first_position: int, recording: int) -> None:
+        if recording != self.recording:
+            self._merge()
+            self.recording = recording
+        self.in_recording.add(
+            entries.feature,
+            entries.value,
+            first_position + entries.row,
+            above=self.best.threshold,
         )
+
+    def _merge(self) -> None:
+        current = self.in_recording
+        self.best.add(current.feature, current.key, current.position)
+        current.clear()
+
+    def finish(self) -> _LargestByFeature:
+        self._merge()
+        return self.best

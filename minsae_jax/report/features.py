@@ -1,23 +1,24 @@
-"""What features are active on, as arrays and a small table: what the report shows, for one's own analysis.
+"""Feature cards and statistics of a trained SAE for your own analysis, as the report shows them.
 
 from minsae_jax.report.features import load_features
-found = load_features("runs/mine/members/lambda=5", "stores/mine_test", "tuhab_preprocessed", encoder)
-found.activity.top.sequence      # [d_sae, 16], and much else of every feature: see `Activity`
-found.describe(12)["spectrum"]   # everything of one
-found.table()[:3]                # a dict a feature, the most active first
+features = load_features(
+    "runs/mine/members/lambda=5", "stores/mine_test", "tuhab_preprocessed", encoder
+)
+features.activity.top.sequence   # [d_sae, 16]; see `Activity` for all fields
+features.describe(12).spectrum   # see `FeatureCard` for all fields
+features.table()[:3]             # one dict per feature, the most active first
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
-from minsae_jax.report.describe import Context, describe, make_context
+from minsae_jax.report.describe import Context, FeatureCard, describe, describe_all, make_context
 from minsae_jax.report.examples import Activity, Tokens, collect
 from minsae_jax.sae.member import load_sae
 
-__all__ = ["Activity", "Dataset", "Features", "Tokens", "load_features"]
+__all__ = ["Activity", "Dataset", "FeatureCard", "Features", "Tokens", "load_features"]
 COLUMNS = (
     "id",
     "density",
@@ -35,29 +36,39 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Features:
-    """An autoencoder's features on the tokens of a store."""
+    """The features of an SAE on the tokens of a store."""
 
     activity: Activity
     context: Context
 
-    def describe(self, feature: int) -> dict[str, Any]:
-        """One feature as the report shows it: examples with their EEG, spectrum, channels, neighbours and so on."""
+    def describe(self, feature: int) -> FeatureCard:
+        """Return the card of one feature: its examples with EEG, spectrum, channels and so on."""
         return describe(self.context, feature)
 
-    def table(self) -> list[dict[str, Any]]:
-        """COLUMNS of every feature, the most active first."""
-        rows = [self.describe(feature) for feature in range(self.context.sae.d_sae)]
-        return sorted(
-            ({name: row[name] for name in COLUMNS} for row in rows), key=lambda row: -row["density"]
-        )
+    def table(self) -> list[dict[str, int | float | str]]:
+        """Return COLUMNS of every feature, the most active first."""
+        cards = sorted(describe_all(self.context), key=lambda card: -card.density)
+        return [{name: getattr(card, name) for name in COLUMNS} for card in cards]
 
 
 def load_features(
-    member: str | Path, store: str | Path, root_path: str | Path, encoder: Encoder, layer: int | None = None,
-    w: int = 10, top: int = 16, per_recording: int = 3,
-) -> Features:  # fmt: skip
-    """One pass over a store with a member's autoencoder. `root_path` holds the recordings that the store is of; `layer`
-    is needed where the folder holds several. Raises UserError where they do not fit one another."""
+    member: str | Path,
+    store: str | Path,
+    root_path: str | Path,
+    encoder: Encoder,
+    layer: int | None = None,
+    w: int = 10,
+    top: int = 16,
+    per_recording: int = 3,
+) -> Features:
+    """Read a store once with a member's SAE.
+
+    root_path: folder of the recordings that the store was extracted from. layer: needed if the
+    store's folder contains several. w: patches shown before and after an example's patch. top,
+    per_recording: number of top examples of a feature, and of them from one recording.
+
+    Raises UserError if member, store, recordings and encoder do not belong together.
+    """
     sae = load_sae(member)
     dataset = open_dataset(store, layer, encoder.architecture, root_path)
     activity = collect(dataset, sae, top, per_recording)

@@ -1,113 +1,179 @@
-"""From numbers to a folder of static files. What is drawn, and how, stands in report.js and figures.js.
+"""The report as a folder of static files; report.js and figures.js draw it in the browser.
 
-A page opened from disk may not fetch files, but it may load scripts: so all data are small scripts that call `receive`,
-`index_data.js` with what the first page shows, `data/f00012.js` with feature 12, loaded when somebody looks at it.
+A page opened from disk may not fetch files, but it may load scripts. So all data are small scripts
+that call `receive`: `index_data.js` for the first page, and `data/f00012.js` for feature 12, which
+is loaded when its page is opened.
 """
 
 import base64
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from minsae_jax.errors import UserError
+from minsae_jax.evaluation.config import Band
+from minsae_jax.files import foreign_entries, replaced_folder
+from minsae_jax.report.describe import FeatureCard
+from minsae_jax.report.naming import LABELS_CSV
+from minsae_jax.sae.hyper import Hyper, sparsity
 
 ASSETS = Path(__file__).parent / "assets"
-PAGE = ("index.html", "report.css", "report.js", "figures.js")
-OURS = (*PAGE, "index_data.js", "data")
-# What the table of all features shows; the rest of a feature waits in its own file.
+PAGE_FILES = ("index.html", "report.css", "report.js", "figures.js")
+WRITTEN = (*PAGE_FILES, "index_data.js", "data")
+# Fields of FeatureCard in the table of all features.
 COLUMNS = (
-    "id", "label", "suggestion", "density", "mean", "max", "channel", "band", "patients", "artefact",
-)  # fmt: skip
+    "id",
+    "label",
+    "suggestion",
+    "density",
+    "mean",
+    "max",
+    "channel",
+    "band",
+    "patients",
+    "artefact",
+)
 
 
-def write_report(folder: Path, meta: dict[str, Any], features: Iterable[dict[str, Any]]) -> None:
-    """Write the report to `folder`, or none at all. An older report there is replaced; what else lies beside it, the
-    user's labels.csv above all, is kept.
+@dataclass(frozen=True)
+class MemberRow:
+    """A member of the sweep, for the Pareto plot."""
 
-    meta: title, member, run, encoder, layer, split, created_with; n_tokens, n_windows, n_recordings, n_patients;
-      sampling_rate [Hz], patch_seconds, n_patches, has_cls; channels and positions [n, 2] (a unit head from above, x
-      right, y front); bands [(name, from Hz, to Hz)]; summary [(label, text)]; members [{name, lambda_sparsity, l0,
-      fvu, d_sae, recommended}]; events [{kind, feature, auc, probe_auc, raw_auc, pca_auc}]; waveform_exact;
-      shifted_recordings; notes [str].
-    features: taken one by one, none kept. Of each the COLUMNS, and patient_share, cls, note; examples [{group: top,
-      q1 … q10 or random, recording, patient, channel, start [s], patch (from s, to s) or None for the CLS token,
-      activation, trace int8 [samples] in SD/10, others int8 [channels, samples/2] or None, strip [patches] of
-      activations, strip_start [s], hints}]; histogram {edges, counts}; channel_ratio [channels]; spectrum {hz, ratio,
-      low, high} or None; position [n_patches]; patient_list [(name, share)]; nearest and coactive [(id, value)];
-      waveform [samples] or None; artefacts {name: share}. Of a feature that was never active, whatever there is.
+    name: str
+    hyper: Hyper
+    l0: float
+    fvu: float
+    recommended: bool
 
-    Raises UserError where `folder` holds something else than a report.
+    def to_record(self) -> dict[str, str | float | bool]:
+        """Return JSON values, with the member's sparsity setting under its name."""
+        setting = sparsity(self.hyper)
+        record: dict[str, str | float | bool] = {"name": self.name}
+        if setting is not None:
+            name, value = setting
+            record[name] = value
+        return record | {"l0": self.l0, "fvu": self.fvu, "recommended": self.recommended}
+
+
+@dataclass(frozen=True)
+class EventRow:
+    """Scores of one kind of events: AUCs on test patients; see `EventScore` and `Baseline`."""
+
+    kind: str
+    feature: int
+    auc: float | None
+    probe_auc: float | None
+    raw_auc: float | None
+    pca_auc: float | None
+
+
+@dataclass(frozen=True)
+class ReportMeta:
+    """All that the report shows but the features; field names are the keys in index_data.js."""
+
+    title: str
+    member: str
+    run: str
+    # Fingerprint of the encoder
+    encoder: str
+    layer: int | str
+    created_with: str
+    n_tokens: int
+    n_windows: int
+    n_recordings: int
+    n_patients: int
+    split: str
+    # In Hz
+    sampling_rate: int | float
+    # From the start of a patch to the start of the next
+    patch_seconds: float
+    n_patches: int
+    has_cls: bool
+    channels: Sequence[str]
+    # On a unit head seen from above; x right, y front
+    positions: Float[np.ndarray, "channels 2"]
+    bands: Sequence[Band]
+    # Label and text of each row
+    summary: Sequence[tuple[str, str]]
+    members: Sequence[MemberRow]
+    events: Sequence[EventRow]
+    waveform_exact: bool
+    shifted_recordings: int
+    notes: Sequence[str]
+
+
+def write_pages(folder: Path, meta: ReportMeta, cards: Iterable[FeatureCard]) -> None:
+    """Write the report to `folder`, or nothing if anything fails.
+
+    An older report is replaced; other files in the folder, such as the user's labels.csv, stay.
+    Cards are written one by one and not kept in memory. Raises UserError if `folder` contains
+    files but no report.
     """
     folder = folder.resolve()
-    there = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    if "index_data.js" not in there and there - {"labels.csv"}:
-        raise UserError(
-            f"{folder} holds files that are no report: name another folder for it, or empty this one"
-        )
-    with _replaced(folder) as aside:
-        (aside / "data").mkdir(parents=True)
-        rows = []
-        for feature in features:
-            _write_script(aside / f"data/f{feature['id']:05d}.js", feature)
-            rows.append([feature.get(name) for name in COLUMNS])
-        _write_script(aside / "index_data.js", {"meta": meta, "columns": COLUMNS, "rows": rows})
-        for name in PAGE:
-            shutil.copyfile(ASSETS / name, aside / name)
-
-
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, which takes its place at the end with all there that is not OURS."""
-    aside, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
-    if old.exists() and not folder.exists():  # killed between the two renames below
-        old.rename(folder)
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        yield aside
-        if folder.exists():
-            shutil.copytree(
-                folder,
-                aside,
-                ignore=lambda at, _: OURS if at == str(folder) else (),
-                dirs_exist_ok=True,
+    if not (folder / "index_data.js").exists():
+        foreign = foreign_entries(folder, [LABELS_CSV])
+        if foreign:
+            raise UserError(
+                f"{folder} contains {foreign[0]} and is not a report; empty it or move it away"
             )
-            folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with replaced_folder(folder) as temporary:
+        (temporary / "data").mkdir()
+        rows = []
+        for card in cards:
+            _write_script(temporary / f"data/f{card.id:05d}.js", card)
+            rows.append([getattr(card, name) for name in COLUMNS])
+        index = {"meta": meta, "columns": COLUMNS, "rows": rows}
+        _write_script(temporary / "index_data.js", index)
+        for name in PAGE_FILES:
+            shutil.copyfile(ASSETS / name, temporary / name)
+        for name in foreign_entries(folder, WRITTEN):
+            _copy(folder / name, temporary / name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copy2(source, target)
 
 
 def _write_script(path: Path, value: Any) -> None:
-    text = json.dumps(
-        _compact(value), allow_nan=False, separators=(",", ":")
-    )  # ASCII: the same in every encoding
+    # ASCII, so that the page's encoding does not matter.
+    text = json.dumps(_to_json(value), allow_nan=False, separators=(",", ":"))
     path.write_text(f"receive({text});\n")
 
 
-def _compact(value: Any) -> Any:
-    """As JSON has it, and short: int8 arrays as base64, numbers with four digits, or two decimals where that is more
-    (seconds in a recording, say); what is not finite as null.
+def _to_json(value: Any) -> Any:
+    """Return short JSON values: int8 arrays as base64, non-finite numbers as null.
 
-    >>> _compact({"trace": np.array([1, -1], np.int8), "strip": np.array([0.123456, 4321.987, np.nan])})
-    {'trace': 'Af8=', 'strip': [0.1235, 4321.99, None]}
+    Numbers get four significant digits, or two decimals if that is more (such as seconds in a
+    recording).
+
+    >>> _to_json({"trace": np.array([1, -1], np.int8)})
+    {'trace': 'Af8='}
+    >>> _to_json(np.array([0.123456, 4321.987, np.nan]))
+    [0.1235, 4321.99, None]
     """
+    if isinstance(value, MemberRow):
+        return _to_json(value.to_record())
+    if is_dataclass(value):
+        return {f.name: _to_json(getattr(value, f.name)) for f in fields(value)}
     match value:
         case dict():
-            return {str(key): _compact(item) for key, item in value.items()}
+            return {str(key): _to_json(item) for key, item in value.items()}
         case np.ndarray() if value.dtype == np.int8:
             return base64.b64encode(value.tobytes()).decode()
         case np.ndarray() | np.generic():
-            return _compact(value.tolist())
+            return _to_json(value.tolist())
         case list() | tuple():
-            return [_compact(item) for item in value]
+            return [_to_json(item) for item in value]
         case float():
             if not math.isfinite(value):
                 return None

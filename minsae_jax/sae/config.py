@@ -304,12 +304,12 @@ _RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Plot a run, finished or not: MSE and L1 over steps, and an animation of feature densities."""
+    """Plot the metrics of a run over its steps, and animate the densities of its features."""
 
     run: str
-    """Folder of the run."""
+    """Folder of the run, finished or not."""
     out: str | None = None
-    """Folder of the plots (default: plots/ in the run's folder)."""
+    """Folder for the plots (default: plots/ in the run)."""
 
 
 def load_run_config(run: Path) -> TrainConfig:

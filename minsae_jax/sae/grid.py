@@ -5,11 +5,12 @@ from itertools import product
 
 from minsae_jax.errors import UserError
 from minsae_jax.sae.config import TrainPlan
+from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.kinds import KINDS, SAEKind
 
 MAX_D_SAE = 2**24
 # What distinguishes members, in the order of the columns of sweep.csv.
-HYPER_NAMES = ("lambda_sparsity", "lr", "seed", "d_sae")
+HYPER_NAMES = tuple(SYMBOLS)
 # How hyper-parameters are called in members' names.
 _SHORT_NAMES = {"lambda_sparsity": "lambda"}
 

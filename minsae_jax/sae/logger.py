@@ -15,7 +15,7 @@ from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group, MemberSpec
 from minsae_jax.sae.kinds import Params
 from minsae_jax.sae.member import save_member
-from minsae_jax.sae.plots import draw_pareto
+from minsae_jax.sae.plots import ParetoPoint, draw_pareto
 from minsae_jax.sae.run import HELD_OUT_METRICS, TRAIN_METRICS, Metrics, RunFolder
 from minsae_jax.sae.sweep import IntervalMetrics
 
@@ -172,13 +172,10 @@ class RunLogger:
 
     def _draw_pareto(self, progress: Progress) -> None:
         """Plot L0 against FVU, on held-out tokens if there are any."""
-        points: dict[str, list[Metrics]] = {}
+        points = []
         for member in self.members:
-            # Members that differ in λ alone are one line.
-            line = member.name.partition(",")[2]
             metrics = progress.held_out.get(member.name) or progress.metrics[member.name]
-            point = metrics | {"lambda_sparsity": member.lambda_sparsity}
-            points.setdefault(line, []).append(point)
+            points.append(ParetoPoint(member.hyper, metrics["l0"], metrics["fvu"]))
         where = "on held-out tokens" if progress.held_out else "in training"
         title = f"{self.folder.folder.name} {where}, step {progress.step:,}"
         draw_pareto(self.folder.pareto_png, points, title)

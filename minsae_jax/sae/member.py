@@ -51,6 +51,12 @@ class SparseAutoencoder:
         """The direction that each feature adds to x̂."""
         return np.asarray(self.params["W_dec"])
 
+    @property
+    def unit_directions(self) -> Float[np.ndarray, "d_sae d_model"]:
+        """Decoder directions of L2 norm 1, so that their products are cosines."""
+        norms = np.linalg.norm(self.decoder_directions, axis=1, keepdims=True)
+        return self.decoder_directions / np.maximum(norms, 1e-12)
+
     def encode(self, x: Array | np.ndarray) -> Float[Array, "*tokens d_sae"]:
         """Return the features of raw activations [..., d_model].
 

@@ -1,348 +1,305 @@
-"""Pictures for people, by matplotlib: the members' trade-off, and a run's course: `python -m minsae_jax plot`."""
+"""Plots of a run, by matplotlib: Pareto plots, and `minsae plot` for metrics over steps."""
 
-import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write
 from minsae_jax.sae.config import PlotConfig, load_run_config
+from minsae_jax.sae.history import Densities, MemberHistory, read_densities, read_histories
+from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, Hyper, sparsity, value_text, varied_names
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # matplotlib takes half a second to import, and few verbs need it
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+    from PIL.Image import Image
 
 COLOURS = ("#2a6f97", "#e07a5f", "#3d8b5f", "#8d5a97", "#c9a227", "#5f6b73")
 MARKERS = ("o", "s", "^", "D")
 STYLES = ("-", "--", ":", "-.")
-HYPER = {
-    "lambda": "λ",
-    "d_sae": "d_sae",
-    "lr": "lr",
-    "seed": "seed",
-}  # in a member's name, and in a legend
-FRAMES = 60  # of an animation, at the most
-BIN = 0.1  # of log10 density
-SMOOTH = (
-    np.array([1, 4, 6, 4, 1]) / 16
-)  # over bins: a density of few tokens has gaps of up to three bins
+FRAME_MILLISECONDS = 120
+LAST_FRAME_MILLISECONDS = 2000
 
 
-def draw_pareto(path: Path, points: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:
-    """L0 against FVU, a point a member; each kind of member (of one size, say) is a line. λ stands beside the points
-    where there are few kinds, else at the ends of each line. Members without figures are left out.
+@dataclass(frozen=True)
+class ParetoPoint:
+    """One member of a Pareto plot."""
 
-    points: for every kind its members' lambda_sparsity, l0 and fvu.
+    hyper: Hyper
+    l0: float
+    fvu: float
+
+
+@dataclass(frozen=True)
+class PlotFiles:
+    """The files that `plot` wrote."""
+
+    metrics: Path  # mse_l1.png
+    densities: Path  # density.gif
+
+
+@dataclass(frozen=True)
+class LineStyle:
+    """Colour and dashes of one member's line."""
+
+    color: tuple[float, float, float, float]
+    linestyle: str
+
+
+def draw_pareto(path: Path, points: Sequence[ParetoPoint], title: str) -> None:
+    """Write a PNG of FVU over L0, one point per member.
+
+    Members that differ only in their sparsity setting are joined by a line. The value of that
+    setting labels each point, or only at the ends of each line if there are over 3
+    lines. Points that are not finite are left out.
     """
-    figure = _figure(7.0 if len(points) == 1 else 9.0, 4.5)
+    lines = _group_by_line(points)
+    figure = _make_figure(7.0 if len(lines) == 1 else 9.0, 4.5)
     axes = figure.subplots()
-    for i, (kind, members) in enumerate(points.items()):
-        line = sorted(
-            (m for m in members if np.isfinite(m["l0"]) and np.isfinite(m["fvu"])),
-            key=lambda m: m["l0"],
-        )
-        l0, fvu = [m["l0"] for m in line], [m["fvu"] for m in line]
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
+    for i, (label, members) in enumerate(lines.items()):
+        finite = [m for m in members if np.isfinite([m.l0, m.fvu]).all()]
+        line = sorted(finite, key=lambda m: m.l0)
         axes.plot(
-            l0,
-            fvu,
+            [m.l0 for m in line],
+            [m.fvu for m in line],
             "-",
-            color=colour,
-            marker=marker,
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i // len(COLOURS) % len(MARKERS)],
             alpha=0.8,
-            label=kind,
+            label=label,
             markersize=5,
             linewidth=1,
         )
-        for member in line if len(points) <= 3 else line[:1] + line[1:][-1:]:
-            where = (member["l0"], member["fvu"])
-            axes.annotate(
-                f"{member['lambda_sparsity']:g}",
-                where,
-                (4, 4),
-                textcoords="offset points",
-                fontsize=8,
-            )
-    axes.set(xlabel="L0: active features a token", ylabel="FVU: variance not explained")
+        annotated = line if len(lines) <= 3 else _ends(line)
+        for member in annotated:
+            _annotate_sparsity(axes, member)
+    axes.set(xlabel="L0: active features per token", ylabel="FVU: fraction of variance unexplained")
     axes.set_title(title, parse_math=False)
     _tidy(axes)
-    if len(points) > 1:
+    if len(lines) > 1:
         figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    _note_sparsity(axes, points)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _group_by_line(points: Sequence[ParetoPoint]) -> dict[str, list[ParetoPoint]]:
+    """Return label -> members, where the label has every varied setting but the sparsity's."""
+    names = [n for n in varied_names(point.hyper for point in points) if n not in SPARSITY]
+    lines: dict[str, list[ParetoPoint]] = {}
+    for point in points:
+        parts = [f"{n}={value_text(point.hyper[n])}" for n in names if n in point.hyper]
+        lines.setdefault(",".join(parts), []).append(point)
+    return lines
+
+
+def _ends(line: list[ParetoPoint]) -> list[ParetoPoint]:
+    return line if len(line) < 2 else [line[0], line[-1]]
+
+
+def _annotate_sparsity(axes: "Axes", member: ParetoPoint) -> None:
+    setting = sparsity(member.hyper)
+    if setting is None:
+        return
+    _, value = setting
+    axes.annotate(
+        f"{value:g}", (member.l0, member.fvu), (4, 4), textcoords="offset points", fontsize=8
+    )
+
+
+def _note_sparsity(axes: "Axes", points: Sequence[ParetoPoint]) -> None:
+    """Explain the labels of the points."""
+    settings = [setting for point in points if (setting := sparsity(point.hyper))]
+    symbols = dict.fromkeys(SYMBOLS[name] for name, _ in settings)
+    if not symbols:
+        return
     axes.text(
         1,
         1.01,
-        "numbers: λ",
+        f"numbers: {', '.join(symbols)}",
         transform=axes.transAxes,
         ha="right",
         va="bottom",
         fontsize=8,
         color="grey",
     )
-    with atomic_write(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
 
 
-@dataclass(frozen=True)
-class Course:
-    """A member over its run, from metrics.csv: a number a window."""
+def plot(settings: PlotConfig) -> PlotFiles:
+    """Write mse_l1.png and density.gif of a run, finished or not.
 
-    label: str
-    look: dict[str, Any]  # of its line
-    step: Int[np.ndarray, " windows"]
-    tokens: Int[np.ndarray, " windows"]  # up to the window's end
-    mse: Float[np.ndarray, " windows"]
-    l1: Float[np.ndarray, " windows"]
-    act_freqs: Path
-
-
-@dataclass(frozen=True)
-class Densities:
-    """Histograms over log10 density, the share of a window's tokens on which a feature was active."""
-
-    windows: Int[np.ndarray, " frames"]  # which windows of the run
-    edges: Float[np.ndarray, " edges"]
-    percent: Float[np.ndarray, "frames members bins"]  # of all features, smoothed
-    silent: Int[np.ndarray, "frames members"]  # features that were active on no token of the window
-
-
-def plot(settings: PlotConfig) -> str:
-    """mse_l1.png and density.gif of a run, finished or not; returns what to tell.
-
-    Raises UserError on a folder that is no run, or whose files are damaged or have no rows yet.
+    Raises UserError if the folder is not a run, or if its files are damaged or have no rows yet.
     """
-    if not settings.run:
-        raise UserError("plot needs --run, the folder of a run")
     run = Path(settings.run)
     if not (run / "config.yaml").is_file() or not (run / "members").is_dir():
-        raise UserError(f"{run} is no run: it needs config.yaml and members/")
-    l1_name = "λ · L1" if load_run_config(run).recipe == "minsae" else "L1"
-    courses = read_courses(run / "members")
+        raise UserError(f"{run} is not a run: it needs config.yaml and members/")
+    # The PyTorch minSAE logs the L1 penalty with its weight.
+    l1_title = "λ · L1" if load_run_config(run).recipe == "minsae" else "L1"
+    histories = read_histories(run)
+    densities = read_densities(histories)
     out = Path(settings.out) if settings.out else run / "plots"
-    densities = read_densities(courses)
     out.mkdir(parents=True, exist_ok=True)
-    _draw_courses(out / "mse_l1.png", courses, l1_name, run.resolve().name)
-    _animate_densities(out / "density.gif", courses, densities, run.resolve().name)
-    return f"wrote {out / 'mse_l1.png'} and {out / 'density.gif'}"
+    files = PlotFiles(out / "mse_l1.png", out / "density.gif")
+    _draw_metrics(files.metrics, histories, l1_title, run.resolve().name)
+    _animate_densities(files.densities, histories, densities, run.resolve().name)
+    return files
 
 
-def read_courses(members: Path) -> list[Course]:
-    """All members by their hyper-parameters, each up to the last window that all of them have."""
-    found = {path: _hyper(path) for path in members.iterdir() if path.is_dir()}
-    found = dict(sorted(found.items(), key=lambda item: [item[1].get(name, 0) for name in HYPER]))
-    rows = {path: _read_metrics(path / "metrics.csv") for path in found}
-    windows = min(map(len, rows.values()), default=0)
-    if not windows:
-        raise UserError(
-            f"{members} has no rows of metrics yet: wait for the first --eval_window steps"
-        )
-    values = {name: sorted({hyper.get(name, 0) for hyper in found.values()}) for name in HYPER}
-    varied = [name for name in HYPER if len(values[name]) > 1] or ["lambda"]
-    courses = []
-    for path, hyper in found.items():
-        label = ", ".join(f"{HYPER[name]} {hyper.get(name, 0):g}" for name in varied)
-        places = [values[name].index(hyper.get(name, 0)) for name in varied]
-        shades = max(len(values[varied[0]]) - 1, 1)
-        look: dict[str, Any] = {
-            "color": _shade(places[0] / shades),
-            "linestyle": STYLES[sum(places[1:]) % len(STYLES)],
-        }
-        step, tokens, mse, l1 = rows[path][:windows].T
-        courses.append(
-            Course(
-                label, look, step.astype(int), tokens.astype(int), mse, l1, path / "act_freqs.csv"
-            )
-        )
-    return courses
+def _member_labels(histories: Sequence[MemberHistory]) -> list[str]:
+    hypers = [history.hyper for history in histories]
+    names = varied_names(hypers) or list(SPARSITY)
+    labels = []
+    for hyper in hypers:
+        parts = [f"{SYMBOLS[n]} {value_text(hyper[n])}" for n in names if n in hyper]
+        labels.append(", ".join(parts))
+    return labels
 
 
-def _hyper(member: Path) -> dict[str, float]:
-    """Of `lambda=5,d_sae=1024`."""
-    try:
-        hyper = {
-            name: float(value)
-            for name, value in (part.split("=") for part in member.name.split(","))
-        }
-    except ValueError:
-        hyper = {}
-    if "lambda" not in hyper or not hyper.keys() <= HYPER.keys():
-        raise UserError(f"{member} is no member's folder: its name should be like lambda=5")
-    return hyper
+def _member_styles(histories: Sequence[MemberHistory]) -> list[LineStyle]:
+    """Colour by the first varied hyper-parameter, from dark to light; dashes by all others."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["viridis"]
+    hypers = [history.hyper for history in histories]
+    names = varied_names(hypers) or list(SPARSITY)
+    values = {name: sorted({hyper.get(name, 0) for hyper in hypers}) for name in names}
+    styles = []
+    for hyper in hypers:
+        first, *others = [values[name].index(hyper.get(name, 0)) for name in names]
+        share = first / max(len(values[names[0]]) - 1, 1)
+        # The lightest 15 % of the colour map are hard to see on white.
+        colour = colours(0.85 * share)
+        styles.append(LineStyle(colour, STYLES[sum(others) % len(STYLES)]))
+    return styles
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Of a file that may be growing: a last line without an end is left out."""
-    with path.open(errors="replace") as f:
-        yield from (line.rstrip("\n") for line in f if line.endswith("\n"))
+def _draw_metrics(
+    path: Path, histories: Sequence[MemberHistory], l1_title: str, title: str
+) -> None:
+    """Draw MSE and L1 over steps, one line per member."""
+    figure = _make_figure(11.0, 4.5)
+    mse_axes, l1_axes = figure.subplots(1, 2)
+    labels = _member_labels(histories)
+    styles = _member_styles(histories)
+    for history, label, style in zip(histories, labels, styles, strict=True):
+        _plot_positive(mse_axes, history.step, history.mse, label, style)
+        _plot_positive(l1_axes, history.step, history.l1, label, style)
+    _finish_metric_axes(mse_axes, "MSE")
+    _finish_metric_axes(l1_axes, l1_title)
+    figure.suptitle(title, x=0.01, ha="left", parse_math=False)
+    handles, handle_labels = l1_axes.get_legend_handles_labels()
+    _add_legend(figure, handles, handle_labels)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
-def _damaged(path: Path, why: object) -> UserError:
-    return UserError(f"{path} is damaged ({why}): train the run anew, or bring the file back")
+def _plot_positive(
+    axes: "Axes", step: np.ndarray, values: np.ndarray, label: str, style: LineStyle
+) -> None:
+    """Plot values that a logarithmic axis can show; the others become gaps."""
+    is_shown = np.isfinite(values) & (values > 0)
+    shown = np.where(is_shown, values, np.nan)
+    axes.plot(step, shown, label=label, linewidth=1.6, **vars(style))
 
 
-def _read_metrics(path: Path) -> Float[np.ndarray, "windows 4"]:
-    """step, tokens, mse and l1."""
-    try:
-        rows = [
-            [
-                float(int(row["step"])),
-                float(int(row["tokens"])),
-                float(row["mse"]),
-                float(row["l1"]),
-            ]
-            for row in csv.DictReader(_lines(path))
-        ]
-    except KeyError as e:
-        raise _damaged(path, f"it has no column {e}") from None
-    except (TypeError, ValueError, OverflowError, csv.Error) as e:
-        raise _damaged(path, e) from None
-    if any(a[0] >= b[0] or a[1] >= b[1] for a, b in pairwise([[0.0, 0.0], *rows])):
-        raise _damaged(path, "its steps or tokens do not grow")
-    return np.array(rows, float).reshape(-1, 4)
-
-
-def read_densities(courses: list[Course]) -> Densities:
-    """Of at most FRAMES windows, from the first to the last."""
-    windows = np.unique(np.linspace(0, len(courses[0].step) - 1, FRAMES).round().astype(int))
-    most = max(int(np.diff(course.tokens, prepend=0).max()) for course in courses)
-    edges = (
-        np.arange(-np.ceil(np.log10(most) / BIN) - 3, 4) * BIN
-    )  # from below the density of one token to above 1
-    members = [
-        [_histogram(density, edges) for density in _read_act_freqs(course, windows)]
-        for course in courses
-    ]
-    frames = list(
-        zip(*members, strict=False)
-    )  # a member that was just being written may have one less
-    percent = np.array([[percent for percent, _ in frame] for frame in frames])
-    silent = np.array([[silent for _, silent in frame] for frame in frames])
-    return Densities(windows[: len(frames)], edges, percent, silent)
-
-
-def _read_act_freqs(
-    course: Course, windows: Int[np.ndarray, " frames"]
-) -> Iterator[Float[np.ndarray, " d_sae"]]:
-    """Every feature's density in these windows."""
-    lines = _lines(course.act_freqs)
-    d_sae = next(lines, "").count(",")
-    wanted, window = set(windows.tolist()), -1
-    in_window = np.diff(course.tokens, prepend=0)
-    for window, line in zip(range(len(course.tokens)), lines, strict=False):
-        if window not in wanted:
-            continue
-        try:
-            tokens, *active = map(int, line.split(","))
-            fits = tokens == course.tokens[window] and len(active) == d_sae
-            fits = fits and 0 <= min(active) <= max(active) <= in_window[window]
-        except ValueError as e:
-            raise _damaged(course.act_freqs, e) from None
-        if not fits:
-            raise _damaged(course.act_freqs, f"row {window + 1} does not fit metrics.csv")
-        yield np.array(active) / in_window[window]
-    if window + 1 < max(len(course.tokens) - 1, 1):  # the last row may be on its way
-        raise _damaged(
-            course.act_freqs, f"it has {window + 1} rows, but metrics.csv {len(course.tokens)}"
-        )
-
-
-def _histogram(
-    density: Float[np.ndarray, " d_sae"], edges: Float[np.ndarray, " edges"]
-) -> tuple[Float[np.ndarray, " bins"], int]:
-    counts, _ = np.histogram(np.log10(density[density > 0]), edges)
-    return 100 * np.convolve(counts, SMOOTH, "same") / len(density), int((density == 0).sum())
-
-
-def _draw_courses(path: Path, courses: list[Course], l1_name: str, title: str) -> None:
-    """MSE and L1 over steps, a line a member."""
+def _finish_metric_axes(axes: "Axes", title: str) -> None:
     from matplotlib.ticker import LogFormatter
 
-    figure = _figure(11.0, 4.5)
-    for axes, name, told in zip(
-        figure.subplots(1, 2), ("mse", "l1"), ("MSE", l1_name), strict=True
-    ):
-        for course in courses:
-            values = getattr(course, name)
-            values = np.where(np.isfinite(values) & (values > 0), values, np.nan)
-            axes.plot(course.step, values, label=course.label, linewidth=1.6, **course.look)
-        if np.nanmax([0.0, *(y for line in axes.lines for y in line.get_ydata())]) > 0:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-        axes.set(xlabel="step", title=told)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        _tidy(axes)
-    figure.suptitle(title, x=0.01, ha="left", parse_math=False)
-    handles, labels = axes.get_legend_handles_labels()
-    _legend(figure, handles, labels)
-    with atomic_write(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    has_values = any(np.isfinite(line.get_ydata()).any() for line in axes.lines)
+    if has_values:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.set(xlabel="step", title=title)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    _tidy(axes)
 
 
-def _animate_densities(path: Path, courses: list[Course], densities: Densities, title: str) -> None:
-    """The histograms of all members, a curve each, a frame a window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _animate_densities(
+    path: Path, histories: Sequence[MemberHistory], densities: Densities, title: str
+) -> None:
+    """Write a GIF of density histograms: one curve per member, one frame per interval."""
     from PIL import Image
 
-    figure = _figure(9.5, 4.8)
-    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    edges, percent, silent = densities.edges, densities.percent, densities.silent
-    x = np.concatenate([edges[:1], (edges[1:] + edges[:-1]) / 2, edges[-1:]])
-    looks = [
-        c.look | {"facecolor": (c.look["color"], 0.1), "edgecolor": c.look["color"]}
-        for c in courses
-    ]
-    areas = [axes.fill(x, 0 * x, linewidth=1.6, **look)[0] for look in looks]
-    # The first frames, in which all features are much alike, may be higher.
-    axes.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.1 * percent[len(percent) // 10 :].max() or 1))
+    figure = _make_figure(9.5, 4.8)
+    axes = figure.subplots()
+    edges = densities.edges
+    middles = (edges[1:] + edges[:-1]) / 2
+    x = np.concatenate([edges[:1], middles, edges[-1:]])
+    areas = []
+    for style in _member_styles(histories):
+        (area,) = axes.fill(x, 0 * x, linewidth=1.6, **vars(style))
+        area.set(facecolor=(style.color, 0.1), edgecolor=style.color)
+        areas.append(area)
+    # In the first frames most features have the same density: their peak may be cut off.
+    highest = densities.percent[len(densities.percent) // 10 :].max()
     axes.set(
-        xlabel="log10 of the share of tokens on which a feature is active",
-        ylabel="% of features in 0.1 decade",
+        xlim=(edges[0], edges[-1]),
+        ylim=(0, 1.1 * highest or 1),
+        xlabel="log10 of the share of tokens with the feature active",
+        ylabel="% of features per 0.1 decade",
     )
     _tidy(axes)
-    wide, digits = max(len(course.label) for course in courses), len(f"{silent.max():,}")
-    labels = [
-        [f"{c.label:{wide}}  dead: {n:{digits},}" for c, n in zip(courses, row, strict=True)]
-        for row in silent
-    ]
-    legend = _legend(figure, areas, labels[0], prop={"family": "monospace", "size": 9})
+    labels = _frame_labels(histories, densities)
+    legend = _add_legend(figure, areas, labels[0], prop={"family": "monospace", "size": 9})
     heading = axes.set_title(" ", loc="left", parse_math=False)
     images: list[Image.Image] = []
-    for frame, window in enumerate(densities.windows):
-        for area, curve, text, label in zip(
-            areas, percent[frame], legend.get_texts(), labels[frame], strict=True
-        ):
-            area.set_xy(np.column_stack([x, np.concatenate([[0], curve, [0]])]))
+    for frame, interval in enumerate(densities.intervals):
+        for area, curve in zip(areas, densities.percent[frame], strict=True):
+            y = np.concatenate([[0], curve, [0]])
+            area.set_xy(np.column_stack([x, y]))
+        for text, label in zip(legend.get_texts(), labels[frame], strict=True):
             text.set_text(label)
-        heading.set_text(
-            f"{title}   step {courses[0].step[window]:,}   {courses[0].tokens[window]:,} tokens"
-        )
-        canvas.draw()
-        figure.set_layout_engine("none")  # the first frame's is that of all
-        image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-        palette = images[0] if images else image.quantize(128, Image.Quantize.MAXCOVERAGE)
-        images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
-    with atomic_write(path) as aside:
-        milliseconds = [120] * (len(images) - 1) + [2000]
+        step = histories[0].step[interval]
+        tokens = histories[0].tokens[interval]
+        heading.set_text(f"{title}   step {step:,}   {tokens:,} tokens")
+        images.append(_render(figure, images))
+    durations = [FRAME_MILLISECONDS] * (len(images) - 1) + [LAST_FRAME_MILLISECONDS]
+    with atomic_write(path) as temporary:
         images[0].save(
-            aside,
+            temporary,
             format="GIF",
             save_all=True,
             append_images=images[1:],
-            duration=milliseconds,
+            duration=durations,
             loop=0,
         )
 
 
-def _figure(width: float, height: float) -> "Figure":
-    """Inches; nothing of pyplot, which would look for a screen."""
-    from matplotlib.backends.backend_agg import (
-        FigureCanvasAgg,  # half a second, which few verbs need
-    )
+def _frame_labels(histories: Sequence[MemberHistory], densities: Densities) -> list[list[str]]:
+    """Return the legend of every frame: members with their number of silent features, aligned."""
+    labels = _member_labels(histories)
+    width = max(map(len, labels))
+    digits = len(f"{densities.silent.max():,}")
+    padded = [f"{label:{width}}" for label in labels]
+    frames = []
+    for row in densities.silent:
+        frame = [f"{label}  dead: {n:{digits},}" for label, n in zip(padded, row, strict=True)]
+        frames.append(frame)
+    return frames
+
+
+def _render(figure: "Figure", earlier: "list[Image]") -> "Image":
+    """Return the figure as an image with the layout and the palette of the first frame."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    figure.set_layout_engine("none")
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    palette = earlier[0] if earlier else image.quantize(128, Image.Quantize.MAXCOVERAGE)
+    return image.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+def _make_figure(width: float, height: float) -> "Figure":
+    """Return a figure in inches, without pyplot, which would look for a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -350,21 +307,16 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str], **text: Any) -> Any:
-    """Beside the axes, in as many columns as the height asks for."""
-    columns = -(-len(labels) // 20)
+def _add_legend(
+    figure: "Figure", handles: Sequence[Any], labels: Sequence[str], **text: Any
+) -> "Legend":
+    """Add a legend to the right of the axes, with up to 20 entries per column."""
+    n_columns = -(-len(labels) // 20)
     return figure.legend(
-        handles, labels, loc="outside right center", frameon=False, ncols=columns, **text
+        handles, labels, loc="outside right center", frameon=False, ncols=n_columns, **text
     )
 
 
-def _tidy(axes: Any) -> None:
+def _tidy(axes: "Axes") -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _shade(share: float) -> Any:
-    """From dark to light, for values from small to large."""
-    import matplotlib
-
-    return matplotlib.colormaps["viridis"](0.85 * share)

@@ -345,7 +345,9 @@ def test_another_kind_is_never_replaced(member, tmp_path):
 
 
 def test_bias_beyond_float32_is_refused(lens, tmp_path):
-    large = {n: np.full(RELU.shapes(D_MODEL, D_SAE)[n], 1e30, np.float32) for n in ("W_enc", "b_dec")}
+    large = {
+        n: np.full(RELU.shapes(D_MODEL, D_SAE)[n], 1e30, np.float32) for n in ("W_enc", "b_dec")
+    }
     folder = lens({"apply_b_dec_to_input": True}, **large)
     with pytest.raises(UserError, match="NaN or infinity"):
         main(["sae", str(folder), "--to", "member", "--out", str(tmp_path / "back")])

@@ -18,8 +18,8 @@ from minsae_jax.encoder.live import open_live
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.sweep import Sweep
 from minsae_jax.sae.trainer import train
-from tests.interrupt import train_until
 from tests.conftest import FIXTURES
+from tests.interrupt import train_until
 
 CHECKPOINT = FIXTURES / "tuhab_patch_100/checkpoint.pth"
 

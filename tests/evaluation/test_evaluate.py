@@ -1,4 +1,4 @@
-"""The whole evaluation of the small sweep: figures against definitions, refusals, files, the recommended member."""
+"""Evaluation of the small sweep: measures against definitions, errors, files, recommendation."""
 
 import csv
 import json
@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from minsae_jax import UserError
-from minsae_jax.evaluation import events as planted
+from minsae_jax.evaluation import inputs
 from minsae_jax.evaluation.config import EvaluateConfig
-from minsae_jax.evaluation.evaluate import evaluate, recommend, summary
+from minsae_jax.evaluation.evaluate import evaluate, recommend
 from minsae_jax.evaluation.loss_recovered import substitution_errors
+from minsae_jax.evaluation.results import LossRecovered
 
 
 @pytest.fixture(scope="module")
@@ -27,107 +28,199 @@ def evaluation(trained, settings):
     return evaluate(settings, trained.encoder)
 
 
-def test_figures(trained, evaluation):
+def test_measures_match_their_definitions(trained, evaluation):
     dataset = trained.dataset("test")
     x = dataset.read(0, len(dataset.recording)).reshape(-1, 128)
-    assert [m["member"] for m in evaluation.members] == ["lambda=0.1", "lambda=1"]
-    for own in evaluation.members:
-        sae = trained.sae(own["member"])
+    assert [m.member for m in evaluation.members] == ["lambda=0.1", "lambda=1"]
+    for member in evaluation.members:
+        sae = trained.sae(member.member)
         f = np.asarray(sae.encode(x))
         r = np.asarray(sae.decode(f)) - x
-        assert own["fvu"] == pytest.approx((r**2).sum() / ((x - x.mean(0)) ** 2).sum(), rel=1e-4)
-        assert own["l0"] == pytest.approx((f > 0).sum(1).mean(), rel=1e-3)
-        assert own["dead_fraction"] == pytest.approx((f == 0).all(0).mean(), abs=0.02)
+        variance = ((x - x.mean(0)) ** 2).sum()
+        assert member.tokens.fvu == pytest.approx((r**2).sum() / variance, rel=1e-4)
+        assert member.tokens.l0 == pytest.approx((f > 0).sum(1).mean(), rel=1e-3)
+        assert member.tokens.dead_fraction == pytest.approx((f == 0).all(0).mean(), abs=0.02)
         rows = np.array(sae.params["W_dec"])
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         cosine = rows @ rows.T - 2 * np.eye(len(rows))
-        assert own["decoder_cosine_mean"] == pytest.approx(cosine.max(1).mean(), rel=1e-4)
-        alive = (f > 0).any(0).sum()
-        assert sum(own["log10_density"]["features"]) == pytest.approx(alive, abs=1)
-        assert own["loss_recovered"] < 1
+        assert member.decoder.mean == pytest.approx(cosine.max(1).mean(), rel=1e-4)
+        n_alive = (f > 0).any(0).sum()
+        assert sum(member.tokens.log10_density.features) == pytest.approx(n_alive, abs=1)
+        assert member.loss.loss_recovered < 1
         kinds = {"alpha", "blink", "muscle", "slow_wave", "spike", "spindle"}
-        assert own["events"].keys() <= kinds
-        for score in own["events"].values():
-            assert 0 <= score["auc"] <= 1
-            assert len(set(score["best_five"])) == 5
-    assert evaluation.baselines.keys() == evaluation.members[0]["events"].keys()
-    assert evaluation.about["tokens"] == len(x)
+        assert member.events.keys() <= kinds
+        for score in member.events.values():
+            assert 0 <= score.auc <= 1
+            assert len(set(score.best_five)) == 5
+    assert evaluation.baselines.keys() == evaluation.members[0].events.keys()
     alone = substitution_errors(trained.encoder, dataset, 2, [], x.mean(0), 4, 0.3)
-    assert evaluation.about["substitution"]["mean_ablation"] == pytest.approx(
-        alone["mean_ablation"], rel=1e-4
-    )
+    expected = pytest.approx(alone.mean_ablation, rel=1e-4)
+    assert evaluation.substitution.mean_ablation == expected
 
 
-def test_files(trained, evaluation):
-    told = json.loads((trained.run / "evaluation.json").read_text())
-    assert told["recommended"] == evaluation.recommended
-    assert told["members"] == evaluation.members
-    with (trained.run / "evaluation.csv").open(newline="") as f:
-        rows = list(csv.DictReader(f))
-    assert [float(r["fvu"]) for r in rows] == [m["fvu"] for m in evaluation.members]
+def test_files_contain_the_evaluation(trained, evaluation):
+    content = json.loads((trained.run / "evaluation.json").read_text())
+    dataset = trained.dataset("test")
+    assert content["recommended"] == evaluation.recommended
+    assert content["tokens"] == dataset.store.rows
+    assert content == json.loads(json.dumps(evaluation.to_record()))
+    with (trained.run / "evaluation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["fvu"]) for row in rows] == [m.tokens.fvu for m in evaluation.members]
     kind = next(iter(evaluation.baselines))
-    assert float(rows[0][f"{kind}_auc"]) == evaluation.members[0]["events"][kind]["auc"]
+    assert float(rows[0][f"{kind}_auc"]) == evaluation.members[0].events[kind].auc
     assert (trained.run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    text = summary(evaluation)
+
+
+def test_keys_of_evaluation_json(evaluation):
+    """Other programs read these."""
+    record = evaluation.to_record()
+    assert list(record) == [
+        "rule",
+        "run",
+        "store",
+        "tokens",
+        "substitution",
+        "recommended",
+        "baselines",
+        "members",
+    ]
+    assert list(record["substitution"]) == [
+        "windows",
+        "untouched",
+        "mean_ablation",
+        "zero_ablation",
+        "mask_ratio",
+    ]
+    assert list(record["members"][0]) == [
+        "member",
+        "lambda_sparsity",
+        "lr",
+        "seed",
+        "d_sae",
+        "status",
+        "fvu",
+        "explained_variance",
+        "l0",
+        "l1",
+        "dense_fraction",
+        "cosine",
+        "norm_ratio",
+        "dead_fraction",
+        "log10_density",
+        "decoder_cosine_mean",
+        "decoder_cosine_median",
+        "decoder_cosine_over_0.9",
+        "masked_error",
+        "loss_recovered",
+        "loss_recovered_of_zero_ablation",
+        "events",
+    ]
+    score = next(iter(record["members"][0]["events"].values()))
+    assert list(score) == ["feature", "auc", "val_auc", "best_five", "probe_auc", "token_auc"]
+
+
+def test_summary(evaluation):
+    text = evaluation.summary()
     assert f"recommended: {evaluation.recommended}" in text
     assert "raw dimension" in text
 
 
-def test_one_member(trained, settings):
+def test_one_member_is_recommended_as_asked_for(trained, settings):
     only = evaluate(replace(settings, member="lambda=1"), trained.encoder)
-    assert [m["member"] for m in only.members] == ["lambda=1"]
+    assert [m.member for m in only.members] == ["lambda=1"]
     assert only.recommended == "lambda=1"
-    assert "rule: the member that was asked for" in summary(only)
+    assert "rule: the member set by --member" in only.summary()
 
 
-def test_the_rule():
-    def member(name, l0, recovered, status="finished"):
-        return {
-            "member": name, "l0": l0, "loss_recovered": recovered, "explained_variance": recovered, "status": status
-        }  # fmt: skip
+def test_each_input_is_opened_once(trained, settings, monkeypatch):
+    opened = []
 
-    found = [
-        member("a", 90, 0.99),
-        member("b", 50, 0.96),
-        member("c", 20, 0.94),
-        member("d", 10, 0.97),
-    ]
-    assert recommend(found) == "d"
-    assert recommend([*found[:3], member("d", 10, 0.97, "diverged")]) == "b"
-    assert recommend([found[2]]) == "c"
+    def counting(function):
+        def call(path, *args, **kwargs):
+            opened.append(str(path))
+            return function(path, *args, **kwargs)
+
+        return call
+
+    for name in ("load_sae", "open_dataset", "load_run_config"):
+        monkeypatch.setattr(inputs, name, counting(getattr(inputs, name)))
+    evaluate(replace(settings, member="lambda=1"), trained.encoder)
+    assert len(opened) == len(set(opened)) == 4  # one member, two stores, config.yaml
+
+
+def test_recommendation_follows_the_rule(evaluation):
+    def member(name, l0, quality, status="finished", has_loss=True):
+        template = evaluation.members[0]
+        tokens = replace(template.tokens, l0=float(l0), explained_variance=quality)
+        loss = LossRecovered(0.0, quality, quality) if has_loss else None
+        return replace(template, member=name, tokens=tokens, loss=loss, status=status)
+
+    a = member("a", 90, 0.99)
+    b = member("b", 50, 0.96)
+    c = member("c", 20, 0.94)
+    d = member("d", 10, 0.97)
+    assert recommend([a, b, c, d]) == "d"
+    assert recommend([a, b, c, replace(d, status="diverged")]) == "b"
+    assert recommend([replace(d, status="diverged")]) == "d"
+    assert recommend([c]) == "c"
     assert recommend([member("e", 5, 0.2), member("f", 50, 0.5)]) == "f"
-    for own in found:
-        del own["loss_recovered"]
-    assert recommend(found[:3]) == "c"
+    without_loss = [replace(m, loss=None) for m in (a, b, c)]
+    assert recommend(without_loss) == "c"
 
 
-def test_refusals(trained, settings, tmp_path, monkeypatch):
-    encoder = trained.encoder
-
-    def refused(match, **changes):
+def test_inputs_that_do_not_belong_together_are_errors(trained, settings, tmp_path):
+    def check(match, **changes):
         with pytest.raises(UserError, match=match):
-            evaluate(replace(settings, **changes), encoder)
+            evaluate(replace(settings, **changes), trained.encoder)
 
-    refused("there is no member lambda=7 in .*: it has lambda=0.1, lambda=1", member="lambda=7")
-    refused("there is no store", store=str(tmp_path / "nowhere"))
-    refused("there is no file_lengths_map.csv", root_path=str(tmp_path))
+    check("unknown member lambda=7 in .*: lambda=0.1, lambda=1", member="lambda=7")
+    check("there is no store", store=str(tmp_path / "nowhere"))
+    check("there is no file_lengths_map.csv", root_path=str(tmp_path))
     (tmp_path / "others").mkdir()
     (tmp_path / "others/file_lengths_map.csv").write_text("filename,time_len\n")
-    refused("does not hold demo.*, of which the store", root_path=str(tmp_path / "others"))
+    check("does not contain demo.*, which the store", root_path=str(tmp_path / "others"))
     (tmp_path / "run").mkdir()
-    refused("holds no finished run", run=str(tmp_path / "run"))
+    check("is not a finished run", run=str(tmp_path / "run"))
     other = tmp_path / "other"
     shutil.copytree(trained.run, other)
-    config = other / "members/lambda=1/config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"encoder_fingerprint": "f" * 64})
-    )
-    refused("lambda=1 was trained on another encoder", run=str(other))
+    path = other / "members/lambda=1/config.json"
+    config = json.loads(path.read_text()) | {"encoder_fingerprint": "f" * 64}
+    path.write_text(json.dumps(config))
+    check("lambda=1 was trained on another encoder", run=str(other))
 
 
-def test_without_events(trained, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(planted, "EVENTS", "none.csv")
-    found = evaluate(replace(settings, member="lambda=1"), trained.encoder)
-    assert found.baselines == {}
-    assert "events" not in found.members[0]
-    assert "raw dimension" not in summary(found)
+def test_events_require_a_val_store(trained, settings, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    config = run / "config.yaml"
+    store = trained.stores
+    moved = tmp_path / "store"
+    config.write_text(config.read_text().replace(f"store: {store}\n", f"store: {moved}\n"))
+    test_store = store.with_name(f"{store.name}_test")
+    changes = {"run": str(run), "store": str(test_store)}
+    with pytest.raises(UserError, match=r"has events.csv, which requires a store of the val"):
+        evaluate(replace(settings, **changes), trained.encoder)
+
+
+def test_without_events_there_are_no_scores(trained, settings, monkeypatch):
+    monkeypatch.setattr(inputs, "EVENTS_CSV", "none.csv")
+    evaluation = evaluate(replace(settings, member="lambda=1"), trained.encoder)
+    assert evaluation.baselines == {}
+    assert "events" not in evaluation.members[0].to_record()
+    assert "raw dimension" not in evaluation.summary()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"bands": ("alpha",)}, "--bands must be a name and two limits"),
+        ({"bands": ("alpha 13-8",)}, "--bands must be a name and two limits"),
+        ({"mask_ratio": 1.0}, "--mask_ratio must be above 0 and below 1, got 1.0"),
+        ({"w": -1}, "--w must be at least 0"),
+        ({"top": 0}, "--top must be at least 1"),
+    ],
+)
+def test_settings_out_of_range(settings, changes, match):
+    with pytest.raises(UserError, match=match):
+        replace(settings, **changes)

@@ -1,30 +1,33 @@
-"""Events: which tokens they cover, scores, AUC, and what a planted feature gets."""
+"""Events: which tokens they cover, scores, AUC, and the score of a planted feature."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from scipy.stats import mannwhitneyu
 
 from minsae_jax import UserError
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.evaluation.events import (
+    LabelledEvent,
     Span,
+    SpanActivations,
     auc,
+    covered_patches,
+    draw_spans,
+    fit_probe,
     gather,
-    labelled_tokens,
-    largest,
+    max_per_span,
     principal_components,
-    probe,
     read_events,
     score_kind,
-    spans_of,
     token_auc,
     tokens_of,
 )
 
 
 def test_tokens_of_a_span(trained):
-    """Patches of 100 samples in windows of 1,000, a CLS token in front."""
+    """Patches of 100 samples in windows of 1,000, after a CLS token."""
     dataset = trained.dataset("test")
     first, _ = dataset.sequences_of(1)
 
@@ -42,87 +45,92 @@ def test_tokens_of_a_span(trained):
     assert covered(10**6, 10**6 + 5) == []
 
 
-def test_spans_without_events(trained):
+def test_spans_without_an_event_touch_no_event(trained):
     dataset = trained.dataset("test")
     events = read_events(trained.recordings)["alpha"]
-    spans = spans_of(dataset, events, seed=0)
-    own = {name: [e for e in events if e[0] == name] for name in dataset.recordings}
+    spans = draw_spans(dataset, events, seed=0)
     assert 0 < sum(not s.is_event for s in spans) <= sum(s.is_event for s in spans)
     for before, span in pairwise(spans):
-        if not span.is_event:
-            assert before.is_event
-            assert (before.channels, before.stop - before.start) == (
-                span.channels,
-                span.stop - span.start,
-            )
-            for _, start, stop, _ in own[dataset.recordings[span.recording]]:
-                assert span.stop <= start or span.start >= stop
-    assert spans == spans_of(dataset, events, seed=0)
+        if span.is_event:
+            continue
+        assert before.is_event
+        assert before.channels == span.channels
+        assert before.stop - before.start == span.stop - span.start
+        for event in events:
+            if event.recording == dataset.recordings[span.recording]:
+                assert span.stop <= event.start or span.start >= event.stop
+    assert spans == draw_spans(dataset, events, seed=0)
 
 
-def test_auc():
+def test_auc_counts_pairs():
     rng = np.random.default_rng(0)
     is_event = rng.random(60) < 0.4
     scores = rng.integers(0, 8, size=(60, 5)) + is_event[:, None] * np.arange(5)
-    for column, value in zip(scores.T, auc(scores.astype(float), is_event), strict=True):
+    values = auc(scores.astype(float), is_event)
+    for column, value in zip(scores.T, values, strict=True):
         pairs = np.sign(column[is_event][:, None] - column[~is_event][None])
         assert value == pytest.approx((pairs.mean() + 1) / 2)
+        u = mannwhitneyu(column[is_event], column[~is_event]).statistic
+        assert value == pytest.approx(u / (is_event.sum() * (~is_event).sum()))
 
 
-def test_probe():
-    """A direction that no column shows alone."""
+def test_probe_finds_a_direction_that_no_column_shows_alone():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(400, 5)) * [1, 3, 1, 1, 1] + 7
     is_event = x[:, 0] - x[:, 1] / 3 + 0.1 * rng.normal(size=400) > 7 - 7 / 3
     assert auc(x, is_event).max() < 0.9
-    assert auc(probe(x[:200], is_event[:200])(x[200:])[:, None], is_event[200:])[0] > 0.98
+    probe = fit_probe(x[:200], is_event[:200])
+    assert auc(probe(x[200:])[:, None], is_event[200:])[0] > 0.98
 
 
-def test_a_planted_feature_is_found(trained):
-    """Activations of which dimension 3 is 5 higher on the tokens of spikes."""
-    val, test = trained.dataset("val"), trained.dataset("test")
+def test_planted_feature_is_chosen(trained):
+    """Dimension 3 of the activations is 9 higher on one token of each spike."""
     events = read_events(trained.recordings)["spike"]
-    rng, pairs = np.random.default_rng(2), []
-    for dataset in (val, test):
-        spans, activations = gather(dataset, spans_of(dataset, events, 0))
-        noise = [rng.normal(size=(len(x), 8)).astype(np.float32) for x in activations]
-        for span, x in zip(spans, noise, strict=True):
+    rng = np.random.default_rng(2)
+
+    def plant(dataset):
+        gathered = gather(dataset, draw_spans(dataset, events, 0))
+        noise = [rng.normal(size=(len(x), 8)).astype(np.float32) for x in gathered.activations]
+        for span, x in zip(gathered.spans, noise, strict=True):
             x[0, 3] += 9 * span.is_event
-        pairs.append((spans, noise))
-    found = score_kind(*pairs, lambda x: np.maximum(x, 0))
-    assert found["feature"] == found["best_five"][0] == 3
-    assert found["auc"] == pytest.approx(1, abs=0.01)
-    assert found["probe_auc"] > 0.95
-    assert score_kind(*pairs, principal_components(pairs[0][1]))["auc"] > 0.8
+        return SpanActivations(gathered.spans, noise)
+
+    val = plant(trained.dataset("val"))
+    test = plant(trained.dataset("test"))
+    score = score_kind(val, test, lambda x: np.maximum(x, 0))
+    assert score.feature == score.best_five[0] == 3
+    assert score.auc == pytest.approx(1, abs=0.01)
+    assert score.probe_auc > 0.95
+    assert score_kind(val, test, principal_components(val.activations)).auc > 0.8
 
 
-def test_largest_of_each_span():
+def test_max_per_span():
     rng = np.random.default_rng(3)
     activations = [rng.normal(size=(n, 4)).astype(np.float32) for n in (5000, 1, 4000, 17, 9000, 2)]
-    np.testing.assert_array_equal(
-        largest(activations, lambda x: x), [x.max(0) for x in activations]
-    )
+    expected = [x.max(0) for x in activations]
+    np.testing.assert_array_equal(max_per_span(activations, lambda x: x), expected)
 
 
-def test_tokens_that_an_event_covers(trained):
-    dataset, sae = trained.dataset("test"), trained.sae()
-    events = [(dataset.recordings[0], 140, 260, (CHANNELS.index("CZ"),))]
-    covered = labelled_tokens(dataset, events)
+def test_patches_that_an_event_covers_for_half(trained):
+    dataset = trained.dataset("test")
+    sae = trained.sae()
+    cz = CHANNELS.index("CZ")
+    covered = covered_patches(dataset, [LabelledEvent(dataset.recordings[0], 140, 260, (cz,))])
     sequence, patch = np.nonzero(covered)
-    assert dataset.channel[sequence].tolist() == [CHANNELS.index("CZ")] * 2
+    assert dataset.channel[sequence].tolist() == [cz] * 2
     assert patch.tolist() == [1, 2]  # 60 of 100 samples each
     feature = int(np.argmax(np.asarray(sae.encode(dataset.read(0, 50))).mean((0, 1))))
     values = np.asarray(sae.encode(dataset.read(0, len(dataset.recording))))[:, 1:, feature]
     expected = auc(values.reshape(-1, 1).astype(np.float64), covered.reshape(-1))[0]
     assert token_auc(dataset, covered, sae, feature) == pytest.approx(expected, abs=1e-4)
+    assert token_auc(dataset, np.zeros_like(covered), sae, feature) is None
 
 
 @pytest.mark.parametrize(
     "row", ["a.npy,alpha,5,5,CZ", "a.npy,alpha,x,9,CZ", "a.npy,alpha,1,9,NOSE", "a.npy,alpha,1"]
 )
-def test_a_damaged_table(tmp_path, row):
-    (tmp_path / "events.csv").write_text(
-        f"recording,event,start,stop,channels\nb.npy,alpha,1,9,CZ\n{row}\n"
-    )
-    with pytest.raises(UserError, match=r"events.csv, line 3, must hold recording"):
+def test_invalid_events_csv_is_an_error(tmp_path, row):
+    header = "recording,event,start,stop,channels"
+    (tmp_path / "events.csv").write_text(f"{header}\nb.npy,alpha,1,9,CZ\n{row}\n")
+    with pytest.raises(UserError, match=r"events.csv, line 3: expected recording"):
         read_events(tmp_path)

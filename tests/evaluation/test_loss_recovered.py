@@ -1,4 +1,4 @@
-"""What stands in the place of a layer's output, and what becomes of the pretraining task."""
+"""The pretraining error with a layer's output replaced."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from tests.conftest import FIXTURES
 
 
 def identity(d_model):
-    """An autoencoder that gives back what it gets."""
+    """An autoencoder with x̂ = x."""
     both = np.concatenate([np.eye(d_model), -np.eye(d_model)], axis=1)
     return SparseAutoencoder(
         {"W_enc": both, "b_enc": np.zeros(2 * d_model), "W_dec": both.T, "b_dec": np.zeros(d_model)}
@@ -30,35 +30,37 @@ def constant(d_model, value):
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_nothing_and_everything_is_lost(trained, layer):
-    """Exactly 1 for what is untouched, exactly 0 for ablation, by the same path as an autoencoder's x̂."""
+def test_loss_recovered_is_1_for_identity_and_0_for_ablation(trained, layer):
+    """x̂ = x, mean or 0 has the error of untouched activations, mean- or zero-ablation."""
     dataset = trained.dataset("test")
     mean = dataset.read(0, 200).mean((0, 1))
     saes = [identity(128), constant(128, mean), constant(128, np.zeros(128))]
-    found = substitution_errors(trained.encoder, dataset, layer, saes, mean, 6, 0.4)
-    untouched, by_mean, by_zero = found["untouched"], found["mean_ablation"], found["zero_ablation"]
-    assert found["windows"] == 6
-    assert found["members"][0] == pytest.approx(untouched, rel=1e-5)
-    assert found["members"][1] == by_mean
-    assert found["members"][2] == by_zero
+    errors = substitution_errors(trained.encoder, dataset, layer, saes, mean, 6, 0.4)
+    untouched = errors.untouched
+    by_mean = errors.mean_ablation
+    assert errors.windows == 6
+    assert errors.members[0] == pytest.approx(untouched, rel=1e-5)
+    assert errors.members[1] == by_mean
+    assert errors.members[2] == errors.zero_ablation
     assert loss_recovered(by_mean, untouched, untouched) == 1
-    assert loss_recovered(by_mean, found["members"][1], untouched) == 0
-    assert loss_recovered(by_mean, found["members"][0], untouched) == pytest.approx(1, abs=1e-3)
+    assert loss_recovered(by_mean, errors.members[1], untouched) == 0
+    assert loss_recovered(by_mean, errors.members[0], untouched) == pytest.approx(1, abs=1e-3)
     assert untouched < by_mean
 
 
 @pytest.mark.parametrize(
     "name", ["tuhab_patch_100", "revin_affine_gelu_overlap", "layernorm_prenorm"]
 )
-def test_errors_are_those_of_the_whole_model(name):
-    """Of the untouched encoder: masked patches, embedding, all layers and head, as the model itself runs them."""
+def test_untouched_error_is_that_of_the_whole_model(name):
+    """Masked patches, embedding, all layers and head, as the model itself runs them."""
     yaml = FIXTURES / name / "config.yaml"
     encoder, _ = convert_encoder(FIXTURES / name / "checkpoint.pth", yaml)
-    a, rng = encoder.architecture, np.random.default_rng(0)
+    a = encoder.architecture
+    rng = np.random.default_rng(0)
     x = rng.normal(size=(8, a.seq_len, a.n_vars)).astype(np.float32)
     masks = rng.random((8, a.n_patches)) < 0.4
     masks[:, 0] = True
-    run = masked_errors(make_mesh(), a, 0, a.revin, lambda own, z: z[None])
+    run = masked_errors(make_mesh(), a, 0, a.revin, lambda params, z: z[None])
     errors = np.asarray(run(encoder.params, {}, (x, masks)))
     assert errors.shape == (8, 1)
     model = bind(a, encoder.params)

@@ -1,8 +1,8 @@
-// What the report draws: plots, the scalp, and windows of EEG. A figure is drawn at the width that it has.
-// Data are shown as text nodes and attributes only, never as markup.
+// The report's figures: plots, the scalp and EEG. Each is drawn at the width of its element.
+// Data become text nodes and attributes only, never markup.
 "use strict";
 
-function fill(node, attributes, children) {
+function build(node, attributes, children) {
   for (const [key, value] of Object.entries(attributes)) {
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else if (value !== null) node.setAttribute(key, value);
@@ -10,9 +10,9 @@ function fill(node, attributes, children) {
   node.append(...children.flat(Infinity).filter((child) => child !== null));
   return node;
 }
-const html = (name, attributes = {}, ...children) => fill(document.createElement(name), attributes, children);
+const html = (name, attributes = {}, ...children) => build(document.createElement(name), attributes, children);
 const svg = (name, attributes = {}, ...children) =>
-  fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
+  build(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
 const text = (x, y, anchor, content, kind = "") => svg("text", { x, y, "text-anchor": anchor, class: kind }, content);
 const line = (points) => "M" + points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L");
 
@@ -20,13 +20,13 @@ const missing = (value) => value === null || value === undefined || value === ""
 const whole = (value) => Math.round(value).toLocaleString("en");
 const count = (n, name) => `${whole(n)} ${name}${n === 1 ? "" : "s"}`;
 
-/** For axes: as few digits as do. */
+/** Format a number for an axis: up to three digits. */
 function short(value) {
   if (missing(value)) return "";
   return (Math.abs(value) >= 1000 ? whole(value) : String(Number(value.toPrecision(3)))).replaceAll("-", "−");
 }
 
-/** For tables: three digits, 8.30 as well as 0.0210; "–" where there is nothing. */
+/** Format a number for a table: three digits, as in 8.30 and 0.0210; "–" if it is missing. */
 function number(value, digits = 3) {
   if (missing(value)) return "–";
   const plain = Number.isInteger(value) || Math.abs(value) >= 10 ** digits - 0.5;
@@ -68,7 +68,7 @@ function ticks(from, to, log, n) {
   return values;
 }
 
-/** Axes with a grid; x and y: {from, to, label, log, format}. Returns the picture, both scales and the box. */
+/** Return axes with a grid: the svg, both scales and the box. x and y: {from, to, label, log, format}. */
 function axes(width, height, x, y) {
   const box = { left: 44, right: width - 16, top: 18, bottom: height - 34 };
   const sx = scale(x.from, x.to, box.left, box.right, x.log);
@@ -89,27 +89,27 @@ function axes(width, height, x, y) {
 
 const level = ({ box, sy }, value) => svg("path", { class: "base", d: `M${box.left} ${sy(value)}H${box.right}` });
 
-/** Counts between edges, and a dotted level where one is given; `tell` says what a bar is. */
-function drawBars(edges, counts, x, y, tell, expected = null) {
+/** Return a function that draws counts between edges, with a dotted line at `expected`; `describe` makes tooltips. */
+function drawBars(edges, counts, x, y, describe, expected = null) {
   return (width) => {
     const plot = axes(width, 190, { from: edges[0], to: edges.at(-1), ...x }, y);
     counts.forEach((n, i) => {
       if (!n) return;
       const [a, b, top] = [plot.sx(edges[i]), plot.sx(edges[i + 1]), plot.sy(n)];
       const at = { x: a + 0.5, width: Math.max(b - a - 1, 0.5), y: top, height: plot.box.bottom - top };
-      plot.root.append(svg("rect", { class: "bar", ...at }, svg("title", {}, tell(n, i))));
+      plot.root.append(svg("rect", { class: "bar", ...at }, svg("title", {}, describe(n, i))));
     });
     if (expected !== null) plot.root.append(level(plot, expected));
     return plot.root;
   };
 }
 
-/** How many features are how often active, in half decades of density. */
+/** Draw the number of features by density, in half decades. */
 function drawDensities(densities) {
   const active = densities.filter((density) => density > 0).map((density) => Math.log10(density));
   const first = Math.floor(2 * Math.min(-2, ...active.filter((power) => power > -8)));
   const edges = Array.from({ length: 1 - first }, (_, i) => 10 ** ((first + i) / 2));
-  const counts = new Array(-first).fill(0);
+  const counts = Array.from({ length: -first }, () => 0);
   for (const power of active) counts[Math.min(Math.max(Math.floor(2 * power) - first, 0), counts.length - 1)]++;
   const x = { log: true, label: "density: share of tokens", format: (v) => `${short(100 * v)} %` };
   const y = { from: 0, to: 1.1 * Math.max(...counts, 1), label: "features" };
@@ -118,17 +118,20 @@ function drawDensities(densities) {
 
 function drawHistogram({ edges, counts }) {
   const y = { from: 0.7, to: 1.5 * Math.max(...counts, 1), log: true, label: "tokens" };
-  const tell = (n, i) => `${number(edges[i])} to ${number(edges[i + 1])}: ${count(n, "token")}`;
-  return drawBars(edges, counts, { log: edges[0] > 0, label: "activation" }, y, tell);
+  const describe = (n, i) => `${number(edges[i])} to ${number(edges[i + 1])}: ${count(n, "token")}`;
+  return drawBars(edges, counts, { log: edges[0] > 0, label: "activation" }, y, describe);
 }
 
 function drawPosition(shares, seconds) {
   const even = 1 / shares.length;
   const edges = [...shares.map((_, i) => i * seconds), shares.length * seconds];
   const y = { from: 0, to: 1.15 * Math.max(...shares, even), label: "share", format: (v) => `${short(100 * v)} %` };
-  const tell = (share, i) => `patch ${i}: ${percent(share)}`;
-  return drawBars(edges, shares, { label: "second of the window" }, y, tell, even);
+  const describe = (share, i) => `patch ${i}: ${percent(share)}`;
+  return drawBars(edges, shares, { label: "second of the window" }, y, describe, even);
 }
+
+// Settings that control sparsity, and how each is written: the one that a member has is its label.
+const SPARSITY = { lambda_sparsity: "λ" };
 
 function drawPareto(all) {
   const members = all.filter((m) => !missing(m.l0) && !missing(m.fvu));
@@ -136,8 +139,8 @@ function drawPareto(all) {
   const l0 = members.map((m) => m.l0);
   const [least, most] = [Math.min(...l0), Math.max(...l0)];
   const log = least > 0 && most > 20 * least;
-  const x = { label: "L0: active features a token", log, from: log ? 0.8 * least : 0, to: (log ? 1.5 : 1.12) * most };
-  const y = { label: "FVU: variance not explained", from: 0, to: 1.12 * Math.max(...members.map((m) => m.fvu)) };
+  const x = { label: "L0: active features per token", log, from: log ? 0.8 * least : 0, to: (log ? 1.5 : 1.12) * most };
+  const y = { label: "FVU: fraction of variance unexplained", from: 0, to: 1.12 * Math.max(...members.map((m) => m.fvu)) };
   return (width) => {
     const { root, sx, sy } = axes(width, 210, x, y);
     for (const size of new Set(members.map((m) => m.d_sae))) {
@@ -149,7 +152,9 @@ function drawPareto(all) {
       const tip = svg("title", {}, `${m.name}: L0 ${number(m.l0)}, FVU ${number(m.fvu)}`);
       if (m.recommended) root.append(svg("circle", { cx, cy, r: 8.5, class: "ring" }));
       root.append(svg("circle", { cx, cy, r: m.recommended ? 5 : 4, class: m.recommended ? "chosen" : "point" }, tip));
-      const name = `${m.recommended ? "λ = " : ""}${short(m.lambda_sparsity)}`;
+      const setting = Object.keys(SPARSITY).find((key) => !missing(m[key]));
+      const symbol = m.recommended && setting ? `${SPARSITY[setting]} = ` : "";
+      const name = `${symbol}${short(m[setting])}`;
       root.append(text(cx + 10, cy - 6, "start", name, m.recommended ? "strong" : ""));
     }
     return root;
@@ -195,7 +200,7 @@ function drawWaveform(values, rate) {
   };
 }
 
-/** Rows of [name or node, share, what to write], each with a bar. */
+/** Return a list with a bar for each row [name or node, share, text]. */
 function bars(rows) {
   const most = Math.max(...rows.map((row) => row[1]), 1e-9);
   return html("dl", { class: "bars" }, rows.map(([name, share, value]) => [
@@ -206,7 +211,12 @@ function bars(rows) {
 
 // ---- the scalp
 
-/** A thin-plate spline through values at points, slightly smoothed: (x, y) => value. Solved by Gauss-Jordan. */
+/**
+ * Fit a slightly smoothed thin-plate spline to values at points, and return (x, y) => value.
+ *
+ * value(p) = Σ_i w_i U(|p - p_i|) + a + b·x + c·y with U(r) = r² log r², where Σ w_i = Σ w_i x_i = Σ w_i y_i = 0.
+ * The linear system of these equations at all points is solved by Gauss-Jordan elimination with pivoting.
+ */
 function spline(points, values) {
   const bend = (d2) => (d2 > 0 ? d2 * Math.log(d2) : 0);
   const n = points.length;
@@ -230,7 +240,7 @@ function spline(points, values) {
     weight[n] + weight[n + 1] * x + weight[n + 2] * y;
 }
 
-/** value in [-1, 1] => [r, g, b], from the page's three colours. */
+/** Return a function from a value in [-1, 1] to [r, g, b], between the page's three colours. */
 function colours() {
   const style = getComputedStyle(document.documentElement);
   const [low, middle, high] = ["--low", "--mid", "--high"].map((name) =>
@@ -241,12 +251,12 @@ function colours() {
   };
 }
 
-/** Ratios of the channels on a head seen from above, on a scale of doublings. */
+/** Draw ratios of channels on a head seen from above, on a log2 colour scale. */
 function drawScalp(ratios, top, channels, positions) {
   const doublings = ratios.map((ratio) => Math.min(3, Math.max(-3, Math.log2(Math.max(ratio ?? 1, 1e-3)))));
   const most = Math.max(1, Math.ceil(Math.max(...doublings.map(Math.abs))));
   const smooth = spline(positions, doublings);
-  const reach = 1.2; // of the picture, where the head ends at 1.17 and the outermost channels lie at 1
+  const reach = 1.2; // half the image's width; the head's radius is 1.17 and that of the outermost channels 1
   return (width) => {
     const colour = colours();
     const n = 80;
@@ -271,7 +281,7 @@ function drawScalp(ratios, top, channels, positions) {
     root.append(svg("circle", { class: "head", cx, cy, r: head }));
     channels.forEach((name, i) => {
       const [x, y] = [cx + radius * positions[i][0], cy - radius * positions[i][1]];
-      const tip = svg("title", {}, `${name}: ${number(ratios[i])} times its base rate`);
+      const tip = svg("title", {}, `${name}: ${number(ratios[i])} times the mean of all channels`);
       const fill = `rgb(${colour(doublings[i] / most)})`;
       root.append(svg("circle", { class: "dot", cx: x, cy: y, r: 5, fill }, tip));
       root.append(text(x, y + 16, "middle", name, name === top ? "channel strong" : "channel"));
@@ -291,11 +301,15 @@ function drawScalp(ratios, top, channels, positions) {
 
 // ---- EEG
 
-const decode = (base64) => Int8Array.from(atob(base64), (byte) => byte.charCodeAt(0)); // SD × 10
+const decode = (base64) => Int8Array.from(atob(base64), (byte) => byte.charCodeAt(0)); // units of 0.1 SD
 const peak = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0) / 10;
 
-/** A window: the channel's trace with the patch that fires, activations beneath; the other channels faint behind it or,
- * in a montage, one below the other. `usual` [SD] and `largest` are the amplitude and activation drawn in full. */
+/**
+ * Draw the EEG around a token: the channel's trace with the active patch, and below it the activation on each patch.
+ *
+ * Other channels are faint behind it or, in a montage, one below the other. `usual` [SD] and `largest` are the amplitude
+ * and the activation drawn at full height.
+ */
 function drawExample(example, { montage, usual, largest, channels, rate, seconds }) {
   const trace = decode(example.trace);
   const others = missing(example.others) ? null : decode(example.others);
@@ -339,8 +353,8 @@ function drawExample(example, { montage, usual, largest, channels, rate, seconds
       const [a, b] = [from, from + seconds].map((second) => x(Math.min(Math.max(second, example.start), end)));
       if (!(value > 0) || b <= a) return;
       const height = Math.max(1, (20 * value) / largest);
-      const at = { x: a + 0.5, width: Math.max(b - a - 1, 0.5), y: floor - height, height };
-      root.append(svg("rect", { class: "strip", ...at }, svg("title", {}, `activation ${number(value)}`)));
+      const place = { x: a + 0.5, width: Math.max(b - a - 1, 0.5), y: floor - height, height };
+      root.append(svg("rect", { class: "strip", ...place }, svg("title", {}, `activation ${number(value)}`)));
     });
     root.append(svg("path", { class: "axis", d: `M${box.left} ${floor}H${box.right}` }));
     for (const second of ticks(example.start, end, false, 5)) {

@@ -1,20 +1,20 @@
-// The report's two views: all features (no hash), and one feature (#f=12), whose data come as a script when opened.
+// The report's two views: all features (no hash) and one feature (#f=12), whose data are loaded as a script.
 "use strict";
 
-let meta; // of index_data.js
-let features = []; // a row of the table each, as an object
+let meta; // from index_data.js
+let features = []; // rows of the table, as objects
 let byId = new Map();
-let shown = []; // what the table shows after filters, in its order
-let drawn = ""; // which rows of `shown` are in the document
-let current = null; // number of the open feature
+let shown = []; // filtered features, in the table's order
+let drawn = ""; // range of `shown` in the document
+let current = null; // id of the open feature
 let indexScroll = 0;
-const view = { group: "top", montage: false }; // stays as one goes from feature to feature
+const view = { group: "top", montage: false }; // kept from feature to feature
 const table = { sort: "id", down: false, limits: {} };
 
 const $ = (selector) => document.querySelector(selector);
 const some = (list) => !missing(list) && list.length > 0;
 
-/** All scripts of data end here: the index, and features. */
+/** Called by every data script: the index and the features. */
 function receive(data) {
   if (data.meta) start(data);
   else if (data.id === current) showFeature(data);
@@ -43,7 +43,7 @@ function redraw() {
 
 function route() {
   const match = location.hash.match(/^#f=(\d+)$/);
-  const id = match && byId.has(Number(match[1])) ? Number(match[1]) : null;
+  const id = match ? Number(match[1]) : null;
   if (current === null && id !== null) indexScroll = scrollY;
   current = id;
   $("#index").hidden = id !== null;
@@ -52,6 +52,11 @@ function route() {
     document.title = meta.title;
     redraw();
     scrollTo(0, indexScroll);
+    return;
+  }
+  if (!byId.has(id)) {
+    document.title = `Feature ${id}`;
+    $("#feature").replaceChildren(bar(id), html("h1", {}, `There is no feature ${id}`));
     return;
   }
   const src = `data/f${String(id).padStart(5, "0")}.js`;
@@ -80,7 +85,7 @@ function open(id) {
   if (id !== undefined) location.hash = `#f=${id}`;
 }
 
-/** The feature before or after, in the table's order; by number where the table does not show this one. */
+/** Return the id of the previous or next feature, in the table's order; by id if the table does not show this one. */
 function neighbour(id, step) {
   const all = shown.some((f) => f.id === id) ? shown : features;
   return all[all.findIndex((f) => f.id === id) + step]?.id;
@@ -89,7 +94,7 @@ function neighbour(id, step) {
 const card = (title, note, ...content) =>
   html("section", { class: "card" }, html("h3", {}, title), content, note ? html("p", { class: "note" }, note) : null);
 
-/** A link to a feature, with what it is called. */
+/** Return a link to a feature, with its name. */
 function named(id) {
   const f = byId.get(id);
   const name = f?.label || f?.suggestion || "";
@@ -100,15 +105,15 @@ function named(id) {
 // ---- all features
 
 const COLUMNS = [
-  { name: "id", title: "No.", hint: "number of the feature" },
-  { name: "label", title: "Label or suggestion", hint: "your label, or what the numbers suggest", words: true },
-  { name: "density", title: "Density", hint: "share of tokens on which it is active, in %", share: true },
+  { name: "id", title: "No.", hint: "index of the feature" },
+  { name: "label", title: "Label or suggestion", hint: "your label, or a suggested one", words: true },
+  { name: "density", title: "Density", hint: "share of tokens with the feature active, in %", share: true },
   { name: "mean", title: "Mean", hint: "mean activation when active" },
   { name: "max", title: "Max", hint: "largest activation" },
-  { name: "channel", title: "Channel", hint: "channel on which it is most active", words: true },
+  { name: "channel", title: "Channel", hint: "channel with the highest activation", words: true },
   { name: "band", title: "Band", hint: "dominant frequency band", words: true },
   { name: "patients", title: "Patients", hint: "patients with any activation" },
-  { name: "artefact", title: "Artefact", hint: "share of sampled contexts with an artefact hint, in %", share: true },
+  { name: "artefact", title: "Artefact", hint: "share of sampled examples with an artefact hint, in %", share: true },
 ];
 const SCORES = [["auc", "Feature"], ["probe_auc", "Linear probe"], ["pca_auc", "PCA"], ["raw_auc", "Raw signal"]];
 const ROW = 34; // px, as in report.css
@@ -118,16 +123,21 @@ function drawIndex() {
   $("#title").textContent = meta.title;
   $("#corpus").textContent = `${count(meta.n_tokens, "token")} of ${count(meta.n_windows, "window")}, ` +
     `${count(meta.n_recordings, "recording")} and ${count(meta.n_patients, "patient")}, from the ${meta.split} split.`;
-  const shifted = !meta.shifted_recordings ? [] : [`${count(meta.shifted_recordings, "recording")} may have shifted ` +
-    "channel names: electrodes were missing, and the last channel is all zero."];
-  $("#notes").append(...[...shifted, ...(meta.notes ?? [])].map((note) => html("li", {}, note)));
+  if (meta.shifted_recordings) {
+    const warning = `${count(meta.shifted_recordings, "recording")} may have shifted channel names: electrodes were ` +
+      "missing, and the last channel is all zero.";
+    $("#notes").append(html("li", { class: "warn" }, warning));
+  }
+  $("#notes").append(...(meta.notes ?? []).map((note) => html("li", {}, note)));
   const silent = features.filter((f) => !f.density).length;
+  const used = Object.keys(SPARSITY).filter((key) => meta.members.some((m) => !missing(m[key])));
+  const symbols = used.map((key) => SPARSITY[key]).join(" or ");
   const summary = meta.summary.map(([key, value]) => [html("dt", {}, key), html("dd", {}, value)]);
   $("#overview").append(
     card("This autoencoder", null, html("dl", { class: "summary" }, summary)),
-    card("The sweep", "Each point is an autoencoder, the number its λ; the ringed one is shown here.",
+    card("The sweep", `Each point is an autoencoder, labelled by its ${symbols}; the circled one is shown here.`,
       figure(drawPareto(meta.members))),
-    card("How often features are active", silent ? `${count(silent, "feature")} never active, not drawn.` : null,
+    card("How often features are active", silent ? `${count(silent, "feature")} never active, not shown.` : null,
       figure(drawDensities(features.map((f) => f.density)))));
   drawEvents();
   drawTableHead();
@@ -176,15 +186,15 @@ function limit(column, end, typed) {
   filter();
 }
 
-/** Which features the table shows, and in which order; those without a value come last. */
+/** Update `shown`: filtered and sorted features, those without a value last. */
 function filter() {
   const words = $("#search").value.toLowerCase().split(/\s+/).filter((word) => word);
   const limits = Object.entries(table.limits).map(([key, value]) => [...key.split(" "), value]);
   const within = (f) =>
     limits.every(([name, end, value]) => !missing(f[name]) && (end === "min" ? f[name] >= value : f[name] <= value));
-  const wanted = (f) => (f.density > 0 || !$("#active").checked) && words.every((word) => f.words.includes(word));
+  const matches = (f) => (f.density > 0 || !$("#active").checked) && words.every((word) => f.words.includes(word));
   const value = table.sort === "label" ? (f) => (f.label || f.suggestion)?.toLowerCase() : (f) => f[table.sort];
-  shown = features.filter((f) => wanted(f) && within(f)).sort((a, b) => {
+  shown = features.filter((f) => matches(f) && within(f)).sort((a, b) => {
     const [u, v] = [value(a), value(b)];
     if (missing(u) || missing(v)) return missing(u) - missing(v) || a.id - b.id;
     return (u < v ? -1 : u > v ? 1 : 0) * (table.down ? -1 : 1) || a.id - b.id;
@@ -200,7 +210,7 @@ function filter() {
   drawRows();
 }
 
-/** Only the rows in sight are in the document, between two spacers. */
+/** Put the visible rows into the document, between two spacers. */
 function drawRows() {
   if (current !== null) return;
   const above = Math.floor(-$("#rows").getBoundingClientRect().top / ROW) - 10;
@@ -230,14 +240,14 @@ function tableRow(f) {
 
 // ---- one feature
 
-/** Where one is, and the ways on. */
+/** Return the navigation bar of a feature. */
 function bar(id) {
   const step = (by, name) => {
     const to = neighbour(id, by);
     return to === undefined ? html("span", { class: "off" }, name) : html("a", { href: `#f=${to}` }, name);
   };
   const place = shown.findIndex((f) => f.id === id) + 1;
-  const where = place ? `${whole(place)} of ${whole(shown.length)}` : "outside the table's filters";
+  const where = place ? `${whole(place)} of ${whole(shown.length)}` : "not in the filtered table";
   return html("nav", {}, html("a", { href: "#" }, "← All features"),
     html("span", {}, step(-1, "‹ Previous"), html("span", { class: "off" }, where), step(1, "Next ›")));
 }
@@ -251,7 +261,7 @@ function showFeature(f) {
     html("h1", { class: f.label ? "" : "suggestion" }, name || (active ? "no label" : "never active")),
     f.label && f.suggestion ? html("p", { class: "lead suggestion" }, f.suggestion) : null,
     f.note ? html("p", { class: "lead" }, f.note) : null,
-    active ? facts(f) : html("p", { class: "lead" }, `It stayed silent on all ${count(meta.n_tokens, "token")}.`));
+    active ? facts(f) : html("p", { class: "lead" }, `Never active on ${count(meta.n_tokens, "token")}.`));
   const where = [scalpCard(f), spectrumCard(f)];
   const body = active ? [html("div", { class: "split" }, showExamples(f), html("aside", {}, where))] : [];
   $("#feature").replaceChildren(bar(f.id), header, ...body, html("div", { class: "columns" }, otherCards(f, active)));
@@ -267,16 +277,16 @@ function facts(f) {
     ["dominant band", f.band],
     ["patients", `${number(f.patients)} of ${number(meta.n_patients)}, the largest with ${percent(f.patient_share)}`],
     ...(meta.has_cls ? [["on the CLS token", percent(f.cls)]] : []),
-    ["contexts with artefact hints", percent(f.artefact)],
+    ["examples with artefact hints", percent(f.artefact)],
   ];
   const row = ([key, value]) => html("div", {}, html("dt", {}, key), html("dd", {}, value || "–"));
   return html("dl", { class: "facts" }, rows.map(row));
 }
 
 const GROUPS = [
-  ["top", "Strongest", "Where the feature is most active, largest first."],
-  ["q", "Weak to strong", "Drawn from each tenth of its activations, largest first."],
-  ["random", "Random", "Drawn at random from all its activations."],
+  ["top", "Strongest", "The largest activations, largest first."],
+  ["q", "Weak to strong", "One from each tenth of the activations, largest first."],
+  ["random", "Random", "A random sample of all activations."],
 ];
 
 function showExamples(f) {
@@ -284,7 +294,7 @@ function showExamples(f) {
   const groups = GROUPS.map(([key, ...words]) => [key, ...words, f.examples.filter((e) => e.group[0] === key[0])])
     .filter(([, , , members]) => members.length);
   if (!groups.length) {
-    section.append(html("p", { class: "empty" }, "None were kept."));
+    section.append(html("p", { class: "empty" }, "No examples."));
     return section;
   }
   const [key, , words, members] = groups.find(([name]) => name === view.group) ?? groups[0];
@@ -310,7 +320,7 @@ function showExamples(f) {
   section.append(
     html("div", { class: "controls" },
       html("div", { class: "tabs" }, tabs), possible ? html("div", { class: "tabs" }, layouts) : null),
-    html("p", { class: "note" }, `${words} Shaded: the patch on which it fires. Bars: its activation on each patch. ` +
+    html("p", { class: "note" }, `${words} Shaded: the active patch. Bars: the activation on each patch. ` +
       "Amplitudes in SD of the recording's channel."),
     html("div", { class: "gallery" }, examples.map((e) => showExample(e, look))));
   return section;
@@ -332,12 +342,12 @@ function showExample(example, look) {
 
 function scalpCard(f) {
   if (!some(f.channel_ratio) || f.channel_ratio.length < 4) return null;
-  return card("Channels", "Its mean activation on a channel, over its mean on all.",
+  return card("Channels", "Mean activation on each channel over the mean on all channels.",
     figure(drawScalp(f.channel_ratio, f.channel, meta.channels, meta.positions)));
 }
 
 function spectrumCard(f) {
-  const note = "Power of activating contexts over the same channels' base rate (dotted: equal), with its 95 % band.";
+  const note = "Power of the EEG around active tokens over the base rate of the same channels (dotted: equal), with a 95 % interval.";
   return f.spectrum ? card("Spectrum", note, figure(drawSpectrum(f.spectrum, meta.bands))) : null;
 }
 
@@ -346,19 +356,19 @@ function otherCards(f, active) {
   const left = 1 - (f.patient_list ?? []).reduce((sum, [, share]) => sum + share, 0);
   const patients = [...(f.patient_list ?? []), ...(left > 0.002 ? [["all others", left]] : [])];
   const exact = meta.waveform_exact ? ""
-    : " It is exact only after the last layer; this autoencoder reads an earlier one.";
+    : " It is exact only after the last layer; this autoencoder is of an earlier one.";
   const cards = [
-    [active && some(f.histogram?.counts), "Activations", "Tokens by activation, where it is active.",
+    [active && some(f.histogram?.counts), "Activations", "Number of active tokens by activation.",
       () => figure(drawHistogram(f.histogram))],
-    [active && some(f.patient_list), "Patients", "Share of its activations by patient.", () => bars(patients)],
-    [active && some(f.position), "Position in the window", "Share of its activations by patch (dotted: evenly spread).",
+    [active && some(f.patient_list), "Patients", "Share of active tokens by patient.", () => bars(patients)],
+    [active && some(f.position), "Position in the window", "Share of active tokens by patch (dotted: uniform).",
       () => figure(drawPosition(f.position, meta.patch_seconds))],
     [some(f.nearest), "Nearest features", "Cosine between decoder directions.", () => related(f.nearest)],
-    [active && some(f.coactive), "Active together", "Jaccard index: tokens with both over tokens with either.",
+    [active && some(f.coactive), "Active together", "Jaccard index: tokens with both active over tokens with either.",
       () => related(f.coactive)],
     [some(f.waveform), "Waveform", `The feature's direction through the pretraining head.${exact}`,
       () => figure(drawWaveform(f.waveform, meta.sampling_rate))],
-    [active && f.artefacts, "Artefact hints", "Share of sampled contexts; a hint is no verdict.",
+    [active && f.artefacts, "Artefact hints", "Share of sampled examples with each hint; a hint is not proof.",
       () => bars(Object.entries(f.artefacts))],
   ];
   return cards.filter(([there]) => there).map(([, title, note, content]) => card(title, note, content()));

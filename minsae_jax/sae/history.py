@@ -1,0 +1,211 @@
+"""The history of a run's members, read from their metrics.csv and act_freqs.csv, finished or not.
+
+While a run is being written, the last line of a file may be incomplete, and one member may have a
+row more than another: incomplete lines are ignored, and all members are cut to the shortest.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from minsae_jax.errors import UserError
+from minsae_jax.sae.config import TrainConfig, load_run_config
+from minsae_jax.sae.grid import make_groups
+from minsae_jax.sae.hyper import Hyper, sort_key
+
+METRICS = ("step", "tokens", "mse", "l1")  # columns used here
+MAX_FRAMES = 60  # of the densities' animation
+BIN_WIDTH = 0.1  # of log10 density
+# Binomial weights over 5 bins: the densities 1/n, 2/n, 3/n … leave gaps of up to three bins.
+SMOOTHING = np.array([1, 4, 6, 4, 1]) / 16
+
+
+@dataclass(frozen=True)
+class MemberHistory:
+    """Metrics of one member, one value per log interval."""
+
+    hyper: Hyper
+    step: Int[np.ndarray, " intervals"]
+    # Tokens trained on up to the end of the interval
+    tokens: Int[np.ndarray, " intervals"]
+    mse: Float[np.ndarray, " intervals"]
+    l1: Float[np.ndarray, " intervals"]
+    act_freqs: Path
+
+    @property
+    def tokens_per_interval(self) -> Int[np.ndarray, " intervals"]:
+        return np.diff(self.tokens, prepend=0)
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Histograms of log10 density, the share of an interval's tokens with the feature active."""
+
+    # Indices of the log intervals
+    intervals: Int[np.ndarray, " frames"]
+    edges: Float[np.ndarray, " edges"]
+    # Percent of all features, smoothed over bins
+    percent: Float[np.ndarray, "frames members bins"]
+    # Number of features active on no token of the interval
+    silent: Int[np.ndarray, "frames members"]
+
+
+def read_histories(run: Path) -> list[MemberHistory]:
+    """Return the history of every member, sorted by hyper-parameters and cut to the same intervals.
+
+    Raises UserError if files are damaged, do not match the run's settings or have no rows yet.
+    """
+    folders = sorted(path.parent for path in (run / "members").glob("*/metrics.csv"))
+    metrics = {folder.name: _read_metrics(folder / "metrics.csv") for folder in folders}
+    intervals = min((len(rows) for rows in metrics.values()), default=0)
+    if intervals == 0:
+        raise UserError(f"{run} has no metrics yet; wait for the first --eval_window steps")
+    d_saes = {_count_features(folder / "act_freqs.csv") for folder in folders}
+    hypers = _member_hypers(load_run_config(run), d_saes)
+    if metrics.keys() != hypers.keys():
+        name = min(metrics.keys() ^ hypers.keys())
+        raise UserError(f"the members of {run} do not match its config.yaml: see {name}")
+    histories = []
+    for name, hyper in sorted(hypers.items(), key=lambda item: sort_key(item[1])):
+        step, tokens, mse, l1 = metrics[name][:intervals].T
+        history = MemberHistory(
+            hyper=hyper,
+            step=step.astype(int),
+            tokens=tokens.astype(int),
+            mse=mse,
+            l1=l1,
+            act_freqs=run / "members" / name / "act_freqs.csv",
+        )
+        histories.append(history)
+    return histories
+
+
+def _member_hypers(settings: TrainConfig, d_saes: set[int]) -> dict[str, Hyper]:
+    """Return name -> hyper-parameters of the members that the settings make.
+
+    config.yaml contains feature_dim_factor but not d_model; d_model is recovered from
+    d_sae = int(feature_dim_factor * d_model), which several values solve if the factor is below 1.
+    """
+    factor = max(settings.feature_dim_factor)
+    smallest = max(1, math.floor(max(d_saes) / factor))
+    for d_model in range(smallest, smallest + math.ceil(1 / factor) + 2):
+        if {int(f * d_model) for f in settings.feature_dim_factor} == d_saes:
+            groups = make_groups(settings.plan(), d_model)
+            return {m.name: m.hyper for group in groups for m in group}
+    raise UserError(f"act_freqs.csv has {max(d_saes)} features, which config.yaml does not allow")
+
+
+def read_densities(histories: list[MemberHistory]) -> Densities:
+    """Return densities at up to MAX_FRAMES evenly spaced log intervals, the last one included."""
+    last = len(histories[0].step) - 1
+    intervals = np.unique(np.linspace(0, last, MAX_FRAMES).round().astype(int))
+    longest = max(int(history.tokens_per_interval.max()) for history in histories)
+    # From below the density of a feature active on one token to above 1.
+    first_bin = -np.ceil(np.log10(longest) / BIN_WIDTH) - 3
+    edges = np.arange(first_bin, 4) * BIN_WIDTH
+    percents = []
+    silents = []
+    for history in histories:
+        density = _read_density(history, intervals)
+        percents.append([_smoothed_percent(row, edges) for row in density])
+        silents.append((density == 0).sum(axis=1))
+    # A member whose last row is being written may have one frame less.
+    frames = min(map(len, silents))
+    percent = np.stack([member[:frames] for member in percents], axis=1)
+    silent = np.stack([member[:frames] for member in silents], axis=1)
+    return Densities(intervals[:frames], edges, percent, silent)
+
+
+def _smoothed_percent(
+    density: Float[np.ndarray, " d_sae"],
+    edges: Float[np.ndarray, " edges"],
+) -> Float[np.ndarray, " bins"]:
+    counts, _ = np.histogram(np.log10(density[density > 0]), edges)
+    return 100 * np.convolve(counts, SMOOTHING, "same") / len(density)
+
+
+def _read_metrics(path: Path) -> Float[np.ndarray, "intervals 4"]:
+    """Return the columns step, tokens, mse and l1 of a metrics.csv."""
+    lines = _complete_lines(path)
+    header = next(lines, None)
+    if header is None:
+        return np.zeros((0, len(METRICS)))
+    names = header.split(",")
+    for name in METRICS:
+        if name not in names:
+            _raise_damaged(path, f"it has no column {name}")
+    table = _parse_rows(path, list(lines), len(names))
+    rows = table[:, [names.index(name) for name in METRICS]]
+    counters = [(0.0, 0.0), *rows[:, :2]]
+    for (step, tokens), (next_step, next_tokens) in pairwise(counters):
+        if not (step < next_step and tokens < next_tokens):
+            _raise_damaged(path, "its steps or tokens do not increase")
+    return rows
+
+
+def _read_density(
+    history: MemberHistory,
+    intervals: Int[np.ndarray, " frames"],
+) -> Float[np.ndarray, "written d_sae"]:
+    """Return every feature's density in those log intervals whose rows are written."""
+    path = history.act_freqs
+    lines = _complete_lines(path)
+    n_features = next(lines, "").count(",")
+    # Only these rows are parsed: with large d_sae the whole table does not fit into memory.
+    selected = set(intervals.tolist())
+    texts = []
+    n_rows = 0
+    for line, _ in zip(lines, history.tokens, strict=False):
+        if n_rows in selected:
+            texts.append(line)
+        n_rows += 1
+    if n_rows < max(len(history.tokens) - 1, 1):
+        _raise_damaged(path, f"it has {n_rows} rows, metrics.csv has {len(history.tokens)}")
+    table = _parse_rows(path, texts, 1 + n_features)
+    tokens = table[:, 0]
+    active = table[:, 1:]
+    intervals = intervals[: len(table)]
+    limit = history.tokens_per_interval[intervals]
+    is_valid = (tokens == history.tokens[intervals]) & (active.min(axis=1) >= 0)
+    is_valid &= active.max(axis=1) <= limit
+    if not is_valid.all():
+        row = int(intervals[np.argmin(is_valid)])
+        _raise_damaged(path, f"row {row + 1} does not match metrics.csv")
+    return active / limit[:, None]
+
+
+def _count_features(path: Path) -> int:
+    n_features = next(_complete_lines(path), "").count(",")
+    if n_features == 0:
+        _raise_damaged(path, "it has no header")
+    return n_features
+
+
+def _complete_lines(path: Path) -> Iterator[str]:
+    """Yield the lines that end with a line break."""
+    with path.open(errors="replace") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield line.rstrip("\n")
+
+
+def _parse_rows(path: Path, lines: list[str], n_columns: int) -> Float[np.ndarray, "rows columns"]:
+    if not lines:
+        return np.zeros((0, n_columns))
+    try:
+        table = np.loadtxt(lines, delimiter=",", ndmin=2, comments=None)
+    except (ValueError, OverflowError) as error:
+        _raise_damaged(path, error)
+    if table.shape != (len(lines), n_columns):
+        _raise_damaged(path, f"expected {n_columns} columns, got {table.shape[1]}")
+    return table
+
+
+def _raise_damaged(path: Path, reason: object) -> NoReturn:
+    raise UserError(f"{path} is damaged ({reason}); restore the file or train the run again")

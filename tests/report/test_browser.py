@@ -1,0 +1,305 @@
+"""The report as pages in a headless Chromium."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from minsae_jax.report.page import EventRow, write_pages
+from tests.report.made_up import make_cards, make_dead_card, make_meta
+
+pytestmark = pytest.mark.slow
+N = 40
+DEAD = (7, 13)
+HOSTILE = "</script><script>hacked=1</script><img src=x onerror='hacked=1'>\u2028\"'&"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "report"
+    write_pages(folder, make_meta(), make_cards(N, DEAD))
+    return folder
+
+
+@pytest.fixture
+def page(chromium):
+    """A browser whose log is empty after the test."""
+    yield chromium
+    assert chromium.get_log("browser") == []
+
+
+def visit(page, folder, hash=""):
+    page.get("about:blank")
+    page.get(f"{(folder / 'index.html').as_uri()}{hash}")
+    wait(
+        page,
+        "return !document.querySelector('#index').hidden"
+        " || document.querySelector('#feature h1') !== null",
+    )
+
+
+def wait(page, script):
+    """Wait until a script returns a true value, and return it."""
+    end = time.monotonic() + 20
+    while not (value := page.execute_script(script)):
+        assert time.monotonic() < end, f"never true: {script}"
+        time.sleep(0.02)
+    return value
+
+
+def find(page, selector):
+    return page.find_elements(By.CSS_SELECTOR, selector)
+
+
+def texts(page, selector):
+    """Return the text of all elements at once, since scrolling replaces rows."""
+    return page.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
+    )
+
+
+def shown(page):
+    """Return the ids of the features whose rows are in the document."""
+    return [int(text) for text in texts(page, "#rows td.id")]
+
+
+def wait_for_feature(page, i):
+    wait(page, f"return document.querySelector('#feature .eyebrow')?.textContent === 'Feature {i}'")
+
+
+def test_index_shows_the_run_and_all_features(page, report):
+    visit(page, report)
+    assert page.title == "Features of a demo encoder"
+    assert "16 patients" in find(page, "#corpus")[0].text
+    assert len(find(page, "#overview svg circle.point")) == 5
+    assert len(find(page, "#overview svg circle.chosen")) == 1
+    assert len(find(page, "#overview svg rect.bar")) > 3
+    notes = find(page, "#notes li")
+    assert "2 recordings may have shifted" in notes[0].text
+    assert [note.get_attribute("class") for note in notes] == ["warn", ""]
+    assert find(page, "#labels")[0].text == str(report / "labels.csv")
+    assert shown(page)[:3] == [0, 1, 2]
+    assert "never active" in texts(page, "#rows tr.dead")[0]
+    assert texts(page, "#rows td.label")[:2] == [
+        "Posterior dominant rhythm",
+        "frontal blink, below 4 Hz",
+    ]
+    assert len(find(page, "#rows td.label .suggestion")) == len(shown(page)) - 1
+
+
+def test_sorting(page, report):
+    density = {card.id: card.density for card in make_cards(N, DEAD)}
+    visit(page, report)
+    button = find(page, "#titles th.density button")[0]
+    button.click()
+    first = shown(page)
+    assert first == sorted(density, key=lambda i: -density[i])[: len(first)]
+    button.click()
+    assert find(page, "#titles th.density")[0].get_attribute("aria-sort") == "ascending"
+    assert shown(page) == sorted(density, key=lambda i: density[i])[: len(first)]
+    find(page, "#titles th.mean button")[0].click()
+    page.execute_script("scrollTo(0, 1e6)")
+    wait(page, f"return [...document.querySelectorAll('#rows tr.dead')].length === {len(DEAD)}")
+    assert shown(page)[-2:] == list(DEAD)  # without a mean: last, whichever the direction
+
+
+def test_filters(page, report):
+    density = {card.id: card.density for card in make_cards(N, DEAD)}
+    visit(page, report)
+    low, high = find(page, "#filters td.density input")
+    low.send_keys("0.1")  # percent
+    high.send_keys("10")
+    assert shown(page) == [i for i, d in density.items() if 0.001 <= d <= 0.1]
+    find(page, "#search")[0].send_keys("alpha o1")
+    assert shown(page) == [i for i, d in density.items() if 0.001 <= d <= 0.1 and i % 5 == 0]
+    assert f"of {N} features" in find(page, "#count")[0].text
+    find(page, "#search")[0].send_keys(" no such word")
+    assert shown(page) == []
+    assert find(page, "#nothing")[0].is_displayed()
+    find(page, "#clear")[0].click()
+    assert find(page, "#count")[0].text == f"{N} features"
+    find(page, "#active")[0].click()
+    assert find(page, "#count")[0].text == f"{N - len(DEAD)} of {N} features"
+
+
+def test_page_of_a_feature(page, report):
+    visit(page, report)
+    find(page, "#rows td.density")[0].click()
+    wait_for_feature(page, 0)
+    assert page.current_url.endswith("#f=0")
+    assert page.title == "Feature 0: Posterior dominant rhythm"
+    assert not find(page, "#index")[0].is_displayed()
+    text = find(page, "#feature")[0].text
+    assert "Eyes closed in all examples" in text
+    assert "exact only after the last layer" in text
+    titles = [h.text for h in find(page, "#feature h3")]
+    assert titles == [
+        "Channels",
+        "Spectrum",
+        "Activations",
+        "Patients",
+        "Position in the window",
+        "Nearest features",
+        "Active together",
+        "Waveform",
+        "Artefact hints",
+    ]
+    for figure in find(page, "#feature .figure"):
+        size = figure.find_element(By.TAG_NAME, "svg").size
+        assert size["width"] > 200
+        assert size["height"] > 100
+    assert "NaN" not in page.execute_script("return document.querySelector('#feature').outerHTML")
+    assert len(find(page, "circle.dot")) == 19
+    assert len(find(page, "path.area")) == 1
+    assert len(find(page, ".bars a")) == 5 + 3
+
+
+def test_examples(page, report):
+    visit(page, report, "#f=0")
+    wait_for_feature(page, 0)
+    example = next(make_cards(1)).examples[0]
+    first = find(page, "figure")[0]
+    for word in (
+        example.recording,
+        "O1",
+        f"{example.patch[0]:.2f}–{example.patch[1]:.2f} s",
+        "SD",
+    ):
+        assert word in first.text
+    assert len(find(page, "figure")) == 8
+    assert len(first.find_elements(By.CSS_SELECTOR, "path.other.faint")) == 18
+    assert len(first.find_elements(By.CSS_SELECTOR, "path.trace")) == 1
+    assert len(first.find_elements(By.CSS_SELECTOR, "rect.patch")) == 1
+    assert len(first.find_elements(By.CSS_SELECTOR, "rect.strip")) > 2
+
+    def tab(name):
+        next(b for b in find(page, ".tabs button") if b.text.startswith(name)).click()
+
+    tab("All channels")
+    assert "T6" in find(page, "figure")[0].text
+    tab("Weak to strong")
+    deciles = [c.text for c in find(page, "figcaption .chip:not(.warn)")]
+    assert deciles == [f"decile {k}" for k in range(10, 0, -1)]
+    assert "CLS token, the whole window" in find(page, "figure")[7].text
+    assert len(find(page, "rect.patch")) == 9
+    tab("Random")
+    assert len(find(page, "figure")) == 10
+    page.find_element(By.TAG_NAME, "body").send_keys(Keys.ARROW_RIGHT)
+    wait_for_feature(page, 1)
+    assert (
+        find(page, '.tabs [aria-pressed="true"]')[0].text == "Random 10"
+    )  # kept for the next feature
+
+
+def test_navigation(page, report):
+    visit(page, report)
+    find(page, "#titles th.id button")[0].click()  # largest number first
+    page.execute_script("scrollTo(0, 900)")
+    wait(page, "return scrollY === 900")
+    find(page, "#rows td.id a")[15].send_keys(Keys.ENTER)
+    here = int(
+        wait(page, "return document.querySelector('#feature .eyebrow')?.textContent").split()[-1]
+    )
+    scroll = page.execute_script("return indexScroll")
+    body = page.find_element(By.TAG_NAME, "body")
+    body.send_keys(Keys.ARROW_LEFT)
+    wait_for_feature(page, here + 1)  # the table's order
+    find(page, "#feature .bars a")[0].click()
+    wait(page, f"return location.hash === '#f={(here + 1 + 5) % N}'")
+    page.back()
+    wait_for_feature(page, here + 1)
+    page.back()
+    wait_for_feature(page, here)
+    page.back()
+    wait(page, f"return !document.querySelector('#index').hidden && scrollY === {scroll}")
+    page.execute_script("location.hash = '#f=3'")
+    wait_for_feature(page, 3)
+    body.send_keys(Keys.ESCAPE)
+    wait(page, "return !document.querySelector('#index').hidden")
+    find(page, "#events tbody a")[1].click()
+    wait_for_feature(page, 1)
+
+
+def test_page_of_a_dead_feature(page, report):
+    visit(page, report, f"#f={DEAD[0]}")
+    wait_for_feature(page, DEAD[0])
+    assert find(page, "#feature h1")[0].text == "never active"
+    assert [h.text for h in find(page, "#feature h3")] == ["Nearest features"]
+
+
+def test_unknown_feature_is_reported(page, report):
+    visit(page, report, "#f=99999")
+    assert find(page, "#feature h1")[0].text == "There is no feature 99999"
+    assert not find(page, "#index")[0].is_displayed()
+
+
+def test_names_are_never_markup(page, tmp_path):
+    card = next(make_cards(1))
+    examples = [
+        replace(e, recording=HOSTILE, patient=HOSTILE, hints=[HOSTILE]) for e in card.examples
+    ]
+    card = replace(
+        card,
+        label=HOSTILE,
+        note=HOSTILE,
+        suggestion=HOSTILE,
+        channel=HOSTILE,
+        band=HOSTILE,
+        examples=examples,
+        patient_list=[(HOSTILE, 1.0)],
+        artefacts={HOSTILE: 0.5},
+        mean=float("nan"),
+    )
+    names = dict.fromkeys(("title", "run", "member", "encoder", "split", "created_with"), HOSTILE)
+    meta = make_meta(**names, notes=[HOSTILE], summary=[(HOSTILE, HOSTILE)])
+    first = replace(meta.members[0], name=HOSTILE, fvu=float("inf"))
+    event = EventRow(HOSTILE, 0, None, None, None, None)
+    meta = replace(meta, members=[first, *meta.members[1:]], events=[event])
+    write_pages(tmp_path / "report #1 %41", meta, [card])
+    visit(page, tmp_path / "report #1 %41")
+    assert page.title == HOSTILE
+    assert find(page, "#title")[0].get_attribute("textContent") == HOSTILE
+    assert find(page, "#labels")[0].text == str(tmp_path / "report #1 %41/labels.csv")
+    find(page, "#rows td.density")[0].click()
+    wait_for_feature(page, 0)
+    assert find(page, "figcaption .where")[0].get_attribute("textContent") == HOSTILE
+    assert find(page, "img") == []
+    assert page.execute_script("return typeof hacked") == "undefined"
+
+
+@pytest.mark.parametrize("width", [420, 1280, 1920])
+def test_pages_do_not_scroll_sideways(page, report, width):
+    """The browser window has borders, so the page is a little narrower than `width`."""
+    page.set_window_size(width, 900)
+    for hash in ("", "#f=0"):
+        visit(page, report, hash)
+        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    page.set_window_size(1280, 900)
+
+
+def test_sixteen_thousand_features_are_sorted_in_a_second(page, tmp_path):
+    rng = np.random.default_rng(0)
+    density = 10 ** rng.uniform(-5, 0, 16_000)
+    cards = (
+        make_dead_card(i, 1, density=float(value), mean=1.0, max=2.0, channel="O1", band="alpha")
+        for i, value in enumerate(density)
+    )
+    write_pages(tmp_path / "report", make_meta(), cards)
+    visit(page, tmp_path / "report")
+    assert len(find(page, "#rows tr")) < 100
+    seconds = page.execute_script(
+        "const t = performance.now(); document.querySelector('#titles .density button').click();"
+        "return (performance.now() - t) / 1000"
+    )
+    assert seconds < 1
+    assert shown(page)[0] == density.argmax()
+    page.execute_script("scrollTo(0, document.documentElement.scrollHeight)")
+    wait(
+        page,
+        "return [...document.querySelectorAll('#rows td.id')].at(-1)?.textContent"
+        f" === '{density.argmin()}'",
+    )

@@ -1,0 +1,51 @@
+"""Spectra, dominant bands and artefact hints of known signals."""
+
+import numpy as np
+
+from minsae_jax.report.describe import DEFAULT_BANDS
+from minsae_jax.report.spectra import Spectrum, artefact_hints, dominant_band, relative_power
+
+HZ = np.fft.rfftfreq(500, 0.01)
+SHOWN = (HZ >= 0.9) & (HZ <= 45)
+
+
+def rhythm(hz: float) -> np.ndarray:
+    """20 segments of 5 s with a sine of random phase, in noise."""
+    rng = np.random.default_rng(0)
+    t = np.arange(500) / 100
+    phase = rng.uniform(0, 6, size=(20, 1))
+    return np.sin(2 * np.pi * hz * t + phase) + 0.1 * rng.normal(size=(20, 500))
+
+
+def make_spectrum(ratio: np.ndarray) -> Spectrum:
+    return Spectrum(HZ[SHOWN], ratio, ratio, ratio)
+
+
+def test_relative_power_matches_its_definition():
+    segments = rhythm(10)
+    centred = segments - segments.mean(1, keepdims=True)
+    power = np.abs(np.fft.rfft(centred * np.hanning(500), axis=1))[:, SHOWN] ** 2
+    expected = power / power.sum(1, keepdims=True)
+    np.testing.assert_allclose(relative_power(segments), expected, rtol=1e-10, atol=1e-15)
+
+
+def test_spectrum_of_a_rhythm_peaks_at_its_frequency():
+    power = relative_power(rhythm(10))
+    np.testing.assert_allclose(power.sum(1), 1)
+    assert abs(HZ[SHOWN][power.mean(0).argmax()] - 10) < 0.3
+
+
+def test_dominant_band():
+    power = relative_power(rhythm(10)).mean(0)
+    assert dominant_band(DEFAULT_BANDS, make_spectrum(power * SHOWN.sum())) == "alpha"
+    assert dominant_band(DEFAULT_BANDS, make_spectrum(np.ones(SHOWN.sum()))) == "broadband"
+    assert dominant_band(DEFAULT_BANDS, None) == ""
+
+
+def test_artefact_hints():
+    rng = np.random.default_rng(0)
+    slow = np.sin(2 * np.pi * 3 * np.arange(200) / 100)
+    assert not any(artefact_hints(slow).values())
+    assert artefact_hints(slow + 6 * (np.arange(200) == 100))["beyond 5 SD"]
+    assert artefact_hints(np.zeros(200))["flat"]
+    assert artefact_hints(np.diff(rng.normal(size=201)))["over 25 Hz"]
