@@ -81,9 +81,17 @@ class SparseAutoencoder:
 
     def encode_features(
         self, x: Array | np.ndarray, indices: Sequence[int]
-    ) -> Float[Array, "*tokens indices"]:
-        """Return some of the features of raw activations [..., d_model]."""
-        return self.encode(x)[..., jnp.asarray(indices)]
+    ) -> Float[np.ndarray, "*tokens indices"]:
+        """Return some of the features of raw activations [..., d_model], without the others."""
+        x = np.asarray(self._to_array(x, self.d_model))
+        tokens = x.reshape(-1, self.d_model)
+        # Padded to a power of two, so that calls with many lengths share few compiled programs.
+        n_padded = 1 << max(len(tokens) - 1, 0).bit_length()
+        padded = np.zeros((n_padded, self.d_model), np.float32)
+        padded[: len(tokens)] = tokens
+        with jax.default_matmul_precision("highest"):
+            features = _encode_features(self.kind, self.params, padded, np.asarray(indices))
+        return np.asarray(features)[: len(tokens)].reshape(*x.shape[:-1], len(indices))
 
     def _to_array(self, x: Array | np.ndarray, size: int) -> Array:
         shape = np.shape(x)
@@ -95,6 +103,11 @@ class SparseAutoencoder:
 @partial(jax.jit, static_argnums=0)
 def _encode(kind: SAEKind, params: Params, x: Array) -> Array:
     return kind.encode(params, x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode_features(kind: SAEKind, params: Params, x: Array, indices: Array) -> Array:
+    return kind.encode_features(params, x, indices)
 
 
 @partial(jax.jit, static_argnums=0)

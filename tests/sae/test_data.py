@@ -1,4 +1,4 @@
-"""Held-out tokens while training: which store, which tokens, eval.csv, TensorBoard, the picture, interruption."""
+"""Held-out tokens in training: choice of store and tokens, eval.csv, TensorBoard, resuming."""
 
 import csv
 import json

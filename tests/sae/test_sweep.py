@@ -1,4 +1,4 @@
-"""Members side by side are the members alone, on however many devices; measures against closed forms."""
+"""A member in a sweep equals the member alone, on any number of devices."""
 
 from dataclasses import replace
 
@@ -90,8 +90,8 @@ def test_a_sweep_is_its_members_alone():
             assert ours[g].loss[i] == pytest.approx(theirs[0].loss[0], rel=1e-5)
 
 
-def test_accelerators_do_the_same(monkeypatch):
-    """What a GPU runs, members side by side in large pieces, gives what a CPU gives, one by one in small ones."""
+def test_gpu_code_path_equals_the_cpu_one(monkeypatch):
+    """Members under vmap in large tiles, as on a GPU, equal those one by one in small tiles."""
     _, cpu = run(SETTINGS, batches(6, 45))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     _, accelerator = run(SETTINGS, batches(6, 45))
@@ -202,7 +202,7 @@ def test_schedules():
 
 
 def test_clipped_gradients_move_no_further_than_unclipped():
-    """Adam hides a constant factor, so the first moment is looked at: it is (1 - β1) of the clipped gradient."""
+    """Adam hides a constant factor, but its first moment is (1 - β1) of the clipped gradient."""
     settings = replace(SETTINGS, max_grad_norm=0.01)
     sweep = make_sweep(settings)
     x = batches(1)[0] * 10
@@ -213,8 +213,8 @@ def test_clipped_gradients_move_no_further_than_unclipped():
         np.testing.assert_allclose(norms, 0.1 * 0.01, rtol=1e-4)
 
 
-def test_fvu_is_of_the_whole_window():
-    """A decoder of zeros reconstructs b_dec = 0, so residual = Σ‖x‖², and the variance is about the window's mean."""
+def test_fvu_is_of_the_whole_log_interval():
+    """With a decoder of zeros residual = Σ‖x‖²; the variance is about the interval's mean."""
     settings = replace(
         SETTINGS, lambda_sparsity=(0.0,), lr=(0.0,), seed=(0,), feature_dim_factor=(2.0,)
     )

@@ -13,7 +13,8 @@ from tests.conftest import write_small_store
 
 # All text of the page, that of its shadow roots too.
 TEXT = """
-const all = (node) => node.nodeType === 3 ? node.data : ["STYLE", "SCRIPT"].includes(node.nodeName) ? ""
+const all = (node) => node.nodeType === 3 ? node.data
+  : ["STYLE", "SCRIPT"].includes(node.nodeName) ? ""
   : [node.shadowRoot, ...node.childNodes].filter(Boolean).map(all).join(" ");
 return all(document.body)
 """

@@ -41,15 +41,17 @@ def files(folder, *names):
 
 @pytest.mark.parametrize("eval_window", [1, 10])
 def test_parity_with_minsae(tmp_path, eval_window):
-    """Every step within DESIGN's 2e-4 (figures) and 2e-3 (active features, which flip at the ReLU's edge)."""
+    """2e-4 at every step; 2e-3 for active features, which flip at the edge of the ReLU."""
     args = json.loads((PARITY / "args.json").read_text())
     convert_sae(PARITY / "sparse_autoencoder_init.pt", "member", tmp_path / "init")
     train(
         TrainConfig(
             recipe="minsae", store=str(PARITY / "embeddings/store"), run_dir=str(tmp_path / "run"),
-            init=str(tmp_path / "init"), num_steps=args["num_steps"], number_of_arrays=args["number_of_arrays"],
+            init=str(tmp_path / "init"), num_steps=args["num_steps"],
+            number_of_arrays=args["number_of_arrays"],
             feature_dim_factor=(float(args["feature_dim_factor"]),), lr=(args["lr"],),
-            lambda_sparsity=(args["lambda_sparsity"],), recon_weight=args["recon_weight"], eval_window=eval_window,
+            lambda_sparsity=(args["lambda_sparsity"],), recon_weight=args["recon_weight"],
+            eval_window=eval_window,
         )
     )  # fmt: skip
     member = tmp_path / "run/members/lambda=0.01"
@@ -97,7 +99,8 @@ def test_files_of_a_run(settings, tmp_path):
     with (run / "sweep.csv").open() as f:
         rows = list(csv.DictReader(f))
     assert list(rows[0]) == [
-        "member", "lambda_sparsity", "lr", "seed", "d_sae", "loss", "mse", "l1", "l0", "fvu", "dead_fraction", "status",
+        "member", "lambda_sparsity", "lr", "seed", "d_sae", "loss", "mse", "l1", "l0", "fvu",
+        "dead_fraction", "status",
     ]  # fmt: skip
     assert {r["status"] for r in rows} == {"finished"}
     for row in rows:
@@ -141,7 +144,7 @@ def test_shorter_last_interval_counts_for_sweep_csv_only(settings, tmp_path):
 
 
 def test_exported_weights_reconstruct_raw_activations(settings, small_store, tmp_path, one_device):
-    """The last window's FVU, in the scaled space of training, is that of the export on the raw store."""
+    """The FVU of the last log interval, on scaled tokens, is that of the export on raw ones."""
     settings = replace(
         settings, num_steps=400, lambda_sparsity=(0.1,), feature_dim_factor=(3.0,), batch_size=105
     )

@@ -105,6 +105,12 @@ class SAEKind:
         """Return the reconstruction x̂ from features."""
         raise NotImplementedError
 
+    def encode_features(
+        self, params: Params, x: Float[Array, "*tokens d_model"], indices: Int[Array, " n"]
+    ) -> Float[Array, "*tokens n"]:
+        """Return some of the features; kinds whose features are independent compute only these."""
+        return self.encode(params, x)[..., indices]
+
     def penalty(
         self, params: Params, features: Float[Array, "tokens d_sae"]
     ) -> Float[Array, " tokens"]:

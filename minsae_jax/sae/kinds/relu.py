@@ -63,6 +63,13 @@ class ReLU(SAEKind):
         pre = x @ params["W_enc"]
         return jax.nn.relu(pre + jnp.broadcast_to(params["b_enc"], pre.shape))
 
+    def encode_features(
+        self, params: Params, x: Float[Array, "*tokens d_model"], indices: Int[Array, " n"]
+    ) -> Float[Array, "*tokens n"]:
+        w_enc = params["W_enc"][:, indices]
+        b_enc = params["b_enc"][indices]
+        return self.encode({"W_enc": w_enc, "b_enc": b_enc}, x)
+
     def decode(
         self, params: Params, features: Float[Array, "*tokens d_sae"]
     ) -> Float[Array, "*tokens d_model"]:
