@@ -44,7 +44,8 @@ class Context:
     w: int
     bands: Sequence[Band]
     base: BaseSpectra
-    # Cosines of decoder rows
+    # Decoder rows, and their cosines
+    directions: Float[np.ndarray, "d_sae d_model"]
     cosine: Float[np.ndarray, "d_sae d_sae"] | None
     labels: Mapping[int, Label]
     quantiles: Tokens
@@ -153,6 +154,7 @@ def make_context(
         w=w,
         bands=bands,
         base=measure_base_spectra(dataset, w, seed),
+        directions=sae.decoder_directions,
         cosine=cosine,
         labels=labels or {},
         quantiles=activity.quantiles(),
@@ -391,4 +393,4 @@ def _waveform(context: Context, feature: int) -> Float[np.ndarray, " patch_len"]
     if context.encoder.architecture.head_type != "pretrain":
         return None
     kernel = np.asarray(context.encoder.params["head"]["linears"][0]["kernel"])
-    return context.sae.decoder_directions[feature] @ kernel
+    return context.directions[feature] @ kernel

@@ -47,7 +47,7 @@ def test_member_computes_like_torch(tmp_path):
     [
         (lambda s: s.pop("decoder.bias"), "is not an autoencoder of minSAE"),
         (lambda s: s.update(more=torch.zeros(1)), "is not an autoencoder of minSAE"),
-        (lambda s: s.update({"encoder.weight": s["encoder.weight"].T}), "does not fit together"),
+        (lambda s: s.update({"encoder.weight": s["encoder.weight"].T}), "inconsistent shapes"),
         (lambda s: s.update({"encoder.bias": s["encoder.bias"].double()}), "must be float32"),
         (lambda s: s.update({"encoder.bias": [1.0]}), "is not a tensor"),
     ],
@@ -273,7 +273,7 @@ def test_unsupported_saelens_options_are_refused(lens, tmp_path, cfg, message):
 
 def test_damaged_saelens_is_refused(lens, tmp_path):
     args = ["--to", "member", "--out", str(tmp_path / "back")]
-    with pytest.raises(UserError, match="must hold exactly"):
+    with pytest.raises(UserError, match="must contain exactly"):
         main(["sae", str(lens(threshold=np.zeros(D_SAE, np.float32))), *args])
     (tmp_path / "lens/sae_weights.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="not a safetensors file, or it is damaged"):

@@ -22,6 +22,7 @@ from minsae_jax.sae.plots import plot
 from minsae_jax.sae.sweep import Sweep
 from minsae_jax.sae.trainer import train
 from tests.conftest import FIXTURES
+from tests.interrupt import train_until
 from tests.test_monitor import FakeWandb
 
 PARITY = FIXTURES / "sae_parity"
@@ -175,20 +176,6 @@ def minsae(settings):
     return replace(settings, recipe="minsae", batch_size=None, num_steps=40)
 
 
-class Killed(Exception):
-    pass
-
-
-def kill_after(step):
-    """Return an on_step hook that interrupts a run after this step."""
-
-    def on_step(finished):
-        if finished == step:
-            raise Killed
-
-    return on_step
-
-
 @pytest.mark.parametrize("recipe", ["april2024", "minsae"])
 @pytest.mark.parametrize("kills", [(13,), (13, 26, 39)])
 def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, recipe, kills):
@@ -198,8 +185,7 @@ def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, recipe, kil
     train(settings)
     other = replace(settings, run_dir=str(tmp_path / "other"))
     for step in kills:
-        with pytest.raises(Killed):
-            train(other, on_step=kill_after(step))
+        train_until(other, step)
     assert _latest(tmp_path / "other") > 0
     train(other)
     names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
@@ -214,8 +200,7 @@ def _latest(run):
 
 
 def test_kill_between_the_last_checkpoint_and_the_export(settings, tmp_path):
-    with pytest.raises(Killed):
-        train(settings, on_step=kill_after(40))
+    train_until(settings, 40)
     assert _latest(tmp_path / "run") == 40
     assert not (tmp_path / "run/sweep.csv").exists()
     train(settings)
@@ -245,8 +230,7 @@ def test_other_settings_are_refused_by_name(settings, tmp_path):
 
 
 def test_changed_store_is_refused(settings, small_store):
-    with pytest.raises(Killed):
-        train(settings, on_step=kill_after(10))
+    train_until(settings, 10)
     np.save(small_store / "l-1/b0003.npy", np.zeros((1, 7, 16), np.float32))
     with pytest.raises(UserError, match="has changed since"):
         train(settings)
@@ -413,8 +397,8 @@ def test_divergence_is_remembered_after_a_resume(settings, tmp_path):
     diverging = replace(
         settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,)
     )
-    with pytest.warns(UserWarning, match="diverged"), pytest.raises(Killed):
-        train(diverging, on_step=kill_after(24))
+    with pytest.warns(UserWarning, match="diverged"):
+        train_until(diverging, 24)
     train(diverging)  # does not warn again
     config = json.loads((tmp_path / "run/members/lambda=0.1,lr=1e+30/config.json").read_text())
     assert (config["status"], config["diverged_at_step"]) == ("diverged", 2)
