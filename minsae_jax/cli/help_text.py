@@ -52,9 +52,10 @@ def texts_with_defaults(cls: type, from_file: Values, file_name: str) -> dict[st
     from_file: values of the --config file. A default that depends on other settings is part of the
     text: "(default: …)".
     """
+    help_of = help_texts(cls)
     texts = {}
     for field in dataclasses.fields(cls):
-        text = help_texts(cls)[field.name].removesuffix(".")
+        text = help_of[field.name].removesuffix(".")
         if field.name in from_file:
             text = re.sub(r"\s*\(default: [^()]*\)", "", text)
             text += f" ({file_name}: {_shown(from_file[field.name])})"

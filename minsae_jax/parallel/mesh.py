@@ -28,9 +28,9 @@ def make_mesh(*group_sizes: int, shape: str | None = None) -> Mesh:
     """Return a mesh (sweep, data) of `shape`, such as "4x2", or of all devices.
 
     Without a shape, as many devices as possible lie along `sweep`, where they need no
-    communication, so that each holds equally many members of every group (group_sizes: members of
-    each); the rest lie along `data`. Without groups, all lie along `data`. Raises UserError if
-    there are too few devices.
+    communication, so that each has the same number of members of every group; the rest lie along
+    `data`. group_sizes: members of each group; without groups all devices lie along `data`. Raises
+    UserError if there are too few devices.
     """
     devices = np.array(jax.devices())
     if shape is None:
@@ -38,10 +38,11 @@ def make_mesh(*group_sizes: int, shape: str | None = None) -> Mesh:
     else:
         n_sweep, n_data = map(int, shape.split("x"))
         n_needed = n_sweep * n_data
-        # Every process of a cluster must take part, so there the shape must use all devices.
-        is_too_small = process_count() > 1 and n_needed != len(devices)
-        if n_needed > len(devices) or is_too_small:
+        if n_needed > len(devices):
             raise UserError(f"--mesh {shape} needs {n_needed} devices, got {len(devices)}")
+        # Every process of a cluster must take part.
+        if n_needed < len(devices) and process_count() > 1:
+            raise UserError(f"--mesh {shape} must use all {len(devices)} devices of the cluster")
         devices = devices[:n_needed]
     return Mesh(devices.reshape(n_sweep, -1), (SWEEP, DATA), axis_types=(AxisType.Auto,) * 2)
 

@@ -1,7 +1,7 @@
 """Settings of training and plotting, and the two recipes.
 
 `TrainConfig` has the flags, where None means "the recipe's value"; `TrainConfig.resolved()` fills
-these in, and `TrainConfig.plan()` returns what the training code works with, without None.
+these in, and `TrainConfig.plan()` returns the resolved values for training, without None.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ class SourceFlags:
     """Activations"""
 
     store: str = "embeddings/store"
-    """Folder of the store: with the shards, or with l{cache_layer}/."""
+    """Store to train on: the folder with the shards, or its parent with l{cache_layer}/."""
     cache_layer: int = -1
     """Layer of the store to train on."""
     checkpoint_path: str | None = None
-    """Encoder that the store must come from, if that is to be checked."""
+    """Encoder for --live, or to check that the store is from it."""
     config_path: str | None = None
     """That encoder's YAML, for .pth files that need one."""
 
@@ -99,11 +99,11 @@ class RecipeFlags:
     decoder_norm: Annotated[float | None, Positive] = None
     """Initial L2 norm of every decoder row (april2024 only: 0.1)."""
     lambda_warmup: Annotated[float | None, Share] = None
-    """Share of the steps over which λ rises linearly from 0 (april2024: 0.05; minsae: 0)."""
+    """Share of the steps over which λ rises linearly from 0 (april2024 only: 0.05)."""
     lr_decay: Annotated[float | None, Share] = None
-    """Share of the steps at the end in which lr falls linearly to 0 (april2024: 0.2; minsae: 0)."""
+    """Share of the steps at the end in which lr falls linearly to 0 (april2024 only: 0.2)."""
     max_grad_norm: Annotated[float | None, Positive] = None
-    """L2 norm to which each member's gradient is clipped (april2024: 1; minsae: no clipping)."""
+    """L2 norm to which each member's gradient is clipped (april2024 only: 1)."""
     beta1: Annotated[float, Range(min=0, below=1)] = 0.9
     """Adam's decay rate of the first moment."""
     beta2: Annotated[float, Range(min=0, below=1)] = 0.999
@@ -134,7 +134,7 @@ class LogFlags:
     eval_window: Annotated[int, AtLeastOne] = 50
     """Log metrics every N steps (metrics.csv, act_freqs.csv, TensorBoard)."""
     val_store: str | None = None
-    """Store of held-out activations (default: store_val beside the train store, if it exists)."""
+    """Store of held-out activations (default: store_val next to the train store, if it exists)."""
     eval_every: Annotated[int, Range(min=0)] = 1000
     """Measure on held-out tokens every N steps and at the end; 0 for never."""
     eval_tokens: Annotated[int, Range(min=2)] = 100_000
@@ -179,8 +179,8 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
             for field in dataclasses.fields(LiveFlags):
                 is_default = getattr(self, field.name) == field.default
                 require(is_default, f"--{field.name} requires --live")
-        for name in _OTHER_RECIPE_ONLY[self.recipe]:
-            other = "minsae" if self.recipe == "april2024" else "april2024"
+        other = "minsae" if self.recipe == "april2024" else "april2024"
+        for name in _RECIPE_DEFAULTS[other].keys() - _RECIPE_DEFAULTS[self.recipe].keys():
             require(getattr(self, name) is None, f"--{name} requires --recipe {other}")
 
     def resolved(self) -> "TrainConfig":
@@ -193,7 +193,7 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
         """Return the resolved settings in the form that the training code uses."""
         r = self.resolved()
         is_minsae = r.recipe == "minsae"
-        # What the other recipe does not have is off: 0, or 1 for a weight.
+        # Settings of the other recipe are off: 0, or 1 for a weight.
         num_steps = r.num_steps or 0
         batches: ShuffledBatches | FileBatches
         if is_minsae:
@@ -267,18 +267,6 @@ class TrainPlan:
     optimizer: OptimizerPlan
 
 
-_OTHER_RECIPE_ONLY = {
-    "april2024": ("number_of_arrays", "recon_weight"),
-    "minsae": (
-        "batch_size",
-        "lambda_warmup",
-        "lr_decay",
-        "max_grad_norm",
-        "decoder_norm",
-        "scale_tokens",
-        "shuffle_seed",
-    ),
-}
 _RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "april2024": {
         "lambda_sparsity": (5.0,),

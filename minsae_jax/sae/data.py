@@ -1,4 +1,4 @@
-"""What a run trains on and is measured on, opened and checked once, before its folder appears."""
+"""The inputs of a run, opened and checked once, before its folder is created."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.kinds import KINDS, SAEKind
 
 MAX_D_SAE = 2**24
-# What distinguishes members, in the order of the columns of sweep.csv.
+# Hyper-parameters that differ between members, in the order of the columns of sweep.csv.
 HYPER_NAMES = tuple(SYMBOLS)
 # How hyper-parameters are called in members' names.
 _SHORT_NAMES = {"lambda_sparsity": "lambda"}

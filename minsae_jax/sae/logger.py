@@ -21,7 +21,7 @@ from minsae_jax.sae.sweep import IntervalMetrics
 
 
 class RunLogger:
-    """Writes what a run reports. Only one process of a cluster writes."""
+    """Writes the metrics and results of a run. Only one process of a cluster writes."""
 
     def __init__(
         self,

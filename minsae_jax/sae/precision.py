@@ -30,7 +30,7 @@ def with_bfloat16(
     n_tiles, tile = tiling
     shapes = kind.shapes(d_model, d_sae)
     params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    hyper = {"lambda_sparsity": np.float32(0), "lr": np.float32(0)}
+    hyper = {kind.sparsity_name: np.float32(0), "lr": np.float32(0)}
     try:
         with jax.ensure_compile_time_eval():
             x = jnp.zeros((min(n_tiles, 2), tile, d_model))

@@ -37,8 +37,8 @@ _FILES = (
 )
 _FOLDERS = ("checkpoints", "members", "plots", "report", ".report.tmp", ".report.old", "wandb")
 # Names, and patterns of names, that a run may have in its folder.
-OWNED = (*_FILES, *(f"{name}.tmp" for name in _FILES), *_FOLDERS, f"{TFEVENTS_PREFIX}*")
-# Settings that say how to train rather than what; they may change when a run resumes.
+RUN_ENTRIES = (*_FILES, *(f"{name}.tmp" for name in _FILES), *_FOLDERS, f"{TFEVENTS_PREFIX}*")
+# Settings that do not change the result; they may differ when a run resumes.
 _CHANGEABLE = (
     "run_dir",
     "mesh",
@@ -86,29 +86,28 @@ class RunFolder:
     def member(self, name: str) -> Path:
         return self.folder / "members" / name
 
-    def is_finished(self) -> bool:
-        """Return whether nothing is left to do.
-
-        Raises UserError if the folder contains anything but this run.
-        """
+    def check(self) -> None:
+        """Raise UserError if the folder contains other files, or a run with other settings."""
         has_config = (self.folder / "config.yaml").exists()
-        foreign = foreign_entries(self.folder, OWNED)
+        foreign = foreign_entries(self.folder, RUN_ENTRIES)
         if foreign and (self.config.overwrite or not has_config):
             raise UserError(
                 f"{self.folder} contains {foreign[0]}, which is not part of a run; "
                 "choose another --run_dir"
             )
         if self.config.overwrite:
-            return False
-        if not has_config:
-            if self.checkpoints.exists():
-                raise UserError(
-                    f"{self.folder} contains checkpoints but no config.yaml; use --overwrite to "
-                    "start anew"
-                )
-            return False
-        self._refuse_other_settings()
-        return (self.folder / SWEEP_CSV).exists()
+            return
+        if has_config:
+            self._refuse_other_settings()
+        elif self.checkpoints.exists():
+            raise UserError(
+                f"{self.folder} contains checkpoints but no config.yaml; use --overwrite to start "
+                "anew"
+            )
+
+    def is_finished(self) -> bool:
+        """Return whether nothing is left to do."""
+        return not self.config.overwrite and (self.folder / SWEEP_CSV).exists()
 
     def _refuse_other_settings(self) -> None:
         before = saved_settings(load_run_config(self.folder))

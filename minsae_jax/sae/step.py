@@ -51,7 +51,7 @@ class SweepState(NamedTuple):
 
 @dataclass(frozen=True)
 class StepProgram:
-    """What is constant in a run: the objective, the optimizer and the schedules."""
+    """Constants of a run: kinds and objectives of the groups, optimizer and schedules."""
 
     objectives: tuple[Objective, ...]  # one for each group
     kinds: tuple[SAEKind, ...]  # one for each group
@@ -62,10 +62,18 @@ class StepProgram:
     matmul_precision: str  # of JAX, for float32 products
 
 
+class ScheduleFactors(NamedTuple):
+    """Values of the schedules at a step."""
+
+    sparsity: Float[Array, ""]  # factor of λ
+    lr: Float[Array, ""]  # factor of the learning rate
+
+
 def member_step(
     program: StepProgram,
-    group: int,
-    factors: tuple[Array, Array],
+    kind: SAEKind,
+    objective: Objective,
+    factors: ScheduleFactors,
     n_tokens: int,
     batch: Batch,
     state: MemberState,
@@ -73,15 +81,10 @@ def member_step(
 ) -> MemberState:
     """Make one step of one member: loss, gradient, Adam update, feature counts.
 
-    batch: this device's tokens; n_tokens: tokens of the batch on all devices; factors: of λ and
-    lr, from their schedules. If the loss or the gradient is not finite, the member stays as it was
-    and is frozen for good.
+    batch: this device's tokens; n_tokens: tokens of the batch on all devices. If the loss or the
+    gradient is not finite, the member stays as it was and is frozen for good.
     """
-    kind = program.kinds[group]
-    objective = program.objectives[group]
-    lambda_factor, lr_factor = factors
-    hyper = hyper | {"lambda_sparsity": hyper["lambda_sparsity"] * lambda_factor}
-
+    hyper = kind.scheduled(hyper, factors.sparsity)
     sums = kind.batch_sums(state.params, batch, hyper, objective)
     sums = jax.lax.psum(sums, DATA)
     gradients, metrics = kind.gradients(state.params, sums, n_tokens, hyper, objective)
@@ -89,7 +92,7 @@ def member_step(
     # optax raises β, a float, to the power of an integer count.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = program.optimizer.update(gradients, state.opt_state)
-    lr = hyper["lr"] * lr_factor
+    lr = hyper["lr"] * factors.lr
     params = jax.tree.map(lambda p, update: p - lr * update, state.params, updates)
 
     # A count stops at dead_after, so that it never overflows.
@@ -104,9 +107,11 @@ def member_step(
         frozen=state.frozen,
         metrics=jax.tree.map(jnp.add, state.metrics, metrics),
     )
+    # The maximum of values with a NaN is NaN.
     largest_gradient = jnp.stack([jnp.abs(g).max() for g in jax.tree.leaves(gradients)]).max()
     is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(largest_gradient)
     moves = is_finite & ~state.frozen
+    # A member that does not move keeps its state and is frozen from now on.
     return jax.tree.map(partial(jnp.where, moves), moved, state._replace(frozen=~moves))
 
 
@@ -125,26 +130,29 @@ def sweep_step(
     tiling: (tiles, rows of a tile) of each device's share of x.
     """
     step_number = state.step.astype(jnp.float32)
-    factors = (
-        jnp.asarray(program.lambda_schedule(step_number), jnp.float32),
-        jnp.asarray(program.lr_schedule(step_number), jnp.float32),
+    factors = ScheduleFactors(
+        sparsity=jnp.asarray(program.lambda_schedule(step_number), jnp.float32),
+        lr=jnp.asarray(program.lr_schedule(step_number), jnp.float32),
     )
 
     def on_one_device(
         groups: tuple[MemberState, ...],
         hyper: tuple[Hyper, ...],
         x: Array,
-        factors: tuple[Array, Array],
+        factors: ScheduleFactors,
     ) -> tuple[tuple[MemberState, ...], tuple[Array, Array]]:
         first_row = jax.lax.axis_index(DATA) * len(x)
         is_token = (first_row + jnp.arange(len(x)) < n_tokens).astype(x.dtype)
+        # Known when the step is traced, so that batches without padding need no mask.
         is_padded = n_tokens < len(x) * mesh.shape[DATA]
         tiles = x.reshape(*tiling, -1)
         batch = Batch(tiles, is_token.reshape(tiling) if is_padded else None)
         new_groups = []
-        for i, (group, group_hyper) in enumerate(zip(groups, hyper, strict=True)):
-            step = partial(member_step, program, i, factors, n_tokens, batch)
-            new_groups.append(map_members(step, group, group_hyper))
+        for kind, objective, members, members_hyper in zip(
+            program.kinds, program.objectives, groups, hyper, strict=True
+        ):
+            step = partial(member_step, program, kind, objective, factors, n_tokens, batch)
+            new_groups.append(map_members(step, members, members_hyper))
         return tuple(new_groups), _token_moments(x, is_token, n_tokens)
 
     x = x.astype(jnp.float32) * scale
@@ -153,7 +161,7 @@ def sweep_step(
         mesh=mesh,
         in_specs=(P(SWEEP), P(SWEEP), P(DATA), P()),
         out_specs=(P(SWEEP), P()),
-        check_vma=False,
+        check_vma=False,  # JAX cannot see that a scan's result is replicated after the psum
     )
     with jax.default_matmul_precision(program.matmul_precision):
         groups, moments = run(state.groups, hyper, x, factors)

@@ -51,7 +51,7 @@ class IntervalMetrics:
     l0: Float[np.ndarray, " members"]
     fvu: Float[np.ndarray, " members"]  # Σ‖x - x̂‖² / Σ‖x - mean‖² over the interval's tokens
     dead_fraction: Float[np.ndarray, " members"]  # at the end of the interval
-    active: Int[np.ndarray, "members d_sae"]  # tokens with the feature active: a count, no mean
+    active: Int[np.ndarray, "members d_sae"]  # tokens with the feature active: a count, not a mean
     steps: Int[np.ndarray, " members"]  # made since the start; fewer than the sweep's if frozen
     frozen: Bool[np.ndarray, " members"]
 
@@ -75,14 +75,14 @@ class Sweep:
         self.d_model = d_model
         self.mesh = make_mesh(*map(len, groups), shape=plan.config.mesh)
         n_sweep = self.mesh.shape[SWEEP]
-        # Every device of `sweep` gets equally many members; those added are frozen from the start.
+        # Every position along `sweep` gets the same number of members; added ones are frozen.
         self.padded_sizes = [-(-len(group) // n_sweep) * n_sweep for group in groups]
         self._is_padded = self.padded_sizes != [len(group) for group in groups]
         self.optimizer = make_optimizer(plan.optimizer)
         self.lambda_schedule, self.lr_schedule = make_schedules(plan.optimizer)
         self.hyper = self._put_hyper()
 
-        # Shardings take the place of arrays in the state.
+        # The shardings below are SweepStates with a sharding as every leaf.
         whole: Any = replicated(self.mesh)
         per_member: Any = members_sharding(self.mesh)
         groups_sharding = (per_member,) * len(groups)
@@ -117,7 +117,7 @@ class Sweep:
     ) -> tuple[SweepState, Array]:
         """Make one step of all members on scale * x; `state` is donated.
 
-        The first n_tokens rows of x are tokens. The second result is a loss to wait for.
+        The first n_tokens rows of x are tokens. Wait for the second result to wait for the step.
         """
         return self._step(state, self.hyper, x, np.float32(scale), n_tokens=n_tokens)
 
@@ -167,10 +167,8 @@ class Sweep:
         hyper = []
         for group, size in zip(self.groups, self.padded_sizes, strict=True):
             members = group + group[-1:] * (size - len(group))
-            values = {
-                "lambda_sparsity": np.array([m.lambda_sparsity for m in members], np.float32),
-                "lr": np.array([m.lr for m in members], np.float32),
-            }
+            names = (group[0].kind.sparsity_name, "lr")
+            values = {n: np.array([m.hyper[n] for m in members], np.float32) for n in names}
             hyper.append(jax.device_put(values, members_sharding(self.mesh)))
         return tuple(hyper)
 
@@ -236,6 +234,7 @@ class Sweep:
         objective = Objective(self.plan.mean_over_d_model, self.plan.recon_weight)
         if self.plan.config.precision != "bfloat16":
             return objective
+        # Runs a small program while the step is traced, to see what this backend supports.
         return with_bfloat16(group[0].kind, objective, self.d_model, group[0].d_sae, tiling)
 
     def _traced_take_metrics(self, state: SweepState) -> tuple[SweepState, DeviceMetrics]:
@@ -259,6 +258,7 @@ class Sweep:
     ) -> tuple[Array, ...]:
         fractions = []
         for state, group in zip(groups, self.groups, strict=True):
+            # Both counts stop at dead_after: not active for that long, or since the start.
             dead = (state.tokens_since_fired >= tokens_seen).mean(1)
             fractions.append(jnp.where(state.frozen, jnp.nan, dead)[: len(group)])
         return tuple(fractions)

@@ -13,7 +13,8 @@ import jax
 from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import Source
 from minsae_jax.errors import Stopped, UserError
-from minsae_jax.monitor import Bar, progress
+from minsae_jax.monitor import Bar
+from minsae_jax.monitor import progress as progress_bar
 from minsae_jax.parallel.processes import (
     any_process,
     barrier,
@@ -29,7 +30,7 @@ from minsae_jax.sae.measures import measure
 from minsae_jax.sae.run import HELD_OUT_METRICS, Run, RunFolder, load_run
 from minsae_jax.sae.sweep import DeviceMetrics, Sweep, read_metrics
 
-# Steps that are queued on the devices while the host goes on.
+# Steps queued on the devices before the host waits.
 STEPS_IN_FLIGHT = 2
 
 
@@ -49,6 +50,7 @@ def train(
     plan = config.plan()
     folder = RunFolder(plan)
     with barrier(f"open the inputs of {folder.folder}"):
+        folder.check()
         if folder.is_finished():
             return load_run(folder.folder, was_finished=True)
         store: Source
@@ -155,20 +157,20 @@ class Trainer:
             self.logger.export(self.progress, self.data.store, weights)
 
     def _run_steps(self) -> None:
-        losses_in_flight: deque[jax.Array] = deque()
+        steps_in_flight: deque[jax.Array] = deque()
         unlogged: DeviceMetrics | None = None
-        with progress("train", self.num_steps, "steps") as bar, stop_signals() as signals:
+        with progress_bar("train", self.num_steps, "steps") as bar, stop_signals() as signals:
             bar.start_at(self.progress.step)
             while self.progress.step < self.num_steps:
                 with self.throughput.waiting():
                     x = next(self.data.stream)
                 on_device = self.sweep.put(x)
-                self.state, loss = self.sweep.step(
+                self.state, step_done = self.sweep.step(
                     self.state, on_device, self.progress.scale, len(x)
                 )
-                losses_in_flight.append(loss)
-                if len(losses_in_flight) > STEPS_IN_FLIGHT:
-                    losses_in_flight.popleft().block_until_ready()
+                steps_in_flight.append(step_done)
+                if len(steps_in_flight) > STEPS_IN_FLIGHT:
+                    steps_in_flight.popleft().block_until_ready()
                 # Metrics are fetched one step late, while the devices work on this one.
                 if unlogged is not None:
                     self._log_interval(unlogged, bar)
@@ -184,7 +186,7 @@ class Trainer:
                     self.state, unlogged = self.sweep.take_metrics(self.state)
                 if self.data.held_out and (is_last or step % self.config.eval_every == 0):
                     self._measure_held_out()
-                stopped, is_late = self._ask_processes(bool(signals), ends_interval)
+                stopped, is_late = self._agree_on_stop_or_save(bool(signals), ends_interval)
                 if is_last or stopped or is_late or step % self.config.checkpoint_every == 0:
                     if unlogged is not None:
                         self._log_interval(unlogged, bar)
@@ -200,7 +202,7 @@ class Trainer:
                 if self.on_step:
                     self.on_step(step)
 
-    def _ask_processes(self, stop: bool, ends_interval: bool) -> tuple[bool, bool]:
+    def _agree_on_stop_or_save(self, stop: bool, ends_interval: bool) -> tuple[bool, bool]:
         """Return whether a process was asked to stop, and whether a checkpoint is overdue.
 
         In a cluster the processes agree on this at the end of a log interval.

@@ -12,7 +12,7 @@ from minsae_jax.evaluation.dataset import open_dataset
 
 def test_sequences_are_read_across_shards(trained):
     dataset = trained.dataset("test")
-    assert len(dataset.store.rows_of_shards) > 1
+    assert len(dataset.store.tokens_per_shard) > 1
     everything = dataset.read(0, len(dataset.recording))
     assert everything.shape == (len(dataset.recording), dataset.n_tokens, 128)
     for start, stop in ((0, 1), (70, 90), (len(everything) - 5, len(everything))):

@@ -62,7 +62,7 @@ def test_files_contain_the_evaluation(trained, evaluation):
     content = json.loads((trained.run / "evaluation.json").read_text())
     dataset = trained.dataset("test")
     assert content["recommended"] == evaluation.recommended
-    assert content["tokens"] == dataset.store.rows
+    assert content["tokens"] == dataset.store.total_tokens
     assert content == json.loads(json.dumps(evaluation.to_record()))
     with (trained.run / "evaluation.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

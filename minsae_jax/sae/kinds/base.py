@@ -1,4 +1,4 @@
-"""What a kind of sparse autoencoder must provide, with a default gradient by autodiff.
+"""Interface of a kind of sparse autoencoder, with a default gradient by autodiff.
 
 Sweep, checkpoints, measures, evaluation and report use this interface only.
 """
@@ -24,7 +24,7 @@ class Objective:
 
     mean_over_d_model: bool
     recon_weight: float = 1.0
-    # What the factors of matrix products are rounded to. Products are summed in float32.
+    # Precision of the factors of matrix products, which are summed in float32.
     # "rounded" rounds to bfloat16 but multiplies in float32, where XLA has no bfloat16 product.
     factors: Literal["float32", "bfloat16", "rounded"] = "float32"
 
@@ -71,13 +71,15 @@ class BatchMetrics(NamedTuple):
 class SAEKind:
     """A kind of sparse autoencoder; subclasses are frozen dataclasses of static settings.
 
-    Members of equal kind and size form a group and share one compiled program; hyper-parameters in
-    `hyper_names` are arrays over the members of a group.
+    Members of equal kind and size form a group and share one compiled program. The sparsity setting
+    and lr are arrays over the members of a group.
     """
 
     name: ClassVar[str]
-    param_names: ClassVar[tuple[str, ...]]  # also the tensor names in sae.safetensors
-    sparsity_name: ClassVar[str]  # the hyper-parameter that sets how sparse the features are
+    # Also the tensor names in sae.safetensors; b_enc, W_dec and b_dec must be among them.
+    param_names: ClassVar[tuple[str, ...]]
+    # The hyper-parameter that sets how sparse the features are.
+    sparsity_name: ClassVar[str]
 
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of every parameter."""
@@ -121,6 +123,10 @@ class SAEKind:
         """Return the weight λ of the penalty in the loss."""
         raise NotImplementedError
 
+    def scheduled(self, hyper: Hyper, factor: Float[Array, ""]) -> Hyper:
+        """Return the hyper-parameters at a step, where the warm-up's factor applies to sparsity."""
+        return hyper | {self.sparsity_name: hyper[self.sparsity_name] * factor}
+
     def fold_scale(self, params: Params, scale: float) -> Params:
         """Return parameters for x from parameters for scale * x.
 
@@ -129,7 +135,7 @@ class SAEKind:
         raise NotImplementedError
 
     # The loss and its gradient. A kind may override `batch_sums` and `gradients` where a
-    # hand-written gradient is faster; a test compares it with these.
+    # hand-written gradient is faster, as ReLU does; tests compare it with these definitions.
 
     def loss(
         self,

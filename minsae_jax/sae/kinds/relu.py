@@ -140,13 +140,13 @@ class ReLU(SAEKind):
 
 
 class _Weights(NamedTuple):
-    """What all tiles use: factors of products, biases, and constants of the gradient."""
+    """Values shared by all tiles: factors of products, biases, constants of the gradient."""
 
     w_enc: Float[Array, "d_model d_sae"]
     w_dec: Float[Array, "d_sae d_model"]
     b_enc: Float[Array, " d_sae"]
     b_dec: Float[Array, " d_model"]
-    error_factor: float  # dloss/dx̂ = error_factor * (x̂ - x)
+    dloss_factor: float  # dloss/dx̂ = dloss_factor * (x̂ - x)
     penalty: Float[Array, " d_sae"]  # dloss/df_i through the penalty: λ ‖W_dec,i‖
 
 
@@ -158,7 +158,7 @@ def _prepare(
         w_dec=objective.round_factor(params["W_dec"]),
         b_enc=params["b_enc"],
         b_dec=params["b_dec"],
-        error_factor=2 * objective.recon_weight * objective.mse_factor(d_model),
+        dloss_factor=2 * objective.recon_weight * objective.mse_factor(d_model),
         penalty=penalty_weight * jnp.linalg.norm(params["W_dec"], axis=1),
     )
 
@@ -175,20 +175,20 @@ def _tile_sums_transposed(weights: _Weights, tile: Batch, objective: Objective) 
     f_FxB = jax.nn.relu(product(weights.w_enc.T, x_BxD.T) + weights.b_enc[:, None])
     if tile.is_token is not None:
         f_FxB = f_FxB * tile.is_token[None]
-    f_factor_FxB = round_factor(f_FxB)
-    error_DxB = product(weights.w_dec.T, f_factor_FxB) + weights.b_dec[:, None] - tile.x.T
+    rounded_f_FxB = round_factor(f_FxB)
+    error_DxB = product(weights.w_dec.T, rounded_f_FxB) + weights.b_dec[:, None] - tile.x.T
     if tile.is_token is not None:
         error_DxB = error_DxB * tile.is_token[None]
-    error_factor_DxB = round_factor(error_DxB)
+    rounded_error_DxB = round_factor(error_DxB)
     # dloss/dpre: error through the decoder plus penalty, where the feature is active.
     active_FxB = f_FxB > 0
-    backward_FxB = weights.error_factor * product(weights.w_dec, error_factor_DxB)
-    pre_FxB = jnp.where(active_FxB, backward_FxB + weights.penalty[:, None], 0)
+    backward_FxB = weights.dloss_factor * product(weights.w_dec, rounded_error_DxB)
+    pre_gradient_FxB = jnp.where(active_FxB, backward_FxB + weights.penalty[:, None], 0)
     gradients = {
-        "W_enc": product(round_factor(pre_FxB), x_BxD),
-        "b_enc": pre_FxB.sum(1),
-        "W_dec": weights.error_factor * product(f_factor_FxB, error_factor_DxB.T),
-        "b_dec": weights.error_factor * error_DxB.sum(1),
+        "W_enc": product(round_factor(pre_gradient_FxB), x_BxD),
+        "b_enc": pre_gradient_FxB.sum(1),
+        "W_dec": weights.dloss_factor * product(rounded_f_FxB, rounded_error_DxB.T),
+        "b_dec": weights.dloss_factor * error_DxB.sum(1),
     }
     return ReLUSums(
         gradients,
@@ -213,14 +213,14 @@ def _tile_sums(weights: _Weights, tile: Batch, objective: Objective) -> ReLUSums
     error = product(features, weights.w_dec) + weights.b_dec[None] - tile.x
     if tile.is_token is not None:
         error = error * tile.is_token[:, None]
-    error_factor = objective.round_factor(weights.error_factor * error)
-    backward = jnp.matmul(error_factor, weights.w_dec.T, preferred_element_type=low)
+    x_hat_gradient = objective.round_factor(weights.dloss_factor * error)
+    backward = jnp.matmul(x_hat_gradient, weights.w_dec.T, preferred_element_type=low)
     pre_gradient = jnp.where(features > 0, backward + weights.penalty.astype(low)[None], 0)
     gradients = {
         "W_enc": product(pre_gradient.T, x),
         "b_enc": pre_gradient.sum(0, dtype=jnp.float32),
-        "W_dec": product(features.T, error_factor),
-        "b_dec": weights.error_factor * error.sum(0),
+        "W_dec": product(features.T, x_hat_gradient),
+        "b_dec": weights.dloss_factor * error.sum(0),
     }
     return ReLUSums(
         gradients,
