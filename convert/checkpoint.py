@@ -23,12 +23,12 @@ from safetensors.numpy import load_file
 
 from minsae_jax.errors import UserError, brief
 from minsae_jax.files import atomic_write, sha256_of
+from minsae_jax.settings import JsonObject
 
 if TYPE_CHECKING:
     import torch
 
 Tensors = dict[str, np.ndarray]
-JsonObject = dict[str, Any]  # from files of other programs: any keys and values
 Program = Literal["gpatchtst", "supervised", "transformers"]
 Form = Literal["checkpoint", "state dict"]
 HALVES = ("float16", "bfloat16")

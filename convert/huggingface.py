@@ -13,7 +13,6 @@ import numpy as np
 
 from convert.checkpoint import (
     Checkpoint,
-    JsonObject,
     Tensors,
     load_json,
     load_safetensors,
@@ -23,6 +22,7 @@ from convert.checkpoint import (
     to_numpy,
 )
 from minsae_jax.errors import UserError
+from minsae_jax.settings import JsonObject
 
 _SOURCE_LAYER = r"encoder\.layers\.(\d+)"
 _LAYER = r"backbone.encoder.layers.\1"

@@ -24,6 +24,7 @@ import yaml
 from minsae_jax.errors import UserError, brief
 
 Settings = TypeVar("Settings")
+JsonObject = dict[str, Any]  # content of a JSON file: any keys and values
 Values = dict[str, Any]  # settings as YAML has them: name -> number, text, bool, None or list
 
 FLOAT32_LIMIT = 1e38  # just below the largest float32
@@ -104,18 +105,6 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError with this message unless the condition is true."""
     if not condition:
         raise UserError(message)
-
-
-LARGEST = FLOAT32_LIMIT
-
-
-def require_positive(settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        require(
-            value is None or 0 < value < LARGEST,
-            f"--{name} must be above 0 and finite, but is {value}",
-        )
 
 
 class _Loader(yaml.SafeLoader):

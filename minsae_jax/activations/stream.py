@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from minsae_jax.activations.store import Origin
 from minsae_jax.errors import UserError
+from minsae_jax.settings import JsonObject
 
 SHUFFLE_BUFFER_TOKENS = 65_536  # tokens shuffled together, from chunks all over the source
 
@@ -25,8 +26,8 @@ class TokenStream(Protocol):
     """Endless batches; the state is the position, in plain JSON."""
 
     def __next__(self) -> Float[np.ndarray, "tokens d_model"]: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
+    def get_state(self) -> JsonObject: ...
+    def set_state(self, state: JsonObject) -> None: ...
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +29,7 @@ from minsae_jax.activations.store import PROVENANCE, find_damage, shard_damage, 
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, foreign_entries, lock_folder, sha256_of
 from minsae_jax.parallel.processes import barrier, process_index
+from minsae_jax.settings import JsonObject
 
 BLOCK = 1 << 20  # bytes that are hashed and then written while they are in the cache
 PARTIAL_MANIFESTS = "manifest.*.json"  # of processes other than the first
@@ -218,7 +219,7 @@ def _check_identity(folder: Path, identity: StoreIdentity, manifest: Manifest) -
         )
 
 
-def _flat(identity: StoreIdentity) -> dict[str, Any]:
+def _flat(identity: StoreIdentity) -> JsonObject:
     content = dict(identity.to_json())
     data = content.pop("data")
     return content | data

@@ -217,7 +217,7 @@ def _make_parser(
         argument_default=argparse.SUPPRESS,
         formatter_class=_HelpFormatter,
     )
-    groups: dict[str, Any] = {}
+    groups: dict[str, argparse._ArgumentGroup] = {}
     titles = topics(cls)
     usage = [prog]
     for argument in arguments_of(cls):

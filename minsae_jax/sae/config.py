@@ -8,7 +8,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from minsae_jax.eeg.recordings import OnBadRecording, Split
 from minsae_jax.errors import UserError
@@ -19,6 +19,7 @@ from minsae_jax.settings import (
     Range,
     Seed,
     Share,
+    Values,
     check_no_duplicates,
     check_ranges,
     load_sections,
@@ -279,7 +280,7 @@ _OTHER_RECIPE_ONLY = {
         "shuffle_seed",
     ),
 }
-_RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
+_RECIPE_DEFAULTS: dict[str, Values] = {
     "april2024": {
         "lambda_sparsity": (5.0,),
         "lr": (5e-5,),

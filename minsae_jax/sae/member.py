@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from safetensors.numpy import load_file, save
 from minsae_jax.errors import UserError, brief
 from minsae_jax.files import atomic_write
 from minsae_jax.sae.kinds import KINDS, Params, SAEKind
+from minsae_jax.settings import JsonObject
 
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
@@ -32,7 +32,7 @@ class SparseAutoencoder:
     [[1.0, 0.0]]
     """
 
-    def __init__(self, params: Params, config: dict[str, Any] | None = None):
+    def __init__(self, params: Params, config: JsonObject | None = None):
         """Create an autoencoder from parameters; `config` is the content of config.json."""
         self.config = config or {}
         self.kind: SAEKind = KINDS[self.config.get("kind", "relu")]
@@ -102,7 +102,7 @@ def _decode(kind: SAEKind, params: Params, features: Array) -> Array:
     return kind.decode(params, features)
 
 
-def save_member(folder: Path, params: Params, config: dict[str, Any]) -> None:
+def save_member(folder: Path, params: Params, config: JsonObject) -> None:
     """Write config.json and sae.safetensors; the folder is a member once the latter exists."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = KINDS[config.get("kind", "relu")]

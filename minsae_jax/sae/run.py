@@ -22,7 +22,7 @@ from minsae_jax.monitor import TFEVENTS_PREFIX, table
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
 from minsae_jax.sae.grid import HYPER_NAMES
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
-from minsae_jax.settings import to_dict
+from minsae_jax.settings import JsonObject, Values, to_dict
 
 SWEEP_CSV = "sweep.csv"
 EVAL_CSV = "eval.csv"
@@ -122,7 +122,7 @@ class RunFolder:
                 "another --run_dir, or use --overwrite"
             )
 
-    def saved_settings(self) -> dict[str, Any]:
+    def saved_settings(self) -> Values:
         """Return the settings as they are written to config.yaml."""
         return saved_settings(self.config)
 
@@ -145,7 +145,7 @@ class RunFolder:
                 file.write_text(yaml.safe_dump(content, sort_keys=False))
             yield
 
-    def finish(self, rows: list[dict[str, Any]]) -> None:
+    def finish(self, rows: list[JsonObject]) -> None:
         """Write sweep.csv, one row for each member, which marks the run as finished."""
         columns = ("member", *HYPER_NAMES, *TRAIN_METRICS, "status")
         with atomic_write(self.folder / SWEEP_CSV) as path, path.open("w", newline="") as file:
@@ -251,7 +251,7 @@ def read_held_out(folder: Path) -> dict[str, Metrics]:
     return {row["member"]: {name: float(row[name]) for name in HELD_OUT_METRICS} for row in rows}
 
 
-def saved_settings(config: TrainConfig) -> dict[str, Any]:
+def saved_settings(config: TrainConfig) -> Values:
     """Return the settings as in config.yaml, without `overwrite`, which is an action."""
     return to_dict(replace(config, overwrite=False))
 
