@@ -68,6 +68,7 @@ def chunks_per_buffer(source: Source) -> int:
 
 def read_chunks(source: Source, chunks: Sequence[int]) -> Float[np.ndarray, "tokens d_model"]:
     """Return the tokens of some chunks, one after the other, as a new array."""
+    # An upper bound: the last chunk of a shard can be shorter.
     capacity = len(chunks) * source.tokens_per_chunk
     tokens = np.empty((capacity, source.d_model), source.dtype)
     return tokens[: source.read_chunks(chunks, tokens)]
@@ -106,6 +107,7 @@ class ShuffleBuffers:
         self.source = source
         self.seed = seed
         self.chunks_per_buffer = chunks_per_buffer(source)
+        # -(-a // b) is a / b rounded up, here and elsewhere.
         self.buffers_per_epoch = -(-source.n_chunks // self.chunks_per_buffer)
         # Two epochs: at the end of one, a second thread reads the start of the next.
         self._chunk_order = lru_cache(2)(self._draw_chunk_order)
@@ -113,6 +115,8 @@ class ShuffleBuffers:
         self._memory = threading.local()
 
     def _draw_chunk_order(self, epoch: int) -> np.ndarray:
+        # Seeded by the epoch instead of drawn from one generator: any buffer can be made without
+        # those before it, so that a resumed run starts at once.
         return np.random.default_rng([self.seed, epoch]).permutation(self.source.n_chunks)
 
     def __len__(self) -> int:
@@ -134,8 +138,11 @@ class ShuffleBuffers:
 def shuffled_tokens(source: Source, batch_size: int, shuffle_seed: int) -> TokenStream:
     """Return batches of `batch_size` shuffled tokens, across the ends of buffers and epochs."""
     buffers = grain.MapDataset.source(ShuffleBuffers(source, shuffle_seed))
+    # An element is a whole shuffle buffer, so two in advance are enough.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     prefetched = buffers.to_iter_dataset(options)
+    # Rebatching carries the rest of a buffer over into the next batch. The stream is endless, so
+    # drop_remainder loses no tokens.
     return iter(grain.experimental.RebatchIterDataset(prefetched, batch_size, drop_remainder=True))
 
 

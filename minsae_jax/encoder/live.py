@@ -43,6 +43,7 @@ class LiveStore:
         self.d_model = a.d_model
         self.tokens_per_chunk = a.n_vars * a.n_tokens
         self.origin = Origin(encoder.fingerprint, layer, index, recordings.skipped)
+        # Hashed into the fingerprint: with other names or values here, runs cannot resume.
         self._description: JsonObject = {
             "layer": layer,
             "layer_index": index,

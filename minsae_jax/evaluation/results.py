@@ -101,6 +101,7 @@ class MemberEvaluation:
     def to_row(self) -> JsonObject:
         """Return the member's row in evaluation.csv."""
         record = self.to_record()
+        # A cell of a CSV cannot contain a histogram.
         row = {name: value for name, value in record.items() if not isinstance(value, dict)}
         for kind, score in (self.events or {}).items():
             row[f"{kind}_feature"] = score.feature

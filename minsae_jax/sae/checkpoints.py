@@ -35,6 +35,7 @@ class Progress:
     diverged: dict[str, int] = field(default_factory=dict)  # member -> the step that failed
 
     def to_json(self) -> JsonObject:
+        # These keys are as old as _STORED_NAMES below, and stay for the same reason.
         return {
             "tokens": self.tokens,
             "scale": self.scale,
@@ -96,6 +97,7 @@ class Checkpoints:
             notes=ocp.args.JsonSave(progress.to_json() | {"stream": stream}),
         )
         with self._write_errors():
+            # The trainer decides when to save; `force` turns off Orbax's own policy.
             self._manager.save(progress.step, args=items, force=True)
 
     def restore(self, step: int, abstract: SweepState) -> tuple[SweepState, Progress, JsonObject]:
@@ -111,6 +113,7 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
             progress = _from_json(step, restored["notes"])
             return _from_tree(restored["state"]), progress, restored["notes"]["stream"]
+        # Orbax and TensorStore raise many types on damaged files.
         except Exception as e:
             raise UserError(
                 f"checkpoint {step} in {self._manager.directory} is damaged ({type(e).__name__}); "

@@ -127,9 +127,11 @@ class RunLogger:
         weights: of all members, for the scaled activations of training.
         """
         rows = []
+        # Every process consumes `weights`, since fetching from the devices needs all of them.
         for member, params in zip(self.members, weights, strict=True):
             status = "diverged" if member.name in progress.diverged else "finished"
             if self.writes:
+                # Training saw scale * x; the exported weights take x.
                 raw_params = member.kind.fold_scale(params, progress.scale)
                 config = self._member_config(progress, store, member, status)
                 save_member(self.folder.member(member.name), raw_params, config)

@@ -55,6 +55,7 @@ class SparseAutoencoder:
     def unit_directions(self) -> Float[np.ndarray, "d_sae d_model"]:
         """Decoder directions of L2 norm 1, so that their products are cosines."""
         norms = np.linalg.norm(self.decoder_directions, axis=1, keepdims=True)
+        # A row of zeros has no direction and stays 0.
         return self.decoder_directions / np.maximum(norms, 1e-12)
 
     def encode(self, x: Array | np.ndarray) -> Float[Array, "*tokens d_sae"]:
@@ -92,6 +93,7 @@ class SparseAutoencoder:
         return jnp.asarray(x, jnp.float32)
 
 
+# Jitted here and not in a method: all autoencoders of one kind and size share a compilation.
 @partial(jax.jit, static_argnums=0)
 def _encode(kind: SAEKind, params: Params, x: Array) -> Array:
     return kind.encode(params, x)
@@ -107,6 +109,7 @@ def save_member(folder: Path, params: Params, config: JsonObject) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kind = KINDS[config.get("kind", "relu")]
     arrays = {name: np.ascontiguousarray(params[name], np.float32) for name in kind.param_names}
+    # Context managers exit in reverse order: the config is renamed before the weights.
     with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as about:
         weights.write_bytes(save(arrays))
         about.write_text(json.dumps(config, indent=2) + "\n")

@@ -35,6 +35,7 @@ _FILES = (
     "evaluation.csv",
     "evaluation.png",
 )
+# A report that was interrupted can leave .report.tmp or .report.old, see `replaced_folder`.
 _FOLDERS = ("checkpoints", "members", "plots", "report", ".report.tmp", ".report.old", "wandb")
 # Names, and patterns of names, that a run may have in its folder.
 OWNED = (*_FILES, *(f"{name}.tmp" for name in _FILES), *_FOLDERS, f"{TFEVENTS_PREFIX}*")
@@ -93,6 +94,7 @@ class RunFolder:
         """
         has_config = (self.folder / "config.yaml").exists()
         foreign = foreign_entries(self.folder, OWNED)
+        # Other files do not disturb a run that resumes, but --overwrite would delete them.
         if foreign and (self.config.overwrite or not has_config):
             raise UserError(
                 f"{self.folder} contains {foreign[0]}, which is not part of a run; "
@@ -140,6 +142,7 @@ class RunFolder:
         with lock_folder(self.folder):
             if self.config.overwrite:
                 _empty(self.folder)
+            # Also on resume, since the settings in _CHANGEABLE may be others now.
             with atomic_write(self.folder / "config.yaml") as file:
                 content = {"train": self.saved_settings()}
                 file.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -171,6 +174,7 @@ class RunMember:
 
     def read_metrics(self) -> np.ndarray:
         """Return metrics.csv as a structured array, one row for each log interval."""
+        # np.genfromtxt returns an array of no dimensions for a single row.
         return np.atleast_1d(np.genfromtxt(self.folder / "metrics.csv", delimiter=",", names=True))
 
 
