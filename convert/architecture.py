@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.checkpoint import Checkpoint, JsonObject, Program, Tensors
+from convert.checkpoint import Checkpoint, Program, Tensors
 from convert.infer import infer_settings
 from convert.settings import (
     FIELD_TYPES,
@@ -29,6 +29,7 @@ from convert.settings import (
 )
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.errors import UserError
+from minsae_jax.settings import JsonObject
 
 # Settings that a program's code fixes and its configuration leaves out.
 DEFAULTS: dict[Program, JsonObject] = {

@@ -23,12 +23,12 @@ from safetensors.numpy import load_file
 
 from minsae_jax.errors import UserError, brief
 from minsae_jax.files import atomic_write, sha256_of
+from minsae_jax.settings import JsonObject
 
 if TYPE_CHECKING:
     import torch
 
 Tensors = dict[str, np.ndarray]
-JsonObject = dict[str, Any]  # from files of other programs: any keys and values
 Program = Literal["gpatchtst", "supervised", "transformers"]
 Form = Literal["checkpoint", "state dict"]
 HALVES = ("float16", "bfloat16")
@@ -192,6 +192,7 @@ def to_numpy(state: Any, path: Path, part: str = "") -> Tensors:
         # Before any copy: tensors can share one storage many times.
         n_bytes = sum(_n_bytes(tensor) for tensor in state.values())
         arrays = {}
+        # Some sharing is normal, such as tied weights; four times the file is not.
         if n_bytes <= 4 * path.stat().st_size:
             arrays = {key: _numpy_array(tensor.detach()) for key, tensor in state.items()}
     except Exception as e:  # torch's error depends on the kind of tensor
@@ -315,6 +316,7 @@ def without_prefixes(tensors: Tensors) -> tuple[Tensors, set[str]]:
     """Remove wrappers' prefixes that all keys have; returns the tensors and these prefixes."""
     removed: set[str] = set()
     while True:
+        # Wrappers can be nested, as in `module._orig_mod.`.
         shared = [p for p in WRAPPERS if all(key.startswith(p) for key in tensors)]
         if not shared:
             return tensors, removed
@@ -331,5 +333,6 @@ def _reads_all_patches(tensors: Tensors) -> bool:
         return False
     if not head.ndim == embedding.ndim == position.ndim == 2:
         return False
+    # A pretrain head maps d_model to patch_len, the embedding patch_len to d_model.
     is_pretrain_head = head.shape == embedding.T.shape
     return not is_pretrain_head and head.shape[1] == len(embedding) * len(position)

@@ -14,7 +14,6 @@ from convert.architecture import read_architecture
 from convert.checkpoint import (
     HALVES,
     Checkpoint,
-    JsonObject,
     Program,
     Tensors,
     load_checkpoint,
@@ -26,7 +25,7 @@ from minsae_jax.encoder.converted import Encoder, EncoderSource, parameter_path
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.encoder.patchtst.pure import Params, abstract_params
 from minsae_jax.errors import UserError
-from minsae_jax.settings import read_yaml
+from minsae_jax.settings import JsonObject, read_yaml
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,6 @@ import numpy as np
 
 from convert.checkpoint import (
     Checkpoint,
-    JsonObject,
     Tensors,
     load_json,
     load_safetensors,
@@ -23,6 +22,7 @@ from convert.checkpoint import (
     to_numpy,
 )
 from minsae_jax.errors import UserError
+from minsae_jax.settings import JsonObject
 
 _SOURCE_LAYER = r"encoder\.layers\.(\d+)"
 _LAYER = r"backbone.encoder.layers.\1"
@@ -35,6 +35,7 @@ NAMES = (
     (rf"{_SOURCE_LAYER}\.self_attn\.k_proj\.(\w+)", rf"{_LAYER}.self_attn.W_K.\2"),
     (rf"{_SOURCE_LAYER}\.self_attn\.v_proj\.(\w+)", rf"{_LAYER}.self_attn.W_V.\2"),
     (rf"{_SOURCE_LAYER}\.self_attn\.out_proj\.(\w+)", rf"{_LAYER}.self_attn.to_out.0.\2"),
+    # norm_sublayer2 belongs to channel attention, which `_check_supported` refuses.
     (rf"{_SOURCE_LAYER}\.norm_sublayer1\.(\w+)", rf"{_LAYER}.norm_attn.\2"),
     (rf"{_SOURCE_LAYER}\.norm_sublayer1\.batchnorm\.(\w+)", rf"{_LAYER}.norm_attn.1.\2"),
     (rf"{_SOURCE_LAYER}\.norm_sublayer3\.(\w+)", rf"{_LAYER}.norm_ffn.\2"),
@@ -133,6 +134,7 @@ def _read_settings(config: JsonObject, head_type: str) -> JsonObject:
     for key, (name, default) in PLAIN_SETTINGS.items():
         settings[name] = config.get(key, default)
     scaling = config.get("scaling", "std")
+    # Without scaling the scaler has no effect, so any will do.
     scaler, smallest_scale = SCALERS.get(scaling or "std", ("mean_sd", 1e-5))
     return settings | {
         "norm": NORMS[config.get("norm_type", "batchnorm")],

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint, JsonObject, Tensors
+from convert.checkpoint import Checkpoint, Tensors
 from convert.settings import Setting, Settings
 from minsae_jax.errors import UserError
+from minsae_jax.settings import JsonObject
 
 LAYER = "backbone.encoder.layers.0"
 # Relative error of a squared attention scale that was stored in half precision.

@@ -22,6 +22,7 @@ def forward(
         if a.revin_affine:
             x = x * state["revin.affine_weight"] + state["revin.affine_bias"]
     z = _embed(a, state, x)
+    # The first layer has no earlier scores to add: this 0 broadcasts.
     scores = torch.zeros((), device=x.device)
     hidden = []
     for i in range(a.n_layers if n_layers is None else n_layers):
@@ -32,6 +33,7 @@ def forward(
     output = _head(a, state, hidden[-1])
     if a.denormalize:
         if a.revin_affine:
+            # eps² as in the reference, see `RevIN.denormalize`.
             weight = state["revin.affine_weight"] + a.revin_eps**2
             output = (output - state["revin.affine_bias"]) / weight
         output = output * scale + centre
@@ -108,6 +110,7 @@ def _norm(a: Architecture, state: StateDict, name: str, x: Tensor) -> Tensor:
     if a.norm == "LayerNorm":
         weight = state[f"{name}.weight"]
         return F.layer_norm(x, (a.d_model,), weight, state[f"{name}.bias"], a.norm_eps)
+    # torch normalises axis 1, which must be d_model.
     normed = F.batch_norm(
         x.transpose(1, 2),
         state[f"{name}.1.running_mean"],

@@ -17,7 +17,6 @@ from safetensors.numpy import save
 
 from convert.checkpoint import (
     HALVES,
-    JsonObject,
     Tensors,
     load_json,
     load_safetensors,
@@ -30,6 +29,7 @@ from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import WEIGHTS, check_params, load_sae, save_member
+from minsae_jax.settings import JsonObject
 
 Kind = Literal["member", "minsae", "saelens", "dictionary_learning"]
 

@@ -69,6 +69,7 @@ def __getattr__(name: str) -> Any:
     for module, names in _NAMES_OF_MODULES.items():
         if name in names:
             value = getattr(import_module(f"minsae_jax.{module}"), name)
+            # From now on Python finds the name without this function.
             globals()[name] = value
             return value
     raise AttributeError(f"module 'minsae_jax' has no attribute {name!r}")

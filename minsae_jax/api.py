@@ -35,6 +35,7 @@ def start(deterministic: bool = False, distributed: bool = False) -> None:
 
     from minsae_jax.parallel.processes import start_jax
 
+    # A program may have joined the cluster before, as the command line does to extract.
     start_jax(deterministic, distributed and not jax.distributed.is_initialized())
 
 
@@ -132,6 +133,7 @@ def evaluate(config: EvaluateConfig) -> "Evaluation":
         raise UserError("evaluate requires --checkpoint_path, since the run does not name one")
     start()
     encoder = load_encoder(checkpoint_path, config.config_path or trained.config_path)
+    # Two evaluations of one run would write the same files.
     with lock_folder(run):
         result = evaluation.evaluate(config, encoder, trained)
         if config.report:

@@ -21,6 +21,7 @@ def atomic_write(path: Path, shared: bool = False) -> Iterator[Path]:
     temporary = path.with_name(path.name + suffix)
     try:
         yield temporary
+        # Atomic within one file system, so the temporary file is in the same folder.
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -47,6 +48,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
+        # The new folder is complete; the next call removes any leftover of the old one.
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -104,6 +106,7 @@ def _lock_file_in_parent(folder: Path) -> Iterator[None]:
 
     if not folder.is_dir():
         raise FileNotFoundError(2, "No such file or directory", str(folder))
+    # A folder and a link to it must have the same lock file.
     folder = folder.resolve()
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     with suppress(OSError, NotImplementedError):

@@ -24,6 +24,7 @@ import yaml
 from minsae_jax.errors import UserError, brief
 
 Settings = TypeVar("Settings")
+JsonObject = dict[str, Any]  # content of a JSON file: any keys and values
 Values = dict[str, Any]  # settings as YAML has them: name -> number, text, bool, None or list
 
 FLOAT32_LIMIT = 1e38  # just below the largest float32
@@ -45,6 +46,7 @@ class Range:
     below: int | float = math.inf
 
     def contains(self, value: int | float) -> bool:
+        # False for NaN too, which is not below any number.
         is_finite = abs(value) < FLOAT32_LIMIT
         return is_finite and self.min <= value <= self.max and self.above < value < self.below
 
@@ -106,18 +108,6 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-LARGEST = FLOAT32_LIMIT
-
-
-def require_positive(settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        require(
-            value is None or 0 < value < LARGEST,
-            f"--{name} must be above 0 and finite, but is {value}",
-        )
-
-
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-5 as a number (YAML 1.2) and rejects duplicate keys and merge bombs.
 
@@ -151,6 +141,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            # Several merge keys are valid. Keys that are lists or mappings are refused by PyYAML
+            # itself, since they are not hashable.
             if key.tag == MERGE_TAG or not isinstance(key.value, str):
                 continue
             if key.value in seen:
@@ -215,6 +207,7 @@ def load_sections(path: str | Path, sections: Mapping[str, type]) -> dict[str, A
 def check_values(cls: type, values: Values) -> None:
     """Raise UserError unless `cls` can be made from these values and, perhaps, missing ones."""
     typed = _typed(cls, values)
+    # Creating the settings runs the checks in __post_init__.
     if not missing_settings(cls, values):
         cls(**typed)
 
@@ -265,10 +258,12 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     word = word[:50]  # the time grows with the square of the length
 
     def similarity(candidate: str) -> float:
+        # `lambda` is far from `lambda_sparsity` as a whole, but equal to its beginning.
         beginning = candidate[: len(word) + 1]
         return max(difflib.SequenceMatcher(None, word, c).ratio() for c in (candidate, beginning))
 
     best = max(known, key=similarity, default="")
+    # 0.6 is also the cutoff of difflib.get_close_matches.
     if not best or similarity(best) < 0.6:
         return ""
     return f"; did you mean {best!r}?"
@@ -309,11 +304,13 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
             value = [value]
         return tuple(_coerce(v, options[0], name) for v in value)
     if origin is Literal:
+        # The type as well, since True == 1.
         if type(value) is type(options[0]) and value in options:
             return value
         choices = ", ".join(options)
         hint = did_you_mean(value, options)
         raise UserError(f"{name} must be one of {choices}, got {shown(value)}{hint}")
+    # `type` instead of isinstance, for which true is an int.
     if hint is float and type(value) is int and abs(value) < FLOAT32_LIMIT:
         return float(value)
     if hint is int and type(value) is float and value.is_integer():

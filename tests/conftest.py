@@ -32,6 +32,8 @@ from minsae_jax.sae.trainer import train
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# GPUs multiply float32 in TF32 by default.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ENCODERS = ("tuhab_patch_10", "tuhab_patch_100", "revin_affine_gelu_overlap", "layernorm_prenorm")

@@ -40,6 +40,7 @@ class ShardEntry:
         return {
             "file": self.file,
             "shape": list(self.shape),
+            # The file format calls tokens rows.
             "rows": self.total_tokens,
             "bytes": self.n_bytes,
             "sha256": self.sha256,
@@ -59,6 +60,7 @@ class StoreIdentity:
     data: Mapping[str, Any]  # settings of recordings and windows; keys vary with the version
 
     def to_json(self) -> Mapping[str, Any]:
+        # Not the fields of self: a Manifest has more, which its to_json adds.
         names = [f.name for f in dataclasses.fields(StoreIdentity)]
         return {name: getattr(self, name) for name in names}
 
@@ -116,6 +118,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     try:
         content = json.loads(path.read_text())
+        # The version comes first, since a newer format may have other keys.
         version = content["format_version"]
         is_newer = isinstance(version, int) and version > FORMAT_VERSION
         if not is_newer:
@@ -149,6 +152,7 @@ def _parse_manifest(content: Mapping[str, Any]) -> Manifest:
             raise TypeError(name)
     if known["dtype"] not in ON_DISK:
         raise ValueError("dtype")
+    # A split without windows is an error of `extract`, so no complete store is empty.
     if known["complete"] and not known["shards"]:
         raise ValueError("shards")
     sequence_shape = [known["n_tokens"], known["d_model"]]
@@ -172,4 +176,5 @@ def parse_shard_entry(content: Mapping[str, Any], sequence_shape: list[int]) -> 
 
 
 def _sha256_of_json(content: Mapping[str, Any]) -> str:
+    # Sorted, so that a fingerprint does not depend on the order of the keys.
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

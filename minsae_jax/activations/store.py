@@ -149,6 +149,7 @@ class Store:
     @property
     def dtype(self) -> np.dtype:
         """Dtype after reading: half precision is preserved, any other becomes float32."""
+        # Half precision is converted on the device: the host moves half the bytes.
         half = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
         return np.dtype(half.get(self.dtype_on_disk, np.float32))
 
@@ -171,6 +172,7 @@ class Store:
         """Read chunks one after the other into `out` and return the number of tokens."""
         total = 0
         for chunk in chunks:
+            # Chunks are numbered over all shards; the shard of one is the first that ends after it.
             shard = bisect.bisect_right(self._chunk_ends, chunk)
             start = (chunk - self._chunk_starts[shard]) * CHUNK_TOKENS
             count = min(CHUNK_TOKENS, self.shards[shard].total_tokens - start)
@@ -183,8 +185,10 @@ class Store:
         if self._file_dtype != out.dtype:
             target = np.empty(out.shape, self._file_dtype)
         offset = self.shards[shard].offset + start * self.d_model * self._file_dtype.itemsize
+        # As bytes, since a memoryview cannot have the dtype bfloat16.
         _read_exactly(self.shards[shard].path, target.view(np.uint8).data.cast("B"), offset)
         if target is not out:
+            # The assignment converts the dtype.
             out[:] = target
 
     def verify(self) -> None:
@@ -193,6 +197,7 @@ class Store:
         paths = [shard.path for shard in shards]
         failed = []
         with (
+            # Threads run in parallel here: hashlib releases the GIL.
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
             progress("verify store", len(shards), "shards", delay=2.0) as bar,
         ):
@@ -212,6 +217,7 @@ def _read_exactly(path: Path, buffer: memoryview, offset: int) -> None:
     5.9 ms. Memory maps take 3.5 ms once all pages were touched, 5.8 ms before, and 29 ms with 400
     shards and 64 open maps; and reading from the map of a truncated file kills the process.
     """
+    # Without O_BINARY, Windows translates line breaks.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         while buffer:
@@ -250,6 +256,7 @@ def open_store(path: str | Path, layer: int | None = None) -> Store:
         return _open_without_manifest(folder, layer)
     if not manifest.complete:
         raise UserError(f"the store {folder} is incomplete; {RERUN}")
+    # A layer may be requested by either number, such as -1 or 2 in an encoder of three layers.
     if layer is not None and layer not in (manifest.layer, manifest.layer_index):
         raise UserError(f"the store {folder} is of layer {manifest.layer}, not {layer}")
     problem = next(find_damage(folder, manifest), None)
@@ -345,6 +352,8 @@ def _open_header(path: Path) -> np.memmap:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as e:  # NumPy raises many types on damaged files
         raise UserError(f"{path} is not a .npy array, or is damaged ({brief(e)})") from e
+    # Tokens are read by their byte offset, which is valid in C order only. A renamed .npz file is
+    # opened as an NpzFile.
     if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
         raise UserError(f"{path} is not a .npy array in C order")
     return array

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from minsae_jax.activations.store import Origin
 from minsae_jax.errors import UserError
+from minsae_jax.settings import JsonObject
 
 SHUFFLE_BUFFER_TOKENS = 65_536  # tokens shuffled together, from chunks all over the source
 
@@ -25,8 +26,8 @@ class TokenStream(Protocol):
     """Endless batches; the state is the position, in plain JSON."""
 
     def __next__(self) -> Float[np.ndarray, "tokens d_model"]: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
+    def get_state(self) -> JsonObject: ...
+    def set_state(self, state: JsonObject) -> None: ...
 
 
 @runtime_checkable
@@ -67,6 +68,7 @@ def chunks_per_buffer(source: Source) -> int:
 
 def read_chunks(source: Source, chunks: Sequence[int]) -> Float[np.ndarray, "tokens d_model"]:
     """Return the tokens of some chunks, one after the other, as a new array."""
+    # An upper bound: the last chunk of a shard can be shorter.
     capacity = len(chunks) * source.tokens_per_chunk
     tokens = np.empty((capacity, source.d_model), source.dtype)
     return tokens[: source.read_chunks(chunks, tokens)]
@@ -105,6 +107,7 @@ class ShuffleBuffers:
         self.source = source
         self.seed = seed
         self.chunks_per_buffer = chunks_per_buffer(source)
+        # -(-a // b) is a / b rounded up, here and elsewhere.
         self.buffers_per_epoch = -(-source.n_chunks // self.chunks_per_buffer)
         # Two epochs: at the end of one, a second thread reads the start of the next.
         self._chunk_order = lru_cache(2)(self._draw_chunk_order)
@@ -112,6 +115,8 @@ class ShuffleBuffers:
         self._memory = threading.local()
 
     def _draw_chunk_order(self, epoch: int) -> np.ndarray:
+        # Seeded by the epoch instead of drawn from one generator: any buffer can be made without
+        # those before it, so that a resumed run starts at once.
         return np.random.default_rng([self.seed, epoch]).permutation(self.source.n_chunks)
 
     def __len__(self) -> int:
@@ -133,8 +138,11 @@ class ShuffleBuffers:
 def shuffled_tokens(source: Source, batch_size: int, shuffle_seed: int) -> TokenStream:
     """Return batches of `batch_size` shuffled tokens, across the ends of buffers and epochs."""
     buffers = grain.MapDataset.source(ShuffleBuffers(source, shuffle_seed))
+    # An element is a whole shuffle buffer, so two in advance are enough.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     prefetched = buffers.to_iter_dataset(options)
+    # Rebatching carries the rest of a buffer over into the next batch. The stream is endless, so
+    # drop_remainder loses no tokens.
     return iter(grain.experimental.RebatchIterDataset(prefetched, batch_size, drop_remainder=True))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +29,7 @@ from minsae_jax.activations.store import PROVENANCE, find_damage, shard_damage, 
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, foreign_entries, lock_folder, sha256_of
 from minsae_jax.parallel.processes import barrier, process_index
+from minsae_jax.settings import JsonObject
 
 BLOCK = 1 << 20  # bytes that are hashed and then written while they are in the cache
 PARTIAL_MANIFESTS = "manifest.*.json"  # of processes other than the first
@@ -83,6 +84,7 @@ class StoreWriter:
         self.finished = manifest.complete
         self.done = {entry.number for entry in manifest.shards}
         if self.process == 0:
+            # Shards that were merged into manifest.json belong to the first process.
             self._shards = manifest.shards
 
     def _prepare_folder(self) -> None:
@@ -99,6 +101,7 @@ class StoreWriter:
         self._manifest = manifest or Manifest.of(self.identity)
         self._shards = self._manifest.shards
         self._shards = tuple(e for e in self._merged_shards() if self._is_intact(e))
+        # The manifest first, then the files: it must never list a shard that is gone.
         self._write_manifest(complete=False)
         current = {MANIFEST, *(entry.file for entry in self._shards)}
         protected = current.union(foreign_entries(self.folder, OWNED_FILES))
@@ -110,6 +113,7 @@ class StoreWriter:
         path = self.folder / entry.file
         if shard_damage(path, entry, self._manifest.dtype):
             return False
+        # Last, since hashing reads the whole file.
         return sha256_of(path) == entry.sha256
 
     def _merged_shards(self) -> tuple[ShardEntry, ...]:
@@ -117,6 +121,7 @@ class StoreWriter:
         entries = {entry.file: entry for entry in self._shards}
         for path in self.folder.glob(PARTIAL_MANIFESTS):
             for entry in self._read_partial_manifest(path):
+                # A process killed between merging and removing leaves a shard in both lists.
                 entries.setdefault(entry.file, entry)
         return tuple(sorted(entries.values(), key=lambda entry: entry.number))
 
@@ -218,7 +223,7 @@ def _check_identity(folder: Path, identity: StoreIdentity, manifest: Manifest) -
         )
 
 
-def _flat(identity: StoreIdentity) -> dict[str, Any]:
+def _flat(identity: StoreIdentity) -> JsonObject:
     content = dict(identity.to_json())
     data = content.pop("data")
     return content | data
@@ -240,6 +245,7 @@ def _write_shard(path: Path, pieces: Sequence[np.ndarray]) -> ShardEntry:
     shape = (sum(len(array) for array in arrays), n_tokens, d_model)
     digest = hashlib.sha256()
     n_bytes = 0
+    # Blocks are large already, so a buffer would not save system calls.
     with atomic_write(path) as temporary, temporary.open("wb", buffering=0) as file:
         for block in _blocks(arrays, shape):
             digest.update(block)
@@ -250,6 +256,7 @@ def _write_shard(path: Path, pieces: Sequence[np.ndarray]) -> ShardEntry:
 
 def _blocks(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> Iterator[memoryview]:
     """Yield the bytes of a .npy file, at most BLOCK at a time."""
+    # The same bytes as np.save writes, but in blocks, so that each is hashed while it is cached.
     header = io.BytesIO()
     description = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, description)

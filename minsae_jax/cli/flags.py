@@ -70,6 +70,7 @@ class Argument:
         """Add the argument to a parser's group, with its help."""
         text = text.replace("%", "%%")  # argparse formats the help with %
         if self.flag.positional:
+            # Optional for argparse, since `parse` reports all missing settings together.
             group.add_argument(self.name, nargs="?", metavar=self.written, help=text)
         elif self.types == [bool]:
             names = (f"--{self.name}", f"--no_{self.name}")
@@ -139,6 +140,7 @@ def parse(
     or missing flags; ends the process after --help.
     """
     arguments = {argument.name: argument for argument in arguments_of(cls)}
+    # Without help texts, which are parsed from source code and needed for --help only.
     parser = _make_parser(cls, prog, about, bool(sections), dict.fromkeys(arguments, ""))
     namespace, unknown = parser.parse_known_args([_normalised(word) for word in args])
     words = vars(namespace)
@@ -217,7 +219,7 @@ def _make_parser(
         argument_default=argparse.SUPPRESS,
         formatter_class=_HelpFormatter,
     )
-    groups: dict[str, Any] = {}
+    groups: dict[str, argparse._ArgumentGroup] = {}
     titles = topics(cls)
     usage = [prog]
     for argument in arguments_of(cls):
@@ -231,6 +233,7 @@ def _make_parser(
     general = parser.add_argument_group("general")
     if has_config:
         text = "YAML file with a section for each verb; flags override it"
+        # `append`, so that `parse` sees a second file instead of only the last.
         general.add_argument("--config", metavar="FILE", action="append", help=text)
     general.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     # Only for the help: `process.run` removes this flag before the others are parsed.

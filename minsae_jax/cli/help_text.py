@@ -27,6 +27,7 @@ def topics(cls: type) -> dict[str, str]:
 def help_texts(cls: type) -> dict[str, str]:
     """Return the help of every setting: the string below it in its class."""
     texts: dict[str, str] = {}
+    # Subclasses last: their texts replace those of their bases.
     for owner in reversed(cls.__mro__):
         if dataclasses.is_dataclass(owner):
             texts |= _strings_below_fields(owner)

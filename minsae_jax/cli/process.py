@@ -26,6 +26,7 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
     warnings.showwarning = _print_warning
     try:
         main([argument for argument in args if argument != "--debug"])
+        # Flushed here, so that a closed pipe raises inside this block.
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output has closed it, as `head` does. Python would fail again when it

@@ -79,6 +79,7 @@ class Windows:
 
     def places(self, index: Int[np.ndarray, " windows"]) -> Int[np.ndarray, "windows 2"]:
         """Return the file index of each window and its number within the file."""
+        # side="right" passes over files without windows, which end where the file before ends.
         file = np.searchsorted(self.ends, index, side="right")
         return np.stack([file, index - self._starts[file]], axis=1)
 
@@ -86,6 +87,7 @@ class Windows:
         """Return the first `count` windows."""
         n_files = int(np.searchsorted(self.ends, count)) + 1
         counts = np.minimum(self.counts[:n_files], count - self._starts[:n_files])
+        # `counts` follows from the lengths, so the last file is shortened to its windows.
         lengths = tuple(int(n) * (self.seq_len + self.patch_len) for n in counts)
         return replace(self, files=self.files[:n_files], lengths=lengths)
 
@@ -108,6 +110,7 @@ class Windows:
         for file in np.unique(places[:, 0]):
             path = self.folder / self.files[file]
             recording = load_recording(path)
+            # The hash in the store's identity is of the samples at the start.
             if file_stamp(path) != self.stamps.get(path.name):
                 raise UserError(f"recording {path.name} has changed since the start; rerun")
             for i in np.flatnonzero(places[:, 0] == file):
@@ -129,6 +132,7 @@ class Windows:
         return scans
 
     def _scan_file(self, file: int) -> Scan:
+        # Only the samples that the encoder gets are hashed, as float32.
         n_samples = int(self.counts[file]) * self.seq_len
         samples = load_recording(self.folder / self.files[file])[:n_samples]
         digest = hashlib.sha256()
@@ -205,6 +209,7 @@ def _scan_split(
         bad |= not_finite
         if not (not_finite and max_windows and refill):
             return _SplitScan(selected.without(not_finite), scans, bad)
+        # The replacements can be bad too, hence the loop.
         windows = windows.without(not_finite)
 
 
@@ -291,6 +296,7 @@ def find_windows(
 
     bad = {}
     for name in sorted(lengths.keys() - set(names)):
+        # Files of other splits are not read, so they may be missing.
         if patient_of(name) not in others:
             bad[name] = f"is listed in {LENGTHS}, but there is no such file"
     for name in files:
@@ -327,6 +333,7 @@ def recordings_folder(root: Path) -> Path:
 def read_lengths(path: Path) -> dict[str, int]:
     """Return file name -> length in samples, from a CSV with columns filename and time_len."""
     try:
+        # Spreadsheets write a byte order mark, which plain UTF-8 would add to a column's name.
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             columns = rows.fieldnames or []
@@ -348,6 +355,7 @@ def read_lengths(path: Path) -> dict[str, int]:
 def _parse_length(text: str | None, path: Path, line: int) -> int:
     try:
         value = float(text or "")
+        # From 2^53 on, float64 skips whole numbers.
         if 0 <= value < 2**53 and value == int(value):
             return int(value)
     except (ValueError, OverflowError):
@@ -367,6 +375,7 @@ def load_recording(path: Path) -> np.ndarray:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(mapped, np.ndarray):
         raise ValueError("it is an archive of arrays")
+    # Slices of np.memmap are slow to make, those of an ndarray are not.
     array = mapped.view(np.ndarray)
     if array.ndim == 1:
         array = array[:, None]

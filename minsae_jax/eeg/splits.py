@@ -41,6 +41,7 @@ def patient_splits(root: Path, names: Sequence[str], seed: int) -> Splits:
         splits = read_splits(path)
         _warn_about_patients(splits, names, path)
         return splits
+    # In the order of the file names, on which the result of the shuffle depends.
     splits = draw_splits(list(dict.fromkeys(patient_of(name) for name in names)), seed)
     if os.access(root, os.W_OK):
         with atomic_write(path, shared=True) as temporary:

@@ -108,6 +108,7 @@ def pink(
     """Return noise of SD 1 whose amplitude is proportional to frequency ** -0.9."""
     hz = np.fft.rfftfreq(samples, 1 / SAMPLING_RATE)
     spectrum = rng.normal(size=(channels, hz.size)) + 1j * rng.normal(size=(channels, hz.size))
+    # Flat below 0.5 Hz, or slow drifts would outweigh everything else.
     spectrum /= np.maximum(hz, 0.5) ** 0.9
     spectrum[:, 0] = 0
     noise = np.fft.irfft(spectrum, samples, axis=1)
@@ -127,12 +128,14 @@ def _event_kinds(alpha_hz: float, spindle_hz: float) -> list[EventKind]:
         return 2.5 * _sine(spindle_hz, n)
 
     def slow_wave(n: int, rng: np.random.Generator) -> np.ndarray:
+        # One period over the whole length, the trough first.
         return -4 * _sine(SAMPLING_RATE / n, n)
 
     def blink(n: int, rng: np.random.Generator) -> np.ndarray:
         return 7 * np.hanning(n)
 
     def spike(n: int, rng: np.random.Generator) -> np.ndarray:
+        # 80 ms of one sign, then a slower wave of the other, as after an epileptic spike.
         return 7 * np.concatenate([np.hanning(8), -0.45 * np.hanning(n - 8)])
 
     def muscle(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -156,12 +159,14 @@ def recording(
     The same seed gives the same recording: the order of the random draws must not change.
     """
     rng = np.random.default_rng(seed)
+    # Short recordings are cut out of a longer one, which every event fits into.
     n = max(samples, MIN_SAMPLES)
     fields = []
     for _ in range(10):
         x_position = rng.uniform(-1, 1)
         y_position = rng.uniform(-1, 1)
         fields.append(field(x_position, y_position, rng.uniform(0.3, 0.8)))
+    # Ten sources mixed over the scalp, and independent noise at every channel.
     x = np.stack(fields, axis=1) @ pink(rng, 10, n) + 0.3 * pink(rng, 19, n)  # [19, n]
 
     alpha_hz = rng.uniform(8.5, 11.5)

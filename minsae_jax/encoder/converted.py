@@ -95,6 +95,7 @@ def _fingerprint(architecture: Architecture, params: Params) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)
+        # Names and shapes too, since equal bytes can be different parameters.
         digest.update(f"{parameter_path(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

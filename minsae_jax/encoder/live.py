@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from minsae_jax.encoder.extract import sharded_hidden
 from minsae_jax.encoder.patchtst.architecture import layer_index
 from minsae_jax.errors import UserError
 from minsae_jax.parallel.mesh import DATA, fetch_batch, make_local_mesh, put_batch, replicated
+from minsae_jax.settings import JsonObject
 
 
 class LiveStore:
@@ -43,7 +43,8 @@ class LiveStore:
         self.d_model = a.d_model
         self.tokens_per_chunk = a.n_vars * a.n_tokens
         self.origin = Origin(encoder.fingerprint, layer, index, recordings.skipped)
-        self._description: dict[str, Any] = {
+        # Hashed into the fingerprint: with other names or values here, runs cannot resume.
+        self._description: JsonObject = {
             "layer": layer,
             "layer_index": index,
             "encoder": encoder.fingerprint,

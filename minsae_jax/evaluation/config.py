@@ -65,6 +65,7 @@ class ReportConfig:
     """Frequency bands, each with a name and limits in Hz."""
 
 
+# Bases in reverse order: dataclasses list the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ReportConfig, MeasureConfig, EvaluationInputConfig):
     """Evaluate the members of a run on held-out recordings and report on the features of one."""

@@ -179,6 +179,7 @@ def _token_measures(measures: Measures, i: int) -> TokenMeasures:
 def _decoder_cosines(sae: SparseAutoencoder) -> DecoderCosines:
     rows = sae.unit_directions
     largest = np.full(len(rows), -1.0)
+    # In blocks, since [d_sae, d_sae] may not fit into memory.
     for start in range(0, len(rows), COSINE_ROWS):
         cosine = rows[start : start + COSINE_ROWS] @ rows.T
         in_block = np.arange(len(cosine))

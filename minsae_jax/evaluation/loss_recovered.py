@@ -112,7 +112,9 @@ def _variants(kinds: Sequence[SAEKind]) -> Substitutes:
 
 def _draw_windows(dataset: Dataset, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Return up to `count` distinct (recording, window), sorted."""
+    # A store has one sequence per channel, so each window is in it several times.
     places = np.unique(np.stack([dataset.recording, dataset.window], axis=1), axis=0)
+    # Sorted, so that recordings are read one after the other.
     chosen = np.sort(rng.permutation(len(places))[:count])
     return [(int(recording), int(window)) for recording, window in places[chosen]]
 

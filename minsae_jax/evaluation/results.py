@@ -4,7 +4,6 @@ import csv
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from minsae_jax.evaluation.events import EventScore
 from minsae_jax.evaluation.inputs import EvaluationInputs
@@ -13,8 +12,7 @@ from minsae_jax.files import atomic_write
 from minsae_jax.monitor import table
 from minsae_jax.sae.hyper import Hyper
 from minsae_jax.sae.plots import ParetoPoint, draw_pareto
-
-Record = dict[str, Any]  # of JSON values
+from minsae_jax.settings import JsonObject
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,9 @@ class MemberEvaluation:
     # Scores by kind of event; None if there is no events.csv
     events: Mapping[str, EventScore] | None
 
-    def to_record(self) -> Record:
+    def to_record(self) -> JsonObject:
         """Return the member's entry in evaluation.json."""
-        record: Record = {"member": self.member, **self.hyper, "status": self.status}
+        record: JsonObject = {"member": self.member, **self.hyper, "status": self.status}
         record |= asdict(self.tokens)
         record["decoder_cosine_mean"] = self.decoder.mean
         record["decoder_cosine_median"] = self.decoder.median
@@ -100,9 +98,10 @@ class MemberEvaluation:
             record["events"] = {kind: asdict(score) for kind, score in self.events.items()}
         return record
 
-    def to_row(self) -> Record:
+    def to_row(self) -> JsonObject:
         """Return the member's row in evaluation.csv."""
         record = self.to_record()
+        # A cell of a CSV cannot contain a histogram.
         row = {name: value for name, value in record.items() if not isinstance(value, dict)}
         for kind, score in (self.events or {}).items():
             row[f"{kind}_feature"] = score.feature
@@ -144,7 +143,7 @@ class Evaluation:
         lines.append(f"rule: {self.rule}")
         return "\n".join(lines)
 
-    def to_record(self) -> Record:
+    def to_record(self) -> JsonObject:
         """Return the content of evaluation.json."""
         store = self.inputs.test.store
         return {
@@ -158,7 +157,7 @@ class Evaluation:
             "members": [member.to_record() for member in self.members],
         }
 
-    def _substitution_record(self) -> Record | str:
+    def _substitution_record(self) -> JsonObject | str:
         if self.substitution is None:
             head = self.inputs.encoder.architecture.head_type
             return f"not measured: the encoder's head is {head}, not the pretrain head"

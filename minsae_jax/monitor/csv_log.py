@@ -36,6 +36,7 @@ def open_csv(path: Path, header: tuple[str, ...], last: int) -> Csv:
             first = line.split(",", 1)[0]
             if _cell_count(line) == len(header) and first.isdecimal() and int(first) <= last:
                 lines.append(line)
+    # The line breaks of csv.writer, which appends the later rows.
     with atomic_write(path) as temporary:
         temporary.write_text("\r\n".join(lines) + "\r\n", newline="")
     return Csv(path)

@@ -32,6 +32,7 @@ class MemberLog:
         self.tokens = tokens
         features = [f"feat_{i}" for i in range(d_sae)]
         self._metrics = open_csv(folder / "metrics.csv", METRICS, last=step)
+        # Its column `step` counts tokens, as in the PyTorch minSAE.
         self._act_freqs = open_csv(folder / "act_freqs.csv", ("step", *features), last=tokens)
         self._board = open_board(folder, step)
         if not step:
@@ -67,6 +68,7 @@ class MemberLog:
         step = int(row["step"])
         self._add_scalars("train", {name: row[name] for name in METRICS[2:]}, step)
         self._add_scalars("speed", speed, step)
+        # Without silent features, whose logarithm is infinite.
         densities = active[active > 0] / tokens_in_interval
         if len(densities):
             self._board.add_histogram("train_density/log10", np.log10(densities), step)

@@ -39,6 +39,7 @@ class RunLog:
 
 
 def _multiline_charts(prefix: str, names: Sequence[str]) -> dict[str, list[object]]:
+    # Tags of custom charts are regular expressions, matched from the start.
     return {name: ["Multiline", [f"{prefix}/{name}$"]] for name in names}
 
 

@@ -34,7 +34,9 @@ class Wandb:
                     dir=str(folder),
                     id=f"{run_id}-{i}",
                     resume="allow",
+                    # One process has several runs open, one per member.
                     reinit="create_new",
+                    # Otherwise each of them would capture the output of the process.
                     settings={"console": "off"},
                 )
 

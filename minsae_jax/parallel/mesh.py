@@ -34,6 +34,7 @@ def make_mesh(*group_sizes: int, shape: str | None = None) -> Mesh:
     """
     devices = np.array(jax.devices())
     if shape is None:
+        # The largest number that divides the devices and the members of every group.
         n_sweep = math.gcd(len(devices), *group_sizes) if group_sizes else 1
     else:
         n_sweep, n_data = map(int, shape.split("x"))
@@ -69,6 +70,7 @@ def tile_batch(mesh: Mesh, n_tokens: int, n_features: int) -> tuple[int, int]:
     else:
         largest_tile = max(CPU_TILE_TOKENS, ACCELERATOR_TILE_FEATURES // n_features)
     n_tiles = -(-share // largest_tile)
+    # Tiles of equal size need the least padding.
     return n_tiles, -(-share // n_tiles)
 
 
@@ -109,6 +111,7 @@ def put_batch(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
     sharding = batch_sharding(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
+    # Every process has the whole batch and puts the rows for its devices.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
@@ -120,6 +123,7 @@ def fetch_batch(x: jax.Array, n_rows: int) -> list[np.ndarray]:
     """
     if not on_cpu():
         x = jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+    # On a single device the index is slice(None), without a start.
     shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     arrays = []
     n_missing = n_rows

@@ -81,6 +81,7 @@ def barrier(what: str) -> Iterator[None]:
     try:
         yield
     except Exception:
+        # The other processes wait at the end of the block for this result.
         _all_succeeded(False)
         raise
     if not _all_succeeded(True):
@@ -105,6 +106,7 @@ def same_on_all_processes(text: str) -> bool:
     """Return whether every process has the same text. Every process must call this."""
     if process_count() == 1:
         return True
+    # Arrays in a collective must have equal shapes, which texts do not.
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     digests = multihost_utils.process_allgather(digest)
     return bool((digests == digests[0]).all())

@@ -74,6 +74,7 @@ class Activity:
         """
         is_example = self.random.token >= 0
         n_examples = is_example.sum(axis=1)
+        # Missing examples sort last.
         sortable = np.where(is_example, self.random.activation, np.inf)
         order = np.argsort(sortable, axis=1, kind="stable")
         middles = (np.arange(count) + 0.5) / count
@@ -202,6 +203,7 @@ class _Counts:
         weights: Float[np.ndarray, " n"] | None = None,
     ) -> np.ndarray:
         """Return the entries, or the sum of their weights, by feature and category."""
+        # One bincount over pairs of feature and category; np.add.at is slower.
         index = entries.feature * n_categories + category
         counts = np.bincount(index, weights, self.d_sae * n_categories)
         return counts.reshape(self.d_sae, n_categories)
@@ -266,6 +268,7 @@ class _LargestByFeature:
         second threshold that keys must exceed.
         """
         threshold = self.threshold if above is None else np.maximum(self.threshold, above)
+        # Not >=: of equal keys the earlier position wins, and that one is already here.
         is_candidate = key > threshold[feature]
         if not is_candidate.any():
             return
@@ -275,6 +278,7 @@ class _LargestByFeature:
         position = np.concatenate([self.position, position[is_candidate]])
         activation = np.concatenate([self.activation, activation[is_candidate]])
 
+        # By feature, then falling key, then position: lexsort takes the main key last.
         order = np.lexsort((position, -key, feature))
         rank = self._ranks(feature[order])
         order = order[rank < self.size]
@@ -320,6 +324,7 @@ class _StrongestExamples:
         if recording != self.recording:
             self._merge()
             self.recording = recording
+        # Entries that cannot enter the best of all are dropped here already.
         self.in_recording.add(
             entries.feature,
             entries.value,

@@ -53,6 +53,7 @@ def region(channel_ratio: Float[np.ndarray, "19"]) -> str:
     if excess.max() < WIDESPREAD_EXCESS:
         return "widespread"
     x, y = (excess[:, None] * POSITIONS).sum(axis=0) / excess.sum()
+    # On the head of `POSITIONS`: T3 and T4 are at x = -1 and 1, O1 and O2 at y = -0.9.
     side = ""
     if x < -0.3:
         side = "left "

@@ -117,6 +117,7 @@ def write_pages(folder: Path, meta: ReportMeta, cards: Iterable[FeatureCard]) ->
     files but no report.
     """
     folder = folder.resolve()
+    # This file marks a folder as a report.
     if not (folder / "index_data.js").exists():
         foreign = foreign_entries(folder, [LABELS_CSV])
         if foreign:

@@ -74,6 +74,7 @@ def _make_meta(settings: EvaluateConfig, evaluation: Evaluation, member: Member)
         summary=_summary_rows(evaluation.find(member.name), member),
         members=_member_rows(evaluation),
         events=_event_rows(evaluation, member.name),
+        # The pretrain head, which makes the waveform, reads the last layer.
         waveform_exact=inputs.layer == a.n_layers - 1,
         shifted_recordings=n_shifted,
         notes=notes,

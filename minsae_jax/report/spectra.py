@@ -20,6 +20,7 @@ BROADBAND_RATIO = 1.15  # below it no band is dominant
 # Artefact hints
 LARGE_SD = 5.0  # amplitude
 FLAT_SD = 0.05  # standard deviation
+# Scalp EEG has little power above this frequency; muscles have much.
 FAST_HZ = 25.0
 FAST_SHARE = 0.3  # of the power from 1 to 45 Hz
 

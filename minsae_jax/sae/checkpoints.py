@@ -13,9 +13,12 @@ import orbax.checkpoint as ocp
 from minsae_jax.errors import UserError, brief
 from minsae_jax.sae.run import Metrics
 from minsae_jax.sae.step import MemberState, SweepState, TokenMoments
+from minsae_jax.settings import JsonObject
 
 # Orbax warns about leftovers of a killed process, which are never read.
 logging.getLogger("absl").setLevel(logging.ERROR)
+
+Tree = dict[str, Any]  # nested dicts and lists of arrays, as Orbax stores them
 
 
 @dataclass
@@ -31,7 +34,8 @@ class Progress:
     held_out: dict[str, Metrics] = field(default_factory=dict)  # member -> last measurement
     diverged: dict[str, int] = field(default_factory=dict)  # member -> the step that failed
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
+        # These keys are as old as _STORED_NAMES below, and stay for the same reason.
         return {
             "tokens": self.tokens,
             "scale": self.scale,
@@ -43,7 +47,7 @@ class Progress:
         }
 
 
-def _from_json(step: int, notes: dict[str, Any]) -> Progress:
+def _from_json(step: int, notes: JsonObject) -> Progress:
     return Progress(
         scale=notes["scale"],
         store=notes["store"],
@@ -83,7 +87,7 @@ class Checkpoints:
         """Return the step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, progress: Progress, state: SweepState, stream: dict[str, Any]) -> None:
+    def save(self, progress: Progress, state: SweepState, stream: JsonObject) -> None:
         """Save a checkpoint; returns once the state is copied from the devices.
 
         stream: the position in the token stream.
@@ -93,11 +97,10 @@ class Checkpoints:
             notes=ocp.args.JsonSave(progress.to_json() | {"stream": stream}),
         )
         with self._write_errors():
+            # The trainer decides when to save; `force` turns off Orbax's own policy.
             self._manager.save(progress.step, args=items, force=True)
 
-    def restore(
-        self, step: int, abstract: SweepState
-    ) -> tuple[SweepState, Progress, dict[str, Any]]:
+    def restore(self, step: int, abstract: SweepState) -> tuple[SweepState, Progress, JsonObject]:
         """Return the state, the progress and the position in the stream.
 
         The state gets the shapes and shardings of `abstract`. Raises UserError if the checkpoint
@@ -110,6 +113,7 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
             progress = _from_json(step, restored["notes"])
             return _from_tree(restored["state"]), progress, restored["notes"]["stream"]
+        # Orbax and TensorStore raise many types on damaged files.
         except Exception as e:
             raise UserError(
                 f"checkpoint {step} in {self._manager.directory} is damaged ({type(e).__name__}); "
@@ -139,7 +143,7 @@ _STORED_NAMES = {
 }
 
 
-def _to_tree(state: SweepState) -> dict[str, Any]:
+def _to_tree(state: SweepState) -> Tree:
     return {
         "groups": [_member_to_tree(group) for group in state.groups],
         "step": state.step,
@@ -148,11 +152,11 @@ def _to_tree(state: SweepState) -> dict[str, Any]:
     }
 
 
-def _member_to_tree(state: MemberState) -> dict[str, Any]:
+def _member_to_tree(state: MemberState) -> Tree:
     return {stored: getattr(state, name) for name, stored in _STORED_NAMES.items()}
 
 
-def _from_tree(tree: dict[str, Any]) -> SweepState:
+def _from_tree(tree: Tree) -> SweepState:
     return SweepState(
         groups=tuple(_member_from_tree(group) for group in tree["groups"]),
         step=tree["step"],
@@ -161,5 +165,5 @@ def _from_tree(tree: dict[str, Any]) -> SweepState:
     )
 
 
-def _member_from_tree(tree: dict[str, Any]) -> MemberState:
+def _member_from_tree(tree: Tree) -> MemberState:
     return MemberState(**{name: tree[stored] for name, stored in _STORED_NAMES.items()})

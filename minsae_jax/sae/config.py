@@ -8,7 +8,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from minsae_jax.eeg.recordings import OnBadRecording, Split
 from minsae_jax.errors import UserError
@@ -19,6 +19,7 @@ from minsae_jax.settings import (
     Range,
     Seed,
     Share,
+    Values,
     check_no_duplicates,
     check_ranges,
     load_sections,
@@ -139,6 +140,7 @@ class LogFlags:
     """Measure on held-out tokens every N steps and at the end; 0 for never."""
     eval_tokens: Annotated[int, Range(min=2)] = 100_000
     """Number of held-out tokens, the same ones each time."""
+    # Counts of tokens are int32: at most dead_after, plus at most dead_after in one step.
     dead_after: Annotated[int, Range(min=1, below=2**30)] = 10_000_000
     """A feature is dead if it has not been active for this many tokens (or since the start)."""
     wandb: bool = False
@@ -161,6 +163,7 @@ class RunFlags:
     """Discard a run that is already in the folder."""
 
 
+# Bases in reverse order: dataclasses list the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, LiveFlags, SourceFlags):
     """Train a sweep of sparse autoencoders, one for each combination of λ, lr, seed and size."""
@@ -186,6 +189,7 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
     def resolved(self) -> "TrainConfig":
         """Return these settings with the recipe's values where none were given."""
         defaults = _RECIPE_DEFAULTS[self.recipe] | {"run_dir": f"runs/{self.recipe}"}
+        # Settings with several values are () if they are not given.
         missing = {k: v for k, v in defaults.items() if getattr(self, k) in (None, ())}
         return dataclasses.replace(self, **missing)
 
@@ -267,7 +271,7 @@ class TrainPlan:
     optimizer: OptimizerPlan
 
 
-_RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
+_RECIPE_DEFAULTS: dict[str, Values] = {
     "april2024": {
         "lambda_sparsity": (5.0,),
         "lr": (5e-5,),

@@ -137,6 +137,7 @@ def open_held_out(config: TrainConfig, store: Source) -> Store | None:
 
 def _mismatch(store: Source, held_out: Store) -> str | None:
     """Return why the held-out tokens do not fit the train store, or None."""
+    # A single token has no variance, which FVU divides by.
     if held_out.total_tokens < 2:
         return "contains a single token"
     if held_out.d_model != store.d_model:
@@ -154,6 +155,7 @@ def held_out_batches(
     config: TrainConfig, held_out: Store
 ) -> Iterator[Float[np.ndarray, "tokens d_model"]]:
     """Yield eval_tokens tokens from all over the store, always the same, or all of them once."""
+    # A fixed seed: all runs on a store are measured on the same tokens.
     buffers = ShuffleBuffers(held_out, seed=0)
     n_missing = min(config.eval_tokens, held_out.total_tokens)
     for i in range(buffers.buffers_per_epoch):
@@ -185,4 +187,5 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
         raise UserError(
             f"the store {store.folder} contains NaN, infinity or only zeros; extract it again"
         )
+    # Rounded to float32 as on the devices: the exported weights undo exactly this factor.
     return float(np.float32(store.d_model**0.5 * n_tokens / total))

@@ -82,6 +82,7 @@ def short_number(value: int | float) -> str:
     """
     if isinstance(value, int):
         return str(value)
+    # 17 significant digits identify every float64.
     for digits in range(6, 18):
         text = f"{value:.{digits}g}"
         if float(text) == value:

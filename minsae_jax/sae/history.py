@@ -94,6 +94,7 @@ def _member_hypers(settings: TrainConfig, d_saes: set[int]) -> dict[str, Hyper]:
     """
     factor = max(settings.feature_dim_factor)
     smallest = max(1, math.floor(max(d_saes) / factor))
+    # d_sae <= factor * d_model < d_sae + 1 leaves about 1 / factor candidates.
     for d_model in range(smallest, smallest + math.ceil(1 / factor) + 2):
         if {int(f * d_model) for f in settings.feature_dim_factor} == d_saes:
             groups = make_groups(settings.plan(), d_model)

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from minsae_jax.sae.member import save_member
 from minsae_jax.sae.plots import ParetoPoint, draw_pareto
 from minsae_jax.sae.run import HELD_OUT_METRICS, TRAIN_METRICS, Metrics, RunFolder
 from minsae_jax.sae.sweep import IntervalMetrics
+from minsae_jax.settings import JsonObject
 
 
 class RunLogger:
@@ -127,9 +127,11 @@ class RunLogger:
         weights: of all members, for the scaled activations of training.
         """
         rows = []
+        # Every process consumes `weights`, since fetching from the devices needs all of them.
         for member, params in zip(self.members, weights, strict=True):
             status = "diverged" if member.name in progress.diverged else "finished"
             if self.writes:
+                # Training saw scale * x; the exported weights take x.
                 raw_params = member.kind.fold_scale(params, progress.scale)
                 config = self._member_config(progress, store, member, status)
                 save_member(self.folder.member(member.name), raw_params, config)
@@ -141,9 +143,9 @@ class RunLogger:
 
     def _member_config(
         self, progress: Progress, store: Source, member: MemberSpec, status: str
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """Return the content of a member's config.json."""
-        config: dict[str, Any] = {
+        config: JsonObject = {
             "format_version": 1,
             "kind": member.kind.name,
             "recipe": self.plan.config.recipe,

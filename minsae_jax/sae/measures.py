@@ -96,6 +96,7 @@ def measure(
     member_totals: list[MemberSums] = []
     for x in batches:
         if tiling is None:
+            # All batches are padded to the shape of the first, so that there is one compilation.
             tiling = tile_batch(mesh, len(x), n_features)
         rows = put_batch(mesh, x, tiling[0] * tiling[1])
         run = _batch_program(mesh, tuple(kinds), tiling[0])
@@ -121,6 +122,7 @@ def _merge(a: TokenSums, b: TokenSums) -> TokenSums:
 
 def _means(token_sums: TokenSums, sums: MemberSums) -> Measures:
     n_tokens = float(token_sums.tokens)
+    # NaN where a measure is undefined: all tokens are 0, or all are equal.
     n_nonzero = float(token_sums.nonzero) or np.nan
     variance = float(token_sums.m2) or np.nan
     # Σ‖r - r̄‖² = Σ‖r‖² - ‖Σr‖² / n
@@ -155,6 +157,7 @@ def _batch_program(mesh: Mesh, kinds: tuple[SAEKind, ...], n_tiles: int) -> Call
             members.append(map_members(partial(_member_sums, kind, tiles, mask), group))
         # Padding is 0, so that it does not count in the sum of x.
         n_tokens, sum_x = jax.lax.psum((is_token.sum(), x.sum(0)), DATA)
+        # But x - mean is not 0 on padding, so it is masked.
         m2 = (jnp.square(x - sum_x[None] / n_tokens).sum(1) * is_token).sum()
         nonzero = (jnp.square(x).sum(1) > 0).sum(dtype=jnp.float32)
         members, m2, nonzero = jax.lax.psum((members, m2, nonzero), DATA)
@@ -180,6 +183,7 @@ def _member_sums(
 ) -> MemberSums:
     def add_tile(sums: MemberSums, tile: tuple[Array, Array]) -> tuple[MemberSums, None]:
         x, mask = tile
+        # Biases can activate features on padding.
         features = kind.encode(params, x) * mask[:, None]
         x_hat = kind.decode(params, features)
         r = (x_hat - x) * mask[:, None]

@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from safetensors.numpy import load_file, save
 from minsae_jax.errors import UserError, brief
 from minsae_jax.files import atomic_write
 from minsae_jax.sae.kinds import KINDS, Params, SAEKind
+from minsae_jax.settings import JsonObject
 
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
@@ -32,7 +32,7 @@ class SparseAutoencoder:
     [[1.0, 0.0]]
     """
 
-    def __init__(self, params: Params, config: dict[str, Any] | None = None):
+    def __init__(self, params: Params, config: JsonObject | None = None):
         """Create an autoencoder from parameters; `config` is the content of config.json."""
         self.config = config or {}
         self.kind: SAEKind = KINDS[self.config.get("kind", "relu")]
@@ -55,6 +55,7 @@ class SparseAutoencoder:
     def unit_directions(self) -> Float[np.ndarray, "d_sae d_model"]:
         """Decoder directions of L2 norm 1, so that their products are cosines."""
         norms = np.linalg.norm(self.decoder_directions, axis=1, keepdims=True)
+        # A row of zeros has no direction and stays 0.
         return self.decoder_directions / np.maximum(norms, 1e-12)
 
     def encode(self, x: Array | np.ndarray) -> Float[Array, "*tokens d_sae"]:
@@ -100,6 +101,7 @@ class SparseAutoencoder:
         return jnp.asarray(x, jnp.float32)
 
 
+# Jitted here and not in a method: all autoencoders of one kind and size share a compilation.
 @partial(jax.jit, static_argnums=0)
 def _encode(kind: SAEKind, params: Params, x: Array) -> Array:
     return kind.encode(params, x)
@@ -115,11 +117,12 @@ def _decode(kind: SAEKind, params: Params, features: Array) -> Array:
     return kind.decode(params, features)
 
 
-def save_member(folder: Path, params: Params, config: dict[str, Any]) -> None:
+def save_member(folder: Path, params: Params, config: JsonObject) -> None:
     """Write config.json and sae.safetensors; the folder is a member once the latter exists."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = KINDS[config.get("kind", "relu")]
     arrays = {name: np.ascontiguousarray(params[name], np.float32) for name in kind.param_names}
+    # Context managers exit in reverse order: the config is renamed before the weights.
     with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as about:
         weights.write_bytes(save(arrays))
         about.write_text(json.dumps(config, indent=2) + "\n")

@@ -152,6 +152,7 @@ def plot(settings: PlotConfig) -> PlotFiles:
 
 def _member_labels(histories: Sequence[MemberHistory]) -> list[str]:
     hypers = [history.hyper for history in histories]
+    # A single member varies in nothing and is labelled by its sparsity.
     names = varied_names(hypers) or list(SPARSITY)
     labels = []
     for hyper in hypers:
@@ -214,6 +215,7 @@ def _finish_metric_axes(axes: "Axes", title: str) -> None:
     if has_values:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter())
+        # Labels some minor ticks on axes of up to two decades, all of them up to half a decade.
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set(xlabel="step", title=title)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -230,6 +232,7 @@ def _animate_densities(
     axes = figure.subplots()
     edges = densities.edges
     middles = (edges[1:] + edges[:-1]) / 2
+    # `fill` needs a closed outline, so the curve starts and ends on the axis.
     x = np.concatenate([edges[:1], middles, edges[-1:]])
     areas = []
     for style in _member_styles(histories):
@@ -291,8 +294,10 @@ def _render(figure: "Figure", earlier: "list[Image]") -> "Image":
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
+    # From here on the axes keep their place, however wide the legend becomes.
     figure.set_layout_engine("none")
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    # One palette and no dithering: colours do not flicker, and frames compress well.
     palette = earlier[0] if earlier else image.quantize(128, Image.Quantize.MAXCOVERAGE)
     return image.quantize(palette=palette, dither=Image.Dither.NONE)
 

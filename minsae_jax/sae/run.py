@@ -22,7 +22,7 @@ from minsae_jax.monitor import TFEVENTS_PREFIX, table
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
 from minsae_jax.sae.grid import HYPER_NAMES
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
-from minsae_jax.settings import to_dict
+from minsae_jax.settings import JsonObject, Values, to_dict
 
 SWEEP_CSV = "sweep.csv"
 EVAL_CSV = "eval.csv"
@@ -35,6 +35,7 @@ _FILES = (
     "evaluation.csv",
     "evaluation.png",
 )
+# A report that was interrupted can leave .report.tmp or .report.old, see `replaced_folder`.
 _FOLDERS = ("checkpoints", "members", "plots", "report", ".report.tmp", ".report.old", "wandb")
 # Names, and patterns of names, that a run may have in its folder.
 RUN_ENTRIES = (*_FILES, *(f"{name}.tmp" for name in _FILES), *_FOLDERS, f"{TFEVENTS_PREFIX}*")
@@ -90,6 +91,7 @@ class RunFolder:
         """Raise UserError if the folder contains other files, or a run with other settings."""
         has_config = (self.folder / "config.yaml").exists()
         foreign = foreign_entries(self.folder, RUN_ENTRIES)
+        # Other files do not disturb a run that resumes, but --overwrite would delete them.
         if foreign and (self.config.overwrite or not has_config):
             raise UserError(
                 f"{self.folder} contains {foreign[0]}, which is not part of a run; "
@@ -121,7 +123,7 @@ class RunFolder:
                 "another --run_dir, or use --overwrite"
             )
 
-    def saved_settings(self) -> dict[str, Any]:
+    def saved_settings(self) -> Values:
         """Return the settings as they are written to config.yaml."""
         return saved_settings(self.config)
 
@@ -139,12 +141,13 @@ class RunFolder:
         with lock_folder(self.folder):
             if self.config.overwrite:
                 _empty(self.folder)
+            # Also on resume, since the settings in _CHANGEABLE may be others now.
             with atomic_write(self.folder / "config.yaml") as file:
                 content = {"train": self.saved_settings()}
                 file.write_text(yaml.safe_dump(content, sort_keys=False))
             yield
 
-    def finish(self, rows: list[dict[str, Any]]) -> None:
+    def finish(self, rows: list[JsonObject]) -> None:
         """Write sweep.csv, one row for each member, which marks the run as finished."""
         columns = ("member", *HYPER_NAMES, *TRAIN_METRICS, "status")
         with atomic_write(self.folder / SWEEP_CSV) as path, path.open("w", newline="") as file:
@@ -170,6 +173,7 @@ class RunMember:
 
     def read_metrics(self) -> np.ndarray:
         """Return metrics.csv as a structured array, one row for each log interval."""
+        # np.genfromtxt returns an array of no dimensions for a single row.
         return np.atleast_1d(np.genfromtxt(self.folder / "metrics.csv", delimiter=",", names=True))
 
 
@@ -250,7 +254,7 @@ def read_held_out(folder: Path) -> dict[str, Metrics]:
     return {row["member"]: {name: float(row[name]) for name in HELD_OUT_METRICS} for row in rows}
 
 
-def saved_settings(config: TrainConfig) -> dict[str, Any]:
+def saved_settings(config: TrainConfig) -> Values:
     """Return the settings as in config.yaml, without `overwrite`, which is an action."""
     return to_dict(replace(config, overwrite=False))
 

@@ -87,12 +87,15 @@ class Sweep:
         per_member: Any = members_sharding(self.mesh)
         groups_sharding = (per_member,) * len(groups)
         self.shardings = SweepState(groups_sharding, step=whole, tokens_seen=whole, moments=whole)
+        # Without padding, the portable state is the state. Otherwise its members do not divide
+        # evenly over the devices, so each device has all of them.
         self._portable_shardings = self.shardings
         if self._is_padded:
             self._portable_shardings = self.shardings._replace(groups=(whole,) * len(groups))
         self._step = jax.jit(
             self._traced_step,
             donate_argnums=0,
+            # n_tokens determines the tiling, thus the shapes in the program.
             static_argnames="n_tokens",
             out_shardings=(self.shardings, whole),
         )
@@ -135,6 +138,7 @@ class Sweep:
 
     def weights(self, state: SweepState) -> Iterator[Params]:
         """Yield every member's parameters on the host, one member at a time."""
+        # The index is an argument, so that all members of a group share a compilation.
         get_member = jax.jit(
             lambda params, i: jax.tree.map(lambda a: a[i], params),
             out_shardings=replicated(self.mesh),
@@ -304,6 +308,7 @@ def read_metrics(metrics: DeviceMetrics) -> list[IntervalMetrics] | None:
             "mse": sums.mse / n_steps,
             "l1": sums.l1 / n_steps,
             "l0": sums.l0 / n_steps,
+            # Both are sums over the interval's tokens. Equal tokens have no variance.
             "fvu": sums.residual / (variance or np.nan),
             "dead_fraction": dead_fraction,
         }

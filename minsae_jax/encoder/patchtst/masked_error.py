@@ -62,6 +62,7 @@ def _window_errors(
     def channel_errors(
         z: Float[Array, "T d_model"], target: Float[Array, "n_patches patch_len"]
     ) -> Float[Array, " variants"]:
+        # Once per channel: all substitutes have these layers in common.
         hidden, queries_keys = model.run_from(z[None], 0, layer + 1)
 
         def error(tokens: Float[Array, "T d_model"]) -> Float[Array, ""]:
@@ -72,6 +73,7 @@ def _window_errors(
             squared = jnp.square(output - target).mean(1)
             return jnp.where(mask, squared, 0).sum() / mask.sum(dtype=jnp.float32)
 
+        # One variant after the other, so that memory does not grow with their number.
         return jax.lax.map(error, substitute(hidden[0]))
 
     return map_members(channel_errors, embedded, target[0].swapaxes(0, 1)).mean(0)

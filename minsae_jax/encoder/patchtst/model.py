@@ -43,6 +43,7 @@ class Layer(nnx.Module):
         # BatchNorm with running averages is one multiplication and one addition, which XLA fuses
         # into the pass that adds the branch: folding it into the linear maps would save nothing.
         batch_norm = partial(nnx.BatchNorm, use_running_average=True, epsilon=a.norm_eps)
+        # Flax's fast variance, E[x²] - E[x]², loses digits in float32.
         layer_norm = partial(nnx.LayerNorm, epsilon=a.norm_eps, use_fast_variance=False)
         norm = batch_norm if a.norm == "BatchNorm" else layer_norm
         linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
@@ -220,6 +221,7 @@ class PatchTST(nnx.Module):
         if self.cls_token is not None:
             cls_token = jnp.broadcast_to(self.cls_token[...], (*z.shape[:2], 1, z.shape[3]))
             z = jnp.concatenate([cls_token, z], axis=2)
+        # A position of width 1 is added to every dimension.
         return z + self.position[None, None]
 
     def run_layers(

@@ -28,6 +28,7 @@ def abstract_params(architecture: Architecture) -> Params:
     return params
 
 
+# Cached, since every trace of a jitted function calls `bind`.
 @lru_cache(64)
 def _abstract_model(
     architecture: Architecture, precision: Precision
