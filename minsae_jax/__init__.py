@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from minsae_jax.encoder.converted import Encoder
     from minsae_jax.errors import UserError
     from minsae_jax.evaluation.config import EvaluateConfig
-    from minsae_jax.evaluation.evaluate import Evaluation
+    from minsae_jax.evaluation.results import Evaluation
     from minsae_jax.report.features import load_features
     from minsae_jax.sae.config import PlotConfig, TrainConfig
     from minsae_jax.sae.member import SparseAutoencoder, load_sae
-    from minsae_jax.sae.run import Run
+    from minsae_jax.sae.run import Run, load_run
 
     __version__: str
 
@@ -40,6 +40,7 @@ __all__ = [
     "extract",
     "load_encoder",
     "load_features",
+    "load_run",
     "load_sae",
     "open_store",
     "plot",
@@ -55,11 +56,11 @@ _NAMES_OF_MODULES = {
     "encoder.converted": ("Encoder",),
     "errors": ("UserError",),
     "evaluation.config": ("EvaluateConfig",),
-    "evaluation.evaluate": ("Evaluation",),
+    "evaluation.results": ("Evaluation",),
     "report.features": ("load_features",),
     "sae.config": ("PlotConfig", "TrainConfig"),
     "sae.member": ("SparseAutoencoder", "load_sae"),
-    "sae.run": ("Run",),
+    "sae.run": ("Run", "load_run"),
 }
 
 

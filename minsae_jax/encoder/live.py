@@ -54,7 +54,7 @@ class LiveStore:
             "revin": a.revin or force_revin,
             "skipped": recordings.skipped,
         }
-        # Every process reads its own share of the stream, so its own devices are enough.
+        # Every process computes the whole stream, on its own devices.
         self._mesh = make_local_mesh()
         self._params = jax.device_put(encoder.params, replicated(self._mesh))
         self._compute = sharded_hidden(self._mesh, a, (index,), force_revin)
