@@ -54,7 +54,8 @@ def ours(n_members: int, d_sae: int, precision: str, x: np.ndarray, n_steps: int
     def run() -> None:
         nonlocal state
         for _ in range(n_steps):
-            state, loss = sweep.step(state, sweep.put(x), 1.0, len(x))
+            tokens = sweep.put(x)
+            state, loss = sweep.step(state, sweep.hyper, tokens, np.float32(1), n_tokens=len(x))
         loss.block_until_ready()
 
     return run

@@ -162,7 +162,8 @@ VERBS = {
 
 
 def main(args: list[str]) -> None:
-    cli.call_verb(VERBS, args, "python -m convert", ABOUT, has_config=False)
+    run, command = cli.parse_verb(VERBS, args, "python -m convert", ABOUT, has_config=False)
+    run(command)
 
 
 if __name__ == "__main__":

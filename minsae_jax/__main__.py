@@ -22,8 +22,9 @@ Sparse autoencoders on the activations of EEG transformers, many at a time.
 def main(args: list[str]) -> None:
     if args == ["--version"]:
         print(f"minsae_jax {minsae_jax.__version__}")
-    else:
-        cli.call_verb(VERBS, args, "minsae", ABOUT)
+        return
+    run, config = cli.parse_verb(VERBS, args, "minsae", ABOUT)
+    run(config)
 
 
 def demo(config: DemoConfig) -> None:

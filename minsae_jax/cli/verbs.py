@@ -1,6 +1,7 @@
 """Verbs of a command line, each with its settings class and function."""
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,17 +23,17 @@ class Verb:
         return inspect.getdoc(self.run) or ""
 
 
-def call_verb(
+def parse_verb(
     verbs: Mapping[str, Verb], args: list[str], prog: str, about: str, has_config: bool = True
-) -> None:
-    """Call the verb named by the first argument with its settings.
+) -> tuple[Callable[[Any], None], Any]:
+    """Return the function of the verb named by the first argument, and its settings.
 
     has_config: a YAML file with a section for each verb can be given by --config. Raises UserError
-    on an unknown verb or invalid flags; ends the process after the verb's --help.
+    on an unknown verb or invalid flags; ends the process after --help.
     """
     if not args or args[0] in ("-h", "--help"):
         print(_overview(verbs, prog, about))
-        return
+        sys.exit(0)
     name = args[0]
     if name not in verbs:
         hint = did_you_mean(name, verbs) or f"; choose from {', '.join(verbs)}"
@@ -41,7 +42,8 @@ def call_verb(
     sections: dict[str, type] = {}
     if has_config:
         sections = {each: verbs[each].settings for each in verbs}
-    verb.run(parse(verb.settings, args[1:], f"{prog} {name}", verb.help, sections, name))
+    settings: Any = parse(verb.settings, args[1:], f"{prog} {name}", verb.help, sections, name)
+    return verb.run, settings
 
 
 def _overview(verbs: Mapping[str, Verb], prog: str, about: str) -> str:

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from minsae_jax.parallel.mesh import DATA, SWEEP, map_members
+from minsae_jax.parallel.mesh import DATA, SWEEP, map_members, tile_batch
 from minsae_jax.sae.config import OptimizerPlan
 from minsae_jax.sae.kinds import Batch, BatchMetrics, Hyper, Objective, Params, SAEKind
+from minsae_jax.sae.precision import matmul_precision, with_bfloat16
 
 
 class MemberState(NamedTuple):
@@ -51,15 +52,17 @@ class SweepState(NamedTuple):
 
 @dataclass(frozen=True)
 class StepProgram:
-    """Constants of a run: kinds and objectives of the groups, optimizer and schedules."""
+    """Constants of a run."""
 
-    objectives: tuple[Objective, ...]  # one for each group
+    mesh: Mesh
     kinds: tuple[SAEKind, ...]  # one for each group
+    objective: Objective
+    precision: str  # of matrix products: float32, tf32 or bfloat16
     optimizer: optax.GradientTransformation
-    lambda_schedule: optax.Schedule  # factor of λ at a step
+    sparsity_schedule: optax.Schedule  # factor of λ at a step
     lr_schedule: optax.Schedule  # factor of the learning rate at a step
     dead_after: int  # tokens
-    matmul_precision: str  # of JAX, for float32 products
+    n_features: int  # of the largest group, of one token and all members on a device
 
 
 class ScheduleFactors(NamedTuple):
@@ -117,21 +120,29 @@ def member_step(
 
 def sweep_step(
     program: StepProgram,
-    mesh: Mesh,
-    tiling: tuple[int, int],
     state: SweepState,
     hyper: tuple[Hyper, ...],
     x: Float[Array, "rows d_model"],
     scale: Float[Array, ""],
+    *,
     n_tokens: int,
-) -> SweepState:
+) -> tuple[SweepState, Array]:
     """Make one step of all members on scale * x, of which the first n_tokens rows are tokens.
 
-    tiling: (tiles, rows of a tile) of each device's share of x.
+    Wait for the second result to wait for the step.
     """
+    tiling = tile_batch(program.mesh, n_tokens, program.n_features)
+    # With bfloat16 this runs a small program while the step is traced, to see what XLA supports.
+    objectives = []
+    for kind, group in zip(program.kinds, state.groups, strict=True):
+        objective = program.objective
+        if program.precision == "bfloat16":
+            d_sae = group.tokens_since_fired.shape[1]
+            objective = with_bfloat16(kind, objective, x.shape[1], d_sae, tiling)
+        objectives.append(objective)
     step_number = state.step.astype(jnp.float32)
     factors = ScheduleFactors(
-        sparsity=jnp.asarray(program.lambda_schedule(step_number), jnp.float32),
+        sparsity=jnp.asarray(program.sparsity_schedule(step_number), jnp.float32),
         lr=jnp.asarray(program.lr_schedule(step_number), jnp.float32),
     )
 
@@ -144,12 +155,12 @@ def sweep_step(
         first_row = jax.lax.axis_index(DATA) * len(x)
         is_token = (first_row + jnp.arange(len(x)) < n_tokens).astype(x.dtype)
         # Known when the step is traced, so that batches without padding need no mask.
-        is_padded = n_tokens < len(x) * mesh.shape[DATA]
+        is_padded = n_tokens < len(x) * program.mesh.shape[DATA]
         tiles = x.reshape(*tiling, -1)
         batch = Batch(tiles, is_token.reshape(tiling) if is_padded else None)
         new_groups = []
         for kind, objective, members, members_hyper in zip(
-            program.kinds, program.objectives, groups, hyper, strict=True
+            program.kinds, objectives, groups, hyper, strict=True
         ):
             step = partial(member_step, program, kind, objective, factors, n_tokens, batch)
             new_groups.append(map_members(step, members, members_hyper))
@@ -158,20 +169,21 @@ def sweep_step(
     x = x.astype(jnp.float32) * scale
     run = jax.shard_map(
         on_one_device,
-        mesh=mesh,
+        mesh=program.mesh,
         in_specs=(P(SWEEP), P(SWEEP), P(DATA), P()),
         out_specs=(P(SWEEP), P()),
         check_vma=False,  # JAX cannot see that a scan's result is replicated after the psum
     )
-    with jax.default_matmul_precision(program.matmul_precision):
+    with jax.default_matmul_precision(matmul_precision(program.precision)):
         groups, moments = run(state.groups, hyper, x, factors)
     new_tokens = min(n_tokens, program.dead_after)
-    return SweepState(
+    new_state = SweepState(
         groups=groups,
         step=state.step + 1,
         tokens_seen=jnp.minimum(state.tokens_seen + new_tokens, program.dead_after),
         moments=_merge_moments(state.moments, *moments, n_tokens),
     )
+    return new_state, groups[0].metrics.loss[0]
 
 
 def make_optimizer(plan: OptimizerPlan) -> optax.GradientTransformation:

@@ -26,7 +26,6 @@ from minsae_jax.parallel.mesh import (
 from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group
 from minsae_jax.sae.kinds import BatchMetrics, Hyper, Objective, Params
-from minsae_jax.sae.precision import matmul_precision, with_bfloat16
 from minsae_jax.sae.step import (
     MemberState,
     StepProgram,
@@ -67,7 +66,9 @@ class DeviceMetrics(NamedTuple):
 
 
 class Sweep:
-    """The program of a sweep: `init`, then `step(state, put(x), scale, len(x))` for each batch."""
+    """The program of a sweep: `init`, then for each batch
+    `step(state, hyper, put(x), scale, n_tokens=len(x))`, which is `sweep_step` under jit.
+    """
 
     def __init__(self, plan: TrainPlan, groups: tuple[Group, ...], d_model: int):
         self.plan = plan
@@ -77,9 +78,11 @@ class Sweep:
         n_sweep = self.mesh.shape[SWEEP]
         # Every position along `sweep` gets the same number of members; added ones are frozen.
         self.padded_sizes = [-(-len(group) // n_sweep) * n_sweep for group in groups]
+        sizes = zip(self.groups, self.padded_sizes, strict=True)
+        self._n_features = max(size // n_sweep * group[0].d_sae for group, size in sizes)
         self._is_padded = self.padded_sizes != [len(group) for group in groups]
         self.optimizer = make_optimizer(plan.optimizer)
-        self.lambda_schedule, self.lr_schedule = make_schedules(plan.optimizer)
+        self.sparsity_schedule, self.lr_schedule = make_schedules(plan.optimizer)
         self.hyper = self._put_hyper()
 
         # The shardings below are SweepStates with a sharding as every leaf.
@@ -92,8 +95,9 @@ class Sweep:
         self._portable_shardings = self.shardings
         if self._is_padded:
             self._portable_shardings = self.shardings._replace(groups=(whole,) * len(groups))
-        self._step = jax.jit(
-            self._traced_step,
+        # The state is donated: its memory is used for the new one.
+        self.step = jax.jit(
+            partial(sweep_step, self._make_program()),
             donate_argnums=0,
             # n_tokens determines the tiling, thus the shapes in the program.
             static_argnames="n_tokens",
@@ -112,17 +116,8 @@ class Sweep:
 
     def put(self, x: Float[np.ndarray, "tokens d_model"]) -> Float[Array, "rows d_model"]:
         """Put a batch on the devices, padded if it does not divide evenly."""
-        n_tiles, tile = self._tiling(len(x))
+        n_tiles, tile = tile_batch(self.mesh, len(x), self._n_features)
         return put_batch(self.mesh, x, n_tiles * tile)
-
-    def step(
-        self, state: SweepState, x: Float[Array, "rows d_model"], scale: float, n_tokens: int
-    ) -> tuple[SweepState, Array]:
-        """Make one step of all members on scale * x; `state` is donated.
-
-        The first n_tokens rows of x are tokens. Wait for the second result to wait for the step.
-        """
-        return self._step(state, self.hyper, x, np.float32(scale), n_tokens=n_tokens)
 
     def take_metrics(self, state: SweepState) -> tuple[SweepState, DeviceMetrics]:
         """End a log interval: return the state with empty sums, and the metrics."""
@@ -176,12 +171,18 @@ class Sweep:
             hyper.append(jax.device_put(values, members_sharding(self.mesh)))
         return tuple(hyper)
 
-    def _tiling(self, n_tokens: int) -> tuple[int, int]:
-        """Return (tiles, tokens in a tile) of each device's share of a batch."""
-        n_sweep = self.mesh.shape[SWEEP]
-        sizes = zip(self.groups, self.padded_sizes, strict=True)
-        n_features = max(size // n_sweep * group[0].d_sae for group, size in sizes)
-        return tile_batch(self.mesh, n_tokens, n_features)
+    def _make_program(self) -> StepProgram:
+        return StepProgram(
+            mesh=self.mesh,
+            kinds=tuple(group[0].kind for group in self.groups),
+            objective=Objective(self.plan.mean_over_d_model, self.plan.recon_weight),
+            precision=self.plan.config.precision,
+            optimizer=self.optimizer,
+            sparsity_schedule=self.sparsity_schedule,
+            lr_schedule=self.lr_schedule,
+            dead_after=self.plan.config.dead_after,
+            n_features=self._n_features,
+        )
 
     # The functions below are traced by jit.
 
@@ -217,29 +218,6 @@ class Sweep:
         if self.plan.tied_init:
             return kind.init_tied(key, self.d_model, group[0].d_sae, self.plan.decoder_norm)
         return kind.init_torch(key, self.d_model, group[0].d_sae)
-
-    def _traced_step(
-        self, state: SweepState, hyper: tuple[Hyper, ...], x: Array, scale: Array, *, n_tokens: int
-    ) -> tuple[SweepState, Array]:
-        tiling = self._tiling(n_tokens)
-        program = StepProgram(
-            objectives=tuple(self._objective(group, tiling) for group in self.groups),
-            kinds=tuple(group[0].kind for group in self.groups),
-            optimizer=self.optimizer,
-            lambda_schedule=self.lambda_schedule,
-            lr_schedule=self.lr_schedule,
-            dead_after=self.plan.config.dead_after,
-            matmul_precision=matmul_precision(self.plan.config.precision),
-        )
-        state = sweep_step(program, self.mesh, tiling, state, hyper, x, scale, n_tokens)
-        return state, state.groups[0].metrics.loss[0]
-
-    def _objective(self, group: Group, tiling: tuple[int, int]) -> Objective:
-        objective = Objective(self.plan.mean_over_d_model, self.plan.recon_weight)
-        if self.plan.config.precision != "bfloat16":
-            return objective
-        # Runs a small program while the step is traced, to see what this backend supports.
-        return with_bfloat16(group[0].kind, objective, self.d_model, group[0].d_sae, tiling)
 
     def _traced_take_metrics(self, state: SweepState) -> tuple[SweepState, DeviceMetrics]:
         members = self._traced_unpad(state).groups

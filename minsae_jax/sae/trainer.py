@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import jax
+import numpy as np
 
 from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import Source
@@ -67,7 +68,9 @@ def train(
         checkpoints = Checkpoints(folder.checkpoints, plan.config.max_to_keep)
         stack.enter_context(checkpoints)
         trainer = Trainer(plan, folder, data, checkpoints, on_step)
-        trainer.train()
+        with trainer.logger.opened(trainer.progress):
+            trainer.run_steps()
+        trainer.export()
     return load_run(folder.folder)
 
 
@@ -147,16 +150,16 @@ class Trainer:
         self.state = self.sweep.from_portable(state)
         self.data.stream.set_state(position)
 
-    def train(self) -> None:
-        """Make the remaining steps, then export the members."""
-        with self.logger.opened(self.progress):
-            self._run_steps()
+    def export(self) -> None:
+        """Write the weights of the members, and the table that marks the run as finished."""
         self.checkpoints.wait()
         with barrier("write the members"):
             weights = self.sweep.weights(self.state)
             self.logger.export(self.progress, self.data.store, weights)
 
-    def _run_steps(self) -> None:
+    def run_steps(self) -> None:
+        """Make the remaining steps."""
+        scale = np.float32(self.progress.scale)
         steps_in_flight: deque[jax.Array] = deque()
         unlogged: DeviceMetrics | None = None
         with progress_bar("train", self.num_steps, "steps") as bar, stop_signals() as signals:
@@ -166,7 +169,7 @@ class Trainer:
                     x = next(self.data.stream)
                 on_device = self.sweep.put(x)
                 self.state, step_done = self.sweep.step(
-                    self.state, on_device, self.progress.scale, len(x)
+                    self.state, self.sweep.hyper, on_device, scale, n_tokens=len(x)
                 )
                 steps_in_flight.append(step_done)
                 if len(steps_in_flight) > STEPS_IN_FLIGHT:
@@ -225,7 +228,7 @@ class Trainer:
             speed = self.throughput.since_last(progress.tokens)
             # The factors of the step that was made last; steps count from 0.
             schedules = (
-                float(self.sweep.lambda_schedule(progress.step - 1)),
+                float(self.sweep.sparsity_schedule(progress.step - 1)),
                 float(self.sweep.lr_schedule(progress.step - 1)),
             )
             is_complete = progress.step % self.config.eval_window == 0

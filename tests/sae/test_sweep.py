@@ -34,7 +34,7 @@ def make_sweep(settings):
 
 
 def make_step(sweep, state, x):
-    state, _ = sweep.step(state, sweep.put(x), 1.0, len(x))
+    state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), n_tokens=len(x))
     return state
 
 
@@ -107,7 +107,7 @@ def test_one_compilation(one_device):
     for x in batches(4):
         state = make_step(sweep, state, x)
         state, _ = sweep.take_metrics(state)
-    assert sweep._step._cache_size() == 1
+    assert sweep.step._cache_size() == 1
 
 
 def test_members_differ():

@@ -378,7 +378,7 @@ def test_frozen_member_keeps_its_state(settings, monkeypatch):
     states, state, rng = [], sweep.init(), np.random.default_rng(0)
     for _ in range(4):
         x = rng.normal(size=(32, 16)).astype(np.float32)
-        state, _ = sweep.step(state, sweep.put(x), 1.0, 32)
+        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), n_tokens=32)
         states.append(jax.device_get(state.groups[0]))
     after_one, last = states[0], states[-1]
     assert last.frozen.tolist() == [False, True]
