@@ -217,10 +217,12 @@ def test_progress_in_a_pipe_is_lines(capsys, monkeypatch):
     assert all(line.endswith("steps/s, waiting 3%") for line in lines)
 
 
-def test_short_progress_in_a_pipe_is_one_line_or_none(capsys):
-    with progress("train", 4, "steps") as bar:
-        advance(bar, 2)
-    assert len(capsys.readouterr().err.splitlines()) == 1
+def test_short_progress_in_a_pipe_is_a_line_at_start_and_end_or_none(capsys):
+    with progress("train", 8, "steps") as bar:
+        advance(bar, 4)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("train 25%, 2/8, ")
+    assert last.startswith("train 100%, 8/8, ")
     with progress("check", 4, "files", delay=2.0) as bar:
         advance(bar, 2)
     assert capsys.readouterr().err == ""

@@ -39,18 +39,18 @@ class Bar:
 
 
 class _Lines(Bar):
-    """The same as lines: one every LINE_SECONDS, and one at the end."""
+    """The same as lines: one after `delay`, then one every LINE_SECONDS, and one at the end."""
 
     def __init__(self, title: str, total: int, unit: str, delay: float = 0.0):
         self._title = title
         self._total = total
         self._unit = unit
-        self._delay = delay
         self._note = ""
         self._initial = 0
         self._count = 0
         self._started = time.monotonic()
-        self._printed = self._started
+        self._first_due = self._started + delay
+        self._due = self._first_due
 
     def start_at(self, done: int) -> None:
         self._initial = done
@@ -58,23 +58,24 @@ class _Lines(Bar):
 
     def advance(self, count: int) -> None:
         self._count += count
-        if time.monotonic() - self._printed >= max(LINE_SECONDS, self._delay):
+        if time.monotonic() >= self._due:
             self._print()
 
     def note(self, text: str) -> None:
         self._note = text
 
     def close(self) -> None:
-        if time.monotonic() - self._started >= self._delay:
+        if time.monotonic() >= self._first_due:
             self._print()
 
     def _print(self) -> None:
-        self._printed = time.monotonic()
+        now = time.monotonic()
+        self._due = now + LINE_SECONDS
         # tqdm itself would print lines that end in \r and, at last, an empty one.
         line = tqdm.format_meter(
             self._count,
             self._total,
-            self._printed - self._started,
+            now - self._started,
             prefix=self._title,
             unit=self._unit,
             bar_format=LINE,
