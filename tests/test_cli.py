@@ -279,7 +279,9 @@ def test_flag_without_value_and_positional():
 def test_overview_lists_verbs(capsys):
     for module in (minsae_jax.__main__, convert.__main__):
         for args in ([], ["--help"], ["-h"]):
-            cli.run(module.main, args)
+            with pytest.raises(SystemExit) as exited:
+                cli.run(module.main, args)
+            assert not exited.value.code
             out = capsys.readouterr().out
             for name in module.VERBS:
                 assert re.search(rf"^  {name} +\S", out, flags=re.M)

@@ -1,5 +1,7 @@
 """The process of a command: exit codes, and one line for every error and warning."""
 
+import contextlib
+import faulthandler
 import io
 import os
 import sys
@@ -24,6 +26,9 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     warnings.showwarning = _print_warning
+    # If native code crashes, print where Python was; needs a real stderr.
+    with contextlib.suppress(io.UnsupportedOperation, AttributeError):
+        faulthandler.enable()
     try:
         main([argument for argument in args if argument != "--debug"])
         # Flushed here, so that a closed pipe raises inside this block.

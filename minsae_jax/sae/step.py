@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from minsae_jax.parallel.mesh import DATA, SWEEP, map_members, tile_batch
 from minsae_jax.sae.config import OptimizerPlan
@@ -199,14 +199,19 @@ def make_schedules(plan: OptimizerPlan) -> tuple[optax.Schedule, optax.Schedule]
 
     λ rises linearly from 0 during the warm-up; lr falls linearly to 0 at the end.
     """
-    lambda_schedule = optax.constant_schedule(1.0)
+    sparsity_schedule = optax.constant_schedule(1.0)
     if plan.lambda_warmup_steps:
-        lambda_schedule = optax.linear_schedule(0.0, 1.0, plan.lambda_warmup_steps)
+        sparsity_schedule = partial(_linear_warmup, plan.lambda_warmup_steps)
     lr_schedule = optax.constant_schedule(1.0)
     if plan.lr_decay_steps:
         decay_start = plan.num_steps - plan.lr_decay_steps
         lr_schedule = optax.linear_schedule(1.0, 0.0, plan.lr_decay_steps, decay_start)
-    return lambda_schedule, lr_schedule
+    return sparsity_schedule, lr_schedule
+
+
+def _linear_warmup(n_steps: float, step: Float[ArrayLike, ""]) -> Float[Array, ""]:
+    # optax.linear_schedule computes 1 - (1 - step / n_steps), which loses digits near 0.
+    return jnp.minimum(jnp.asarray(step, jnp.float32) / n_steps, 1)
 
 
 def _token_moments(
