@@ -227,9 +227,10 @@ class Trainer:
                 )
             speed = self.throughput.since_last(progress.tokens)
             # The factors of the step that was made last; steps count from 0.
+            last_step = float(progress.step - 1)
             schedules = (
-                float(self.sweep.sparsity_schedule(progress.step - 1)),
-                float(self.sweep.lr_schedule(progress.step - 1)),
+                float(self.sweep.sparsity_schedule(last_step)),
+                float(self.sweep.lr_schedule(last_step)),
             )
             is_complete = progress.step % self.config.eval_window == 0
             for group, metrics in zip(self.data.groups, groups, strict=True):
