@@ -79,17 +79,37 @@ def member_step(
     factors: ScheduleFactors,
     n_tokens: int,
     batch: Batch,
-    state: MemberState,
+    members: MemberState,
     hyper: Hyper,
 ) -> MemberState:
-    """Make one step of one member: loss, gradient, Adam update, feature counts.
+    """Make one step of members: loss, gradient, Adam update, feature counts.
 
-    batch: this device's tokens; n_tokens: tokens of the batch on all devices. If the loss or the
-    gradient is not finite, the member stays as it was and is frozen for good.
+    batch: this device's tokens; n_tokens: tokens of the batch on all devices. If a member's loss or
+    gradient is not finite, it stays as it was and is frozen for good.
     """
-    hyper = kind.scheduled(hyper, factors.sparsity)
-    sums = kind.batch_sums(state.params, batch, hyper, objective)
+    hyper = jax.vmap(kind.scheduled, (0, None))(hyper, factors.sparsity)
+    # On CPU one member after the other; the update below is faster for all at once.
+    sums = map_members(
+        lambda params, hyper: kind.batch_sums(params, batch, hyper, objective),
+        members.params,
+        hyper,
+    )
     sums = jax.lax.psum(sums, DATA)
+    update = partial(_update_member, program, kind, objective, factors, n_tokens)
+    return jax.vmap(update)(members, hyper, sums)
+
+
+def _update_member(
+    program: StepProgram,
+    kind: SAEKind,
+    objective: Objective,
+    factors: ScheduleFactors,
+    n_tokens: int,
+    state: MemberState,
+    hyper: Hyper,
+    sums: Any,
+) -> MemberState:
+    """Return one member after its step, from sums over the tokens of all devices."""
     gradients, metrics = kind.gradients(state.params, sums, n_tokens, hyper, objective)
 
     # optax raises β, a float, to the power of an integer count.
@@ -162,8 +182,11 @@ def sweep_step(
         for kind, objective, members, members_hyper in zip(
             program.kinds, objectives, groups, hyper, strict=True
         ):
-            step = partial(member_step, program, kind, objective, factors, n_tokens, batch)
-            new_groups.append(map_members(step, members, members_hyper))
+            new_groups.append(
+                member_step(
+                    program, kind, objective, factors, n_tokens, batch, members, members_hyper
+                )
+            )
         return tuple(new_groups), _token_moments(x, is_token, n_tokens)
 
     x = x.astype(jnp.float32) * scale
