@@ -1,7 +1,7 @@
 """One training step, from loss to update, of all members of a sweep.
 
-Read `member_step` first: it is the whole step of one autoencoder. `sweep_step` runs it for every
-member of every group on all devices. The loss and its gradient are in `kinds/`.
+Read `member_step` and `_update_member` first: they are the whole step. `sweep_step` runs them for
+every group of members on all devices. The loss and its gradient are in `kinds/`.
 """
 
 from dataclasses import dataclass
