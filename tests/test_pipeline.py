@@ -302,7 +302,7 @@ from minsae_jax.sae.config import TrainConfig
 from minsae_jax.settings import from_dict, read_yaml
 
 config = from_dict(TrainConfig, read_yaml("configs/demo.yaml")["train"])
-train_until(config, step=60)
+train_until(config, step=110)
 """
 
 
