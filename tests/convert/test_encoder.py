@@ -23,16 +23,9 @@ SAE = FIXTURES / "sae_parity/sparse_autoencoder_final.pt"
 def test_command_writes_an_encoder(name, tmp_path, capsys):
     out = tmp_path / "encoder"
     source = FIXTURES / name
-    main(
-        [
-            "encoder",
-            str(source / "checkpoint.pth"),
-            "--config_path",
-            str(source / "config.yaml"),
-            "--out",
-            str(out),
-        ]
-    )
+    checkpoint = str(source / "checkpoint.pth")
+    config = str(source / "config.yaml")
+    main(["encoder", checkpoint, "--config_path", config, "--out", str(out)])
     printed = capsys.readouterr().out
     encoder = load_encoder(out)
     assert encoder.fingerprint[:12] in printed

@@ -14,6 +14,7 @@ import sys
 import warnings
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,11 @@ from safetensors.numpy import save_file
 from convert import verify
 from convert.encoder import convert, read_source, settings_of
 from minsae_jax import UserError
-from minsae_jax.encoder.patchtst.architecture import Architecture
 from tests.conftest import FIXTURES
-from tests.random_encoder import random_state_dict
+from tests.random_encoder import BASE, random_state_dict
 
-TINY = Architecture(
+TINY = replace(
+    BASE,
     n_vars=2,
     seq_len=20,
     patch_len=4,
@@ -39,19 +40,8 @@ TINY = Architecture(
     d_model=8,
     n_heads=2,
     d_ff=8,
-    activation="relu",
-    norm="BatchNorm",
-    pre_norm=False,
-    res_attention=True,
-    shared_embedding=True,
-    use_cls_token=True,
     pos_dim=8,
-    head_type="pretrain",
     target_dim=4,
-    individual_head=False,
-    revin=False,
-    revin_affine=False,
-    revin_eps=1e-5,
 )
 GIB = 1 << 30
 

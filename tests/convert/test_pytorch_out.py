@@ -16,6 +16,14 @@ from tests.random_encoder import BASE, random_state_dict
 SOURCE = FIXTURES / "layernorm_prenorm"
 
 
+def convert_file(checkpoint, out, config):
+    main(["encoder", str(checkpoint), "--config_path", str(config), "--out", str(out)])
+
+
+def convert_back(encoder, out):
+    main(["encoder", str(encoder), "--to", "pytorch", "--out", str(out)])
+
+
 def assert_bit_identical(before, after):
     assert before.keys() == after.keys()
     for name in before:
@@ -27,26 +35,8 @@ def assert_bit_identical(before, after):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_written_checkpoint_is_bit_identical(name, tmp_path):
     source = FIXTURES / name
-    main(
-        [
-            "encoder",
-            str(source / "checkpoint.pth"),
-            "--config_path",
-            str(source / "config.yaml"),
-            "--out",
-            str(tmp_path / "encoder"),
-        ]
-    )
-    main(
-        [
-            "encoder",
-            str(tmp_path / "encoder"),
-            "--to",
-            "pytorch",
-            "--out",
-            str(tmp_path / "back.pth"),
-        ]
-    )
+    convert_file(source / "checkpoint.pth", tmp_path / "encoder", source / "config.yaml")
+    convert_back(tmp_path / "encoder", tmp_path / "back.pth")
     before, after = (
         torch.load(p, weights_only=True) for p in (source / "checkpoint.pth", tmp_path / "back.pth")
     )
@@ -80,17 +70,8 @@ def test_bare_state_dict_is_written_bare(change, dtype, tmp_path):
     }
     torch.save(before, tmp_path / "x.pth")
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(settings_of(a)))
-    main(
-        [
-            "encoder",
-            str(tmp_path / "x.pth"),
-            "--config_path",
-            str(tmp_path / "x.yaml"),
-            "--out",
-            str(tmp_path / "e"),
-        ]
-    )
-    main(["encoder", str(tmp_path / "e"), "--to", "pytorch", "--out", str(tmp_path / "back.pth")])
+    convert_file(tmp_path / "x.pth", tmp_path / "e", tmp_path / "x.yaml")
+    convert_back(tmp_path / "e", tmp_path / "back.pth")
     assert_bit_identical(
         {k: v.view(torch.int16) if v.itemsize == 2 else v for k, v in before.items()},
         {
@@ -127,25 +108,7 @@ def test_edited_config_json_is_not_trusted(tmp_path):
     ):
         (tmp_path / "e/config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=r"config\.json is damaged"):
-            main(
-                [
-                    "encoder",
-                    str(tmp_path / "e"),
-                    "--to",
-                    "pytorch",
-                    "--out",
-                    str(tmp_path / "x.pth"),
-                ]
-            )
+            convert_back(tmp_path / "e", tmp_path / "x.pth")
     for change in ({"source_dtypes": "load"}, {"batches_tracked": [1]}):
         (tmp_path / "e/config.json").write_text(json.dumps(config | change))
-        main(
-            [
-                "encoder",
-                str(tmp_path / "e"),
-                "--to",
-                "pytorch",
-                "--out",
-                str(tmp_path / f"{len(change)}{change}.pth"),
-            ]
-        )
+        convert_back(tmp_path / "e", tmp_path / f"{len(change)}{change}.pth")
