@@ -116,8 +116,8 @@ def pink(
 
 
 def _sine(hz: float, samples: int, phase: float = 0.0) -> np.ndarray:
-    time = np.arange(samples) / SAMPLING_RATE
-    return np.hanning(samples) * np.sin(2 * np.pi * hz * time + phase)
+    angle = 2 * np.pi * hz * np.arange(samples) / SAMPLING_RATE + phase
+    return np.hanning(samples) * np.sin(angle)
 
 
 def _event_kinds(alpha_hz: float, spindle_hz: float) -> list[EventKind]:
