@@ -227,14 +227,19 @@ def make_schedules(plan: OptimizerPlan) -> tuple[optax.Schedule, optax.Schedule]
         sparsity_schedule = partial(_linear_warmup, plan.lambda_warmup_steps)
     lr_schedule = optax.constant_schedule(1.0)
     if plan.lr_decay_steps:
-        decay_start = plan.num_steps - plan.lr_decay_steps
-        lr_schedule = optax.linear_schedule(1.0, 0.0, plan.lr_decay_steps, decay_start)
+        lr_schedule = partial(_linear_decay, plan.num_steps, plan.lr_decay_steps)
     return sparsity_schedule, lr_schedule
 
 
+# optax.linear_schedule computes 1 - (1 - step / n_steps), which loses digits near 0.
+
+
 def _linear_warmup(n_steps: float, step: Float[ArrayLike, ""]) -> Float[Array, ""]:
-    # optax.linear_schedule computes 1 - (1 - step / n_steps), which loses digits near 0.
     return jnp.minimum(jnp.asarray(step, jnp.float32) / n_steps, 1)
+
+
+def _linear_decay(end: int, n_steps: float, step: Float[ArrayLike, ""]) -> Float[Array, ""]:
+    return jnp.minimum((end - jnp.asarray(step, jnp.float32)) / n_steps, 1)
 
 
 def _token_moments(
