@@ -148,6 +148,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_interrupted_run_ends_with_the_same_bytes(
     encoder, settings, tmp_path, few_mixed, monkeypatch
 ):

@@ -93,6 +93,7 @@ def test_unfit_held_out_store_is_refused_or_ignored(settings, small_store, val_s
     assert not (tmp_path / "run/eval.csv").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_measurement_is_written_once(settings, small_store, val_store, tmp_path):
     """A measurement after the last checkpoint is repeated, and its rows replaced."""
     settings = replace(settings, eval_every=7)

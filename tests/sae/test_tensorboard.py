@@ -44,6 +44,7 @@ def address(settings, small_store, tmp_path):
             server.kill()
 
 
+@pytest.mark.slow
 def test_all_members_are_shown(address, chromium):
     names = ["lambda=0.1,d_sae=32", "lambda=0.1,d_sae=48", "lambda=3,d_sae=32", "lambda=3,d_sae=48"]
     for tab, wanted in (

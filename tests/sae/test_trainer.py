@@ -176,8 +176,15 @@ def minsae(settings):
     return replace(settings, recipe="minsae", batch_size=None, num_steps=40)
 
 
-@pytest.mark.parametrize("recipe", ["april2024", "minsae"])
-@pytest.mark.parametrize("kills", [(13,), (13, 26, 39)])
+@pytest.mark.parametrize(
+    ("recipe", "kills"),
+    [
+        ("april2024", (13, 26, 39)),
+        pytest.param("april2024", (13,), marks=pytest.mark.slow),
+        pytest.param("minsae", (13,), marks=pytest.mark.slow),
+        pytest.param("minsae", (13, 26, 39), marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, recipe, kills):
     """Same bytes; checkpoints fall inside log intervals."""
     if recipe == "minsae":
@@ -199,6 +206,7 @@ def _latest(run):
     return max(steps, default=0)
 
 
+@pytest.mark.slow
 def test_kill_between_the_last_checkpoint_and_the_export(settings, tmp_path):
     train_until(settings, 40)
     assert _latest(tmp_path / "run") == 40
@@ -327,6 +335,7 @@ def test_init_starts_every_member_from_the_given_weights(settings, tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_wandb(settings, tmp_path, monkeypatch):
     """A row of metrics.csv is a row there; a run may be finished without it."""
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
