@@ -22,7 +22,7 @@ class MemberLog:
     def __init__(
         self,
         folder: Path,
-        hparams: Mapping[str, int | float],
+        hparams: Mapping[str, int | float | str],
         d_sae: int,
         step: int,
         tokens: int,

@@ -58,7 +58,7 @@ def open_board(folder: Path, step: int) -> "SummaryWriter":
 
 
 def write_hparams(
-    board: "SummaryWriter", name: str, hparams: Mapping[str, int | float], tags: Sequence[str]
+    board: "SummaryWriter", name: str, hparams: Mapping[str, int | float | str], tags: Sequence[str]
 ) -> None:
     """Write a member's hyper-parameters for the HParams tab, with the metrics to show there."""
     from tensorboard.plugins.hparams import summary_v2 as hparams_protos

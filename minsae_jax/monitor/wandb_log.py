@@ -18,7 +18,7 @@ class Wandb:
     `folder`/wandb contains the files of W&B and an id, by which a resumed run is the same there.
     """
 
-    def __init__(self, folder: Path, members: Mapping[str, Mapping[str, int | float]]):
+    def __init__(self, folder: Path, members: Mapping[str, Mapping[str, int | float | str]]):
         self._runs: dict[str, Any] = {}
         with self._disabled_on_error():
             # In here, since a missing package must not stop training either.

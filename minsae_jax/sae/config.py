@@ -5,6 +5,7 @@ these in, and `TrainConfig.plan()` returns the resolved values for training, wit
 """
 
 import dataclasses
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from minsae_jax.settings import (
     require,
 )
 
-Recipe = Literal["april2024", "minsae"]
+Recipe = Literal["april2024", "minsae", "modern"]
+KindName = Literal["relu", "topk", "batchtopk", "jumprelu", "matryoshka"]
+TOPK_KINDS = ("topk", "batchtopk", "matryoshka")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +70,16 @@ class LiveFlags:
 class SweepFlags:
     """Sweep: every combination of these values is one member"""
 
+    kind: tuple[KindName, ...] = ()
+    """Kinds of autoencoder, see docs/kinds.md (april2024 and minsae: relu; modern: batchtopk)."""
     lambda_sparsity: Annotated[tuple[float, ...], NonNegative] = ()
-    """Weight λ of the L1 penalty (april2024: 5; minsae: 0.01)."""
+    """Weight λ of the penalty of relu and jumprelu (april2024, modern: 5; minsae: 0.01)."""
+    k: Annotated[tuple[float, ...], Positive] = ()
+    """Active features per token of topk, batchtopk and matryoshka (16, 32 and 64)."""
+    target_l0: Annotated[tuple[float, ...], Positive] = ()
+    """Active features per token that jumprelu is to reach, instead of λ."""
     lr: Annotated[tuple[float, ...], NonNegative] = ()
-    """Adam's learning rate (april2024: 5e-5; minsae: 1e-3)."""
+    """Adam's learning rate (april2024: 5e-5; minsae: 1e-3; modern: 2e-4 √(16,384 / d_sae))."""
     seed: Annotated[tuple[int, ...], Seed] = (0,)
     """Seed of the initial weights."""
     feature_dim_factor: Annotated[tuple[float, ...], Positive] = (8.0,)
@@ -84,27 +93,41 @@ class RecipeFlags:
     """Recipe"""
 
     recipe: Recipe = "april2024"
-    """april2024: Anthropic's April 2024 update (Scaling Monosemanticity); minsae: minSAE's loop."""
+    """april2024: Anthropic's April 2024 update (Scaling Monosemanticity); minsae: minSAE's loop;
+    modern: BatchTopK with AuxK."""
     num_steps: Annotated[int | None, AtLeastOne] = None
-    """Training steps (april2024: 50,000; minsae: 10,720)."""
+    """Training steps (april2024, modern: 50,000; minsae: 10,720)."""
     batch_size: Annotated[int | None, AtLeastOne] = None
-    """Tokens per step (april2024 only: 4,096)."""
+    """Tokens per step (not minsae: 4,096)."""
     shuffle_seed: Annotated[int | None, Seed] = None
-    """Seed of the token order (april2024 only: 0)."""
+    """Seed of the token order (not minsae: 0)."""
     number_of_arrays: Annotated[int | None, AtLeastOne] = None
     """Whole shard files per step, in order (minsae only: 1)."""
     recon_weight: Annotated[float | None, Positive] = None
     """Weight of the reconstruction error (minsae only: 1)."""
     scale_tokens: Annotated[int | None, AtLeastOne] = None
-    """Tokens for measuring the input scale, E‖x‖ = √d_model (april2024 only: 1,000,000)."""
+    """Tokens for measuring the input scale, E‖x‖ = √d_model (not minsae: 1,000,000)."""
     decoder_norm: Annotated[float | None, Positive] = None
-    """Initial L2 norm of every decoder row (april2024 only: 0.1)."""
+    """Initial L2 norm of the decoder rows of relu and jumprelu (not minsae: 0.1)."""
     lambda_warmup: Annotated[float | None, Share] = None
-    """Share of the steps over which λ rises linearly from 0 (april2024 only: 0.05)."""
+    """Share of the steps over which λ rises linearly from 0 (not minsae: 0.05)."""
     lr_decay: Annotated[float | None, Share] = None
-    """Share of the steps at the end in which lr falls linearly to 0 (april2024 only: 0.2)."""
+    """Share of the steps at the end in which lr falls linearly to 0 (not minsae: 0.2)."""
     max_grad_norm: Annotated[float | None, Positive] = None
-    """L2 norm to which each member's gradient is clipped (april2024 only: 1)."""
+    """L2 norm to which each member's gradient is clipped (not minsae: 1)."""
+    jumprelu_penalty: Literal["tanh", "step"] = "tanh"
+    """Penalty of jumprelu: tanh (Anthropic, January 2025) or step, the number of features."""
+    matryoshka_shares: Annotated[tuple[float, ...], Range(above=0, max=1)] = (
+        0.0625,
+        0.125,
+        0.25,
+        0.5,
+        1.0,
+    )
+    """Shares of d_sae in the prefixes of matryoshka, increasing to 1."""
+    aux_dead_after: Annotated[int | None, Range(min=1, below=2**30)] = None
+    """AuxK trains features of top-k kinds that have not been active for this many tokens (default:
+    10 million, but at most --dead_after and an eighth of the store)."""
     beta1: Annotated[float, Range(min=0, below=1)] = 0.9
     """Adam's decay rate of the first moment."""
     beta2: Annotated[float, Range(min=0, below=1)] = 0.999
@@ -170,7 +193,9 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_no_duplicates(self, "lambda_sparsity", "lr", "seed", "feature_dim_factor")
+        check_no_duplicates(
+            self, "kind", "lambda_sparsity", "k", "target_l0", "lr", "seed", "feature_dim_factor"
+        )
         for name in ("seed", "feature_dim_factor"):
             require(bool(getattr(self, name)), f"--{name} requires at least one value")
         mesh_is_valid = self.mesh is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", self.mesh)
@@ -182,15 +207,44 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
             for field in dataclasses.fields(LiveFlags):
                 is_default = getattr(self, field.name) == field.default
                 require(is_default, f"--{field.name} requires --live")
-        other = "minsae" if self.recipe == "april2024" else "april2024"
+        other = "april2024" if self.recipe == "minsae" else "minsae"
         for name in _RECIPE_DEFAULTS[other].keys() - _RECIPE_DEFAULTS[self.recipe].keys():
-            require(getattr(self, name) is None, f"--{name} requires --recipe {other}")
+            is_given = getattr(self, name) not in (None, ())
+            require(not is_given, f"--{name} requires --recipe {other}")
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        kinds = self.kind or _RECIPE_DEFAULTS[self.recipe]["kind"]
+        if self.recipe == "minsae":
+            require(kinds == ("relu",), "--recipe minsae trains --kind relu only")
+        has_topk = any(kind in TOPK_KINDS for kind in kinds)
+        needs_lambda = "relu" in kinds or ("jumprelu" in kinds and not self.target_l0)
+        requirements = {
+            "k": (has_topk, f"--kind {', '.join(TOPK_KINDS)}"),
+            "target_l0": ("jumprelu" in kinds, "--kind jumprelu"),
+            "lambda_sparsity": (needs_lambda, "--kind relu, or jumprelu without --target_l0"),
+        }
+        for name, (is_used, kinds_text) in requirements.items():
+            is_given = bool(getattr(self, name))
+            require(is_used or not is_given, f"--{name} requires {kinds_text}")
+        shares = self.matryoshka_shares
+        increases = all(a < b for a, b in itertools.pairwise(shares))
+        require(
+            bool(shares) and increases and shares[-1] == 1,
+            f"--matryoshka_shares must increase to 1, got {' '.join(map(str, shares))}",
+        )
 
     def resolved(self) -> "TrainConfig":
         """Return these settings with the recipe's values where none were given."""
         defaults = _RECIPE_DEFAULTS[self.recipe] | {"run_dir": f"runs/{self.recipe}"}
         # Settings with several values are () if they are not given.
         missing = {k: v for k, v in defaults.items() if getattr(self, k) in (None, ())}
+        kinds = missing.get("kind", self.kind)
+        has_topk = any(kind in TOPK_KINDS for kind in kinds)
+        if has_topk and not self.k:
+            missing["k"] = (16.0, 32.0, 64.0)
+        if "relu" not in kinds and ("jumprelu" not in kinds or self.target_l0):
+            missing.pop("lambda_sparsity", None)
         return dataclasses.replace(self, **missing)
 
     def plan(self) -> "TrainPlan":
@@ -223,6 +277,7 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
             tied_init=not is_minsae,
             decoder_norm=r.decoder_norm or 0.0,
             logs_weighted_l1=is_minsae,
+            aux_dead_after=min(r.aux_dead_after or 10_000_000, r.dead_after),
             optimizer=optimizer,
         )
 
@@ -267,24 +322,30 @@ class TrainPlan:
     recon_weight: float
     tied_init: bool  # else torch's defaults
     decoder_norm: float  # of the tied initialisation
+    aux_dead_after: int  # at most, see `minsae_jax.sae.data.aux_dead_after`
     logs_weighted_l1: bool  # metrics.csv has λ * l1, as minSAE logs it
     optimizer: OptimizerPlan
 
 
+_APRIL2024: Values = {
+    "kind": ("relu",),
+    "lambda_sparsity": (5.0,),
+    "lr": (5e-5,),
+    "num_steps": 50_000,
+    "batch_size": 4096,
+    "lambda_warmup": 0.05,
+    "lr_decay": 0.2,
+    "max_grad_norm": 1.0,
+    "decoder_norm": 0.1,
+    "scale_tokens": 1_000_000,
+    "shuffle_seed": 0,
+}
 _RECIPE_DEFAULTS: dict[str, Values] = {
-    "april2024": {
-        "lambda_sparsity": (5.0,),
-        "lr": (5e-5,),
-        "num_steps": 50_000,
-        "batch_size": 4096,
-        "lambda_warmup": 0.05,
-        "lr_decay": 0.2,
-        "max_grad_norm": 1.0,
-        "decoder_norm": 0.1,
-        "scale_tokens": 1_000_000,
-        "shuffle_seed": 0,
-    },
+    "april2024": _APRIL2024,
+    # Without a learning rate each group has the one for its d_sae.
+    "modern": _APRIL2024 | {"kind": ("batchtopk",), "lr": ()},
     "minsae": {
+        "kind": ("relu",),
         "lambda_sparsity": (0.01,),
         "lr": (1e-3,),
         "num_steps": 10_720,

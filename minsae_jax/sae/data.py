@@ -24,6 +24,7 @@ from minsae_jax.sae.kinds import Params
 from minsae_jax.sae.member import load_sae
 
 HELD_OUT_BATCH = 4096  # tokens
+MEDIAN_TOKENS = 32_768  # for the geometric median, as Gao et al. (2024)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class TrainData:
     # A resumed run has both of these in its checkpoint, so they are None there.
     start: Params | None  # weights of --init, for raw activations
     scale: float | None  # factor of the activations in training
+    # Geometric median of the scaled tokens; None if no kind starts there.
+    median: Float[np.ndarray, " d_model"] | None
 
 
 def open_train_data(
@@ -67,12 +70,16 @@ def open_train_data(
         )
     held_out = open_held_out(config, store)
     if not is_new:
-        return TrainData(store, held_out, stream, groups, start=None, scale=None)
+        return TrainData(store, held_out, stream, groups, start=None, scale=None, median=None)
     if process_index() == 0:
         store.verify()
         if held_out:
             held_out.verify()
-    return TrainData(store, held_out, stream, groups, start, measure_scale(plan, store))
+    scale = measure_scale(plan, store)
+    median = None
+    if any(group[0].kind.starts_at_median for group in groups) and start is None:
+        median = scale * geometric_median(first_tokens(plan, store))
+    return TrainData(store, held_out, stream, groups, start, scale, median)
 
 
 def _load_start(config: TrainConfig, groups: tuple[Group, ...], d_model: int) -> Params | None:
@@ -189,3 +196,46 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
         )
     # Rounded to float32 as on the devices: the exported weights undo exactly this factor.
     return float(np.float32(store.d_model**0.5 * n_tokens / total))
+
+
+def first_tokens(plan: TrainPlan, store: Source) -> Float[np.ndarray, "tokens d_model"]:
+    """Return the first MEDIAN_TOKENS tokens of the stream, or one epoch if that is less."""
+    stream = open_stream(plan, store)
+    n_missing = min(MEDIAN_TOKENS, sum(store.tokens_per_shard))
+    batches = []
+    while n_missing:
+        batches.append(next(stream)[:n_missing].astype(np.float32, copy=False))
+        n_missing -= len(batches[-1])
+    return np.concatenate(batches)
+
+
+def geometric_median(
+    x: Float[np.ndarray, "tokens d_model"], n_iterations: int = 100
+) -> Float[np.ndarray, " d_model"]:
+    """Return the point with the least mean distance to the tokens (Weiszfeld's iteration).
+
+    >>> geometric_median(np.array([[0.0], [1.0], [10.0]])).round(3).tolist()
+    [1.0]
+    """
+    x = x.astype(np.float64)
+    median = x.mean(0)
+    for _ in range(n_iterations):
+        distances = np.linalg.norm(x - median, axis=1)
+        # A token at the median would have an infinite weight.
+        weights = 1 / np.maximum(distances, 1e-12)
+        previous = median
+        median = weights @ x / weights.sum()
+        if np.linalg.norm(median - previous) <= 1e-6 * np.linalg.norm(median):
+            break
+    return median.astype(np.float32)
+
+
+def aux_dead_after(plan: TrainPlan, store: Source) -> int:
+    """Return after how many tokens without activity AuxK trains a feature.
+
+    By default 10 million as in Gao et al. (2024), but no more than an eighth of an epoch, since
+    small stores would never get there.
+    """
+    if plan.config.aux_dead_after:
+        return plan.aux_dead_after
+    return max(1, min(plan.aux_dead_after, sum(store.tokens_per_shard) // 8))

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from itertools import product
 
 from minsae_jax.errors import UserError
-from minsae_jax.sae.config import TrainPlan
+from minsae_jax.sae.config import TrainConfig, TrainPlan
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.kinds import KINDS, SAEKind
+from minsae_jax.sae.kinds.jumprelu import JumpReLU
+from minsae_jax.sae.kinds.matryoshka import Matryoshka
 
 MAX_D_SAE = 2**24
 # Hyper-parameters that differ between members, in the order of the columns of sweep.csv.
@@ -21,25 +23,32 @@ class MemberSpec:
 
     name: str
     kind: SAEKind
-    lambda_sparsity: float
+    sparsity: float  # λ, k or target L0, see kind.sparsity_name
     lr: float
     seed: int
     d_sae: int
 
     @property
-    def hyper(self) -> dict[str, int | float]:
+    def hyper(self) -> dict[str, int | float | str]:
         """Hyper-parameters by name, in the order of HYPER_NAMES."""
-        return {name: getattr(self, name) for name in HYPER_NAMES}
+        values: dict[str, int | float | str] = {
+            "kind": self.kind.name,
+            self.kind.sparsity_name: self.sparsity,
+            "lr": self.lr,
+            "seed": self.seed,
+            "d_sae": self.d_sae,
+        }
+        return {name: values[name] for name in HYPER_NAMES if name in values}
 
 
 Group = tuple[MemberSpec, ...]
 
 
 def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
-    """Return the members of a sweep, one group for each d_sae.
+    """Return the members of a sweep, one group for each kind and d_sae.
 
-    A group has all combinations of λ, lr and seed. A member's name has its λ, and the other values
-    if the sweep varies them. Raises UserError if d_sae is out of range or not unique.
+    A group has all combinations of its sparsity setting (λ, k or target L0), lr and seed. Raises
+    UserError if d_sae is out of range or not unique, or k is more than d_sae.
     """
     config = plan.config
     sizes = [int(factor * d_model) for factor in config.feature_dim_factor]
@@ -49,28 +58,59 @@ def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
             f"--feature_dim_factor gives d_sae {', '.join(map(str, sizes))} at d_model {d_model}; "
             f"each must be from 1 to {MAX_D_SAE:,}, without duplicates"
         )
-    values = {
-        "lambda_sparsity": config.lambda_sparsity,
-        "lr": config.lr,
-        "seed": config.seed,
-        "d_sae": tuple(sizes),
-    }
-    named = [name for name in HYPER_NAMES if name == "lambda_sparsity" or len(values[name]) > 1]
-    kind = KINDS["relu"]
+    named = [name for name in ("lr", "seed") if len(getattr(config, name)) > 1]
+    if len(sizes) > 1:
+        named.append("d_sae")
     groups = []
-    for d_sae in sizes:
-        group = []
-        for lambda_sparsity, lr, seed in product(config.lambda_sparsity, config.lr, config.seed):
-            unnamed = MemberSpec("", kind, lambda_sparsity, lr, seed, d_sae)
-            name = _member_name(unnamed, named)
-            group.append(MemberSpec(name, kind, lambda_sparsity, lr, seed, d_sae))
-        groups.append(tuple(group))
+    for kind in _kinds(config):
+        sparsity = getattr(config, kind.sparsity_name)
+        if kind.sparsity_name != "lambda_sparsity" and max(sparsity) > min(sizes):
+            raise UserError(
+                f"--{kind.sparsity_name} {max(sparsity):g} is more than d_sae {min(sizes)}"
+            )
+        for d_sae in sizes:
+            lrs = config.lr or (automatic_lr(d_sae),)
+            group = []
+            for value, lr, seed in product(sparsity, lrs, config.seed):
+                unnamed = MemberSpec("", kind, value, lr, seed, d_sae)
+                name = _member_name(unnamed, named)
+                group.append(MemberSpec(name, kind, value, lr, seed, d_sae))
+            groups.append(tuple(group))
     return tuple(groups)
 
 
+def _kinds(config: TrainConfig) -> list[SAEKind]:
+    """Return the kinds to train, with their settings."""
+    kinds = []
+    for name in config.kind:
+        kind = KINDS[name]
+        if isinstance(kind, Matryoshka):
+            kind = Matryoshka(shares=config.matryoshka_shares)
+        if isinstance(kind, JumpReLU):
+            if config.target_l0:
+                kind = JumpReLU(mode="target_l0")
+            else:
+                kind = JumpReLU(mode=config.jumprelu_penalty)
+        kinds.append(kind)
+    return kinds
+
+
+def automatic_lr(d_sae: int) -> float:
+    """Return 2e-4 √(2¹⁴ / d_sae), the rule of Gao et al. (2024), from six digits.
+
+    >>> automatic_lr(2**14), automatic_lr(1024)
+    (0.0002, 0.0008)
+    """
+    return float(f"{2e-4 * (2**14 / d_sae) ** 0.5:.6g}")
+
+
 def _member_name(member: MemberSpec, named: list[str]) -> str:
-    """Return for example `lambda=5,lr=0.001`."""
-    parts = [f"{_SHORT_NAMES.get(n, n)}={short_number(member.hyper[n])}" for n in named]
+    """Return for example `lambda=5,lr=0.001`, or `topk,k=16`: ReLU is not named."""
+    parts = [] if member.kind.name == "relu" else [member.kind.name]
+    values = {member.kind.sparsity_name: member.sparsity}
+    values |= {name: getattr(member, name) for name in named}
+    for name, value in values.items():
+        parts.append(f"{_SHORT_NAMES.get(name, name)}={short_number(value)}")
     return ",".join(parts)
 
 

@@ -86,12 +86,14 @@ class RunLogger:
         if not self.writes:
             return
         lambda_factor, lr_factor = schedules
+        has_penalty = member.kind.sparsity_name == "lambda_sparsity"
+        penalty_weight = member.sparsity if has_penalty else 0.0
         row = {
             "step": progress.step,
             "tokens": progress.tokens,
             **progress.metrics[member.name],
             "lr": member.lr * lr_factor,
-            "lambda": member.lambda_sparsity * lambda_factor,
+            "lambda": penalty_weight * lambda_factor,
         }
         self._member_logs[member.name].write(row, active, speed)
         if self._wandb:
@@ -148,6 +150,7 @@ class RunLogger:
         config: JsonObject = {
             "format_version": 1,
             "kind": member.kind.name,
+            **member.kind.settings,
             "recipe": self.plan.config.recipe,
             "d_model": store.d_model,
             "layer": store.origin.layer,

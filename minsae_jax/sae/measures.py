@@ -15,6 +15,7 @@ the mean over tokens:
 All but l1 are the same in any unit of x.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -90,7 +91,9 @@ def measure(
     groups: for each kind parameters with a leading member axis, split over `sweep`. batches:
     [tokens, d_model], none with more tokens than the first. Sums over batches are float64.
     """
-    n_features = max(params["b_enc"].size // mesh.shape[SWEEP] for params in groups)
+    n_features = max(
+        math.prod(params["W_dec"].shape[:-1]) // mesh.shape[SWEEP] for params in groups
+    )
     tiling = None
     token_total: TokenSums | None = None
     member_totals: list[MemberSums] = []
@@ -202,8 +205,7 @@ def _member_sums(
         )
         return jax.tree.map(jnp.add, sums, tile_sums), None
 
-    d_sae = params["b_enc"].shape[0]
-    d_model = params["b_dec"].shape[0]
+    d_sae, d_model = params["W_dec"].shape
     zero = jnp.zeros(())
     start = MemberSums(zero, jnp.zeros(d_model), zero, zero, zero, jnp.zeros(d_sae, jnp.int32))
     return jax.lax.scan(add_tile, start, (x, is_token))[0]

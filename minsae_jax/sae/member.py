@@ -44,7 +44,7 @@ class SparseAutoencoder:
 
     @property
     def d_sae(self) -> int:
-        return self.params["b_enc"].shape[0]
+        return self.params["W_dec"].shape[0]
 
     @property
     def decoder_directions(self) -> Float[np.ndarray, "d_sae d_model"]:
@@ -121,7 +121,7 @@ def save_member(folder: Path, params: Params, config: JsonObject) -> None:
     """Write config.json and sae.safetensors; the folder is a member once the latter exists."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = KINDS[config.get("kind", "relu")]
-    arrays = {name: np.ascontiguousarray(params[name], np.float32) for name in kind.param_names}
+    arrays = {name: np.asarray(params[name], np.float32, order="C") for name in kind.param_names}
     # Context managers exit in reverse order: the config is renamed before the weights.
     with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as about:
         weights.write_bytes(save(arrays))
@@ -162,7 +162,7 @@ def check_params(kind: SAEKind, params: dict[str, np.ndarray], where: str) -> No
         expected = ", ".join(kind.param_names)
         raise UserError(f"{where} must contain exactly {expected}, got {', '.join(sorted(params))}")
     d_model = params["b_dec"].size
-    d_sae = params["b_enc"].size
+    d_sae = len(params["W_dec"]) if params["W_dec"].ndim else 0
     mismatches = []
     for name, shape in kind.shapes(d_model, d_sae).items():
         array = params[name]

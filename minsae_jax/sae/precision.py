@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minsae_jax.sae.kinds import Batch, Objective, SAEKind
+from minsae_jax.sae.kinds import KINDS, Batch, BatchContext, Objective
 
 
 def matmul_precision(precision: str) -> str:
@@ -18,24 +18,26 @@ def matmul_precision(precision: str) -> str:
 
 
 def with_bfloat16(
-    kind: SAEKind, objective: Objective, d_model: int, d_sae: int, tiling: tuple[int, int]
+    objective: Objective, d_model: int, d_sae: int, tiling: tuple[int, int]
 ) -> Objective:
     """Return the objective with bfloat16 factors in its products.
 
     XLA's CPU runtime lacks bfloat16 products for some shapes, among them those of a single tile;
     there factors are rounded to bfloat16 and multiplied in float32. It reports this only when a
-    program runs, so a small one is tried.
+    program runs, so a small one is tried, that of ReLU, whose products all kinds have.
     """
     low = replace(objective, factors="bfloat16")
     n_tiles, tile = tiling
-    shapes = kind.shapes(d_model, d_sae)
+    relu = KINDS["relu"]
+    shapes = relu.shapes(d_model, d_sae)
     params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    hyper = {kind.sparsity_name: np.float32(0), "lr": np.float32(0)}
+    hyper = {"lambda_sparsity": np.float32(0)}
+    context = BatchContext(is_dead=jnp.zeros(d_sae, bool), any_dead=jnp.zeros((), bool))
     try:
         with jax.ensure_compile_time_eval():
             x = jnp.zeros((min(n_tiles, 2), tile, d_model))
-            run = jax.jit(kind.batch_sums, static_argnums=3)
-            jax.block_until_ready(run(params, Batch(x, None), hyper, low))
+            run = jax.jit(relu.batch_sums, static_argnums=3)
+            jax.block_until_ready(run(params, Batch(x, None), hyper, low, context))
     except jax.errors.JaxRuntimeError:
         return replace(objective, factors="rounded")
     return low

@@ -21,6 +21,7 @@ from minsae_jax.files import atomic_write, foreign_entries, lock_folder
 from minsae_jax.monitor import TFEVENTS_PREFIX, table
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
 from minsae_jax.sae.grid import HYPER_NAMES
+from minsae_jax.sae.hyper import SPARSITY, SYMBOLS
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
 from minsae_jax.settings import JsonObject, Values, to_dict
 
@@ -162,7 +163,7 @@ class RunMember:
 
     name: str
     folder: Path
-    hyper: dict[str, float]
+    hyper: dict[str, float | str]
     metrics: Metrics  # of the last log interval
     held_out: Metrics  # of the last measurement on held-out tokens; empty without such a store
     status: str  # finished, or diverged
@@ -193,7 +194,10 @@ class Run:
     def summary(self) -> str:
         """Return the members as a table for the terminal."""
         has_held_out = any(member.held_out for member in self.members)
-        columns = ["member", "λ", "MSE", "L0", "FVU", "dead"]
+        settings = {name for name in SPARSITY for m in self.members if name in m.hyper}
+        # With several of them, members' names say what their values are.
+        shown = settings.pop() if len(settings) == 1 else None
+        columns = ["member", *([SYMBOLS[shown]] if shown else []), "MSE", "L0", "FVU", "dead"]
         if has_held_out:
             columns += ["val L0", "val FVU"]
         rows = []
@@ -201,7 +205,7 @@ class Run:
             m = member.metrics
             row = [
                 member.name,
-                f"{member.hyper['lambda_sparsity']:g}",
+                *([f"{member.hyper[shown]:g}"] if shown else []),
                 f"{m['mse']:.4g}",
                 f"{m['l0']:.1f}",
                 f"{m['fvu']:.3f}",
@@ -236,11 +240,21 @@ def _read_member(folder: Path, row: dict[str, str], held_out: dict[str, Metrics]
     return RunMember(
         name=name,
         folder=folder / "members" / name,
-        hyper={key: float(row[key]) for key in HYPER_NAMES},
+        hyper=_read_hyper(row),
         metrics={key: float(row[key]) for key in TRAIN_METRICS},
         held_out=held_out[name] if held_out else {},
         status=row["status"],
     )
+
+
+def _read_hyper(row: dict[str, str]) -> dict[str, float | str]:
+    """Return the hyper-parameters in a row of sweep.csv, in which others' columns are empty."""
+    # The first runs had one kind and no column for it.
+    hyper: dict[str, float | str] = {"kind": row.get("kind", "relu")}
+    for name in HYPER_NAMES:
+        if name != "kind" and row.get(name):
+            hyper[name] = float(row[name])
+    return hyper
 
 
 def read_held_out(folder: Path) -> dict[str, Metrics]:

@@ -15,9 +15,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from minsae_jax.parallel.mesh import DATA, SWEEP, map_members, tile_batch
+from minsae_jax.parallel.mesh import DATA, SWEEP, map_members, on_cpu, tile_batch
 from minsae_jax.sae.config import OptimizerPlan
-from minsae_jax.sae.kinds import Batch, BatchMetrics, Hyper, Objective, Params, SAEKind
+from minsae_jax.sae.kinds import (
+    Batch,
+    BatchContext,
+    BatchMetrics,
+    Hyper,
+    Objective,
+    Params,
+    SAEKind,
+)
 from minsae_jax.sae.precision import matmul_precision, with_bfloat16
 
 
@@ -62,6 +70,7 @@ class StepProgram:
     sparsity_schedule: optax.Schedule  # factor of λ at a step
     lr_schedule: optax.Schedule  # factor of the learning rate at a step
     dead_after: int  # tokens
+    aux_dead_after: int  # tokens without activity after which AuxK trains a feature
     n_features: int  # of the largest group, of one token and all members on a device
 
 
@@ -88,15 +97,22 @@ def member_step(
     gradient is not finite, it stays as it was and is frozen for good.
     """
     hyper = jax.vmap(kind.scheduled, (0, None))(hyper, factors.sparsity)
+    is_dead = members.tokens_since_fired >= program.aux_dead_after
+    any_dead = is_dead.any()
+
+    def member_sums(
+        params: Params, hyper: Hyper, is_dead: Bool[Array, " d_sae"]
+    ) -> tuple[Any, BatchContext]:
+        # Under vmap, what is the same for all members can be skipped, what differs cannot.
+        member_context = BatchContext(is_dead, is_dead.any() if on_cpu() else any_dead)
+        context = kind.batch_context(params, batch, hyper, objective, member_context)
+        return kind.batch_sums(params, batch, hyper, objective, context), context
+
     # On CPU one member after the other; the update below is faster for all at once.
-    sums = map_members(
-        lambda params, hyper: kind.batch_sums(params, batch, hyper, objective),
-        members.params,
-        hyper,
-    )
+    sums, contexts = map_members(member_sums, members.params, hyper, is_dead)
     sums = jax.lax.psum(sums, DATA)
     update = partial(_update_member, program, kind, objective, factors, n_tokens)
-    return jax.vmap(update)(members, hyper, sums)
+    return jax.vmap(update)(members, hyper, sums, contexts)
 
 
 def _update_member(
@@ -108,6 +124,7 @@ def _update_member(
     state: MemberState,
     hyper: Hyper,
     sums: Any,
+    context: BatchContext,
 ) -> MemberState:
     """Return one member after its step, from sums over the tokens of all devices."""
     gradients, metrics = kind.gradients(state.params, sums, n_tokens, hyper, objective)
@@ -117,6 +134,7 @@ def _update_member(
         updates, opt_state = program.optimizer.update(gradients, state.opt_state)
     lr = hyper["lr"] * factors.lr
     params = jax.tree.map(lambda p, update: p - lr * update, state.params, updates)
+    params = kind.finish_update(params, context)
 
     # A count stops at dead_after, so that it never overflows.
     silent_for = jnp.minimum(
@@ -154,11 +172,11 @@ def sweep_step(
     tiling = tile_batch(program.mesh, n_tokens, program.n_features)
     # With bfloat16 this runs a small program while the step is traced, to see what XLA supports.
     objectives = []
-    for kind, group in zip(program.kinds, state.groups, strict=True):
+    for group in state.groups:
         objective = program.objective
         if program.precision == "bfloat16":
             d_sae = group.tokens_since_fired.shape[1]
-            objective = with_bfloat16(kind, objective, x.shape[1], d_sae, tiling)
+            objective = with_bfloat16(objective, x.shape[1], d_sae, tiling)
         objectives.append(objective)
     step_number = state.step.astype(jnp.float32)
     factors = ScheduleFactors(

@@ -70,10 +70,18 @@ class Sweep:
     `step(state, hyper, put(x), scale, n_tokens=len(x))`, which is `sweep_step` under jit.
     """
 
-    def __init__(self, plan: TrainPlan, groups: tuple[Group, ...], d_model: int):
+    def __init__(
+        self,
+        plan: TrainPlan,
+        groups: tuple[Group, ...],
+        d_model: int,
+        aux_dead_after: int | None = None,
+    ):
+        """aux_dead_after: tokens after which AuxK trains a silent feature, if not the plan's."""
         self.plan = plan
         self.groups = groups
         self.d_model = d_model
+        self.aux_dead_after = aux_dead_after or plan.aux_dead_after
         self.mesh = make_mesh(*map(len, groups), shape=plan.config.mesh)
         n_sweep = self.mesh.shape[SWEEP]
         # Every position along `sweep` gets the same number of members; added ones are frozen.
@@ -110,9 +118,15 @@ class Sweep:
         self._unpad = jax.jit(self._traced_unpad, out_shardings=self._portable_shardings)
         self._pad = jax.jit(self._traced_pad, out_shardings=self.shardings)
 
-    def init(self, start: Params | None = None) -> SweepState:
-        """Return the state before the first step, from each member's seed or from `start`."""
-        return jax.jit(self._traced_init, out_shardings=self.shardings)(start)
+    def init(
+        self, start: Params | None = None, median: Float[np.ndarray, " d_model"] | None = None
+    ) -> SweepState:
+        """Return the state before the first step, from each member's seed or from `start`.
+
+        median: geometric median of the scaled tokens, for kinds that start there.
+        """
+        initialise = jax.jit(self._traced_init, out_shardings=self.shardings)
+        return initialise(start, median, self.hyper)
 
     def put(self, x: Float[np.ndarray, "tokens d_model"]) -> Float[Array, "rows d_model"]:
         """Put a batch on the devices, padded if it does not divide evenly."""
@@ -152,7 +166,9 @@ class Sweep:
 
     def abstract_portable(self) -> SweepState:
         """Return shapes, dtypes and shardings of the portable state; nothing is allocated."""
-        shapes = jax.eval_shape(lambda: self._traced_unpad(self._traced_init(None)))
+        shapes = jax.eval_shape(
+            lambda: self._traced_unpad(self._traced_init(None, None, self.hyper))
+        )
 
         def with_sharding(sharding: jax.sharding.Sharding, subtree: Any) -> Any:
             return jax.tree.map(
@@ -162,12 +178,14 @@ class Sweep:
         return jax.tree.map(with_sharding, self._portable_shardings, shapes)
 
     def _put_hyper(self) -> tuple[Hyper, ...]:
-        """Put λ and lr of every group on the devices; padding repeats the last member."""
+        """Put the sparsity setting and lr of members on the devices; padding repeats the last."""
         hyper = []
         for group, size in zip(self.groups, self.padded_sizes, strict=True):
             members = group + group[-1:] * (size - len(group))
-            names = (group[0].kind.sparsity_name, "lr")
-            values = {n: np.array([m.hyper[n] for m in members], np.float32) for n in names}
+            values = {
+                group[0].kind.sparsity_name: np.array([m.sparsity for m in members], np.float32),
+                "lr": np.array([m.lr for m in members], np.float32),
+            }
             hyper.append(jax.device_put(values, members_sharding(self.mesh)))
         return tuple(hyper)
 
@@ -181,18 +199,21 @@ class Sweep:
             sparsity_schedule=self.sparsity_schedule,
             lr_schedule=self.lr_schedule,
             dead_after=self.plan.config.dead_after,
+            aux_dead_after=self.aux_dead_after,
             n_features=self._n_features,
         )
 
     # The functions below are traced by jit.
 
-    def _traced_init(self, start: Params | None) -> SweepState:
+    def _traced_init(
+        self, start: Params | None, median: Array | None, hyper: tuple[Hyper, ...]
+    ) -> SweepState:
         groups = []
-        for group, size in zip(self.groups, self.padded_sizes, strict=True):
+        for group, size, group_hyper in zip(self.groups, self.padded_sizes, hyper, strict=True):
             if start is None:
                 seeds = [m.seed for m in group] + [0] * (size - len(group))
-                init_member = partial(self._init_member, group)
-                params = jax.vmap(init_member)(jnp.array(seeds, jnp.uint32))
+                init_member = partial(self._init_member, group, median)
+                params = jax.vmap(init_member)(jnp.array(seeds, jnp.uint32), group_hyper)
             else:
                 params = {k: jnp.broadcast_to(v, (size, *v.shape)) for k, v in start.items()}
             d_sae = group[0].d_sae
@@ -212,12 +233,14 @@ class Sweep:
             moments=self._zero_moments(),
         )
 
-    def _init_member(self, group: Group, seed: Array) -> Params:
+    def _init_member(self, group: Group, median: Array | None, seed: Array, hyper: Hyper) -> Params:
         key = jax.random.key(seed)
         kind = group[0].kind
         if self.plan.tied_init:
-            return kind.init_tied(key, self.d_model, group[0].d_sae, self.plan.decoder_norm)
-        return kind.init_torch(key, self.d_model, group[0].d_sae)
+            params = kind.init_tied(key, self.d_model, group[0].d_sae, self.plan.decoder_norm)
+        else:
+            params = kind.init_torch(key, self.d_model, group[0].d_sae)
+        return kind.complete_init(params, hyper, median if kind.starts_at_median else None)
 
     def _traced_take_metrics(self, state: SweepState) -> tuple[SweepState, DeviceMetrics]:
         members = self._traced_unpad(state).groups

@@ -25,7 +25,7 @@ from minsae_jax.parallel.processes import (
 )
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
 from minsae_jax.sae.config import TrainConfig, TrainPlan
-from minsae_jax.sae.data import TrainData, held_out_batches, open_train_data
+from minsae_jax.sae.data import TrainData, aux_dead_after, held_out_batches, open_train_data
 from minsae_jax.sae.logger import RunLogger, interval_metrics
 from minsae_jax.sae.measures import measure
 from minsae_jax.sae.run import HELD_OUT_METRICS, Run, RunFolder, load_run
@@ -101,7 +101,7 @@ class Trainer:
         self.data = data
         self.checkpoints = checkpoints
         self.on_step = on_step
-        self.sweep = Sweep(plan, data.groups, data.store.d_model)
+        self.sweep = Sweep(plan, data.groups, data.store.d_model, aux_dead_after(plan, data.store))
         self.l1_weighted = plan.logs_weighted_l1
         self.logger = RunLogger(
             plan,
@@ -131,7 +131,7 @@ class Trainer:
             # Training sees scale * x, and `start` is for x.
             kind = self.data.groups[0][0].kind
             start = kind.fold_scale(start, 1 / self.data.scale)
-        self.state = self.sweep.init(start)
+        self.state = self.sweep.init(start, self.data.median)
 
     def _resume(self, step: int) -> None:
         abstract = self.sweep.abstract_portable()
@@ -235,7 +235,7 @@ class Trainer:
             is_complete = progress.step % self.config.eval_window == 0
             for group, metrics in zip(self.data.groups, groups, strict=True):
                 for i, member in enumerate(group):
-                    l1_weight = member.lambda_sparsity if self.l1_weighted else 1.0
+                    l1_weight = member.sparsity if self.l1_weighted else 1.0
                     progress.metrics[member.name] = interval_metrics(metrics, i, l1_weight)
                     if metrics.frozen[i] and member.name not in progress.diverged:
                         progress.diverged[member.name] = int(metrics.steps[i]) + 1

@@ -131,7 +131,7 @@ function drawPosition(shares, seconds) {
 }
 
 // Settings that control sparsity, and how each is written: the one that a member has is its label.
-const SPARSITY = { lambda_sparsity: "λ" };
+const SPARSITY = { lambda_sparsity: "λ", k: "k", target_l0: "target L0" };
 
 function drawPareto(all) {
   const members = all.filter((m) => !missing(m.l0) && !missing(m.fvu));

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 Params = dict[str, Any]  # parameter name -> array, NumPy's or JAX's
 Hyper = dict[str, Array]  # hyper-parameter name -> scalar; under vmap one value for each member
@@ -48,6 +48,16 @@ class Batch(NamedTuple):
     is_token: Float[Array, "tiles tile"] | None  # 0 for padding; None if there is no padding
 
 
+class BatchContext(NamedTuple):
+    """What the loss of a token needs from the whole batch and from the state of the member."""
+
+    is_dead: Bool[Array, " d_sae"]
+    # Whether any feature is dead: of this member, or of any member of the group.
+    any_dead: Bool[Array, ""]
+    # Pre-activations from here on are active; None for kinds that look at one token at a time.
+    threshold: Float[Array, ""] | None = None
+
+
 class BatchSums(NamedTuple):
     """Sums over tokens, which may be added over tiles and devices."""
 
@@ -76,10 +86,20 @@ class SAEKind:
     """
 
     name: ClassVar[str]
-    # Also the tensor names in sae.safetensors; b_enc, W_dec and b_dec must be among them.
+    # Also the tensor names in sae.safetensors; W_dec and b_dec must be among them.
     param_names: ClassVar[tuple[str, ...]]
-    # The hyper-parameter that sets how sparse the features are.
-    sparsity_name: ClassVar[str]
+    # Whether b_dec starts at the geometric median of the data.
+    starts_at_median: ClassVar[bool] = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The kind's static settings by name, for config.json."""
+        return dict(vars(self))
+
+    @property
+    def sparsity_name(self) -> str:
+        """The hyper-parameter that sets how sparse the features are."""
+        raise NotImplementedError
 
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of every parameter."""
@@ -94,6 +114,15 @@ class SAEKind:
     def init_torch(self, key: Key[Array, ""], d_model: int, d_sae: int) -> Params:
         """Initialise as minSAE does, by the defaults of torch's nn.Linear."""
         raise NotImplementedError
+
+    def complete_init(
+        self, params: Params, hyper: Hyper, median: Float[Array, " d_model"] | None
+    ) -> Params:
+        """Return initial parameters with those that depend on hyper-parameters and data.
+
+        median: geometric median of the tokens; given if `starts_at_median`.
+        """
+        return params
 
     def encode(
         self, params: Params, x: Float[Array, "*tokens d_model"]
@@ -116,16 +145,18 @@ class SAEKind:
     def penalty(
         self, params: Params, features: Float[Array, "tokens d_sae"]
     ) -> Float[Array, " tokens"]:
-        """Return every token's sparsity penalty, without its weight λ."""
-        raise NotImplementedError
+        """Return every token's sparsity penalty, without its weight λ; 0 without a penalty."""
+        return jnp.zeros(features.shape[0])
 
     def penalty_weight(self, hyper: Hyper) -> Float[Array, ""]:
         """Return the weight λ of the penalty in the loss."""
-        raise NotImplementedError
+        return jnp.zeros(())
 
     def scheduled(self, hyper: Hyper, factor: Float[Array, ""]) -> Hyper:
-        """Return the hyper-parameters at a step, where the warm-up's factor applies to sparsity."""
-        return hyper | {self.sparsity_name: hyper[self.sparsity_name] * factor}
+        """Return the hyper-parameters at a step, where the warm-up's factor applies to λ."""
+        if "lambda_sparsity" not in hyper:
+            return hyper
+        return hyper | {"lambda_sparsity": hyper["lambda_sparsity"] * factor}
 
     def fold_scale(self, params: Params, scale: float) -> Params:
         """Return parameters for x from parameters for scale * x.
@@ -137,12 +168,24 @@ class SAEKind:
     # The loss and its gradient. A kind may override `batch_sums` and `gradients` where a
     # hand-written gradient is faster, as ReLU does; tests compare it with these definitions.
 
+    def batch_context(
+        self,
+        params: Params,
+        batch: Batch,
+        hyper: Hyper,
+        objective: Objective,
+        context: BatchContext,
+    ) -> BatchContext:
+        """Return the context with what the loss needs from the tokens of all devices."""
+        return context
+
     def loss(
         self,
         params: Params,
         x: Float[Array, "tokens d_model"],
         hyper: Hyper,
         objective: Objective,
+        context: BatchContext,
         is_token: Float[Array, " tokens"] | None = None,
     ) -> tuple[Float[Array, ""], BatchSums]:
         """Return the loss summed over tokens, and its parts (without gradients)."""
@@ -162,15 +205,22 @@ class SAEKind:
         total = reconstruction + self.penalty_weight(hyper) * penalty
         return total, BatchSums({}, residual, penalty, active.sum(0, dtype=jnp.int32))
 
-    def batch_sums(self, params: Params, batch: Batch, hyper: Hyper, objective: Objective) -> Any:
+    def batch_sums(
+        self,
+        params: Params,
+        batch: Batch,
+        hyper: Hyper,
+        objective: Objective,
+        context: BatchContext,
+    ) -> Any:
         """Return sums over this device's tokens, one tile after the other, by autodiff."""
 
         def add_tile(sums: BatchSums, tile: Batch) -> tuple[BatchSums, None]:
             gradient = jax.grad(self.loss, has_aux=True)
-            gradients, parts = gradient(params, tile.x, hyper, objective, tile.is_token)
+            gradients, parts = gradient(params, tile.x, hyper, objective, context, tile.is_token)
             return jax.tree.map(jnp.add, sums, parts._replace(gradients=gradients)), None
 
-        d_sae = params["b_enc"].shape[-1]
+        d_sae = params["W_dec"].shape[-2]
         zeros = jax.tree.map(jnp.zeros_like, params)
         start = BatchSums(zeros, jnp.zeros(()), jnp.zeros(()), jnp.zeros(d_sae, jnp.int32))
         return jax.lax.scan(add_tile, start, batch)[0]
@@ -186,3 +236,7 @@ class SAEKind:
         loss = objective.recon_weight * mse + self.penalty_weight(hyper) * penalty
         l0 = sums.active.astype(jnp.float32).sum() / n_tokens
         return gradients, BatchMetrics(loss, mse, penalty, l0, sums.residual, sums.active)
+
+    def finish_update(self, params: Params, context: BatchContext) -> Params:
+        """Return the parameters after the optimizer's update, such as with a decoder of norm 1."""
+        return params

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from minsae_jax.parallel.mesh import on_cpu
-from minsae_jax.sae.kinds.base import Batch, BatchMetrics, Hyper, Objective, Params, SAEKind
+from minsae_jax.sae.kinds.base import (
+    Batch,
+    BatchContext,
+    BatchMetrics,
+    Hyper,
+    Objective,
+    Params,
+    SAEKind,
+)
 
 
 class ReLUSums(NamedTuple):
@@ -29,7 +37,10 @@ class ReLUSums(NamedTuple):
 class ReLU(SAEKind):
     name = "relu"
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec")
-    sparsity_name = "lambda_sparsity"
+
+    @property
+    def sparsity_name(self) -> str:
+        return "lambda_sparsity"
 
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         return {
@@ -93,7 +104,12 @@ class ReLU(SAEKind):
         }
 
     def batch_sums(
-        self, params: Params, batch: Batch, hyper: Hyper, objective: Objective
+        self,
+        params: Params,
+        batch: Batch,
+        hyper: Hyper,
+        objective: Objective,
+        context: BatchContext,
     ) -> ReLUSums:
         """Return sums over this device's tokens, with the gradient written by hand."""
         weights = _prepare(params, self.penalty_weight(hyper), objective, batch.x.shape[-1])

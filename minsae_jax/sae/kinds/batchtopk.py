@@ -1,0 +1,98 @@
+"""BatchTopK: the k * tokens largest pre-activations of a batch are its features.
+
+Tokens may thus have different numbers of features, k on average (Bussmann, Leask & Nanda 2024). The
+selection is over the whole batch, whatever its tiles and devices. After training there is no batch:
+features are the pre-activations above `threshold`, the mean over steps of what separated the chosen
+ones from the others.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minsae_jax.parallel.mesh import DATA
+from minsae_jax.sae.kinds.base import Batch, BatchContext, Hyper, Objective, Params
+from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors, tile_pre_activations
+from minsae_jax.sae.kinds.select import kth_largest
+
+# Share of the newest step in the threshold, a moving average over about 100 steps.
+THRESHOLD_RATE = 0.01
+
+
+@dataclass(frozen=True)
+class BatchTopK(LinearSAE):
+    name = "batchtopk"
+    param_names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    starts_at_median = True
+    unit_decoder = True
+    uses_aux = True
+
+    @property
+    def sparsity_name(self) -> str:
+        return "k"
+
+    def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+        return super().shapes(d_model, d_sae) | {"threshold": ()}
+
+    def complete_init(
+        self, params: Params, hyper: Hyper, median: Float[Array, " d_model"] | None
+    ) -> Params:
+        return super().complete_init(params, hyper, median) | {"threshold": jnp.zeros(())}
+
+    def encode(
+        self, params: Params, x: Float[Array, "*tokens d_model"]
+    ) -> Float[Array, "*tokens d_sae"]:
+        pre = self.pre_activations(params, x)
+        return jnp.where(pre > params["threshold"], jax.nn.relu(pre), 0)
+
+    def batch_context(
+        self,
+        params: Params,
+        batch: Batch,
+        hyper: Hyper,
+        objective: Objective,
+        context: BatchContext,
+    ) -> BatchContext:
+        """Return the context with the threshold that k * tokens pre-activations reach."""
+
+        def encode_tile(tile: Batch) -> Float[Array, "d_sae tile"]:
+            pre = tile_pre_activations(params, tile.x, objective)
+            if tile.is_token is not None:
+                pre = jnp.where(tile.is_token[None] > 0, pre, 0)
+            return pre
+
+        pre = jax.lax.map(encode_tile, batch)
+        n_tokens = jnp.float32(batch.x.shape[0] * batch.x.shape[1])
+        if batch.is_token is not None:
+            n_tokens = batch.is_token.sum()
+        n_tokens = jax.lax.psum(n_tokens, DATA)
+
+        def count(threshold: Float[Array, ""]) -> Int[Array, ""]:
+            # Sums of up to 2^24 ones are exact in float32, which CPUs add faster than integers.
+            per_token = jnp.where(pre >= threshold, 1.0, 0.0).sum(1)
+            return jax.lax.psum(per_token.astype(jnp.int32).sum(), DATA)
+
+        n_features = jnp.floor(hyper["k"] * n_tokens).astype(jnp.int32)
+        largest = jax.lax.pmax(pre.max(), DATA)
+        return context._replace(threshold=kth_largest(largest, n_features, count))
+
+    def activate(
+        self,
+        pre: Float[Array, "d_sae tile"],
+        vectors: Vectors,
+        hyper: Hyper,
+        context: BatchContext,
+    ) -> Activated:
+        assert context.threshold is not None
+        zeros = jnp.zeros(pre.shape[1])
+        return Activated(jnp.where(pre >= context.threshold, pre, 0), zeros, zeros)
+
+    def finish_update(self, params: Params, context: BatchContext) -> Params:
+        params = super().finish_update(params, context)
+        before = params["threshold"]
+        threshold = jnp.asarray(context.threshold)
+        # The first step has no average to add to.
+        rate = jnp.where(before > 0, THRESHOLD_RATE, 1.0)
+        return params | {"threshold": before + rate * (threshold - before)}

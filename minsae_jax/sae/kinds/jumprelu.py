@@ -1,0 +1,148 @@
+"""JumpReLU: f = z where z > θ, else 0, with a trained threshold θ for each feature.
+
+The step at θ has no gradient; where |z - θ| is below half a bandwidth ε, θ gets that of a ramp of
+width ε (Rajamanoharan et al. 2024). Two penalties:
+
+    tanh        λ Σ_i tanh(4 f_i n_i) + 3e-6 Σ_i relu(θ_i - z_i) n_i,   n_i = ‖W_dec,i‖₂
+                (Anthropic, January 2025; the ramp's gradient also goes to z)
+    target_l0   (L0 / target - 1)², where L0 is the batch's mean number of active features
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minsae_jax.sae.kinds.base import BatchContext, Hyper, Params
+from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors
+
+TANH_SLOPE = 4.0
+PRE_ACTIVATION_WEIGHT = 3e-6
+INITIAL_THRESHOLD = 0.1
+
+
+@dataclass(frozen=True)
+class JumpReLU(LinearSAE):
+    """mode: what the penalty is. bandwidth: ε, in the unit of scaled activations."""
+
+    mode: Literal["tanh", "step", "target_l0"] = "tanh"
+    bandwidth: float = 2.0
+
+    name = "jumprelu"
+    param_names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    starts_at_median = True
+
+    @property
+    def sparsity_name(self) -> str:
+        return "target_l0" if self.mode == "target_l0" else "lambda_sparsity"
+
+    @property
+    def weighs_batch_penalty(self) -> bool:
+        return self.mode == "target_l0"
+
+    def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+        return super().shapes(d_model, d_sae) | {"threshold": (d_sae,)}
+
+    def complete_init(
+        self, params: Params, hyper: Hyper, median: Float[Array, " d_model"] | None
+    ) -> Params:
+        params = super().complete_init(params, hyper, median)
+        return params | {"threshold": jnp.full(params["b_enc"].shape, INITIAL_THRESHOLD)}
+
+    def encode(
+        self, params: Params, x: Float[Array, "*tokens d_model"]
+    ) -> Float[Array, "*tokens d_sae"]:
+        pre = self.pre_activations(params, x)
+        threshold = jnp.broadcast_to(params["threshold"], pre.shape)
+        return jnp.where(pre > threshold, jax.nn.relu(pre), 0)
+
+    def encode_features(
+        self, params: Params, x: Float[Array, "*tokens d_model"], indices: Int[Array, " n"]
+    ) -> Float[Array, "*tokens n"]:
+        some = {name: params[name][..., indices] for name in ("W_enc", "b_enc", "threshold")}
+        return self.encode(some, x)
+
+    def vectors(self, params: Params) -> Vectors:
+        vectors = {"threshold": params["threshold"]}
+        if self.mode == "tanh":
+            vectors["norm"] = jnp.linalg.norm(params["W_dec"], axis=1)
+        return vectors
+
+    def activate(
+        self,
+        pre: Float[Array, "d_sae tile"],
+        vectors: Vectors,
+        hyper: Hyper,
+        context: BatchContext,
+    ) -> Activated:
+        threshold = vectors["threshold"][:, None]
+        reaches_pre = self.mode == "tanh"
+        active = step(pre, threshold, self.bandwidth, reaches_pre)
+        # The value is pre * active, and the ramp's gradient is multiplied by θ, as in the paper.
+        constant = jax.lax.stop_gradient(active)
+        features = pre * constant + threshold * (active - constant)
+        zeros = jnp.zeros(pre.shape[1])
+        if self.mode != "tanh":
+            return Activated(features, active.sum(0), zeros)
+        norms = vectors["norm"][:, None]
+        penalty = jnp.tanh(TANH_SLOPE * features * norms).sum(0)
+        below = (jax.nn.relu(threshold - pre) * norms).sum(0)
+        return Activated(features, penalty, PRE_ACTIVATION_WEIGHT * below)
+
+    def penalty(
+        self, params: Params, features: Float[Array, "tokens d_sae"]
+    ) -> Float[Array, " tokens"]:
+        if self.mode != "tanh":
+            return (features > 0).sum(1).astype(jnp.float32)
+        norms = jnp.linalg.norm(params["W_dec"], axis=1)
+        return jnp.tanh(TANH_SLOPE * features * norms[None]).sum(1)
+
+    def penalty_weight(self, hyper: Hyper) -> Float[Array, ""]:
+        if self.mode == "target_l0":
+            return jnp.zeros(())
+        return hyper["lambda_sparsity"]
+
+    def batch_penalty(
+        self, mean_penalty: Float[Array, ""], hyper: Hyper
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        if self.mode != "target_l0":
+            return super().batch_penalty(mean_penalty, hyper)
+        target = hyper["target_l0"]
+        excess = mean_penalty / target - 1
+        return jnp.square(excess), 2 * excess / target
+
+    def finish_update(self, params: Params, context: BatchContext) -> Params:
+        return params | {"threshold": jnp.maximum(params["threshold"], 0)}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def step(
+    pre: Float[Array, "d_sae tile"],
+    threshold: Float[Array, "d_sae 1"],
+    bandwidth: float,
+    reaches_pre: bool,
+) -> Float[Array, "d_sae tile"]:
+    """Return 1 where pre > threshold, else 0; the gradient is that of a ramp of width bandwidth."""
+    return (pre > threshold).astype(jnp.float32)
+
+
+def _step_forward(
+    pre: Array, threshold: Array, bandwidth: float, reaches_pre: bool
+) -> tuple[Array, tuple[Array, Array]]:
+    return step(pre, threshold, bandwidth, reaches_pre), (pre, threshold)
+
+
+def _step_backward(
+    bandwidth: float, reaches_pre: bool, saved: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    pre, threshold = saved
+    on_ramp = jnp.abs(pre - threshold) < bandwidth / 2
+    ramp = jnp.where(on_ramp, cotangent / bandwidth, 0)
+    pre_gradient = ramp if reaches_pre else jnp.zeros_like(pre)
+    return pre_gradient, -ramp.sum(1, keepdims=True)
+
+
+step.defvjp(_step_forward, _step_backward)

@@ -1,0 +1,431 @@
+"""Kinds that are an activation between two linear maps, with the gradient of the maps by hand.
+
+    pre = x W_enc + b_enc,    features = activate(pre),    x̂ = features W_dec + b_dec
+
+A kind says what `activate` is, and autodiff gives its gradient, which is elementwise and cheap. The
+five matrix products of a step are written out, so that features are computed once, [d_sae, tile],
+and every product is one of two contiguous matrices (on CPU a quarter faster than autodiff of x̂).
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from minsae_jax.parallel.mesh import DATA
+from minsae_jax.sae.kinds.base import (
+    Batch,
+    BatchContext,
+    BatchMetrics,
+    Hyper,
+    Objective,
+    Params,
+    SAEKind,
+)
+from minsae_jax.sae.kinds.relu import product
+from minsae_jax.sae.kinds.select import kth_largest
+
+Vectors = dict[str, Array]  # name -> [d_sae]
+# Weight of AuxK in the loss (Gao et al. 2024, section A.2).
+AUX_WEIGHT = 1 / 32
+
+
+class Activated(NamedTuple):
+    """Features of a tile, and the terms of the loss that depend on them."""
+
+    features: Float[Array, "d_sae tile"]
+    penalty: Float[Array, " tile"]  # without its weight λ
+    other: Float[Array, " tile"]  # further loss, with its weight
+
+
+class LinearSums(NamedTuple):
+    """Sums over tokens, which may be added over tiles and devices."""
+
+    gradients: Params  # of loss * tokens, with W_enc transposed
+    vectors: Vectors  # gradients of loss * tokens
+    penalty_vectors: Vectors  # gradients of the penalty, if its weight depends on the whole batch
+    reconstruction: Float[Array, ""]  # Σ‖x̂ - x‖², for Matryoshka the mean over its prefixes
+    residual: Float[Array, ""]  # Σ‖x̂ - x‖²
+    penalty: Float[Array, ""]
+    other: Float[Array, ""]
+    active: Int[Array, " d_sae"]  # tokens on which each feature is active
+
+
+class LinearSAE(SAEKind):
+    """Base of the kinds that are an activation between two linear maps."""
+
+    # Whether decoder rows have L2 norm 1 after every step.
+    unit_decoder: ClassVar[bool] = False
+    # Whether dead features learn from the residual (AuxK).
+    uses_aux: ClassVar[bool] = False
+
+    @property
+    def weighs_batch_penalty(self) -> bool:
+        """Whether the penalty's weight depends on sums over the batch."""
+        return False
+
+    def activate(
+        self,
+        pre: Float[Array, "d_sae tile"],
+        vectors: Vectors,
+        hyper: Hyper,
+        context: BatchContext,
+    ) -> Activated:
+        """Return the features of pre-activations in training, and the penalties of each token."""
+        raise NotImplementedError
+
+    def vectors(self, params: Params) -> Vectors:
+        """Return the vectors that `activate` differentiates by."""
+        return {}
+
+    def prefixes(self, d_sae: int) -> tuple[int, ...]:
+        """Return how many of the first features reconstruct x on their own; the last is d_sae."""
+        return (d_sae,)
+
+    def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+        return {
+            "W_enc": (d_model, d_sae),
+            "b_enc": (d_sae,),
+            "W_dec": (d_sae, d_model),
+            "b_dec": (d_model,),
+        }
+
+    def init_tied(
+        self, key: Key[Array, ""], d_model: int, d_sae: int, decoder_norm: float
+    ) -> Params:
+        norm = 1.0 if self.unit_decoder else decoder_norm
+        rows = jax.random.normal(key, (d_sae, d_model))
+        w_dec = norm * rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+        return {
+            "W_enc": w_dec.T,
+            "b_enc": jnp.zeros(d_sae),
+            "W_dec": w_dec,
+            "b_dec": jnp.zeros(d_model),
+        }
+
+    def complete_init(
+        self, params: Params, hyper: Hyper, median: Float[Array, " d_model"] | None
+    ) -> Params:
+        if median is None:
+            return params
+        # The literature encodes x - b_dec; at the start this bias does the same.
+        return params | {"b_dec": median, "b_enc": -(median @ params["W_enc"])}
+
+    def pre_activations(
+        self, params: Params, x: Float[Array, "*tokens d_model"]
+    ) -> Float[Array, "*tokens d_sae"]:
+        pre = x @ params["W_enc"]
+        return pre + jnp.broadcast_to(params["b_enc"], pre.shape)
+
+    def decode(
+        self, params: Params, features: Float[Array, "*tokens d_sae"]
+    ) -> Float[Array, "*tokens d_model"]:
+        x_hat = features @ params["W_dec"]
+        return x_hat + jnp.broadcast_to(params["b_dec"], x_hat.shape)
+
+    def fold_scale(self, params: Params, scale: float) -> Params:
+        return params | {
+            "W_enc": params["W_enc"] * scale,
+            "W_dec": params["W_dec"] / scale,
+            "b_dec": params["b_dec"] / scale,
+        }
+
+    def loss(
+        self,
+        params: Params,
+        x: Float[Array, "tokens d_model"],
+        hyper: Hyper,
+        objective: Objective,
+        context: BatchContext,
+        is_token: Float[Array, " tokens"] | None = None,
+    ) -> Any:
+        """Return the loss summed over tokens, without AuxK, and the features.
+
+        This is the definition that tests compare `batch_sums` with.
+        """
+        mask = jnp.ones(len(x)) if is_token is None else is_token
+        pre = self.pre_activations(params, x)
+        activated = self.activate(pre.T, self.vectors(params), hyper, context)
+        features = activated.features.T
+        d_sae, d_model = params["W_dec"].shape
+        errors = []
+        for end in self.prefixes(d_sae):
+            x_hat = features[:, :end] @ params["W_dec"][:end] + params["b_dec"][None]
+            errors.append(jnp.square(x_hat - x).sum(1))
+        error = jnp.stack(errors).mean(0)
+        reconstruction = objective.recon_weight * objective.mse_factor(d_model) * error
+        penalties = self.penalty_weight(hyper) * activated.penalty + activated.other
+        return ((reconstruction + penalties) * mask).sum(), features
+
+    def batch_sums(
+        self,
+        params: Params,
+        batch: Batch,
+        hyper: Hyper,
+        objective: Objective,
+        context: BatchContext,
+    ) -> LinearSums:
+        weights = _round_weights(params, objective)
+        vectors = self.vectors(params)
+
+        def add_tile(sums: LinearSums, tile: Batch) -> tuple[LinearSums, Array | None]:
+            tile_sums, error = self._tile_sums(weights, vectors, tile, hyper, objective, context)
+            kept_error = error if self.uses_aux else None
+            return jax.tree.map(jnp.add, sums, tile_sums), kept_error
+
+        zero = jnp.zeros(())
+        d_sae = params["W_dec"].shape[0]
+        zero_vectors = jax.tree.map(jnp.zeros_like, vectors)
+        start = LinearSums(
+            gradients=_zero_gradients(params),
+            vectors=zero_vectors,
+            penalty_vectors=zero_vectors if self.weighs_batch_penalty else {},
+            reconstruction=zero,
+            residual=zero,
+            penalty=zero,
+            other=zero,
+            active=jnp.zeros(d_sae, jnp.int32),
+        )
+        sums, errors = jax.lax.scan(add_tile, start, batch)
+        if errors is None:
+            return sums
+        gradients, aux = _aux_sums(weights, batch, errors, objective, context)
+        return sums._replace(
+            gradients=jax.tree.map(jnp.add, sums.gradients, gradients), other=sums.other + aux
+        )
+
+    def _tile_sums(
+        self,
+        weights: "_Weights",
+        vectors: Vectors,
+        tile: Batch,
+        hyper: Hyper,
+        objective: Objective,
+        context: BatchContext,
+    ) -> tuple[LinearSums, Float[Array, "d_model tile"]]:
+        """Return the sums of one tile, and x̂ - x.
+
+        A suffix says the layout: F features, B tokens of the tile, D d_model.
+        """
+        round_factor = objective.round_factor
+        d_model = tile.x.shape[1]
+        mask = jnp.ones(len(tile.x)) if tile.is_token is None else tile.is_token
+        x_BxD = round_factor(tile.x)
+
+        def activate(pre_FxB: Array, vectors: Vectors) -> Activated:
+            return self.activate(pre_FxB, vectors, hyper, context)
+
+        pre_FxB = product(weights.w_enc_T, x_BxD.T) + weights.b_enc[:, None]
+        activated, pull_back = jax.vjp(activate, pre_FxB, vectors)
+        f_FxB = activated.features
+        if tile.is_token is not None:
+            f_FxB = f_FxB * mask[None]
+        rounded_f_FxB = round_factor(f_FxB)
+
+        # Features first to end - 1 of a segment are in its own prefix and in all longer ones.
+        ends = self.prefixes(len(f_FxB))
+        segments = [slice(first, end) for first, end in zip((0, *ends[:-1]), ends, strict=True)]
+        x_hat_DxB = weights.b_dec[:, None]
+        errors = []
+        for segment in segments:
+            part = product(weights.w_dec_T[:, segment], rounded_f_FxB[segment])
+            x_hat_DxB = x_hat_DxB + part
+            error_DxB = x_hat_DxB - tile.x.T
+            if tile.is_token is not None:
+                error_DxB = error_DxB * mask[None]
+            errors.append(error_DxB)
+
+        # dloss/dx̂ = dloss_factor * error for each prefix.
+        dloss_factor = 2 * objective.recon_weight * objective.mse_factor(d_model) / len(errors)
+        error_sum_DxB = jnp.zeros_like(errors[-1])
+        backward = []
+        dec_gradients = []
+        for segment, error_DxB in zip(reversed(segments), reversed(errors), strict=True):
+            error_sum_DxB = error_sum_DxB + error_DxB
+            rounded_error_DxB = round_factor(error_sum_DxB)
+            backward.append(product(weights.w_dec[segment], rounded_error_DxB))
+            dec_gradients.append(product(rounded_f_FxB[segment], rounded_error_DxB.T))
+        backward_FxB = dloss_factor * jnp.concatenate(backward[::-1])
+        zeros = jnp.zeros_like(mask)
+        penalty_weight = self.penalty_weight(hyper)
+        pre_gradient_FxB, vector_gradients = pull_back(
+            Activated(backward_FxB, penalty_weight * mask, mask)
+        )
+        penalty_vectors = {}
+        if self.weighs_batch_penalty:
+            alone = Activated(jnp.zeros_like(f_FxB), mask, zeros)
+            _, penalty_vectors = pull_back(alone)
+        gradients = {
+            "W_enc": product(round_factor(pre_gradient_FxB), x_BxD),
+            "b_enc": pre_gradient_FxB.sum(1),
+            "W_dec": dloss_factor * jnp.concatenate(dec_gradients[::-1]),
+            "b_dec": dloss_factor * error_sum_DxB.sum(1),
+        }
+        squares = [jnp.square(error).sum() for error in errors]
+        sums = LinearSums(
+            gradients=gradients,
+            vectors=vector_gradients,
+            penalty_vectors=penalty_vectors,
+            reconstruction=jnp.stack(squares).mean(),
+            residual=squares[-1],
+            penalty=(activated.penalty * mask).sum(),
+            other=(activated.other * mask).sum(),
+            active=(f_FxB > 0).sum(1, dtype=jnp.int32),
+        )
+        return sums, errors[-1]
+
+    def gradients(
+        self, params: Params, sums: LinearSums, n_tokens: int, hyper: Hyper, objective: Objective
+    ) -> tuple[Params, BatchMetrics]:
+        w_dec = params["W_dec"]
+        mean = jax.tree.map(lambda a: a / n_tokens, sums._replace(active=jnp.zeros(())))
+        gradients = {name: jnp.zeros_like(p) for name, p in params.items()}
+        gradients |= mean.gradients | {"W_enc": mean.gradients["W_enc"].T}
+        vectors = dict(mean.vectors)
+        batch_loss, weight = self.batch_penalty(mean.penalty, hyper)
+        for name, gradient in mean.penalty_vectors.items():
+            vectors[name] = vectors[name] + weight * gradient
+        if "threshold" in vectors:
+            gradients["threshold"] = vectors["threshold"]
+        if "norm" in vectors:
+            # d‖W_i‖/dW_i = W_i / ‖W_i‖, and 0 for a row of zeros.
+            norms = jnp.linalg.norm(w_dec, axis=1)[:, None]
+            directions = jnp.where(norms > 0, w_dec / norms, 0)
+            gradients["W_dec"] += vectors["norm"][:, None] * directions
+        if self.unit_decoder:
+            # Rows stay on the unit sphere, so only the part along it counts.
+            along = (gradients["W_dec"] * w_dec).sum(1, keepdims=True)
+            gradients["W_dec"] -= along * w_dec
+
+        mse_factor = objective.mse_factor(w_dec.shape[1])
+        loss = objective.recon_weight * mse_factor * mean.reconstruction + mean.other
+        loss += self.penalty_weight(hyper) * mean.penalty + batch_loss
+        l0 = sums.active.astype(jnp.float32).sum() / n_tokens
+        mse = mse_factor * mean.residual
+        metrics = BatchMetrics(loss, mse, mean.penalty, l0, sums.residual, sums.active)
+        return gradients, metrics
+
+    def batch_penalty(
+        self, mean_penalty: Float[Array, ""], hyper: Hyper
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Return a loss of the batch's mean penalty, and its derivative by the mean penalty."""
+        return jnp.zeros(()), jnp.zeros(())
+
+    def finish_update(self, params: Params, context: BatchContext) -> Params:
+        if not self.unit_decoder:
+            return params
+        norms = jnp.linalg.norm(params["W_dec"], axis=1, keepdims=True)
+        return params | {"W_dec": params["W_dec"] / norms}
+
+
+class _Weights(NamedTuple):
+    """Factors of the products, and the biases."""
+
+    w_enc_T: Float[Array, "d_sae d_model"]
+    w_dec: Float[Array, "d_sae d_model"]
+    w_dec_T: Float[Array, "d_model d_sae"]
+    b_enc: Float[Array, " d_sae"]
+    b_dec: Float[Array, " d_model"]
+
+
+def _round_weights(params: Params, objective: Objective) -> _Weights:
+    # Transposed before the loop over tiles: XLA for CPU would do it for every tile.
+    w_dec = objective.round_factor(params["W_dec"])
+    return _Weights(
+        w_enc_T=objective.round_factor(params["W_enc"]).T,
+        w_dec=w_dec,
+        w_dec_T=w_dec.T,
+        b_enc=params["b_enc"],
+        b_dec=params["b_dec"],
+    )
+
+
+def _zero_gradients(params: Params) -> Params:
+    zeros = {name: jnp.zeros_like(params[name]) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    return zeros | {"W_enc": zeros["W_enc"].T}
+
+
+def tile_pre_activations(
+    params: Params, x: Float[Array, "tile d_model"], objective: Objective
+) -> Float[Array, "d_sae tile"]:
+    """Return pre-activations exactly as in the step."""
+    weights = _round_weights(params, objective)
+    return product(weights.w_enc_T, objective.round_factor(x).T) + weights.b_enc[:, None]
+
+
+def _aux_sums(
+    weights: _Weights,
+    batch: Batch,
+    errors: Float[Array, "tiles d_model tile"],
+    objective: Objective,
+    context: BatchContext,
+) -> tuple[Params, Float[Array, ""]]:
+    """Return AuxK's gradients and loss, times tokens: dead features reconstruct the residual.
+
+        AUX_WEIGHT * Σ‖e - ê‖² / Σ‖e - mean e‖²,    e = x - x̂ (not differentiated)
+
+    ê = Σ_i a_i W_dec,i over the d_model / 2 largest activations a of dead features (Gao et al.
+    2024, as dictionary_learning computes it). Computed only if there are dead features.
+    """
+    n_aux = max(errors.shape[1] // 2, 1)
+    mask = jnp.ones(batch.x.shape[:2]) if batch.is_token is None else batch.is_token
+    n_tokens = jax.lax.psum(mask.sum(), DATA)
+    mean = jax.lax.psum(errors.sum((0, 2)), DATA) / n_tokens
+    deviation = (errors - mean[None, :, None]) * mask[:, None]
+    variance = jax.lax.psum(jnp.square(deviation).sum(), DATA)
+    # In the unit of sums, loss * tokens.
+    factor = jnp.where(variance > 0, AUX_WEIGHT * n_tokens / variance, 0)
+    round_factor = objective.round_factor
+
+    def add_tile(
+        sums: tuple[Params, Array], tile: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Params, Array], None]:
+        x_BxD, error_DxB, mask = tile
+        x_BxD = round_factor(x_BxD)
+        pre_FxB = product(weights.w_enc_T, x_BxD.T) + weights.b_enc[:, None]
+        f_FxB = jnp.where(context.is_dead[:, None], jax.nn.relu(pre_FxB), 0)
+        f_FxB = keep_largest(f_FxB, jnp.float32(n_aux)) * mask[None]
+        rounded_f_FxB = round_factor(f_FxB)
+        # ê - e, where e = -error_DxB
+        difference_DxB = product(weights.w_dec_T, rounded_f_FxB) + error_DxB
+        rounded_DxB = round_factor(difference_DxB)
+        backward_FxB = 2 * product(weights.w_dec, rounded_DxB)
+        pre_gradient_FxB = jnp.where(f_FxB > 0, backward_FxB, 0)
+        gradients = {
+            "W_enc": product(round_factor(pre_gradient_FxB), x_BxD),
+            "b_enc": pre_gradient_FxB.sum(1),
+            "W_dec": 2 * product(rounded_f_FxB, rounded_DxB.T),
+            "b_dec": jnp.zeros_like(weights.b_dec),
+        }
+        tile_sums = (gradients, jnp.square(difference_DxB).sum())
+        return jax.tree.map(jnp.add, sums, tile_sums), None
+
+    d_sae, d_model = weights.w_dec.shape
+    zeros = {
+        "W_enc": jnp.zeros((d_sae, d_model)),
+        "b_enc": jnp.zeros(d_sae),
+        "W_dec": jnp.zeros((d_sae, d_model)),
+        "b_dec": jnp.zeros(d_model),
+    }
+    start = (zeros, jnp.zeros(()))
+
+    def with_dead() -> tuple[Params, Array]:
+        return jax.lax.scan(add_tile, start, (batch.x, errors, mask))[0]
+
+    sums = jax.lax.cond(context.any_dead, with_dead, lambda: start)
+    return jax.tree.map(lambda a: factor * a, sums)
+
+
+def keep_largest(
+    features: Float[Array, "d_sae tile"], k: Float[Array, ""]
+) -> Float[Array, "d_sae tile"]:
+    """Return features with all but the k largest of every token set to 0."""
+
+    def count(threshold: Array) -> Array:
+        return jnp.where(fixed >= threshold[None], 1.0, 0.0).sum(0)
+
+    fixed = jax.lax.stop_gradient(features)
+    rows = jnp.broadcast_to(k, features.shape[1:])
+    threshold = kth_largest(fixed.max(0), rows, count)
+    return jnp.where(fixed >= threshold[None], features, 0)
