@@ -32,9 +32,10 @@ def with_bfloat16(
     shapes = relu.shapes(d_model, d_sae)
     params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     hyper = {"lambda_sparsity": np.float32(0)}
-    context = BatchContext(is_dead=jnp.zeros(d_sae, bool), any_dead=jnp.zeros((), bool))
     try:
         with jax.ensure_compile_time_eval():
+            # Created in here, so that they are arrays and not traced.
+            context = BatchContext(is_dead=jnp.zeros(d_sae, bool), any_dead=jnp.zeros((), bool))
             x = jnp.zeros((min(n_tiles, 2), tile, d_model))
             run = jax.jit(relu.batch_sums, static_argnums=3)
             jax.block_until_ready(run(params, Batch(x, None), hyper, low, context))

@@ -150,7 +150,8 @@ class RunFolder:
 
     def finish(self, rows: list[JsonObject]) -> None:
         """Write sweep.csv, one row for each member, which marks the run as finished."""
-        columns = ("member", *HYPER_NAMES, *TRAIN_METRICS, "status")
+        used = [name for name in HYPER_NAMES if any(name in row for row in rows)]
+        columns = ("member", *used, *TRAIN_METRICS, "status")
         with atomic_write(self.folder / SWEEP_CSV) as path, path.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()

@@ -11,7 +11,7 @@ from tests.sae.conftest import INTERVALS
 
 def test_histories_have_hyper_parameters_from_config_yaml(plain_run):
     histories = read_histories(plain_run)
-    expected = {"lambda_sparsity": 10.0, "lr": 0.001, "seed": 0}
+    expected = {"kind": "relu", "lambda_sparsity": 10.0, "lr": 0.001, "seed": 0}
     assert [h.hyper for h in histories] == [expected | {"d_sae": 8}, expected | {"d_sae": 16}]
     assert histories[0].step.tolist() == list(range(10, 710, 10))
     np.testing.assert_allclose(histories[0].mse, 1 / np.arange(1, 71))

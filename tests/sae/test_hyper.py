@@ -5,7 +5,7 @@ from minsae_jax.sae.hyper import member_hyper, sort_key, sparsity, varied_names
 
 def test_members_are_sorted_by_hyper_parameters(trained):
     hypers = [member_hyper(trained.sae(name).config) for name in ("lambda=1", "lambda=0.1")]
-    assert list(hypers[0]) == ["lambda_sparsity", "lr", "seed", "d_sae"]
+    assert list(hypers[0]) == ["kind", "lambda_sparsity", "lr", "seed", "d_sae"]
     assert [h["lambda_sparsity"] for h in sorted(hypers, key=sort_key)] == [0.1, 1.0]
     assert varied_names(hypers) == ["lambda_sparsity"]
 

@@ -78,7 +78,7 @@ def test_a_sweep_is_its_members_alone():
         for i, m in enumerate(group)
     }
     for member in list(together)[::5]:
-        own = {n: (getattr(member, n),) for n in ("lambda_sparsity", "lr", "seed")}
+        own = {n: (member.hyper[n],) for n in ("lambda_sparsity", "lr", "seed")}
         alone, own_windows = run(
             replace(SETTINGS, **own, feature_dim_factor=(member.d_sae / D,)), batches(12)
         )

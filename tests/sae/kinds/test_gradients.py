@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minsae_jax.sae.kinds import KINDS, Batch, Objective, SAEKind
+from minsae_jax.sae.kinds import KINDS, Batch, BatchContext, Objective, SAEKind
 from minsae_jax.sae.kinds.relu import ReLUSums
 from minsae_jax.sae.precision import with_bfloat16
 
@@ -18,6 +18,7 @@ OBJECTIVES = {
 }
 RELU = KINDS["relu"]
 HYPER = {"lambda_sparsity": jnp.float32(0.7)}
+NO_CONTEXT = BatchContext(is_dead=jnp.zeros(F, bool), any_dead=jnp.zeros((), bool))
 
 
 def relu_loss(params, x, objective):
@@ -32,7 +33,7 @@ def relu_loss(params, x, objective):
 
 
 def gradients_of(kind, params, tiles, mask, objective, n_tokens=TOKENS):
-    sums = kind.batch_sums(params, Batch(tiles, mask), HYPER, objective)
+    sums = kind.batch_sums(params, Batch(tiles, mask), HYPER, objective, NO_CONTEXT)
     return kind.gradients(params, sums, n_tokens, HYPER, objective)
 
 
@@ -136,11 +137,11 @@ def test_bfloat16_gradients_have_eight_bits(factors, backend, monkeypatch):
 
 def test_products_that_xla_lacks_are_of_rounded_numbers(monkeypatch):
     objective = OBJECTIVES["april2024"]
-    assert with_bfloat16(RELU, objective, 128, 256, (2, 256)).factors == "bfloat16"
+    assert with_bfloat16(objective, 128, 256, (2, 256)).factors == "bfloat16"
 
     def lacking(*_):
         message = "Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32"
         raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(type(RELU), "batch_sums", lacking)
-    assert with_bfloat16(RELU, objective, 128, 256, (2, 256)).factors == "rounded"
+    assert with_bfloat16(objective, 128, 256, (2, 256)).factors == "rounded"
