@@ -69,7 +69,8 @@ def test_each_verb_has_a_section(load):
         ("train: {store: 5}", "store must be text, got 5"),
         (
             "train: {recipe: april2023}",
-            "recipe must be one of april2024, minsae, modern, got 'april2023'; did you mean 'april2024'?",
+            "recipe must be one of april2024, minsae, modern, got 'april2023'; "
+            "did you mean 'april2024'?",
         ),
         ("train: {lr: 1, lr: 2}", "x.yaml is not valid YAML: duplicate key 'lr'"),
         ("train: {store: 2024-13-45}", "is not valid YAML"),

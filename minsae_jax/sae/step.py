@@ -106,7 +106,9 @@ def member_step(
         # Under vmap, what is the same for all members can be skipped, what differs cannot.
         member_context = BatchContext(is_dead, is_dead.any() if on_cpu() else any_dead)
         context = kind.batch_context(params, batch, hyper, objective, member_context)
-        return kind.batch_sums(params, batch, hyper, objective, context), context
+        sums = kind.batch_sums(params, batch, hyper, objective, context)
+        # Only what the update reads leaves the loop over members.
+        return sums, context._replace(pre=None)
 
     # On CPU one member after the other; the update below is faster for all at once.
     sums, contexts = map_members(member_sums, members.params, hyper, is_dead)

@@ -100,8 +100,8 @@ def test_files_of_a_run(settings, tmp_path):
     with (run / "sweep.csv").open() as f:
         rows = list(csv.DictReader(f))
     assert list(rows[0]) == [
-        "member", "kind", "lambda_sparsity", "lr", "seed", "d_sae", "loss", "mse", "l1", "l0", "fvu",
-        "dead_fraction", "status",
+        "member", "kind", "lambda_sparsity", "lr", "seed", "d_sae", "loss", "mse", "l1", "l0",
+        "fvu", "dead_fraction", "status",
     ]  # fmt: skip
     assert {r["status"] for r in rows} == {"finished"}
     for row in rows:

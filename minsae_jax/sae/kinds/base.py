@@ -56,6 +56,8 @@ class BatchContext(NamedTuple):
     any_dead: Bool[Array, ""]
     # Pre-activations from here on are active; None for kinds that look at one token at a time.
     threshold: Float[Array, ""] | None = None
+    # All pre-activations, where they were needed for the threshold already.
+    pre: Float[Array, "tiles d_sae tile"] | None = None
 
 
 class BatchSums(NamedTuple):

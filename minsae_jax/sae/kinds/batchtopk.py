@@ -7,15 +7,16 @@ ones from the others.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from minsae_jax.parallel.mesh import DATA
 from minsae_jax.sae.kinds.base import Batch, BatchContext, Hyper, Objective, Params
 from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors, tile_pre_activations
-from minsae_jax.sae.kinds.select import kth_largest
+from minsae_jax.sae.kinds.select import kth_largest_of_batch
 
 # Share of the newest step in the threshold, a moving average over about 100 steps.
 THRESHOLD_RATE = 0.01
@@ -55,7 +56,10 @@ class BatchTopK(LinearSAE):
         objective: Objective,
         context: BatchContext,
     ) -> BatchContext:
-        """Return the context with the threshold that k * tokens pre-activations reach."""
+        """Return the context with the threshold that k * tokens pre-activations reach.
+
+        Pre-activations of all tiles are in memory at once.
+        """
 
         def encode_tile(tile: Batch) -> Float[Array, "d_sae tile"]:
             pre = tile_pre_activations(params, tile.x, objective)
@@ -69,14 +73,14 @@ class BatchTopK(LinearSAE):
             n_tokens = batch.is_token.sum()
         n_tokens = jax.lax.psum(n_tokens, DATA)
 
-        def count(threshold: Float[Array, ""]) -> Int[Array, ""]:
-            # Sums of up to 2^24 ones are exact in float32, which CPUs add faster than integers.
-            per_token = jnp.where(pre >= threshold, 1.0, 0.0).sum(1)
-            return jax.lax.psum(per_token.astype(jnp.int32).sum(), DATA)
-
-        n_features = jnp.floor(hyper["k"] * n_tokens).astype(jnp.int32)
-        largest = jax.lax.pmax(pre.max(), DATA)
-        return context._replace(threshold=kth_largest(largest, n_features, count))
+        threshold = kth_largest_of_batch(
+            pre,
+            k=jnp.floor(hyper["k"] * n_tokens).astype(jnp.int32),
+            guess=params["threshold"],
+            sum_devices=partial(jax.lax.psum, axis_name=DATA),
+            max_devices=partial(jax.lax.pmax, axis_name=DATA),
+        )
+        return context._replace(threshold=threshold, pre=pre)
 
     def activate(
         self,

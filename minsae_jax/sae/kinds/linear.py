@@ -169,8 +169,14 @@ class LinearSAE(SAEKind):
         weights = _round_weights(params, objective)
         vectors = self.vectors(params)
 
-        def add_tile(sums: LinearSums, tile: Batch) -> tuple[LinearSums, Array | None]:
-            tile_sums, error = self._tile_sums(weights, vectors, tile, hyper, objective, context)
+        def add_tile(
+            sums: LinearSums, tile_and_pre: tuple[Batch, Array | None]
+        ) -> tuple[LinearSums, Array | None]:
+            tile, pre = tile_and_pre
+            tile_context = context._replace(pre=pre)
+            tile_sums, error = self._tile_sums(
+                weights, vectors, tile, hyper, objective, tile_context
+            )
             kept_error = error if self.uses_aux else None
             return jax.tree.map(jnp.add, sums, tile_sums), kept_error
 
@@ -187,7 +193,7 @@ class LinearSAE(SAEKind):
             other=zero,
             active=jnp.zeros(d_sae, jnp.int32),
         )
-        sums, errors = jax.lax.scan(add_tile, start, batch)
+        sums, errors = jax.lax.scan(add_tile, start, (batch, context.pre))
         if errors is None:
             return sums
         gradients, aux = _aux_sums(weights, batch, errors, objective, context)
@@ -204,7 +210,7 @@ class LinearSAE(SAEKind):
         objective: Objective,
         context: BatchContext,
     ) -> tuple[LinearSums, Float[Array, "d_model tile"]]:
-        """Return the sums of one tile, and x̂ - x.
+        """Return the sums of one tile, and x̂ - x. context.pre: of this tile, if known.
 
         A suffix says the layout: F features, B tokens of the tile, D d_model.
         """
@@ -216,7 +222,10 @@ class LinearSAE(SAEKind):
         def activate(pre_FxB: Array, vectors: Vectors) -> Activated:
             return self.activate(pre_FxB, vectors, hyper, context)
 
-        pre_FxB = product(weights.w_enc_T, x_BxD.T) + weights.b_enc[:, None]
+        if context.pre is None:
+            pre_FxB = product(weights.w_enc_T, x_BxD.T) + weights.b_enc[:, None]
+        else:
+            pre_FxB = context.pre
         activated, pull_back = jax.vjp(activate, pre_FxB, vectors)
         f_FxB = activated.features
         if tile.is_token is not None:

@@ -1,0 +1,251 @@
+"""Losses and gradients of the kinds between two linear maps.
+
+The losses are written out here in NumPy and float64; gradients are compared with their finite
+differences, and with autodiff of `loss` in float32.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minsae_jax.parallel.mesh import DATA
+from minsae_jax.sae.kinds import Batch, BatchContext, BatchTopK, JumpReLU, Matryoshka, Objective
+from minsae_jax.sae.kinds.topk import TopK
+
+D, F, TOKENS = 12, 40, 60
+OBJECTIVE = Objective(mean_over_d_model=False)
+KINDS = {
+    "topk": TopK(),
+    "batchtopk": BatchTopK(),
+    "matryoshka": Matryoshka(shares=(0.25, 0.5, 1.0)),
+    "tanh": JumpReLU(mode="tanh"),
+    "step": JumpReLU(mode="step", bandwidth=0.5),
+    "target_l0": JumpReLU(mode="target_l0", bandwidth=0.5),
+}
+HYPER = {
+    "k": jnp.float32(5),
+    "lambda_sparsity": jnp.float32(0.7),
+    "target_l0": jnp.float32(9),
+    "lr": jnp.float32(0),
+}
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(0).normal(size=(TOKENS, D)).astype(np.float32)
+
+
+def initial_params(kind):
+    params = kind.init_tied(jax.random.key(0), D, F, decoder_norm=0.6)
+    median = 0.3 * jax.random.normal(jax.random.key(1), (D,))
+    params = kind.complete_init(params, HYPER, median if kind.starts_at_median else None)
+    if "threshold" in params and params["threshold"].ndim:
+        params["threshold"] = jnp.linspace(0.05, 0.4, F)
+    if not kind.unit_decoder:
+        params["W_dec"] = params["W_dec"] * jnp.linspace(0.5, 2, F)[:, None]
+    return params
+
+
+def gradients_of(kind, params, tiles, mask=None, is_dead=None, n_tokens=TOKENS):
+    """Return gradients and metrics on a single device."""
+
+    def on_device(tiles, mask):
+        dead = jnp.zeros(F, bool) if is_dead is None else jnp.asarray(is_dead)
+        context = BatchContext(dead, dead.any())
+        batch = Batch(tiles, mask)
+        context = kind.batch_context(params, batch, HYPER, OBJECTIVE, context)
+        sums = kind.batch_sums(params, batch, HYPER, OBJECTIVE, context)
+        sums = jax.lax.psum(sums, DATA)
+        return kind.gradients(params, sums, n_tokens, HYPER, OBJECTIVE)
+
+    masks = None if mask is None else jnp.asarray(mask)[None]
+    result = jax.vmap(on_device, axis_name=DATA)(jnp.asarray(tiles)[None], masks)
+    return jax.tree.map(lambda a: a[0], result)
+
+
+def float64(params):
+    return {name: np.asarray(p, np.float64) for name, p in params.items()}
+
+
+def features_of(kind, p, x):
+    """Return the features in training, by sorting."""
+    pre = x @ p["W_enc"] + p["b_enc"]
+    if isinstance(kind, JumpReLU):
+        return np.where(pre > p["threshold"], pre, 0)
+    positive = np.maximum(pre, 0)
+    if isinstance(kind, BatchTopK):
+        kth = np.sort(positive, axis=None)[-5 * len(x)]
+    else:
+        kth = np.sort(positive, axis=1)[:, -5:-4]
+    return np.where(positive >= kth, positive, 0)
+
+
+def loss_of(kind, p, x, penalty=True):
+    f = features_of(kind, p, x)
+    ends = (10, 20, 40) if isinstance(kind, Matryoshka) else (F,)
+    errors = [((f[:, :e] @ p["W_dec"][:e] + p["b_dec"] - x) ** 2).sum(1).mean() for e in ends]
+    loss = np.mean(errors)
+    if not isinstance(kind, JumpReLU):
+        return loss
+    norms = np.linalg.norm(p["W_dec"], axis=1)
+    if kind.mode == "tanh":
+        below = np.maximum(p["threshold"] - x @ p["W_enc"] - p["b_enc"], 0)
+        loss += 0.7 * np.tanh(4 * f * norms).sum(1).mean()
+        loss += 3e-6 * (below * norms).sum(1).mean()
+    elif kind.mode == "step":
+        loss += 0.7 * (f > 0).sum(1).mean()
+    else:
+        loss += ((f > 0).sum(1).mean() / 9 - 1) ** 2
+    return loss
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("n_tiles", [1, 3])
+def test_loss_and_metrics_follow_their_definition(name, n_tiles, x):
+    kind = KINDS[name]
+    params = initial_params(kind)
+    _, metrics = gradients_of(kind, params, x.reshape(n_tiles, -1, D))
+    p = float64(params)
+    f = features_of(kind, p, x)
+    assert float(metrics.loss) == pytest.approx(loss_of(kind, p, x), rel=1e-5)
+    error = f @ p["W_dec"] + p["b_dec"] - x
+    assert float(metrics.mse) == pytest.approx((error**2).sum(1).mean(), rel=1e-5)
+    assert float(metrics.l0) == pytest.approx((f > 0).sum(1).mean(), rel=1e-6)
+    np.testing.assert_array_equal(metrics.active, (f > 0).sum(0))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("n_tiles", [1, 3])
+def test_gradients_equal_finite_differences(name, n_tiles, x):
+    """Of the maps; the threshold's gradient is a convention and has a test of its own."""
+    kind = KINDS[name]
+    if name == "tanh":
+        # Its ramp also reaches the pre-activations; narrower than any distance, it does not.
+        kind = replace(kind, bandwidth=1e-9)
+    params = initial_params(kind)
+    gradients, _ = gradients_of(kind, params, x.reshape(n_tiles, -1, D))
+    p = float64(params)
+    rng = np.random.default_rng(2)
+    for key in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        direction = rng.normal(size=p[key].shape)
+        if key == "W_dec" and kind.unit_decoder:
+            direction -= (direction * p[key]).sum(1, keepdims=True) * p[key]
+        step = 1e-7 * direction
+        above = loss_of(kind, p | {key: p[key] + step}, x)
+        below = loss_of(kind, p | {key: p[key] - step}, x)
+        expected = (above - below) / 2e-7
+        actual = (np.asarray(gradients[key], np.float64) * direction).sum()
+        assert actual == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        assert abs(expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_equal_autodiff_of_the_loss(name, x):
+    kind = KINDS[name]
+    params = initial_params(kind)
+    gradients, _ = gradients_of(kind, params, x.reshape(3, -1, D))
+    context = BatchContext(jnp.zeros(F, bool), jnp.zeros((), bool))
+    if isinstance(kind, BatchTopK):
+        f = features_of(kind, float64(params), x)
+        context = context._replace(threshold=jnp.float32(0.9999 * f[f > 0].min()))
+
+    def mean_loss(params):
+        return kind.loss(params, jnp.asarray(x), HYPER, OBJECTIVE, context)[0] / TOKENS
+
+    expected = jax.grad(mean_loss)(params)
+    names = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"} & params.keys()
+    if kind.weighs_batch_penalty:
+        names -= {"threshold"}
+    for key in names:
+        wanted = np.asarray(expected[key])
+        if key == "W_dec" and kind.unit_decoder:
+            w = np.asarray(params["W_dec"])
+            wanted = wanted - (wanted * w).sum(1, keepdims=True) * w
+        np.testing.assert_allclose(gradients[key], wanted, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["step", "target_l0"])
+def test_threshold_gradient_is_that_of_the_ramp(name, x):
+    """Rajamanoharan et al. (2024): -θ/ε K for the features, -1/ε K for their number."""
+    kind = KINDS[name]
+    params = initial_params(kind)
+    gradients, _ = gradients_of(kind, params, x[None])
+    p = float64(params)
+    pre = x @ p["W_enc"] + p["b_enc"]
+    f = features_of(kind, p, x)
+    error = f @ p["W_dec"] + p["b_dec"] - x
+    on_ramp = np.abs(pre - p["threshold"]) < kind.bandwidth / 2
+    feature_gradient = 2 * error @ p["W_dec"].T
+    count_gradient = 0.7
+    if name == "target_l0":
+        count_gradient = 2 * ((f > 0).sum(1).mean() / 9 - 1) / 9
+    ramp = -on_ramp.astype(float) / kind.bandwidth
+    expected = (ramp * (p["threshold"] * feature_gradient + count_gradient)).mean(0)
+    np.testing.assert_allclose(gradients["threshold"], expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_padding_is_ignored(name, x):
+    kind = KINDS[name]
+    params = initial_params(kind)
+    is_dead = np.arange(F) % 4 == 0
+    whole = gradients_of(kind, params, x[None], is_dead=is_dead)
+    padded = np.concatenate([x, np.zeros((20, D), np.float32)]).reshape(4, 20, D)
+    mask = (np.arange(80) < TOKENS).astype(np.float32).reshape(4, 20)
+    masked = gradients_of(kind, params, padded, mask, is_dead=is_dead)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(masked), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
+def test_dead_features_learn_from_the_residual(name, x):
+    """AuxK with a forced dead mask: 1/32 Σ‖e - ê‖² / Σ‖e - mean e‖², e not differentiated."""
+    kind = KINDS[name]
+    params = initial_params(kind)
+    is_dead = np.arange(F) % 3 == 0
+    without, plain = gradients_of(kind, params, x.reshape(3, -1, D))
+    gradients, metrics = gradients_of(kind, params, x.reshape(3, -1, D), is_dead=is_dead)
+    p = float64(params)
+    e = x - features_of(kind, p, x) @ p["W_dec"] - p["b_dec"]
+    variance = ((e - e.mean(0)) ** 2).sum()
+
+    def aux_loss(p):
+        positive = np.where(is_dead, np.maximum(x @ p["W_enc"] + p["b_enc"], 0), 0)
+        kth = np.sort(positive, axis=1)[:, -(D // 2)][:, None]
+        a = np.where(positive >= np.maximum(kth, 1e-30), positive, 0)
+        return ((e - a @ p["W_dec"]) ** 2).sum() / variance / 32
+
+    assert float(metrics.loss - plain.loss) == pytest.approx(aux_loss(p), rel=1e-3)
+    rng = np.random.default_rng(2)
+    for key in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        direction = rng.normal(size=p[key].shape)
+        if key == "W_dec":
+            direction -= (direction * p[key]).sum(1, keepdims=True) * p[key]
+        step = 1e-6 * direction
+        expected = (aux_loss(p | {key: p[key] + step}) - aux_loss(p | {key: p[key] - step})) / 2e-6
+        difference = np.asarray(gradients[key] - without[key], np.float64)
+        assert (difference * direction).sum() == pytest.approx(expected, rel=2e-3, abs=1e-5)
+
+
+def test_zero_picks_are_not_alive():
+    """Where fewer than k pre-activations are positive, fewer features are active."""
+    kind = TopK()
+    params = initial_params(kind)
+    params["b_enc"] = jnp.where(jnp.arange(F) < 2, 100.0, -100.0)
+    x = np.zeros((TOKENS, D), np.float32)
+    _, metrics = gradients_of(kind, params, x[None])
+    np.testing.assert_array_equal(metrics.active, np.where(np.arange(F) < 2, TOKENS, 0))
+    assert float(metrics.l0) == 2
+
+
+def test_unit_decoder_stays_one():
+    kind = TopK()
+    params = initial_params(kind)
+    moved = params | {"W_dec": 1.7 * params["W_dec"] + 0.1}
+    context = BatchContext(jnp.zeros(F, bool), jnp.zeros((), bool))
+    norms = np.linalg.norm(kind.finish_update(moved, context)["W_dec"], axis=1)
+    np.testing.assert_allclose(norms, 1, rtol=1e-6)

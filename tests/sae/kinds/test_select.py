@@ -1,0 +1,72 @@
+"""The k-th largest number by counting, against sorting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minsae_jax.sae.kinds.linear import keep_largest
+from minsae_jax.sae.kinds.select import kth_largest_of_batch
+
+
+def select_of_batch(pre, k, guess=0.0):
+    threshold = kth_largest_of_batch(
+        jnp.asarray(pre),
+        jnp.int32(k),
+        jnp.float32(guess),
+        sum_devices=lambda x: x,
+        max_devices=lambda x: x,
+    )
+    return pre >= float(threshold)
+
+
+def numbers(case, shape, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape)
+    cases = {
+        "normal": x,
+        "tiny": 1e-30 * x,
+        "wide": np.exp(20 * x),
+        "rare": np.where(rng.random(shape) < 0.02, x, -1),
+    }
+    return cases[case].astype(np.float32)
+
+
+@pytest.mark.parametrize("case", ["normal", "tiny", "wide", "rare"])
+@pytest.mark.parametrize("guess", [0.0, 1.0, 1e30])
+def test_batch_selection_is_that_of_sorting(case, guess):
+    pre = numbers(case, (3, 50, 7))
+    ranked = np.sort(pre.ravel())[::-1]
+    n_positive = int((pre > 0).sum())
+    for k in (1, 2, 17, 300):
+        selected = select_of_batch(pre, k, guess)
+        n_expected = min(k, n_positive)
+        assert selected.sum() == n_expected
+        np.testing.assert_array_equal(np.sort(pre[selected])[::-1], ranked[:n_expected])
+
+
+def test_equal_numbers_are_selected_together():
+    pre = np.float32([3, 2, 2, 2, 1, 0, -1]).reshape(1, 7, 1)
+    assert select_of_batch(pre, 2).sum() == 4
+    assert select_of_batch(pre, 4).sum() == 4
+    assert select_of_batch(pre, 5).sum() == 5
+
+
+@pytest.mark.parametrize("case", ["normal", "tiny", "wide", "rare"])
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_the_k_largest_of_every_token_are_kept(case, k):
+    features = np.maximum(numbers(case, (40, 30)), 0)
+    result = np.asarray(keep_largest(jnp.asarray(features), jnp.float32(k)))
+    expected = np.zeros_like(features)
+    for token, column in enumerate(features.T):
+        largest = np.argsort(-column)[:k]
+        expected[largest, token] = column[largest]
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_members_select_with_their_own_k():
+    features = np.maximum(numbers("normal", (40, 30)), 0)
+    ks = jnp.float32([1, 3, 8])
+    results = jax.vmap(lambda k: keep_largest(jnp.asarray(features), k))(ks)
+    for k, result in zip((1, 3, 8), results, strict=True):
+        assert ((result > 0).sum(0) == np.minimum(k, (features > 0).sum(0))).all()
