@@ -1,0 +1,201 @@
+"""All kinds side by side in one run: training, resume, meshes and loading."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minsae_jax import UserError, load_sae
+from minsae_jax.activations.store import open_store
+from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae.data import geometric_median
+from minsae_jax.sae.grid import make_groups
+from minsae_jax.sae.sweep import Sweep, read_metrics
+from minsae_jax.sae.trainer import train
+from tests.conftest import write_small_store
+from tests.interrupt import train_until
+
+KINDS = ("relu", "topk", "batchtopk", "jumprelu", "matryoshka")
+NAMES = [
+    "batchtopk,k=2",
+    "batchtopk,k=4",
+    "jumprelu,target_l0=3",
+    "lambda=1",
+    "matryoshka,k=2",
+    "matryoshka,k=4",
+    "topk,k=2",
+    "topk,k=4",
+]
+
+
+@pytest.fixture
+def mixed(small_store, tmp_path):
+    write_small_store(tmp_path / "store_val", seed=1)
+    return TrainConfig(
+        store=str(small_store),
+        run_dir=str(tmp_path / "run"),
+        kind=KINDS,
+        k=(2.0, 4.0),
+        lambda_sparsity=(1.0,),
+        target_l0=(3.0,),
+        lr=(3e-3,),
+        num_steps=40,
+        feature_dim_factor=(2.0,),
+        batch_size=32,
+        eval_window=8,
+        eval_every=20,
+        checkpoint_every=10,
+        aux_dead_after=64,
+    )
+
+
+def member_files(run):
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for name in ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv", "eval.csv")
+        for path in sorted(run.rglob(name))
+    }
+
+
+@pytest.mark.slow
+def test_run_of_all_kinds_resumes_to_the_same_bytes(mixed, tmp_path):
+    run = train(mixed)
+    assert sorted(member.name for member in run.members) == NAMES
+    other = replace(mixed, run_dir=str(tmp_path / "other"))
+    for step in (13, 26):
+        train_until(other, step)
+    train(other)
+    assert member_files(tmp_path / "other") == member_files(tmp_path / "run")
+
+
+def test_members_load_with_their_kind(mixed, tmp_path, small_store):
+    run = train(mixed)
+    x = open_store(small_store, -1).read(0).reshape(-1, 16)
+    for member in run.members:
+        sae = member.load()
+        config = json.loads((member.folder / "config.json").read_text())
+        assert sae.kind.name == config["kind"] == member.hyper["kind"]
+        assert sae(x).shape == x.shape
+        some = sae.encode_features(x, [3, 0])
+        np.testing.assert_allclose(some, np.asarray(sae.encode(x))[:, [3, 0]], atol=1e-6)
+        if config["kind"] in ("topk", "matryoshka"):
+            np.testing.assert_allclose(np.linalg.norm(sae.unit_directions, axis=1), 1, rtol=1e-5)
+    topk = load_sae(tmp_path / "run/members/topk,k=4")
+    assert (np.asarray(topk.encode(x)) > 0).sum(1).max() == 4
+
+
+def test_inference_threshold_gives_k_features(mixed):
+    """On tokens that were not trained on, within 10 %."""
+    settings = replace(mixed, kind=("batchtopk", "matryoshka"), lambda_sparsity=(), target_l0=())
+    plan = replace(settings, k=(3.0,), num_steps=400, mesh="1x1").plan()
+    sweep = Sweep(plan, make_groups(plan, 16), 16)
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(24, 16))
+
+    def tokens(n):
+        sources = rng.exponential(size=(n, 24)) * (rng.random((n, 24)) < 0.1)
+        return (sources @ directions).astype(np.float32)
+
+    state = sweep.init(median=geometric_median(tokens(500)))
+    for _ in range(400):
+        x = tokens(128)
+        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), n_tokens=128)
+    x = jnp.asarray(tokens(2000))
+    for group, params in zip(sweep.groups, sweep.weights(state), strict=True):
+        features = np.asarray(group[0].kind.encode(params, x))
+        assert (features > 0).sum(1).mean() == pytest.approx(3, rel=0.1)
+
+
+def losses(settings, n_tokens):
+    plan = settings.plan()
+    sweep = Sweep(plan, make_groups(plan, 16), 16)
+    state = sweep.init(median=np.zeros(16, np.float32))
+    rng = np.random.default_rng(0)
+    results = []
+    for _ in range(3):
+        x = rng.normal(size=(n_tokens, 16)).astype(np.float32)
+        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), n_tokens=n_tokens)
+        state, metrics = sweep.take_metrics(state)
+        results.append(read_metrics(metrics))
+    return results
+
+
+# 45 tokens do not divide evenly over eight devices.
+@pytest.mark.parametrize("n_tokens", [pytest.param(48, marks=pytest.mark.slow), 45])
+def test_eight_devices_select_the_same_features(mixed, n_tokens):
+    # Adam turns rounding errors of gradients near 0 into steps of up to lr.
+    settings = replace(mixed, lr=(1e-3,))
+    eight = losses(replace(settings, mesh="1x8"), n_tokens)
+    one = losses(replace(settings, mesh="1x1"), n_tokens)
+    assert len(jax.devices()) == 8
+    for a, b in zip(eight, one, strict=True):
+        for ours, theirs in zip(a, b, strict=True):
+            np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
+            np.testing.assert_array_equal(ours.active, theirs.active)
+
+
+def test_threshold_moves_in_bfloat16(mixed):
+    settings = replace(mixed, kind=("jumprelu",), k=(), lambda_sparsity=(), precision="bfloat16")
+    run = train(settings)
+    (member,) = run.members
+    threshold = np.asarray(member.load().params["threshold"])
+    assert np.abs(threshold - 0.1).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_diverged_member_of_any_kind_is_frozen(mixed):
+    settings = replace(mixed, lr=(3e-3, 1e30), eval_every=0)
+    with pytest.warns(UserWarning, match="diverged"):
+        together = train(settings)
+    by_name = {member.name: member for member in together.members}
+    assert by_name["topk,k=2,lr=1e+30"].status == "diverged"
+    assert by_name["topk,k=2,lr=0.003"].status == "finished"
+
+
+def test_geometric_median_is_where_mean_distance_is_least():
+    x = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
+    x[:20] += 50
+    median = geometric_median(x)
+
+    def mean_distance(point):
+        return np.linalg.norm(x - point, axis=1).mean()
+
+    assert np.abs(median).max() < 1
+    for direction in np.random.default_rng(1).normal(size=(20, 5)):
+        assert mean_distance(median + 0.05 * direction) > mean_distance(median)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": (8.0,)}, "--k requires --kind topk, batchtopk, matryoshka"),
+        ({"target_l0": (8.0,)}, "--target_l0 requires --kind jumprelu"),
+        (
+            {"kind": ("topk",), "lambda_sparsity": (1.0,)},
+            "--lambda_sparsity requires --kind relu, or jumprelu without --target_l0",
+        ),
+        ({"recipe": "minsae", "kind": ("topk",)}, "--recipe minsae trains --kind relu only"),
+        ({"matryoshka_shares": (0.5, 0.25, 1.0)}, "--matryoshka_shares must increase to 1"),
+        ({"matryoshka_shares": (0.5,)}, "--matryoshka_shares must increase to 1"),
+        ({"kind": ("topk", "topk")}, "--kind contains duplicate values"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**settings)
+
+
+def test_more_features_than_there_are_is_refused():
+    plan = TrainConfig(kind=("topk",), k=(64.0,), feature_dim_factor=(2.0,)).plan()
+    with pytest.raises(UserError, match="--k 64 is more than d_sae 32"):
+        make_groups(plan, 16)
+
+
+def test_modern_recipe_has_its_own_learning_rate_and_k():
+    plan = TrainConfig(recipe="modern", feature_dim_factor=(8.0,)).plan()
+    (group,) = make_groups(plan, 128)
+    assert [member.name for member in group] == [f"batchtopk,k={k}" for k in (16, 32, 64)]
+    assert {member.lr for member in group} == {8e-4}
