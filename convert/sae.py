@@ -95,6 +95,9 @@ def convert_sae(path: str | Path, to: Kind, out: str | Path) -> ConvertedSae:
     out = Path(out).absolute()
     kind = kind_of(path)
     sae = READERS[kind](path)
+    sae_kind = sae.config.get("kind", RELU.name)
+    if to != "member" and sae_kind != RELU.name:
+        raise UserError(f"{path} is of kind {sae_kind}; only relu can be written as {to} so far")
     _check_replaceable(out, to)
     WRITERS[to](out, sae)
     d_model, d_sae = sae.params["W_enc"].shape

@@ -6,13 +6,15 @@ The arithmetic of each library is written out here, from its documentation, in f
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
-from convert.sae import kind_of
+from convert.sae import convert_sae, kind_of
 from minsae_jax import UserError, load_sae
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import save_member
@@ -377,3 +379,14 @@ def test_damaged_member_is_refused(member, tmp_path):
     (member / "config.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match="damaged autoencoder"):
         load_sae(member)
+
+
+@pytest.mark.parametrize("to", ["minsae", "saelens", "dictionary_learning"])
+def test_other_kinds_are_not_written_as_relu(to, tmp_path):
+    topk = KINDS["topk"]
+    params = topk.init_tied(jax.random.key(0), 4, 8, decoder_norm=1.0)
+    params = topk.complete_init(params, {"k": jnp.float32(2)}, None)
+    save_member(tmp_path / "topk", params, {"kind": "topk"})
+    with pytest.raises(UserError, match=f"is of kind topk; only relu can be written as {to}"):
+        convert_sae(tmp_path / "topk", to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
