@@ -78,7 +78,7 @@ def test_readme(tmp_path, demo_folder, environment):
     shutil.copytree(demo_folder, tmp_path / "tuhab_preprocessed")
     for name in ("checkpoint.pth", "config.yaml"):
         shutil.copy(FIXTURES / "tuhab_patch_100" / name, tmp_path)
-    assert len(commands()) == 8
+    assert len(commands()) == 9
     for command in commands():
         if command.startswith("minsae train"):
             command += f" {SHORT_TRAINING}"  # a later flag overrides an earlier one

@@ -87,6 +87,11 @@ def _load_start(config: TrainConfig, groups: tuple[Group, ...], d_model: int) ->
     if config.init is None:
         return None
     start = load_sae(config.init)
+    kinds = sorted({group[0].kind.name for group in groups})
+    if kinds != [start.kind.name]:
+        raise UserError(
+            f"--init {config.init} is of kind {start.kind.name}, but --kind is {' '.join(kinds)}"
+        )
     sizes = sorted({group[0].d_sae for group in groups})
     if start.d_model != d_model or sizes != [start.d_sae]:
         expected = " and ".join(map(str, sizes))

@@ -216,6 +216,7 @@ class Sweep:
                 params = jax.vmap(init_member)(jnp.array(seeds, jnp.uint32), group_hyper)
             else:
                 params = {k: jnp.broadcast_to(v, (size, *v.shape)) for k, v in start.items()}
+                params = jax.vmap(group[0].kind.with_hyper)(params, group_hyper)
             d_sae = group[0].d_sae
             state = MemberState(
                 params=params,
@@ -240,7 +241,8 @@ class Sweep:
             params = kind.init_tied(key, self.d_model, group[0].d_sae, self.plan.decoder_norm)
         else:
             params = kind.init_torch(key, self.d_model, group[0].d_sae)
-        return kind.complete_init(params, hyper, median if kind.starts_at_median else None)
+        params = kind.complete_init(params, median if kind.starts_at_median else None)
+        return kind.with_hyper(params, hyper)
 
     def _traced_take_metrics(self, state: SweepState) -> tuple[SweepState, DeviceMetrics]:
         members = self._traced_unpad(state).groups

@@ -385,7 +385,7 @@ def test_damaged_member_is_refused(member, tmp_path):
 def test_other_kinds_are_not_written_as_relu(to, tmp_path):
     topk = KINDS["topk"]
     params = topk.init_tied(jax.random.key(0), 4, 8, decoder_norm=1.0)
-    params = topk.complete_init(params, {"k": jnp.float32(2)}, None)
+    params = topk.with_hyper(params, {"k": jnp.float32(2)})
     save_member(tmp_path / "topk", params, {"kind": "topk"})
     with pytest.raises(UserError, match=f"is of kind topk; only relu can be written as {to}"):
         convert_sae(tmp_path / "topk", to, tmp_path / "out")

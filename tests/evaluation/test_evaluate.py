@@ -94,6 +94,7 @@ def test_keys_of_evaluation_json(evaluation):
     ]
     assert list(record["members"][0]) == [
         "member",
+        "kind",
         "lambda_sparsity",
         "lr",
         "seed",

@@ -168,6 +168,19 @@ def test_geometric_median_is_where_mean_distance_is_least():
         assert mean_distance(median + 0.05 * direction) > mean_distance(median)
 
 
+def test_training_starts_from_a_member_of_the_same_kind(mixed, tmp_path):
+    topk = replace(mixed, kind=("topk",), lambda_sparsity=(), target_l0=(), k=(2.0,), num_steps=8)
+    first = train(topk).members[0]
+    again = replace(topk, init=str(first.folder), run_dir=str(tmp_path / "again"))
+    (member,) = train(replace(again, k=(4.0,), lr=(0.0,))).members
+    before = first.load()
+    after = member.load()
+    assert float(after.params["k"]) == 4
+    np.testing.assert_allclose(after.params["W_enc"], before.params["W_enc"], rtol=1e-5)
+    with pytest.raises(UserError, match="is of kind topk, but --kind is batchtopk"):
+        train(replace(again, kind=("batchtopk",), run_dir=str(tmp_path / "other")))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -117,10 +117,12 @@ class SAEKind:
         """Initialise as minSAE does, by the defaults of torch's nn.Linear."""
         raise NotImplementedError
 
-    def complete_init(
-        self, params: Params, hyper: Hyper, median: Float[Array, " d_model"] | None
-    ) -> Params:
-        """Return initial parameters with those that depend on hyper-parameters and data.
+    def with_hyper(self, params: Params, hyper: Hyper) -> Params:
+        """Return initial parameters, or those of --init, with those that hyper-parameters set."""
+        return params
+
+    def complete_init(self, params: Params, median: Float[Array, " d_model"] | None) -> Params:
+        """Return initial parameters with those that depend on data, and constant ones.
 
         median: geometric median of the tokens; given if `starts_at_median`.
         """

@@ -37,10 +37,8 @@ class BatchTopK(LinearSAE):
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         return super().shapes(d_model, d_sae) | {"threshold": ()}
 
-    def complete_init(
-        self, params: Params, hyper: Hyper, median: Float[Array, " d_model"] | None
-    ) -> Params:
-        return super().complete_init(params, hyper, median) | {"threshold": jnp.zeros(())}
+    def complete_init(self, params: Params, median: Float[Array, " d_model"] | None) -> Params:
+        return super().complete_init(params, median) | {"threshold": jnp.zeros(())}
 
     def encode(
         self, params: Params, x: Float[Array, "*tokens d_model"]

@@ -46,10 +46,8 @@ class JumpReLU(LinearSAE):
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         return super().shapes(d_model, d_sae) | {"threshold": (d_sae,)}
 
-    def complete_init(
-        self, params: Params, hyper: Hyper, median: Float[Array, " d_model"] | None
-    ) -> Params:
-        params = super().complete_init(params, hyper, median)
+    def complete_init(self, params: Params, median: Float[Array, " d_model"] | None) -> Params:
+        params = super().complete_init(params, median)
         return params | {"threshold": jnp.full(params["b_enc"].shape, INITIAL_THRESHOLD)}
 
     def encode(

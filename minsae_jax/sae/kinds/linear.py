@@ -104,9 +104,7 @@ class LinearSAE(SAEKind):
             "b_dec": jnp.zeros(d_model),
         }
 
-    def complete_init(
-        self, params: Params, hyper: Hyper, median: Float[Array, " d_model"] | None
-    ) -> Params:
+    def complete_init(self, params: Params, median: Float[Array, " d_model"] | None) -> Params:
         if median is None:
             return params
         # The literature encodes x - b_dec; at the start this bias does the same.

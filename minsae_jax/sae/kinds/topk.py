@@ -31,10 +31,8 @@ class TopK(LinearSAE):
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         return super().shapes(d_model, d_sae) | {"k": ()}
 
-    def complete_init(
-        self, params: Params, hyper: Hyper, median: Float[Array, " d_model"] | None
-    ) -> Params:
-        return super().complete_init(params, hyper, median) | {"k": hyper["k"]}
+    def with_hyper(self, params: Params, hyper: Hyper) -> Params:
+        return params | {"k": hyper["k"]}
 
     def encode(
         self, params: Params, x: Float[Array, "*tokens d_model"]

@@ -41,7 +41,8 @@ def x():
 def initial_params(kind):
     params = kind.init_tied(jax.random.key(0), D, F, decoder_norm=0.6)
     median = 0.3 * jax.random.normal(jax.random.key(1), (D,))
-    params = kind.complete_init(params, HYPER, median if kind.starts_at_median else None)
+    params = kind.complete_init(params, median if kind.starts_at_median else None)
+    params = kind.with_hyper(params, HYPER)
     if "threshold" in params and params["threshold"].ndim:
         params["threshold"] = jnp.linspace(0.05, 0.4, F)
     if not kind.unit_decoder:
