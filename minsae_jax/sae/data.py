@@ -78,7 +78,8 @@ def open_train_data(
     scale = measure_scale(plan, store)
     median = None
     if any(group[0].kind.starts_at_median for group in groups) and start is None:
-        median = scale * geometric_median(first_tokens(plan, store))
+        tokens = np.concatenate(list(first_tokens(plan, store, MEDIAN_TOKENS)))
+        median = scale * geometric_median(tokens)
     return TrainData(store, held_out, stream, groups, start, scale, median)
 
 
@@ -186,15 +187,12 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
     """
     if not plan.scale_tokens:
         return 1.0
-    stream = open_stream(plan, store)
-    n_tokens = min(plan.scale_tokens, sum(store.tokens_per_shard))
+    n_tokens = 0
     total = 0.0
-    n_missing = n_tokens
-    while n_missing:
-        tokens = next(stream)[:n_missing].astype(np.float32, copy=False)
+    for tokens in first_tokens(plan, store, plan.scale_tokens):
         norms = np.linalg.norm(tokens, axis=1)
         total += norms.sum(dtype=np.float64)
-        n_missing -= len(norms)
+        n_tokens += len(norms)
     if not np.isfinite(total) or total == 0:
         raise UserError(
             f"the store {store.folder} contains NaN, infinity or only zeros; extract it again"
@@ -203,15 +201,16 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
     return float(np.float32(store.d_model**0.5 * n_tokens / total))
 
 
-def first_tokens(plan: TrainPlan, store: Source) -> Float[np.ndarray, "tokens d_model"]:
-    """Return the first MEDIAN_TOKENS tokens of the stream, or one epoch if that is less."""
+def first_tokens(
+    plan: TrainPlan, store: Source, n_tokens: int
+) -> Iterator[Float[np.ndarray, "tokens d_model"]]:
+    """Yield the first n_tokens of the stream in batches, or one epoch if that is less."""
     stream = open_stream(plan, store)
-    n_missing = min(MEDIAN_TOKENS, sum(store.tokens_per_shard))
-    batches = []
+    n_missing = min(n_tokens, sum(store.tokens_per_shard))
     while n_missing:
-        batches.append(next(stream)[:n_missing].astype(np.float32, copy=False))
-        n_missing -= len(batches[-1])
-    return np.concatenate(batches)
+        tokens = next(stream)[:n_missing].astype(np.float32, copy=False)
+        n_missing -= len(tokens)
+        yield tokens
 
 
 def geometric_median(

@@ -113,7 +113,8 @@ class RunFolder:
         return not self.config.overwrite and (self.folder / SWEEP_CSV).exists()
 
     def _refuse_other_settings(self) -> None:
-        before = saved_settings(load_run_config(self.folder))
+        # Resolved again for settings that did not exist when the run was started.
+        before = saved_settings(load_run_config(self.folder).resolved())
         changes = []
         for name, now in self.saved_settings().items():
             if _differs(name, before[name], now):

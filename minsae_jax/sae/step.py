@@ -251,9 +251,7 @@ def make_schedules(plan: OptimizerPlan) -> tuple[optax.Schedule, optax.Schedule]
     return sparsity_schedule, lr_schedule
 
 
-# optax.linear_schedule computes 1 - (1 - step / n_steps), which loses digits near 0.
-
-
+# Not optax.linear_schedule: it computes 1 - (1 - step / n_steps), which loses digits near 0.
 def _linear_warmup(n_steps: float, step: Float[ArrayLike, ""]) -> Float[Array, ""]:
     return jnp.minimum(jnp.asarray(step, jnp.float32) / n_steps, 1)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
@@ -179,6 +180,19 @@ def test_training_starts_from_a_member_of_the_same_kind(mixed, tmp_path):
     np.testing.assert_allclose(after.params["W_enc"], before.params["W_enc"], rtol=1e-5)
     with pytest.raises(UserError, match="is of kind topk, but --kind is batchtopk"):
         train(replace(again, kind=("batchtopk",), run_dir=str(tmp_path / "other")))
+
+
+def test_run_from_before_there_were_kinds_resumes(mixed, tmp_path):
+    relu = replace(mixed, kind=(), k=(), target_l0=(), num_steps=12)
+    train_until(relu, 11)
+    path = tmp_path / "run/config.yaml"
+    content = yaml.safe_load(path.read_text())
+    for name in ("kind", "k", "target_l0", "jumprelu_penalty", "aux_dead_after"):
+        del content["train"][name]
+    del content["train"]["matryoshka_shares"]
+    path.write_text(yaml.safe_dump(content))
+    (member,) = train(relu).members
+    assert member.status == "finished"
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class BatchContext(NamedTuple):
-    """What the loss of a token needs from the whole batch and from the state of the member."""
+    """Inputs of the loss besides the token: from the whole batch and from the member's state."""
 
     is_dead: Bool[Array, " d_sae"]
     # Whether any feature is dead: of this member, or of any member of the group.
@@ -105,13 +105,22 @@ class SAEKind:
 
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of every parameter."""
-        raise NotImplementedError
+        return {
+            "W_enc": (d_model, d_sae),
+            "b_enc": (d_sae,),
+            "W_dec": (d_sae, d_model),
+            "b_dec": (d_model,),
+        }
 
     def init_tied(
         self, key: Key[Array, ""], d_model: int, d_sae: int, decoder_norm: float
     ) -> Params:
         """Initialise with W_enc = W_decᵀ and decoder rows of L2 norm decoder_norm."""
-        raise NotImplementedError
+        rows = jax.random.normal(key, (d_sae, d_model))
+        w_dec = decoder_norm * rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+        b_enc = jnp.zeros(d_sae)
+        b_dec = jnp.zeros(d_model)
+        return {"W_enc": w_dec.T, "b_enc": b_enc, "W_dec": w_dec, "b_dec": b_dec}
 
     def init_torch(self, key: Key[Array, ""], d_model: int, d_sae: int) -> Params:
         """Initialise as minSAE does, by the defaults of torch's nn.Linear."""
@@ -138,7 +147,8 @@ class SAEKind:
         self, params: Params, features: Float[Array, "*tokens d_sae"]
     ) -> Float[Array, "*tokens d_model"]:
         """Return the reconstruction x̂ from features."""
-        raise NotImplementedError
+        x_hat = features @ params["W_dec"]
+        return x_hat + jnp.broadcast_to(params["b_dec"], x_hat.shape)
 
     def encode_features(
         self, params: Params, x: Float[Array, "*tokens d_model"], indices: Int[Array, " n"]
@@ -165,9 +175,14 @@ class SAEKind:
     def fold_scale(self, params: Params, scale: float) -> Params:
         """Return parameters for x from parameters for scale * x.
 
-        Features stay the same, and x̂ is in the unit of x.
+        Features stay the same, so biases of the encoder and thresholds do too; x̂ is in the unit
+        of x.
         """
-        raise NotImplementedError
+        return params | {
+            "W_enc": params["W_enc"] * scale,
+            "W_dec": params["W_dec"] / scale,
+            "b_dec": params["b_dec"] / scale,
+        }
 
     # The loss and its gradient. A kind may override `batch_sums` and `gradients` where a
     # hand-written gradient is faster, as ReLU does; tests compare it with these definitions.
@@ -180,7 +195,7 @@ class SAEKind:
         objective: Objective,
         context: BatchContext,
     ) -> BatchContext:
-        """Return the context with what the loss needs from the tokens of all devices."""
+        """Return the context with values computed from the tokens of all devices."""
         return context
 
     def loss(

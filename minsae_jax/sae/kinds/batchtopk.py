@@ -2,8 +2,7 @@
 
 Tokens may thus have different numbers of features, k on average (Bussmann, Leask & Nanda 2024). The
 selection is over the whole batch, whatever its tiles and devices. After training there is no batch:
-features are the pre-activations above `threshold`, the mean over steps of what separated the chosen
-ones from the others.
+features are the pre-activations above `threshold`, a moving average of the thresholds of the steps.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from jaxtyping import Array, Float
 
 from minsae_jax.parallel.mesh import DATA
 from minsae_jax.sae.kinds.base import Batch, BatchContext, Hyper, Objective, Params
-from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors, tile_pre_activations
+from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors
+from minsae_jax.sae.kinds.products import pre_activations, round_weights
 from minsae_jax.sae.kinds.select import kth_largest_of_batch
 
 # Share of the newest step in the threshold, a moving average over about 100 steps.
@@ -59,8 +59,10 @@ class BatchTopK(LinearSAE):
         Pre-activations of all tiles are in memory at once.
         """
 
+        weights = round_weights(params, objective)
+
         def encode_tile(tile: Batch) -> Float[Array, "d_sae tile"]:
-            pre = tile_pre_activations(params, tile.x, objective)
+            pre = pre_activations(weights, tile.x, objective)
             if tile.is_token is not None:
                 pre = jnp.where(tile.is_token[None] > 0, pre, 0)
             return pre

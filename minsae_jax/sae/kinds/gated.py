@@ -41,16 +41,3 @@ class Gated(SAEKind):
 
         magnitude = jax.nn.relu(pre * jnp.exp(row("r_mag")) + row("b_mag"))
         return jnp.where(pre + row("b_gate") > 0, magnitude, 0)
-
-    def decode(
-        self, params: Params, features: Float[Array, "*tokens d_sae"]
-    ) -> Float[Array, "*tokens d_model"]:
-        x_hat = features @ params["W_dec"]
-        return x_hat + jnp.broadcast_to(params["b_dec"], x_hat.shape)
-
-    def fold_scale(self, params: Params, scale: float) -> Params:
-        return params | {
-            "W_enc": params["W_enc"] * scale,
-            "W_dec": params["W_dec"] / scale,
-            "b_dec": params["b_dec"] / scale,
-        }

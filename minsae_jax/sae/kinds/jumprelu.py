@@ -26,7 +26,7 @@ INITIAL_THRESHOLD = 0.1
 
 @dataclass(frozen=True)
 class JumpReLU(LinearSAE):
-    """mode: what the penalty is. bandwidth: ε, in the unit of scaled activations."""
+    """mode: the penalty. bandwidth: ε, in the unit of scaled activations."""
 
     mode: Literal["tanh", "step", "target_l0"] = "tanh"
     bandwidth: float = 2.0

@@ -7,28 +7,32 @@ five matrix products of a step are written out, so that features are computed on
 and every product is one of two contiguous matrices (on CPU a quarter faster than autodiff of x̂).
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from minsae_jax.parallel.mesh import DATA
+from minsae_jax.sae.kinds.auxk import aux_sums
 from minsae_jax.sae.kinds.base import (
     Batch,
     BatchContext,
     BatchMetrics,
+    BatchSums,
     Hyper,
     Objective,
     Params,
     SAEKind,
 )
-from minsae_jax.sae.kinds.relu import product
-from minsae_jax.sae.kinds.select import kth_largest
+from minsae_jax.sae.kinds.products import (
+    Weights,
+    pre_activations,
+    product,
+    round_weights,
+    zero_gradients,
+)
 
 Vectors = dict[str, Array]  # name -> [d_sae]
-# Weight of AuxK in the loss (Gao et al. 2024, section A.2).
-AUX_WEIGHT = 1 / 32
 
 
 class Activated(NamedTuple):
@@ -83,26 +87,11 @@ class LinearSAE(SAEKind):
         """Return how many of the first features reconstruct x on their own; the last is d_sae."""
         return (d_sae,)
 
-    def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
-        return {
-            "W_enc": (d_model, d_sae),
-            "b_enc": (d_sae,),
-            "W_dec": (d_sae, d_model),
-            "b_dec": (d_model,),
-        }
-
     def init_tied(
         self, key: Key[Array, ""], d_model: int, d_sae: int, decoder_norm: float
     ) -> Params:
         norm = 1.0 if self.unit_decoder else decoder_norm
-        rows = jax.random.normal(key, (d_sae, d_model))
-        w_dec = norm * rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
-        return {
-            "W_enc": w_dec.T,
-            "b_enc": jnp.zeros(d_sae),
-            "W_dec": w_dec,
-            "b_dec": jnp.zeros(d_model),
-        }
+        return super().init_tied(key, d_model, d_sae, norm)
 
     def complete_init(self, params: Params, median: Float[Array, " d_model"] | None) -> Params:
         if median is None:
@@ -116,19 +105,6 @@ class LinearSAE(SAEKind):
         pre = x @ params["W_enc"]
         return pre + jnp.broadcast_to(params["b_enc"], pre.shape)
 
-    def decode(
-        self, params: Params, features: Float[Array, "*tokens d_sae"]
-    ) -> Float[Array, "*tokens d_model"]:
-        x_hat = features @ params["W_dec"]
-        return x_hat + jnp.broadcast_to(params["b_dec"], x_hat.shape)
-
-    def fold_scale(self, params: Params, scale: float) -> Params:
-        return params | {
-            "W_enc": params["W_enc"] * scale,
-            "W_dec": params["W_dec"] / scale,
-            "b_dec": params["b_dec"] / scale,
-        }
-
     def loss(
         self,
         params: Params,
@@ -137,11 +113,8 @@ class LinearSAE(SAEKind):
         objective: Objective,
         context: BatchContext,
         is_token: Float[Array, " tokens"] | None = None,
-    ) -> Any:
-        """Return the loss summed over tokens, without AuxK, and the features.
-
-        This is the definition that tests compare `batch_sums` with.
-        """
+    ) -> tuple[Float[Array, ""], BatchSums]:
+        """Return the loss summed over tokens, without AuxK, and its parts (without gradients)."""
         mask = jnp.ones(len(x)) if is_token is None else is_token
         pre = self.pre_activations(params, x)
         activated = self.activate(pre.T, self.vectors(params), hyper, context)
@@ -150,11 +123,13 @@ class LinearSAE(SAEKind):
         errors = []
         for end in self.prefixes(d_sae):
             x_hat = features[:, :end] @ params["W_dec"][:end] + params["b_dec"][None]
-            errors.append(jnp.square(x_hat - x).sum(1))
-        error = jnp.stack(errors).mean(0)
-        reconstruction = objective.recon_weight * objective.mse_factor(d_model) * error
-        penalties = self.penalty_weight(hyper) * activated.penalty + activated.other
-        return ((reconstruction + penalties) * mask).sum(), features
+            errors.append(jnp.square(x_hat - x).sum(1) * mask)
+        reconstruction = objective.recon_weight * objective.mse_factor(d_model)
+        loss = reconstruction * jnp.stack(errors).mean(0)
+        penalty = activated.penalty * mask
+        loss += self.penalty_weight(hyper) * penalty + activated.other * mask
+        active = (features * mask[:, None] > 0).sum(0, dtype=jnp.int32)
+        return loss.sum(), BatchSums({}, errors[-1].sum(), penalty.sum(), active)
 
     def batch_sums(
         self,
@@ -164,7 +139,7 @@ class LinearSAE(SAEKind):
         objective: Objective,
         context: BatchContext,
     ) -> LinearSums:
-        weights = _round_weights(params, objective)
+        weights = round_weights(params, objective)
         vectors = self.vectors(params)
 
         def add_tile(
@@ -182,7 +157,7 @@ class LinearSAE(SAEKind):
         d_sae = params["W_dec"].shape[0]
         zero_vectors = jax.tree.map(jnp.zeros_like, vectors)
         start = LinearSums(
-            gradients=_zero_gradients(params),
+            gradients=zero_gradients(params),
             vectors=zero_vectors,
             penalty_vectors=zero_vectors if self.weighs_batch_penalty else {},
             reconstruction=zero,
@@ -194,14 +169,14 @@ class LinearSAE(SAEKind):
         sums, errors = jax.lax.scan(add_tile, start, (batch, context.pre))
         if errors is None:
             return sums
-        gradients, aux = _aux_sums(weights, batch, errors, objective, context)
+        gradients, aux = aux_sums(params, weights, batch, errors, objective, context)
         return sums._replace(
             gradients=jax.tree.map(jnp.add, sums.gradients, gradients), other=sums.other + aux
         )
 
     def _tile_sums(
         self,
-        weights: "_Weights",
+        weights: Weights,
         vectors: Vectors,
         tile: Batch,
         hyper: Hyper,
@@ -221,7 +196,7 @@ class LinearSAE(SAEKind):
             return self.activate(pre_FxB, vectors, hyper, context)
 
         if context.pre is None:
-            pre_FxB = product(weights.w_enc_T, x_BxD.T) + weights.b_enc[:, None]
+            pre_FxB = pre_activations(weights, tile.x, objective)
         else:
             pre_FxB = context.pre
         activated, pull_back = jax.vjp(activate, pre_FxB, vectors)
@@ -324,115 +299,3 @@ class LinearSAE(SAEKind):
             return params
         norms = jnp.linalg.norm(params["W_dec"], axis=1, keepdims=True)
         return params | {"W_dec": params["W_dec"] / norms}
-
-
-class _Weights(NamedTuple):
-    """Factors of the products, and the biases."""
-
-    w_enc_T: Float[Array, "d_sae d_model"]
-    w_dec: Float[Array, "d_sae d_model"]
-    w_dec_T: Float[Array, "d_model d_sae"]
-    b_enc: Float[Array, " d_sae"]
-    b_dec: Float[Array, " d_model"]
-
-
-def _round_weights(params: Params, objective: Objective) -> _Weights:
-    # Transposed before the loop over tiles: XLA for CPU would do it for every tile.
-    w_dec = objective.round_factor(params["W_dec"])
-    return _Weights(
-        w_enc_T=objective.round_factor(params["W_enc"]).T,
-        w_dec=w_dec,
-        w_dec_T=w_dec.T,
-        b_enc=params["b_enc"],
-        b_dec=params["b_dec"],
-    )
-
-
-def _zero_gradients(params: Params) -> Params:
-    zeros = {name: jnp.zeros_like(params[name]) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    return zeros | {"W_enc": zeros["W_enc"].T}
-
-
-def tile_pre_activations(
-    params: Params, x: Float[Array, "tile d_model"], objective: Objective
-) -> Float[Array, "d_sae tile"]:
-    """Return pre-activations exactly as in the step."""
-    weights = _round_weights(params, objective)
-    return product(weights.w_enc_T, objective.round_factor(x).T) + weights.b_enc[:, None]
-
-
-def _aux_sums(
-    weights: _Weights,
-    batch: Batch,
-    errors: Float[Array, "tiles d_model tile"],
-    objective: Objective,
-    context: BatchContext,
-) -> tuple[Params, Float[Array, ""]]:
-    """Return AuxK's gradients and loss, times tokens: dead features reconstruct the residual.
-
-        AUX_WEIGHT * Σ‖e - ê‖² / Σ‖e - mean e‖²,    e = x - x̂ (not differentiated)
-
-    ê = Σ_i a_i W_dec,i over the d_model / 2 largest activations a of dead features (Gao et al.
-    2024, as dictionary_learning computes it). Computed only if there are dead features.
-    """
-    n_aux = max(errors.shape[1] // 2, 1)
-    mask = jnp.ones(batch.x.shape[:2]) if batch.is_token is None else batch.is_token
-    n_tokens = jax.lax.psum(mask.sum(), DATA)
-    mean = jax.lax.psum(errors.sum((0, 2)), DATA) / n_tokens
-    deviation = (errors - mean[None, :, None]) * mask[:, None]
-    variance = jax.lax.psum(jnp.square(deviation).sum(), DATA)
-    # In the unit of sums, loss * tokens.
-    factor = jnp.where(variance > 0, AUX_WEIGHT * n_tokens / variance, 0)
-    round_factor = objective.round_factor
-
-    def add_tile(
-        sums: tuple[Params, Array], tile: tuple[Array, Array, Array]
-    ) -> tuple[tuple[Params, Array], None]:
-        x_BxD, error_DxB, mask = tile
-        x_BxD = round_factor(x_BxD)
-        pre_FxB = product(weights.w_enc_T, x_BxD.T) + weights.b_enc[:, None]
-        f_FxB = jnp.where(context.is_dead[:, None], jax.nn.relu(pre_FxB), 0)
-        f_FxB = keep_largest(f_FxB, jnp.float32(n_aux)) * mask[None]
-        rounded_f_FxB = round_factor(f_FxB)
-        # ê - e, where e = -error_DxB
-        difference_DxB = product(weights.w_dec_T, rounded_f_FxB) + error_DxB
-        rounded_DxB = round_factor(difference_DxB)
-        backward_FxB = 2 * product(weights.w_dec, rounded_DxB)
-        pre_gradient_FxB = jnp.where(f_FxB > 0, backward_FxB, 0)
-        gradients = {
-            "W_enc": product(round_factor(pre_gradient_FxB), x_BxD),
-            "b_enc": pre_gradient_FxB.sum(1),
-            "W_dec": 2 * product(rounded_f_FxB, rounded_DxB.T),
-            "b_dec": jnp.zeros_like(weights.b_dec),
-        }
-        tile_sums = (gradients, jnp.square(difference_DxB).sum())
-        return jax.tree.map(jnp.add, sums, tile_sums), None
-
-    d_sae, d_model = weights.w_dec.shape
-    zeros = {
-        "W_enc": jnp.zeros((d_sae, d_model)),
-        "b_enc": jnp.zeros(d_sae),
-        "W_dec": jnp.zeros((d_sae, d_model)),
-        "b_dec": jnp.zeros(d_model),
-    }
-    start = (zeros, jnp.zeros(()))
-
-    def with_dead() -> tuple[Params, Array]:
-        return jax.lax.scan(add_tile, start, (batch.x, errors, mask))[0]
-
-    sums = jax.lax.cond(context.any_dead, with_dead, lambda: start)
-    return jax.tree.map(lambda a: factor * a, sums)
-
-
-def keep_largest(
-    features: Float[Array, "d_sae tile"], k: Float[Array, ""]
-) -> Float[Array, "d_sae tile"]:
-    """Return features with all but the k largest of every token set to 0."""
-
-    def count(threshold: Array) -> Array:
-        return jnp.where(fixed >= threshold[None], 1.0, 0.0).sum(0)
-
-    fixed = jax.lax.stop_gradient(features)
-    rows = jnp.broadcast_to(k, features.shape[1:])
-    threshold = kth_largest(fixed.max(0), rows, count)
-    return jnp.where(fixed >= threshold[None], features, 0)

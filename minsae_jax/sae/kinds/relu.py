@@ -22,6 +22,7 @@ from minsae_jax.sae.kinds.base import (
     Params,
     SAEKind,
 )
+from minsae_jax.sae.kinds.products import product
 
 
 class ReLUSums(NamedTuple):
@@ -41,23 +42,6 @@ class ReLU(SAEKind):
     @property
     def sparsity_name(self) -> str:
         return "lambda_sparsity"
-
-    def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
-        return {
-            "W_enc": (d_model, d_sae),
-            "b_enc": (d_sae,),
-            "W_dec": (d_sae, d_model),
-            "b_dec": (d_model,),
-        }
-
-    def init_tied(
-        self, key: Key[Array, ""], d_model: int, d_sae: int, decoder_norm: float
-    ) -> Params:
-        rows = jax.random.normal(key, (d_sae, d_model))
-        w_dec = decoder_norm * rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
-        b_enc = jnp.zeros(d_sae)
-        b_dec = jnp.zeros(d_model)
-        return {"W_enc": w_dec.T, "b_enc": b_enc, "W_dec": w_dec, "b_dec": b_dec}
 
     def init_torch(self, key: Key[Array, ""], d_model: int, d_sae: int) -> Params:
         # torch draws weights and biases from the uniform distribution on ±1/√fan_in.
@@ -81,12 +65,6 @@ class ReLU(SAEKind):
         b_enc = params["b_enc"][indices]
         return self.encode({"W_enc": w_enc, "b_enc": b_enc}, x)
 
-    def decode(
-        self, params: Params, features: Float[Array, "*tokens d_sae"]
-    ) -> Float[Array, "*tokens d_model"]:
-        x_hat = features @ params["W_dec"]
-        return x_hat + jnp.broadcast_to(params["b_dec"], x_hat.shape)
-
     def penalty(
         self, params: Params, features: Float[Array, "tokens d_sae"]
     ) -> Float[Array, " tokens"]:
@@ -94,14 +72,6 @@ class ReLU(SAEKind):
 
     def penalty_weight(self, hyper: Hyper) -> Float[Array, ""]:
         return hyper["lambda_sparsity"]
-
-    def fold_scale(self, params: Params, scale: float) -> Params:
-        return {
-            "W_enc": params["W_enc"] * scale,
-            "b_enc": params["b_enc"],
-            "W_dec": params["W_dec"] / scale,
-            "b_dec": params["b_dec"] / scale,
-        }
 
     def batch_sums(
         self,
@@ -252,8 +222,3 @@ def _tile_sums(weights: _Weights, tile: Batch, objective: Objective) -> ReLUSums
         features=features.sum(0, dtype=jnp.float32),
         active=(features > 0).sum(0, dtype=jnp.int32),
     )
-
-
-def product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
-    """Return a matrix product, summed in float32."""
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)

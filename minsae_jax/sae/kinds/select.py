@@ -50,6 +50,20 @@ def kth_largest(
     return _to_float(low)
 
 
+def keep_largest(
+    features: Float[Array, "d_sae tile"], k: Float[Array, ""]
+) -> Float[Array, "d_sae tile"]:
+    """Return features with all but the k largest of every token set to 0."""
+
+    def count(threshold: Array) -> Array:
+        return jnp.where(fixed >= threshold[None], 1.0, 0.0).sum(0)
+
+    fixed = jax.lax.stop_gradient(features)
+    rows = jnp.broadcast_to(k, features.shape[1:])
+    threshold = kth_largest(fixed.max(0), rows, count)
+    return jnp.where(fixed >= threshold[None], features, 0)
+
+
 def kth_largest_of_batch(
     pre: Float[Array, "*shape"],
     k: Int[Array, ""],

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minsae_jax.sae.kinds.base import BatchContext, Hyper, Params
-from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors, keep_largest
+from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors
+from minsae_jax.sae.kinds.select import keep_largest
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minsae_jax.sae.kinds.linear import keep_largest
-from minsae_jax.sae.kinds.select import kth_largest_of_batch
+from minsae_jax.sae.kinds.select import keep_largest, kth_largest_of_batch
 
 
 def select_of_batch(pre, k, guess=0.0):

@@ -1,0 +1,68 @@
+"""AuxK: dead features learn to reconstruct what the others leave (Gao et al. 2024, section A.2)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from minsae_jax.parallel.mesh import DATA
+from minsae_jax.sae.kinds.base import Batch, BatchContext, Objective, Params
+from minsae_jax.sae.kinds.products import Weights, pre_activations, product, zero_gradients
+from minsae_jax.sae.kinds.select import keep_largest
+
+WEIGHT = 1 / 32  # in the loss
+
+
+def aux_sums(
+    params: Params,
+    weights: Weights,
+    batch: Batch,
+    errors: Float[Array, "tiles d_model tile"],
+    objective: Objective,
+    context: BatchContext,
+) -> tuple[Params, Float[Array, ""]]:
+    """Return AuxK's gradients and loss, times tokens: dead features reconstruct the residual.
+
+        WEIGHT * Σ‖e - ê‖² / Σ‖e - mean e‖²,    e = x - x̂ (not differentiated)
+
+    ê = Σ_i a_i W_dec,i over the d_model / 2 largest activations a of dead features (Gao et al.
+    2024, as dictionary_learning computes it). Computed only if there are dead features.
+    """
+    n_aux = max(errors.shape[1] // 2, 1)
+    mask = jnp.ones(batch.x.shape[:2]) if batch.is_token is None else batch.is_token
+    n_tokens = jax.lax.psum(mask.sum(), DATA)
+    mean = jax.lax.psum(errors.sum((0, 2)), DATA) / n_tokens
+    deviation = (errors - mean[None, :, None]) * mask[:, None]
+    variance = jax.lax.psum(jnp.square(deviation).sum(), DATA)
+    # In the unit of sums, loss * tokens.
+    factor = jnp.where(variance > 0, WEIGHT * n_tokens / variance, 0)
+    round_factor = objective.round_factor
+
+    def add_tile(
+        sums: tuple[Params, Array], tile: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Params, Array], None]:
+        x_BxD, error_DxB, mask = tile
+        pre_FxB = pre_activations(weights, x_BxD, objective)
+        f_FxB = jnp.where(context.is_dead[:, None], jax.nn.relu(pre_FxB), 0)
+        f_FxB = keep_largest(f_FxB, jnp.float32(n_aux)) * mask[None]
+        rounded_f_FxB = round_factor(f_FxB)
+        # ê - e, where e = -error_DxB
+        difference_DxB = product(weights.w_dec_T, rounded_f_FxB) + error_DxB
+        rounded_DxB = round_factor(difference_DxB)
+        backward_FxB = 2 * product(weights.w_dec, rounded_DxB)
+        pre_gradient_FxB = jnp.where(f_FxB > 0, backward_FxB, 0)
+        gradients = {
+            "W_enc": product(round_factor(pre_gradient_FxB), round_factor(x_BxD)),
+            "b_enc": pre_gradient_FxB.sum(1),
+            "W_dec": 2 * product(rounded_f_FxB, rounded_DxB.T),
+            "b_dec": jnp.zeros_like(weights.b_dec),
+        }
+        tile_sums = (gradients, jnp.square(difference_DxB).sum())
+        return jax.tree.map(jnp.add, sums, tile_sums), None
+
+    start = (zero_gradients(params), jnp.zeros(()))
+
+    def with_dead() -> tuple[Params, Array]:
+        return jax.lax.scan(add_tile, start, (batch.x, errors, mask))[0]
+
+    sums = jax.lax.cond(context.any_dead, with_dead, lambda: start)
+    return jax.tree.map(lambda a: factor * a, sums)
