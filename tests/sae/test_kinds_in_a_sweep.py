@@ -183,7 +183,7 @@ def test_training_starts_from_a_member_of_the_same_kind(mixed, tmp_path):
 
 
 def test_run_from_before_there_were_kinds_resumes(mixed, tmp_path):
-    relu = replace(mixed, kind=(), k=(), target_l0=(), num_steps=12)
+    relu = replace(mixed, kind=(), k=(), target_l0=(), aux_dead_after=None, num_steps=12)
     train_until(relu, 11)
     path = tmp_path / "run/config.yaml"
     content = yaml.safe_load(path.read_text())
