@@ -197,7 +197,7 @@ class Run:
         """Return the members as a table for the terminal."""
         has_held_out = any(member.held_out for member in self.members)
         settings = {name for name in SPARSITY for m in self.members if name in m.hyper}
-        # With several of them, members' names say what their values are.
+        # If members have different settings, their names contain the values.
         shown = settings.pop() if len(settings) == 1 else None
         columns = ["member", *([SYMBOLS[shown]] if shown else []), "MSE", "L0", "FVU", "dead"]
         if has_held_out:

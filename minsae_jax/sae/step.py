@@ -103,11 +103,11 @@ def member_step(
     def member_sums(
         params: Params, hyper: Hyper, is_dead: Bool[Array, " d_sae"]
     ) -> tuple[Any, BatchContext]:
-        # Under vmap, what is the same for all members can be skipped, what differs cannot.
+        # Under vmap, only a condition that all members share can skip work.
         member_context = BatchContext(is_dead, is_dead.any() if on_cpu() else any_dead)
         context = kind.batch_context(params, batch, hyper, objective, member_context)
         sums = kind.batch_sums(params, batch, hyper, objective, context)
-        # Only what the update reads leaves the loop over members.
+        # Pre-activations are large, and the update does not need them.
         return sums, context._replace(pre=None)
 
     # On CPU one member after the other; the update below is faster for all at once.
