@@ -268,7 +268,9 @@ def _write_config(path: Path, config: JsonObject) -> None:
     """
     config_path = path.with_name(CONFIG_FILE)
     if config_path.exists() and not path.exists() and "minsae_jax" not in load_json(config_path):
-        raise UserError(f"{config_path} exists without {STATE_FILE}; choose another --out")
+        raise UserError(
+            f"{config_path} exists without {STATE_FILE}; remove it or choose another --out"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(config_path) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
