@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from convert import verify
 from convert.encoder import convert, describe, read_source, write_pytorch
-from convert.sae import Kind, convert_sae
+from convert.sae import Format, convert_sae
 from minsae_jax import cli
 from minsae_jax.encoder.converted import is_encoder, load_encoder, load_source, save_encoder
 from minsae_jax.errors import UserError
@@ -94,7 +94,7 @@ class SaeCommand:
 
     path: Annotated[str, cli.Flag(positional=True)]
     """Folder of a member, .pt file of minSAE or dictionary_learning, or folder of SAELens"""
-    to: Kind
+    to: Format
     """Format to write"""
     out: str
     """Folder (member, saelens) or file (minsae, dictionary_learning) to write"""
@@ -150,8 +150,8 @@ def sae(command: SaeCommand) -> None:
     """Convert a sparse autoencoder between file formats; the format of PATH is detected."""
     converted = convert_sae(command.path, command.to, command.out)
     print(
-        f"autoencoder with d_model {converted.d_model}, d_sae {converted.d_sae}, read as "
-        f"{converted.source_kind}, written as {converted.kind} to {converted.path}"
+        f"{converted.kind} autoencoder with d_model {converted.d_model}, d_sae {converted.d_sae}, "
+        f"read as {converted.source_format}, written as {converted.format} to {converted.path}"
     )
 
 

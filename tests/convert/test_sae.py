@@ -7,14 +7,13 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
-from convert.sae import convert_sae, kind_of
+from convert.sae import format_of
 from minsae_jax import UserError, load_sae
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import save_member
@@ -75,7 +74,7 @@ def test_wrong_paths_are_refused(tmp_path):
         ("minsae", "thesis.tex"),
         ("member", "thesis.tex"),
     ):
-        with pytest.raises(UserError, match="exists and is not an autoencoder of kind"):
+        with pytest.raises(UserError, match="exists and is not an autoencoder of format"):
             main(["sae", str(SOURCE), "--to", to, "--out", str(tmp_path / out)])
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -255,7 +254,10 @@ def test_saelens_default_takes_the_bias_away_first(lens, tmp_path, said):
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        ({"architecture": "jumprelu"}, "has architecture 'jumprelu'; only 'standard'"),
+        (
+            {"architecture": "temporal"},
+            "has architecture 'temporal'; only standard, topk, jumprelu",
+        ),
         ({"architecture": ["standard"]}, "has architecture"),
         ({"normalize_activations": "layer_norm"}, "has normalize_activations 'layer_norm'"),
         ({"normalize_activations": "expected_average_only_in"}, "has normalize_activations"),
@@ -321,7 +323,7 @@ def test_killed_conversion_never_looks_complete(kind, member, tmp_path, monkeypa
                 main(["sae", str(member), "--to", kind, "--out", str(out)])
             except KeyboardInterrupt:
                 with pytest.raises(UserError):
-                    kind_of(out)
+                    format_of(out)
             else:
                 assert len(renames) == survived == 1
     assert not list(tmp_path.rglob("*.tmp*"))
@@ -341,7 +343,7 @@ def test_another_kind_is_never_replaced(member, tmp_path):
         ("saelens", "topk"),
     ):
         before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-        with pytest.raises(UserError, match="exists and is not an autoencoder of kind"):
+        with pytest.raises(UserError, match="exists and is not an autoencoder of format"):
             main(["sae", str(member), "--to", to, "--out", str(tmp_path / name)])
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
@@ -379,14 +381,3 @@ def test_damaged_member_is_refused(member, tmp_path):
     (member / "config.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match="damaged autoencoder"):
         load_sae(member)
-
-
-@pytest.mark.parametrize("to", ["minsae", "saelens", "dictionary_learning"])
-def test_other_kinds_are_not_written_as_relu(to, tmp_path):
-    topk = KINDS["topk"]
-    params = topk.init_tied(jax.random.key(0), 4, 8, decoder_norm=1.0)
-    params = topk.with_hyper(params, {"k": jnp.float32(2)})
-    save_member(tmp_path / "topk", params, {"kind": "topk"})
-    with pytest.raises(UserError, match=f"is of kind topk; only relu can be written as {to}"):
-        convert_sae(tmp_path / "topk", to, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
