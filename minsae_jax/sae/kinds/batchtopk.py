@@ -47,6 +47,12 @@ class BatchTopK(LinearSAE):
         pre = self.pre_activations(params, x)
         return jnp.where(pre > params["threshold"], jax.nn.relu(pre), 0)
 
+    def encode_features(
+        self, params: Params, x: Float[Array, "*tokens d_model"], indices: Int[Array, " n"]
+    ) -> Float[Array, "*tokens n"]:
+        some = {name: params[name][..., indices] for name in ("W_enc", "b_enc")}
+        return self.encode(some | {"threshold": params["threshold"]}, x)
+
     def batch_context(
         self,
         params: Params,
