@@ -11,7 +11,7 @@ from minsae_jax.evaluation.loss_recovered import SubstitutionErrors
 from minsae_jax.files import atomic_write
 from minsae_jax.monitor import table
 from minsae_jax.sae.hyper import SYMBOLS, Hyper
-from minsae_jax.sae.plots import ParetoPoint, draw_pareto
+from minsae_jax.sae.plots import PCA, ParetoPoint, draw_pareto
 from minsae_jax.settings import JsonObject
 
 
@@ -84,7 +84,7 @@ class PCAEvaluation:
 
     def to_row(self) -> JsonObject:
         """Return the row in evaluation.csv."""
-        return {"member": self.name, "kind": "pca", "l0": self.k} | self.to_record()
+        return {"member": self.name, "kind": PCA, "l0": self.k} | self.to_record()
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ class Evaluation:
         run = self.inputs.run
         with atomic_write(run / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(self.to_record(), indent=2) + "\n")
-        rows = [row.to_row() for row in (*self.members, *self.pca)]
+        rows = [member.to_row() for member in self.members]
+        rows += [components.to_row() for components in self.pca]
         with (
             atomic_write(run / "evaluation.csv") as temporary,
             temporary.open("w", newline="") as file,
@@ -213,7 +214,7 @@ class Evaluation:
             writer.writeheader()
             writer.writerows(rows)
         members = [ParetoPoint(m.hyper, m.tokens.l0, m.tokens.fvu) for m in self.members]
-        pca = [ParetoPoint({"kind": "pca", "k": p.k}, float(p.k), p.fvu) for p in self.pca]
+        pca = [ParetoPoint({"kind": PCA, "k": p.k}, float(p.k), p.fvu) for p in self.pca]
         title = f"{run.resolve().name} on test patients"
         draw_pareto(run / "evaluation.png", [*members, *pca], title)
 
