@@ -28,7 +28,8 @@ class EvaluationInputConfig:
     store: str | None = None
     """Store of the test patients (default: store_test, if the run was trained on store)."""
     val_store: str | None = None
-    """Store of the val patients, used to choose features for events (default: store_val)."""
+    """Store of the val patients, for principal components and to choose features for events
+    (default: store_val)."""
     checkpoint_path: str | None = None
     """Encoder that the members were trained on (default: the one in the run's config.yaml)."""
     config_path: str | None = None

@@ -3,13 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from minsae_jax.encoder.converted import Encoder
+from minsae_jax.evaluation.agreement import seed_agreement
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.events import (
@@ -29,6 +31,7 @@ from minsae_jax.evaluation.loss_recovered import (
     loss_recovered,
     substitution_errors,
 )
+from minsae_jax.evaluation.pca import PCA_K, fit_pca, pca_autoencoder
 from minsae_jax.evaluation.results import (
     Baseline,
     DecoderCosines,
@@ -36,6 +39,7 @@ from minsae_jax.evaluation.results import (
     Evaluation,
     LossRecovered,
     MemberEvaluation,
+    PCAEvaluation,
     TokenMeasures,
 )
 from minsae_jax.monitor import progress
@@ -67,24 +71,39 @@ def evaluate(
     encoder and recordings do not belong together.
     """
     inputs = open_inputs(settings, encoder, train_config)
-    tokens, mean = _measure_tokens(inputs)
-    errors = _substitute(settings, inputs, mean)
+    pca = _pca_members(inputs)
+    all_members = [*inputs.members, *pca]
+    measured = _measure_tokens(inputs.test, all_members)
+    errors = _substitute(settings, inputs, all_members, measured.mean)
     events, baselines = _score_events(settings, inputs)
+    agreement = seed_agreement(inputs.members, measured.is_live)
     members = []
     for i, member in enumerate(inputs.members):
         evaluated = MemberEvaluation(
             member=member.name,
             hyper=member.hyper,
             status=member.sae.config.get("status"),
-            tokens=tokens[member.name],
+            tokens=measured.tokens[member.name],
             decoder=_decoder_cosines(member.sae),
+            agreement=agreement.get(member.name),
             loss=None if errors is None else _loss_recovered(errors, i),
             events=None if events is None else events[i],
         )
         members.append(evaluated)
+    pca_evaluations = []
+    for i, member in enumerate(pca, start=len(members)):
+        tokens = measured.tokens[member.name]
+        pca_evaluation = PCAEvaluation(
+            k=member.sae.config["k"],
+            fvu=tokens.fvu,
+            explained_variance=tokens.explained_variance,
+            loss=None if errors is None else _loss_recovered(errors, i),
+        )
+        pca_evaluations.append(pca_evaluation)
     evaluation = Evaluation(
         inputs=inputs,
         members=tuple(members),
+        pca=tuple(pca_evaluations),
         recommended=recommend(members),
         rule=RULE_ONE_MEMBER if settings.member else RULE,
         substitution=errors,
@@ -111,11 +130,32 @@ def recommend(members: Sequence[MemberEvaluation]) -> str:
     return max(candidates, key=quality).member
 
 
-def _measure_tokens(
-    inputs: EvaluationInputs,
-) -> tuple[dict[str, TokenMeasures], Float[np.ndarray, " d_model"]]:
-    """Return measures by member's name and the mean activation, in one pass over the store."""
-    groups = _group_by_shape(inputs.members)
+def _pca_members(inputs: EvaluationInputs) -> list[Member]:
+    """Return an autoencoder for each k of PCA_K, from the tokens of the val patients.
+
+    There are none without a val store.
+    """
+    if inputs.val is None:
+        return []
+    tokens = (x.reshape(-1, x.shape[-1]) for _, x in inputs.val.batches(BATCH_SEQUENCES))
+    pca = fit_pca(tokens)
+    ks = [k for k in PCA_K if k <= len(pca.mean)]
+    return [Member(f"pca,k={k}", pca_autoencoder(pca, k)) for k in ks]
+
+
+class MeasuredTokens(NamedTuple):
+    """Measures over all test tokens, by member's name."""
+
+    tokens: dict[str, TokenMeasures]
+    # Whether each feature is active on at least one token
+    is_live: dict[str, Bool[np.ndarray, " d_sae"]]
+    # The mean activation
+    mean: Float[np.ndarray, " d_model"]
+
+
+def _measure_tokens(test: Dataset, members: Sequence[Member]) -> MeasuredTokens:
+    """Measure all members in one pass over the store."""
+    groups = _group_by_shape(members)
     # The parameters of each group are stacked along a member axis, which lies along the mesh's
     # `sweep` axis, so that one pass over the store measures all members.
     params = []
@@ -125,14 +165,16 @@ def _measure_tokens(
     kinds = [group[0].sae.kind for group in groups]
     mesh = make_mesh(*map(len, groups))
     params = jax.device_put(params, members_sharding(mesh))
-    store = inputs.test.store
-    total = np.zeros(store.d_model)
-    batches = _test_batches(inputs.test, total)
-    measured = {}
+    total = np.zeros(test.store.d_model)
+    batches = _test_batches(test, total)
+    tokens = {}
+    is_live = {}
     for group, measures in zip(groups, measure(mesh, kinds, params, batches), strict=True):
         for i, member in enumerate(group):
-            measured[member.name] = _token_measures(measures, i)
-    return measured, (total / store.total_tokens).astype(np.float32)
+            tokens[member.name] = _token_measures(measures, i)
+            is_live[member.name] = measures.density[i] > 0
+    mean = (total / test.store.total_tokens).astype(np.float32)
+    return MeasuredTokens(tokens, is_live, mean)
 
 
 def _group_by_shape(members: Sequence[Member]) -> list[list[Member]]:
@@ -195,6 +237,7 @@ def _decoder_cosines(sae: SparseAutoencoder) -> DecoderCosines:
 def _substitute(
     settings: EvaluateConfig,
     inputs: EvaluationInputs,
+    members: Sequence[Member],
     mean: Float[np.ndarray, " d_model"],
 ) -> SubstitutionErrors | None:
     """Return the pretraining errors on the members' x̂, or None without a pretrain head."""
@@ -204,7 +247,7 @@ def _substitute(
         inputs.encoder,
         inputs.test,
         inputs.layer,
-        [member.sae for member in inputs.members],
+        [member.sae for member in members],
         mean,
         settings.substitution_windows,
         settings.mask_ratio,
@@ -233,10 +276,11 @@ def _score_events(
     """
     test = inputs.test
     val = inputs.val
-    if val is None:
+    if val is None or not inputs.has_events:
         return None, {}
     events_by_kind = read_events(test.folder)
     baselines = {}
+    covered = []
     scores: list[ScoresByKind] = [{} for _ in inputs.members]
     with progress("score events", len(events_by_kind), "kinds", delay=2.0) as bar:
         for kind, events in sorted(events_by_kind.items()):
@@ -251,12 +295,17 @@ def _score_events(
                 raw_auc=score_kind(val_spans, test_spans, both_signs).auc,
                 pca_auc=score_kind(val_spans, test_spans, components).auc,
             )
-            is_covered = covered_patches(test, events)
+            covered.append(covered_patches(test, events))
             for member, member_scores in zip(inputs.members, scores, strict=True):
                 encode = partial(_encode_numpy, member.sae)
-                score = score_kind(val_spans, test_spans, encode)
-                auc = token_auc(test, is_covered, member.sae, score.feature)
-                member_scores[kind] = replace(score, token_auc=auc)
+                member_scores[kind] = score_kind(val_spans, test_spans, encode)
+            bar.advance(1)
+    with progress("score tokens", len(scores), "members", delay=2.0) as bar:
+        for member, member_scores in zip(inputs.members, scores, strict=True):
+            features = [score.feature for score in member_scores.values()]
+            aucs = token_auc(test, covered, member.sae, features)
+            for kind, auc in zip(list(member_scores), aucs, strict=True):
+                member_scores[kind] = replace(member_scores[kind], token_auc=auc)
             bar.advance(1)
     return scores, baselines
 

@@ -9,7 +9,7 @@ the test patients.
 """
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -310,18 +310,25 @@ def covered_patches(
 
 def token_auc(
     dataset: Dataset,
-    is_covered: Bool[np.ndarray, "sequences n_patches"],
+    is_covered: Sequence[Bool[np.ndarray, "sequences n_patches"]],
     sae: SparseAutoencoder,
-    feature: int,
-) -> float | None:
-    """Return the AUC of one feature over all patches: covered by an event or not.
+    features: Sequence[int],
+) -> list[float | None]:
+    """Return for each feature its AUC over all patches: covered by an event or not.
 
-    None if all patches are covered, or no patch is.
+    is_covered: by the events of each feature. None if all patches are covered, or no patch is. The
+    features are computed in one pass, since some kinds must compute all of them for any.
     """
-    if is_covered.all() or not is_covered.any():
-        return None
-    values = np.empty(is_covered.shape, np.float32)
+    if not features:
+        return []
+    values = np.empty((len(features), *is_covered[0].shape), np.float32)
     for start, x in dataset.batches(BATCH_SEQUENCES):
-        features = sae.encode_features(x[:, dataset.patch_tokens], [feature])
-        values[start : start + len(x)] = features[..., 0]
-    return float(auc(values.reshape(-1, 1), is_covered.reshape(-1))[0])
+        batch = sae.encode_features(x[:, dataset.patch_tokens], features)
+        values[:, start : start + len(x)] = np.moveaxis(batch, -1, 0)
+    aucs: list[float | None] = []
+    for covered, of_feature in zip(is_covered, values, strict=True):
+        if covered.all() or not covered.any():
+            aucs.append(None)
+        else:
+            aucs.append(float(auc(of_feature.reshape(-1, 1), covered.reshape(-1))[0]))
+    return aucs

@@ -37,8 +37,9 @@ class EvaluationInputs:
     # Sorted by hyper-parameters
     members: tuple[Member, ...]
     test: Dataset
-    # None if there are no labelled events
+    # None if there is no store of the val patients
     val: Dataset | None
+    has_events: bool
 
     @property
     def layer(self) -> int:
@@ -61,15 +62,14 @@ def open_inputs(
         raise UserError(
             "there is no store of the test patients; set --store, or run extract with --split test"
         )
-    val = None
-    if (test.folder / EVENTS_CSV).exists():
-        val = _open_split(settings, train_config, encoder, "val", settings.val_store)
-        if val is None:
-            raise UserError(
-                f"{test.folder} has {EVENTS_CSV}, which requires a store of the val patients to "
-                "choose features on; set --val_store, or run extract with --split val"
-            )
-    return EvaluationInputs(run, encoder, members, test, val)
+    val = _open_split(settings, train_config, encoder, "val", settings.val_store)
+    has_events = (test.folder / EVENTS_CSV).exists()
+    if has_events and val is None:
+        raise UserError(
+            f"{test.folder} has {EVENTS_CSV}, which requires a store of the val patients to "
+            "choose features on; set --val_store, or run extract with --split val"
+        )
+    return EvaluationInputs(run, encoder, members, test, val, has_events)
 
 
 def open_members(run: Path, name: str | None, encoder: Encoder) -> tuple[Member, ...]:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from minsae_jax.evaluation.events import EventScore
@@ -10,8 +10,8 @@ from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.loss_recovered import SubstitutionErrors
 from minsae_jax.files import atomic_write
 from minsae_jax.monitor import table
-from minsae_jax.sae.hyper import Hyper
-from minsae_jax.sae.plots import ParetoPoint, draw_pareto
+from minsae_jax.sae.hyper import SYMBOLS, Hyper
+from minsae_jax.sae.plots import PCA, ParetoPoint, draw_pareto
 from minsae_jax.settings import JsonObject
 
 
@@ -61,6 +61,33 @@ class LossRecovered:
 
 
 @dataclass(frozen=True)
+class PCAEvaluation:
+    """The evaluation of the k principal components of largest magnitude of every token."""
+
+    k: int
+    fvu: float
+    explained_variance: float
+    # None if the encoder has no pretrain head
+    loss: LossRecovered | None
+
+    @property
+    def name(self) -> str:
+        return f"pca,k={self.k}"
+
+    def to_record(self) -> JsonObject:
+        """Return the entry in evaluation.json."""
+        record: JsonObject = {"k": self.k, "fvu": self.fvu}
+        record["explained_variance"] = self.explained_variance
+        if self.loss is not None:
+            record |= asdict(self.loss)
+        return record
+
+    def to_row(self) -> JsonObject:
+        """Return the row in evaluation.csv."""
+        return {"member": self.name, "kind": PCA, "l0": self.k} | self.to_record()
+
+
+@dataclass(frozen=True)
 class Baseline:
     """AUC of the best feature that is not of an SAE, for one kind of events."""
 
@@ -80,6 +107,8 @@ class MemberEvaluation:
     status: str | None
     tokens: TokenMeasures
     decoder: DecoderCosines
+    # Share of live features found again with other seeds; None with one seed
+    agreement: float | None
     # None if the encoder has no pretrain head
     loss: LossRecovered | None
     # Scores by kind of event; None if there is no events.csv
@@ -92,6 +121,8 @@ class MemberEvaluation:
         record["decoder_cosine_mean"] = self.decoder.mean
         record["decoder_cosine_median"] = self.decoder.median
         record["decoder_cosine_over_0.9"] = self.decoder.over_0_9
+        if self.agreement is not None:
+            record["agreement"] = self.agreement
         if self.loss is not None:
             record |= asdict(self.loss)
         if self.events is not None:
@@ -117,6 +148,8 @@ class Evaluation:
 
     inputs: EvaluationInputs
     members: tuple[MemberEvaluation, ...]
+    # Empty without a store of the val patients
+    pca: tuple[PCAEvaluation, ...]
     # Name of the recommended member
     recommended: str
     # How it was chosen
@@ -155,6 +188,7 @@ class Evaluation:
             "recommended": self.recommended,
             "baselines": {kind: asdict(b) for kind, b in self.baselines.items()},
             "members": [member.to_record() for member in self.members],
+            "pca": [components.to_record() for components in self.pca],
         }
 
     def _substitution_record(self) -> JsonObject | str:
@@ -171,15 +205,26 @@ class Evaluation:
         with atomic_write(run / "evaluation.json") as temporary:
             temporary.write_text(json.dumps(self.to_record(), indent=2) + "\n")
         rows = [member.to_row() for member in self.members]
+        rows += [components.to_row() for components in self.pca]
         with (
             atomic_write(run / "evaluation.csv") as temporary,
             temporary.open("w", newline="") as file,
         ):
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, _column_names(rows))
             writer.writeheader()
             writer.writerows(rows)
-        points = [ParetoPoint(m.hyper, m.tokens.l0, m.tokens.fvu) for m in self.members]
-        draw_pareto(run / "evaluation.png", points, f"{run.resolve().name} on test patients")
+        members = [ParetoPoint(m.hyper, m.tokens.l0, m.tokens.fvu) for m in self.members]
+        pca = [ParetoPoint({"kind": PCA, "k": p.k}, float(p.k), p.fvu) for p in self.pca]
+        title = f"{run.resolve().name} on test patients"
+        draw_pareto(run / "evaluation.png", [*members, *pca], title)
+
+
+def _column_names(rows: Iterable[JsonObject]) -> list[str]:
+    """Return the names in any of the rows: member, hyper-parameters in their order, measures."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    hyper = [name for name in SYMBOLS if name in names]
+    measures = [name for name in names if name not in SYMBOLS and name != "member"]
+    return ["member", *hyper, *measures]
 
 
 def _summary_table(evaluation: Evaluation) -> str:
@@ -188,6 +233,9 @@ def _summary_table(evaluation: Evaluation) -> str:
     columns = ["member", "L0", "FVU", "dead"]
     if has_loss:
         columns.append("recovered")
+    has_agreement = any(member.agreement is not None for member in evaluation.members)
+    if has_agreement:
+        columns.append("agreement")
     n_measures = len(columns) - 1
     columns += kinds
     rows = []
@@ -196,14 +244,21 @@ def _summary_table(evaluation: Evaluation) -> str:
         row = [
             member.member,
             f"{tokens.l0:.1f}",
-            f"{tokens.fvu:.3f}",
+            f"{tokens.fvu:.4f}",
             f"{tokens.dead_fraction:.1%}",
         ]
         if member.loss is not None:
             row.append(f"{member.loss.loss_recovered:.1%}")
+        if has_agreement:
+            row.append("" if member.agreement is None else f"{member.agreement:.1%}")
         if member.events is not None:
             row += [f"{member.events[kind].auc:.3f}" for kind in kinds]
         rows.append(row)
+    for pca in evaluation.pca:
+        row = [pca.name, f"{pca.k:.1f}", f"{pca.fvu:.4f}", ""]
+        if pca.loss is not None:
+            row.append(f"{pca.loss.loss_recovered:.1%}")
+        rows.append(row + [""] * (len(columns) - len(row)))
     if kinds:
         blank = [""] * n_measures
         baselines = [evaluation.baselines[kind] for kind in kinds]

@@ -14,6 +14,8 @@ from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate, recommend
 from minsae_jax.evaluation.loss_recovered import substitution_errors
 from minsae_jax.evaluation.results import LossRecovered
+from minsae_jax.sae.hyper import SYMBOLS
+from minsae_jax.sae.member import load_sae, save_member
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,10 @@ def test_files_contain_the_evaluation(trained, evaluation):
     assert content == json.loads(json.dumps(evaluation.to_record()))
     with (trained.run / "evaluation.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["fvu"]) for row in rows] == [m.tokens.fvu for m in evaluation.members]
+    members = [row for row in rows if row["kind"] != "pca"]
+    assert [float(row["fvu"]) for row in members] == [m.tokens.fvu for m in evaluation.members]
+    assert [row["member"] for row in rows[2:]] == ["pca,k=4", "pca,k=8", "pca,k=16", "pca,k=32"]
+    assert [float(row["fvu"]) for row in rows[2:]] == [pca.fvu for pca in evaluation.pca]
     kind = next(iter(evaluation.baselines))
     assert float(rows[0][f"{kind}_auc"]) == evaluation.members[0].events[kind].auc
     assert (trained.run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
@@ -84,6 +89,7 @@ def test_keys_of_evaluation_json(evaluation):
         "recommended",
         "baselines",
         "members",
+        "pca",
     ]
     assert list(record["substitution"]) == [
         "windows",
@@ -117,14 +123,85 @@ def test_keys_of_evaluation_json(evaluation):
         "loss_recovered_of_zero_ablation",
         "events",
     ]
+    assert list(record["pca"][0]) == [
+        "k",
+        "fvu",
+        "explained_variance",
+        "masked_error",
+        "loss_recovered",
+        "loss_recovered_of_zero_ablation",
+    ]
     score = next(iter(record["members"][0]["events"].values()))
     assert list(score) == ["feature", "auc", "val_auc", "best_five", "probe_auc", "token_auc"]
 
 
 def test_summary(evaluation):
     text = evaluation.summary()
+    assert "agreement" not in text.splitlines()[0]
+    assert text.splitlines()[3].startswith("pca,k=4 ")
     assert f"recommended: {evaluation.recommended}" in text
     assert "raw dimension" in text
+
+
+@pytest.fixture(scope="module")
+def mixed_run(trained, tmp_path_factory):
+    """A run with members of four kinds; k = 8 of topk has two seeds with features in common."""
+    run = tmp_path_factory.mktemp("mixed") / "run"
+    shutil.copytree(trained.run, run)
+    rng = np.random.default_rng(0)
+    d_sae = 40
+    parts = {"W_enc": (128, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, 128), "b_dec": (128,)}
+    settings = {
+        "topk": ({"k": 8.0}, {"k": np.float32(8)}),
+        "batchtopk": ({"k": 8.0}, {"threshold": np.float32(0.5)}),
+        "jumprelu": ({"target_l0": 8.0}, {"threshold": np.full(d_sae, 0.5, np.float32)}),
+    }
+    for kind, (sparsity, extra) in settings.items():
+        params = {name: rng.normal(size=shape) / 10 for name, shape in parts.items()} | extra
+        config = {"kind": kind, **sparsity, "lr": 3e-3, "seed": 0, "d_sae": d_sae}
+        save_member(run / f"members/{kind}", params, config)
+        if kind == "topk":
+            other = params | {"W_dec": params["W_dec"] + (np.arange(d_sae) % 4 == 0)[:, None]}
+            save_member(run / "members/topk,seed=1", other, config | {"seed": 1})
+    return run
+
+
+def test_members_of_several_kinds(trained, settings, mixed_run):
+    evaluation = evaluate(replace(settings, run=str(mixed_run)), trained.encoder)
+    record = json.loads((mixed_run / "evaluation.json").read_text())
+    expected = {
+        "batchtopk": {"kind": "batchtopk", "k": 8},
+        "jumprelu": {"kind": "jumprelu", "target_l0": 8},
+        "lambda=0.1": {"kind": "relu", "lambda_sparsity": 0.1},
+        "lambda=1": {"kind": "relu", "lambda_sparsity": 1},
+        "topk": {"kind": "topk", "k": 8},
+        "topk,seed=1": {"kind": "topk", "k": 8},
+    }
+    names = ("kind", "lambda_sparsity", "k", "target_l0")
+    for member in record["members"]:
+        values = {name: member[name] for name in names if name in member}
+        assert values == expected.pop(member["member"])
+    assert not expected
+    with (mixed_run / "evaluation.csv").open(newline="") as file:
+        rows = {row["member"]: row for row in csv.DictReader(file)}
+    assert list(rows["topk"])[:8] == ["member", *SYMBOLS]
+    assert float(rows["topk"]["k"]) == float(rows["pca,k=8"]["k"]) == 8
+    assert rows["lambda=1"]["k"] == rows["topk"]["target_l0"] == ""
+    # Agreement against its definition: 30 of 40 rows of the decoder are equal.
+    dataset = trained.dataset("test")
+    x = dataset.read(0, len(dataset.recording)).reshape(-1, 128)
+    saes = [load_sae(mixed_run / "members" / name) for name in ("topk", "topk,seed=1")]
+    live = []
+    for sae in saes:
+        rows_live = np.float64(sae.params["W_dec"])[(np.asarray(sae.encode(x)) > 0).any(0)]
+        live.append(rows_live / np.linalg.norm(rows_live, axis=1, keepdims=True))
+    cosines = live[0] @ live[1].T
+    shares = [(cosines.max(axis) > 0.9).mean() for axis in (0, 1)]
+    assert 0.5 < np.mean(shares) < 1
+    assert float(rows["topk"]["agreement"]) == pytest.approx(np.mean(shares))
+    assert float(rows["topk,seed=1"]["agreement"]) == pytest.approx(np.mean(shares))
+    assert rows["batchtopk"]["agreement"] == ""
+    assert "agreement" in evaluation.summary().splitlines()[0]
 
 
 def test_one_member_is_recommended_as_asked_for(trained, settings):

@@ -122,8 +122,10 @@ def test_patches_that_an_event_covers_for_half(trained):
     feature = int(np.argmax(np.asarray(sae.encode(dataset.read(0, 50))).mean((0, 1))))
     values = np.asarray(sae.encode(dataset.read(0, len(dataset.recording))))[:, 1:, feature]
     expected = auc(values.reshape(-1, 1).astype(np.float64), covered.reshape(-1))[0]
-    assert token_auc(dataset, covered, sae, feature) == pytest.approx(expected, abs=1e-4)
-    assert token_auc(dataset, np.zeros_like(covered), sae, feature) is None
+    nowhere = np.zeros_like(covered)
+    aucs = token_auc(dataset, [nowhere, covered], sae, [feature, feature])
+    assert aucs == [None, pytest.approx(expected, abs=1e-4)]
+    assert token_auc(dataset, [], sae, []) == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from minsae_jax.parallel.mesh import DATA
 from minsae_jax.sae.kinds.base import Batch, BatchContext, Hyper, Objective, Params
@@ -45,6 +45,12 @@ class BatchTopK(LinearSAE):
     ) -> Float[Array, "*tokens d_sae"]:
         pre = self.pre_activations(params, x)
         return jnp.where(pre > params["threshold"], jax.nn.relu(pre), 0)
+
+    def encode_features(
+        self, params: Params, x: Float[Array, "*tokens d_model"], indices: Int[Array, " n"]
+    ) -> Float[Array, "*tokens n"]:
+        some = {name: params[name][..., indices] for name in ("W_enc", "b_enc")}
+        return self.encode(some | {"threshold": params["threshold"]}, x)
 
     def batch_context(
         self,

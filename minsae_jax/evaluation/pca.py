@@ -1,0 +1,57 @@
+"""Principal components as an autoencoder: the k of largest magnitude are kept for every token."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from minsae_jax.sae.member import SparseAutoencoder
+
+PCA_K = (4, 8, 16, 32)
+
+
+class PCA(NamedTuple):
+    """The mean of tokens and their principal directions, in columns, by decreasing variance."""
+
+    mean: Float[np.ndarray, " d_model"]
+    directions: Float[np.ndarray, "d_model d_model"]
+
+
+def fit_pca(batches: Iterable[np.ndarray]) -> PCA:
+    """Return the principal components of all tokens [tokens, d_model], from moments in float64."""
+    n_tokens = 0
+    shift: np.ndarray | None = None
+    for batch in batches:
+        x = batch.astype(np.float64)
+        if shift is None:
+            # Moments about a point among the tokens lose no digits where the mean is large.
+            shift = x.mean(axis=0)
+            total = np.zeros(x.shape[1])
+            products = np.zeros((x.shape[1], x.shape[1]))
+        x -= shift
+        n_tokens += len(x)
+        total += x.sum(axis=0)
+        products += x.T @ x
+    assert shift is not None, "there are no tokens"
+    mean = total / n_tokens
+    covariance = products / n_tokens - np.outer(mean, mean)
+    _, directions = np.linalg.eigh(covariance)
+    return PCA(mean + shift, directions[:, ::-1])
+
+
+def pca_autoencoder(pca: PCA, k: int) -> SparseAutoencoder:
+    """Return x̂ = mean + the k principal components of largest magnitude.
+
+    It is a TopK autoencoder whose features are the components' positive and negative parts: of the
+    two at most one is positive, so that the k largest features are the k largest magnitudes.
+    """
+    both_signs = np.concatenate([pca.directions, -pca.directions], axis=1)
+    params = {
+        "W_enc": both_signs,
+        "b_enc": -pca.mean @ both_signs,
+        "W_dec": both_signs.T,
+        "b_dec": pca.mean,
+        "k": np.array(k),
+    }
+    return SparseAutoencoder(params, {"kind": "topk", "k": k})
