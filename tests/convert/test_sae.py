@@ -6,7 +6,6 @@ The arithmetic of each library is written out here, from its documentation, in f
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
