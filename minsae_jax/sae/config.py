@@ -127,7 +127,7 @@ class RecipeFlags:
     """Shares of d_sae in the prefixes of matryoshka, increasing to 1."""
     aux_dead_after: Annotated[int | None, Range(min=1, below=2**30)] = None
     """AuxK trains features of top-k kinds that have not been active for this many tokens (default:
-    10 million, but at most --dead_after and an eighth of the store)."""
+    10 million, but at most --dead_after and a sixteenth of the run)."""
     beta1: Annotated[float, Range(min=0, below=1)] = 0.9
     """Adam's decay rate of the first moment."""
     beta2: Annotated[float, Range(min=0, below=1)] = 0.999
@@ -258,6 +258,9 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
             batches = FileBatches(r.number_of_arrays or 0)
         else:
             batches = ShuffledBatches(r.batch_size or 0, r.shuffle_seed or 0)
+        # 10 million tokens as in Gao et al. (2024) are more than a short run has.
+        share_of_run = num_steps * (r.batch_size or 0) // 16
+        aux_dead_after = r.aux_dead_after or min(10_000_000, max(share_of_run, 1))
         optimizer = OptimizerPlan(
             num_steps=num_steps,
             lambda_warmup_steps=num_steps * (r.lambda_warmup or 0.0),
@@ -277,7 +280,7 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
             tied_init=not is_minsae,
             decoder_norm=r.decoder_norm or 0.0,
             logs_weighted_l1=is_minsae,
-            aux_dead_after=min(r.aux_dead_after or 10_000_000, r.dead_after),
+            aux_dead_after=min(aux_dead_after, r.dead_after),
             optimizer=optimizer,
         )
 
@@ -322,7 +325,7 @@ class TrainPlan:
     recon_weight: float
     tied_init: bool  # else torch's defaults
     decoder_norm: float  # of the tied initialisation
-    aux_dead_after: int  # at most, see `minsae_jax.sae.data.aux_dead_after`
+    aux_dead_after: int  # tokens without activity after which AuxK trains a feature
     logs_weighted_l1: bool  # metrics.csv has λ * l1, as minSAE logs it
     optimizer: OptimizerPlan
 

@@ -232,14 +232,3 @@ def geometric_median(
         if np.linalg.norm(median - previous) <= 1e-6 * np.linalg.norm(median):
             break
     return median.astype(np.float32)
-
-
-def aux_dead_after(plan: TrainPlan, store: Source) -> int:
-    """Return after how many tokens without activity AuxK trains a feature.
-
-    By default 10 million as in Gao et al. (2024), but no more than an eighth of an epoch, since
-    small stores would never get there.
-    """
-    if plan.config.aux_dead_after:
-        return plan.aux_dead_after
-    return max(1, min(plan.aux_dead_after, sum(store.tokens_per_shard) // 8))

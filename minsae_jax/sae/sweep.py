@@ -70,18 +70,10 @@ class Sweep:
     `step(state, hyper, put(x), scale, n_tokens=len(x))`, which is `sweep_step` under jit.
     """
 
-    def __init__(
-        self,
-        plan: TrainPlan,
-        groups: tuple[Group, ...],
-        d_model: int,
-        aux_dead_after: int | None = None,
-    ):
-        """aux_dead_after: tokens after which AuxK trains a silent feature, if not the plan's."""
+    def __init__(self, plan: TrainPlan, groups: tuple[Group, ...], d_model: int):
         self.plan = plan
         self.groups = groups
         self.d_model = d_model
-        self.aux_dead_after = aux_dead_after or plan.aux_dead_after
         self.mesh = make_mesh(*map(len, groups), shape=plan.config.mesh)
         n_sweep = self.mesh.shape[SWEEP]
         # Every position along `sweep` gets the same number of members; added ones are frozen.
@@ -199,7 +191,7 @@ class Sweep:
             sparsity_schedule=self.sparsity_schedule,
             lr_schedule=self.lr_schedule,
             dead_after=self.plan.config.dead_after,
-            aux_dead_after=self.aux_dead_after,
+            aux_dead_after=self.plan.aux_dead_after,
             n_features=self._n_features,
         )
 

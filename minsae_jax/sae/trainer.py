@@ -25,7 +25,7 @@ from minsae_jax.parallel.processes import (
 )
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
 from minsae_jax.sae.config import TrainConfig, TrainPlan
-from minsae_jax.sae.data import TrainData, aux_dead_after, held_out_batches, open_train_data
+from minsae_jax.sae.data import TrainData, held_out_batches, open_train_data
 from minsae_jax.sae.logger import RunLogger, interval_metrics
 from minsae_jax.sae.measures import measure
 from minsae_jax.sae.run import HELD_OUT_METRICS, Run, RunFolder, load_run
@@ -101,7 +101,7 @@ class Trainer:
         self.data = data
         self.checkpoints = checkpoints
         self.on_step = on_step
-        self.sweep = Sweep(plan, data.groups, data.store.d_model, aux_dead_after(plan, data.store))
+        self.sweep = Sweep(plan, data.groups, data.store.d_model)
         self.l1_weighted = plan.logs_weighted_l1
         self.logger = RunLogger(
             plan,

@@ -9,7 +9,9 @@ from minsae_jax.sae.kinds.base import Batch, BatchContext, Objective, Params
 from minsae_jax.sae.kinds.products import Weights, pre_activations, product, zero_gradients
 from minsae_jax.sae.kinds.select import keep_largest
 
-WEIGHT = 1 / 32  # in the loss
+# In a loss whose mse is divided by the variance of x. Here the mse is not, and that variance is
+# about E‖x‖² = d_model, by the input scale.
+RELATIVE_WEIGHT = 1 / 32
 
 
 def aux_sums(
@@ -22,19 +24,21 @@ def aux_sums(
 ) -> tuple[Params, Float[Array, ""]]:
     """Return AuxK's gradients and loss, times tokens: dead features reconstruct the residual.
 
-        WEIGHT * Σ‖e - ê‖² / Σ‖e - mean e‖²,    e = x - x̂ (not differentiated)
+        d_model / 32 * Σ‖e - ê‖² / Σ‖e - mean e‖²,    e = x - x̂ (not differentiated)
 
     ê = Σ_i a_i W_dec,i over the d_model / 2 largest activations a of dead features (Gao et al.
     2024, as dictionary_learning computes it). Computed only if there are dead features.
     """
-    n_aux = max(errors.shape[1] // 2, 1)
+    d_model = errors.shape[1]
+    n_aux = max(d_model // 2, 1)
     mask = jnp.ones(batch.x.shape[:2]) if batch.is_token is None else batch.is_token
     n_tokens = jax.lax.psum(mask.sum(), DATA)
     mean = jax.lax.psum(errors.sum((0, 2)), DATA) / n_tokens
     deviation = (errors - mean[None, :, None]) * mask[:, None]
     variance = jax.lax.psum(jnp.square(deviation).sum(), DATA)
     # In the unit of sums, loss * tokens.
-    factor = jnp.where(variance > 0, WEIGHT * n_tokens / variance, 0)
+    weight = RELATIVE_WEIGHT * d_model
+    factor = jnp.where(variance > 0, weight * n_tokens / variance, 0)
     round_factor = objective.round_factor
 
     def add_tile(

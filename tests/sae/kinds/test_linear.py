@@ -204,7 +204,7 @@ def test_padding_is_ignored(name, x):
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
 def test_dead_features_learn_from_the_residual(name, x):
-    """AuxK with a forced dead mask: 1/32 Σ‖e - ê‖² / Σ‖e - mean e‖², e not differentiated."""
+    """AuxK with a forced dead mask: D/32 Σ‖e - ê‖² / Σ‖e - mean e‖², e not differentiated."""
     kind = KINDS[name]
     params = initial_params(kind)
     is_dead = np.arange(F) % 3 == 0
@@ -218,7 +218,7 @@ def test_dead_features_learn_from_the_residual(name, x):
         positive = np.where(is_dead, np.maximum(x @ p["W_enc"] + p["b_enc"], 0), 0)
         kth = np.sort(positive, axis=1)[:, -(D // 2)][:, None]
         a = np.where(positive >= np.maximum(kth, 1e-30), positive, 0)
-        return ((e - a @ p["W_dec"]) ** 2).sum() / variance / 32
+        return ((e - a @ p["W_dec"]) ** 2).sum() / variance * D / 32
 
     assert float(metrics.loss - plain.loss) == pytest.approx(aux_loss(p), rel=1e-3)
     rng = np.random.default_rng(2)
