@@ -5,7 +5,8 @@ width ε (Rajamanoharan et al. 2024). Two penalties:
 
     tanh        λ Σ_i tanh(4 f_i n_i) + 3e-6 Σ_i relu(θ_i - z_i) n_i,   n_i = ‖W_dec,i‖₂
                 (Anthropic, January 2025; the ramp's gradient also goes to z)
-    target_l0   (L0 / target - 1)², where L0 is the batch's mean number of active features
+    target_l0   d_model (L0 / target - 1)², where L0 is the batch's mean number of active features
+                (d_model, since E‖x‖² is about d_model; dictionary_learning has 1 for E‖x‖² = 1)
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.kinds.base import BatchContext, Hyper, Params
 from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors
 
@@ -34,6 +36,9 @@ class JumpReLU(LinearSAE):
     name = "jumprelu"
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     starts_at_median = True
+
+    def for_run(self, config: TrainConfig, d_model: int) -> "JumpReLU":
+        return JumpReLU(mode="target_l0" if config.target_l0 else config.jumprelu_penalty)
 
     @property
     def sparsity_name(self) -> str:
@@ -104,13 +109,13 @@ class JumpReLU(LinearSAE):
         return hyper["lambda_sparsity"]
 
     def batch_penalty(
-        self, mean_penalty: Float[Array, ""], hyper: Hyper
+        self, mean_penalty: Float[Array, ""], hyper: Hyper, d_model: int
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         if self.mode != "target_l0":
-            return super().batch_penalty(mean_penalty, hyper)
+            return super().batch_penalty(mean_penalty, hyper, d_model)
         target = hyper["target_l0"]
         excess = mean_penalty / target - 1
-        return jnp.square(excess), 2 * excess / target
+        return d_model * jnp.square(excess), 2 * d_model * excess / target
 
     def finish_update(self, params: Params, context: BatchContext) -> Params:
         return params | {"threshold": jnp.maximum(params["threshold"], 0)}

@@ -99,7 +99,7 @@ def loss_of(kind, p, x, penalty=True):
     elif kind.mode == "step":
         loss += 0.7 * (f > 0).sum(1).mean()
     else:
-        loss += ((f > 0).sum(1).mean() / 9 - 1) ** 2
+        loss += D * ((f > 0).sum(1).mean() / 9 - 1) ** 2
     return loss
 
 
@@ -182,7 +182,7 @@ def test_threshold_gradient_is_that_of_the_ramp(name, x):
     feature_gradient = 2 * error @ p["W_dec"].T
     count_gradient = 0.7
     if name == "target_l0":
-        count_gradient = 2 * ((f > 0).sum(1).mean() / 9 - 1) / 9
+        count_gradient = 2 * D * ((f > 0).sum(1).mean() / 9 - 1) / 9
     ramp = -on_ramp.astype(float) / kind.bandwidth
     expected = (ramp * (p["threshold"] * feature_gradient + count_gradient)).mean(0)
     np.testing.assert_allclose(gradients["threshold"], expected, rtol=1e-4, atol=1e-5)
