@@ -202,6 +202,23 @@ def test_padding_is_ignored(name, x):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_metrics_and_gradients_do_not_depend_on_the_batch_size(name, x):
+    """A batch with every token twice has the same means, AuxK included."""
+    kind = KINDS[name]
+    params = initial_params(kind)
+    is_dead = np.arange(F) % 4 == 0
+    gradients, metrics = gradients_of(kind, params, x[None], is_dead=is_dead)
+    twice = np.stack([x, x])
+    gradients_2, metrics_2 = gradients_of(kind, params, twice, is_dead=is_dead, n_tokens=2 * TOKENS)
+    for metric in ("loss", "mse", "l1", "l0"):
+        expected = float(getattr(metrics, metric))
+        assert float(getattr(metrics_2, metric)) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_array_equal(metrics_2.active, 2 * metrics.active)
+    for key, gradient in gradients.items():
+        np.testing.assert_allclose(gradients_2[key], gradient, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
 def test_dead_features_learn_from_the_residual(name, x):
     """AuxK with a forced dead mask: 1/32 Σ‖e - ê‖² / Σ‖e - mean e‖², e not differentiated."""

@@ -17,12 +17,16 @@ PREFIXES = (8, 16, 32)
 KINDS = {
     "topk": {"kind": ("topk",), "k": (float(K),)},
     "batchtopk": {"kind": ("batchtopk",), "k": (float(K),)},
-    "matryoshka": {"kind": ("matryoshka",), "k": (float(K),), "matryoshka_shares": (0.25, 0.5, 1.0)},
+    "matryoshka": {
+        "kind": ("matryoshka",),
+        "k": (float(K),),
+        "matryoshka_shares": (0.25, 0.5, 1.0),
+    },
     "tanh": {"kind": ("jumprelu",), "lambda_sparsity": (LAMBDA,)},
-    "step": {"kind": ("jumprelu",), "lambda_sparsity": (LAMBDA,), "jumprelu_penalty": "step"},
     "target_l0": {"kind": ("jumprelu",), "target_l0": (TARGET,)},
 }
-BANDWIDTH = {"tanh": 2.0, "step": 2.0, "target_l0": 2.0}
+JUMPRELU = ("tanh", "target_l0")
+BANDWIDTH = 2.0
 UNIT_DECODER = ("topk", "batchtopk", "matryoshka")
 
 
@@ -60,12 +64,12 @@ class Reference:
         self.kth = [None, None]  # averages of the last selected and the first other activation
 
     def features(self, pre):
-        """Return the features and, of each token, the number of active ones, with gradients."""
-        if self.name in BANDWIDTH:
+        """Return the features, and how many are active on each token, both with gradients."""
+        if self.name in JUMPRELU:
             threshold = self.p["threshold"]
             active = (pre > threshold).double()
             reached = pre if self.name == "tanh" else pre.detach()
-            step = ramp(reached, threshold, BANDWIDTH[self.name])
+            step = ramp(reached, threshold, BANDWIDTH)
             return pre * active + threshold.detach() * step, (active + step).sum(1)
         positive = torch.relu(pre)
         rows = positive if self.name == "topk" else positive.reshape(1, -1)
@@ -95,8 +99,6 @@ class Reference:
             penalty = torch.tanh(4 * features * norms).sum(1).mean()
             below = (torch.relu(p["threshold"] - pre) * norms).sum(1).mean()
             loss = loss + LAMBDA * sparsity_factor * penalty + 3e-6 * below
-        elif self.name == "step":
-            loss = loss + LAMBDA * sparsity_factor * count.mean()
         elif self.name == "target_l0":
             loss = loss + D * (count.mean() / TARGET - 1) ** 2
         else:
@@ -168,6 +170,8 @@ def test_fifty_steps_follow_the_definition(name):
     np.testing.assert_array_equal(start["W_enc"], start["W_dec"].T)
     np.testing.assert_array_equal(start["b_dec"], median)
     np.testing.assert_allclose(median @ start["W_enc"] + start["b_enc"], 0, atol=1e-5)
+    if name in JUMPRELU:
+        np.testing.assert_allclose(start["threshold"], 0.1, rtol=1e-6)
 
     start["b_enc"] = start["b_enc"] - np.where(np.arange(F) < 6, 2, 0).astype(np.float32)
     state = sweep.init({key: np.asarray(value) for key, value in start.items()})
@@ -187,6 +191,6 @@ def test_fifty_steps_follow_the_definition(name):
         assert np.abs(np.asarray(params[key]) - start[key]).max() > 0.01
     if name in UNIT_DECODER:
         assert reference.n_aux_steps > 10
-    if "batch" in name or name == "matryoshka":
+    if name in ("batchtopk", "matryoshka"):
         selected, other = reference.kth
         assert other * (1 - 1e-4) <= float(params["threshold"]) <= selected * (1 + 1e-4)
