@@ -202,7 +202,7 @@ def test_padding_is_ignored(name, x):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["batchtopk", "tanh", "target_l0"])
 def test_metrics_and_gradients_do_not_depend_on_the_batch_size(name, x):
     """A batch with every token twice has the same means, AuxK included."""
     kind = KINDS[name]
