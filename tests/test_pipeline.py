@@ -176,8 +176,9 @@ def test_make_runs_the_demo_once(checkout, environment):
 def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, environment):
     """SIGKILL between checkpoints, then SIGTERM and Ctrl-C, which save first."""
     command = (
-        f"minsae train --store {small_store} --lambda_sparsity 0.1 1 --lr 1e-3 --num_steps 2000 "
-        "--batch_size 64 --checkpoint_every 100 --eval_window 130 --run_dir "
+        f"minsae train --store {small_store} --kind relu topk batchtopk jumprelu matryoshka "
+        "--lambda_sparsity 0.1 1 --k 4 --feature_dim_factor 2 --aux_dead_after 500 --lr 1e-3 "
+        "--num_steps 2000 --batch_size 64 --checkpoint_every 100 --eval_window 130 --run_dir "
     )
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
@@ -207,7 +208,7 @@ def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, enviro
     run(command + "killed", tmp_path, environment)
 
     paths = [path for path in whole.rglob("*") if path.suffix in (".csv", ".safetensors")]
-    assert len(paths) == 7
+    assert len(paths) == 3 * 7 + 1
     for path in paths:
         name = path.relative_to(whole)
         assert path.read_bytes() == (killed / name).read_bytes(), name

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from minsae_jax.eeg.recordings import OnBadRecording, Split
 from minsae_jax.errors import UserError
+from minsae_jax.sae.hyper import SPARSITY
 from minsae_jax.settings import (
     AtLeastOne,
     NonNegative,
@@ -23,13 +24,23 @@ from minsae_jax.settings import (
     Values,
     check_no_duplicates,
     check_ranges,
+    did_you_mean,
     load_sections,
     require,
+    shown,
 )
 
 Recipe = Literal["april2024", "minsae", "modern"]
-KindName = Literal["relu", "topk", "batchtopk", "jumprelu", "matryoshka"]
-TOPK_KINDS = ("topk", "batchtopk", "matryoshka")
+# The kinds that can be trained, each with the settings that can control its sparsity: the last one
+# that is given does. A new kind adds a line here and in `sae/kinds/__init__.py`; that is not
+# imported here since it needs JAX, which `--help` does not.
+SPARSITY_SETTINGS: dict[str, tuple[str, ...]] = {
+    "relu": ("lambda_sparsity",),
+    "topk": ("k",),
+    "batchtopk": ("k",),
+    "jumprelu": ("lambda_sparsity", "target_l0"),
+    "matryoshka": ("k",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +81,9 @@ class LiveFlags:
 class SweepFlags:
     """Sweep: every combination of these values is one member"""
 
-    kind: tuple[KindName, ...] = ()
-    """Kinds of autoencoder, see docs/kinds.md (april2024 and minsae: relu; modern: batchtopk)."""
+    kind: tuple[str, ...] = ()
+    """Kinds of autoencoder: relu, topk, batchtopk, jumprelu, matryoshka, see docs/kinds.md
+    (april2024 and minsae: relu; modern: batchtopk)."""
     lambda_sparsity: Annotated[tuple[float, ...], NonNegative] = ()
     """Weight λ of the penalty of relu and jumprelu (april2024, modern: 5; minsae: 0.01)."""
     k: Annotated[tuple[float, ...], Positive] = ()
@@ -213,20 +225,25 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
             require(not is_given, f"--{name} requires --recipe {other}")
         self._check_kinds()
 
+    def sparsity_setting(self, kind: str) -> str:
+        """Return the name of the setting that controls the sparsity of a kind in this run."""
+        names = SPARSITY_SETTINGS[kind]
+        given = [name for name in names if getattr(self, name)]
+        return given[-1] if given else names[0]
+
     def _check_kinds(self) -> None:
         kinds = self.kind or _RECIPE_DEFAULTS[self.recipe]["kind"]
         if self.recipe == "minsae":
             require(kinds == ("relu",), "--recipe minsae trains --kind relu only")
-        has_topk = any(kind in TOPK_KINDS for kind in kinds)
-        needs_lambda = "relu" in kinds or ("jumprelu" in kinds and not self.target_l0)
-        requirements = {
-            "k": (has_topk, f"--kind {', '.join(TOPK_KINDS)}"),
-            "target_l0": ("jumprelu" in kinds, "--kind jumprelu"),
-            "lambda_sparsity": (needs_lambda, "--kind relu, or jumprelu without --target_l0"),
-        }
-        for name, (is_used, kinds_text) in requirements.items():
+        known = ", ".join(SPARSITY_SETTINGS)
+        for kind in kinds:
+            hint = did_you_mean(kind, SPARSITY_SETTINGS)
+            is_known = kind in SPARSITY_SETTINGS
+            require(is_known, f"--kind must be one of {known}, got {shown(kind)}{hint}")
+        used = {self.sparsity_setting(kind) for kind in kinds}
+        for name in SPARSITY:
             is_given = bool(getattr(self, name))
-            require(is_used or not is_given, f"--{name} requires {kinds_text}")
+            require(name in used or not is_given, f"--{name} requires --kind {_kinds_with(name)}")
         shares = self.matryoshka_shares
         increases = all(a < b for a, b in itertools.pairwise(shares))
         require(
@@ -237,14 +254,14 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
     def resolved(self) -> "TrainConfig":
         """Return these settings with the recipe's values where none were given."""
         defaults = _RECIPE_DEFAULTS[self.recipe] | {"run_dir": f"runs/{self.recipe}"}
+        kinds = self.kind or defaults["kind"]
+        unused = set(SPARSITY) - {self.sparsity_setting(kind) for kind in kinds}
         # Settings with several values are () if they are not given.
-        missing = {k: v for k, v in defaults.items() if getattr(self, k) in (None, ())}
-        kinds = missing.get("kind", self.kind)
-        has_topk = any(kind in TOPK_KINDS for kind in kinds)
-        if has_topk and not self.k:
-            missing["k"] = (16.0, 32.0, 64.0)
-        if "relu" not in kinds and ("jumprelu" not in kinds or self.target_l0):
-            missing.pop("lambda_sparsity", None)
+        missing = {
+            name: value
+            for name, value in defaults.items()
+            if name not in unused and getattr(self, name) in (None, ())
+        }
         return dataclasses.replace(self, **missing)
 
     def plan(self) -> "TrainPlan":
@@ -333,6 +350,7 @@ class TrainPlan:
 _APRIL2024: Values = {
     "kind": ("relu",),
     "lambda_sparsity": (5.0,),
+    "k": (16.0, 32.0, 64.0),
     "lr": (5e-5,),
     "num_steps": 50_000,
     "batch_size": 4096,
@@ -356,6 +374,16 @@ _RECIPE_DEFAULTS: dict[str, Values] = {
         "recon_weight": 1.0,
     },
 }
+
+
+def _kinds_with(setting: str) -> str:
+    """Return the kinds that have a sparsity setting, as an error lists them."""
+    kinds = []
+    for kind, names in SPARSITY_SETTINGS.items():
+        if setting in names:
+            preferred = [f"--{name}" for name in names[names.index(setting) + 1 :]]
+            kinds.append(" without ".join([kind, *preferred]))
+    return ", ".join(kinds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from itertools import product
 
 from minsae_jax.errors import UserError
-from minsae_jax.sae.config import TrainConfig, TrainPlan
+from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.kinds import KINDS, SAEKind
-from minsae_jax.sae.kinds.jumprelu import JumpReLU
-from minsae_jax.sae.kinds.matryoshka import Matryoshka
 
 MAX_D_SAE = 2**24
 # Hyper-parameters that differ between members, in the order of the columns of sweep.csv.
@@ -62,7 +60,8 @@ def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
     if len(sizes) > 1:
         named.append("d_sae")
     groups = []
-    for kind in _kinds(config):
+    for kind_name in config.kind:
+        kind = KINDS[kind_name].for_run(config, d_model)
         sparsity = getattr(config, kind.sparsity_name)
         if kind.sparsity_name != "lambda_sparsity" and max(sparsity) > min(sizes):
             raise UserError(
@@ -77,22 +76,6 @@ def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
                 group.append(MemberSpec(name, kind, value, lr, seed, d_sae))
             groups.append(tuple(group))
     return tuple(groups)
-
-
-def _kinds(config: TrainConfig) -> list[SAEKind]:
-    """Return the kinds to train, with their settings."""
-    kinds = []
-    for name in config.kind:
-        kind = KINDS[name]
-        if isinstance(kind, Matryoshka):
-            kind = Matryoshka(shares=config.matryoshka_shares)
-        if isinstance(kind, JumpReLU):
-            if config.target_l0:
-                kind = JumpReLU(mode="target_l0")
-            else:
-                kind = JumpReLU(mode=config.jumprelu_penalty)
-        kinds.append(kind)
-    return kinds
 
 
 def automatic_lr(d_sae: int) -> float:

@@ -16,7 +16,6 @@ from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.live import open_live
 from minsae_jax.sae.config import TrainConfig
-from minsae_jax.sae.sweep import Sweep
 from minsae_jax.sae.trainer import train
 from tests.conftest import FIXTURES
 from tests.interrupt import train_until
@@ -144,37 +143,34 @@ def test_curves_equal_those_from_a_store(encoder, settings, tmp_path):
         np.testing.assert_allclose(live["l0"], stored_run["l0"], rtol=2e-3)
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.slow
-def test_interrupted_run_ends_with_the_same_bytes(
-    encoder, settings, tmp_path, few_mixed, monkeypatch
+def test_interrupted_run_of_all_kinds_ends_with_the_same_bytes(
+    encoder, settings, tmp_path, few_mixed
 ):
-    run(encoder, settings)
-    other, put, calls = replace(settings, run_dir=str(tmp_path / "other")), Sweep.put, [0]
-
-    def dying(self, x):
-        calls[0] += 1
-        if calls[0] == 27:
-            raise Killed
-        return put(self, x)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Sweep, "put", dying)
-        with pytest.raises(Killed):
-            run(encoder, other)
-    run(encoder, other)
-    for name in ("metrics.csv", "act_freqs.csv", "sae.safetensors"):
-        for member in ("lambda=0.1", "lambda=3"):
-            one, two = (tmp_path / r / "members" / member / name for r in ("run", "other"))
-            assert one.read_bytes() == two.read_bytes()
-    assert not list(tmp_path.rglob("b*.npy"))
-    assert (
-        json.loads((two.parent / "config.json").read_text())["encoder_fingerprint"]
-        == encoder.fingerprint
+    """With bfloat16 products."""
+    mixed = replace(
+        settings,
+        kind=("relu", "topk", "batchtopk", "jumprelu", "matryoshka"),
+        lambda_sparsity=(0.1,),
+        k=(4.0, 8.0),
+        target_l0=(8.0,),
+        precision="bfloat16",
+        mesh="1x1",
     )
+    run(encoder, mixed)
+    other = replace(mixed, run_dir=str(tmp_path / "other"))
+    train_until(other, 27, encoder.fingerprint, partial(open_source, encoder, other))
+    run(encoder, other)
+    paths = [p for p in (tmp_path / "run").rglob("*") if p.suffix in (".csv", ".safetensors")]
+    assert len(paths) == 3 * 8 + 1
+    for path in paths:
+        assert (
+            path.read_bytes()
+            == (tmp_path / "other" / path.relative_to(tmp_path / "run")).read_bytes()
+        )
+    assert not list(tmp_path.rglob("b*.npy"))
+    for path in (tmp_path / "other/members").glob("*/config.json"):
+        assert json.loads(path.read_text())["encoder_fingerprint"] == encoder.fingerprint
 
 
 def test_other_recordings_are_refused_on_resume(encoder, settings):

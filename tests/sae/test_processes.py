@@ -97,6 +97,27 @@ def test_two_processes_train_like_one(one_process, tmp_path, mesh):
 
 
 @pytest.mark.slow
+def test_two_processes_select_the_same_features(small_store, tmp_path):
+    """Kinds that select over the whole batch, of which each process has a part."""
+    kinds = ("--kind", "relu", "topk", "batchtopk", "jumprelu", "matryoshka")
+    sparsity = ("--lambda_sparsity", 1, "--k", 3, "--target_l0", 3, "--aux_dead_after", 62)
+    steps = ("--num_steps", 8, "--batch_size", 31, "--eval_window", 2, "--lr", 1e-3)
+    flags = ("--store", small_store, *kinds, *sparsity, *steps, "--feature_dim_factor", 2)
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    command = minsae("train", *flags, "--run_dir", one)
+    subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    results = Cluster(minsae("train", *flags, "--run_dir", two, "--mesh", "1x4")).wait()
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    assert_same_metrics(one, two)
+    paths = sorted(one.rglob("act_freqs.csv"))
+    assert len(paths) == 5
+    for path in paths:
+        assert path.read_bytes() == (two / path.relative_to(one)).read_bytes(), path
+
+
+@pytest.mark.slow
 def test_signal_to_one_process_stops_both(small_store, tmp_path):
     run = tmp_path / "run"
     flags = ("--store", small_store, *FLAGS, "--num_steps", 100_000, "--run_dir", run)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from minsae_jax.sae.config import TrainConfig
+
 Params = dict[str, Any]  # parameter name -> array, NumPy's or JAX's
 Hyper = dict[str, Array]  # hyper-parameter name -> scalar; under vmap one value for each member
 
@@ -102,6 +104,10 @@ class SAEKind:
     def sparsity_name(self) -> str:
         """The hyper-parameter that sets how sparse the features are."""
         raise NotImplementedError
+
+    def for_run(self, config: TrainConfig, d_model: int) -> "SAEKind":
+        """Return this kind with its settings for a run."""
+        return self
 
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of every parameter."""

@@ -1,11 +1,13 @@
 """JumpReLU: f = z where z > θ, else 0, with a trained threshold θ for each feature.
 
 The step at θ has no gradient; where |z - θ| is below half a bandwidth ε, θ gets that of a ramp of
-width ε (Rajamanoharan et al. 2024). Two penalties:
+width ε (Rajamanoharan et al. 2024). Three penalties:
 
     tanh        λ Σ_i tanh(4 f_i n_i) + 3e-6 Σ_i relu(θ_i - z_i) n_i,   n_i = ‖W_dec,i‖₂
                 (Anthropic, January 2025; the ramp's gradient also goes to z)
-    target_l0   (L0 / target - 1)², where L0 is the batch's mean number of active features
+    step        λ L0, where L0 is the number of active features (Rajamanoharan et al. 2024)
+    target_l0   d_model (L0 / target - 1)², where L0 is the batch's mean number of active features
+                (d_model, since E‖x‖² is about d_model; dictionary_learning has 1 for E‖x‖² = 1)
 """
 
 from dataclasses import dataclass
@@ -16,24 +18,37 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.kinds.base import BatchContext, Hyper, Params
 from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors
 
 TANH_SLOPE = 4.0
 PRE_ACTIVATION_WEIGHT = 3e-6
-INITIAL_THRESHOLD = 0.1
+# Initial threshold and bandwidth with the penalty `step`, for E‖x‖² = 1 (Lieberum et al. 2024,
+# "Gemma Scope").
+STEP_WIDTH = 1e-3
 
 
 @dataclass(frozen=True)
 class JumpReLU(LinearSAE):
-    """mode: the penalty. bandwidth: ε, in the unit of scaled activations."""
+    """mode: the penalty. bandwidth: ε, in the unit of scaled activations, as initial_threshold."""
 
     mode: Literal["tanh", "step", "target_l0"] = "tanh"
     bandwidth: float = 2.0
+    initial_threshold: float = 0.1
 
     name = "jumprelu"
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     starts_at_median = True
+
+    def for_run(self, config: TrainConfig, d_model: int) -> "JumpReLU":
+        if config.target_l0:
+            return JumpReLU(mode="target_l0")
+        if config.jumprelu_penalty == "step":
+            # Scaled activations have a mean norm of √d_model.
+            width = STEP_WIDTH * d_model**0.5
+            return JumpReLU(mode="step", bandwidth=width, initial_threshold=width)
+        return JumpReLU(mode="tanh")
 
     @property
     def sparsity_name(self) -> str:
@@ -48,7 +63,7 @@ class JumpReLU(LinearSAE):
 
     def complete_init(self, params: Params, median: Float[Array, " d_model"] | None) -> Params:
         params = super().complete_init(params, median)
-        return params | {"threshold": jnp.full(params["b_enc"].shape, INITIAL_THRESHOLD)}
+        return params | {"threshold": jnp.full(params["b_enc"].shape, self.initial_threshold)}
 
     def encode(
         self, params: Params, x: Float[Array, "*tokens d_model"]
@@ -104,13 +119,13 @@ class JumpReLU(LinearSAE):
         return hyper["lambda_sparsity"]
 
     def batch_penalty(
-        self, mean_penalty: Float[Array, ""], hyper: Hyper
+        self, mean_penalty: Float[Array, ""], hyper: Hyper, d_model: int
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         if self.mode != "target_l0":
-            return super().batch_penalty(mean_penalty, hyper)
+            return super().batch_penalty(mean_penalty, hyper, d_model)
         target = hyper["target_l0"]
         excess = mean_penalty / target - 1
-        return jnp.square(excess), 2 * excess / target
+        return d_model * jnp.square(excess), 2 * d_model * excess / target
 
     def finish_update(self, params: Params, context: BatchContext) -> Params:
         return params | {"threshold": jnp.maximum(params["threshold"], 0)}

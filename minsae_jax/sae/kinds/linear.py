@@ -80,7 +80,10 @@ class LinearSAE(SAEKind):
         raise NotImplementedError
 
     def vectors(self, params: Params) -> Vectors:
-        """Return the vectors that `activate` differentiates by."""
+        """Return the vectors that `activate` differentiates by.
+
+        They are parameters, or "norm", the L2 norms of the decoder's rows.
+        """
         return {}
 
     def prefixes(self, d_sae: int) -> tuple[int, ...]:
@@ -265,11 +268,10 @@ class LinearSAE(SAEKind):
         gradients = {name: jnp.zeros_like(p) for name, p in params.items()}
         gradients |= mean.gradients | {"W_enc": mean.gradients["W_enc"].T}
         vectors = dict(mean.vectors)
-        batch_loss, weight = self.batch_penalty(mean.penalty, hyper)
+        batch_loss, weight = self.batch_penalty(mean.penalty, hyper, w_dec.shape[1])
         for name, gradient in mean.penalty_vectors.items():
             vectors[name] = vectors[name] + weight * gradient
-        if "threshold" in vectors:
-            gradients["threshold"] = vectors["threshold"]
+        gradients |= {name: vectors[name] for name in vectors.keys() & params.keys()}
         if "norm" in vectors:
             # d‖W_i‖/dW_i = W_i / ‖W_i‖, and 0 for a row of zeros.
             norms = jnp.linalg.norm(w_dec, axis=1)[:, None]
@@ -289,7 +291,7 @@ class LinearSAE(SAEKind):
         return gradients, metrics
 
     def batch_penalty(
-        self, mean_penalty: Float[Array, ""], hyper: Hyper
+        self, mean_penalty: Float[Array, ""], hyper: Hyper, d_model: int
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Return a loss of the batch's mean penalty, and its derivative by the mean penalty."""
         return jnp.zeros(()), jnp.zeros(())

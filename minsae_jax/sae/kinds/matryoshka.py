@@ -8,6 +8,7 @@ Features are those of BatchTopK, over all of d_sae. Early features learn what is
 import math
 from dataclasses import dataclass
 
+from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.kinds.batchtopk import BatchTopK
 
 
@@ -18,6 +19,9 @@ class Matryoshka(BatchTopK):
     shares: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
     name = "matryoshka"
+
+    def for_run(self, config: TrainConfig, d_model: int) -> "Matryoshka":
+        return Matryoshka(shares=config.matryoshka_shares)
 
     def prefixes(self, d_sae: int) -> tuple[int, ...]:
         """Return the prefixes' sizes; shares that round to the same size count once."""

@@ -99,7 +99,7 @@ def loss_of(kind, p, x, penalty=True):
     elif kind.mode == "step":
         loss += 0.7 * (f > 0).sum(1).mean()
     else:
-        loss += ((f > 0).sum(1).mean() / 9 - 1) ** 2
+        loss += D * ((f > 0).sum(1).mean() / 9 - 1) ** 2
     return loss
 
 
@@ -182,7 +182,7 @@ def test_threshold_gradient_is_that_of_the_ramp(name, x):
     feature_gradient = 2 * error @ p["W_dec"].T
     count_gradient = 0.7
     if name == "target_l0":
-        count_gradient = 2 * ((f > 0).sum(1).mean() / 9 - 1) / 9
+        count_gradient = 2 * D * ((f > 0).sum(1).mean() / 9 - 1) / 9
     ramp = -on_ramp.astype(float) / kind.bandwidth
     expected = (ramp * (p["threshold"] * feature_gradient + count_gradient)).mean(0)
     np.testing.assert_allclose(gradients["threshold"], expected, rtol=1e-4, atol=1e-5)
@@ -200,6 +200,23 @@ def test_padding_is_ignored(name, x):
     masked = gradients_of(kind, params, padded, mask, is_dead=is_dead)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(masked), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["batchtopk", "tanh", "target_l0"])
+def test_metrics_and_gradients_do_not_depend_on_the_batch_size(name, x):
+    """A batch with every token twice has the same means, AuxK included."""
+    kind = KINDS[name]
+    params = initial_params(kind)
+    is_dead = np.arange(F) % 4 == 0
+    gradients, metrics = gradients_of(kind, params, x[None], is_dead=is_dead)
+    twice = np.stack([x, x])
+    gradients_2, metrics_2 = gradients_of(kind, params, twice, is_dead=is_dead, n_tokens=2 * TOKENS)
+    for metric in ("loss", "mse", "l1", "l0"):
+        expected = float(getattr(metrics, metric))
+        assert float(getattr(metrics_2, metric)) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_array_equal(metrics_2.active, 2 * metrics.active)
+    for key, gradient in gradients.items():
+        np.testing.assert_allclose(gradients_2[key], gradient, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
