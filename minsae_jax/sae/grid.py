@@ -48,7 +48,8 @@ def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
     """Return the members of a sweep, one group for each kind and d_sae.
 
     A group has all combinations of its sparsity setting (λ, k or target L0), lr and seed. Raises
-    UserError if d_sae is out of range or not unique, or k is more than d_sae.
+    UserError if d_sae is out of range or not unique, k is more than d_sae, or a learning rate is
+    also the automatic one.
     """
     config = plan.config
     sizes = [int(factor * d_model) for factor in config.feature_dim_factor]
@@ -69,7 +70,7 @@ def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
                 f"--{kind.sparsity_name} {max(sparsity):g} is more than d_sae {min(sizes)}"
             )
         for d_sae in sizes:
-            lrs = config.lr or (automatic_lr(d_sae),)
+            lrs = _learning_rates(config, d_sae)
             group = []
             for value, lr, seed in product(sparsity, lrs, config.seed):
                 unnamed = MemberSpec("", kind, value, lr, seed, d_sae)
@@ -93,6 +94,18 @@ def _kinds(config: TrainConfig) -> list[SAEKind]:
                 kind = JumpReLU(mode=config.jumprelu_penalty)
         kinds.append(kind)
     return kinds
+
+
+def _learning_rates(config: TrainConfig, d_sae: int) -> list[float]:
+    """Return the learning rates of a sweep at one size, with `auto` resolved."""
+    rates = [automatic_lr(d_sae) if lr == "auto" else lr for lr in config.lr]
+    if len(set(rates)) < len(rates):
+        text = " ".join(map(str, config.lr))
+        auto = short_number(automatic_lr(d_sae))
+        raise UserError(
+            f"--lr contains duplicate values: {text}, where auto is {auto} at d_sae {d_sae}"
+        )
+    return rates
 
 
 def automatic_lr(d_sae: int) -> float:
