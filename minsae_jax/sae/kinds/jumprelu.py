@@ -81,7 +81,7 @@ class JumpReLU(LinearSAE):
         active = step(pre, threshold, self.bandwidth, reaches_pre)
         # The value is pre * active, and the ramp's gradient is multiplied by θ, as in the paper.
         constant = jax.lax.stop_gradient(active)
-        features = pre * constant + threshold * (active - constant)
+        features = pre * constant + jax.lax.stop_gradient(threshold) * (active - constant)
         zeros = jnp.zeros(pre.shape[1])
         if self.mode != "tanh":
             return Activated(features, active.sum(0), zeros)
