@@ -77,6 +77,7 @@ def kth_largest_of_batch(
     pass over memory: two close to where log count, interpolated, is that of k, and the middle. A
     good guess saves the first rounds; after them the bracket shrinks to a sixteenth in most.
     """
+
     class Bracket(NamedTuple):
         low: Array  # bits; at least k numbers reach it
         high: Array  # bits; fewer than k numbers reach it
