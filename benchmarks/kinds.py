@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from benchmarks.timing import alternate_all, machine
@@ -46,15 +46,16 @@ def step_of(name: str, d_sae: int, x: np.ndarray, n_members: int, aux: bool) -> 
     plan = config.plan()
     sweep = Sweep(plan, make_groups(plan, D_MODEL), D_MODEL)
     state = sweep.init(median=np.zeros(D_MODEL, np.float32))
-    silent_for = np.where(np.arange(d_sae) % 2, NEVER, 0)
-    silent = np.broadcast_to(silent_for.astype(np.int32), (n_members, d_sae))
+    silent = np.tile(np.where(np.arange(d_sae) % 2, NEVER, 0).astype(np.int32), (n_members, 1))
+    sharding = state.groups[0].tokens_since_fired.sharding
 
     def run() -> None:
         nonlocal state
         if aux:
             # Most features are active in every batch of these tokens and would never be dead.
             (group,) = state.groups
-            state = state._replace(groups=(group._replace(tokens_since_fired=jnp.array(silent)),))
+            dead = jax.device_put(silent, sharding)
+            state = state._replace(groups=(group._replace(tokens_since_fired=dead),))
         tokens = sweep.put(x)
         state, loss = sweep.step(state, sweep.hyper, tokens, np.float32(1), n_tokens=len(x))
         loss.block_until_ready()

@@ -49,7 +49,9 @@ class JumpReLU(LinearSAE):
 
     def complete_init(self, params: Params, median: Float[Array, " d_model"] | None) -> Params:
         params = super().complete_init(params, median)
-        return params | {"threshold": jnp.full(params["b_enc"].shape, INITIAL_THRESHOLD)}
+        # With a dtype, since a weakly typed array would make the second step compile again.
+        threshold = jnp.full(params["b_enc"].shape, INITIAL_THRESHOLD, jnp.float32)
+        return params | {"threshold": threshold}
 
     def encode(
         self, params: Params, x: Float[Array, "*tokens d_model"]
