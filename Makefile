@@ -71,8 +71,9 @@ check: $(SETUP) ## format, lint and types
 
 bench: bench-train bench-stream bench-extract ## measure training and extraction on this machine
 
-bench-train: $(SETUP) ## measure training against PyTorch
+bench-train: $(SETUP) ## measure training against PyTorch, and the kinds against ReLU
 	@$(BIN)/python -m benchmarks.train
+	@$(BIN)/python -m benchmarks.kinds
 
 bench-stream: $(SETUP) ## measure how fast a store is read, and how well it is shuffled
 	@$(BIN)/python -m benchmarks.stream

@@ -16,7 +16,15 @@ import torch
 
 
 def alternate(contestants: dict[str, Callable[[], None]], rounds: int = 5) -> dict[str, float]:
-    """Return the median seconds of a call of each contestant.
+    """Return the median seconds of a call of each contestant, see `alternate_all`."""
+    seconds = alternate_all(contestants, rounds)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def alternate_all(
+    contestants: dict[str, Callable[[], None]], rounds: int
+) -> dict[str, list[float]]:
+    """Return the seconds of every call of each contestant.
 
     Each is called once to warm up; then they take turns in every round.
     """
@@ -28,7 +36,7 @@ def alternate(contestants: dict[str, Callable[[], None]], rounds: int = 5) -> di
             started = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 def matrix_product_flops(precision: str = "float32") -> float:

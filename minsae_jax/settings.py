@@ -14,7 +14,7 @@ import math
 import re
 import reprlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -293,8 +293,11 @@ def _typed(cls: type, values: Values) -> Values:
     return {name: _coerce(value, hints[name], name) for name, value in values.items()}
 
 
-def _coerce(value: Any, hint: Any, name: str) -> Any:
-    """Return `value` as the type `hint`. Raises UserError naming the setting if it is another."""
+def _coerce(value: Any, hint: Any, name: str, words: Sequence[str] = ()) -> Any:
+    """Return `value` as the type `hint`. Raises UserError naming the setting if it is another.
+
+    words: others that the setting allows, for the error.
+    """
     origin = get_origin(hint)
     options = get_args(hint)
     if origin in (Union, types.UnionType):
@@ -316,8 +319,11 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if hint is int and type(value) is float and value.is_integer():
         return int(value)
     if type(value) is not hint:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise UserError(f"{name} must be {words[hint]}, got {shown(value)}")
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        expected = " or ".join([names[hint], *words])
+        raise UserError(
+            f"{name} must be {expected}, got {shown(value)}{did_you_mean(value, words)}"
+        )
     return value
 
 
@@ -326,7 +332,9 @@ def _coerce_union(value: Any, options: tuple[Any, ...], name: str) -> Any:
         return None
     # The first alternative is also the one that an error names.
     alternatives = [option for option in options if option is not type(None)]
+    words: list[str] = []
     for alternative in alternatives[1:]:
         if type(value) is alternative or value in get_args(alternative):
             return _coerce(value, alternative, name)
-    return _coerce(value, alternatives[0], name)
+        words += get_args(alternative)
+    return _coerce(value, alternatives[0], name, words)

@@ -49,8 +49,10 @@ def help_of(capsys, main, *args: str) -> str:
         (["train", "--lamda=3"], "unknown flag --lamda; did you mean '--lambda_sparsity'?"),
         (["train", "--num", "3"], "unknown flag --num"),  # no abbreviations
         (["train", "3"], "unexpected argument '3' (see minsae train --help)"),
-        (["train", "--lr", "x"], "lr must be a number, got 'x'"),
+        (["train", "--lr", "x"], "lr must be a number or auto, got 'x'"),
+        (["train", "--lr", "atuo"], "or auto, got 'atuo'; did you mean 'auto'?"),
         (["train", "--lr", "-1e-3"], "--lr must be"),
+        (["train", "--lr", "auto", "auto"], "--lr contains duplicate values: auto auto"),
         (["train", "--lr"], "--lr: expected at least one argument"),
         (["train", "--live=yes"], "--live/--no_live: ignored explicit argument 'yes'"),
         (["train", "--num_steps", "0"], "--num_steps must be"),

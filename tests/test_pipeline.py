@@ -328,7 +328,7 @@ def test_demo_reproduces_its_first_steps(tmp_path, environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "stream", "extract"])
+@pytest.mark.parametrize("name", ["train", "kinds", "stream", "extract"])
 def test_benchmarks_run(environment, name):
     out = run([sys.executable, "-m", f"benchmarks.{name}", "--quick"], ROOT, environment)
     assert "| " in out

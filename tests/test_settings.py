@@ -63,8 +63,8 @@ def test_each_verb_has_a_section(load):
         ),
         ("train: {num_steps: 1.5}", "num_steps must be a whole number, got 1.5"),
         ("train: {num_steps: true}", "num_steps must be a whole number, got True"),
-        ("train: {lr: fast}", "lr must be a number, got 'fast'"),
-        ("train: {lr: '1e-3'}", "lr must be a number, got '1e-3'"),
+        ("train: {lr: fast}", "lr must be a number or auto, got 'fast'"),
+        ("train: {lr: '1e-3'}", "lr must be a number or auto, got '1e-3'"),
         ("train: {overwrite: 1}", "overwrite must be true or false, got 1"),
         ("train: {store: 5}", "store must be text, got 5"),
         (
@@ -84,7 +84,7 @@ def test_each_verb_has_a_section(load):
         ),
         (
             "extract: {cache_layer: x}",
-            "section extract: cache_layer must be a whole number, got 'x'",
+            "section extract: cache_layer must be a whole number or all, got 'x'",
         ),  # another verb's section is checked too
     ],
 )
@@ -109,6 +109,11 @@ def test_number_without_sign_or_point_is_read(load):
     assert type(settings.num_steps) is int
     assert settings.lr == (1e-5, 2000.0, 5.0)
     assert type(settings.adam_eps) is float
+
+
+def test_automatic_learning_rate_is_read(load):
+    assert load("train: {lr: auto}").lr == ("auto",)
+    assert load("train: {lr: [auto, 1e-3]}").lr == ("auto", 1e-3)
 
 
 def merges(levels: int, each: int = 9) -> str:

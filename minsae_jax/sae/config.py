@@ -90,8 +90,9 @@ class SweepFlags:
     """Active features per token of topk, batchtopk and matryoshka (16, 32 and 64)."""
     target_l0: Annotated[tuple[float, ...], Positive] = ()
     """Active features per token that jumprelu is to reach, instead of λ."""
-    lr: Annotated[tuple[float, ...], NonNegative] = ()
-    """Adam's learning rate (april2024: 5e-5; minsae: 1e-3; modern: 2e-4 √(16,384 / d_sae))."""
+    lr: Annotated[tuple[float | Literal["auto"], ...], NonNegative] = ()
+    """Adam's learning rate; auto is 2e-4 √(16,384 / d_sae), for each size its value (april2024:
+    5e-5; minsae: 1e-3; modern: auto)."""
     seed: Annotated[tuple[int, ...], Seed] = (0,)
     """Seed of the initial weights."""
     feature_dim_factor: Annotated[tuple[float, ...], Positive] = (8.0,)
@@ -363,8 +364,7 @@ _APRIL2024: Values = {
 }
 _RECIPE_DEFAULTS: dict[str, Values] = {
     "april2024": _APRIL2024,
-    # Without a learning rate each group has the one for its d_sae.
-    "modern": _APRIL2024 | {"kind": ("batchtopk",), "lr": ()},
+    "modern": _APRIL2024 | {"kind": ("batchtopk",), "lr": ("auto",)},
     "minsae": {
         "kind": ("relu",),
         "lambda_sparsity": (0.01,),

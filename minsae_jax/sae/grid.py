@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from minsae_jax.errors import UserError
-from minsae_jax.sae.config import TrainPlan
+from minsae_jax.sae.config import TrainConfig, TrainPlan
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.kinds import KINDS, SAEKind
 
@@ -46,7 +46,8 @@ def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
     """Return the members of a sweep, one group for each kind and d_sae.
 
     A group has all combinations of its sparsity setting (λ, k or target L0), lr and seed. Raises
-    UserError if d_sae is out of range or not unique, or k is more than d_sae.
+    UserError if d_sae is out of range or not unique, k is more than d_sae, or a learning rate is
+    also the automatic one.
     """
     config = plan.config
     sizes = [int(factor * d_model) for factor in config.feature_dim_factor]
@@ -68,7 +69,7 @@ def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
                 f"--{kind.sparsity_name} {max(sparsity):g} is more than d_sae {min(sizes)}"
             )
         for d_sae in sizes:
-            lrs = config.lr or (automatic_lr(d_sae),)
+            lrs = _learning_rates(config, d_sae)
             group = []
             for value, lr, seed in product(sparsity, lrs, config.seed):
                 unnamed = MemberSpec("", kind, value, lr, seed, d_sae)
@@ -76,6 +77,18 @@ def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
                 group.append(MemberSpec(name, kind, value, lr, seed, d_sae))
             groups.append(tuple(group))
     return tuple(groups)
+
+
+def _learning_rates(config: TrainConfig, d_sae: int) -> list[float]:
+    """Return the learning rates of a sweep at one size, with `auto` resolved."""
+    rates = [automatic_lr(d_sae) if lr == "auto" else lr for lr in config.lr]
+    if len(set(rates)) < len(rates):
+        text = " ".join(map(str, config.lr))
+        auto = short_number(automatic_lr(d_sae))
+        raise UserError(
+            f"--lr contains duplicate values: {text}, where auto is {auto} at d_sae {d_sae}"
+        )
+    return rates
 
 
 def automatic_lr(d_sae: int) -> float:

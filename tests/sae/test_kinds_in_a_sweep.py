@@ -1,5 +1,6 @@
 """All kinds side by side in one run: training, resume, meshes and loading."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -289,3 +290,36 @@ def test_jumprelu_has_the_bandwidth_of_its_penalty():
         ((member,),) = make_groups(plan, 144)
         widths[penalty] = (member.kind.bandwidth, member.kind.initial_threshold)
     assert widths == {"tanh": (2, 0.1), "step": pytest.approx((0.012, 0.012))}
+
+
+@pytest.mark.parametrize("recipe", ["april2024", "minsae", "modern"])
+def test_every_size_has_its_automatic_learning_rate(recipe):
+    """2e-4 √(2¹⁴ / d_sae), and the number is in the names."""
+    lr = ("auto", 1e-3)
+    plan = TrainConfig(recipe=recipe, lr=lr, feature_dim_factor=(8.0, 32.0, 128.0)).plan()
+    groups = make_groups(plan, 128)
+    rates = {(member.d_sae, member.lr) for group in groups for member in group}
+    automatic = {(1024, 8e-4), (4096, 4e-4), (16384, 2e-4)}
+    assert rates == automatic | {(1024, 1e-3), (4096, 1e-3), (16384, 1e-3)}
+    names = [member.name for member in groups[1]]
+    assert [name.partition(",lr=")[2] for name in names[:2]] == [
+        "0.0004,d_sae=4096",
+        "0.001,d_sae=4096",
+    ]
+
+
+def test_learning_rate_that_is_also_the_automatic_one_is_refused():
+    plan = TrainConfig(lr=(8e-4, "auto"), feature_dim_factor=(8.0,)).plan()
+    message = "duplicate values: 0.0008 auto, where auto is 0.0008 at d_sae 1024"
+    with pytest.raises(UserError, match=message):
+        make_groups(plan, 128)
+
+
+def test_automatic_learning_rate_is_logged_as_a_number(settings):
+    run = train(replace(settings, lr=("auto",), num_steps=8)).folder
+    expected = {32: 2e-4 * 2 ** ((14 - 5) / 2), 48: 2e-4 * (2**14 / 48) ** 0.5}
+    with (run / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    for row in rows:
+        assert float(row["lr"]) == pytest.approx(expected[int(row["d_sae"])], rel=1e-5)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds.base import Objective, Params
 
 
@@ -41,6 +42,20 @@ def zero_gradients(params: Params) -> Params:
     """Return zeros for the gradients of the two maps, with W_enc transposed."""
     zeros = {name: jnp.zeros_like(params[name]) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     return zeros | {"W_enc": zeros["W_enc"].T}
+
+
+def row_sums(a: Float[Array, "m n"]) -> Float[Array, " m"]:
+    """Return a.sum(1). On CPU a product with ones is faster; elsewhere it would not be fused."""
+    if on_cpu():
+        return a @ jnp.ones(a.shape[1])
+    return a.sum(1)
+
+
+def column_sums(a: Float[Array, "m n"]) -> Float[Array, " n"]:
+    """Return a.sum(0), see `row_sums`."""
+    if on_cpu():
+        return jnp.ones(a.shape[0]) @ a
+    return a.sum(0)
 
 
 def product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:

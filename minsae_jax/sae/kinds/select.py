@@ -65,7 +65,7 @@ def keep_largest(
 
 
 def kth_largest_of_batch(
-    pre: Float[Array, "*shape"],
+    pre: Float[Array, "tiles d_sae tile"],
     k: Int[Array, ""],
     guess: Float[Array, ""],
     sum_devices: Callable[[Array], Array],
@@ -77,7 +77,6 @@ def kth_largest_of_batch(
     pass over memory: two close to where log count, interpolated, is that of k, and the middle. A
     good guess saves the first rounds; after them the bracket shrinks to a sixteenth in most.
     """
-    chunks = _in_chunks(pre)
 
     class Bracket(NamedTuple):
         low: Array  # bits; at least k numbers reach it
@@ -90,7 +89,7 @@ def kth_largest_of_batch(
 
     def narrow(bracket: Bracket, thresholds: Int[Array, "3"]) -> Bracket:
         thresholds = jnp.clip(thresholds, bracket.low + 1, bracket.high - 1)
-        counts = sum_devices(_count_reaching(chunks, _to_float(thresholds)))
+        counts = sum_devices(_count_reaching(pre, _to_float(thresholds)))
         enough = counts >= k
         low = jnp.where(enough, thresholds, bracket.low).max()
         high = jnp.where(enough, bracket.high, thresholds).min()
@@ -119,23 +118,26 @@ def kth_largest_of_batch(
     return _to_float(bracket.low)
 
 
-def _in_chunks(x: Float[Array, "*shape"]) -> Float[Array, "n chunk"]:
-    """Return all numbers as rows of CHUNK, filled up with 0, which reaches no threshold."""
-    return jnp.pad(x.ravel(), (0, -x.size % CHUNK)).reshape(-1, CHUNK)
-
-
 def _count_reaching(
-    chunks: Float[Array, "n chunk"], thresholds: Float[Array, "3"]
+    pre: Float[Array, "tiles d_sae tile"], thresholds: Float[Array, "3"]
 ) -> Int[Array, "3"]:
     """Return how many numbers are >= each threshold, in one pass.
 
     The counts of a chunk take 10 bits each, so that three of them are added as one integer.
     """
-    packed = jnp.zeros((), jnp.int32)
-    for i in range(3):
-        packed = packed + jnp.where(chunks >= thresholds[i], 1 << (10 * i), 0)
-    sums = packed.sum(1)
-    return jnp.stack([((sums >> (10 * i)) & 1023).sum() for i in range(3)])
+
+    def add_tile(counts: Array, tile: Array) -> tuple[Array, None]:
+        # Filled up with 0, which reaches no threshold.
+        chunks = jnp.pad(tile.ravel(), (0, -tile.size % CHUNK)).reshape(-1, CHUNK)
+        packed = jnp.zeros((), jnp.int32)
+        for i in range(3):
+            packed = packed + jnp.where(chunks >= thresholds[i], 1 << (10 * i), 0)
+        sums = packed.sum(1)
+        counts += jnp.stack([((sums >> (10 * i)) & 1023).sum() for i in range(3)])
+        return counts, None
+
+    # One tile after the other: XLA for CPU stores `packed`, which then fits the cache.
+    return jax.lax.scan(add_tile, jnp.zeros(3, jnp.int32), pre)[0]
 
 
 def _to_bits(x: Float[Array, "*rows"]) -> Int[Array, "*rows"]:

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from minsae_jax.parallel.mesh import DATA
-from minsae_jax.sae.kinds import Batch, BatchContext, BatchTopK, JumpReLU, Matryoshka, Objective
+from minsae_jax.sae.kinds import (
+    Batch,
+    BatchContext,
+    BatchTopK,
+    JumpReLU,
+    Matryoshka,
+    Objective,
+    jumprelu,
+)
 from minsae_jax.sae.kinds.topk import TopK
 
 D, F, TOKENS = 12, 40, 60
@@ -187,6 +195,39 @@ def test_threshold_gradient_is_that_of_the_ramp(name, x):
     expected = (ramp * (p["threshold"] * feature_gradient + count_gradient)).mean(0)
     np.testing.assert_allclose(gradients["threshold"], expected, rtol=1e-4, atol=1e-5)
     assert np.abs(expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("n_tiles", [1, 3])
+def test_gradients_of_the_tanh_penalty_have_the_ramp(n_tiles, x, monkeypatch):
+    """Anthropic's January 2025 update: the ramp also reaches z. Written out in float64."""
+    # Large, since 3e-6 would be lost in the tolerance.
+    monkeypatch.setattr(jumprelu, "PRE_ACTIVATION_WEIGHT", 0.3)
+    kind = KINDS["tanh"]
+    params = initial_params(kind)
+    gradients, _ = gradients_of(kind, params, x.reshape(n_tiles, -1, D))
+    p = float64(params)
+    pre = x @ p["W_enc"] + p["b_enc"]
+    f = features_of(kind, p, x)
+    norms = np.linalg.norm(p["W_dec"], axis=1)
+    error = f @ p["W_dec"] + p["b_dec"] - x
+    slope = 0.7 * 4 * (1 - np.tanh(4 * f * norms) ** 2)
+    feature_gradient = 2 * error @ p["W_dec"].T + slope * norms
+    on_ramp = np.abs(pre - p["threshold"]) < kind.bandwidth / 2
+    ramp = on_ramp * feature_gradient * p["threshold"] / kind.bandwidth
+    is_below = pre < p["threshold"]
+    below = 0.3 * norms * is_below
+    pre_gradient = ~is_below * feature_gradient + ramp - below
+    norm_gradient = slope * f + 0.3 * is_below * (p["threshold"] - pre)
+    direct = 2 * f.T @ error / TOKENS
+    expected = {
+        "threshold": (below - ramp).mean(0),
+        "b_enc": pre_gradient.mean(0),
+        "W_enc": x.T @ pre_gradient / TOKENS,
+        "W_dec": direct + (norm_gradient.mean(0) / norms)[:, None] * p["W_dec"],
+    }
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+        assert np.abs(gradient).max() > 1e-2
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -114,7 +114,7 @@ class Reference:
         values, indices = (torch.relu(pre) * is_dead).topk(D // 2, 1)
         dead_features = torch.zeros_like(pre).scatter(1, indices, values)
         difference = error - dead_features @ self.p["W_dec"]
-        return (difference**2).sum() / ((error - error.mean(0)) ** 2).sum() / 32
+        return D / 32 * (difference**2).sum() / ((error - error.mean(0)) ** 2).sum()
 
     def step(self, x, number):
         """Make a step, counted from 0, and return its metrics."""
@@ -157,10 +157,15 @@ def name(request):
 
 def test_fifty_steps_follow_the_definition(name):
     settings = TrainConfig(
-        **KINDS[name], lr=(LR,), num_steps=STEPS, feature_dim_factor=(F / D,), mesh="1x1"
+        **KINDS[name],
+        lr=(LR,),
+        num_steps=STEPS,
+        feature_dim_factor=(F / D,),
+        mesh="1x1",
+        aux_dead_after=DEAD_AFTER,
     )
     plan = settings.plan()
-    sweep = Sweep(plan, make_groups(plan, D), D, aux_dead_after=DEAD_AFTER)
+    sweep = Sweep(plan, make_groups(plan, D), D)
     median = geometric_median(next(batches()))
     (start,) = sweep.weights(sweep.init(median=median))
 
