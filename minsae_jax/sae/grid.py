@@ -1,5 +1,6 @@
 """The members of a sweep: every combination of its values, grouped by kind and size."""
 
+import math
 from dataclasses import dataclass
 from itertools import product
 
@@ -9,6 +10,7 @@ from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.kinds import KINDS, SAEKind
 from minsae_jax.sae.kinds.jumprelu import JumpReLU
 from minsae_jax.sae.kinds.matryoshka import Matryoshka
+from minsae_jax.sae.kinds.topk import TopK
 
 MAX_D_SAE = 2**24
 # Hyper-parameters that differ between members, in the order of the columns of sweep.csv.
@@ -85,6 +87,8 @@ def _kinds(config: TrainConfig) -> list[SAEKind]:
     kinds = []
     for name in config.kind:
         kind = KINDS[name]
+        if isinstance(kind, TopK):
+            kind = TopK(k_max=math.ceil(max(config.k)))
         if isinstance(kind, Matryoshka):
             kind = Matryoshka(shares=config.matryoshka_shares)
         if isinstance(kind, JumpReLU):
