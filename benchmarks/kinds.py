@@ -90,7 +90,7 @@ def main() -> None:
     if is_quick:
         print_kinds(256, batch, n_members, rounds=1)
         return
-    print_kinds(1024, batch, n_members, rounds=15)
+    print_kinds(1024, batch, n_members, rounds=11)
     print_kinds(4096, batch, n_members, rounds=5)
 
 

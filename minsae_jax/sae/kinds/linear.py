@@ -150,11 +150,10 @@ class LinearSAE(SAEKind):
         ) -> tuple[LinearSums, Array | None]:
             tile, pre = tile_and_pre
             tile_context = context._replace(pre=pre)
-            tile_sums, error = self._tile_sums(
-                weights, vectors, tile, hyper, objective, tile_context
+            sums, error = self.add_tile(
+                sums, weights, vectors, tile, hyper, objective, tile_context
             )
-            kept_error = error if self.uses_aux else None
-            return jax.tree.map(jnp.add, sums, tile_sums), kept_error
+            return sums, error if self.uses_aux else None
 
         zero = jnp.zeros(())
         d_sae = params["W_dec"].shape[0]
@@ -176,6 +175,20 @@ class LinearSAE(SAEKind):
         return sums._replace(
             gradients=jax.tree.map(jnp.add, sums.gradients, gradients), other=sums.other + aux
         )
+
+    def add_tile(
+        self,
+        sums: LinearSums,
+        weights: Weights,
+        vectors: Vectors,
+        tile: Batch,
+        hyper: Hyper,
+        objective: Objective,
+        context: BatchContext,
+    ) -> tuple[LinearSums, Float[Array, "d_model tile"]]:
+        """Return the sums with those of one tile added, and the tile's x̂ - x."""
+        tile_sums, error = self._tile_sums(weights, vectors, tile, hyper, objective, context)
+        return jax.tree.map(jnp.add, sums, tile_sums), error
 
     def _tile_sums(
         self,

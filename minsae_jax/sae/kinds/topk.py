@@ -4,26 +4,49 @@
 
 Decoder rows have norm 1. Where fewer than k pre-activations are positive, fewer features are
 active. The same rule applies in training and afterwards.
+
+On CPU, where d_sae is far above k, only the encoder's product is over all features. x̂ and the
+gradients of both maps are computed from the rows of the active ones.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minsae_jax.sae.kinds.base import BatchContext, Hyper, Params
-from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors
+from minsae_jax.parallel.mesh import on_cpu
+from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae.kinds.base import Batch, BatchContext, Hyper, Objective, Params
+from minsae_jax.sae.kinds.linear import Activated, LinearSAE, LinearSums, Vectors
+from minsae_jax.sae.kinds.products import Weights, product
 from minsae_jax.sae.kinds.select import keep_largest
 
 
 @dataclass(frozen=True)
 class TopK(LinearSAE):
+    """k_max: at least every member's k, if known; needed for the products of active rows only."""
+
+    k_max: int | None = None
+
+    # Of d_sae to k_max, from which on rows are taken. Measured at k 32: loss and gradients take 0.8
+    # of the dense time at a ratio of 32, 0.4 at 128 and 0.2 at 512.
+    min_ratio: ClassVar[int] = 64
     name = "topk"
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec", "k")
     starts_at_median = True
     unit_decoder = True
     uses_aux = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        # k_max is about speed only.
+        return {}
+
+    def for_run(self, config: TrainConfig, d_model: int) -> "TopK":
+        return TopK(k_max=math.ceil(max(config.k)))
 
     @property
     def sparsity_name(self) -> str:
@@ -51,3 +74,51 @@ class TopK(LinearSAE):
     ) -> Activated:
         zeros = jnp.zeros(pre.shape[1])
         return Activated(keep_largest(jax.nn.relu(pre), hyper["k"]), zeros, zeros)
+
+    def add_tile(
+        self,
+        sums: LinearSums,
+        weights: Weights,
+        vectors: Vectors,
+        tile: Batch,
+        hyper: Hyper,
+        objective: Objective,
+        context: BatchContext,
+    ) -> tuple[LinearSums, Float[Array, "d_model tile"]]:
+        is_rounded = objective.factors != "float32"
+        is_dense = self.k_max is None or len(weights.w_dec) < self.min_ratio * self.k_max
+        # Accelerators have fast products, and their order of scattered sums is not fixed.
+        if self.k_max is None or is_dense or is_rounded or not on_cpu():
+            return super().add_tile(sums, weights, vectors, tile, hyper, objective, context)
+        # B tokens of the tile, K active features of each, D d_model
+        x_BxD = tile.x
+        mask = jnp.ones(len(x_BxD)) if tile.is_token is None else tile.is_token
+        pre_BxF = product(x_BxD, weights.w_enc_T.T) + weights.b_enc[None]
+        largest_BxK, indices = jax.lax.top_k(pre_BxF, self.k_max)
+        is_kept = jnp.arange(self.k_max, dtype=jnp.float32) < hyper["k"]
+        f_BxK = jnp.where(is_kept[None], jax.nn.relu(largest_BxK), 0) * mask[:, None]
+        rows_BxKxD = weights.w_dec[indices]
+        x_hat_BxD = jnp.einsum("bk,bkd->bd", f_BxK, rows_BxKxD) + weights.b_dec[None]
+        error_BxD = (x_hat_BxD - x_BxD) * mask[:, None]
+        # dloss/dx̂ and, where a feature is active, dloss/dpre
+        factor = 2 * objective.recon_weight * objective.mse_factor(x_BxD.shape[1])
+        x_hat_gradient_BxD = factor * error_BxD
+        backward_BxK = jnp.einsum("bkd,bd->bk", rows_BxKxD, x_hat_gradient_BxD)
+        pre_gradient_BxK = jnp.where(f_BxK > 0, backward_BxK, 0)
+        before = sums.gradients
+        enc_rows = pre_gradient_BxK[:, :, None] * x_BxD[:, None]
+        dec_rows = f_BxK[:, :, None] * x_hat_gradient_BxD[:, None]
+        gradients = {
+            "W_enc": before["W_enc"].at[indices].add(enc_rows),
+            "b_enc": before["b_enc"].at[indices].add(pre_gradient_BxK),
+            "W_dec": before["W_dec"].at[indices].add(dec_rows),
+            "b_dec": before["b_dec"] + x_hat_gradient_BxD.sum(0),
+        }
+        residual = jnp.square(error_BxD).sum()
+        added = sums._replace(
+            gradients=gradients,
+            reconstruction=sums.reconstruction + residual,
+            residual=sums.residual + residual,
+            active=sums.active.at[indices].add((f_BxK > 0).astype(jnp.int32)),
+        )
+        return added, error_BxD.T

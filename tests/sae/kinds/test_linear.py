@@ -25,8 +25,17 @@ from minsae_jax.sae.kinds.topk import TopK
 
 D, F, TOKENS = 12, 40, 60
 OBJECTIVE = Objective(mean_over_d_model=False)
+
+
+class TopKByRows(TopK):
+    """TopK that takes rows at every size; k_max is more than k."""
+
+    min_ratio = 1
+
+
 KINDS = {
     "topk": TopK(),
+    "topk by rows": TopKByRows(k_max=8),
     "batchtopk": BatchTopK(),
     "matryoshka": Matryoshka(shares=(0.25, 0.5, 1.0)),
     "tanh": JumpReLU(mode="tanh"),
@@ -260,7 +269,7 @@ def test_metrics_and_gradients_do_not_depend_on_the_batch_size(name, x):
         np.testing.assert_allclose(gradients_2[key], gradient, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize("name", ["topk", "topk by rows", "batchtopk", "matryoshka"])
 def test_dead_features_learn_from_the_residual(name, x):
     """AuxK with a forced dead mask: D/32 Σ‖e - ê‖² / Σ‖e - mean e‖², e not differentiated."""
     kind = KINDS[name]
@@ -290,9 +299,9 @@ def test_dead_features_learn_from_the_residual(name, x):
         assert (difference * direction).sum() == pytest.approx(expected, rel=2e-3, abs=1e-5)
 
 
-def test_zero_picks_are_not_alive():
+@pytest.mark.parametrize("kind", [TopK(), TopKByRows(k_max=5)], ids=["dense", "rows"])
+def test_zero_picks_are_not_alive(kind):
     """Where fewer than k pre-activations are positive, fewer features are active."""
-    kind = TopK()
     params = initial_params(kind)
     params["b_enc"] = jnp.where(jnp.arange(F) < 2, 100.0, -100.0)
     x = np.zeros((TOKENS, D), np.float32)
