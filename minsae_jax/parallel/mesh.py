@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree
 
 from minsae_jax.errors import UserError
 from minsae_jax.parallel.processes import process_count
@@ -57,6 +59,32 @@ def make_local_mesh() -> Mesh:
 def on_cpu() -> bool:
     """Return whether to compute in small tiles that fit the cache, one member after the other."""
     return jax.default_backend() == "cpu"
+
+
+def sum_devices(values: PyTree) -> PyTree:
+    """Return the sums over `data` of every leaf, each leaf after the one before it."""
+    leaves, structure = jax.tree.flatten(values)
+    sums: list[Array] = []
+    for leaf in leaves:
+        waiting = after(leaf, sums[-1]) if sums else leaf
+        sums.append(jax.lax.psum(waiting, DATA))
+    return jax.tree.unflatten(structure, sums)
+
+
+def after(values: PyTree, done: Array) -> PyTree:
+    """Return `values`, in a way that a sum of them over devices waits for `done`.
+
+    JAX gives all sums of a `shard_map` the same channel, and XLA for CPU (jaxlib 0.10) starts a sum
+    before an independent one is complete. It then adds numbers of one to the other, or reads beyond
+    their memory. So on CPU each sum of a program must depend on the one before it.
+    """
+    if not on_cpu() or jax.lax.axis_size(DATA) == 1:
+        return values
+    # No result is ever the lowest number, but XLA does not know that.
+    is_float = jnp.issubdtype(done.dtype, jnp.floating)
+    lowest = jnp.finfo(done.dtype).min if is_float else jnp.iinfo(done.dtype).min
+    never = done.ravel()[0] == lowest
+    return jax.tree.map(lambda value: jnp.where(never, jnp.zeros_like(value), value), values)
 
 
 def tile_batch(mesh: Mesh, n_tokens: int, n_features: int) -> tuple[int, int]:

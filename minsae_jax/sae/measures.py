@@ -28,12 +28,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from minsae_jax.parallel.mesh import (
-    DATA,
     SWEEP,
     map_members,
     put_batch,
     replicated,
     shard_over_members_and_batch,
+    sum_devices,
     tile_batch,
 )
 from minsae_jax.sae.kinds import Params, SAEKind
@@ -159,11 +159,11 @@ def _batch_program(mesh: Mesh, kinds: tuple[SAEKind, ...], n_tiles: int) -> Call
         for kind, group in zip(kinds, groups, strict=True):
             members.append(map_members(partial(_member_sums, kind, tiles, mask), group))
         # Padding is 0, so that it does not count in the sum of x.
-        n_tokens, sum_x = jax.lax.psum((is_token.sum(), x.sum(0)), DATA)
+        n_tokens, sum_x = sum_devices((is_token.sum(), x.sum(0)))
         # But x - mean is not 0 on padding, so it is masked.
         m2 = (jnp.square(x - sum_x[None] / n_tokens).sum(1) * is_token).sum()
         nonzero = (jnp.square(x).sum(1) > 0).sum(dtype=jnp.float32)
-        members, m2, nonzero = jax.lax.psum((members, m2, nonzero), DATA)
+        m2, nonzero, members = sum_devices((m2, nonzero, members))
         return members, TokenSums(n_tokens, sum_x, m2, nonzero)
 
     def run(

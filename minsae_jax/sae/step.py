@@ -15,7 +15,15 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from minsae_jax.parallel.mesh import DATA, SWEEP, map_members, on_cpu, tile_batch
+from minsae_jax.parallel.mesh import (
+    DATA,
+    SWEEP,
+    after,
+    map_members,
+    on_cpu,
+    sum_devices,
+    tile_batch,
+)
 from minsae_jax.sae.config import OptimizerPlan
 from minsae_jax.sae.kinds import (
     Batch,
@@ -112,7 +120,7 @@ def member_step(
 
     # On CPU one member after the other; the update below is faster for all at once.
     sums, contexts = map_members(member_sums, members.params, hyper, is_dead)
-    sums = jax.lax.psum(sums, DATA)
+    sums = sum_devices(sums)
     update = partial(_update_member, program, kind, objective, factors, n_tokens)
     return jax.vmap(update)(members, hyper, sums, contexts)
 
@@ -207,6 +215,7 @@ def sweep_step(
                     program, kind, objective, factors, n_tokens, batch, members, members_hyper
                 )
             )
+            batch, x = after((batch, x), new_groups[-1].metrics.loss)
         return tuple(new_groups), _token_moments(x, is_token, n_tokens)
 
     x = x.astype(jnp.float32) * scale
@@ -264,9 +273,9 @@ def _token_moments(
     x: Float[Array, "rows d_model"], is_token: Float[Array, " rows"], n_tokens: int
 ) -> tuple[Float[Array, " d_model"], Float[Array, ""]]:
     """Return the mean token and Σ‖x - mean‖² over all devices; padding is 0."""
-    mean = jax.lax.psum(x.sum(0), DATA) / n_tokens
+    mean = sum_devices(x.sum(0)) / n_tokens
     m2 = (jnp.square(x - mean[None]).sum(1) * is_token).sum()
-    return mean, jax.lax.psum(m2, DATA)
+    return mean, sum_devices(m2)
 
 
 def _merge_moments(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minsae_jax.parallel.mesh import DATA
+from minsae_jax.parallel.mesh import sum_devices
 from minsae_jax.sae.kinds.base import Batch, BatchContext, Objective, Params
 from minsae_jax.sae.kinds.products import Weights, pre_activations, product, zero_gradients
 from minsae_jax.sae.kinds.select import keep_largest
@@ -32,10 +32,10 @@ def aux_sums(
     d_model = errors.shape[1]
     n_aux = max(d_model // 2, 1)
     mask = jnp.ones(batch.x.shape[:2]) if batch.is_token is None else batch.is_token
-    n_tokens = jax.lax.psum(mask.sum(), DATA)
-    mean = jax.lax.psum(errors.sum((0, 2)), DATA) / n_tokens
+    total, n_tokens = sum_devices((errors.sum((0, 2)), mask.sum()))
+    mean = total / n_tokens
     deviation = (errors - mean[None, :, None]) * mask[:, None]
-    variance = jax.lax.psum(jnp.square(deviation).sum(), DATA)
+    variance = sum_devices(jnp.square(deviation).sum())
     # In the unit of sums, loss * tokens.
     weight = RELATIVE_WEIGHT * d_model
     factor = jnp.where(variance > 0, weight * n_tokens / variance, 0)

@@ -6,13 +6,12 @@ features are the pre-activations above `threshold`, a moving average of the thre
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minsae_jax.parallel.mesh import DATA
+from minsae_jax.parallel.mesh import DATA, sum_devices
 from minsae_jax.sae.kinds.base import Batch, BatchContext, Hyper, Objective, Params
 from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors
 from minsae_jax.sae.kinds.products import pre_activations, round_weights
@@ -74,17 +73,14 @@ class BatchTopK(LinearSAE):
             return pre
 
         pre = jax.lax.map(encode_tile, batch)
-        n_tokens = jnp.float32(batch.x.shape[0] * batch.x.shape[1])
-        if batch.is_token is not None:
-            n_tokens = batch.is_token.sum()
-        n_tokens = jax.lax.psum(n_tokens, DATA)
-
+        if batch.is_token is None:
+            n_tokens = jnp.float32(batch.x.shape[0] * batch.x.shape[1] * jax.lax.axis_size(DATA))
+        else:
+            n_tokens = sum_devices(batch.is_token.sum())
         threshold = kth_largest_of_batch(
             pre,
             k=jnp.floor(hyper["k"] * n_tokens).astype(jnp.int32),
             guess=params["threshold"],
-            sum_devices=partial(jax.lax.psum, axis_name=DATA),
-            max_devices=partial(jax.lax.pmax, axis_name=DATA),
         )
         return context._replace(threshold=threshold, pre=pre)
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from minsae_jax.parallel.mesh import DATA, after, sum_devices
+
 # Bits of the smallest normal float32 number; processors may treat smaller ones as 0.
 SMALLEST = 0x00800000
 # Numbers counted as one integer with three counts of 10 bits.
@@ -68,8 +70,6 @@ def kth_largest_of_batch(
     pre: Float[Array, "tiles d_sae tile"],
     k: Int[Array, ""],
     guess: Float[Array, ""],
-    sum_devices: Callable[[Array], Array],
-    max_devices: Callable[[Array], Array],
 ) -> Float[Array, ""]:
     """Return a threshold t > 0 that exactly the k largest of all numbers reach.
 
@@ -108,8 +108,8 @@ def kth_largest_of_batch(
         middle = bracket.low + width // 2
         return narrow(bracket, jnp.stack([likely - margin, likely + margin, middle]))
 
-    n_numbers = sum_devices(jnp.asarray(pre.size, jnp.int32))
-    top = max_devices(pre.max())
+    n_numbers = jnp.int32(pre.size * jax.lax.axis_size(DATA))
+    top = jax.lax.pmax(after(pre.max(), k), DATA)
     low = jnp.int32(SMALLEST)
     high = jnp.maximum(_to_bits(jnp.maximum(top, 0)), low) + 1
     bracket = Bracket(low, high, n_numbers, jnp.int32(0))

@@ -9,14 +9,14 @@ from minsae_jax.sae.kinds.select import keep_largest, kth_largest_of_batch
 
 
 def select_of_batch(pre, k, guess=0.0):
-    threshold = kth_largest_of_batch(
-        jnp.asarray(pre),
-        jnp.int32(k),
-        jnp.float32(guess),
-        sum_devices=lambda x: x,
-        max_devices=lambda x: x,
-    )
-    return pre >= float(threshold)
+    """Select on as many devices as `pre` has tiles."""
+
+    def on_one_device(tile):
+        return kth_largest_of_batch(tile[None], jnp.int32(k), jnp.float32(guess))
+
+    thresholds = jax.vmap(on_one_device, axis_name="data")(jnp.asarray(pre))
+    assert len(set(thresholds.tolist())) == 1
+    return pre >= float(thresholds[0])
 
 
 def numbers(case, shape, seed=0):
