@@ -65,7 +65,8 @@ class Prepared:
             for finding in record.findings:
                 recordings_of.setdefault(finding, []).append(record.name)
         lines = [
-            f"{finding}: {join_some(names, limit=3)}" for finding, names in recordings_of.items()
+            f"{finding} (in {join_some(names, limit=3)})"
+            for finding, names in recordings_of.items()
         ]
         unused = Counter(name for record in self.records for name in record.unused_channels)
         if unused:

@@ -53,10 +53,10 @@ def open_file(path: Path) -> EegFile:
     Raises BadRecordingError if MNE cannot read it or its BIDS tables are invalid.
     """
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        # Warnings can contain parts of the header, so they are not shown.
+        with warnings.catch_warnings(), mne.utils.catch_logging() as log:
+            warnings.simplefilter("ignore")
             raw = mne.io.read_raw(path, preload=False, verbose="WARNING")
-            annotations = _annotations(raw)
         sampling_rate = float(raw.info["sfreq"])
         n_samples = len(raw.times)
     except Exception as e:  # damaged files raise almost anything
@@ -65,6 +65,7 @@ def open_file(path: Path) -> EegFile:
         raise BadRecordingError("contains no samples")
     bad = {canonical(name) for name in raw.info["bads"]}
     bad |= _bads_in_bids(bids_sidecar(path, "channels"))
+    annotations = _annotations(raw)
     in_bids = bids_sidecar(path, "events")
     if in_bids.is_file():
         annotations = _bids_events(in_bids)
@@ -75,7 +76,7 @@ def open_file(path: Path) -> EegFile:
         names=_names(raw.ch_names),
         bad=frozenset(bad),
         annotations=annotations,
-        is_truncated=any(TRUNCATED in str(warning.message) for warning in caught),
+        is_truncated=TRUNCATED in log.getvalue(),
     )
 
 
@@ -122,7 +123,7 @@ def _annotations(raw: mne.io.BaseRaw) -> tuple[Annotation, ...]:
             continue
         # Onsets are times of the acquisition system, for which the file may start later than 0.
         onset = float(each["onset"]) - raw.first_time
-        channels = tuple(each["ch_names"])
+        channels = tuple(each.get("ch_names", ()))
         annotations.append(Annotation(kind, onset, float(each["duration"]), channels))
     return tuple(annotations)
 

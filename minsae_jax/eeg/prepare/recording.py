@@ -5,6 +5,7 @@ done.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ from minsae_jax.eeg.prepare.sources import Source, files_of
 from minsae_jax.files import atomic_write
 
 RECORDS = ".prepare"
-Stamps = list[list[str | int]]  # name, size and modification time of each file of a source
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Rejected:
 
 def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Rejected:
     """Write one recording and its record, and return the record, or why there is none."""
-    stamps = stamps_of(source)
+    stamp = stamp_of(source)
     try:
         file = open_file(source.path)
-        return _prepare(source, file, plan, folder, stamps)
+        return _prepare(source, file, plan, folder, stamp)
     except _SkippedError as e:
         return Rejected(source, str(e), is_bad=False)
     except BadRecordingError as e:
@@ -109,7 +109,7 @@ def read_record(source: Source, plan: Plan, folder: Path) -> Record | None:
         size = (folder / source.name).stat().st_size
     except (OSError, ValueError):
         return None
-    is_current = content["key"] == plan.key and content["stamps"] == stamps_of(source)
+    is_current = content["key"] == plan.key and content["stamp"] == stamp_of(source)
     if not is_current or content["size"] != size:
         return None
     values = content["record"]
@@ -127,13 +127,13 @@ def record_path(folder: Path, name: str) -> Path:
     return folder / RECORDS / f"{name}.json"
 
 
-def stamps_of(source: Source) -> Stamps:
-    """Return name, size and modification time of all files of a source, to detect changes."""
-    stamps: Stamps = []
+def stamp_of(source: Source) -> str:
+    """Return a hash of names, sizes and modification times of all files of a source."""
+    stamps = []
     for path in files_of(source.path):
         status = path.stat()
         stamps.append([path.name, status.st_size, status.st_mtime_ns])
-    return stamps
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
 def _tuple(value: Any) -> Any:
@@ -145,7 +145,7 @@ class _SkippedError(Exception):
     """A recording that the settings leave out."""
 
 
-def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamps: Stamps) -> Record:
+def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamp: str) -> Record:
     findings = []
     rate = file.sampling_rate
     if file.is_truncated:
@@ -171,11 +171,12 @@ def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamps: St
     if unusable:
         raise BadRecordingError(f"has a flat or bad reference channel: {' '.join(unusable)}")
     _check_interpolated(missing, bad, keys, plan)
-    findings += [f"channel {keys[key]} is missing" for key in missing]
-    for key in bad:
-        problem = "flat" if key in flat else "marked as bad"
-        findings.append(f"channel {keys[key]} is {problem}")
-    findings += [f"channel {keys.get(key, key)} is clipped" for key in clipped]
+    marked = [key for key in bad if key not in flat]
+    problems = {"missing": missing, "flat": flat, "marked as bad": marked, "clipped": clipped}
+    for problem, channels in problems.items():
+        if channels:
+            names = " ".join(keys.get(key, key) for key in channels)
+            findings.append(f"channels {problem}: {names}")
 
     interpolated = [key for key in keys if key in missing or key in bad]
     reference = [key if key in ("average", "none") else canonical(key) for key in plan.reference]
@@ -207,12 +208,12 @@ def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamps: St
     path.unlink(missing_ok=True)
     with atomic_write(path) as temporary:
         write_recording(temporary, data, matrix, statistics, plan.unit)
-        _write_record(folder, record, plan.key, stamps, temporary.stat().st_size)
+        _write_record(folder, record, plan.key, stamp, temporary.stat().st_size)
     return record
 
 
-def _write_record(folder: Path, record: Record, key: str, stamps: Stamps, size: int) -> None:
-    content = {"key": key, "stamps": stamps, "size": size, "record": dataclasses.asdict(record)}
+def _write_record(folder: Path, record: Record, key: str, stamp: str, size: int) -> None:
+    content = {"key": key, "stamp": stamp, "size": size, "record": dataclasses.asdict(record)}
     with atomic_write(record_path(folder, record.name)) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")
 
