@@ -72,7 +72,7 @@ class SignalFlags:
     notch: Annotated[tuple[float, ...], NonNegative] = ()
     """Frequencies of notch filters in Hz; 0 for none (tuh: 0; labram: 50)."""
     reference: tuple[str, ...] = ()
-    """average, none, or the channels whose mean is subtracted (tuh: average; labram: none)."""
+    """average, none, or the channels whose mean is subtracted (tuh: average; labram: no change)."""
     normalize: Normalize | None = None
     """zscore of each channel over the recording, microvolts, or 100 µV (tuh: zscore; labram:
     100uV)."""
@@ -87,11 +87,11 @@ class SelectionFlags:
     """Selection"""
 
     crop: Annotated[float, NonNegative] = 0.0
-    """Seconds to leave out at both ends (the TUH corpus's: 300)."""
+    """Seconds to leave out at both ends; 300 in the TUH corpus."""
     min_duration: Annotated[float, Positive] = 10.0
-    """Shortest recording in seconds, after cropping (the TUH corpus's: 600)."""
+    """Shortest recording in seconds, after cropping; 600 in the TUH corpus."""
     max_duration: Annotated[float | None, Positive] = None
-    """Longest recording in seconds, after cropping (the TUH corpus's: 3600)."""
+    """Longest recording in seconds, after cropping; 3600 in the TUH corpus."""
     on_missing: Literal["interpolate", "skip", "error"] = "interpolate"
     """Channels that a file lacks: interpolate them, skip the recording, or treat it as bad."""
     max_interpolated: Annotated[float, Range(min=0, below=1)] = 0.2
