@@ -79,26 +79,33 @@ def apply_filters(
     data: Float[np.ndarray, "channels samples"], sampling_rate: float, filters: Filters
 ) -> Float[np.ndarray, "channels resampled"]:
     """Filter and resample as MNE's Raw does, and return the result, which overwrites `data`."""
+    result = data
+    n_samples = 0
+    # Channel by channel, since MNE's functions copy all the channels that they are given.
+    for channel in range(len(data)):
+        samples = _filtered(data[channel], sampling_rate, filters)
+        n_samples = len(samples)
+        if n_samples > result.shape[1]:
+            result = np.empty((len(data), n_samples))
+        result[channel, :n_samples] = samples
+    return result[:, :n_samples]
+
+
+def _filtered(
+    samples: Float[np.ndarray, " samples"], sampling_rate: float, filters: Filters
+) -> Float[np.ndarray, " resampled"]:
     if filters.l_freq or filters.h_freq:
-        data = mne.filter.filter_data(
-            data, sampling_rate, filters.l_freq, filters.h_freq, copy=False, verbose="ERROR"
+        samples = mne.filter.filter_data(
+            samples, sampling_rate, filters.l_freq, filters.h_freq, verbose="ERROR"
         )
     if filters.notch:
         freqs = np.array(filters.notch)
-        data = mne.filter.notch_filter(data, sampling_rate, freqs, copy=False, verbose="ERROR")
-    if filters.sampling_rate == sampling_rate:
-        return data
-    # Channel by channel, so that a second array is needed only if it is larger than the first.
-    rates = {"up": filters.sampling_rate, "down": sampling_rate}
-    resampled = data
-    n_samples = 0
-    for channel in range(len(data)):
-        samples = mne.filter.resample(data[channel], **rates, npad="auto", verbose="ERROR")
-        n_samples = len(samples)
-        if n_samples > resampled.shape[1]:
-            resampled = np.empty((len(data), n_samples))
-        resampled[channel, :n_samples] = samples
-    return resampled[:, :n_samples]
+        samples = mne.filter.notch_filter(samples, sampling_rate, freqs, verbose="ERROR")
+    if filters.sampling_rate != sampling_rate:
+        samples = mne.filter.resample(
+            samples, filters.sampling_rate, sampling_rate, npad="auto", verbose="ERROR"
+        )
+    return samples
 
 
 @dataclass(frozen=True)
