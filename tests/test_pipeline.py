@@ -29,7 +29,7 @@ COPIED = ("minsae_jax", "convert", "configs", "Makefile", "pyproject.toml")
 SHORT_TRAINING = "--num_steps 30 --batch_size 256 --eval_window 10 --feature_dim_factor 1"
 DEMO_RUN = FIXTURES / "demo_run"  # what a full run of configs/demo.yaml wrote
 TARGETS = """
-help setup demo convert extract train evaluate tensorboard test test-all check
+help setup demo prepare convert extract train evaluate tensorboard test test-all check
 bench bench-train bench-stream bench-extract clean
 """
 
@@ -78,7 +78,8 @@ def test_readme(tmp_path, demo_folder, environment):
     shutil.copytree(demo_folder, tmp_path / "tuhab_preprocessed")
     for name in ("checkpoint.pth", "config.yaml"):
         shutil.copy(FIXTURES / "tuhab_patch_100" / name, tmp_path)
-    assert len(commands()) == 9
+    run("minsae demo --edf --root_path eeg --patients 10 --minutes 0.5", tmp_path, environment)
+    assert len(commands()) == 12
     for command in commands():
         if command.startswith("minsae train"):
             command += f" {SHORT_TRAINING}"  # a later flag overrides an earlier one
@@ -87,6 +88,11 @@ def test_readme(tmp_path, demo_folder, environment):
     for split in ("", "_val", "_test"):
         assert (tmp_path / f"stores/mine{split}/l-1/manifest.json").exists()
     assert (tmp_path / "runs/mine/report/index.html").is_file()
+
+    evaluate_prepared = re.search(r"`(minsae evaluate --run runs/edf \S+ \S+)`", README)[1]
+    out = run(evaluate_prepared, tmp_path, environment)
+    assert "spindle" in out
+    assert (tmp_path / "runs/edf/report/index.html").is_file()
 
     encode, train, report = blocks("python")
     assert "num_steps=1000" in train

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from minsae_jax.eeg.description import DESCRIPTION, Description, Preparation, write_description
+from minsae_jax.eeg.events import EVENTS, write_events
 from minsae_jax.eeg.prepare.channels import montage_positions, target_channels
 from minsae_jax.eeg.prepare.config import UNITS, PrepareConfig
 from minsae_jax.eeg.prepare.labels import read_labels
@@ -36,7 +37,6 @@ from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, foreign_entries, lock_folder
 from minsae_jax.monitor import progress, table
 
-EVENTS = "events.csv"
 LABELS = "labels.csv"
 TABLES = (DESCRIPTION, EVENTS, LABELS)  # written after LENGTHS is removed and before it is back
 OWNED_FILES = (
@@ -288,12 +288,11 @@ def _write_tables(
         recordings={record.name: record.description for record in records},
     )
     write_description(folder, description)
-    events = []
-    for record in records:
-        for event in record.events:
-            channels = " ".join(event.channels)
-            events.append((record.name, event.kind, event.start, event.stop, channels))
-    _write_csv(folder / EVENTS, ("recording", "event", "start", "stop", "channels"), events)
+    events = [(record.name, event) for record in records for event in record.events]
+    (folder / EVENTS).unlink(missing_ok=True)
+    if events:
+        with atomic_write(folder / EVENTS) as temporary:
+            write_events(temporary, events)
     names = {record.name for record in records}
     rows = [tuple(row.values()) for row in labels if row["recording"] in names]
     columns = tuple(labels[0]) if labels else ()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minsae_jax.eeg.description import Position, RecordingDescription, Unit
+from minsae_jax.eeg.events import Event
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.channels import mixing_matrix
 from minsae_jax.eeg.prepare.read import (
@@ -53,16 +54,6 @@ class Plan:
     max_interpolated: float  # share of the channels
     event_seconds: float
     key: str
-
-
-@dataclass(frozen=True)
-class Event:
-    """A row of events.csv without its recording."""
-
-    kind: str
-    start: int  # sample
-    stop: int  # sample
-    channels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
