@@ -5,6 +5,7 @@ in process.
 """
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -148,6 +149,11 @@ def checkout(tmp_path_factory):
         "feature_dim_factor": 1,
     }
     (folder / "configs/demo.yaml").write_text(yaml.safe_dump(config))
+    of_edf = yaml.safe_load((folder / "configs/edf.yaml").read_text())
+    for section in ("demo", "train"):
+        small = ("patients", "minutes", "num_steps", "batch_size", "feature_dim_factor")
+        of_edf[section] |= {k: v for k, v in config[section].items() if k in small}
+    (folder / "configs/edf.yaml").write_text(yaml.safe_dump(of_edf))
     return folder
 
 
@@ -176,6 +182,22 @@ def test_make_runs_the_demo_once(checkout, environment):
     report = re.search(r"^open (\S+)", out, re.M)[1]
     assert (checkout / report).is_file()
     assert len(list((checkout / "runs/demo/report/data").iterdir())) == 128
+
+
+@pytest.mark.slow
+def test_make_goes_from_edf_files_to_a_report(checkout, environment):
+    """Annotations of the EDF files are the events of the evaluation."""
+    targets = ("prepare", "extract", "train", "evaluate")
+    out = run(make(*targets, "CONFIG=configs/edf.yaml"), checkout, environment)
+    report = re.search(r"^open (\S+)", out, re.M)[1]
+    assert (checkout / report).is_file()
+    evaluation = json.loads((checkout / "runs/edf/evaluation.json").read_text())
+    scored = set(evaluation["members"][0]["events"])
+    planted = {row["event"] for row in read_csv(checkout / "data/edf/source/events.csv")}
+    assert scored
+    assert scored <= planted
+    again = run(make("prepare", "CONFIG=configs/edf.yaml"), checkout, environment)
+    assert re.search(r"^data/edf/recordings +15 +0 ", again, re.M)
 
 
 @pytest.mark.slow
@@ -333,7 +355,7 @@ def test_demo_reproduces_its_first_steps(tmp_path, environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "stream", "extract"])
+@pytest.mark.parametrize("name", ["train", "stream", "extract", "prepare"])
 def test_benchmarks_run(environment, name):
     out = run([sys.executable, "-m", f"benchmarks.{name}", "--quick"], ROOT, environment)
     assert "| " in out

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,24 +20,24 @@ from minsae_jax.eeg.recordings import open_windows, read_lengths
 
 NEW_NAMES = ("Fp1", "Fp2", "F7", "F3", "Fz", "F4", "F8", "T7", "C3", "Cz", "C4", "T8", "P7", "P3",
              "Pz", "P4", "P8", "O1", "O2")  # fmt: skip
+ROOT = Path(__file__).parents[2]
 SECONDS = 20
 FORMATS = ("edf", "bdf", "vhdr", "set", "fif")
 
 
 def make_raw(
-    names: Sequence[str] = NEW_NAMES, rate: float = 256.0, seed: int = 0
+    names: Sequence[str] = NEW_NAMES, rate: float = 256.0, seed: int = 0, seconds: int = SECONDS
 ) -> mne.io.RawArray:
     """Return EEG-like noise with drifts and offsets, in volts, and three annotations."""
     rng = np.random.default_rng(seed)
-    n_samples = int(SECONDS * rate)
-    steps = rng.normal(size=(len(names), n_samples))
-    signals = 5 * steps + np.cumsum(steps, axis=1) / 2 + rng.normal(0, 50, (len(names), 1))
-    raw = mne.io.RawArray(
-        signals * 1e-6, mne.create_info(list(names), rate, "eeg"), verbose="ERROR"
-    )
-    raw.set_annotations(
-        mne.Annotations([2.0, 5.5, 19.8], [0.5, 0.0, 0.0], ["spike", "blink", "end"])
-    )
+    steps = rng.normal(size=(len(names), int(seconds * rate)))
+    drifts = np.cumsum(steps, axis=1)
+    drifts *= 30 / drifts.std()
+    signals = 5 * steps + drifts + rng.normal(0, 50, (len(names), 1))
+    info = mne.create_info(list(names), rate, "eeg")
+    raw = mne.io.RawArray(signals * 1e-6, info, verbose="ERROR")
+    onsets = [2.0, 5.5, seconds - 0.2]
+    raw.set_annotations(mne.Annotations(onsets, [0.5, 0.0, 0.0], ["spike", "blink", "end"]))
     return raw
 
 
@@ -203,6 +205,66 @@ def test_resumed_and_repeated_runs_give_the_same_bytes(tmp_path, monkeypatch):
     write_file(make_raw(seed=9), tmp_path / "eeg/p2.edf")
     assert run(tmp_path / "eeg", part).n_new == 1
     assert snapshot(part) != expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_killed_run_resumes_to_the_same_bytes(tmp_path, jobs):
+    """SIGKILL after the first recording; the workers end with their main process."""
+    for patient in range(8):
+        write_file(make_raw(seed=patient, seconds=120), tmp_path / f"eeg/p{patient}.edf")
+    whole = tmp_path / "whole"
+    run(tmp_path / "eeg", whole)
+    killed = tmp_path / "killed"
+    words = ["minsae_jax", "prepare", "eeg", "--out", "killed", "--jobs", str(jobs)]
+    with subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as process:
+        while not list(killed.glob("*.npy")):
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        # The pipe is closed when no process has it open any more.
+        process.stderr.read()
+    assert 0 < len(list(killed.glob("*.npy"))) < 8
+    assert not (killed / "file_lengths_map.csv").exists()
+    run(tmp_path / "eeg", killed)
+    assert snapshot(killed) == snapshot(whole)
+
+
+MEMORY = """
+import sys
+from minsae_jax import PrepareConfig, prepare
+from benchmarks.timing import peak_rss
+
+def run(name):
+    settings = {"channels": ("biosemi32",), "l_freq": 0.5, "notch": (50.0,)}
+    prepare(PrepareConfig(source=(f"{name}.edf",), out=f"out_{name}", **settings))
+    return peak_rss()
+
+before = run("small")
+print(run("large") - before)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_is_below_three_times_the_recording(tmp_path):
+    seconds = 1800
+    names = mne.channels.make_standard_montage("biosemi32").ch_names
+    write_file(make_raw(names), tmp_path / "small.edf")
+    write_file(make_raw(names, seconds=seconds), tmp_path / "large.edf")
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=True,
+    )
+    as_float32 = 32 * seconds * 256 * 4
+    assert as_float32 < int(done.stdout) < 3 * as_float32
 
 
 @pytest.mark.slow

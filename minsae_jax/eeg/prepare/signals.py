@@ -20,7 +20,7 @@ FLAT_UV = 0.1  # SD below which the TUH corpus's preprocessing takes a channel f
 CLIPPED_SHARE = 1e-3  # of the samples, next to an equal sample at the limit of the channel
 WEAKEST_UV = 0.01  # median SD of the channels; EEG has 5 to 100
 STRONGEST_UV = 10_000.0
-BLOCK = 50_000  # samples
+BLOCK = 10_000  # samples
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,13 @@ def _filtered(
 ) -> Float[np.ndarray, " resampled"]:
     if filters.l_freq or filters.h_freq:
         samples = mne.filter.filter_data(
-            samples, sampling_rate, filters.l_freq, filters.h_freq, verbose="ERROR"
+            samples, sampling_rate, filters.l_freq, filters.h_freq, copy=False, verbose="ERROR"
         )
     if filters.notch:
         freqs = np.array(filters.notch)
-        samples = mne.filter.notch_filter(samples, sampling_rate, freqs, verbose="ERROR")
+        samples = mne.filter.notch_filter(
+            samples, sampling_rate, freqs, copy=False, verbose="ERROR"
+        )
     if filters.sampling_rate != sampling_rate:
         samples = mne.filter.resample(
             samples, filters.sampling_rate, sampling_rate, npad="auto", verbose="ERROR"
