@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -148,6 +149,7 @@ def make_plan(config: PrepareConfig) -> Plan:
     )
 
 
+@cache
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("mne", "numpy", "scipy")}
 

@@ -21,6 +21,7 @@ CLIPPED_SHARE = 1e-3  # of the samples, next to an equal sample at the limit of 
 WEAKEST_UV = 0.01  # median SD of the channels; EEG has 5 to 100
 STRONGEST_UV = 10_000.0
 BLOCK = 10_000  # samples
+FILTERED_SAMPLES = 1_000_000  # of all channels that are filtered at a time
 
 
 @dataclass(frozen=True)
@@ -81,19 +82,22 @@ def apply_filters(
     """Filter and resample as MNE's Raw does, and return the result, which overwrites `data`."""
     result = data
     n_samples = 0
-    # Channel by channel, since MNE's functions copy all the channels that they are given.
-    for channel in range(len(data)):
-        samples = _filtered(data[channel], sampling_rate, filters)
-        n_samples = len(samples)
+    # MNE's functions copy all the channels that they are given, so a long recording is given in
+    # parts. Every call designs the filters anew, which takes longer than filtering a short one.
+    size = max(FILTERED_SAMPLES // data.shape[1], 1)
+    for start in range(0, len(data), size):
+        channels = slice(start, start + size)
+        part = _filtered(data[channels], sampling_rate, filters)
+        n_samples = part.shape[1]
         if n_samples > result.shape[1]:
             result = np.empty((len(data), n_samples))
-        result[channel, :n_samples] = samples
+        result[channels, :n_samples] = part
     return result[:, :n_samples]
 
 
 def _filtered(
-    samples: Float[np.ndarray, " samples"], sampling_rate: float, filters: Filters
-) -> Float[np.ndarray, " resampled"]:
+    samples: Float[np.ndarray, "channels samples"], sampling_rate: float, filters: Filters
+) -> Float[np.ndarray, "channels resampled"]:
     if filters.l_freq or filters.h_freq:
         samples = mne.filter.filter_data(
             samples, sampling_rate, filters.l_freq, filters.h_freq, copy=False, verbose="ERROR"
@@ -124,13 +128,18 @@ def measure(
     """Return the statistics of matrix · data."""
     n_samples = data.shape[1]
     total = np.zeros(len(matrix))
-    for block in _blocks(data):
-        total += (matrix @ block).sum(axis=1)
-    mean = total / n_samples
     squares = np.zeros(len(matrix))
-    for block in _blocks(data):
-        squares += np.square(matrix @ block - mean[:, None]).sum(axis=1)
-    return Statistics(mean, np.sqrt(squares / n_samples))
+    # Relative to a value near the mean, so that a large offset does not cost precision.
+    blocks = _blocks(data)
+    shift = (matrix @ blocks[0]).mean(axis=1)
+    for block in blocks:
+        deviations = matrix @ block
+        deviations -= shift[:, None]
+        total += deviations.sum(axis=1)
+        squares += np.einsum("ct,ct->c", deviations, deviations)
+    mean = total / n_samples
+    variance = np.maximum(squares / n_samples - mean**2, 0)
+    return Statistics(mean + shift, np.sqrt(variance))
 
 
 def write_recording(
@@ -153,7 +162,9 @@ def write_recording(
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for block in _blocks(data):
-            values = (matrix @ block - offset[:, None]) / divisor[:, None]
+            values = matrix @ block
+            values -= offset[:, None]
+            values /= divisor[:, None]
             file.write(np.ascontiguousarray(values.T, "<f4").tobytes())
 
 

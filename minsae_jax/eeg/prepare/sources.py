@@ -27,6 +27,7 @@ TUH = r"(?:^|[/\\])(?P<patient>[^_/\\]+)_s(?P<session>\d+)_t(?P<token>\d+)[^/\\]
 # Parts of a recording after the first, which MNE reads together with it.
 CONTINUATION = re.compile(r"(_split-(?!0*1_)\d+_)|(-\d+\.fif(\.gz)?$)")
 HASH_LENGTH = 12
+END_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,17 @@ def files_of(path: Path) -> list[Path]:
 def find_duplicates(sources: Sequence[Source]) -> dict[Path, Path]:
     """Return for each copy of an earlier recording the path of that recording.
 
-    Compared are the largest file of each, which has the samples; files of different sizes are not
-    read.
+    Compared are the largest file of each, which has the samples; files of different sizes or
+    endings are not read as a whole.
     """
-    by_size: dict[int, list[Path]] = {}
+    alike: dict[tuple[int, bytes], list[Path]] = {}
     largest = {}
     for source in sources:
         file = max(files_of(source.path), key=lambda file: file.stat().st_size, default=source.path)
         largest[source.path] = file
-        by_size.setdefault(file.stat().st_size, []).append(source.path)
+        alike.setdefault(_size_and_end(file), []).append(source.path)
     copies = {}
-    for paths in by_size.values():
+    for paths in alike.values():
         first_of: dict[str, Path] = {}
         if len(paths) > 1:
             for path in paths:
@@ -114,6 +115,15 @@ def find_duplicates(sources: Sequence[Source]) -> dict[Path, Path]:
                 if first != path:
                     copies[path] = first
     return copies
+
+
+def _size_and_end(path: Path) -> tuple[int, bytes]:
+    size = path.stat().st_size
+    if path.is_dir():
+        return size, b""
+    with path.open("rb") as file:
+        file.seek(max(size - END_BYTES, 0))
+        return size, file.read()
 
 
 def _files_in(source: str) -> list[Path]:
