@@ -1,4 +1,4 @@
-"""`dataset.json`: what the samples of a folder of recordings are, and where they came from.
+"""`dataset.json`: channels, sampling rate, unit and origin of a folder of recordings.
 
 Without the file, recordings are those of the preprocessed TUH corpus: 19 channels at 100 Hz, in SD.
 """

@@ -1,4 +1,4 @@
-"""labels.csv: what is known about recordings and patients, from BIDS or a table of the user."""
+"""labels.csv: labels of recordings and patients, from BIDS or a table of the user."""
 
 from collections.abc import Sequence
 from pathlib import Path
