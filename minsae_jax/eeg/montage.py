@@ -54,7 +54,7 @@ REFERENCE = re.compile(r"[ _:-]+(REF|LE|AR|AVG|AVE|A1A2|M1M2|A1\+A2|M1\+M2|LM|CA
 def canonical(name: str) -> str:
     """Return the upper-case 10-10 name of a channel, equal for all spellings of one electrode.
 
-    Only references that all channels share are dropped, so the names of bipolar channels do not change.
+    Only references that all channels share are dropped; bipolar channels keep their names.
 
     >>> [canonical(name) for name in ("EEG FP1-REF", "t3", "Fc5.", "EEG T5-LE", "F3-C3")]
     ['FP1', 'T7', 'FC5', 'P7', 'F3-C3']
