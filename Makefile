@@ -14,12 +14,14 @@ CHECKPOINT ?= configs/demo/encoder.pth
 CHECKPOINT_YAML ?= $(if $(filter configs/demo/encoder.pth,$(CHECKPOINT)),configs/demo/encoder.yaml)
 ENCODER ?= checkpoints/demo
 DEMO_DATA = data/demo/tuhab_preprocessed/file_lengths_map.csv
-INPUTS = $(if $(filter configs/demo.yaml,$(CONFIG)),$(DEMO_DATA) $(ENCODER)/config.json)
+EDF_DATA = data/edf/source/demo.yaml
+INPUTS = $(if $(filter configs/demo.yaml,$(CONFIG)),$(DEMO_DATA)) \
+	$(if $(filter configs/demo.yaml configs/edf.yaml,$(CONFIG)),$(ENCODER)/config.json)
 
 # One pytest worker per core; a worker that runs out of tests takes some of another's.
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo convert extract train evaluate tensorboard test test-all check bench bench-train bench-stream bench-extract clean
+.PHONY: help setup demo prepare convert extract train evaluate tensorboard test test-all check bench bench-train bench-stream bench-extract clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # train reads the store that extract writes
 
@@ -39,6 +41,12 @@ demo: $(DEMO_DATA) ## write the demo's recordings
 
 $(DEMO_DATA): | $(SETUP)
 	@$(MINSAE) demo --config configs/demo.yaml
+
+prepare: $(SETUP) $(if $(filter configs/edf.yaml,$(CONFIG)),$(EDF_DATA)) ## convert EEG files into recordings (CONFIG=configs/edf.yaml for a demo)
+	@$(MINSAE) prepare --config $(CONFIG)
+
+$(EDF_DATA): | $(SETUP)
+	@$(MINSAE) demo --config configs/edf.yaml
 
 convert: $(ENCODER)/config.json ## convert a PyTorch encoder (CHECKPOINT=x.pth CHECKPOINT_YAML=x.yaml ENCODER=folder)
 
@@ -82,4 +90,4 @@ bench-extract: $(SETUP) ## measure extraction against PyTorch
 	@$(BIN)/python -m benchmarks.extract
 
 clean: ## remove the demo's files and all caches (stores in embeddings/ stay: they may be yours)
-	rm -rf data/demo checkpoints/demo runs/demo .pytest_cache .mypy_cache .ruff_cache .jax_cache
+	rm -rf data/demo data/edf checkpoints/demo runs/demo runs/edf .pytest_cache .mypy_cache .ruff_cache .jax_cache

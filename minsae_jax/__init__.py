@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minsae_jax.activations.store import Store, open_store
-    from minsae_jax.api import evaluate, extract, load_encoder, plot, train, write_demo
+    from minsae_jax.api import evaluate, extract, load_encoder, plot, prepare, train, write_demo
+    from minsae_jax.eeg.prepare.config import PrepareConfig
     from minsae_jax.eeg.synthetic import DemoConfig
     from minsae_jax.encoder.config import ExtractConfig
     from minsae_jax.encoder.converted import Encoder
@@ -31,6 +32,7 @@ __all__ = [
     "Evaluation",
     "ExtractConfig",
     "PlotConfig",
+    "PrepareConfig",
     "Run",
     "SparseAutoencoder",
     "Store",
@@ -44,13 +46,15 @@ __all__ = [
     "load_sae",
     "open_store",
     "plot",
+    "prepare",
     "train",
     "write_demo",
 ]
 
 _NAMES_OF_MODULES = {
     "activations.store": ("Store", "open_store"),
-    "api": ("evaluate", "extract", "load_encoder", "plot", "train", "write_demo"),
+    "api": ("evaluate", "extract", "load_encoder", "plot", "prepare", "train", "write_demo"),
+    "eeg.prepare.config": ("PrepareConfig",),
     "eeg.synthetic": ("DemoConfig",),
     "encoder.config": ("ExtractConfig",),
     "encoder.converted": ("Encoder",),

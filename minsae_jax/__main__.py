@@ -7,6 +7,7 @@ from pathlib import Path
 
 import minsae_jax
 from minsae_jax import api, cli
+from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.synthetic import DemoConfig
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.evaluation.config import EvaluateConfig
@@ -37,6 +38,14 @@ def demo(config: DemoConfig) -> None:
         )
     else:
         print(f"the demo recordings are already in {written.folder}")
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Convert EEG files (EDF, BrainVision, EEGLAB, BIDS, …) into recordings for `extract`."""
+    prepared = api.prepare(config)
+    for finding in prepared.findings():
+        print(finding)
+    print(prepared.summary())
 
 
 def extract(config: ExtractConfig) -> None:
@@ -75,6 +84,7 @@ def plot(config: PlotConfig) -> None:
 
 VERBS = {
     "demo": cli.Verb(DemoConfig, demo),
+    "prepare": cli.Verb(PrepareConfig, prepare),
     "extract": cli.Verb(ExtractConfig, extract),
     "train": cli.Verb(TrainConfig, train),
     "evaluate": cli.Verb(EvaluateConfig, evaluate),

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.synthetic import Demo, DemoConfig
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
@@ -18,6 +19,7 @@ from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.settings import read_yaml
 
 if TYPE_CHECKING:
+    from minsae_jax.eeg.prepare.prepare import Prepared
     from minsae_jax.encoder.converted import Encoder
     from minsae_jax.encoder.extract import ExtractedStore
     from minsae_jax.evaluation.results import Evaluation
@@ -72,6 +74,21 @@ def write_demo(config: DemoConfig) -> Demo:
     from minsae_jax.eeg import synthetic
 
     return synthetic.write_demo(config)
+
+
+def prepare(config: PrepareConfig) -> "Prepared":
+    """Convert EEG files of any format that MNE reads into recordings with a description.
+
+    Requires MNE (pip install "minsae_jax[eeg]"). Recordings that are up to date are kept. Raises
+    UserError if there are no EEG files, or, unless bad recordings are skipped, if one is bad.
+    """
+    try:
+        import mne  # noqa: F401
+    except ImportError:
+        raise UserError('prepare requires MNE: pip install "minsae_jax[eeg]"') from None
+    from minsae_jax.eeg.prepare import prepare as preparation
+
+    return preparation.prepare(config)
 
 
 def extract(encoder: "Encoder", config: ExtractConfig) -> list["ExtractedStore"]:

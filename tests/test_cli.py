@@ -9,6 +9,7 @@ import pytest
 import convert.__main__
 import minsae_jax.__main__
 from minsae_jax import cli
+from minsae_jax.cli.flags import arguments_of
 from minsae_jax.errors import UserError
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.settings import AtLeastOne, missing_settings
@@ -42,7 +43,7 @@ def help_of(capsys, main, *args: str) -> str:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["fly"], "unknown verb 'fly'; choose from demo, extract, train, evaluate, plot"),
+        (["fly"], "unknown verb 'fly'; choose from demo, prepare, extract, train, evaluate, plot"),
         (["trian"], "unknown verb 'trian'; did you mean 'train'?"),
         (["train", "--lrr", "3"], "unknown flag --lrr; did you mean '--lr'?"),
         (["train", "--lamda", "3"], "unknown flag --lamda; did you mean '--lambda_sparsity'?"),
@@ -67,6 +68,9 @@ def help_of(capsys, main, *args: str) -> str:
         (["extract", "--root_path", "x", "--checkpoint_path", "no.pth"], "no.pth"),
         (["extract", "--split", "tset"], "got 'tset'; did you mean 'test'?"),
         (["extract", "--batch_size", "0"], "batch_size"),
+        (["prepare", "nowhere", "--out", "x"], "there is no file, folder or match of nowhere"),
+        (["prepare", "--out", "x"], "minsae prepare requires SOURCE"),
+        (["prepare", "x", "--out", "x", "--on_missing", "skp"], "did you mean 'skip'?"),
         (["demo", "--patients", "2"], "--patients must be"),
         (["plot", "--run", "nowhere"], "nowhere"),
         (["evaluate", "--run", "nowhere", "--root_path", "x"], "nowhere"),
@@ -242,7 +246,8 @@ def test_every_verb_names_its_required_settings():
         if required:
             with pytest.raises(UserError) as e:
                 cli.parse(cls, [], f"minsae {name}", "", SECTIONS, name)
-            assert all(f"--{setting}" in str(e.value) for setting in required)
+            written = {argument.name: argument.written for argument in arguments_of(cls)}
+            assert all(written[setting] in str(e.value) for setting in required)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +281,20 @@ def test_flag_without_value_and_positional():
     assert cli.parse(Command, ["x"], "c") == Command(path="x")
     assert cli.parse(Command, ["x", "--verify"], "c").verify == "noise"
     assert cli.parse(Command, ["--verify", "a.npy", "x"], "c") == Command(path="x", verify="a.npy")
+
+
+def test_positional_with_several_values():
+    @dataclass(frozen=True, kw_only=True)
+    class Command:
+        paths: Annotated[tuple[str, ...], cli.Flag(positional=True)]
+        """Paths"""
+        out: str = ""
+        """Output"""
+
+    for words in (["a", "b", "--out", "c"], ["--out", "c", "a", "b"]):
+        assert cli.parse(Command, words, "c") == Command(paths=("a", "b"), out="c")
+    with pytest.raises(UserError, match="c requires PATHS"):
+        cli.parse(Command, ["--out", "c"], "c")
 
 
 def test_overview_lists_verbs(capsys):

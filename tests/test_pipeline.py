@@ -5,6 +5,7 @@ in process.
 """
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -29,7 +30,7 @@ COPIED = ("minsae_jax", "convert", "configs", "Makefile", "pyproject.toml")
 SHORT_TRAINING = "--num_steps 30 --batch_size 256 --eval_window 10 --feature_dim_factor 1"
 DEMO_RUN = FIXTURES / "demo_run"  # what a full run of configs/demo.yaml wrote
 TARGETS = """
-help setup demo convert extract train evaluate tensorboard test test-all check
+help setup demo prepare convert extract train evaluate tensorboard test test-all check
 bench bench-train bench-stream bench-extract clean
 """
 
@@ -78,7 +79,8 @@ def test_readme(tmp_path, demo_folder, environment):
     shutil.copytree(demo_folder, tmp_path / "tuhab_preprocessed")
     for name in ("checkpoint.pth", "config.yaml"):
         shutil.copy(FIXTURES / "tuhab_patch_100" / name, tmp_path)
-    assert len(commands()) == 9
+    run("minsae demo --edf --root_path eeg --patients 10 --minutes 0.5", tmp_path, environment)
+    assert len(commands()) == 12
     for command in commands():
         if command.startswith("minsae train"):
             command += f" {SHORT_TRAINING}"  # a later flag overrides an earlier one
@@ -87,6 +89,11 @@ def test_readme(tmp_path, demo_folder, environment):
     for split in ("", "_val", "_test"):
         assert (tmp_path / f"stores/mine{split}/l-1/manifest.json").exists()
     assert (tmp_path / "runs/mine/report/index.html").is_file()
+
+    evaluate_prepared = re.search(r"`(minsae evaluate --run runs/edf \S+ \S+)`", README)[1]
+    out = run(evaluate_prepared, tmp_path, environment)
+    assert "spindle" in out
+    assert (tmp_path / "runs/edf/report/index.html").is_file()
 
     encode, train, report = blocks("python")
     assert "num_steps=1000" in train
@@ -142,6 +149,11 @@ def checkout(tmp_path_factory):
         "feature_dim_factor": 1,
     }
     (folder / "configs/demo.yaml").write_text(yaml.safe_dump(config))
+    of_edf = yaml.safe_load((folder / "configs/edf.yaml").read_text())
+    for section in ("demo", "train"):
+        small = ("patients", "minutes", "num_steps", "batch_size", "feature_dim_factor")
+        of_edf[section] |= {k: v for k, v in config[section].items() if k in small}
+    (folder / "configs/edf.yaml").write_text(yaml.safe_dump(of_edf))
     return folder
 
 
@@ -170,6 +182,22 @@ def test_make_runs_the_demo_once(checkout, environment):
     report = re.search(r"^open (\S+)", out, re.M)[1]
     assert (checkout / report).is_file()
     assert len(list((checkout / "runs/demo/report/data").iterdir())) == 128
+
+
+@pytest.mark.slow
+def test_make_goes_from_edf_files_to_a_report(checkout, environment):
+    """Annotations of the EDF files are the events of the evaluation."""
+    targets = ("prepare", "extract", "train", "evaluate")
+    out = run(make(*targets, "CONFIG=configs/edf.yaml"), checkout, environment)
+    report = re.search(r"^open (\S+)", out, re.M)[1]
+    assert (checkout / report).is_file()
+    evaluation = json.loads((checkout / "runs/edf/evaluation.json").read_text())
+    scored = set(evaluation["members"][0]["events"])
+    planted = {row["event"] for row in read_csv(checkout / "data/edf/source/events.csv")}
+    assert scored
+    assert scored <= planted
+    again = run(make("prepare", "CONFIG=configs/edf.yaml"), checkout, environment)
+    assert re.search(r"^data/edf/recordings +15 +0 ", again, re.M)
 
 
 @pytest.mark.slow
@@ -328,7 +356,7 @@ def test_demo_reproduces_its_first_steps(tmp_path, environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "kinds", "stream", "extract"])
+@pytest.mark.parametrize("name", ["train", "kinds", "stream", "extract", "prepare"])
 def test_benchmarks_run(environment, name):
     out = run([sys.executable, "-m", f"benchmarks.{name}", "--quick"], ROOT, environment)
     assert "| " in out

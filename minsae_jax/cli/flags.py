@@ -71,7 +71,8 @@ class Argument:
         text = text.replace("%", "%%")  # argparse formats the help with %
         if self.flag.positional:
             # Optional for argparse, since `parse` reports all missing settings together.
-            group.add_argument(self.name, nargs="?", metavar=self.written, help=text)
+            nargs = "*" if self.has_many else "?"
+            group.add_argument(self.name, nargs=nargs, metavar=self.written, help=text)
         elif self.types == [bool]:
             names = (f"--{self.name}", f"--no_{self.name}")
             group.add_argument(*names, dest=self.name, nargs=0, action=_Switch, help=text)

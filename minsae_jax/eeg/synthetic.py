@@ -6,7 +6,7 @@ on recordings of this generator.
 """
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -15,16 +15,18 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
+from minsae_jax.eeg.events import EVENTS, Event, write_events
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.eeg.recordings import LENGTHS, SAMPLING_RATE, read_lengths
+from minsae_jax.eeg.synthetic_edf import write_edf
 from minsae_jax.errors import UserError
 from minsae_jax.files import foreign_entries, replaced_folder
 from minsae_jax.settings import NonNegative, Range, check_ranges, read_yaml
 
-EVENTS = "events.csv"
 SETTINGS = "demo.yaml"
 OWNED_FILES = (
     "demo[0-9]*_s[0-9]*_t[0-9]*_preprocessed.npy",
+    "demo[0-9]*_s[0-9]*_t[0-9]*.edf",
     LENGTHS,
     EVENTS,
     SETTINGS,
@@ -40,6 +42,8 @@ class DemoOutput:
 
     root_path: str = "data/demo/tuhab_preprocessed"
     """Folder to write: recordings, file_lengths_map.csv and events.csv."""
+    edf: bool = False
+    """Write EDF files with annotations, for `prepare`, instead of preprocessed recordings."""
     overwrite: bool = False
     """Replace a demo that was written with other settings."""
 
@@ -75,16 +79,6 @@ class Demo:
     n_events: int
     hours: float  # of all recordings
     is_new: bool  # False if it was there already
-
-
-@dataclass(frozen=True)
-class Event:
-    """A planted event."""
-
-    kind: str
-    start: int  # sample
-    stop: int  # sample
-    channels: tuple[str, ...]  # those with at least half of the largest amplitude
 
 
 class EventKind(NamedTuple):
@@ -174,6 +168,7 @@ def recording(
     events = []
     for kind in _event_kinds(alpha_hz, spindle_hz):
         is_strong = kind.weights >= kind.weights.max() / 2
+        # Those with at least half of the largest amplitude
         channels = tuple(np.array(CHANNELS)[is_strong].tolist())
         count = rng.poisson(EVENTS_PER_MINUTE * n / SAMPLING_RATE / 60)
         for start in rng.integers(0, n - kind.length, count).tolist():
@@ -198,6 +193,8 @@ def write_demo(settings: DemoConfig) -> Demo:
         "minutes": settings.minutes,
         "seed": settings.seed,
     }
+    if settings.edf:
+        record["edf"] = True
     if folder.exists():
         _check_replaceable(folder, record, settings.overwrite)
         if not settings.overwrite and _is_complete(folder):
@@ -233,7 +230,12 @@ def _is_complete(folder: Path) -> bool:
         return False
     try:
         for name, length in read_lengths(folder / LENGTHS).items():
-            if len(np.load(folder / name, mmap_mode="r")) != length:
+            path = folder / name
+            if path.suffix == ".edf":
+                is_complete = path.is_file()
+            else:
+                is_complete = len(np.load(path, mmap_mode="r")) == length
+            if not is_complete:
                 return False
     except (UserError, OSError, ValueError):
         return False
@@ -250,24 +252,25 @@ def _open_demo(folder: Path, n_patients: int, is_new: bool) -> Demo:
 
 def _write_recordings(folder: Path, settings: DemoConfig) -> None:
     rng = np.random.default_rng(settings.seed)
+    ending = ".edf" if settings.edf else "_preprocessed.npy"
     lengths = []
     events = []
     for patient in range(settings.patients):
         for token in range(1 + patient % 2):
-            name = f"demo{patient:04d}_s001_t{token:03d}_preprocessed.npy"
+            name = f"demo{patient:04d}_s001_t{token:03d}{ending}"
             samples = int(settings.minutes * 60 * SAMPLING_RATE * rng.uniform(0.75, 1.25))
+            if settings.edf:
+                # EDF stores whole records of one second.
+                samples -= samples % SAMPLING_RATE
             eeg, planted = recording([settings.seed, patient, token], samples)
-            np.save(folder / name, eeg)
+            if settings.edf:
+                write_edf(folder / name, eeg, planted)
+            else:
+                np.save(folder / name, eeg)
             lengths.append((name, samples))
-            for event in planted:
-                channels = " ".join(event.channels)
-                events.append((name, event.kind, event.start, event.stop, channels))
-    _write_csv(folder / LENGTHS, ("filename", "time_len"), lengths)
-    _write_csv(folder / EVENTS, ("recording", "event", "start", "stop", "channels"), events)
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[tuple]) -> None:
-    with path.open("w", newline="") as file:
+            events += [(name, event) for event in planted]
+    with (folder / LENGTHS).open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerow(("filename", "time_len"))
+        writer.writerows(lengths)
+    write_events(folder / EVENTS, events)

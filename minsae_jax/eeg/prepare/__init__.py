@@ -1,0 +1,1 @@
+"""EEG files of any format that MNE reads → recordings with a description: `minsae prepare`."""

@@ -1,0 +1,77 @@
+"""labels.csv: labels of recordings and patients, from BIDS or a table of the user."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from minsae_jax.eeg.prepare.config import PrepareConfig
+from minsae_jax.eeg.prepare.read import BadRecordingError, read_table
+from minsae_jax.eeg.prepare.sources import Source, is_bids
+from minsae_jax.errors import UserError
+
+PATIENT_COLUMNS = ("patient", "participant_id")
+PARTICIPANTS = "participants.tsv"
+
+
+def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[dict[str, str]]:
+    """Return a row for each recording that has labels: recording, patient, and all other columns.
+
+    Rows of recordings take precedence over those of their patients. Raises UserError if a table is
+    invalid.
+    """
+    tables = [Path(source) / PARTICIPANTS for source in config.source if is_bids(Path(source))]
+    tables = [path for path in tables if path.is_file()]
+    if config.labels:
+        tables = [Path(config.labels)]
+    of_key: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}  # an ordered set
+    for path in tables:
+        key_column = _key_column(path)
+        for row in read_rows(path, key_column):
+            key = row.pop(key_column)
+            # participants.tsv has sub-01 for the patient 01.
+            of_key.setdefault(key.removeprefix("sub-"), row)
+            columns |= dict.fromkeys(row)
+    labels = []
+    for source in sources:
+        keys = (source.name, source.path.name, source.path.name.split(".")[0], source.patient)
+        matching = [of_key[key] for key in keys if key in of_key]
+        if matching:
+            row = matching[0]
+            patient = source.name.split("_")[0]
+            values = {name: _text(row.get(name, "")) for name in columns}
+            labels.append({"recording": source.name, "patient": patient} | values)
+    if config.labels and not labels:
+        raise UserError(f"--labels {config.labels} has no row for any of the recordings")
+    return labels
+
+
+def read_rows(path: Path, key_column: str) -> list[dict[str, str]]:
+    """Return the rows of a table. Raises UserError if it cannot be read or a key is there twice."""
+    rows = _read(path, (key_column,))
+    seen = set()
+    for row in rows:
+        key = row[key_column]
+        if not key or key in seen:
+            raise UserError(f"{path} must have different values of {key_column}, got {key!r}")
+        seen.add(key)
+    return rows
+
+
+def _key_column(path: Path) -> str:
+    rows = _read(path, ())
+    columns = list(rows[0]) if rows else []
+    for name in ("recording", *PATIENT_COLUMNS):
+        if name in columns:
+            return name
+    raise UserError(f"{path} must have rows and a column patient, participant_id or recording")
+
+
+def _read(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
+    try:
+        return read_table(path, required)
+    except BadRecordingError as e:
+        raise UserError(f"{path} {e}") from None
+
+
+def _text(value: str) -> str:
+    return "" if value == "n/a" else value

@@ -1,0 +1,314 @@
+"""Prepares all recordings of a folder, in several processes, and writes the folder's tables."""
+
+import csv
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from minsae_jax.eeg.description import DESCRIPTION, Description, Preparation, write_description
+from minsae_jax.eeg.events import EVENTS, write_events
+from minsae_jax.eeg.prepare.channels import montage_positions, target_channels
+from minsae_jax.eeg.prepare.config import UNITS, PrepareConfig
+from minsae_jax.eeg.prepare.labels import read_labels
+from minsae_jax.eeg.prepare.recording import (
+    RECORDS,
+    Plan,
+    Record,
+    Rejected,
+    prepare_recording,
+    read_record,
+    record_path,
+)
+from minsae_jax.eeg.prepare.signals import Filters
+from minsae_jax.eeg.prepare.sources import Source, find_duplicates, find_sources
+from minsae_jax.eeg.recordings import LENGTHS
+from minsae_jax.eeg.splits import join_some
+from minsae_jax.errors import UserError
+from minsae_jax.files import atomic_write, foreign_entries, lock_folder
+from minsae_jax.monitor import progress, table
+
+LABELS = "labels.csv"
+TABLES = (DESCRIPTION, EVENTS, LABELS)  # written after LENGTHS is removed and before it is back
+OWNED_FILES = (
+    "*_s[0-9]*_t[0-9]*_preprocessed.npy",
+    "*.tmp",
+    "tuh_patient_splits_*",
+    RECORDS,
+    LENGTHS,
+    *TABLES,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder of prepared recordings."""
+
+    folder: Path
+    records: tuple[Record, ...]
+    n_new: int  # of these, written now
+    rejected: tuple[Rejected, ...]
+
+    def findings(self) -> list[str]:
+        """Return one line for each finding, with the recordings that it is about."""
+        recordings_of: dict[str, list[str]] = {}
+        for record in self.records:
+            for finding in record.findings:
+                recordings_of.setdefault(finding, []).append(record.name)
+        lines = [
+            f"{finding} (in {join_some(names, limit=3)})"
+            for finding, names in recordings_of.items()
+        ]
+        unused = Counter(name for record in self.records for name in record.unused_channels)
+        if unused:
+            names = [f"{name} ({count})" for name, count in sorted(unused.items())]
+            lines.append(f"channels not used (recordings): {join_some(names, limit=20)}")
+        lines += [f"left out: {each.source.path} {each.reason}" for each in self.rejected]
+        return lines
+
+    def summary(self) -> str:
+        """Return a table of counts."""
+        seconds = sum(record.description.duration for record in self.records)
+        interpolated = [len(record.description.interpolated_channels) for record in self.records]
+        columns = {
+            "folder": str(self.folder),
+            "recordings": str(len(self.records)),
+            "new": str(self.n_new),
+            "left out": str(len(self.rejected)),
+            "patients": str(len({record.patient for record in self.records})),
+            "hours": f"{seconds / 3600:.2f}",
+            "interpolated channels": str(sum(interpolated)),
+            "events": str(sum(len(record.events) for record in self.records)),
+        }
+        return table(list(columns), [list(columns.values())])
+
+
+def prepare(config: PrepareConfig) -> Prepared:
+    """Write the recordings and tables of all EEG files in --source, or what is missing of them.
+
+    Raises UserError if there are no files, some cannot be used, or the folder contains recordings
+    of other settings.
+    """
+    plan = make_plan(config)
+    sources = find_sources(config)
+    labels = read_labels(config, sources)
+    folder = Path(config.out)
+    is_new_folder = not folder.exists()
+    if not is_new_folder:
+        _check_folder(folder)
+    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    try:
+        with lock_folder(folder):
+            return _prepare(config, plan, sources, labels, folder)
+    finally:
+        # Nothing was written.
+        if is_new_folder and not any((folder / RECORDS).iterdir()):
+            (folder / RECORDS).rmdir()
+            folder.rmdir()
+
+
+def make_plan(config: PrepareConfig) -> Plan:
+    """Return the settings of every recording. Raises UserError on unknown montages or channels."""
+    resolved = config.resolved()
+    channels = target_channels(resolved.channels)
+    positions = montage_positions(channels, resolved.montage)
+    assert resolved.sampling_rate is not None
+    assert resolved.normalize is not None
+    filters = Filters(
+        sampling_rate=resolved.sampling_rate,
+        l_freq=resolved.l_freq or None,
+        h_freq=resolved.h_freq or None,
+        notch=tuple(frequency for frequency in resolved.notch if frequency > 0),
+    )
+    identity = json.dumps([config.recorded(), _versions()], sort_keys=True)
+    return Plan(
+        channels=channels,
+        positions=positions,
+        montage=resolved.montage,
+        reference=resolved.reference,
+        filters=filters,
+        unit=UNITS[resolved.normalize],
+        scale=resolved.scale,
+        crop=resolved.crop,
+        min_duration=resolved.min_duration,
+        max_duration=resolved.max_duration,
+        on_missing=resolved.on_missing,
+        max_interpolated=resolved.max_interpolated,
+        event_seconds=resolved.event_seconds,
+        key=hashlib.sha256(identity.encode()).hexdigest(),
+    )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("mne", "numpy", "scipy")}
+
+
+def _check_folder(folder: Path) -> None:
+    foreign = foreign_entries(folder, OWNED_FILES)
+    recordings = sorted(path.name for path in folder.glob("*.npy"))
+    foreign += [name for name in recordings if not record_path(folder, name).exists()]
+    if foreign:
+        raise UserError(
+            f"{folder} contains {foreign[0]}, which `prepare` did not write; choose another --out"
+        )
+
+
+def _prepare(
+    config: PrepareConfig,
+    plan: Plan,
+    sources: Sequence[Source],
+    labels: Sequence[dict[str, str]],
+    folder: Path,
+) -> Prepared:
+    copies = find_duplicates(sources)
+    rejected = []
+    for source in sources:
+        if source.path in copies:
+            reason = f"is a copy of {copies[source.path]}"
+            rejected.append(Rejected(source, reason))
+    sources = [source for source in sources if source.path not in copies]
+    done = {source.name: read_record(source, plan, folder) for source in sources}
+    records = {name: record for name, record in done.items() if record is not None}
+    missing = [source for source in sources if source.name not in records]
+    _remove_stale(folder, plan, {source.name for source in sources}, config.overwrite)
+    if missing:
+        # Without this file, no program takes the folder for a complete set of recordings.
+        (folder / LENGTHS).unlink(missing_ok=True)
+    with progress("prepare", len(sources), "recordings") as bar:
+        bar.start_at(len(records))
+        for outcome in _outcomes(missing, plan, folder, config.jobs):
+            if isinstance(outcome, Record):
+                records[outcome.name] = outcome
+            else:
+                rejected.append(outcome)
+            bar.advance(1)
+    _check_outcomes(rejected, len(records), config)
+    ordered = tuple(records[name] for name in sorted(records))
+    _write_tables(folder, config, plan, ordered, labels)
+    rejected.sort(key=lambda each: each.source.path.as_posix())
+    n_new = sum(source.name in records for source in missing)
+    return Prepared(folder, ordered, n_new, tuple(rejected))
+
+
+def _remove_stale(folder: Path, plan: Plan, names: set[str], overwrite: bool) -> None:
+    """Remove recordings of other settings or sources. Raises UserError unless it may overwrite."""
+    stale = []
+    for path in sorted((folder / RECORDS).glob("*.json")):
+        name = path.name.removesuffix(".json")
+        try:
+            key = json.loads(path.read_text(encoding="utf-8"))["key"]
+        except (ValueError, KeyError, TypeError):
+            key = None
+        if key != plan.key or name not in names:
+            stale.append(name)
+    if stale and not overwrite:
+        raise UserError(
+            f"{folder} contains recordings of other settings, versions or sources, such as "
+            f"{stale[0]}; use --overwrite to replace them, or choose another --out"
+        )
+    if stale:
+        (folder / LENGTHS).unlink(missing_ok=True)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+        record_path(folder, name).unlink()
+
+
+def _outcomes(
+    sources: Sequence[Source], plan: Plan, folder: Path, jobs: int
+) -> Iterator[Record | Rejected]:
+    """Prepare recordings and yield their outcomes, with several jobs in any order."""
+    if jobs == 1 or len(sources) <= 1:
+        for source in sources:
+            yield prepare_recording(source, plan, folder)
+        return
+    pool = ProcessPoolExecutor(
+        min(jobs, len(sources)), multiprocessing.get_context("spawn"), _start_worker
+    )
+    try:
+        futures = [pool.submit(prepare_recording, source, plan, folder) for source in sources]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process of --jobs was killed, perhaps for lack of memory; rerun with fewer --jobs"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # On Ctrl-C, the main process lets recordings that were started finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker whose main process was killed would wait for work for ever.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _check_outcomes(rejected: Sequence[Rejected], n_good: int, config: PrepareConfig) -> None:
+    bad = [each for each in rejected if each.is_bad]
+    if bad and config.on_bad_recording == "error":
+        reasons = [f"recording {each.source.path} {each.reason}" for each in bad]
+        raise UserError(
+            f"{join_some(reasons, '; ', limit=50)}: repair or remove them, or skip them with "
+            "--on_bad_recording skip"
+        )
+    if n_good == 0:
+        reasons = [f"{each.source.path} {each.reason}" for each in rejected]
+        raise UserError(f"none of the recordings can be used: {join_some(reasons, '; ', limit=5)}")
+
+
+def _write_tables(
+    folder: Path,
+    config: PrepareConfig,
+    plan: Plan,
+    records: Sequence[Record],
+    labels: Sequence[dict[str, str]],
+) -> None:
+    description = Description(
+        sampling_rate=plan.filters.sampling_rate,
+        channels=plan.channels,
+        positions=plan.positions,
+        unit=plan.unit,
+        preparation=Preparation(config.recorded(), _versions()),
+        recordings={record.name: record.description for record in records},
+    )
+    write_description(folder, description)
+    events = [(record.name, event) for record in records for event in record.events]
+    (folder / EVENTS).unlink(missing_ok=True)
+    if events:
+        with atomic_write(folder / EVENTS) as temporary:
+            write_events(temporary, events)
+    names = {record.name for record in records}
+    rows = [tuple(row.values()) for row in labels if row["recording"] in names]
+    columns = tuple(labels[0]) if labels else ()
+    _write_csv(folder / LABELS, columns, rows)
+    lengths = [(record.name, record.n_samples) for record in records]
+    _write_csv(folder / LENGTHS, ("filename", "time_len"), lengths)
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple]) -> None:
+    """Write a table, or remove it if there are no rows."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)

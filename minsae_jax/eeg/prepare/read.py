@@ -1,0 +1,188 @@
+"""Reads EEG files with MNE: the channels that are needed, in microvolts, and the annotations."""
+
+import csv
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mne
+import numpy as np
+from jaxtyping import Float
+
+from minsae_jax.eeg.montage import canonical
+from minsae_jax.eeg.prepare.sources import bids_sidecar
+from minsae_jax.errors import brief
+
+# Annotations that MNE adds itself, or that mark the start of a file.
+IGNORED = re.compile(r"^(EDGE boundary|BAD boundary|New Segment/.*)$")
+TRUNCATED = "does not match the file size"
+
+
+class BadRecordingError(Exception):
+    """A recording that cannot be used; the message continues "recording NAME …"."""
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A labelled stretch of a recording, as in its source."""
+
+    kind: str
+    onset: float  # seconds from the first sample
+    duration: float  # seconds; 0 if the source gives none
+    channels: tuple[str, ...]  # names in the file; () for all
+
+
+@dataclass(frozen=True)
+class EegFile:
+    """An open EEG file whose samples have not been read."""
+
+    raw: mne.io.BaseRaw
+    sampling_rate: float
+    n_samples: int
+    names: dict[str, list[str]]  # canonical name -> names in the file, of which one is usual
+    bad: frozenset[str]  # canonical names of channels that the source marks as bad
+    annotations: tuple[Annotation, ...]
+    is_truncated: bool  # shorter than its header says
+
+
+def open_file(path: Path) -> EegFile:
+    """Open an EEG file.
+
+    Raises BadRecordingError if MNE cannot read it or its BIDS tables are invalid.
+    """
+    try:
+        # Warnings can contain parts of the header, so they are not shown.
+        with warnings.catch_warnings(), mne.utils.catch_logging() as log:
+            warnings.simplefilter("ignore")
+            raw = mne.io.read_raw(path, preload=False, verbose="WARNING")
+        sampling_rate = float(raw.info["sfreq"])
+        n_samples = len(raw.times)
+    except Exception as e:  # damaged files raise almost anything
+        raise BadRecordingError(f"cannot be read ({_without_quotes(e)})") from None
+    if not (np.isfinite(sampling_rate) and sampling_rate > 0 and n_samples > 0):
+        raise BadRecordingError("contains no samples")
+    bad = {canonical(name) for name in raw.info["bads"]}
+    bad |= _bads_in_bids(bids_sidecar(path, "channels"))
+    annotations = _annotations(raw)
+    in_bids = bids_sidecar(path, "events")
+    if in_bids.is_file():
+        annotations = _bids_events(in_bids)
+    return EegFile(
+        raw=raw,
+        sampling_rate=sampling_rate,
+        n_samples=n_samples,
+        names=_names(raw.ch_names),
+        bad=frozenset(bad),
+        annotations=annotations,
+        is_truncated=TRUNCATED in log.getvalue(),
+    )
+
+
+def read_signals(
+    file: EegFile, channels: Sequence[str], start: int, stop: int, scale: float
+) -> Float[np.ndarray, "channels samples"]:
+    """Return samples start to stop of some channels (canonical names), in µV, times `scale`.
+
+    The file cannot be read again afterwards: for some formats the result is MNE's own memory,
+    since a recording must not be in memory twice.
+    """
+    names = [_only_name(file.names[channel]) for channel in channels]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file.raw.pick(names, verbose="ERROR")
+            data, _ = file.raw[:, start:stop]
+    except Exception as e:  # as in open_file
+        raise BadRecordingError(f"cannot be read ({_without_quotes(e)})") from None
+    data *= 1e6 * scale
+    if file.raw.ch_names == names:
+        return data
+    return data[[file.raw.ch_names.index(name) for name in names]]
+
+
+def _names(in_file: Sequence[str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name in in_file:
+        names.setdefault(canonical(name), []).append(name)
+    return names
+
+
+def _only_name(names: list[str]) -> str:
+    if len(names) > 1:
+        raise BadRecordingError(f"has several channels of one electrode: {', '.join(names)}")
+    return names[0]
+
+
+def _annotations(raw: mne.io.BaseRaw) -> tuple[Annotation, ...]:
+    annotations = []
+    for each in raw.annotations:
+        kind = str(each["description"])
+        if IGNORED.match(kind):
+            continue
+        # Onsets are times of the acquisition system, for which the file may start later than 0.
+        onset = float(each["onset"]) - raw.first_time
+        channels = tuple(each.get("ch_names", ()))
+        annotations.append(Annotation(kind, onset, float(each["duration"]), channels))
+    return tuple(annotations)
+
+
+def _bads_in_bids(path: Path) -> set[str]:
+    if not path.is_file():
+        return set()
+    rows = read_table(path, ("name",))
+    bad = [row["name"] for row in rows if (row.get("status") or "").lower() == "bad"]
+    return {canonical(name) for name in bad}
+
+
+def _bids_events(path: Path) -> tuple[Annotation, ...]:
+    events = []
+    for number, row in enumerate(read_table(path, ("onset", "duration")), start=2):
+        kind = row.get("trial_type") or row.get("value") or "n/a"
+        if kind == "n/a":
+            continue
+        try:
+            onset = float(row["onset"])
+            duration = 0.0
+            if row["duration"] != "n/a":
+                duration = float(row["duration"])
+        except ValueError:
+            raise BadRecordingError(
+                f"has invalid events: {path.name}, line {number}, onset and duration must be "
+                "seconds"
+            ) from None
+        if not np.isfinite([onset, duration]).all() or duration < 0:
+            raise BadRecordingError(f"has invalid events: {path.name}, line {number}")
+        events.append(Annotation(kind, onset, duration, ()))
+    return tuple(events)
+
+
+def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of a CSV or TSV file. Raises BadRecordingError if it is invalid."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter=delimiter)
+            rows = list(reader)
+            columns = reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise BadRecordingError(f"has an invalid table: {path.name} ({brief(e)})") from None
+    missing = [name for name in required if name not in columns]
+    if missing:
+        raise BadRecordingError(
+            f"has an invalid table: {path.name} lacks the column {' and '.join(missing)}"
+        )
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise BadRecordingError(
+                f"has an invalid table: {path.name}, line {number}, does not have "
+                f"{len(columns)} fields"
+            )
+    return rows
+
+
+def _without_quotes(error: Exception) -> str:
+    """Return an error's message without quoted parts, which can be from a patient's header."""
+    message = re.sub(r"'[^']*'|\"[^\"]*\"", "…", brief(error))
+    return message or type(error).__name__

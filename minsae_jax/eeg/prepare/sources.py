@@ -1,0 +1,241 @@
+"""Finds EEG files, and names the recordings that are made from them.
+
+Patient, session and token come from BIDS, from names as in the TUH corpus, or from a pattern of the
+user. File names of recordings are `<patient>_s<session>_t<token>_preprocessed.npy`.
+"""
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minsae_jax.eeg.prepare.config import PrepareConfig
+from minsae_jax.errors import UserError, brief
+from minsae_jax.files import sha256_of
+
+# Endings of the files that start a recording; a file of any other format can be given by name.
+SUFFIXES = (
+    ".edf", ".bdf", ".gdf", ".vhdr", ".ahdr", ".set", ".fif", ".fif.gz", ".cnt", ".mff", ".cdt",
+    ".nxe", ".lay", ".nedf",
+)  # fmt: skip
+BIDS_FILE = "dataset_description.json"
+BIDS = r"(?:^|[/\\])sub-(?P<patient>[^_/\\]+)(?:_ses-(?P<session>[^_/\\]+))?[^/\\]*$"
+TUH = r"(?:^|[/\\])(?P<patient>[^_/\\]+)_s(?P<session>\d+)_t(?P<token>\d+)[^/\\]*$"
+# Parts of a recording after the first, which MNE reads together with it.
+CONTINUATION = re.compile(r"(_split-(?!0*1_)\d+_)|(-\d+\.fif(\.gz)?$)")
+HASH_LENGTH = 12
+END_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """One EEG file and the recording that is made from it."""
+
+    path: Path
+    name: str  # of the recording's file
+    label: str  # of the file in dataset.json: its name, or a hash of it
+    patient: str  # as in the source
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Patient, session and token in a path; "" where the path has none."""
+
+    patient: str
+    session: str = ""
+    token: str = ""
+
+
+def find_sources(config: PrepareConfig) -> list[Source]:
+    """Return all EEG files in the order of their paths.
+
+    Raises UserError if there are none, a pattern does not match, or two patients have one name.
+    """
+    paths: set[Path] = set()
+    for source in config.source:
+        paths.update(_files_in(source))
+    ordered = sorted(paths, key=lambda path: path.as_posix())
+    patterns = [BIDS, TUH]
+    if config.patient_pattern:
+        patterns = [config.patient_pattern]
+    parts = {path: _parts_of(path, patterns, bool(config.patient_pattern)) for path in ordered}
+    names = _recording_names(parts, config.hash_patients)
+    sources = []
+    for path in ordered:
+        label = path.name
+        if config.hash_patients:
+            label = _hashed(path.name) + path.suffix
+        sources.append(Source(path, names[path], label, parts[path].patient))
+    return sources
+
+
+def is_bids(folder: Path) -> bool:
+    """Return whether a folder is the root of a BIDS dataset."""
+    return (folder / BIDS_FILE).is_file()
+
+
+def bids_sidecar(path: Path, what: str) -> Path:
+    """Return the path of a BIDS recording's table, events or channels, which may not exist."""
+    stem = re.sub(r"_eeg\.[^/]*$", "", path.name)
+    return path.with_name(f"{stem}_{what}.tsv")
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return all files that belong to a recording, such as .vhdr, .eeg, .vmrk and BIDS tables."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    stem = path.name.removesuffix(".gz")
+    stem = stem[: stem.rfind(".")]
+    files = {path, *path.parent.glob(f"{glob.escape(stem)}.*")}
+    files.update(bids_sidecar(path, what) for what in ("events", "channels"))
+    return sorted(file for file in files if file.is_file())
+
+
+def find_duplicates(sources: Sequence[Source]) -> dict[Path, Path]:
+    """Return for each copy of an earlier recording the path of that recording.
+
+    Compared are the largest file of each, which has the samples; files of different sizes or
+    endings are not read as a whole.
+    """
+    alike: dict[tuple[int, bytes], list[Path]] = {}
+    largest = {}
+    for source in sources:
+        file = max(files_of(source.path), key=lambda file: file.stat().st_size, default=source.path)
+        largest[source.path] = file
+        alike.setdefault(_size_and_end(file), []).append(source.path)
+    copies = {}
+    for paths in alike.values():
+        first_of: dict[str, Path] = {}
+        if len(paths) > 1:
+            for path in paths:
+                first = first_of.setdefault(sha256_of(largest[path]), path)
+                if first != path:
+                    copies[path] = first
+    return copies
+
+
+def _size_and_end(path: Path) -> tuple[int, bytes]:
+    size = path.stat().st_size
+    if path.is_dir():
+        return size, b""
+    with path.open("rb") as file:
+        file.seek(max(size - END_BYTES, 0))
+        return size, file.read()
+
+
+def _files_in(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_dir() and path.suffix.lower() not in SUFFIXES:
+        return _files_below(path)
+    if path.exists():
+        return [path]
+    matches = sorted(Path(match) for match in glob.glob(source, recursive=True))
+    if not matches:
+        raise UserError(f"there is no file, folder or match of {source}")
+    # A glob may match data files, such as .eeg beside .vhdr.
+    files = [match for match in matches if _starts_a_recording(match)]
+    files += [file for match in matches if match.is_dir() for file in _search(match)]
+    if not files:
+        raise UserError(f"{source} matches no EEG file ({', '.join(SUFFIXES)})")
+    return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    if not is_bids(folder):
+        files = _search(folder)
+        if not files:
+            raise UserError(f"there is no EEG file in {folder} ({', '.join(SUFFIXES)})")
+        return files
+    _check_bids(folder / BIDS_FILE)
+    subjects = sorted(path for path in folder.glob("sub-*") if path.is_dir())
+    files = [file for subject in subjects for file in _search(subject)]
+    files = [file for file in files if file.parent.name == "eeg" and "_eeg." in file.name]
+    if not files:
+        raise UserError(f"the BIDS dataset {folder} has no EEG file sub-*/**/eeg/*_eeg.*")
+    return files
+
+
+def _check_bids(path: Path) -> None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read as JSON: {brief(e)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not contain a JSON object")
+
+
+def _search(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if _starts_a_recording(path)]
+
+
+def _starts_a_recording(path: Path) -> bool:
+    name = path.name.lower()
+    if not name.endswith(SUFFIXES) or name.startswith("."):
+        return False
+    # Only recordings of EGI are folders; the files in them are not recordings.
+    is_folder = name.endswith(".mff")
+    is_inside = any(parent.suffix.lower() == ".mff" for parent in path.parents)
+    return path.is_dir() == is_folder and not is_inside and not CONTINUATION.search(path.name)
+
+
+def _parts_of(path: Path, patterns: Sequence[str], is_given: bool) -> _Parts:
+    for pattern in patterns:
+        match = re.search(pattern, path.as_posix())
+        if match and match["patient"]:
+            groups = {name: text or "" for name, text in match.groupdict().items()}
+            return _Parts(groups["patient"], groups.get("session", ""), groups.get("token", ""))
+    if is_given:
+        raise UserError(f"--patient_pattern does not match {path}")
+    return _Parts(path.name.split(".")[0])
+
+
+def _recording_names(parts: dict[Path, _Parts], is_hashed: bool) -> dict[Path, str]:
+    patients: dict[str, str] = {}
+    for path, part in parts.items():
+        # The patient ends at the first _ of a file name.
+        name = re.sub(r"[^A-Za-z0-9-]+", "-", part.patient)
+        if is_hashed:
+            name = _hashed(part.patient)
+        if patients.setdefault(name, part.patient) != part.patient:
+            raise UserError(
+                f"patients {patients[name]!r} and {part.patient!r} would both be {name}; choose "
+                f"another --patient_pattern ({path})"
+            )
+    of_patient = {patient: name for name, patient in patients.items()}
+    names = {}
+    for patient, name in of_patient.items():
+        recordings = {path: part for path, part in parts.items() if part.patient == patient}
+        sessions = _numbers({part.session for part in recordings.values()}, first=1)
+        for session, number in sessions.items():
+            tokens = {}
+            for path, part in recordings.items():
+                if part.session == session:
+                    tokens[path] = part.token
+            for path, token in _token_numbers(tokens).items():
+                names[path] = f"{name}_s{number:03d}_t{token:03d}_preprocessed.npy"
+    return names
+
+
+def _token_numbers(tokens: dict[Path, str]) -> dict[Path, int]:
+    """Return the tokens in the paths if they differ, else the places of the paths in order."""
+    if len(set(tokens.values())) < len(tokens):
+        tokens = {path: path.as_posix() for path in tokens}
+    numbers = _numbers(tokens.values(), first=0)
+    return {path: numbers[token] for path, token in tokens.items()}
+
+
+def _numbers(texts: Iterable[str], first: int) -> dict[str, int]:
+    """Return the numbers that texts spell if all do and they differ, else their places in order."""
+    ordered = sorted(texts)
+    if all(text.isdecimal() for text in ordered):
+        numbers = {text: int(text) for text in ordered}
+        if len(set(numbers.values())) == len(ordered):
+            return numbers
+    return {text: place for place, text in enumerate(ordered, first)}
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]

@@ -1,0 +1,49 @@
+"""Channel names are matched through their aliases, and positions projected onto the head."""
+
+import numpy as np
+import pytest
+
+from minsae_jax.eeg.description import TUH
+from minsae_jax.eeg.montage import CHANNELS, POSITIONS, canonical, scalp_positions
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Fp1", "FP1"),
+        ("EEG FP1-REF", "FP1"),
+        ("EEG  T6-LE", "P8"),
+        ("eeg_cz", "CZ"),
+        ("POL T3", "T7"),
+        ("T7", "T7"),
+        ("Af7.", "AF7"),
+        ("O1-AVG", "O1"),
+        ("EEG Fz-A1A2", "FZ"),
+        ("C3-A2", "C3-A2"),
+        ("EEG C3-P3", "C3-P3"),
+        ("ECG", "ECG"),
+        ("", ""),
+    ],
+)
+def test_spellings_of_one_electrode_are_equal(name, expected):
+    assert canonical(name) == expected
+
+
+def test_the_corpus_has_19_electrodes():
+    assert len({canonical(name) for name in CHANNELS}) == 19
+
+
+def test_projection_of_measured_positions_resembles_the_drawn_head():
+    projected = scalp_positions(TUH.positions)
+    assert np.abs(projected - POSITIONS).max() < 0.25
+    np.testing.assert_allclose(projected[[7, 11], 0], [-1, 1], atol=0.06)  # T3 and T4
+
+
+def test_projection_is_equidistant_along_meridians():
+    angle = np.deg2rad([0, 47.5, 95])
+    radius = 0.095
+    zeros = np.zeros(3)
+    xyz = np.stack([radius * np.sin(angle), zeros, 0.04 + radius * np.cos(angle)], axis=1)
+    flat = scalp_positions([*map(tuple, xyz.tolist()), None])
+    np.testing.assert_allclose(flat[:3], [[0, 0], [0.5, 0], [1, 0]], atol=1e-9)
+    assert np.isnan(flat[3]).all()

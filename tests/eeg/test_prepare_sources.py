@@ -1,0 +1,251 @@
+"""Which files `prepare` finds, how it names their recordings, and what it takes from BIDS."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minsae_jax import PrepareConfig, UserError
+from minsae_jax.eeg.prepare.sources import find_sources
+from tests.eeg.test_prepare import NEW_NAMES, make_raw, run, write_file
+
+DAMAGES = 50
+
+
+def names_of(folder: Path, *files: str, source: str = ".", **settings) -> dict[str, str]:
+    """Return the recording name of each file, made from empty files."""
+    for file in files:
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    config = PrepareConfig(source=(str(folder / source),), out="out", **settings)
+    return {
+        each.path.relative_to(folder).as_posix(): each.name.removesuffix("_preprocessed.npy")
+        for each in find_sources(config)
+    }
+
+
+def test_names_of_the_tuh_corpus_are_kept(tmp_path):
+    names = names_of(tmp_path, "01/aaaaabgf_s001_t000.edf", "aaaaabgf_s002_t003.edf", "notes.txt")
+    assert names == {
+        "01/aaaaabgf_s001_t000.edf": "aaaaabgf_s001_t000",
+        "aaaaabgf_s002_t003.edf": "aaaaabgf_s002_t003",
+    }
+
+
+def test_files_of_other_names_are_a_patient_each(tmp_path):
+    names = names_of(tmp_path, "b 1.edf", "a.vhdr", "a.eeg", "a.vmrk", ".hidden.edf", "x_raw-1.fif")
+    assert names == {"a.vhdr": "a_s001_t000", "b 1.edf": "b-1_s001_t000"}
+
+
+def test_pattern_names_patient_session_and_token(tmp_path):
+    files = ("p7/night1_a.edf", "p7/night1_b.edf", "p7/night2_a.edf", "p8/night1_a.edf")
+    pattern = r"(?P<patient>p\d)/night(?P<session>\d)_"
+    assert list(names_of(tmp_path, *files, patient_pattern=pattern).values()) == [
+        "p7_s001_t000",
+        "p7_s001_t001",
+        "p7_s002_t000",
+        "p8_s001_t000",
+    ]
+    with pytest.raises(UserError, match=r"--patient_pattern does not match \S*night1_a.edf"):
+        names_of(tmp_path, patient_pattern="(?P<patient>nobody)")
+
+
+def test_bids_entities_name_recordings(tmp_path):
+    (tmp_path / "dataset_description.json").write_text("{}")
+    base = "sub-01/ses-pre/eeg/sub-01_ses-pre_task-rest_run-"
+    names = names_of(
+        tmp_path,
+        f"{base}1_eeg.edf",
+        f"{base}2_eeg.edf",
+        "sub-01/ses-post/eeg/sub-01_ses-post_task-rest_eeg.set",
+        "sub-02/eeg/sub-02_task-rest_eeg.vhdr",
+        "derivatives/sub-01/eeg/sub-01_eeg.edf",
+        "sub-02/meg/sub-02_meg.fif",
+    )
+    assert names == {
+        f"{base}1_eeg.edf": "01_s002_t000",
+        f"{base}2_eeg.edf": "01_s002_t001",
+        "sub-01/ses-post/eeg/sub-01_ses-post_task-rest_eeg.set": "01_s001_t000",
+        "sub-02/eeg/sub-02_task-rest_eeg.vhdr": "02_s001_t000",
+    }
+
+
+def test_glob_matches_and_hashes_hide_names(tmp_path):
+    names = names_of(tmp_path, "a/x1.edf", "b/x2.edf", "b/y.edf", source="*/x*")
+    assert list(names) == ["a/x1.edf", "b/x2.edf"]
+    hashed = names_of(tmp_path, source="*/x*", hash_patients=True)
+    assert all(len(name.split("_")[0]) == 12 for name in hashed.values())
+    assert len(set(hashed.values())) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "message"),
+    [
+        ((), "nothing", "there is no file, folder or match of"),
+        (("a.txt",), ".", "there is no EEG file in"),
+        (("a.txt",), "*.txt", "matches no EEG file"),
+        (("a b.edf", "a-b.edf"), ".", "patients 'a b' and 'a-b' would both be a-b"),
+    ],
+)
+def test_unusable_source_is_one_line(tmp_path, files, source, message):
+    with pytest.raises(UserError, match=message):
+        names_of(tmp_path, *files, source=source)
+
+
+def write_bids(root: Path) -> Path:
+    """Write a BIDS dataset of two patients with events, a bad channel and labels."""
+    root.mkdir()
+    (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.8.0"}')
+    (root / "participants.tsv").write_text(
+        "participant_id\tage\tpathology\nsub-01\t34\tn/a\nsub-02\t61\tepilepsy\n"
+    )
+    for patient in ("01", "02"):
+        stem = root / f"sub-{patient}/eeg/sub-{patient}_task-rest"
+        write_file(make_raw(seed=int(patient)), stem.with_name(f"{stem.name}_eeg.bdf"))
+        stem.with_name(f"{stem.name}_events.tsv").write_text(
+            "onset\tduration\ttrial_type\n1.5\t2.0\tseizure\n4\tn/a\tblink\n5\t1\tn/a\n"
+        )
+        status = "\n".join(
+            f"{name}\tEEG\tuV\t{'bad' if name == 'C3' else 'good'}" for name in NEW_NAMES
+        )
+        stem.with_name(f"{stem.name}_channels.tsv").write_text(
+            f"name\ttype\tunits\tstatus\n{status}"
+        )
+    return root
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_of_bids(tmp_path):
+    prepared = run(write_bids(tmp_path / "bids"), tmp_path / "out")
+    assert [record.description.bad_channels for record in prepared.records] == [("C3",), ("C3",)]
+    events = rows_of(tmp_path / "out/events.csv")
+    assert [(row["recording"][:2], row["event"], row["start"], row["stop"]) for row in events] == [
+        ("01", "seizure", "150", "350"),
+        ("01", "blink", "400", "500"),
+        ("02", "seizure", "150", "350"),
+        ("02", "blink", "400", "500"),
+    ]
+    assert rows_of(tmp_path / "out/labels.csv") == [
+        {
+            "recording": "01_s001_t000_preprocessed.npy",
+            "patient": "01",
+            "age": "34",
+            "pathology": "",
+        },
+        {
+            "recording": "02_s001_t000_preprocessed.npy",
+            "patient": "02",
+            "age": "61",
+            "pathology": "epilepsy",
+        },
+    ]
+
+
+def test_labels_of_recordings(tmp_path):
+    write_file(make_raw(), tmp_path / "eeg/a.edf")
+    write_file(make_raw(seed=1), tmp_path / "eeg/b.edf")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("recording,sex\nb.edf,f\n")
+    run(tmp_path / "eeg", tmp_path / "out", labels=str(labels), hash_patients=True)
+    (row,) = rows_of(tmp_path / "out/labels.csv")
+    assert row["sex"] == "f"
+    assert row["recording"].startswith(row["patient"])
+    assert not row["patient"].startswith("b")
+    labels.write_text("recording,sex\nc.edf,f\n")
+    with pytest.raises(UserError, match="has no row for any of the recordings"):
+        run(tmp_path / "eeg", tmp_path / "out", labels=str(labels), hash_patients=True)
+
+
+def damage(root: Path, seed: int) -> Path:
+    """Damage one file of a dataset so that bytes are missing, replaced, added or all gone."""
+    rng = random.Random(seed)
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    path = files[seed % len(files)]
+    content = bytearray(path.read_bytes())
+    kind = seed // len(files) % 5
+    if kind == 0:
+        content = content[: rng.randrange(max(len(content) // 4, 1))]
+    elif kind == 1:
+        for _ in range(20):
+            content[rng.randrange(min(len(content), 400))] = rng.randrange(256)
+    elif kind == 2:
+        content = bytearray(rng.randbytes(300))
+    elif kind == 3:
+        content = bytearray()
+    if kind == 4:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    return path
+
+
+@pytest.mark.slow
+def test_damaged_bids_folders(tmp_path, capfd):
+    """Each is refused in one line and leaves nothing, or gives a complete folder."""
+    refusals = []
+    for seed in range(DAMAGES):
+        root = write_bids(tmp_path / f"bids{seed}")
+        path = damage(root, seed)
+        out = tmp_path / f"out{seed}"
+        try:
+            run(root, out)
+        except UserError as e:
+            refusals.append(str(e))
+            assert not (out / "file_lengths_map.csv").exists(), path
+            assert not (out / "dataset.json").exists()
+        else:
+            assert_is_complete(out)
+    assert DAMAGES // 3 < len(refusals) < DAMAGES
+    assert not any("\n" in message for message in refusals)
+    lines = capfd.readouterr().err.splitlines()
+    assert all(line.startswith("prepare ") for line in lines)  # the progress
+
+
+def assert_is_complete(folder: Path) -> None:
+    described = json.loads((folder / "dataset.json").read_text())["recordings"]
+    lengths = {
+        row["filename"]: int(row["time_len"]) for row in rows_of(folder / "file_lengths_map.csv")
+    }
+    assert described.keys() == lengths.keys()
+    assert {path.name for path in folder.glob("*.npy")} == set(lengths)
+    for name, length in lengths.items():
+        recording = np.load(folder / name)
+        assert recording.shape == (length, 19)
+        assert np.isfinite(recording).all()
+
+
+@pytest.mark.slow
+def test_mutated_edf_headers(tmp_path, capfd):
+    """Each of 200 is refused in one line and leaves nothing, or gives a complete folder."""
+    whole = write_file(make_raw(), tmp_path / "whole.edf").read_bytes()
+    n_header = 256 * (1 + 20)  # of the file, 19 channels and the annotations
+    refusals = []
+    for seed in range(200):
+        rng = random.Random(seed)
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 3, 10))):
+            start = rng.randrange(n_header)
+            replaced = rng.choice((b"9" * 8, b"-1      ", b"\x00" * 8, b"abc", b" " * 8, b"0" * 8))
+            content[start : start + len(replaced)] = replaced
+        path = tmp_path / "mutated.edf"
+        path.write_bytes(content)
+        out = tmp_path / f"out{seed}"
+        try:
+            run(path, out)
+        except UserError as e:
+            refusals.append(str(e))
+            assert not out.exists()
+        else:
+            assert_is_complete(out)
+    assert 20 < len(refusals) < 200
+    assert not any("\n" in message for message in refusals)
+    lines = capfd.readouterr().err.splitlines()
+    assert all(line.startswith("prepare ") for line in lines)  # the progress
