@@ -1,8 +1,7 @@
 """A PyTorch PatchTST to a Flax encoder and back: `python -m convert encoder SOURCE --out DIR`."""
 
-import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +19,7 @@ from convert.checkpoint import (
     save_torch,
 )
 from convert.huggingface import load_huggingface
+from convert.rules import Rule, fill, linear_rules, norm_rules
 from convert.settings import spelling
 from minsae_jax.encoder.converted import Encoder, EncoderSource, parameter_path
 from minsae_jax.encoder.patchtst.architecture import Architecture
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
 BATCHES_TRACKED = "num_batches_tracked"  # BatchNorm's counter, which nothing reads
-MAX_COMPLAINTS = 6  # in one error message
 PROGRAM_NAMES = {
     "gpatchtst": "gPatchTST",
     "supervised": "the official supervised program",
@@ -39,68 +38,37 @@ PROGRAM_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One parameter (or one per layer or channel) in PyTorch and in Flax; `#` is a number."""
-
-    key: str  # in gPatchTST's state dict
-    path: str  # in the Flax model
-    to_flax: Callable[[np.ndarray], np.ndarray] = np.asarray
-    to_torch: Callable[[np.ndarray], np.ndarray] = np.asarray
-
-    def path_of(self, key: str) -> str | None:
-        """Return the path for a key, or None if the rule is about other keys."""
-        return _translate(key, self.key, self.path)
-
-    def key_of(self, path: str) -> str | None:
-        """Return the key for a path, or None if the rule is about other paths."""
-        return _translate(path, self.path, self.key)
-
-
-def _translate(name: str, pattern: str, template: str) -> str | None:
-    match = re.fullmatch(re.escape(pattern).replace(r"\#", r"(\d+)"), name)
-    if match is None:
-        return None
-    return template.replace("#", match[1]) if match.groups() else template
-
-
 def rules(a: Architecture) -> list[Rule]:
     """Return the conversion table of an architecture; every key and path is in one rule."""
     layer = "backbone.encoder.layers.#"
-    embedding = _linear("backbone.W_P.#", "embeddings/#")
+    embedding = linear_rules("backbone.W_P.#", "embeddings/#")
     if a.shared_embedding:
-        embedding = _linear("backbone.W_P", "embeddings/0")
-    head = _linear("head.linear", "head/linears/0")
+        embedding = linear_rules("backbone.W_P", "embeddings/0")
+    head = linear_rules("head.linear", "head/linears/0")
     if a.individual_head:
-        head = _linear("head.linears.#", "head/linears/#")
+        head = linear_rules("head.linears.#", "head/linears/#")
     return [
         Rule("revin.affine_weight", "revin/affine_weight"),
         Rule("revin.affine_bias", "revin/affine_bias"),
         Rule("backbone.W_pos", "position"),
         Rule("backbone.cls_token", "cls_token", np.ravel, lambda t: t.reshape(1, 1, -1)),
         *embedding,
-        *_linear(f"{layer}.self_attn.W_Q", "layers/#/attention/query"),
-        *_linear(f"{layer}.self_attn.W_K", "layers/#/attention/key"),
-        *_linear(f"{layer}.self_attn.W_V", "layers/#/attention/value"),
+        *linear_rules(f"{layer}.self_attn.W_Q", "layers/#/attention/query"),
+        *linear_rules(f"{layer}.self_attn.W_K", "layers/#/attention/key"),
+        *linear_rules(f"{layer}.self_attn.W_V", "layers/#/attention/value"),
         Rule(f"{layer}.self_attn.sdp_attn.scale", "layers/#/attention/scale"),
-        *_linear(f"{layer}.self_attn.to_out.0", "layers/#/attention/out"),
+        *linear_rules(f"{layer}.self_attn.to_out.0", "layers/#/attention/out"),
         *_norm(a, f"{layer}.norm_attn", "layers/#/norm_attention"),
-        *_linear(f"{layer}.ff.0", "layers/#/ff_in"),
-        *_linear(f"{layer}.ff.3", "layers/#/ff_out"),
+        *linear_rules(f"{layer}.ff.0", "layers/#/ff_in"),
+        *linear_rules(f"{layer}.ff.3", "layers/#/ff_out"),
         *_norm(a, f"{layer}.norm_ffn", "layers/#/norm_ff"),
         *head,
     ]
 
 
-def _linear(key: str, path: str) -> list[Rule]:
-    # torch.nn.Linear stores [outputs, inputs], nnx.Linear [inputs, outputs].
-    weight = Rule(f"{key}.weight", f"{path}/kernel", np.transpose, np.transpose)
-    return [weight, Rule(f"{key}.bias", f"{path}/bias")]
-
-
 def _norm(a: Architecture, key: str, path: str) -> list[Rule]:
     if a.norm == "LayerNorm":
-        return [Rule(f"{key}.weight", f"{path}/scale"), Rule(f"{key}.bias", f"{path}/bias")]
+        return norm_rules(key, path)
     # BatchNorm with its running statistics, wrapped in transpositions: hence the ".1".
     return [
         Rule(f"{key}.1.weight", f"{path}/scale"),
@@ -113,49 +81,15 @@ def _norm(a: Architecture, key: str, path: str) -> list[Rule]:
 def apply_rules(a: Architecture, tensors: Tensors) -> Params:
     """Return the Flax model's parameters.
 
-    Raises one UserError with every unknown key, every wrong shape, every parameter without a
-    tensor, and every value that is not finite.
+    Raises one UserError with everything that does not fit; see `rules.fill`.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_params(a))
-    expected = {parameter_path(keys): leaf for keys, leaf in leaves}
-    filled: dict[str, np.ndarray] = {}
-    complaints = []
-    table = rules(a)
-    for key, tensor in tensors.items():
-        if a.norm == "BatchNorm" and key.endswith(f".1.{BATCHES_TRACKED}"):
-            if tensor.ndim or not np.isfinite(tensor):
-                complaints.append(f"{key} is not a number")
-            continue
-        # The first rule that knows the key; in a valid table there is only one.
-        rule = next((rule for rule in table if rule.path_of(key) is not None), None)
-        path = rule.path_of(key) if rule else None
-        if rule is None or path not in expected:
-            complaints.append(f"unknown key {key[:200]}")
-            continue
-        value = rule.to_flax(tensor)
-        complaint = _complaint(value, path, expected[path].shape)
-        if complaint:
-            complaints.append(f"{key} {complaint}")
-        filled[path] = value
-    complaints += [f"nothing fills {path}" for path in expected if path not in filled]
-    if complaints:
-        message = f"the state dict does not fit: {'; '.join(complaints[:MAX_COMPLAINTS])}"
-        if len(complaints) > MAX_COMPLAINTS:
-            message += f" and {len(complaints) - MAX_COMPLAINTS} more"
-        raise UserError(message)
-    # Copies in C order, so that fingerprints do not depend on transposed views.
-    arrays = [np.array(filled[path], order="C") for path in expected]
-    return jax.tree_util.tree_unflatten(structure, arrays)
-
-
-def _complaint(value: np.ndarray, path: str, shape: tuple[int, ...]) -> str | None:
-    if value.shape != shape or value.dtype != np.float32:
-        return f"is {value.dtype}{list(value.shape)} for {path}, expected float32{list(shape)}"
-    if not np.isfinite(value).all():
-        return "contains NaN or infinity"
-    if path.endswith("/var") and value.min() < 0:
-        return "contains a variance below 0"
-    return None
+    counters = set()
+    if a.norm == "BatchNorm":
+        counters = {key for key in tensors if key.endswith(f".1.{BATCHES_TRACKED}")}
+    broken = [key for key in counters if tensors[key].ndim or not np.isfinite(tensors[key])]
+    complaints = [f"{key} is not a number" for key in sorted(broken)]
+    weights = {key: tensor for key, tensor in tensors.items() if key not in counters}
+    return fill(abstract_params(a), rules(a), weights, complaints)
 
 
 def state_dict(a: Architecture, params: Params) -> Tensors:
