@@ -1,4 +1,7 @@
-"""A PyTorch PatchTST to a Flax encoder and back: `python -m convert encoder SOURCE --out DIR`."""
+"""A PyTorch encoder to Flax: `python -m convert encoder SOURCE --out DIR`; PatchTST also back.
+
+`convert/cbramod.py` contains what is different for CBraMod.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from convert import cbramod
 from convert.architecture import read_architecture
 from convert.checkpoint import (
     HALVES,
@@ -21,9 +25,11 @@ from convert.checkpoint import (
 from convert.huggingface import load_huggingface
 from convert.rules import Rule, fill, linear_rules, norm_rules
 from convert.settings import spelling
-from minsae_jax.encoder.converted import Encoder, EncoderSource, parameter_path
+from minsae_jax.encoder.base import NativeEncoder, Params, parameter_path
+from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
+from minsae_jax.encoder.converted import Encoder, EncoderSource
 from minsae_jax.encoder.patchtst.architecture import Architecture
-from minsae_jax.encoder.patchtst.pure import Params, abstract_params
+from minsae_jax.encoder.patchtst.pure import abstract_params
 from minsae_jax.errors import UserError
 from minsae_jax.settings import JsonObject, read_yaml
 
@@ -113,7 +119,7 @@ class Source:
     """A checkpoint that was read, and the architecture resolved for it."""
 
     checkpoint: Checkpoint
-    architecture: Architecture
+    architecture: Architecture | cbramod.Architecture
     sources: dict[str, str]  # setting -> where its value came from
     warnings: tuple[str, ...]  # to show once it is converted
 
@@ -125,15 +131,19 @@ def read_source(
     program: Program | None = None,
     without_head: bool = False,
 ) -> Source:
-    """Read a .pth file, or a folder of transformers.
+    """Read a .pth file, or a folder of transformers or Braindecode.
 
     flags: settings that precede those of the YAML at `config_path`. program: guessed if it is None.
-    Raises UserError if file, settings or tensors are not those of a PatchTST.
+    Raises UserError if file, settings or tensors are not those of a PatchTST or CBraMod.
     """
     yaml = read_yaml(config_path) if config_path else {}
     flags = dict(flags or {})
     path = Path(path)
     checkpoint = load_huggingface(path, without_head) if path.is_dir() else load_checkpoint(path)
+    if cbramod.is_cbramod(checkpoint.tensors):
+        if config_path is not None or program is not None:
+            raise UserError("--config_path and --program do not apply to CBraMod")
+        return _read_cbramod(checkpoint, flags, without_head)
     if program is not None:
         if checkpoint.program == "transformers":
             raise UserError(f"{path} is a folder of transformers; leave out --program")
@@ -146,17 +156,29 @@ def read_source(
     return Source(checkpoint, resolved.architecture, resolved.sources, resolved.warnings)
 
 
+def _read_cbramod(checkpoint: Checkpoint, flags: Mapping[str, Any], without_head: bool) -> Source:
+    tensors = cbramod.encoder_tensors(checkpoint.tensors, without_head)
+    checkpoint = replace(checkpoint, program="cbramod", tensors=tensors)
+    resolved = cbramod.read_architecture(checkpoint, flags)
+    return Source(checkpoint, resolved.architecture, resolved.sources, warnings=())
+
+
 class Converted(NamedTuple):
     """A converted encoder, and the origin to save with it."""
 
-    encoder: Encoder
+    encoder: NativeEncoder
     source: EncoderSource
 
 
 def convert(source: Source) -> Converted:
     """Convert a checkpoint. Raises UserError if its tensors do not fit the architecture."""
     checkpoint = source.checkpoint
-    encoder = Encoder(source.architecture, apply_rules(source.architecture, checkpoint.tensors))
+    a = source.architecture
+    encoder: NativeEncoder
+    if isinstance(a, cbramod.Architecture):
+        encoder = CBraModEncoder(a, cbramod.to_flax(a, checkpoint.tensors))
+    else:
+        encoder = Encoder(a, apply_rules(a, checkpoint.tensors))
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
     if "float64" in checkpoint.dtypes.values():
@@ -182,13 +204,15 @@ def convert_encoder(path: str | Path, config_path: str | Path | None = None) -> 
     return convert(read_source(path, config_path))
 
 
-def write_pytorch(path: Path, encoder: Encoder, source: EncoderSource) -> None:
+def write_pytorch(path: Path, encoder: NativeEncoder, source: EncoderSource) -> None:
     """Write gPatchTST's checkpoint of an encoder, or its bare state dict if the source was one.
 
     A checkpoint contains model_state_dict, revin_state_dict (None without affine weights) and
     config, so that it can be converted again without a YAML. Raises UserError if the file exists,
     or if gPatchTST cannot run the encoder.
     """
+    if not isinstance(encoder, Encoder):
+        raise UserError("only PatchTST encoders can be written for PyTorch")
     if path.exists():
         raise UserError(
             f"{path} exists, and a checkpoint is never overwritten; choose another --out"
@@ -262,13 +286,25 @@ def settings_of(a: Architecture) -> dict[str, JsonObject]:
     return {"data": {"n_vars": model.pop("n_vars")}, "model": model}
 
 
-def describe(source: Source, encoder: Encoder) -> str:
+def describe(source: Source, encoder: NativeEncoder) -> str:
     """Return a summary of a conversion for the terminal, over several lines."""
     a = source.architecture
-    checkpoint = source.checkpoint
+    if isinstance(a, cbramod.Architecture):
+        lines = cbramod.describe(a, source.checkpoint.path.name)
+    else:
+        lines = _describe_patchtst(a, source.checkpoint)
+    for where in dict.fromkeys(source.sources.values()):
+        names = [name for name, origin in source.sources.items() if origin == where]
+        lines.append(f"from the {where}: {', '.join(names)}")
+    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(encoder.params))
+    lines.append(f"{n_parameters:,} parameters, fingerprint {encoder.fingerprint[:12]}")
+    return "\n".join(lines)
+
+
+def _describe_patchtst(a: Architecture, checkpoint: Checkpoint) -> list[str]:
     head = "no head" if a.head_type == "none" else f"{a.head_type} head"
     cls_token = ", and CLS" if a.use_cls_token else ""
-    lines = [
+    return [
         f"PatchTST of {PROGRAM_NAMES[checkpoint.program]} from {checkpoint.path.name}: "
         f"{a.n_layers} layers, d_model {a.d_model}, {a.n_heads} heads, d_ff {a.d_ff}, {a.norm}, "
         f"{a.activation}, {head}",
@@ -276,9 +312,3 @@ def describe(source: Source, encoder: Encoder) -> str:
         f"({a.n_patches} patches of {a.patch_len}, stride {a.stride}{cls_token}), "
         f"RevIN {'on' if a.revin else 'off'}",
     ]
-    for where in dict.fromkeys(source.sources.values()):
-        names = [name for name, origin in source.sources.items() if origin == where]
-        lines.append(f"from the {where}: {', '.join(names)}")
-    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(encoder.params))
-    lines.append(f"{n_parameters:,} parameters, fingerprint {encoder.fingerprint[:12]}")
-    return "\n".join(lines)

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 
 from convert.checkpoint import Tensors
-from minsae_jax.encoder.converted import parameter_path
-from minsae_jax.encoder.patchtst.pure import Params
+from minsae_jax.encoder.base import Params, parameter_path
 from minsae_jax.errors import UserError
 
 MAX_COMPLAINTS = 6  # in one error message

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-# Constants of the published model. The weights do not determine them, and nothing varies them.
+# Constants of the published model, which its weights do not show.
 SAMPLING_RATE = 200.0  # Hz
-MICROVOLTS = 100.0  # unit of the input: the model was trained on EEG in µV / 100
 STEM_STRIDE = 25  # samples from one position of the first convolution to the next
 STEM_PADDING = 24  # zeros at each end of a patch
 NORM_GROUPS = 5  # groups of channels that the stem's norms share statistics in
@@ -14,12 +13,13 @@ NORM_GROUPS = 5  # groups of channels that the stem's norms share statistics in
 class Architecture:
     """Everything needed to build the encoder; lengths are in samples.
 
-    The number of channels is not fixed: weights are shared between channels, and their positions
-    are computed from the input. A new field must have a default, so that the fingerprints of known
-    encoders stay the same.
+    The same weights fit any number of channels and patches, since the places of tokens are computed
+    from the input. A new field must have a default, so that the fingerprints of known encoders stay
+    the same.
     """
 
-    seq_len: int  # of a window; any multiple of patch_len
+    n_vars: int
+    seq_len: int  # of a window; a multiple of patch_len
     patch_len: int
     stem_width: int  # channels of the convolutions on a patch
     stem_kernel: int  # samples that the first convolution reads

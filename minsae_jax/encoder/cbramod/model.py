@@ -20,6 +20,7 @@ from minsae_jax.encoder.cbramod.architecture import (
     STEM_STRIDE,
     Architecture,
 )
+from minsae_jax.encoder.patchtst.attention import Dtype, attend
 
 # torch's default is the exact GELU, JAX's the tanh approximation.
 gelu = partial(jax.nn.gelu, approximate=False)
@@ -93,17 +94,19 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention of one half of the dimensions."""
 
-    def __init__(self, width: int, n_heads: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, n_heads: int, dtype: Dtype, *, rngs: nnx.Rngs):
         self.n_heads = n_heads
         self.queries_keys_values = nnx.Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Num[Array, "*N T width"]) -> Num[Array, "*N T width"]:
-        sequences = x.reshape(-1, *x.shape[-2:])
+    def __call__(self, x: Num[Array, "B N T width"]) -> Num[Array, "B N T width"]:
+        """Return the output for every sequence of T tokens."""
+        sequences = x.reshape(-1, *x.shape[2:])
         projected = self.queries_keys_values(sequences)
-        heads = projected.reshape(*sequences.shape[:2], 3 * self.n_heads, -1)
-        mixed = jax.nn.dot_product_attention(*jnp.split(heads, 3, axis=2))
-        return self.out(mixed.reshape(sequences.shape)).reshape(x.shape)
+        heads = projected.reshape(*sequences.shape[:2], 3 * self.n_heads, -1).swapaxes(1, 2)
+        queries, keys, values = jnp.split(heads, 3, axis=1)
+        mixed = attend(queries * queries.shape[-1] ** -0.5, keys, values)
+        return self.out(mixed.swapaxes(1, 2).reshape(x.shape))
 
 
 class Layer(nnx.Module):
@@ -112,7 +115,7 @@ class Layer(nnx.Module):
     Stream and norms are float32; the branches compute in `dtype`.
     """
 
-    def __init__(self, a: Architecture, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(self, a: Architecture, dtype: Dtype, *, rngs: nnx.Rngs):
         norm = partial(nnx.LayerNorm, a.d_model, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
         half = partial(Attention, a.d_model // 2, a.n_heads // 2, dtype, rngs=rngs)
         linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
@@ -139,7 +142,7 @@ class CBraMod(nnx.Module):
     residual stream, embedding and head are float32.
     """
 
-    def __init__(self, a: Architecture, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs):
+    def __init__(self, a: Architecture, dtype: Dtype = jnp.float32, *, rngs: nnx.Rngs):
         self.architecture = a
         self.embedding = Embedding(a, rngs=rngs)
         self.layers = nnx.List([Layer(a, dtype, rngs=rngs) for _ in range(a.n_layers)])
@@ -148,6 +151,10 @@ class CBraMod(nnx.Module):
     def __call__(self, x: Float[Array, "B seq_len C"]) -> Float[Array, "B C P _"]:
         """Return the patches as the head reconstructs them, or the last layer without a head."""
         (z,) = self.hidden(x, (self.architecture.n_layers - 1,))
+        return self.reconstruct(z)
+
+    def reconstruct(self, z: Float[Array, "B C P d_model"]) -> Float[Array, "B C P _"]:
+        """Return the head's patches for the output of the last layer; z itself without a head."""
         return z if self.head is None else self.head(z)
 
     def hidden(

@@ -5,9 +5,9 @@ from functools import lru_cache
 import jax.numpy as jnp
 from flax import nnx
 
+from minsae_jax.encoder.base import Params, Precision
 from minsae_jax.encoder.cbramod.architecture import Architecture
 from minsae_jax.encoder.cbramod.model import CBraMod
-from minsae_jax.encoder.patchtst.pure import Params, Precision
 
 
 def bind(architecture: Architecture, params: Params, precision: Precision = "float32") -> CBraMod:
