@@ -21,9 +21,10 @@ from convert.checkpoint import (
 )
 from convert.huggingface import load_huggingface
 from convert.settings import spelling
-from minsae_jax.encoder.converted import Encoder, EncoderSource, parameter_path
+from minsae_jax.encoder.base import Params, parameter_path
+from minsae_jax.encoder.converted import Encoder, EncoderSource
 from minsae_jax.encoder.patchtst.architecture import Architecture
-from minsae_jax.encoder.patchtst.pure import Params, abstract_params
+from minsae_jax.encoder.patchtst.pure import abstract_params
 from minsae_jax.errors import UserError
 from minsae_jax.settings import JsonObject, read_yaml
 
