@@ -18,7 +18,13 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.activations.tokens import TokenGrid
-from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, EncoderSpec, HiddenFunction
+from minsae_jax.encoder.base import (
+    DEFAULT_OPTIONS,
+    BaseEncoder,
+    ComputeOptions,
+    EncoderSpec,
+    HiddenFunction,
+)
 from minsae_jax.errors import UserError, brief
 
 if TYPE_CHECKING:
@@ -162,11 +168,11 @@ MODELS = {
 }
 
 
-def _behind_each(blocks: "nn.ModuleList") -> tuple[Stage, ...]:
+def _behind_each(blocks: Any) -> tuple[Stage, ...]:
     return (Stage(blocks[0], in_front=True), *(Stage(block) for block in blocks))
 
 
-def _in_front_of_each(blocks: "nn.ModuleList", backbone: "nn.Module") -> tuple[Stage, ...]:
+def _in_front_of_each(blocks: Any, backbone: "nn.Module") -> tuple[Stage, ...]:
     """Return the stages of blocks whose branches the backbone adds to the stream itself.
 
     The stream after a block is then seen in front of the next one's first branch.
@@ -231,7 +237,7 @@ class BraindecodeEncoder(BaseEncoder):
         self.fingerprint = _fingerprint(model, self.spec)
 
     def function(
-        self, layers: tuple[int, ...], options: ComputeOptions = ComputeOptions()
+        self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
     ) -> HiddenFunction:
         """Return the host function (params, windows) -> outputs [batch, n_tokens, d_model]."""
         # Stage 0 is the embedding.

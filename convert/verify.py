@@ -10,7 +10,6 @@ from jaxtyping import Float
 from convert import cbramod
 from convert.checkpoint import Tensors
 from minsae_jax.encoder.base import NativeEncoder
-from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
 from minsae_jax.errors import UserError, brief
 from minsae_jax.monitor import table
 
@@ -43,7 +42,7 @@ def verify(
 ) -> list[Difference]:
     """Compare Flax with plain torch on the source's tensors, for every layer and the head.
 
-    windows: EEG in SD. Both compute in float32.
+    windows: EEG in the encoder's unit. Both compute in float32.
     """
     import torch
 
@@ -51,16 +50,17 @@ def verify(
 
     a = encoder.architecture
     state = {key: torch.tensor(array) for key, array in tensors.items()}
-    forward = plain_torch.forward
-    if isinstance(encoder, CBraModEncoder):
-        forward = plain_cbramod.forward
+    x = torch.from_numpy(windows)
     with torch.no_grad():
-        hidden, output = forward(a, state, torch.from_numpy(windows))
+        if isinstance(a, cbramod.Architecture):
+            hidden, output = plain_cbramod.forward(a, state, x)
+        else:
+            hidden, output = plain_torch.forward(a, state, x)
     differences = []
     for layer, expected in enumerate(hidden):
         actual = np.asarray(encoder.activations(windows, layer))
         differences.append(_difference(f"layer {layer}", actual, expected.numpy()))
-    has_head = isinstance(encoder, CBraModEncoder) or a.head_type != "none"
+    has_head = isinstance(a, cbramod.Architecture) or a.head_type != "none"
     if has_head and output is not None:
         differences.append(_difference("head", np.asarray(encoder(windows)), output.numpy()))
     return differences

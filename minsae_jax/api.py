@@ -18,7 +18,7 @@ from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.settings import read_yaml
 
 if TYPE_CHECKING:
-    from minsae_jax.encoder.converted import Encoder
+    from minsae_jax.encoder.base import BaseEncoder, NativeEncoder
     from minsae_jax.encoder.extract import ExtractedStore
     from minsae_jax.evaluation.results import Evaluation
     from minsae_jax.sae.plots import PlotFiles
@@ -39,7 +39,7 @@ def start(deterministic: bool = False, distributed: bool = False) -> None:
     start_jax(deterministic, distributed and not jax.distributed.is_initialized())
 
 
-def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "Encoder":
+def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "NativeEncoder":
     """Return the encoder in a converted folder, a PyTorch file or a folder of transformers.
 
     PyTorch weights are converted in memory, which requires torch. config_path: the encoder's YAML,
@@ -57,12 +57,14 @@ def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "En
         # Imports torch, which is not installed with the package.
         from convert.encoder import convert_encoder
 
-        encoder, _ = convert_encoder(path, config_path)
-        return encoder
+        converted_encoder, _ = convert_encoder(path, config_path)
+        return converted_encoder
     encoder = converted.load_encoder(path)
     if config_path:
         from convert.architecture import check_yaml
 
+        if not isinstance(encoder, converted.Encoder):
+            raise UserError(f"--config_path is for PatchTST; {path} is another encoder")
         check_yaml(encoder.architecture, read_yaml(config_path))
     return encoder
 
@@ -74,7 +76,7 @@ def write_demo(config: DemoConfig) -> Demo:
     return synthetic.write_demo(config)
 
 
-def extract(encoder: "Encoder", config: ExtractConfig) -> list["ExtractedStore"]:
+def extract(encoder: "BaseEncoder", config: ExtractConfig) -> list["ExtractedStore"]:
     """Write the activations of recordings into stores on disk, one for each split and layer.
 
     Raises UserError, before anything is written, if recordings do not fit the encoder, a folder
@@ -112,6 +114,7 @@ def train(config: TrainConfig) -> "Run":
         batch_size=config.live_batch_size,
         force_revin=config.force_revin,
         on_bad_recording=config.on_bad_recording,
+        allow_mismatch=config.allow_mismatch,
     )
     return trainer.train(config, encoder.fingerprint, live)
 

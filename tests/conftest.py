@@ -139,7 +139,7 @@ class Trained:
 
     def dataset(self, split: str) -> Dataset:
         store = self.stores.with_name(f"{self.stores.name}_{split}")
-        return open_dataset(store, -1, self.encoder.architecture, self.recordings)
+        return open_dataset(store, -1, self.encoder, self.recordings)
 
     def sae(self, name: str = "lambda=1"):
         return load_sae(self.run / "members" / name)

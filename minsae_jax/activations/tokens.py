@@ -48,6 +48,8 @@ class TokenGrid:
                 f"token {i} has channel {self.channel[i]} and samples {self.first[i]} to "
                 f"{self.last[i]}; expected first <= last, and -1 for no channel or no samples"
             )
+        if not has_time.any():
+            raise UserError("no token has samples; a token of a whole window has all of them")
 
     @classmethod
     def patches(
@@ -106,9 +108,21 @@ class TokenGrid:
         With a single start it is the length of the longest token.
         """
         if len(self.starts) == 1:
-            return int((self.last - self.first).max()) + 1
+            return self.longest
         steps = np.unique(np.diff(self.starts))
         return int(steps[0]) if len(steps) == 1 else None
+
+    @property
+    def mean_step(self) -> int:
+        """Samples from each start to the next, on average."""
+        if self.step is not None:
+            return self.step
+        return int(np.diff(self.starts).mean())
+
+    @property
+    def longest(self) -> int:
+        """Samples of the longest token."""
+        return int((self.last - self.first)[self.located].max()) + 1
 
     def write(self, folder: Path) -> None:
         """Write tokens.npz."""

@@ -24,6 +24,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from minsae_jax.activations.tokens import TokenGrid
+from minsae_jax.eeg.description import DESCRIPTION, TUH, Description
+from minsae_jax.eeg.montage import canonical
 from minsae_jax.errors import UserError
 
 Params = Any  # a pytree of arrays, for native encoders nested dicts and lists of float32
@@ -40,6 +42,9 @@ class ComputeOptions:
 
     precision: Precision = "float32"
     force_revin: bool = False
+
+
+DEFAULT_OPTIONS = ComputeOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,38 @@ class EncoderSpec:
         raise UserError(f"there is no layer {layer}: this encoder has the layers {listed}")
 
 
+def check_recordings(spec: EncoderSpec, description: Description, allow_mismatch: bool) -> None:
+    """Raise UserError if an encoder does not fit recordings: by number of channels, rate or names.
+
+    allow_mismatch: accept another sampling rate and other names.
+    """
+    is_described = description is not TUH
+    names = description.channels
+    if is_described and len(names) != spec.n_vars:
+        raise UserError(
+            f"the encoder reads {spec.n_vars} channels, but the recordings have {len(names)} "
+            f"({DESCRIPTION})"
+        )
+    if allow_mismatch:
+        return
+    advice = "prepare the recordings for this encoder, or use --allow_mismatch"
+    rate = description.sampling_rate
+    if spec.sampling_rate is not None and spec.sampling_rate != rate:
+        source = DESCRIPTION if is_described else f"there is no {DESCRIPTION}"
+        raise UserError(
+            f"the encoder expects {spec.sampling_rate:g} Hz, but the recordings are at {rate:g} Hz "
+            f"({source}); {advice}"
+        )
+    if spec.channels is None or len(names) != spec.n_vars:
+        return
+    for column, (expected, name) in enumerate(zip(spec.channels, names, strict=True), start=1):
+        if canonical(expected) != canonical(name):
+            raise UserError(
+                f"the encoder expects channel {expected} in column {column}, but the recordings "
+                f"have {name} there; {advice}"
+            )
+
+
 class Reconstruction(Protocol):
     """The encoder's pretraining task: to reconstruct the masked parts of a window.
 
@@ -128,7 +165,7 @@ class BaseEncoder(ABC):
 
     @abstractmethod
     def function(
-        self, layers: tuple[int, ...], options: ComputeOptions = ComputeOptions()
+        self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
     ) -> HiddenFunction:
         """Return the function (params, windows) -> outputs of the layers, in the order of `layers`.
 
@@ -164,16 +201,16 @@ class BaseEncoder(ABC):
 
     def activations(
         self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"], layer: int = -1
-    ) -> Float[Array | np.ndarray, "batch ... n_tokens d_model"]:
+    ) -> Float[Array, "batch ... n_tokens d_model"]:
         """Return the output of a layer, float32, for windows of EEG in SD.
 
-        Raises UserError if the windows do not have the encoder's length and channels, or if there
-        is no such layer.
+        [batch, n_vars, n_tokens, d_model] for PatchTST. Raises UserError if the windows do not
+        have the encoder's length and channels, or if there is no such layer.
         """
         run = self.function((self.spec.layer_index(layer),))
         x = self.checked(past_values)
         if self.runs_on_host:
-            return run(self.params, np.asarray(x))[0]
+            return jnp.asarray(run(self.params, np.asarray(x))[0], jnp.float32)
         with jax.default_matmul_precision("highest"):
             return jax.jit(run)(self.params, x)[0]
 
@@ -192,15 +229,22 @@ class BaseEncoder(ABC):
 class NativeEncoder(BaseEncoder):
     """A Flax encoder: an architecture (a frozen dataclass) and its parameters.
 
-    Derived classes set `Architecture` and `spec`, and define `function` and `abstract_params`.
+    Derived classes set `architecture_type` and `spec`, and define `function`, `abstract_params` and
+    the call, which returns the output of the head.
     """
 
-    Architecture: type
+    architecture_type: type
 
     def __init__(self, architecture: Any, params: Params):
         self.architecture = architecture
         self.params = params
         self.fingerprint = fingerprint_of(architecture, params)
+
+    @abstractmethod
+    def __call__(
+        self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"]
+    ) -> Float[Array, "..."]:
+        """Return the output of the head. Raises UserError if the windows do not fit."""
 
     @classmethod
     @abstractmethod

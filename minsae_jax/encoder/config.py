@@ -32,6 +32,8 @@ class EncoderChoice:
     """A converted encoder (a folder), or a PyTorch .pth, which is converted in memory."""
     config_path: str | None = None
     """The encoder's YAML: most .pth files need it; a converted encoder is checked against it."""
+    allow_mismatch: bool = False
+    """Accept recordings of another sampling rate or other channels than the encoder's."""
     force_revin: bool = False
     """Apply RevIN even if the encoder's settings disable it, as the reference's embed.py does."""
     cache_layer: tuple[int | Literal["all"], ...] = (-1,)

@@ -6,26 +6,29 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, Int8
 
-from minsae_jax.eeg.montage import BANDS, CHANNELS
-from minsae_jax.encoder.converted import Encoder
+from minsae_jax.activations.tokens import TokenGrid
+from minsae_jax.eeg.montage import BANDS
+from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.config import Band
-from minsae_jax.evaluation.dataset import Dataset, seconds
+from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.report.examples import EDGES, Activity, Tokens
 from minsae_jax.report.naming import Label, suggest_name
 from minsae_jax.report.spectra import (
     BaseSpectra,
     Spectrum,
     artefact_hints,
+    channel_power_ratio,
     dominant_band,
     measure_base_spectra,
     measure_spectrum,
-    window_eeg,
 )
 from minsae_jax.sae.member import SparseAutoencoder
 
 DEFAULT_BANDS = tuple(Band(*band) for band in BANDS)
 TRACE_STEP = 0.1  # SD per unit of an int8 trace
 MONTAGE_EXAMPLES = 8  # top examples with all channels
+MONTAGE_RATE = 50  # Hz, at least, of the traces of all channels
+ALL_CHANNELS = "all channels"  # of a token over all of them
 RANDOM_EXAMPLES = 6
 LISTED_PATIENTS = 12
 NEIGHBOURS = 8
@@ -39,7 +42,8 @@ class Context:
     dataset: Dataset
     sae: SparseAutoencoder
     activity: Activity
-    encoder: Encoder
+    # None if only the store is at hand
+    encoder: BaseEncoder | None
     # Patches shown before and after an example's patch
     w: int
     bands: Sequence[Band]
@@ -62,15 +66,19 @@ class Example:
     recording: str
     patient: str
     channel: str
+    # Name of the trace's channel, if the token is over all channels
+    trace_channel: str | None
     # Start of the trace in the recording [s]
     start: float
     # Start and end of the active patch [s]; None for a CLS token
     patch: tuple[float, float] | None
-    # EEG of the token's channel, in units of TRACE_STEP SD
+    # EEG of the token's channel, or of the feature's top channel, in units of TRACE_STEP SD
     trace: Int8[np.ndarray, " samples"]
-    # EEG of all channels, every 2nd sample
-    others: Int8[np.ndarray, "channels half_samples"] | None
-    # Activation of the feature on each patch shown, and the start of the first [s]
+    # µV in an SD of the trace's channel; None if unknown
+    uv_per_sd: float | None
+    # EEG of all channels, every 2nd sample at 100 Hz
+    others: Int8[np.ndarray, "channels fewer_samples"] | None
+    # Largest activation of the feature at each start of tokens shown, and the first start [s]
     strip: Float[np.ndarray, " patches"]
     strip_start: float
     # Artefact hints
@@ -114,10 +122,11 @@ class FeatureCard:
     suggestion: str
     examples: list[Example]
     histogram: Histogram
-    # Mean activation on each channel over the mean on all channels
+    # Mean activation on each channel over the mean on all channels; for tokens over all channels,
+    # power of each channel during active tokens over its base rate
     channel_ratio: Float[np.ndarray, " n_vars"]
     spectrum: Spectrum | None
-    # Share of the active tokens by patch
+    # Share of the active tokens by start in the window; empty if starts are not evenly spaced
     position: Float[np.ndarray, " n_patches"]
     # Share of the active tokens by patient, largest first
     patient_list: list[tuple[str, float]]
@@ -125,7 +134,7 @@ class FeatureCard:
     nearest: list[tuple[int, float]]
     # Features by Jaccard index of active tokens
     coactive: list[tuple[int, float]]
-    # Samples that a unit of the feature adds to a patch, by the pretrain head
+    # Samples that a unit of the feature adds to a patch, by the encoder's head
     waveform: Float[np.ndarray, " patch_len"] | None
     # Share of examples with each artefact hint
     artefacts: dict[str, float]
@@ -135,7 +144,7 @@ def make_context(
     dataset: Dataset,
     sae: SparseAutoencoder,
     activity: Activity,
-    encoder: Encoder,
+    encoder: BaseEncoder | None,
     w: int = 10,
     bands: Sequence[Band] = DEFAULT_BANDS,
     labels: Mapping[int, Label] | None = None,
@@ -153,7 +162,7 @@ def make_context(
         encoder=encoder,
         w=w,
         bands=bands,
-        base=measure_base_spectra(dataset, w, seed),
+        base=measure_base_spectra(dataset, w, seed, bands),
         directions=sae.decoder_directions,
         cosine=cosine,
         labels=labels or {},
@@ -178,29 +187,38 @@ def describe(context: Context, feature: int) -> FeatureCard:
         dataset, context.base, activity.random, feature, context.seed
     )
     band = dominant_band(context.bands, spectrum)
-    channel_ratio = _channel_ratio(activity, feature)
+    channel_ratio = _channel_ratio(context, feature)
+    top_channel = int(np.argmax(channel_ratio))
     shares = _patient_shares(dataset, activity.by_recording[feature], n_active)
     by_position = activity.by_token[feature] / n_active
+    is_located = dataset.tokens.first >= 0
     label = context.labels.get(feature, Label())
+    suggestion = ""
+    if is_alive:
+        relative = channel_ratio
+        if not dataset.has_channels:
+            # Where power rises most, even if it rises everywhere.
+            relative = channel_ratio / max(channel_ratio.mean(), 1e-12)
+        suggestion = suggest_name(context.bands, relative, band, dataset.positions)
     return FeatureCard(
         id=feature,
         density=float(activity.density[feature]),
         mean=float(activity.mean[feature]),
         max=float(activity.largest[feature]),
-        channel=_top_channel(channel_ratio) if is_alive else "",
+        channel=_name_of(dataset, top_channel) if is_alive else "",
         band=band,
         patients=len(shares),
         patient_share=float(shares[0][1]) if shares else 0.0,
         artefact=float(max(artefacts.values(), default=0.0)),
-        cls=float(by_position[0]) if dataset.architecture.use_cls_token else 0.0,
+        cls=float(by_position[~is_located].sum()),
         label=label.label,
         note=label.note,
-        suggestion=suggest_name(context.bands, channel_ratio, band) if is_alive else "",
-        examples=_make_examples(context, feature),
+        suggestion=suggestion,
+        examples=_make_examples(context, feature, top_channel),
         histogram=_histogram(activity.histogram[feature]),
         channel_ratio=channel_ratio,
         spectrum=spectrum,
-        position=by_position[dataset.patch_tokens],
+        position=_by_start(dataset, by_position),
         patient_list=shares[:LISTED_PATIENTS],
         nearest=_nearest(context, feature),
         coactive=_coactive(activity, feature),
@@ -222,19 +240,32 @@ def _patient_shares(
     return sorted(shares, key=lambda item: (-item[1], item[0]))
 
 
-def _channel_ratio(activity: Activity, feature: int) -> Float[np.ndarray, " n_vars"]:
-    """Return the mean activation on each channel over the mean on all channels."""
+def _channel_ratio(context: Context, feature: int) -> Float[np.ndarray, " n_vars"]:
+    """Return `FeatureCard.channel_ratio`."""
+    activity = context.activity
+    if not context.dataset.has_channels:
+        return channel_power_ratio(context.dataset, context.base, activity.random, feature)
     by_channel = activity.by_channel[feature]
     rate = by_channel / np.maximum(activity.channel_tokens, 1)
     overall = by_channel.sum() / max(1, activity.channel_tokens.sum())
     return rate / overall if overall else np.zeros_like(rate)
 
 
-def _top_channel(channel_ratio: Float[np.ndarray, " n_vars"]) -> str:
-    """Return the name of the channel with the largest ratio, or "" without channel names."""
-    if len(channel_ratio) != len(CHANNELS):
-        return ""
-    return CHANNELS[int(np.argmax(channel_ratio))]
+def _name_of(dataset: Dataset, channel: int) -> str:
+    """Return the name of a channel, or "" without channel names."""
+    names = dataset.channel_names
+    return "" if names is None else names[channel]
+
+
+def _by_start(
+    dataset: Dataset, by_position: Float[np.ndarray, " n_tokens"]
+) -> Float[np.ndarray, " n_starts"]:
+    """Return the sum over the tokens of each start, or nothing if starts are unevenly spaced."""
+    grid = dataset.tokens
+    if grid.step is None:
+        return np.zeros(0)
+    located = grid.located
+    return np.bincount(grid.slot[located], by_position[located], len(grid.starts))
 
 
 def _histogram(counts: Int[np.ndarray, " bins"]) -> Histogram:
@@ -248,15 +279,14 @@ def _histogram(counts: Int[np.ndarray, " bins"]) -> Histogram:
 
 @dataclass(frozen=True)
 class _Place:
-    """A token chosen as an example, and the patches shown around it."""
+    """A token chosen as an example, and the stretch shown around it."""
 
     group: str
     sequence: int
-    # Patch of the token; -1 for a CLS token
-    patch: int
+    token: int
     activation: float
     has_montage: bool
-    # First and last patch shown
+    # First and last start of tokens shown, as indices into `TokenGrid.starts`
     first: int
     last: int
 
@@ -270,23 +300,23 @@ def _choose_places(context: Context, feature: int) -> list[_Place]:
     chosen = [("top", activity.top, rank) for rank in range(n_top)]
     chosen += [(f"q{rank + 1}", quantiles, rank) for rank in range(n_quantiles)]
     chosen += [("random", activity.random, rank) for rank in range(n_random)]
-    a = context.dataset.architecture
+    grid = context.dataset.tokens
     places = []
     for group, tokens, rank in chosen:
         token = int(tokens.token[feature, rank])
         if token < 0:
             continue
-        patch = token - int(a.use_cls_token)
+        slot = int(grid.slot[token])
         # A CLS token is shown with its whole window, a patch with w others to either side.
         first = 0
-        last = a.n_patches - 1
-        if patch >= 0:
-            first = max(first, patch - context.w)
-            last = min(last, patch + context.w)
+        last = len(grid.starts) - 1
+        if slot >= 0:
+            first = max(first, slot - context.w)
+            last = min(last, slot + context.w)
         place = _Place(
             group=group,
             sequence=int(tokens.sequence[feature, rank]),
-            patch=patch,
+            token=token,
             activation=float(tokens.activation[feature, rank]),
             has_montage=group == "top" and rank < MONTAGE_EXAMPLES,
             first=first,
@@ -296,60 +326,87 @@ def _choose_places(context: Context, feature: int) -> list[_Place]:
     return places
 
 
-def _make_examples(context: Context, feature: int) -> list[Example]:
+def _make_examples(context: Context, feature: int, top_channel: int) -> list[Example]:
+    """Return a feature's examples; top_channel: shown where a token is over all channels."""
     places = _choose_places(context, feature)
     if not places:
         return []
     dataset = context.dataset
+    shown = [_tokens_shown(dataset.tokens, place) for place in places]
     activations = []
-    for place in places:
-        x = dataset.read(place.sequence, place.sequence + 1)[0, dataset.patch_tokens]
-        activations.append(x[place.first : place.last + 1])
+    for place, tokens in zip(places, shown, strict=True):
+        activations.append(dataset.read(place.sequence, place.sequence + 1)[0, tokens])
     values = context.sae.encode_features(np.concatenate(activations), [feature])
     ends = np.cumsum([len(x) for x in activations])
-    strips = np.split(values[:, 0], ends[:-1])
-    return [_make_example(dataset, *pair) for pair in zip(places, strips, strict=True)]
+    examples = []
+    for place, tokens, of_tokens in zip(
+        places, shown, np.split(values[:, 0], ends[:-1]), strict=True
+    ):
+        strip = np.zeros(place.last - place.first + 1, values.dtype)
+        np.maximum.at(strip, dataset.tokens.slot[tokens] - place.first, of_tokens)
+        examples.append(_make_example(dataset, place, tokens, strip, top_channel))
+    return examples
+
+
+def _tokens_shown(grid: TokenGrid, place: _Place) -> Int[np.ndarray, " n"]:
+    """Return the tokens in the stretch that is shown, on the channel of the example's token."""
+    is_shown = (grid.slot >= place.first) & (grid.slot <= place.last)
+    channel = grid.channel[place.token]
+    if channel >= 0:
+        is_shown &= grid.channel == channel
+    return np.flatnonzero(is_shown)
 
 
 def _make_example(
     dataset: Dataset,
     place: _Place,
-    strip: Float[np.ndarray, " patches"],
+    tokens: Int[np.ndarray, " n_shown"],
+    strip: Float[np.ndarray, " starts"],
+    top_channel: int,
 ) -> Example:
-    a = dataset.architecture
+    grid = dataset.tokens
     recording = int(dataset.recording[place.sequence])
-    channel = int(dataset.channel[place.sequence])
+    sequence = np.array([place.sequence])
+    channel = int(dataset.channels_of(sequence, np.array([place.token]))[0])
+    trace_channel = channel if channel >= 0 else top_channel
     # Samples of the window that are shown, and of the recording before it.
-    begin = a.first_sample + place.first * a.stride
-    last_begin = a.first_sample + place.last * a.stride
-    end = min(last_begin + a.patch_len, a.seq_len)
-    offset = int(dataset.window[place.sequence]) * a.seq_len
-    eeg = np.asarray(window_eeg(dataset, place.sequence)[begin:end], np.float32)
+    begin = int(grid.starts[place.first])
+    end = min(int(grid.last[tokens].max()) + 1, dataset.seq_len)
+    offset = int(dataset.window[place.sequence]) * dataset.seq_len
+    eeg = np.asarray(dataset.eeg_of(place.sequence)[begin:end], np.float32)
     patch = None
-    if place.patch >= 0:
-        patch_begin = offset + a.first_sample + place.patch * a.stride
-        patch = (seconds(patch_begin), seconds(patch_begin + a.patch_len))
-    hints = artefact_hints(eeg[:, channel])
+    if grid.first[place.token] >= 0:
+        patch_begin = offset + int(grid.first[place.token])
+        patch_end = offset + int(grid.last[place.token]) + 1
+        patch = (dataset.seconds(patch_begin), dataset.seconds(patch_end))
+    hints = artefact_hints(eeg[:, trace_channel], dataset.sampling_rate)
+    name = _channel_name(dataset, recording, trace_channel)
+    uv_per_sd = dataset.uv_per_sd(recording)
+    every = max(1, int(dataset.sampling_rate // MONTAGE_RATE))
     return Example(
         group=place.group,
         activation=place.activation,
         recording=dataset.recordings[recording],
         patient=dataset.patients[recording],
-        channel=_channel_name(dataset, recording, channel),
-        start=seconds(offset + begin),
+        channel=name if channel >= 0 else ALL_CHANNELS,
+        trace_channel=name if channel < 0 else None,
+        start=dataset.seconds(offset + begin),
         patch=patch,
-        trace=to_int8(eeg[:, channel]),
-        others=to_int8(eeg[::2].T) if place.has_montage else None,
-        strip=strip,
-        strip_start=seconds(offset + begin),
+        trace=to_int8(eeg[:, trace_channel]),
+        uv_per_sd=None if uv_per_sd is None else float(uv_per_sd[trace_channel]),
+        others=to_int8(eeg[::every].T) if place.has_montage else None,
+        strip=strip if grid.step is not None else strip[:0],
+        strip_start=dataset.seconds(offset + begin),
         hints=[name for name, is_present in hints.items() if is_present],
     )
 
 
 def _channel_name(dataset: Dataset, recording: int, channel: int) -> str:
     """Return the channel's name, or its column if names are unknown or may be wrong."""
-    has_names = dataset.architecture.n_vars == len(CHANNELS) and not dataset.shifted[recording]
-    return CHANNELS[channel] if has_names else f"column {channel + 1}"
+    names = dataset.channel_names
+    if names is None or dataset.shifted[recording]:
+        return f"column {channel + 1}"
+    return names[channel]
 
 
 def to_int8(eeg: Float[np.ndarray, "*n"]) -> Int8[np.ndarray, "*n"]:
@@ -384,13 +441,12 @@ def _coactive(activity: Activity, feature: int) -> list[tuple[int, float]]:
     return [(int(i), float(jaccard[i])) for i in order if jaccard[i] > 0]
 
 
-def _waveform(context: Context, feature: int) -> Float[np.ndarray, " patch_len"] | None:
-    """Return the samples that a unit of the feature adds to a patch, by the pretrain head.
+def _waveform(context: Context, feature: int) -> Float[np.ndarray, " samples"] | None:
+    """Return the samples that a unit of the feature adds to a patch, by the encoder's head.
 
-    None if the encoder has another head. Exact after the last layer only, since layers between
-    the SAE and the head are skipped.
+    None if the encoder has no such head. Exact after the last layer only, since layers between the
+    SAE and the head are skipped.
     """
-    if context.encoder.architecture.head_type != "pretrain":
+    if context.encoder is None:
         return None
-    kernel = np.asarray(context.encoder.params["head"]["linears"][0]["kernel"])
-    return context.directions[feature] @ kernel
+    return context.encoder.waveform(context.directions[feature])

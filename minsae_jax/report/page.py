@@ -98,7 +98,9 @@ class ReportMeta:
     has_cls: bool
     channels: Sequence[str]
     # On a unit head seen from above; x right, y front
-    positions: Float[np.ndarray, "channels 2"]
+    positions: Float[np.ndarray, "placed_channels 2"]
+    # Whether tokens are of single channels; False if all are over all channels
+    channel_tokens: bool
     bands: Sequence[Band]
     # Label and text of each row
     summary: Sequence[tuple[str, str]]

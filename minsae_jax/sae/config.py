@@ -64,6 +64,8 @@ class LiveFlags:
     """Normalise with RevIN even if the encoder's settings say no."""
     on_bad_recording: OnBadRecording = "error"
     """For unusable recordings: list them all and stop, or skip them."""
+    allow_mismatch: bool = False
+    """Accept recordings of another sampling rate or other channels than the encoder's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.encoder.base import (
+    DEFAULT_OPTIONS,
     ComputeOptions,
     EncoderSpec,
     HiddenFunction,
@@ -15,8 +16,7 @@ from minsae_jax.encoder.base import (
     Params,
     Precision,
 )
-from minsae_jax.encoder.cbramod import architecture as settings
-from minsae_jax.encoder.cbramod.architecture import SAMPLING_RATE
+from minsae_jax.encoder.cbramod.architecture import SAMPLING_RATE, Architecture
 from minsae_jax.encoder.cbramod.masked_error import PatchReconstruction
 from minsae_jax.encoder.cbramod.pure import abstract_params, bind
 from minsae_jax.errors import UserError
@@ -28,10 +28,10 @@ class CBraModEncoder(NativeEncoder):
     Windows are in µV / 100 at 200 Hz. A window is one sequence, ordered by channel, then time.
     """
 
-    Architecture = settings.Architecture
-    architecture: settings.Architecture
+    architecture_type = Architecture
+    architecture: Architecture
 
-    def __init__(self, architecture: settings.Architecture, params: Params):
+    def __init__(self, architecture: Architecture, params: Params):
         super().__init__(architecture, params)
         a = architecture
         self.spec = EncoderSpec(
@@ -47,7 +47,7 @@ class CBraModEncoder(NativeEncoder):
             self.reconstruction = PatchReconstruction(a)
 
     @classmethod
-    def abstract_params(cls, architecture: settings.Architecture) -> Params:
+    def abstract_params(cls, architecture: Architecture) -> Params:
         """Return shapes and dtypes of the parameters, to restore them from disk."""
         return abstract_params(architecture)
 
@@ -60,7 +60,7 @@ class CBraModEncoder(NativeEncoder):
         return _forward(self.architecture, self.params, self.checked(past_values))
 
     def function(
-        self, layers: tuple[int, ...], options: ComputeOptions = ComputeOptions()
+        self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
     ) -> HiddenFunction:
         """Return (params, windows) -> the layers' outputs [batch, n_vars, n_patches, d_model]."""
         return _hidden(self.architecture, layers, options.precision)
@@ -81,9 +81,7 @@ class CBraModEncoder(NativeEncoder):
 
 # Cached, so that equal arguments share one compilation.
 @lru_cache(32)
-def _hidden(
-    a: settings.Architecture, layers: tuple[int, ...], precision: Precision
-) -> HiddenFunction:
+def _hidden(a: Architecture, layers: tuple[int, ...], precision: Precision) -> HiddenFunction:
     def hidden(params: Params, x: Array) -> tuple[Array, ...]:
         return bind(a, params, precision).hidden(x, layers)
 
@@ -91,6 +89,6 @@ def _hidden(
 
 
 @partial(jax.jit, static_argnums=0)
-def _forward(a: settings.Architecture, params: Params, x: Array) -> Array:
+def _forward(a: Architecture, params: Params, x: Array) -> Array:
     with jax.default_matmul_precision("highest"):
         return bind(a, params)(x)
