@@ -9,6 +9,7 @@ import minsae_jax
 from minsae_jax import api, cli
 from minsae_jax.eeg.synthetic import DemoConfig
 from minsae_jax.encoder.config import ExtractConfig
+from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.sae.config import PlotConfig, TrainConfig
 
@@ -41,6 +42,9 @@ def demo(config: DemoConfig) -> None:
 
 def extract(config: ExtractConfig) -> None:
     """Run recordings through the encoder and write the activations of its layers to disk."""
+    # Not needed in Python, where `extract` gets the encoder itself.
+    if config.checkpoint_path is None:
+        raise UserError("minsae extract requires --checkpoint_path")
     # A cluster must be joined before the encoder's parameters are put on a device.
     api.start(distributed=config.distributed)
     encoder = api.load_encoder(config.checkpoint_path, config.config_path)

@@ -5,6 +5,7 @@ line imports this module to print a --help. `encoder` and `sae` do not import ea
 functions here join them.
 """
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,20 +89,23 @@ def extract(encoder: "BaseEncoder", config: ExtractConfig) -> list["ExtractedSto
     return extraction.extract(encoder, config)
 
 
-def train(config: TrainConfig) -> "Run":
+def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     """Train a sweep of sparse autoencoders, or resume it, and return its results.
 
-    With `config.live` activations come from the encoder at `config.checkpoint_path`; otherwise the
-    store must be of that encoder, if one is given. Raises UserError, before anything is written,
+    encoder: that at `config.checkpoint_path` unless passed. With `config.live` activations come
+    from it; otherwise the store must be of it, if there is one. Raises UserError, before anything is written,
     if settings, store and run folder do not fit each other.
     """
     from minsae_jax.encoder.live import open_live
     from minsae_jax.sae import trainer
 
     start(config.deterministic, config.distributed)
-    if not config.checkpoint_path:
+    if encoder is None and config.checkpoint_path:
+        encoder = load_encoder(config.checkpoint_path, config.config_path)
+    if encoder is None:
+        if config.live:
+            raise UserError("--live requires --checkpoint_path")
         return trainer.train(config)
-    encoder = load_encoder(config.checkpoint_path, config.config_path)
     if not config.live:
         return trainer.train(config, encoder.fingerprint)
     live = partial(
@@ -119,9 +123,11 @@ def train(config: TrainConfig) -> "Run":
     return trainer.train(config, encoder.fingerprint, live)
 
 
-def evaluate(config: EvaluateConfig) -> "Evaluation":
+def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "Evaluation":
     """Measure a finished run on held-out recordings; with `config.report`, also write its report.
 
+    encoder: that at `config.checkpoint_path`, or else the run's, unless passed. Without any, what
+    requires the model is left out, with a warning.
     Raises UserError if there is no such run, encoder or store, or they do not belong together.
     """
     from minsae_jax.evaluation import evaluate as evaluation
@@ -131,11 +137,15 @@ def evaluate(config: EvaluateConfig) -> "Evaluation":
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} does not contain a run; choose another --run")
     trained = load_run_config(run)
-    checkpoint_path = config.checkpoint_path or trained.checkpoint_path
-    if checkpoint_path is None:
-        raise UserError("evaluate requires --checkpoint_path, since the run does not name one")
     start()
-    encoder = load_encoder(checkpoint_path, config.config_path or trained.config_path)
+    checkpoint_path = config.checkpoint_path or trained.checkpoint_path
+    if encoder is None and checkpoint_path is not None:
+        encoder = load_encoder(checkpoint_path, config.config_path or trained.config_path)
+    if encoder is None:
+        warnings.warn(
+            "no encoder is given, so loss recovered is not measured; set --checkpoint_path",
+            stacklevel=2,
+        )
     # Two evaluations of one run would write the same files.
     with lock_folder(run):
         result = evaluation.evaluate(config, encoder, trained)

@@ -210,7 +210,8 @@ class BaseEncoder(ABC):
         run = self.function((self.spec.layer_index(layer),))
         x = self.checked(past_values)
         if self.runs_on_host:
-            return jnp.asarray(run(self.params, np.asarray(x))[0], jnp.float32)
+            # A copy that can be written to, as PyTorch expects.
+            return jnp.asarray(run(self.params, np.array(x))[0], jnp.float32)
         with jax.default_matmul_precision("highest"):
             return jax.jit(run)(self.params, x)[0]
 

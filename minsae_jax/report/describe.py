@@ -66,16 +66,12 @@ class Example:
     recording: str
     patient: str
     channel: str
-    # Name of the trace's channel, if the token is over all channels
-    trace_channel: str | None
     # Start of the trace in the recording [s]
     start: float
     # Start and end of the active patch [s]; None for a CLS token
     patch: tuple[float, float] | None
     # EEG of the token's channel, or of the feature's top channel, in units of TRACE_STEP SD
     trace: Int8[np.ndarray, " samples"]
-    # µV in an SD of the trace's channel; None if unknown
-    uv_per_sd: float | None
     # EEG of all channels, every 2nd sample at 100 Hz
     others: Int8[np.ndarray, "channels fewer_samples"] | None
     # Largest activation of the feature at each start of tokens shown, and the first start [s]
@@ -83,6 +79,10 @@ class Example:
     strip_start: float
     # Artefact hints
     hints: list[str]
+    # Name of the trace's channel, if the token is over all channels
+    trace_channel: str | None = None
+    # µV in an SD of the trace's channel; None if unknown
+    uv_per_sd: float | None = None
 
 
 @dataclass(frozen=True)
