@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.activations.tokens import TokenGrid
+from minsae_jax.eeg.description import Unit
+from minsae_jax.eeg.montage import canonical
 from minsae_jax.encoder.base import (
     DEFAULT_OPTIONS,
     BaseEncoder,
@@ -53,6 +55,7 @@ class Layout:
     tokens: TokenGrid
     n_vars: int
     sampling_rate: float
+    unit: Unit | None = None
     channels: Channels | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -66,16 +69,16 @@ def _labram(model: Any, channels: Channels | None) -> Layout:
     names = channels or _own_channels(model)
     if names is None:
         raise UserError("LaBraM requires the channels' names; prepare the recordings again")
-    known = {name.upper() for name in LABRAM_CHANNEL_ORDER}
-    _check_known([name for name in names if name.upper() not in known], "LaBraM")
+    known = _names_in_model(names, LABRAM_CHANNEL_ORDER, "LaBraM")
     n_patches = model.patch_embed[0].n_patchs
     return Layout(
         stages=_behind_each(model.blocks),
         tokens=TokenGrid.patches(n_patches, model.patch_size, n_channels=len(names), n_cls=1),
         n_vars=len(names),
         sampling_rate=_sampling_rate(model, 200.0),
+        unit="100 uV",
         channels=names,
-        arguments={"ch_names": list(names)},
+        arguments={"ch_names": known},
     )
 
 
@@ -88,6 +91,7 @@ def _cbramod(model: Any, channels: Channels | None) -> Layout:
         tokens=TokenGrid.patches(model.n_times // patch_len, patch_len, n_channels=n_vars),
         n_vars=n_vars,
         sampling_rate=_sampling_rate(model, 200.0),
+        unit="100 uV",
     )
 
 
@@ -112,10 +116,9 @@ def _reve(model: Any, channels: Channels | None) -> Layout:
     names = channels or _own_channels(model)
     if names is None:
         raise UserError("REVE requires the channels' names; prepare the recordings again")
-    known = {name.upper(): name for name in model._position_bank.mapping}
-    _check_known([name for name in names if name.upper() not in known], "REVE")
+    known = _names_in_model(names, model._position_bank.mapping, "REVE")
     # Used for every window, since none are passed to its forward.
-    model.default_pos = model.get_positions([known[name.upper()] for name in names])
+    model.default_pos = model.get_positions(known)
     stride = model.patch_size - model.patch_overlap
     n_patches = (model.n_times - model.patch_size) // stride + 1
     return Layout(
@@ -195,12 +198,18 @@ def _sampling_rate(model: Any, published: float) -> float:
         return published
 
 
-def _check_known(unknown: list[str], model: str) -> None:
+def _names_in_model(names: Channels, known: Iterable[str], model: str) -> list[str]:
+    """Return the model's spelling of channel names. Raises UserError if it lacks some of them."""
+    spelling = {name.upper(): name for name in known}
+    # As spelled first: some models know both T3 and T7, which are one electrode.
+    spelled = [spelling.get(name.upper(), spelling.get(canonical(name))) for name in names]
+    unknown = [name for name, found in zip(names, spelled, strict=True) if found is None]
     if unknown:
         raise UserError(
             f"{model} does not know the channels {', '.join(unknown)}; leave them out of the "
             "recordings with `minsae prepare --channels`"
         )
+    return [name for name in spelled if name is not None]
 
 
 class BraindecodeEncoder(BaseEncoder):
@@ -229,6 +238,7 @@ class BraindecodeEncoder(BaseEncoder):
             seq_len=seq_len,
             n_vars=self.layout.n_vars,
             sampling_rate=self.layout.sampling_rate,
+            unit=self.layout.unit,
             channels=self.layout.channels,
             layers=tuple(range(len(self.layout.stages) - 1)),
             d_model=self.embedding(silence).shape[-1],

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from minsae_jax.activations.imported import write_store
     from minsae_jax.activations.store import Store, open_store
     from minsae_jax.activations.tokens import TokenGrid
-    from minsae_jax.api import evaluate, extract, load_encoder, plot, train, write_demo
+    from minsae_jax.api import (
+        evaluate,
+        extract,
+        load_braindecode,
+        load_encoder,
+        plot,
+        train,
+        write_demo,
+    )
     from minsae_jax.eeg.synthetic import DemoConfig
     from minsae_jax.encoder.base import BaseEncoder
     from minsae_jax.encoder.config import ExtractConfig
@@ -45,6 +53,7 @@ __all__ = [
     "evaluate",
     "extract",
     "from_function",
+    "load_braindecode",
     "load_encoder",
     "load_features",
     "load_run",
@@ -60,7 +69,15 @@ _NAMES_OF_MODULES = {
     "activations.imported": ("write_store",),
     "activations.store": ("Store", "open_store"),
     "activations.tokens": ("TokenGrid",),
-    "api": ("evaluate", "extract", "load_encoder", "plot", "train", "write_demo"),
+    "api": (
+        "evaluate",
+        "extract",
+        "load_braindecode",
+        "load_encoder",
+        "plot",
+        "train",
+        "write_demo",
+    ),
     "eeg.synthetic": ("DemoConfig",),
     "encoder.base": ("BaseEncoder",),
     "encoder.config": ("ExtractConfig",),

@@ -6,6 +6,7 @@ functions here join them.
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +71,23 @@ def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "Na
     return encoder
 
 
+def load_braindecode(
+    name: str, weights: str | None = None, channels: Sequence[str] | None = None
+) -> "BaseEncoder":
+    """Return a foundation model of Braindecode as an encoder, for `extract` and `train`.
+
+    name: LaBraM, CBraMod, BIOT, EEGPT or REVE. weights: a folder of its `save_pretrained`, or a
+    model of the Hugging Face Hub; by default the published weights. channels: names of the
+    recordings' channels, which LaBraM and REVE need. Raises UserError if Braindecode, the model or
+    its weights are missing, or if it does not know a channel.
+    """
+    # Imports torch and Braindecode, which are not installed with the package.
+    from convert import braindecode
+
+    names = None if channels is None else tuple(channels)
+    return braindecode.load_braindecode(name, weights, names)
+
+
 def write_demo(config: DemoConfig) -> Demo:
     """Write synthetic recordings with labelled events."""
     from minsae_jax.eeg import synthetic
@@ -93,8 +111,8 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     """Train a sweep of sparse autoencoders, or resume it, and return its results.
 
     encoder: that at `config.checkpoint_path` unless passed. With `config.live` activations come
-    from it; otherwise the store must be of it, if there is one. Raises UserError, before anything is written,
-    if settings, store and run folder do not fit each other.
+    from it; otherwise the store must be of it, if there is one. Raises UserError, before anything
+    is written, if settings, store and run folder do not fit each other.
     """
     from minsae_jax.encoder.live import open_live
     from minsae_jax.sae import trainer

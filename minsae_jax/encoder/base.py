@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from minsae_jax.activations.tokens import TokenGrid
-from minsae_jax.eeg.description import DESCRIPTION, TUH, Description
+from minsae_jax.eeg.description import DESCRIPTION, TUH, Description, Unit
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.errors import UserError
 
@@ -57,6 +57,8 @@ class EncoderSpec:
     n_vars: int
     # In Hz; None fits recordings of any rate
     sampling_rate: float | None
+    # None fits recordings in any
+    unit: Unit | None = None
     # Names of the channels in order; None fits any
     channels: tuple[str, ...] | None
     # Numbers of the layers, rising; range(n) for most encoders
@@ -93,9 +95,9 @@ class EncoderSpec:
 
 
 def check_recordings(spec: EncoderSpec, description: Description, allow_mismatch: bool) -> None:
-    """Raise UserError if an encoder does not fit recordings: by number of channels, rate or names.
+    """Raise UserError if the recordings' channels, sampling rate or unit are not the encoder's.
 
-    allow_mismatch: accept another sampling rate and other names.
+    allow_mismatch: accept another sampling rate or unit and other names.
     """
     is_described = description is not TUH
     names = description.channels
@@ -113,6 +115,11 @@ def check_recordings(spec: EncoderSpec, description: Description, allow_mismatch
         raise UserError(
             f"the encoder expects {spec.sampling_rate:g} Hz, but the recordings are at {rate:g} Hz "
             f"({source}); {advice}"
+        )
+    if spec.unit is not None and spec.unit != description.unit:
+        raise UserError(
+            f"the encoder expects EEG in {spec.unit}, but the recordings are in "
+            f"{description.unit}; {advice}"
         )
     if spec.channels is None or len(names) != spec.n_vars:
         return

@@ -9,6 +9,14 @@ import torch
 
 from convert.braindecode import BraindecodeEncoder, load_braindecode
 from minsae_jax import UserError
+from minsae_jax.__main__ import main
+from minsae_jax.activations.tokens import read_tokens
+from tests.conftest import FIXTURES
+from tests.eeg_200hz import write_recordings
+
+# They need the extra `braindecode`, which `make test-all` installs.
+pytestmark = pytest.mark.slow
+SAVED = FIXTURES / "cbramod"
 
 CHANNELS = ("Fp1", "C3", "Cz", "O2")
 N_TIMES = 600
@@ -164,6 +172,24 @@ def test_names_of_channels_matter_where_the_model_reads_them(make, x):
     assert np.abs(straight.embedding(x) - swapped.embedding(x)).max() > 1e-3
     assert straight.spec.channels == CHANNELS
     assert BraindecodeEncoder(make("CBraMod"), CHANNELS).spec.channels is None
+
+
+def test_command_extracts_what_the_native_encoder_extracts(models, tmp_path):
+    """The folder that Braindecode saved, run by Braindecode and converted to Flax."""
+    recordings = write_recordings(tmp_path / "recordings")
+    paths = ["extract", "--root_path", str(recordings), "--checkpoint_path", str(SAVED)]
+    for out, flags in (("host", ["--model", "braindecode:cbramod"]), ("native", [])):
+        main([*paths, "--layer", "1", "--out", str(tmp_path / out), "--batch_size", "6", *flags])
+    host, native = (tmp_path / name / "l1" for name in ("host", "native"))
+    shards = sorted(path.name for path in native.glob("b*.npy"))
+    assert len(shards) == 3
+    for name in shards:
+        np.testing.assert_allclose(np.load(host / name), np.load(native / name), atol=1e-4)
+    grids = [read_tokens(folder) for folder in (host, native)]
+    for name in ("channel", "first", "last"):
+        np.testing.assert_array_equal(getattr(grids[0], name), getattr(grids[1], name))
+    with pytest.raises(UserError, match="--model must be braindecode:NAME"):
+        main([*paths, "--model", "LaBraM"])
 
 
 def test_what_cannot_be_located_or_loaded_is_one_line(models, make, tmp_path):

@@ -38,6 +38,7 @@ class CBraModEncoder(NativeEncoder):
             seq_len=a.seq_len,
             n_vars=a.n_vars,
             sampling_rate=SAMPLING_RATE,
+            unit="100 uV",
             channels=None,
             layers=tuple(range(a.n_layers)),
             d_model=a.d_model,
