@@ -37,7 +37,8 @@ class ConversionFlags:
     """Conversion"""
 
     source: Annotated[str, cli.Flag(positional=True)]
-    """A .pth file, a folder of transformers, or a converted encoder (with --to pytorch)"""
+    """A .pth file, a folder of transformers or Braindecode, or a converted encoder (with --to
+    pytorch)"""
     out: str | None = None
     """Folder (flax) or file (pytorch) to write; may be missing with --verify"""
     to: Literal["flax", "pytorch"] = "flax"
@@ -51,8 +52,8 @@ class ConversionFlags:
     without_head: bool = False
     """Leave out the head"""
     verify: Annotated[str | None, cli.Flag(bare=NOISE)] = None
-    """Compare every layer with PyTorch on a recording (.npy, [time, channels] in SD) or, without
-    one, on white noise; if they differ by over 1e-4, write nothing and exit with code 1"""
+    """Compare every layer with PyTorch on a recording (.npy, [time, channels]) or, without one, on
+    white noise; if they differ by over 1e-4, write nothing and exit with code 1"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ class SaeCommand:
 
 
 def encoder(command: EncoderCommand) -> None:
-    """Convert a PyTorch PatchTST into a Flax encoder, or an encoder back to PyTorch."""
+    """Convert a PyTorch PatchTST or CBraMod into a Flax encoder, or a PatchTST back to PyTorch."""
     if command.out is None and command.verify is None:
         raise UserError("requires --out, --verify or both")
     source = Path(command.source)

@@ -178,7 +178,7 @@ def _behind_each(blocks: Any) -> tuple[Stage, ...]:
 def _in_front_of_each(blocks: Any, backbone: "nn.Module") -> tuple[Stage, ...]:
     """Return the stages of blocks whose branches the backbone adds to the stream itself.
 
-    The stream after a block is then seen in front of the next one's first branch.
+    The stream after a block is then the input of the next one's first branch.
     """
     return (*(Stage(block[0], in_front=True) for block in blocks), Stage(backbone))
 
@@ -340,10 +340,15 @@ def load_braindecode(
     with _quiet():
         try:
             from braindecode import models
-        # A torchaudio built for another torch raises OSError.
+        except ModuleNotFoundError as e:
+            raise UserError(
+                f"{name} requires Braindecode: install minsae_jax[braindecode] ({e})"
+            ) from None
+        # PyPI's torchaudio needs CUDA, and raises OSError beside a torch for CPUs.
         except (ImportError, OSError) as e:
             raise UserError(
-                f"{name} requires Braindecode: install minsae_jax[braindecode] ({brief(e, 150)})"
+                f"Braindecode cannot be imported ({brief(e)}); torch and torchaudio must be of the "
+                "same build"
             ) from e
         try:
             model = getattr(models, entry.class_name).from_pretrained(weights)

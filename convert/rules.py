@@ -56,8 +56,8 @@ def fill(
 ) -> Params:
     """Return parameters of the structure of `abstract`, filled from a state dict.
 
-    complaints: what the caller found wrong. Raises one UserError with these, every unknown key,
-    every wrong shape, every parameter without a tensor, and every value that is not finite.
+    complaints: problems that the caller has found. Raises one UserError with these, every unknown
+    key, every wrong shape, every parameter without a tensor, and every value that is not finite.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     expected = {parameter_path(keys): leaf for keys, leaf in leaves}

@@ -66,7 +66,7 @@ class Embedding(nnx.Module):
     """
 
     def __init__(self, a: Architecture, *, rngs: nnx.Rngs):
-        # What replaces a masked patch. Zeros in the published weights.
+        # Replaces masked patches; zeros in the published weights, since it is not trained.
         self.mask = nnx.Param(jnp.zeros(a.patch_len))
         self.stem = Stem(a, rngs=rngs)
         self.spectrum = nnx.Linear(a.n_frequencies, a.d_model, rngs=rngs)
