@@ -63,7 +63,7 @@ def write_store(
     recording: Sequence[int] | np.ndarray,
     window: Sequence[int] | np.ndarray,
     channel: Sequence[int] | np.ndarray | None = None,
-    sampling_rate: float | None = None,
+    sampling_rate: int | float | None = None,
     channels: Sequence[str] | None = None,
     layer: int = -1,
     split: str = "train",

@@ -29,7 +29,7 @@ class EncoderChoice:
     """Encoder"""
 
     checkpoint_path: str | None = None
-    """A converted encoder (a folder), or a PyTorch .pth, which is converted in memory (required)."""
+    """A converted encoder (a folder), or a PyTorch .pth, which is converted in memory; required."""
     config_path: str | None = None
     """The encoder's YAML: most .pth files need it; a converted encoder is checked against it."""
     allow_mismatch: bool = False
