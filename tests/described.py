@@ -1,11 +1,17 @@
 """Recordings with a dataset.json: 30 channels at 200 Hz, with planted bursts on known channels."""
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from minsae_jax.eeg.description import Description, RecordingDescription, write_description
+from minsae_jax.eeg.description import (
+    Description,
+    RecordingDescription,
+    read_description,
+    write_description,
+)
 
 RATE = 200
 HZ = 12.0
@@ -44,14 +50,23 @@ def positions() -> list[tuple[float, float, float]]:
     return points
 
 
-def write_described(folder: Path) -> Described:
-    folder.mkdir(parents=True, exist_ok=True)
+def read_described(folder: Path) -> Described:
+    """Return what `write_described` planted in a folder."""
+    bursts: dict[str, list[int]] = {}
+    with (folder / "events.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            bursts.setdefault(row["recording"], []).append(int(row["start"]))
+            planted = tuple(row["channels"].split())
+    return Described(folder, read_description(folder).channels, planted, bursts)
+
+
+def write_described(folder: Path) -> None:
+    """Write recordings of white noise, of unit SD, with a burst every eight seconds."""
     names = tuple(f"E{i}" for i in range(1, N_CHANNELS + 1))
     places = np.array(positions())
     is_planted = places[:, 1] < -0.07
-    planted = tuple(name for name, at_back in zip(names, is_planted, strict=True) if at_back)
+    planted = " ".join(np.array(names)[is_planted])
     rng = np.random.default_rng(0)
-    bursts = {}
     recordings = {}
     rows = ["recording,event,start,stop,channels"]
     lengths = ["filename,time_len"]
@@ -61,12 +76,11 @@ def write_described(folder: Path) -> Described:
         eeg = rng.normal(size=(n_samples, N_CHANNELS))
         # Not on the grid of patches or windows, and seven seconds apart.
         starts = 1600 * np.arange(SECONDS * RATE // 1600) + rng.integers(200, 1200)
-        bursts[name] = starts.tolist()
         t = np.arange(BURST) / RATE
-        for start in bursts[name]:
+        for start in starts:
             wave = 2.5 * np.hanning(BURST) * np.sin(2 * np.pi * HZ * t + rng.uniform(0, 6))
             eeg[start : start + BURST, is_planted] += wave[:, None]
-            rows.append(f"{name},burst,{start},{start + BURST},{' '.join(planted)}")
+            rows.append(f"{name},burst,{start},{start + BURST},{planted}")
         sd = eeg.std(axis=0)
         np.save(folder / name, (eeg / sd).astype(np.float32))
         lengths.append(f"{name},{n_samples}")
@@ -83,4 +97,3 @@ def write_described(folder: Path) -> Described:
     (folder / "file_lengths_map.csv").write_text("\n".join(lengths) + "\n")
     description = Description(float(RATE), names, tuple(positions()), "SD", None, recordings)
     write_description(folder, description)
-    return Described(folder, names, planted, bursts)

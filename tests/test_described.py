@@ -13,7 +13,7 @@ import minsae_jax as ms
 from minsae_jax.activations.manifest import read_manifest
 from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.recordings import load_recording
-from tests.described import BURST, HZ, N_CHANNELS, RATE, Described, write_described
+from tests.described import BURST, HZ, N_CHANNELS, RATE
 
 WINDOW = 800
 PATCH = 100
@@ -46,19 +46,14 @@ def make_encoder(names, **changes):
 
 
 @pytest.fixture(scope="module")
-def described(tmp_path_factory) -> Described:
-    return write_described(tmp_path_factory.mktemp("described") / "data")
-
-
-@pytest.fixture(scope="module")
 def encoder(described):
     return make_encoder(described.names)
 
 
 @pytest.fixture(scope="module")
-def run(described, encoder) -> Path:
+def run(described, encoder, tmp_path_factory) -> Path:
     """A run with its stores, its evaluation and its report."""
-    base = described.folder.parent
+    base = tmp_path_factory.mktemp("run")
     extract_settings = ms.ExtractConfig(
         root_path=str(described.folder),
         out=str(base / "store"),

@@ -118,7 +118,7 @@ class _Identity:
     last: list[int]
 
 
-def _call(f: Callable[..., Any], params: Params, windows: Any) -> Mapping[int, Any]:
+def _call(f: Callable[..., Any], params: Params, windows: Any) -> Mapping[Any, Any]:
     outputs = f(windows) if params is None else f(params, windows)
     if isinstance(outputs, Mapping):
         return outputs
