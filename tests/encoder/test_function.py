@@ -172,6 +172,35 @@ def test_output_must_fit_the_tokens(f, changes, message):
         make_encoder(f, **changes)
 
 
+def test_function_must_return_all_windows(described, tmp_path):
+    encoder = make_encoder(lambda x: amplitudes(x[:1]))
+    settings = ms.ExtractConfig(
+        root_path=str(described.folder), out=str(tmp_path / "store"), batch_size=8
+    )
+    with pytest.raises(ms.UserError, match="returned 1 windows for 8"):
+        ms.extract(encoder, settings)
+
+
+def test_jax_function_without_parameters(described, tmp_path):
+    """Weights in a closure; all devices compute, and the last batch is padded."""
+    weights = np.random.default_rng(0).normal(size=(PATCH, 4)).astype(np.float32)
+
+    def project(x):
+        patches = x.swapaxes(1, 2).reshape(len(x), N_CHANNELS, N_PATCHES, PATCH)
+        return patches @ weights
+
+    grid = ms.TokenGrid.patches(N_PATCHES, PATCH, n_channels=N_CHANNELS)
+    encoder = make_encoder(project, tokens=grid, backend="jax")
+    settings = ms.ExtractConfig(
+        root_path=str(described.folder), out=str(tmp_path / "store"), split=("val",), batch_size=7
+    )
+    (store,) = ms.extract(encoder, settings)
+    dataset = open_dataset(store.folder, -1, None, described.folder)
+    x = np.stack([dataset.window_of(0, window) for window in range(10)])
+    expected = project(x).reshape(10, -1, 4)
+    np.testing.assert_allclose(dataset.read(0, 10), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_options_of_patchtst_are_refused(encoder, described, tmp_path):
     settings = ms.ExtractConfig(root_path=str(described.folder), out=str(tmp_path / "store"))
     for change, message in (
