@@ -29,6 +29,7 @@ from minsae_jax.encoder.extract import extract
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.trainer import train
+from tests.described import Described, read_described, write_described
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -86,6 +87,12 @@ def demo_folder(tmp_path_factory) -> Path:
         write_demo(DemoConfig(root_path=root_path, patients=10, minutes=0.5))
 
     return write_once(tmp_path_factory, "demo", write) / "tuhab_preprocessed"
+
+
+@pytest.fixture(scope="session")
+def described(tmp_path_factory) -> Described:
+    """Recordings with a dataset.json: 30 channels at 200 Hz with planted bursts."""
+    return read_described(write_once(tmp_path_factory, "described", write_described))
 
 
 @pytest.fixture

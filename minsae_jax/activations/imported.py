@@ -29,9 +29,7 @@ class _Places:
     channel: Int[np.ndarray, " sequences"]
 
     def check(self, n_recordings: int, n_vars: int | None) -> None:
-        """Raise UserError if places are not sorted, or out of range."""
-        if len({len(self.recording), len(self.window), len(self.channel)}) > 1:
-            raise UserError("recording, window and channel must have one entry for each sequence")
+        """Raise UserError if places are not sorted or out of range."""
         rows = np.stack([self.recording, self.window, self.channel])
         change = np.diff(rows, axis=1)
         # The sign of the first of the three that changes.
@@ -63,7 +61,7 @@ def write_store(
     recording: Sequence[int] | np.ndarray,
     window: Sequence[int] | np.ndarray,
     channel: Sequence[int] | np.ndarray | None = None,
-    sampling_rate: float | None = None,
+    sampling_rate: int | float | None = None,
     channels: Sequence[str] | None = None,
     layer: int = -1,
     split: str = "train",
@@ -89,6 +87,8 @@ def write_store(
         raise UserError(f"{folder} contains a store; choose another folder, or use overwrite=True")
     if channel is None:
         channel = np.full(len(recording), -1)
+    if len({len(recording), len(window), len(channel)}) > 1:
+        raise UserError("recording, window and channel must have one entry for each sequence")
     places = _Places(*(np.asarray(each, np.int32) for each in (recording, window, channel)))
     places.check(len(recordings), None if channels is None else len(channels))
     parts = _checked_parts(activations, tokens.n_tokens)

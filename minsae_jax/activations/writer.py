@@ -145,7 +145,7 @@ class StoreWriter:
             path.unlink()
 
     def write(
-        self, number: int, pieces: Sequence[Shaped[np.ndarray, "sequences n_tokens d_model"]]
+        self, number: int, pieces: Sequence[Shaped[np.ndarray, "_ n_tokens d_model"]]
     ) -> None:
         """Write one shard in the store's dtype, given in pieces along the first axis.
 

@@ -17,6 +17,7 @@ from minsae_jax.encoder.base import (
     Params,
     Precision,
 )
+from minsae_jax.errors import UserError
 from minsae_jax.parallel.mesh import (
     DATA,
     fetch_batch,
@@ -66,6 +67,8 @@ class Activations:
         """
         if self.runs_on_host:
             outputs = self._function(self._params, x)
+            if any(len(z) != len(x) for z in outputs):
+                raise UserError(f"the function returned {len(outputs[0])} windows for {len(x)}")
             return tuple(np.asarray(z).astype(self.dtype, copy=False) for z in outputs)
         windows_per_device = -(-padded_windows // self._mesh.shape[DATA])
         return self._function(self._params, put_batch(self._mesh, x, windows_per_device))

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.encoder.base import (
@@ -20,16 +19,13 @@ from minsae_jax.encoder.base import (
 )
 from minsae_jax.errors import UserError
 
-# The activations of one layer, or of several by their numbers
-Layers = ArrayLike | Mapping[int, ArrayLike]
-
 
 class FunctionEncoder(BaseEncoder):
     """An encoder made by `from_function`."""
 
     def __init__(
         self,
-        f: Callable[..., Layers],
+        f: Callable[..., Any],
         spec: EncoderSpec,
         fingerprint: str,
         params: Params,
@@ -54,13 +50,13 @@ class FunctionEncoder(BaseEncoder):
 
 
 def from_function(
-    f: Callable[..., Layers],
+    f: Callable[..., Any],
     *,
     name: str,
     seq_len: int,
     channels: int | Sequence[str],
     tokens: TokenGrid,
-    sampling_rate: float | None = None,
+    sampling_rate: int | float | None = None,
     params: Params = None,
     backend: Literal["jax", "host"] = "jax",
 ) -> FunctionEncoder:
@@ -122,7 +118,7 @@ class _Identity:
     last: list[int]
 
 
-def _call(f: Callable[..., Layers], params: Params, windows: Any) -> Mapping[int, Any]:
+def _call(f: Callable[..., Any], params: Params, windows: Any) -> Mapping[Any, Any]:
     outputs = f(windows) if params is None else f(params, windows)
     if isinstance(outputs, Mapping):
         return outputs
@@ -130,7 +126,7 @@ def _call(f: Callable[..., Layers], params: Params, windows: Any) -> Mapping[int
 
 
 def _output_shapes(
-    f: Callable[..., Layers], params: Params, shape: tuple[int, ...], runs_on_host: bool
+    f: Callable[..., Any], params: Params, shape: tuple[int, ...], runs_on_host: bool
 ) -> dict[int, tuple[int, ...]]:
     """Return the shape of every layer for windows of `shape`."""
     if runs_on_host:

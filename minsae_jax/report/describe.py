@@ -193,19 +193,20 @@ def describe(context: Context, feature: int) -> FeatureCard:
     by_position = activity.by_token[feature] / n_active
     is_located = dataset.tokens.first >= 0
     label = context.labels.get(feature, Label())
+    # No ratio is known if all tokens are CLS tokens or in recordings with shifted columns.
+    has_ratio = is_alive and bool(channel_ratio.any())
     suggestion = ""
     if is_alive:
-        relative = channel_ratio
-        if not dataset.has_channels:
-            # Where power rises most, even if it rises everywhere.
-            relative = channel_ratio / max(channel_ratio.mean(), 1e-12)
-        suggestion = suggest_name(context.bands, relative, band, dataset.positions)
+        # For tokens over all channels: where power rises most, even if it rises everywhere.
+        scale = 1.0 if dataset.has_channels or not has_ratio else channel_ratio.mean()
+        positions = dataset.positions if has_ratio else None
+        suggestion = suggest_name(context.bands, channel_ratio / scale, band, positions)
     return FeatureCard(
         id=feature,
         density=float(activity.density[feature]),
         mean=float(activity.mean[feature]),
         max=float(activity.largest[feature]),
-        channel=_name_of(dataset, top_channel) if is_alive else "",
+        channel=_name_of(dataset, top_channel) if has_ratio else "",
         band=band,
         patients=len(shares),
         patient_share=float(shares[0][1]) if shares else 0.0,
