@@ -178,7 +178,7 @@ def _behind_each(blocks: Any) -> tuple[Stage, ...]:
 def _in_front_of_each(blocks: Any, backbone: "nn.Module") -> tuple[Stage, ...]:
     """Return the stages of blocks whose branches the backbone adds to the stream itself.
 
-    The stream after a block is then the input of the next one's first branch.
+    The stream after a block is then the input of the first branch of the next one.
     """
     return (*(Stage(block[0], in_front=True) for block in blocks), Stage(backbone))
 
@@ -344,7 +344,7 @@ def load_braindecode(
             raise UserError(
                 f"{name} requires Braindecode: install minsae_jax[braindecode] ({e})"
             ) from None
-        # PyPI's torchaudio needs CUDA, and raises OSError beside a torch for CPUs.
+        # PyPI's torchaudio needs CUDA: with a torch for CPUs it raises OSError.
         except (ImportError, OSError) as e:
             raise UserError(
                 f"Braindecode cannot be imported ({brief(e)}); torch and torchaudio must be of the "

@@ -61,7 +61,7 @@ class Resolved:
 
 
 def read_architecture(checkpoint: Checkpoint, flags: Mapping[str, Any]) -> Resolved:
-    """Return the architecture: what the tensors show, else flags, config, published model.
+    """Return the architecture, from the tensors, else flags, config or the published model.
 
     Raises UserError if these contradict each other or do not make a CBraMod.
     """

@@ -159,3 +159,36 @@ def test_export_to_pytorch_is_refused(tmp_path):
     with pytest.raises(UserError, match="only PatchTST encoders can be written"):
         main(["encoder", str(SOURCE), "--to", "pytorch", "--out", str(tmp_path / "x.pth")])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mutated_state_dicts_are_one_line_or_converted(from_state, state):
+    rng = np.random.default_rng(0)
+    n_refused = 0
+    for _ in range(150):
+        mutated = dict(state)
+        for key in rng.choice(sorted(state), size=int(rng.integers(1, 4)), replace=False):
+            mutate(mutated, key, rng)
+        try:
+            from_state(mutated)
+        except UserError:  # always one line
+            n_refused += 1
+    assert n_refused > 100
+
+
+def mutate(state, key, rng):
+    tensor = state[key]
+    mutants = [
+        None,
+        tensor[None],
+        tensor.flatten(),
+        torch.zeros(0),
+        tensor[:-1],
+        tensor.repeat(2, *[1] * (tensor.ndim - 1)),
+        tensor.to(torch.int32),
+        torch.full_like(tensor, float("inf")),
+    ]
+    mutant = mutants[rng.integers(len(mutants))]
+    if mutant is None:
+        del state[key]
+    else:
+        state[key] = mutant

@@ -74,7 +74,10 @@ class CBraModEncoder(NativeEncoder):
     def waveform(
         self, direction: Float[np.ndarray, " d_model"]
     ) -> Float[np.ndarray, " patch_len"] | None:
-        """Return what a direction of the last layer adds to a patch, in µV / 100."""
+        """Return the samples that a direction of the last layer adds to a patch, in µV / 100.
+
+        None without the reconstruction head.
+        """
         if not self.architecture.has_head:
             return None
         return direction @ np.asarray(self.params["head"]["kernel"])
