@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Channels = tuple[str, ...]
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ class Stage:
 class Layout:
     """How to run a model, and the places of its tokens.
 
-    stages: the embedded tokens, then the stream after each layer. n_vars: channels of a window.
-    channels: their names, where the model depends on them. arguments: further ones of its forward.
+    stages: the embedded tokens, then the stream after each layer. seq_len, n_vars: samples and
+    channels of a window. channels: their names, where the model depends on them. arguments: further
+    ones of its forward.
     """
 
     stages: tuple[Stage, ...]
     tokens: TokenGrid
+    seq_len: int
     n_vars: int
     sampling_rate: float
     unit: Unit | None = None
@@ -73,9 +76,10 @@ def _labram(model: Any, channels: Channels | None) -> Layout:
     n_patches = model.patch_embed[0].n_patchs
     return Layout(
         stages=_behind_each(model.blocks),
+        seq_len=n_patches * model.patch_size,
         tokens=TokenGrid.patches(n_patches, model.patch_size, n_channels=len(names), n_cls=1),
         n_vars=len(names),
-        sampling_rate=_sampling_rate(model, 200.0),
+        sampling_rate=_stated(model, "sfreq", 200.0),
         unit="100 uV",
         channels=names,
         arguments={"ch_names": known},
@@ -83,14 +87,16 @@ def _labram(model: Any, channels: Channels | None) -> Layout:
 
 
 def _cbramod(model: Any, channels: Channels | None) -> Layout:
-    """The patches of each channel; any channels will do."""
+    """The patches of each channel; any channels and any number of patches will do."""
     patch_len = model.patch_embedding.patch_size
     n_vars = len(channels) if channels else model.n_chans
+    n_patches = _stated(model, "n_times", 30 * patch_len) // patch_len
     return Layout(
         stages=_behind_each(model.encoder.layers),
-        tokens=TokenGrid.patches(model.n_times // patch_len, patch_len, n_channels=n_vars),
+        seq_len=n_patches * patch_len,
+        tokens=TokenGrid.patches(n_patches, patch_len, n_channels=n_vars),
         n_vars=n_vars,
-        sampling_rate=_sampling_rate(model, 200.0),
+        sampling_rate=_stated(model, "sfreq", 200.0),
         unit="100 uV",
     )
 
@@ -102,11 +108,12 @@ def _biot(model: Any, channels: Channels | None) -> Layout:
     blocks = encoder.transformer.layers.layers
     return Layout(
         stages=_in_front_of_each(blocks, encoder.transformer),
+        seq_len=model.n_times,
         tokens=TokenGrid.patches(
             n_patches, encoder.n_fft, encoder.hop_length, n_channels=model.n_chans
         ),
         n_vars=model.n_chans,
-        sampling_rate=_sampling_rate(model, 200.0),
+        sampling_rate=_stated(model, "sfreq", 200.0),
         channels=_own_channels(model),
     )
 
@@ -123,9 +130,11 @@ def _reve(model: Any, channels: Channels | None) -> Layout:
     n_patches = (model.n_times - model.patch_size) // stride + 1
     return Layout(
         stages=_in_front_of_each(model.transformer.layers, model.transformer),
+        seq_len=model.n_times,
         tokens=TokenGrid.patches(n_patches, model.patch_size, stride, n_channels=len(names)),
         n_vars=len(names),
-        sampling_rate=_sampling_rate(model, 200.0),
+        sampling_rate=_stated(model, "sfreq", 200.0),
+        unit="SD",
         channels=names,
     )
 
@@ -146,9 +155,10 @@ def _eegpt(model: Any, channels: Channels | None) -> Layout:
     tokens = TokenGrid(np.tile(per_patch, n_patches), first, first + model.patch_size - 1)
     return Layout(
         stages=_behind_each(encoder.blocks),
+        seq_len=model.n_times,
         tokens=tokens,
         n_vars=model.n_chans,
-        sampling_rate=_sampling_rate(model, 256.0),
+        sampling_rate=_stated(model, "sfreq", 256.0),
         channels=_own_channels(model),
     )
 
@@ -191,9 +201,10 @@ def _own_channels(model: Any) -> Channels | None:
         return None
 
 
-def _sampling_rate(model: Any, published: float) -> float:
+def _stated(model: Any, name: str, published: Number) -> Number:
+    """Return a setting that a model was saved with, or else that of its pretraining."""
     try:
-        return float(model.sfreq)
+        return type(published)(getattr(model, name))
     except ValueError:
         return published
 
@@ -232,10 +243,9 @@ class BraindecodeEncoder(BaseEncoder):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.eval().to(device)
         self.layout = supported[name].layout(model, channels)
-        seq_len = int(model.n_times)  # type: ignore[arg-type]
-        silence = np.zeros((1, seq_len, self.layout.n_vars), np.float32)
+        silence = np.zeros((1, self.layout.seq_len, self.layout.n_vars), np.float32)
         self.spec = EncoderSpec(
-            seq_len=seq_len,
+            seq_len=self.layout.seq_len,
             n_vars=self.layout.n_vars,
             sampling_rate=self.layout.sampling_rate,
             unit=self.layout.unit,

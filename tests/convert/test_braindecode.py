@@ -57,9 +57,8 @@ def make(models):
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return getattr(models, name)(
-                n_chans=4, n_times=N_TIMES, sfreq=200, n_outputs=2, **SMALL[name] | settings
-            )
+            data = {"n_chans": 4, "n_times": N_TIMES, "sfreq": 200, "n_outputs": 2}
+            return getattr(models, name)(**data | SMALL[name] | settings)
 
     return run
 
@@ -169,6 +168,14 @@ def test_saved_folder_is_loaded_with_its_fingerprint(make, tmp_path):
     with torch.no_grad():
         model.blocks[1].attn.proj.bias[0] += 1e-3
     assert loaded.fingerprint != BraindecodeEncoder(model, CHANNELS).fingerprint
+
+
+def test_windows_are_cut_to_whole_patches(make, models):
+    """A model can be saved without its window, or with one that ends within a patch."""
+    assert BraindecodeEncoder(make("CBraMod", n_times=750), CHANNELS).spec.seq_len == 600
+    anywhere = models.CBraMod(n_layer=1, return_encoder_output=True, n_outputs=2)
+    spec = BraindecodeEncoder(anywhere, CHANNELS).spec
+    assert (spec.seq_len, spec.n_vars, spec.sampling_rate) == (6000, 4, 200)
 
 
 def test_names_of_channels_matter_where_the_model_reads_them(make, x):
