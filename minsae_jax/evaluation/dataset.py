@@ -170,7 +170,8 @@ class Dataset:
         eeg = self.window_of(recording, int(self.window[sequence]))
         if self.description.unit == "SD":
             return eeg
-        return (eeg / self._sd(recording)).astype(np.float32)
+        mean, sd = self._moments(recording)
+        return ((eeg - mean) / sd).astype(np.float32)
 
     def uv_per_sd(self, recording: int) -> Float[np.ndarray, " n_vars"] | None:
         """Return the SD of each channel of a recording in µV, or None if it is unknown."""
@@ -179,17 +180,19 @@ class Dataset:
         uv_per_unit = self.description.uv_per_unit(self.recordings[recording])
         if uv_per_unit is None or self.description.unit == "SD":
             return uv_per_unit
-        return uv_per_unit * self._sd(recording)
+        _, sd = self._moments(recording)
+        return uv_per_unit * sd
 
     @cached_property
-    def _sd(self) -> Callable[[int], np.ndarray]:
+    def _moments(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
         @lru_cache(MAX_OPEN_RECORDINGS)
-        def sd(recording: int) -> np.ndarray:
-            """Return the SD of each channel in the recording's unit; 1 for a flat channel."""
-            values = self._load_recording(recording).std(axis=0, dtype=np.float64)
-            return np.where(values > 0, values, 1)
+        def moments(recording: int) -> tuple[np.ndarray, np.ndarray]:
+            """Return mean and SD of each channel in the recording's unit; SD 1 if it is flat."""
+            eeg = self._load_recording(recording)
+            sd = eeg.std(axis=0, dtype=np.float64)
+            return eeg.mean(axis=0, dtype=np.float64), np.where(sd > 0, sd, 1)
 
-        return sd
+        return moments
 
 
 def open_dataset(

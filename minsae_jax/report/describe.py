@@ -4,19 +4,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int
 
-from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.eeg.montage import BANDS
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.config import Band
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.report.examples import EDGES, Activity, Tokens
+from minsae_jax.report.excerpts import ChosenToken, Example, cut_examples
 from minsae_jax.report.naming import Label, suggest_name
 from minsae_jax.report.spectra import (
     BaseSpectra,
     Spectrum,
-    artefact_hints,
     channel_power_ratio,
     dominant_band,
     measure_base_spectra,
@@ -25,10 +24,7 @@ from minsae_jax.report.spectra import (
 from minsae_jax.sae.member import SparseAutoencoder
 
 DEFAULT_BANDS = tuple(Band(*band) for band in BANDS)
-TRACE_STEP = 0.1  # SD per unit of an int8 trace
 MONTAGE_EXAMPLES = 8  # top examples with all channels
-MONTAGE_RATE = 50  # Hz, at least, of the traces of all channels
-ALL_CHANNELS = "all channels"  # of a token over all of them
 RANDOM_EXAMPLES = 6
 LISTED_PATIENTS = 12
 NEIGHBOURS = 8
@@ -54,35 +50,6 @@ class Context:
     labels: Mapping[int, Label]
     quantiles: Tokens
     seed: int
-
-
-@dataclass(frozen=True)
-class Example:
-    """EEG around one token of a feature."""
-
-    # "top", "random", or "q1" … "q10" for tenths of the activations
-    group: str
-    activation: float
-    recording: str
-    patient: str
-    channel: str
-    # Start of the trace in the recording [s]
-    start: float
-    # Start and end of the active patch [s]; None for a CLS token
-    patch: tuple[float, float] | None
-    # EEG of the token's channel, or of the feature's top channel, in units of TRACE_STEP SD
-    trace: Int8[np.ndarray, " samples"]
-    # EEG of all channels, every 2nd sample at 100 Hz
-    others: Int8[np.ndarray, "channels fewer_samples"] | None
-    # Largest activation of the feature at each start of tokens shown, and the first start [s]
-    strip: Float[np.ndarray, " patches"]
-    strip_start: float
-    # Artefact hints
-    hints: list[str]
-    # Name of the trace's channel, if the token is over all channels
-    trace_channel: str | None = None
-    # µV in an SD of the trace's channel; None if unknown
-    uv_per_sd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +159,8 @@ def describe(context: Context, feature: int) -> FeatureCard:
     shares = _patient_shares(dataset, activity.by_recording[feature], n_active)
     by_position = activity.by_token[feature] / n_active
     is_located = dataset.tokens.first >= 0
+    chosen = _choose_tokens(context, feature)
+    examples = cut_examples(dataset, context.sae, feature, chosen, context.w, top_channel)
     label = context.labels.get(feature, Label())
     # No ratio is known if all tokens are CLS tokens or in recordings with shifted columns.
     has_ratio = is_alive and bool(channel_ratio.any())
@@ -215,7 +184,7 @@ def describe(context: Context, feature: int) -> FeatureCard:
         label=label.label,
         note=label.note,
         suggestion=suggestion,
-        examples=_make_examples(context, feature, top_channel),
+        examples=examples,
         histogram=_histogram(activity.histogram[feature]),
         channel_ratio=channel_ratio,
         spectrum=spectrum,
@@ -278,141 +247,30 @@ def _histogram(counts: Int[np.ndarray, " bins"]) -> Histogram:
     return Histogram(EDGES[first : stop + 1], counts[first:stop])
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A token chosen as an example, and the stretch shown around it."""
-
-    group: str
-    sequence: int
-    token: int
-    activation: float
-    has_montage: bool
-    # First and last start of tokens shown, as indices into `TokenGrid.starts`
-    first: int
-    last: int
-
-
-def _choose_places(context: Context, feature: int) -> list[_Place]:
+def _choose_tokens(context: Context, feature: int) -> list[ChosenToken]:
+    """Return the tokens of a feature to show as examples."""
     activity = context.activity
     quantiles = context.quantiles
     n_quantiles = quantiles.token.shape[1]
     n_random = min(RANDOM_EXAMPLES, activity.random.token.shape[1])
     n_top = activity.top.token.shape[1]
-    chosen = [("top", activity.top, rank) for rank in range(n_top)]
-    chosen += [(f"q{rank + 1}", quantiles, rank) for rank in range(n_quantiles)]
-    chosen += [("random", activity.random, rank) for rank in range(n_random)]
-    grid = context.dataset.tokens
-    places = []
-    for group, tokens, rank in chosen:
+    ranked = [("top", activity.top, rank) for rank in range(n_top)]
+    ranked += [(f"q{rank + 1}", quantiles, rank) for rank in range(n_quantiles)]
+    ranked += [("random", activity.random, rank) for rank in range(n_random)]
+    chosen = []
+    for group, tokens, rank in ranked:
         token = int(tokens.token[feature, rank])
         if token < 0:
             continue
-        slot = int(grid.slot[token])
-        # A CLS token is shown with its whole window, a patch with w others to either side.
-        first = 0
-        last = len(grid.starts) - 1
-        if slot >= 0:
-            first = max(first, slot - context.w)
-            last = min(last, slot + context.w)
-        place = _Place(
+        one = ChosenToken(
             group=group,
             sequence=int(tokens.sequence[feature, rank]),
             token=token,
             activation=float(tokens.activation[feature, rank]),
             has_montage=group == "top" and rank < MONTAGE_EXAMPLES,
-            first=first,
-            last=last,
         )
-        places.append(place)
-    return places
-
-
-def _make_examples(context: Context, feature: int, top_channel: int) -> list[Example]:
-    """Return a feature's examples; top_channel: shown where a token is over all channels."""
-    places = _choose_places(context, feature)
-    if not places:
-        return []
-    dataset = context.dataset
-    shown = [_tokens_shown(dataset.tokens, place) for place in places]
-    activations = []
-    for place, tokens in zip(places, shown, strict=True):
-        activations.append(dataset.read(place.sequence, place.sequence + 1)[0, tokens])
-    values = context.sae.encode_features(np.concatenate(activations), [feature])
-    ends = np.cumsum([len(x) for x in activations])
-    examples = []
-    for place, tokens, of_tokens in zip(
-        places, shown, np.split(values[:, 0], ends[:-1]), strict=True
-    ):
-        strip = np.zeros(place.last - place.first + 1, values.dtype)
-        np.maximum.at(strip, dataset.tokens.slot[tokens] - place.first, of_tokens)
-        examples.append(_make_example(dataset, place, tokens, strip, top_channel))
-    return examples
-
-
-def _tokens_shown(grid: TokenGrid, place: _Place) -> Int[np.ndarray, " n"]:
-    """Return the tokens in the stretch that is shown, on the channel of the example's token."""
-    is_shown = (grid.slot >= place.first) & (grid.slot <= place.last)
-    channel = grid.channel[place.token]
-    if channel >= 0:
-        is_shown &= grid.channel == channel
-    return np.flatnonzero(is_shown)
-
-
-def _make_example(
-    dataset: Dataset,
-    place: _Place,
-    tokens: Int[np.ndarray, " n_shown"],
-    strip: Float[np.ndarray, " starts"],
-    top_channel: int,
-) -> Example:
-    grid = dataset.tokens
-    recording = int(dataset.recording[place.sequence])
-    sequence = np.array([place.sequence])
-    channel = int(dataset.channels_of(sequence, np.array([place.token]))[0])
-    trace_channel = channel if channel >= 0 else top_channel
-    # Samples of the window that are shown, and of the recording before it.
-    begin = int(grid.starts[place.first])
-    end = min(int(grid.last[tokens].max()) + 1, dataset.seq_len)
-    offset = int(dataset.window[place.sequence]) * dataset.seq_len
-    eeg = np.asarray(dataset.eeg_of(place.sequence)[begin:end], np.float32)
-    patch = None
-    if grid.first[place.token] >= 0:
-        patch_begin = offset + int(grid.first[place.token])
-        patch_end = offset + int(grid.last[place.token]) + 1
-        patch = (dataset.seconds(patch_begin), dataset.seconds(patch_end))
-    hints = artefact_hints(eeg[:, trace_channel], dataset.sampling_rate)
-    name = _channel_name(dataset, recording, trace_channel)
-    uv_per_sd = dataset.uv_per_sd(recording)
-    every = max(1, int(dataset.sampling_rate // MONTAGE_RATE))
-    return Example(
-        group=place.group,
-        activation=place.activation,
-        recording=dataset.recordings[recording],
-        patient=dataset.patients[recording],
-        channel=name if channel >= 0 else ALL_CHANNELS,
-        trace_channel=name if channel < 0 else None,
-        start=dataset.seconds(offset + begin),
-        patch=patch,
-        trace=to_int8(eeg[:, trace_channel]),
-        uv_per_sd=None if uv_per_sd is None else float(uv_per_sd[trace_channel]),
-        others=to_int8(eeg[::every].T) if place.has_montage else None,
-        strip=strip if grid.step is not None else strip[:0],
-        strip_start=dataset.seconds(offset + begin),
-        hints=[name for name, is_present in hints.items() if is_present],
-    )
-
-
-def _channel_name(dataset: Dataset, recording: int, channel: int) -> str:
-    """Return the channel's name, or its column if names are unknown or may be wrong."""
-    names = dataset.channel_names
-    if names is None or dataset.shifted[recording]:
-        return f"column {channel + 1}"
-    return names[channel]
-
-
-def to_int8(eeg: Float[np.ndarray, "*n"]) -> Int8[np.ndarray, "*n"]:
-    """Return EEG in SD as multiples of TRACE_STEP, clipped at 12.7 SD."""
-    return np.clip(np.rint(eeg / TRACE_STEP), -127, 127).astype(np.int8)
+        chosen.append(one)
+    return chosen
 
 
 def _nearest(context: Context, feature: int) -> list[tuple[int, float]]:

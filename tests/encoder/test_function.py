@@ -148,6 +148,22 @@ def test_card_of_a_feature_is_of_its_channels(described, dataset):
         np.testing.assert_allclose(example.strip, np.maximum(spectrum - 15, 0), atol=0.01)
 
 
+@pytest.mark.parametrize(("unit", "uv"), [("uV", 1.0), ("100 uV", 100.0)])
+def test_recordings_in_microvolts_are_shown_in_sd(dataset, tmp_path, unit, uv):
+    rng = np.random.default_rng(0)
+    sd = rng.uniform(5, 20, N_CHANNELS) / uv
+    sd[7] = 0
+    noise = rng.normal(size=(40 * RATE, N_CHANNELS))
+    z = (noise - noise.mean(0)) / noise.std(0)
+    np.save(tmp_path / dataset.recordings[0], (z * sd + 3).astype(np.float32))
+    changed = replace(dataset, folder=tmp_path, description=replace(dataset.description, unit=unit))
+    shown = changed.eeg_of(2)
+    z[:, 7] = 0
+    np.testing.assert_allclose(shown, z[2 * WINDOW : 3 * WINDOW], atol=1e-4)
+    is_flat = np.arange(N_CHANNELS) == 7
+    np.testing.assert_allclose(changed.uv_per_sd(0)[~is_flat], uv * sd[~is_flat], rtol=1e-5)
+
+
 def test_activations_and_fingerprint(encoder):
     x = np.random.default_rng(0).normal(size=(2, WINDOW, N_CHANNELS)).astype(np.float32)
     np.testing.assert_array_equal(encoder.activations(x), amplitudes(x))
