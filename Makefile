@@ -8,7 +8,7 @@ comma  := ,
 BIN     = .venv/bin
 MINSAE  = $(BIN)/python -m minsae_jax
 SETUP   = .venv/.installed$(if $(EXTRA),-$(EXTRA))
-# For tests that take a minute to install, and so are not part of `make test`.
+# Only the slow tests need Braindecode, which takes a minute to install.
 BRAINDECODE = .venv/.installed-braindecode
 
 # Inputs of the demo. Any other CONFIG names its own recordings and encoder.
