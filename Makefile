@@ -8,6 +8,8 @@ comma  := ,
 BIN     = .venv/bin
 MINSAE  = $(BIN)/python -m minsae_jax
 SETUP   = .venv/.installed$(if $(EXTRA),-$(EXTRA))
+# Only the slow tests need Braindecode, which takes a minute to install.
+BRAINDECODE = .venv/.installed-braindecode
 
 # Inputs of the demo. Any other CONFIG names its own recordings and encoder.
 CHECKPOINT ?= configs/demo/encoder.pth
@@ -68,8 +70,12 @@ tensorboard: $(SETUP) ## show all runs at http://localhost:6006
 test: $(SETUP) ## run the quick tests
 	@$(PYTEST) -m "not slow"
 
-test-all: $(SETUP) ## run all tests, as CI does
+test-all: $(BRAINDECODE) ## run all tests, as CI does
 	@$(PYTEST)
+
+$(BRAINDECODE): pyproject.toml | $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[braindecode]"
+	@touch $@
 
 check: $(SETUP) ## format, lint and types
 	@$(BIN)/ruff format --check --quiet .

@@ -25,11 +25,12 @@ from benchmarks.timing import alternate, machine, matrix_product_flops, peak_mem
 from convert.checkpoint import load_checkpoint
 from convert.encoder import convert_encoder
 from convert.plain_torch import forward
+from minsae_jax.encoder.base import ComputeOptions, Precision
+from minsae_jax.encoder.compute import sharded
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import Encoder
-from minsae_jax.encoder.extract import extract, sharded_hidden
+from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.patchtst.architecture import Architecture
-from minsae_jax.encoder.patchtst.pure import Precision
 from minsae_jax.parallel.mesh import fetch_batch, make_mesh, put_batch, replicated
 from minsae_jax.parallel.processes import start_jax
 
@@ -57,7 +58,8 @@ def flax_forward(
     """Return a function that computes the last of n_layers and copies it to the host."""
     mesh = make_mesh()
     params = jax.device_put(encoder.params, replicated(mesh))
-    run = sharded_hidden(mesh, encoder.architecture, (n_layers - 1,), precision=precision)
+    function = encoder.function((n_layers - 1,), ComputeOptions(precision))
+    run = sharded(mesh, function, "float32", precision)
     return lambda: fetch_batch(run(params, put_batch(mesh, x))[0], len(x))
 
 

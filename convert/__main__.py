@@ -10,7 +10,13 @@ from convert import verify
 from convert.encoder import convert, describe, read_source, write_pytorch
 from convert.sae import Format, convert_sae
 from minsae_jax import cli
-from minsae_jax.encoder.converted import is_encoder, load_encoder, load_source, save_encoder
+from minsae_jax.encoder.converted import (
+    Encoder,
+    is_encoder,
+    load_encoder,
+    load_source,
+    save_encoder,
+)
 from minsae_jax.errors import UserError
 
 ABOUT = """
@@ -31,7 +37,8 @@ class ConversionFlags:
     """Conversion"""
 
     source: Annotated[str, cli.Flag(positional=True)]
-    """A .pth file, a folder of transformers, or a converted encoder (with --to pytorch)"""
+    """A .pth file, a folder of transformers or Braindecode, or a converted encoder (with --to
+    pytorch)"""
     out: str | None = None
     """Folder (flax) or file (pytorch) to write; may be missing with --verify"""
     to: Literal["flax", "pytorch"] = "flax"
@@ -45,8 +52,8 @@ class ConversionFlags:
     without_head: bool = False
     """Leave out the head"""
     verify: Annotated[str | None, cli.Flag(bare=NOISE)] = None
-    """Compare every layer with PyTorch on a recording (.npy, [time, channels] in SD) or, without
-    one, on white noise; if they differ by over 1e-4, write nothing and exit with code 1"""
+    """Compare every layer with PyTorch on a recording (.npy, [time, channels]) or, without one, on
+    white noise; if they differ by over 1e-4, write nothing and exit with code 1"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +108,7 @@ class SaeCommand:
 
 
 def encoder(command: EncoderCommand) -> None:
-    """Convert a PyTorch PatchTST into a Flax encoder, or an encoder back to PyTorch."""
+    """Convert a PyTorch PatchTST or CBraMod into a Flax encoder, or a PatchTST back to PyTorch."""
     if command.out is None and command.verify is None:
         raise UserError("requires --out, --verify or both")
     source = Path(command.source)
@@ -142,7 +149,10 @@ def _export_encoder(command: EncoderCommand, folder: Path) -> None:
     other_flags = (command.verify, command.config_path, command.without_head or None)
     if command.architecture_settings() or any(flag is not None for flag in other_flags):
         raise UserError(f"{folder} is already converted; only --to and --out apply to its export")
-    write_pytorch(Path(command.out), load_encoder(folder), load_source(folder))
+    encoder = load_encoder(folder)
+    if not isinstance(encoder, Encoder):
+        raise UserError(f"{folder} is not a PatchTST, which alone can be exported to PyTorch")
+    write_pytorch(Path(command.out), encoder, load_source(folder))
     print(f"written to {command.out}")
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 Tensors = dict[str, np.ndarray]
-Program = Literal["gpatchtst", "supervised", "transformers"]
+Program = Literal["gpatchtst", "supervised", "transformers", "cbramod"]
 Form = Literal["checkpoint", "state dict"]
 HALVES = ("float16", "bfloat16")
 ROUNDED = (*HALVES, "float64")  # dtypes that are converted to float32

@@ -1,8 +1,10 @@
-"""A PyTorch PatchTST to a Flax encoder and back: `python -m convert encoder SOURCE --out DIR`."""
+"""A PyTorch encoder to Flax: `python -m convert encoder SOURCE --out DIR`; PatchTST also back.
 
-import re
+`convert/cbramod.py` contains what is different for CBraMod.
+"""
+
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from convert import cbramod
 from convert.architecture import read_architecture
 from convert.checkpoint import (
     HALVES,
@@ -20,10 +23,13 @@ from convert.checkpoint import (
     save_torch,
 )
 from convert.huggingface import load_huggingface
+from convert.rules import Rule, fill, linear_rules, norm_rules
 from convert.settings import spelling
-from minsae_jax.encoder.converted import Encoder, EncoderSource, parameter_path
+from minsae_jax.encoder.base import NativeEncoder, Params, parameter_path
+from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
+from minsae_jax.encoder.converted import Encoder, EncoderSource
 from minsae_jax.encoder.patchtst.architecture import Architecture
-from minsae_jax.encoder.patchtst.pure import Params, abstract_params
+from minsae_jax.encoder.patchtst.pure import abstract_params
 from minsae_jax.errors import UserError
 from minsae_jax.settings import JsonObject, read_yaml
 
@@ -31,7 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 BATCHES_TRACKED = "num_batches_tracked"  # BatchNorm's counter, which nothing reads
-MAX_COMPLAINTS = 6  # in one error message
 PROGRAM_NAMES = {
     "gpatchtst": "gPatchTST",
     "supervised": "the official supervised program",
@@ -39,68 +44,37 @@ PROGRAM_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One parameter (or one per layer or channel) in PyTorch and in Flax; `#` is a number."""
-
-    key: str  # in gPatchTST's state dict
-    path: str  # in the Flax model
-    to_flax: Callable[[np.ndarray], np.ndarray] = np.asarray
-    to_torch: Callable[[np.ndarray], np.ndarray] = np.asarray
-
-    def path_of(self, key: str) -> str | None:
-        """Return the path for a key, or None if the rule is about other keys."""
-        return _translate(key, self.key, self.path)
-
-    def key_of(self, path: str) -> str | None:
-        """Return the key for a path, or None if the rule is about other paths."""
-        return _translate(path, self.path, self.key)
-
-
-def _translate(name: str, pattern: str, template: str) -> str | None:
-    match = re.fullmatch(re.escape(pattern).replace(r"\#", r"(\d+)"), name)
-    if match is None:
-        return None
-    return template.replace("#", match[1]) if match.groups() else template
-
-
 def rules(a: Architecture) -> list[Rule]:
     """Return the conversion table of an architecture; every key and path is in one rule."""
     layer = "backbone.encoder.layers.#"
-    embedding = _linear("backbone.W_P.#", "embeddings/#")
+    embedding = linear_rules("backbone.W_P.#", "embeddings/#")
     if a.shared_embedding:
-        embedding = _linear("backbone.W_P", "embeddings/0")
-    head = _linear("head.linear", "head/linears/0")
+        embedding = linear_rules("backbone.W_P", "embeddings/0")
+    head = linear_rules("head.linear", "head/linears/0")
     if a.individual_head:
-        head = _linear("head.linears.#", "head/linears/#")
+        head = linear_rules("head.linears.#", "head/linears/#")
     return [
         Rule("revin.affine_weight", "revin/affine_weight"),
         Rule("revin.affine_bias", "revin/affine_bias"),
         Rule("backbone.W_pos", "position"),
         Rule("backbone.cls_token", "cls_token", np.ravel, lambda t: t.reshape(1, 1, -1)),
         *embedding,
-        *_linear(f"{layer}.self_attn.W_Q", "layers/#/attention/query"),
-        *_linear(f"{layer}.self_attn.W_K", "layers/#/attention/key"),
-        *_linear(f"{layer}.self_attn.W_V", "layers/#/attention/value"),
+        *linear_rules(f"{layer}.self_attn.W_Q", "layers/#/attention/query"),
+        *linear_rules(f"{layer}.self_attn.W_K", "layers/#/attention/key"),
+        *linear_rules(f"{layer}.self_attn.W_V", "layers/#/attention/value"),
         Rule(f"{layer}.self_attn.sdp_attn.scale", "layers/#/attention/scale"),
-        *_linear(f"{layer}.self_attn.to_out.0", "layers/#/attention/out"),
+        *linear_rules(f"{layer}.self_attn.to_out.0", "layers/#/attention/out"),
         *_norm(a, f"{layer}.norm_attn", "layers/#/norm_attention"),
-        *_linear(f"{layer}.ff.0", "layers/#/ff_in"),
-        *_linear(f"{layer}.ff.3", "layers/#/ff_out"),
+        *linear_rules(f"{layer}.ff.0", "layers/#/ff_in"),
+        *linear_rules(f"{layer}.ff.3", "layers/#/ff_out"),
         *_norm(a, f"{layer}.norm_ffn", "layers/#/norm_ff"),
         *head,
     ]
 
 
-def _linear(key: str, path: str) -> list[Rule]:
-    # torch.nn.Linear stores [outputs, inputs], nnx.Linear [inputs, outputs].
-    weight = Rule(f"{key}.weight", f"{path}/kernel", np.transpose, np.transpose)
-    return [weight, Rule(f"{key}.bias", f"{path}/bias")]
-
-
 def _norm(a: Architecture, key: str, path: str) -> list[Rule]:
     if a.norm == "LayerNorm":
-        return [Rule(f"{key}.weight", f"{path}/scale"), Rule(f"{key}.bias", f"{path}/bias")]
+        return norm_rules(key, path)
     # BatchNorm with its running statistics, wrapped in transpositions: hence the ".1".
     return [
         Rule(f"{key}.1.weight", f"{path}/scale"),
@@ -113,49 +87,15 @@ def _norm(a: Architecture, key: str, path: str) -> list[Rule]:
 def apply_rules(a: Architecture, tensors: Tensors) -> Params:
     """Return the Flax model's parameters.
 
-    Raises one UserError with every unknown key, every wrong shape, every parameter without a
-    tensor, and every value that is not finite.
+    Raises one UserError with everything that does not fit; see `rules.fill`.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_params(a))
-    expected = {parameter_path(keys): leaf for keys, leaf in leaves}
-    filled: dict[str, np.ndarray] = {}
-    complaints = []
-    table = rules(a)
-    for key, tensor in tensors.items():
-        if a.norm == "BatchNorm" and key.endswith(f".1.{BATCHES_TRACKED}"):
-            if tensor.ndim or not np.isfinite(tensor):
-                complaints.append(f"{key} is not a number")
-            continue
-        # The first rule that knows the key; in a valid table there is only one.
-        rule = next((rule for rule in table if rule.path_of(key) is not None), None)
-        path = rule.path_of(key) if rule else None
-        if rule is None or path not in expected:
-            complaints.append(f"unknown key {key[:200]}")
-            continue
-        value = rule.to_flax(tensor)
-        complaint = _complaint(value, path, expected[path].shape)
-        if complaint:
-            complaints.append(f"{key} {complaint}")
-        filled[path] = value
-    complaints += [f"nothing fills {path}" for path in expected if path not in filled]
-    if complaints:
-        message = f"the state dict does not fit: {'; '.join(complaints[:MAX_COMPLAINTS])}"
-        if len(complaints) > MAX_COMPLAINTS:
-            message += f" and {len(complaints) - MAX_COMPLAINTS} more"
-        raise UserError(message)
-    # Copies in C order, so that fingerprints do not depend on transposed views.
-    arrays = [np.array(filled[path], order="C") for path in expected]
-    return jax.tree_util.tree_unflatten(structure, arrays)
-
-
-def _complaint(value: np.ndarray, path: str, shape: tuple[int, ...]) -> str | None:
-    if value.shape != shape or value.dtype != np.float32:
-        return f"is {value.dtype}{list(value.shape)} for {path}, expected float32{list(shape)}"
-    if not np.isfinite(value).all():
-        return "contains NaN or infinity"
-    if path.endswith("/var") and value.min() < 0:
-        return "contains a variance below 0"
-    return None
+    counters = set()
+    if a.norm == "BatchNorm":
+        counters = {key for key in tensors if key.endswith(f".1.{BATCHES_TRACKED}")}
+    broken = [key for key in counters if tensors[key].ndim or not np.isfinite(tensors[key])]
+    complaints = [f"{key} is not a number" for key in sorted(broken)]
+    weights = {key: tensor for key, tensor in tensors.items() if key not in counters}
+    return fill(abstract_params(a), rules(a), weights, complaints)
 
 
 def state_dict(a: Architecture, params: Params) -> Tensors:
@@ -179,7 +119,7 @@ class Source:
     """A checkpoint that was read, and the architecture resolved for it."""
 
     checkpoint: Checkpoint
-    architecture: Architecture
+    architecture: Architecture | cbramod.Architecture
     sources: dict[str, str]  # setting -> where its value came from
     warnings: tuple[str, ...]  # to show once it is converted
 
@@ -191,15 +131,19 @@ def read_source(
     program: Program | None = None,
     without_head: bool = False,
 ) -> Source:
-    """Read a .pth file, or a folder of transformers.
+    """Read a .pth file, or a folder of transformers or Braindecode.
 
     flags: settings that precede those of the YAML at `config_path`. program: guessed if it is None.
-    Raises UserError if file, settings or tensors are not those of a PatchTST.
+    Raises UserError if file, settings or tensors are not those of a PatchTST or CBraMod.
     """
     yaml = read_yaml(config_path) if config_path else {}
     flags = dict(flags or {})
     path = Path(path)
     checkpoint = load_huggingface(path, without_head) if path.is_dir() else load_checkpoint(path)
+    if cbramod.is_cbramod(checkpoint.tensors):
+        if config_path is not None or program is not None:
+            raise UserError("--config_path and --program do not apply to CBraMod")
+        return _read_cbramod(checkpoint, flags, without_head)
     if program is not None:
         if checkpoint.program == "transformers":
             raise UserError(f"{path} is a folder of transformers; leave out --program")
@@ -212,17 +156,29 @@ def read_source(
     return Source(checkpoint, resolved.architecture, resolved.sources, resolved.warnings)
 
 
+def _read_cbramod(checkpoint: Checkpoint, flags: Mapping[str, Any], without_head: bool) -> Source:
+    tensors = cbramod.encoder_tensors(checkpoint.tensors, without_head)
+    checkpoint = replace(checkpoint, program="cbramod", tensors=tensors)
+    resolved = cbramod.read_architecture(checkpoint, flags)
+    return Source(checkpoint, resolved.architecture, resolved.sources, warnings=())
+
+
 class Converted(NamedTuple):
     """A converted encoder, and the origin to save with it."""
 
-    encoder: Encoder
+    encoder: NativeEncoder
     source: EncoderSource
 
 
 def convert(source: Source) -> Converted:
     """Convert a checkpoint. Raises UserError if its tensors do not fit the architecture."""
     checkpoint = source.checkpoint
-    encoder = Encoder(source.architecture, apply_rules(source.architecture, checkpoint.tensors))
+    a = source.architecture
+    encoder: NativeEncoder
+    if isinstance(a, cbramod.Architecture):
+        encoder = CBraModEncoder(a, cbramod.to_flax(a, checkpoint.tensors))
+    else:
+        encoder = Encoder(a, apply_rules(a, checkpoint.tensors))
     for message in source.warnings:
         warnings.warn(message, stacklevel=2)
     if "float64" in checkpoint.dtypes.values():
@@ -248,13 +204,15 @@ def convert_encoder(path: str | Path, config_path: str | Path | None = None) -> 
     return convert(read_source(path, config_path))
 
 
-def write_pytorch(path: Path, encoder: Encoder, source: EncoderSource) -> None:
+def write_pytorch(path: Path, encoder: NativeEncoder, source: EncoderSource) -> None:
     """Write gPatchTST's checkpoint of an encoder, or its bare state dict if the source was one.
 
     A checkpoint contains model_state_dict, revin_state_dict (None without affine weights) and
     config, so that it can be converted again without a YAML. Raises UserError if the file exists,
     or if gPatchTST cannot run the encoder.
     """
+    if not isinstance(encoder, Encoder):
+        raise UserError("only PatchTST encoders can be written for PyTorch")
     if path.exists():
         raise UserError(
             f"{path} exists, and a checkpoint is never overwritten; choose another --out"
@@ -328,13 +286,25 @@ def settings_of(a: Architecture) -> dict[str, JsonObject]:
     return {"data": {"n_vars": model.pop("n_vars")}, "model": model}
 
 
-def describe(source: Source, encoder: Encoder) -> str:
+def describe(source: Source, encoder: NativeEncoder) -> str:
     """Return a summary of a conversion for the terminal, over several lines."""
     a = source.architecture
-    checkpoint = source.checkpoint
+    if isinstance(a, cbramod.Architecture):
+        lines = cbramod.describe(a, source.checkpoint.path.name)
+    else:
+        lines = _describe_patchtst(a, source.checkpoint)
+    for where in dict.fromkeys(source.sources.values()):
+        names = [name for name, origin in source.sources.items() if origin == where]
+        lines.append(f"from the {where}: {', '.join(names)}")
+    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(encoder.params))
+    lines.append(f"{n_parameters:,} parameters, fingerprint {encoder.fingerprint[:12]}")
+    return "\n".join(lines)
+
+
+def _describe_patchtst(a: Architecture, checkpoint: Checkpoint) -> list[str]:
     head = "no head" if a.head_type == "none" else f"{a.head_type} head"
     cls_token = ", and CLS" if a.use_cls_token else ""
-    lines = [
+    return [
         f"PatchTST of {PROGRAM_NAMES[checkpoint.program]} from {checkpoint.path.name}: "
         f"{a.n_layers} layers, d_model {a.d_model}, {a.n_heads} heads, d_ff {a.d_ff}, {a.norm}, "
         f"{a.activation}, {head}",
@@ -342,9 +312,3 @@ def describe(source: Source, encoder: Encoder) -> str:
         f"({a.n_patches} patches of {a.patch_len}, stride {a.stride}{cls_token}), "
         f"RevIN {'on' if a.revin else 'off'}",
     ]
-    for where in dict.fromkeys(source.sources.values()):
-        names = [name for name, origin in source.sources.items() if origin == where]
-        lines.append(f"from the {where}: {', '.join(names)}")
-    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(encoder.params))
-    lines.append(f"{n_parameters:,} parameters, fingerprint {encoder.fingerprint[:12]}")
-    return "\n".join(lines)

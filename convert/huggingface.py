@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.cbramod import is_cbramod
 from convert.checkpoint import (
     Checkpoint,
     Tensors,
@@ -79,6 +80,9 @@ def load_huggingface(folder: Path, without_head: bool) -> Checkpoint:
             f"{folder} contains a model of type {shown(config['model_type'])}, not a patchtst"
         )
     path, tensors = _read_weights(folder)
+    # A folder of Braindecode has files of the same names.
+    if is_cbramod(tensors):
+        return make_checkpoint(path, "cbramod", tensors, config, form="checkpoint")
     settings = _read_settings(config, _head_type(config, tensors, without_head))
     renamed = _rename(tensors, without_head)
     completed = _complete(renamed, settings, has_bias=config.get("bias", True) is not False)

@@ -39,7 +39,7 @@ def infer_settings(checkpoint: Checkpoint, stated: Settings) -> Settings:
         "shared_embedding": not has_individual_embeddings,
         "use_cls_token": "backbone.cls_token" in tensors,
         "pos_dim": position.shape[1],
-        "n_layers": _count_distinct(tensors, r"backbone\.encoder\.layers\.(\d+)\..*"),
+        "n_layers": count_distinct(tensors, r"backbone\.encoder\.layers\.(\d+)\..*"),
         "d_ff": tensor_of(tensors, f"{LAYER}.ff.0.weight", 2).shape[0],
         "norm": "BatchNorm" if f"{LAYER}.norm_attn.1.running_mean" in tensors else "LayerNorm",
         "revin_affine": "revin.affine_weight" in tensors,
@@ -52,10 +52,10 @@ def infer_settings(checkpoint: Checkpoint, stated: Settings) -> Settings:
     return {name: Setting(value, "state dict") for name, value in inferred.items()}
 
 
-def tensor_of(tensors: Tensors, key: str, ndim: int) -> np.ndarray:
+def tensor_of(tensors: Tensors, key: str, ndim: int, model: str = "PatchTST") -> np.ndarray:
     """Return a tensor. Raises UserError if it is missing or not float32 of `ndim` dimensions."""
     if key not in tensors:
-        raise UserError(f"the state dict has no {key}, so it is not a PatchTST this can convert")
+        raise UserError(f"the state dict has no {key}, so it is not a {model} this can convert")
     tensor = tensors[key]
     if tensor.ndim != ndim or tensor.dtype != np.float32 or 0 in tensor.shape:
         raise UserError(
@@ -82,8 +82,8 @@ def _n_heads(checkpoint: Checkpoint, d_model: int) -> int | None:
 def _n_channels(tensors: Tensors) -> int | None:
     """Return the number of channels, or None if every tensor is shared between channels."""
     counts = {
-        "embeddings": _count_distinct(tensors, r"backbone\.W_P\.(\d+)\.weight"),
-        "heads": _count_distinct(tensors, r"head\.linears\.(\d+)\.weight"),
+        "embeddings": count_distinct(tensors, r"backbone\.W_P\.(\d+)\.weight"),
+        "heads": count_distinct(tensors, r"head\.linears\.(\d+)\.weight"),
     }
     if "revin.affine_weight" in tensors:
         counts["RevIN weights"] = tensor_of(tensors, "revin.affine_weight", 1).size
@@ -150,7 +150,7 @@ def _kinds_that_fit(
     return kinds
 
 
-def _count_distinct(tensors: Tensors, pattern: str) -> int:
+def count_distinct(tensors: Tensors, pattern: str) -> int:
     """Return how many different numbers the keys contain at the group of the pattern."""
     matches = (re.fullmatch(pattern, key) for key in tensors)
     return len({match[1] for match in matches if match})

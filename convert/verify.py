@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from convert import cbramod
 from convert.checkpoint import Tensors
-from minsae_jax.encoder.converted import Encoder
-from minsae_jax.encoder.patchtst.architecture import Architecture
+from minsae_jax.encoder.base import NativeEncoder
 from minsae_jax.errors import UserError, brief
 from minsae_jax.monitor import table
 
@@ -37,25 +38,30 @@ class Difference:
 
 
 def verify(
-    encoder: Encoder, tensors: Tensors, windows: Float[np.ndarray, "B seq_len n_vars"]
+    encoder: NativeEncoder, tensors: Tensors, windows: Float[np.ndarray, "B seq_len n_vars"]
 ) -> list[Difference]:
     """Compare Flax with plain torch on the source's tensors, for every layer and the head.
 
-    windows: EEG in SD. Both compute in float32.
+    windows: EEG in the encoder's unit. Both compute in float32.
     """
     import torch
 
-    from convert.plain_torch import forward
+    from convert import plain_cbramod, plain_torch
 
     a = encoder.architecture
     state = {key: torch.tensor(array) for key, array in tensors.items()}
+    x = torch.from_numpy(windows)
     with torch.no_grad():
-        hidden, output = forward(a, state, torch.from_numpy(windows))
+        if isinstance(a, cbramod.Architecture):
+            hidden, output = plain_cbramod.forward(a, state, x)
+        else:
+            hidden, output = plain_torch.forward(a, state, x)
     differences = []
     for layer, expected in enumerate(hidden):
         actual = np.asarray(encoder.activations(windows, layer))
         differences.append(_difference(f"layer {layer}", actual, expected.numpy()))
-    if a.head_type != "none" and output is not None:
+    has_head = isinstance(a, cbramod.Architecture) or a.head_type != "none"
+    if has_head and output is not None:
         differences.append(_difference("head", np.asarray(encoder(windows)), output.numpy()))
     return differences
 
@@ -65,13 +71,15 @@ def _difference(part: str, actual: np.ndarray, expected: np.ndarray) -> Differen
     return Difference(part, float(absolute.max()), float(absolute.mean()), float(expected.std()))
 
 
-def read_windows(encoder: Encoder, recording: str | None) -> Float[np.ndarray, "B seq_len n_vars"]:
+def read_windows(
+    encoder: NativeEncoder, recording: str | None
+) -> Float[np.ndarray, "B seq_len n_vars"]:
     """Return windows spread evenly over a recording, or white noise with SD 1.
 
     Raises UserError if the recording does not fit the encoder.
     """
     a = encoder.architecture
-    numbers = a.n_vars * a.n_tokens * max(a.d_model, a.d_ff, a.n_heads * a.n_tokens)
+    numbers = _largest_tensor(a)
     if numbers > MAX_NUMBERS:
         raise UserError(
             f"the encoder is too large to be verified: {numbers:,} numbers per layer and window"
@@ -90,7 +98,15 @@ def read_windows(encoder: Encoder, recording: str | None) -> Float[np.ndarray, "
     return windows
 
 
-def _load_samples(recording: str, a: Architecture) -> np.ndarray:
+def _largest_tensor(a: Any) -> int:
+    """Return how many numbers the largest tensor of a layer has for one window."""
+    if isinstance(a, cbramod.Architecture):
+        scores = a.n_heads * max(a.n_vars, a.n_patches)
+        return a.n_vars * a.n_patches * max(a.d_model, a.d_ff, scores)
+    return a.n_vars * a.n_tokens * max(a.d_model, a.d_ff, a.n_heads * a.n_tokens)
+
+
+def _load_samples(recording: str, a: Any) -> np.ndarray:
     """Return a recording [time, n_vars], mapped from disk."""
     try:
         samples = np.load(Path(recording), allow_pickle=False, mmap_mode="r")

@@ -9,12 +9,25 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minsae_jax.activations.imported import write_store
     from minsae_jax.activations.store import Store, open_store
-    from minsae_jax.api import evaluate, extract, load_encoder, plot, prepare, train, write_demo
+    from minsae_jax.activations.tokens import TokenGrid
+    from minsae_jax.api import (
+        evaluate,
+        extract,
+        load_braindecode,
+        load_encoder,
+        plot,
+        prepare,
+        train,
+        write_demo,
+    )
     from minsae_jax.eeg.prepare.config import PrepareConfig
     from minsae_jax.eeg.synthetic import DemoConfig
+    from minsae_jax.encoder.base import BaseEncoder
     from minsae_jax.encoder.config import ExtractConfig
-    from minsae_jax.encoder.converted import Encoder
+    from minsae_jax.encoder.function import from_function
+    from minsae_jax.encoder.patchtst.encoder import Encoder
     from minsae_jax.errors import UserError
     from minsae_jax.evaluation.config import EvaluateConfig
     from minsae_jax.evaluation.results import Evaluation
@@ -26,6 +39,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "BaseEncoder",
     "DemoConfig",
     "Encoder",
     "EvaluateConfig",
@@ -36,10 +50,13 @@ __all__ = [
     "Run",
     "SparseAutoencoder",
     "Store",
+    "TokenGrid",
     "TrainConfig",
     "UserError",
     "evaluate",
     "extract",
+    "from_function",
+    "load_braindecode",
     "load_encoder",
     "load_features",
     "load_run",
@@ -49,15 +66,29 @@ __all__ = [
     "prepare",
     "train",
     "write_demo",
+    "write_store",
 ]
 
 _NAMES_OF_MODULES = {
+    "activations.imported": ("write_store",),
     "activations.store": ("Store", "open_store"),
-    "api": ("evaluate", "extract", "load_encoder", "plot", "prepare", "train", "write_demo"),
+    "activations.tokens": ("TokenGrid",),
+    "api": (
+        "evaluate",
+        "extract",
+        "load_braindecode",
+        "load_encoder",
+        "plot",
+        "prepare",
+        "train",
+        "write_demo",
+    ),
     "eeg.prepare.config": ("PrepareConfig",),
     "eeg.synthetic": ("DemoConfig",),
+    "encoder.base": ("BaseEncoder",),
     "encoder.config": ("ExtractConfig",),
-    "encoder.converted": ("Encoder",),
+    "encoder.function": ("from_function",),
+    "encoder.patchtst.encoder": ("Encoder",),
     "errors": ("UserError",),
     "evaluation.config": ("EvaluateConfig",),
     "evaluation.results": ("Evaluation",),

@@ -4,14 +4,21 @@ Each verb is parsed into its settings, calls its function in `api`, and prints t
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import minsae_jax
 from minsae_jax import api, cli
+from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.prepare.config import PrepareConfig
+from minsae_jax.eeg.recordings import recordings_folder
 from minsae_jax.eeg.synthetic import DemoConfig
 from minsae_jax.encoder.config import ExtractConfig
+from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.sae.config import PlotConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from minsae_jax.encoder.base import BaseEncoder
 
 ABOUT = """
 Sparse autoencoders on the activations of EEG transformers, many at a time.
@@ -52,13 +59,28 @@ def extract(config: ExtractConfig) -> None:
     """Run recordings through the encoder and write the activations of its layers to disk."""
     # A cluster must be joined before the encoder's parameters are put on a device.
     api.start(distributed=config.distributed)
-    encoder = api.load_encoder(config.checkpoint_path, config.config_path)
+    encoder = _load_encoder(config)
     for store in api.extract(encoder, config):
         status = "already complete" if store.was_complete else "written"
         print(
             f"{store.folder}: {status}, {store.n_windows:,} windows of split {store.split}, "
             f"{store.total_tokens:,} tokens of d_model {store.d_model}"
         )
+
+
+def _load_encoder(config: ExtractConfig) -> "BaseEncoder":
+    """Return the encoder that the flags choose; in Python, `extract` gets the encoder itself."""
+    if config.model is None:
+        if config.checkpoint_path is None:
+            raise UserError("minsae extract requires --checkpoint_path or --model")
+        return api.load_encoder(config.checkpoint_path, config.config_path)
+    library, _, name = config.model.partition(":")
+    if library != "braindecode" or config.config_path is not None:
+        raise UserError(
+            "--model must be braindecode:NAME, such as braindecode:LaBraM, without --config_path"
+        )
+    description = read_description(recordings_folder(Path(config.root_path)))
+    return api.load_braindecode(name, config.checkpoint_path, description.channels)
 
 
 def train(config: TrainConfig) -> None:

@@ -5,6 +5,8 @@ line imports this module to print a --help. `encoder` and `sae` do not import ea
 functions here join them.
 """
 
+import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +22,7 @@ from minsae_jax.settings import read_yaml
 
 if TYPE_CHECKING:
     from minsae_jax.eeg.prepare.prepare import Prepared
-    from minsae_jax.encoder.converted import Encoder
+    from minsae_jax.encoder.base import BaseEncoder, NativeEncoder
     from minsae_jax.encoder.extract import ExtractedStore
     from minsae_jax.evaluation.results import Evaluation
     from minsae_jax.sae.plots import PlotFiles
@@ -41,7 +43,7 @@ def start(deterministic: bool = False, distributed: bool = False) -> None:
     start_jax(deterministic, distributed and not jax.distributed.is_initialized())
 
 
-def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "Encoder":
+def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "NativeEncoder":
     """Return the encoder in a converted folder, a PyTorch file or a folder of transformers.
 
     PyTorch weights are converted in memory, which requires torch. config_path: the encoder's YAML,
@@ -59,14 +61,33 @@ def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "En
         # Imports torch, which is not installed with the package.
         from convert.encoder import convert_encoder
 
-        encoder, _ = convert_encoder(path, config_path)
-        return encoder
+        converted_encoder, _ = convert_encoder(path, config_path)
+        return converted_encoder
     encoder = converted.load_encoder(path)
     if config_path:
         from convert.architecture import check_yaml
 
+        if not isinstance(encoder, converted.Encoder):
+            raise UserError(f"--config_path is for PatchTST; {path} is another encoder")
         check_yaml(encoder.architecture, read_yaml(config_path))
     return encoder
+
+
+def load_braindecode(
+    name: str, weights: str | None = None, channels: Sequence[str] | None = None
+) -> "BaseEncoder":
+    """Return a foundation model of Braindecode as an encoder, for `extract` and `train`.
+
+    name: LaBraM, CBraMod, BIOT, EEGPT or REVE. weights: a folder of its `save_pretrained`, or a
+    model of the Hugging Face Hub; by default the published weights. channels: names of the
+    recordings' channels, which LaBraM and REVE need. Raises UserError if Braindecode, the model or
+    its weights are missing, or if it does not know a channel.
+    """
+    # Imports torch and Braindecode, which are not installed with the package.
+    from convert import braindecode
+
+    names = None if channels is None else tuple(channels)
+    return braindecode.load_braindecode(name, weights, names)
 
 
 def write_demo(config: DemoConfig) -> Demo:
@@ -91,7 +112,7 @@ def prepare(config: PrepareConfig) -> "Prepared":
     return preparation.prepare(config)
 
 
-def extract(encoder: "Encoder", config: ExtractConfig) -> list["ExtractedStore"]:
+def extract(encoder: "BaseEncoder", config: ExtractConfig) -> list["ExtractedStore"]:
     """Write the activations of recordings into stores on disk, one for each split and layer.
 
     Raises UserError, before anything is written, if recordings do not fit the encoder, a folder
@@ -103,20 +124,23 @@ def extract(encoder: "Encoder", config: ExtractConfig) -> list["ExtractedStore"]
     return extraction.extract(encoder, config)
 
 
-def train(config: TrainConfig) -> "Run":
+def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     """Train a sweep of sparse autoencoders, or resume it, and return its results.
 
-    With `config.live` activations come from the encoder at `config.checkpoint_path`; otherwise the
-    store must be of that encoder, if one is given. Raises UserError, before anything is written,
-    if settings, store and run folder do not fit each other.
+    encoder: that at `config.checkpoint_path` unless passed. With `config.live` activations come
+    from it; otherwise the store must be of it, if there is one. Raises UserError, before anything
+    is written, if settings, store and run folder do not fit each other.
     """
     from minsae_jax.encoder.live import open_live
     from minsae_jax.sae import trainer
 
     start(config.deterministic, config.distributed)
-    if not config.checkpoint_path:
+    if encoder is None and config.checkpoint_path:
+        encoder = load_encoder(config.checkpoint_path, config.config_path)
+    if encoder is None:
+        if config.live:
+            raise UserError("--live requires --checkpoint_path")
         return trainer.train(config)
-    encoder = load_encoder(config.checkpoint_path, config.config_path)
     if not config.live:
         return trainer.train(config, encoder.fingerprint)
     live = partial(
@@ -129,13 +153,16 @@ def train(config: TrainConfig) -> "Run":
         batch_size=config.live_batch_size,
         force_revin=config.force_revin,
         on_bad_recording=config.on_bad_recording,
+        allow_mismatch=config.allow_mismatch,
     )
     return trainer.train(config, encoder.fingerprint, live)
 
 
-def evaluate(config: EvaluateConfig) -> "Evaluation":
+def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "Evaluation":
     """Measure a finished run on held-out recordings; with `config.report`, also write its report.
 
+    encoder: that at `config.checkpoint_path`, or else the run's, unless passed. Without any, what
+    requires the model is left out, with a warning.
     Raises UserError if there is no such run, encoder or store, or they do not belong together.
     """
     from minsae_jax.evaluation import evaluate as evaluation
@@ -145,11 +172,15 @@ def evaluate(config: EvaluateConfig) -> "Evaluation":
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} does not contain a run; choose another --run")
     trained = load_run_config(run)
-    checkpoint_path = config.checkpoint_path or trained.checkpoint_path
-    if checkpoint_path is None:
-        raise UserError("evaluate requires --checkpoint_path, since the run does not name one")
     start()
-    encoder = load_encoder(checkpoint_path, config.config_path or trained.config_path)
+    checkpoint_path = config.checkpoint_path or trained.checkpoint_path
+    if encoder is None and checkpoint_path is not None:
+        encoder = load_encoder(checkpoint_path, config.config_path or trained.config_path)
+    if encoder is None:
+        warnings.warn(
+            "no encoder is given, so loss recovered is not measured; set --checkpoint_path",
+            stacklevel=2,
+        )
     # Two evaluations of one run would write the same files.
     with lock_folder(run):
         result = evaluation.evaluate(config, encoder, trained)

@@ -29,6 +29,7 @@ from minsae_jax.encoder.extract import extract
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.trainer import train
+from tests.described import Described, read_described, write_described
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -88,6 +89,12 @@ def demo_folder(tmp_path_factory) -> Path:
     return write_once(tmp_path_factory, "demo", write) / "tuhab_preprocessed"
 
 
+@pytest.fixture(scope="session")
+def described(tmp_path_factory) -> Described:
+    """Recordings with a dataset.json: 30 channels at 200 Hz with planted bursts."""
+    return read_described(write_once(tmp_path_factory, "described", write_described))
+
+
 @pytest.fixture
 def small_store(tmp_path) -> Path:
     """A store as minSAE writes it: three files of [5, 7, 16] structured tokens, no manifest."""
@@ -139,7 +146,7 @@ class Trained:
 
     def dataset(self, split: str) -> Dataset:
         store = self.stores.with_name(f"{self.stores.name}_{split}")
-        return open_dataset(store, -1, self.encoder.architecture, self.recordings)
+        return open_dataset(store, -1, self.encoder, self.recordings)
 
     def sae(self, name: str = "lambda=1"):
         return load_sae(self.run / "members" / name)

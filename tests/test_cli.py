@@ -10,6 +10,7 @@ import convert.__main__
 import minsae_jax.__main__
 from minsae_jax import cli
 from minsae_jax.cli.flags import arguments_of
+from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.settings import AtLeastOne, missing_settings
@@ -66,6 +67,8 @@ def help_of(capsys, main, *args: str) -> str:
         (["train", "--store", "nowhere"], "nowhere"),
         (["train", "--checkpoint_path", "nowhere"], "nowhere"),
         (["extract", "--root_path", "x", "--checkpoint_path", "no.pth"], "no.pth"),
+        (["extract", "--root_path", "x"], "extract requires --checkpoint_path or --model"),
+        (["extract", "--root_path", "x", "--model", "LaBraM"], "--model must be braindecode:NAME"),
         (["extract", "--split", "tset"], "got 'tset'; did you mean 'test'?"),
         (["extract", "--batch_size", "0"], "batch_size"),
         (["prepare", "nowhere", "--out", "x"], "there is no file, folder or match of nowhere"),
@@ -318,6 +321,12 @@ def test_dashes_and_underscores_are_the_same():
     one = cli.parse(TrainConfig, words, "x")
     other = cli.parse(TrainConfig, ["--lambda_sparsity", "1", "2", "--num_steps=5"], "x")
     assert one == other == TrainConfig(lambda_sparsity=(1.0, 2.0), num_steps=5)
+
+
+def test_alias_is_the_same_flag():
+    for name in ("--layer", "--cache_layer"):
+        config = cli.parse(ExtractConfig, ["--root_path", "x", name, "5", "-1"], "x")
+        assert config.cache_layer == (5, -1)
 
 
 @pytest.mark.parametrize("joined", [False, True])

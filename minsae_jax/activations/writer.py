@@ -26,6 +26,7 @@ from minsae_jax.activations.manifest import (
     read_manifest,
 )
 from minsae_jax.activations.store import PROVENANCE, find_damage, shard_damage, shard_files
+from minsae_jax.activations.tokens import TOKENS, TokenGrid
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, foreign_entries, lock_folder, sha256_of
 from minsae_jax.parallel.processes import barrier, process_index
@@ -35,7 +36,7 @@ BLOCK = 1 << 20  # bytes that are hashed and then written while they are in the 
 PARTIAL_MANIFESTS = "manifest.*.json"  # of processes other than the first
 # Digits are counted, since a pattern like b[0-9]*.npy also matches names of other programs.
 _SHARDS = tuple(f"b{'[0-9]' * n_digits}.npy" for n_digits in range(1, 10))
-_NAMES = (*_SHARDS, MANIFEST, PARTIAL_MANIFESTS, PROVENANCE)
+_NAMES = (*_SHARDS, MANIFEST, PARTIAL_MANIFESTS, PROVENANCE, TOKENS)
 OWNED_FILES = (*_NAMES, *(f"{name}.tmp" for name in _NAMES))
 
 
@@ -144,7 +145,7 @@ class StoreWriter:
             path.unlink()
 
     def write(
-        self, number: int, pieces: Sequence[Shaped[np.ndarray, "sequences n_tokens d_model"]]
+        self, number: int, pieces: Sequence[Shaped[np.ndarray, "_ n_tokens d_model"]]
     ) -> None:
         """Write one shard in the store's dtype, given in pieces along the first axis.
 
@@ -161,13 +162,17 @@ class StoreWriter:
             ) from e
         self.done.add(number)
 
-    def finish(self, provenance: Mapping[str, np.ndarray]) -> None:
-        """Write the provenance, one entry per sequence in the shards' order, and the manifest."""
+    def finish(self, provenance: Mapping[str, np.ndarray], tokens: TokenGrid) -> None:
+        """Write the provenance, one entry per sequence in the shards' order, and the manifest.
+
+        tokens: places of the tokens of a sequence.
+        """
         with barrier(f"finish {self.folder}"):
             if self.process == 0:
                 path = self.folder / PROVENANCE
                 with atomic_write(path) as temporary, temporary.open("wb") as file:
                     np.savez_compressed(file, allow_pickle=False, **provenance)
+                tokens.write(self.folder)
                 self._shards = self._merged_shards()
                 self._write_manifest(complete=True)
                 self._remove_partial_manifests()

@@ -33,10 +33,12 @@ class Flag:
     """How a setting is given on the command line, next to its type: `Annotated[str, Flag(...)]`.
 
     positional: by its place instead of a name. bare: the value of a flag that is given without one.
+    alias: another name of a flag that takes several values.
     """
 
     positional: bool = False
     bare: str | None = None
+    alias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Argument:
             options = {"nargs": "?", "const": self.flag.bare, "metavar": self.metavar}
             group.add_argument(self.written, help=text, **options)
         elif self.has_many:
-            group.add_argument(self.written, nargs="+", metavar=self.metavar, help=text)
+            aliases = [f"--{self.flag.alias}"] if self.flag.alias else []
+            group.add_argument(self.written, *aliases, nargs="+", metavar=self.metavar, help=text)
         else:
             group.add_argument(self.written, metavar=self.metavar, help=text)
 

@@ -1,7 +1,8 @@
 """Recordings in the layout of the preprocessed TUH corpus, and windows cut from them.
 
-Each recording is a file `<patient>_s<session>_t<token>_preprocessed.npy` of [time, channels] in SD,
-sampled at 100 Hz; a 1-D file has one channel. `file_lengths_map.csv` lists the lengths in samples.
+Each recording is a file `<patient>_s<session>_t<token>_preprocessed.npy` of [time, channels]; a 1-D
+file has one channel. `file_lengths_map.csv` lists the lengths in samples, and `dataset.json`
+describes channels, sampling rate and unit; without it they are 19 channels in SD at 100 Hz.
 Files, patient splits and windows follow gPatchTST's data set: equal seeds give equal windows.
 """
 
@@ -20,13 +21,14 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from minsae_jax.eeg.description import TUH, Description, read_description
 from minsae_jax.eeg.splits import Split, join_some, patient_of, patient_splits
 from minsae_jax.errors import UserError, brief
 from minsae_jax.monitor import progress
 
 OnBadRecording = Literal["error", "skip"]
 
-SAMPLING_RATE = 100  # Hz, of all recordings
+SAMPLING_RATE = 100  # Hz, of recordings without dataset.json
 LENGTHS = "file_lengths_map.csv"
 SCAN_BLOCK = 100_000  # samples
 # NumPy parses headers with Python's parser, which Python 3.11 cannot run in two threads at once
@@ -153,6 +155,7 @@ class Recordings:
     """Windows whose samples have all been scanned."""
 
     windows: Windows
+    description: Description
     sha256: str  # of all windows
     shifted: np.ndarray  # [files] bool, see Scan
     skipped: dict[str, str]  # file name -> reason
@@ -220,8 +223,12 @@ def _scanned_recordings(split: Split, scan: _SplitScan) -> Recordings:
         raise UserError(f"split {split} is empty: none of its recordings can be used ({reasons})")
     digests = "".join(f"{name} {scan.scans[name].sha256}" for name in files)
     sha256 = hashlib.sha256(digests.encode()).hexdigest()
-    shifted = np.array([scan.scans[name].shifted for name in files], bool)
-    return Recordings(scan.windows, sha256, shifted, scan.bad)
+    description = read_description(scan.windows.folder)
+    shifted = np.zeros(len(files), bool)
+    if description is TUH:
+        # In described recordings a channel that is all zero is flat.
+        shifted[:] = [scan.scans[name].shifted for name in files]
+    return Recordings(scan.windows, description, sha256, shifted, scan.bad)
 
 
 def warn_of(recordings: Recordings, split: Split) -> None:

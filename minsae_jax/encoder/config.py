@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from minsae_jax.cli import Flag
 from minsae_jax.eeg.config import RecordingChecks
 from minsae_jax.eeg.recordings import Split
 from minsae_jax.parallel.config import ClusterConfig
@@ -28,13 +29,19 @@ class RecordingsChoice(RecordingChecks):
 class EncoderChoice:
     """Encoder"""
 
-    checkpoint_path: str
-    """A converted encoder (a folder), or a PyTorch .pth, which is converted in memory."""
+    checkpoint_path: str | None = None
+    """A converted encoder (a folder), or a PyTorch .pth, which is converted in memory; required
+    unless --model is given."""
+    model: str | None = None
+    """A model that Braindecode runs, such as braindecode:LaBraM. --checkpoint_path is then a folder
+    of its `save_pretrained` or a model of the Hugging Face Hub (default: the published weights)."""
     config_path: str | None = None
     """The encoder's YAML: most .pth files need it; a converted encoder is checked against it."""
+    allow_mismatch: bool = False
+    """Accept recordings of another sampling rate or other channels than the encoder's."""
     force_revin: bool = False
     """Apply RevIN even if the encoder's settings disable it, as the reference's embed.py does."""
-    cache_layer: tuple[int | Literal["all"], ...] = (-1,)
+    cache_layer: Annotated[tuple[int | Literal["all"], ...], Flag(alias="layer")] = (-1,)
     """Layers to store, from 0; negative numbers count from the end; `all` for every layer."""
 
 

@@ -1,109 +1,35 @@
-"""The `Encoder`, and its folder on disk: parameters (Orbax) and `config.json`.
+"""The folder of a converted encoder: parameters (Orbax) and `config.json`.
 
-`config.json` contains format_version, fingerprint, architecture and the fields of `EncoderSource`.
+`config.json` contains format_version, fingerprint, family, architecture and the fields of
+`EncoderSource`.
 """
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Array, Float
 
-from minsae_jax.encoder.patchtst.architecture import Architecture, layer_index
-from minsae_jax.encoder.patchtst.pure import Params, abstract_params, bind
+from minsae_jax.encoder.base import NativeEncoder, Params
+from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
+from minsae_jax.encoder.patchtst.encoder import Encoder
 from minsae_jax.errors import UserError, brief
 from minsae_jax.files import foreign_entries, replaced_folder
 from minsae_jax.settings import from_dict
 
+# The first family's folders do not name it.
+DEFAULT_FAMILY = "patchtst"
+FAMILIES: dict[str, type[NativeEncoder]] = {DEFAULT_FAMILY: Encoder, "cbramod": CBraModEncoder}
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 PARAMS = "params"
 OWNED_FILES = (CONFIG, PARAMS, f"{PARAMS}.orbax-checkpoint-tmp*")
 ORBAX_OVERHEAD = 1 << 18  # bytes that Orbax writes in addition to the parameters
-
-
-class Encoder:
-    """PatchTST with its weights, compiled, in full float32 (no TF32 on GPU).
-
-    `fingerprint` identifies the encoder: SHA-256 of the architecture and all parameters.
-    """
-
-    def __init__(self, architecture: Architecture, params: Params):
-        self.architecture = architecture
-        self.params = params
-        self.fingerprint = _fingerprint(architecture, params)
-
-    def __call__(
-        self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"]
-    ) -> Float[Array, "..."]:
-        """Return the output of the head; `patchtst.model.Head` lists its shapes."""
-        return _forward(self.architecture, self.params, self._checked(past_values))
-
-    def activations(
-        self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"], layer: int = -1
-    ) -> Float[Array, "batch n_vars n_tokens d_model"]:
-        """Return the output of a layer, float32, for windows of EEG in SD.
-
-        RevIN is applied if the encoder was trained with it. Raises UserError if the windows do not
-        have the encoder's length and channels, or if there is no such layer.
-        """
-        layers = (layer_index(layer, self.architecture.n_layers),)
-        (z,) = _hidden(self.architecture, self.params, self._checked(past_values), layers)
-        return z
-
-    def _checked(self, past_values: Array | np.ndarray) -> Array:
-        a = self.architecture
-        if np.ndim(past_values) != 3 or past_values.shape[1:] != (a.seq_len, a.n_vars):
-            raise UserError(
-                f"past_values must be [batch, {a.seq_len} samples, {a.n_vars} channels] for this "
-                f"encoder, got {list(np.shape(past_values))}"
-            )
-        return jnp.asarray(past_values, jnp.float32)
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def _hidden(
-    architecture: Architecture, params: Params, past_values: Array, layers: tuple[int, ...]
-) -> tuple[Array, ...]:
-    with jax.default_matmul_precision("highest"):
-        return bind(architecture, params).hidden(past_values, layers)
-
-
-@partial(jax.jit, static_argnums=0)
-def _forward(architecture: Architecture, params: Params, past_values: Array) -> Array:
-    with jax.default_matmul_precision("highest"):
-        return bind(architecture, params)(past_values)
-
-
-def _fingerprint(architecture: Architecture, params: Params) -> str:
-    # Fields that have their default are left out, so that a new field of Architecture does not
-    # change the fingerprints of known encoders.
-    settings = {}
-    for setting in dataclasses.fields(architecture):
-        value = getattr(architecture, setting.name)
-        if value != setting.default:
-            settings[setting.name] = value
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
-        # Names and shapes too, since equal bytes can be different parameters.
-        digest.update(f"{parameter_path(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def parameter_path(keys: tuple[object, ...]) -> str:
-    """Return the path of a parameter as text, `layers/0/ff_in/bias`, from JAX's tuple of keys."""
-    return "/".join(str(getattr(key, "key", key)) for key in keys)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +45,9 @@ class EncoderSource:
     batches_tracked: Mapping[str, int] = field(default_factory=dict)  # BatchNorm's counters
 
 
-def save_encoder(folder: str | Path, encoder: Encoder, source: EncoderSource | None = None) -> None:
+def save_encoder(
+    folder: str | Path, encoder: NativeEncoder, source: EncoderSource | None = None
+) -> None:
     """Write a converted encoder; a partly written one never looks complete.
 
     Replaces a converted encoder. Raises UserError if the folder contains anything else.
@@ -132,6 +60,9 @@ def save_encoder(folder: str | Path, encoder: Encoder, source: EncoderSource | N
         "fingerprint": encoder.fingerprint,
         "architecture": dataclasses.asdict(encoder.architecture),
     }
+    family = next(name for name, cls in FAMILIES.items() if type(encoder) is cls)
+    if family != DEFAULT_FAMILY:
+        config["family"] = family
     if source is not None:
         config |= dataclasses.asdict(source)
     try:
@@ -198,7 +129,7 @@ def load_source(folder: str | Path) -> EncoderSource:
     return EncoderSource(**entries)
 
 
-def load_encoder(folder: str | Path) -> Encoder:
+def load_encoder(folder: str | Path) -> NativeEncoder:
     """Load an encoder that `python -m convert encoder` wrote. Raises UserError if there is none."""
     folder = Path(folder)
     if not folder.exists():
@@ -216,17 +147,19 @@ def load_encoder(folder: str | Path) -> Encoder:
         ) from e
 
 
-def _load(folder: Path) -> Encoder:
+def _load(folder: Path) -> NativeEncoder:
     config = json.loads((folder / CONFIG).read_text())
     version = config["format_version"]
     if version > FORMAT_VERSION:
         raise UserError(
             f"{folder} was written by a newer minsae_jax (format {version}); update minsae_jax"
         )
-    architecture = from_dict(Architecture, config["architecture"])
+    family = FAMILIES[config.get("family", DEFAULT_FAMILY)]
+    architecture: Any = from_dict(family.architecture_type, config["architecture"])
+    abstract_params = family.abstract_params(architecture)
     with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore((folder / PARAMS).absolute(), abstract_params(architecture))
-    encoder = Encoder(architecture, params)
+        params = checkpointer.restore((folder / PARAMS).absolute(), abstract_params)
+    encoder = family(architecture, params)
     if encoder.fingerprint != config["fingerprint"]:
         raise ValueError("fingerprint mismatch")
     return encoder

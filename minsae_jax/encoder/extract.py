@@ -9,37 +9,34 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import grain
 import jax
-import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.activations.manifest import StoreIdentity
 from minsae_jax.activations.store import Store, open_store
 from minsae_jax.activations.writer import StoreWriter
-from minsae_jax.eeg.recordings import Recordings, Split, Windows, open_recordings, warn_of
+from minsae_jax.eeg.description import TUH, read_description
+from minsae_jax.eeg.recordings import (
+    Recordings,
+    Split,
+    Windows,
+    open_recordings,
+    recordings_folder,
+    warn_of,
+)
+from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, EncoderSpec, check_recordings
+from minsae_jax.encoder.compute import DTYPES, Activations, Output
 from minsae_jax.encoder.config import ExtractConfig
-from minsae_jax.encoder.converted import Encoder
-from minsae_jax.encoder.patchtst.architecture import Architecture, layer_index
-from minsae_jax.encoder.patchtst.pure import Params, Precision, bind
 from minsae_jax.errors import UserError
 from minsae_jax.monitor import Bar, progress
-from minsae_jax.parallel.mesh import (
-    DATA,
-    fetch_batch,
-    make_local_mesh,
-    put_batch,
-    replicated,
-    shard_over_batch,
-)
 from minsae_jax.parallel.processes import barrier, process_count, process_index
+from minsae_jax.settings import JsonObject
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # Numbers per call of np.isfinite: its temporary array stays in the cache.
 FINITE_CHECK_SIZE = 1 << 22
 
@@ -55,15 +52,18 @@ class ExtractedStore(Store):
     was_complete: bool
 
 
-def extract(encoder: Encoder, config: ExtractConfig) -> list[ExtractedStore]:
+def extract(encoder: BaseEncoder, config: ExtractConfig) -> list[ExtractedStore]:
     """Write the stores of all requested splits and layers, or the shards missing from them.
 
     Returns the stores by split, then by layer, in the order of the config. Raises UserError before
     anything is written if recordings do not fit the encoder or contain NaN, if a folder contains
     another store, or if the disk is too small.
     """
-    plans = plan_extraction(encoder, config)
-    _check_free_space(encoder.architecture, config, plans)
+    options = ComputeOptions(config.precision, config.force_revin)
+    encoder.check_options(options)
+    plans = plan_extraction(encoder, config, options)
+    _check_free_space(encoder.spec, config, plans)
+    compute = Activations(encoder, plans[0].layers, config.dtype, options)
     stores = []
     # All folders are locked before the first write, since another process could start one of them.
     with ExitStack() as locks:
@@ -71,7 +71,7 @@ def extract(encoder: Encoder, config: ExtractConfig) -> list[ExtractedStore]:
             for writer in plan.writers:
                 locks.enter_context(writer)
         for plan in plans:
-            stores += Extraction(encoder, config, plan).run()
+            stores += Extraction(compute, config, plan).run()
     return stores
 
 
@@ -81,7 +81,7 @@ class SplitPlan:
 
     split: Split
     recordings: Recordings
-    layers: tuple[int, ...]  # indices from 0
+    layers: tuple[int, ...]  # numbers in the encoder's spec
     writers: tuple[StoreWriter, ...]  # one per layer
 
     @property
@@ -89,10 +89,14 @@ class SplitPlan:
         return self.recordings.windows
 
 
-def plan_extraction(encoder: Encoder, config: ExtractConfig) -> list[SplitPlan]:
+def plan_extraction(
+    encoder: BaseEncoder, config: ExtractConfig, options: ComputeOptions
+) -> list[SplitPlan]:
     """Read all recordings once and check that every store can be written."""
-    a = encoder.architecture
-    layers = _requested_layers(config, a.n_layers)
+    spec = encoder.spec
+    layers = _requested_layers(config, spec)
+    description = read_description(recordings_folder(Path(config.root_path)))
+    check_recordings(spec, description, config.allow_mismatch)
     max_windows = None
     if config.max_batches is not None:
         max_windows = config.max_batches * config.batch_size
@@ -100,7 +104,7 @@ def plan_extraction(encoder: Encoder, config: ExtractConfig) -> list[SplitPlan]:
         config.root_path,
         config.split,
         config.split_seed,
-        (a.seq_len, a.patch_len, a.n_vars),
+        (spec.seq_len, spec.reserved_samples, spec.n_vars),
         max_windows,
         config.on_bad_recording,
     )
@@ -108,19 +112,19 @@ def plan_extraction(encoder: Encoder, config: ExtractConfig) -> list[SplitPlan]:
     for split, recordings in zip(config.split, all_recordings, strict=True):
         writers = []
         for index, layer in layers.items():
-            identity = _store_identity(encoder, config, split, recordings, layer, index)
+            identity = _store_identity(encoder, config, options, split, recordings, layer, index)
             writer = StoreWriter(config.store(split, layer), identity, config.overwrite)
             writers.append(writer)
         plans.append(SplitPlan(split, recordings, tuple(layers), tuple(writers)))
     return plans
 
 
-def _requested_layers(config: ExtractConfig, n_layers: int) -> dict[int, int]:
+def _requested_layers(config: ExtractConfig, spec: EncoderSpec) -> dict[int, int]:
     """Return index from 0 -> layer as requested. Raises UserError on duplicates."""
     if config.cache_layer == ("all",):
-        return {i: i for i in range(n_layers)}
+        return {i: i for i in spec.layers}
     requested = [int(layer) for layer in config.cache_layer]
-    layers = {layer_index(layer, n_layers): layer for layer in requested}
+    layers = {spec.layer_index(layer): layer for layer in requested}
     if len(layers) < len(requested):
         listed = " ".join(map(str, requested))
         raise UserError(f"--cache_layer contains duplicate layers: {listed}")
@@ -128,8 +132,9 @@ def _requested_layers(config: ExtractConfig, n_layers: int) -> dict[int, int]:
 
 
 def _store_identity(
-    encoder: Encoder,
+    encoder: BaseEncoder,
     config: ExtractConfig,
+    options: ComputeOptions,
     split: Split,
     recordings: Recordings,
     layer: int,
@@ -137,34 +142,40 @@ def _store_identity(
 ) -> StoreIdentity:
     """Return what makes it this store and no other."""
     # Part of the store's format: stores with other names or values are refused.
-    a = encoder.architecture
+    spec = encoder.spec
+    described: JsonObject = {}
+    if recordings.description is not TUH:
+        described["sampling_rate"] = recordings.description.sampling_rate
+        described["channels"] = list(recordings.description.channels)
     return StoreIdentity(
         layer=layer,
         layer_index=index,
         dtype=config.dtype,
-        n_tokens=a.n_tokens,
-        d_model=a.d_model,
+        n_tokens=spec.tokens.n_tokens,
+        d_model=spec.d_model,
         encoder=encoder.fingerprint,
         data={
             "split": split,
             "split_seed": config.split_seed,
             "batch_size": config.batch_size,
             "max_batches": config.max_batches,
-            "seq_len": a.seq_len,
-            "patch_len": a.patch_len,
-            "n_vars": a.n_vars,
-            "revin": a.revin or config.force_revin,
+            "seq_len": spec.seq_len,
+            "patch_len": spec.reserved_samples,
+            "n_vars": spec.n_vars,
+            "revin": encoder.applies_revin(options),
             "n_windows": len(recordings.windows),
             "recordings_sha256": recordings.sha256,
             "skipped": recordings.skipped,
             "precision": config.precision,
+            **described,
         },
     )
 
 
-def _check_free_space(a: Architecture, config: ExtractConfig, plans: list[SplitPlan]) -> None:
+def _check_free_space(spec: EncoderSpec, config: ExtractConfig, plans: list[SplitPlan]) -> None:
     """Raise UserError if a file system has less space than its stores still need."""
-    window_bytes = a.n_vars * a.n_tokens * a.d_model * np.dtype(DTYPES[config.dtype]).itemsize
+    window_numbers = spec.n_sequences * spec.tokens.n_tokens * spec.d_model
+    window_bytes = window_numbers * np.dtype(DTYPES[config.dtype]).itemsize
     # Stores on one file system share its free space, so they are added up by device number.
     needed: dict[Path, int] = {}
     folder_of_device: dict[int, Path] = {}
@@ -187,11 +198,11 @@ def _check_free_space(a: Architecture, config: ExtractConfig, plans: list[SplitP
 
 @dataclass(frozen=True)
 class RunningBatch:
-    """A batch that the devices compute; `outputs` are [windows, n_vars, n_tokens, d_model]."""
+    """A batch that the devices compute."""
 
     number: int
     n_windows: int
-    outputs: tuple[jax.Array, ...]  # one per layer
+    outputs: tuple[Output, ...]  # one per layer
 
 
 class Extraction:
@@ -202,8 +213,8 @@ class Extraction:
     several processes each computes every n-th batch, and the stores are the same.
     """
 
-    def __init__(self, encoder: Encoder, config: ExtractConfig, plan: SplitPlan):
-        self.encoder = encoder
+    def __init__(self, compute: Activations, config: ExtractConfig, plan: SplitPlan):
+        self.compute = compute
         self.config = config
         self.plan = plan
         self.windows = plan.windows
@@ -219,9 +230,9 @@ class Extraction:
         was_complete = [writer.finished for writer in self.plan.writers]
         if not all(was_complete):
             self._write_missing_shards()
-            provenance = _provenance(self.plan.recordings)
+            provenance = _provenance(self.plan.recordings, self.compute.spec)
             for writer in self._unfinished():
-                writer.finish(provenance)
+                writer.finish(provenance, self.compute.spec.tokens)
         return [
             self._open_extracted(writer.folder, complete)
             for writer, complete in zip(self.plan.writers, was_complete, strict=True)
@@ -249,20 +260,7 @@ class Extraction:
                 self._run_batches(missing[process_index() :: process_count()], bar)
 
     def _run_batches(self, numbers: list[int], bar: Bar) -> None:
-        config = self.config
-        mesh = make_local_mesh()
-        params = jax.device_put(self.encoder.params, replicated(mesh))
-        compute = sharded_hidden(
-            mesh,
-            self.encoder.architecture,
-            self.plan.layers,
-            config.force_revin,
-            config.dtype,
-            config.precision,
-        )
-        # All batches are padded to one shape, so that there is one compilation.
-        largest = min(config.batch_size, len(self.windows))
-        windows_per_device = -(-largest // mesh.shape[DATA])
+        largest = min(self.config.batch_size, len(self.windows))
         batches = read_ahead(self.windows, [self._bounds(number) for number in numbers])
         self.started_at = time.perf_counter()
         with ThreadPoolExecutor(1) as background:
@@ -270,7 +268,7 @@ class Extraction:
             for number in numbers:
                 x = self._timed_wait(batches.__next__)
                 # Returns at once: the devices compute while the batch before is copied.
-                outputs = compute(params, put_batch(mesh, x, windows_per_device))
+                outputs = self.compute.start(x, largest)
                 if running is not None:
                     self._finish_batch(running, background, bar)
                 running = RunningBatch(number, len(x), outputs)
@@ -283,7 +281,7 @@ class Extraction:
         jax.block_until_ready(batch.outputs)
         missing = self._writers_without(batch.number)
         host = [
-            (writer, fetch_batch(z, batch.n_windows))
+            (writer, self.compute.fetch(z, batch.n_windows))
             for writer, z in zip(self.plan.writers, batch.outputs, strict=True)
             if writer in missing
         ]
@@ -313,8 +311,7 @@ class Extraction:
                     f"from {number * self.config.batch_size} of split {self.plan.split}; check "
                     "that the recordings are in SD"
                 )
-            # [windows, n_vars, n_tokens, d_model] -> one sequence per window and channel
-            writer.write(number, [part.reshape(-1, *part.shape[2:]) for part in parts])
+            writer.write(number, parts)
 
     def _unfinished(self) -> list[StoreWriter]:
         return [writer for writer in self.plan.writers if not writer.finished]
@@ -350,47 +347,25 @@ def read_ahead(windows: Windows, bounds: list[tuple[int, int]]) -> Iterator[np.n
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
 
 
-@lru_cache(8)
-def sharded_hidden(
-    mesh: jax.sharding.Mesh,
-    a: Architecture,
-    layers: tuple[int, ...],
-    force_revin: bool = False,
-    dtype: str = "float32",
-    precision: Precision = "float32",
-) -> Callable[[Params, jax.Array], tuple[jax.Array, ...]]:
-    """Return the compiled (params, windows) -> outputs of the layers, in `dtype`.
-
-    Every device computes its own windows. float32 precision is full float32, without TF32. The
-    cache makes all splits share one compilation.
-    """
-    matmul_precision = "highest" if precision == "float32" else "default"
-
-    def on_one_device(params: Params, past_values: jax.Array) -> tuple[jax.Array, ...]:
-        with jax.default_matmul_precision(matmul_precision):
-            outputs = bind(a, params, precision).hidden(past_values, layers, force_revin)
-        return tuple(z.astype(DTYPES[dtype]) for z in outputs)
-
-    return jax.jit(shard_over_batch(mesh, on_one_device))
-
-
 def _is_finite(array: np.ndarray) -> bool:
     flat = array.reshape(-1)
     starts = range(0, len(flat), FINITE_CHECK_SIZE)
     return all(np.isfinite(flat[i : i + FINITE_CHECK_SIZE]).all() for i in starts)
 
 
-def _provenance(recordings: Recordings) -> dict[str, np.ndarray]:
+def _provenance(recordings: Recordings, spec: EncoderSpec) -> dict[str, np.ndarray]:
     """Return the arrays of provenance.npz.
 
     Per file: `recordings` (names) and `shifted`. Per sequence: `recording` (index of the name),
-    `window` (number within the recording) and `channel`.
+    `window` (number within the recording) and `channel`, -1 if a sequence is a whole window.
     """
     windows = recordings.windows
-    # A shard contains the channels of a window one after the other.
     places = windows.places(np.arange(len(windows)))
-    per_sequence = np.repeat(places, windows.n_vars, axis=0).astype(np.int32)
-    channels = np.arange(windows.n_vars, dtype=np.int32)
+    per_sequence = np.repeat(places, spec.n_sequences, axis=0).astype(np.int32)
+    channels = np.array([-1], np.int32)
+    if spec.per_channel:
+        # A shard contains the channels of a window one after the other.
+        channels = np.arange(spec.n_vars, dtype=np.int32)
     return {
         "recordings": np.array(windows.files),
         "shifted": recordings.shifted,

@@ -4,19 +4,25 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.activations.store import Origin
 from minsae_jax.activations.stream import read_chunks
-from minsae_jax.eeg.recordings import OnBadRecording, Recordings, Split, open_recordings, warn_of
-from minsae_jax.encoder.converted import Encoder
-from minsae_jax.encoder.extract import sharded_hidden
-from minsae_jax.encoder.patchtst.architecture import layer_index
+from minsae_jax.eeg.description import TUH, read_description
+from minsae_jax.eeg.recordings import (
+    OnBadRecording,
+    Recordings,
+    Split,
+    open_recordings,
+    recordings_folder,
+    warn_of,
+)
+from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, check_recordings
+from minsae_jax.encoder.compute import Activations
 from minsae_jax.errors import UserError
-from minsae_jax.parallel.mesh import DATA, fetch_batch, make_local_mesh, put_batch, replicated
 from minsae_jax.settings import JsonObject
 
 
@@ -29,19 +35,20 @@ class LiveStore:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: BaseEncoder,
         recordings: Recordings,
         layer: int,
         batch_size: int,
         force_revin: bool = False,
     ):
-        a = encoder.architecture
-        index = layer_index(layer, a.n_layers)
+        spec = encoder.spec
+        options = ComputeOptions(force_revin=force_revin)
+        index = spec.layer_index(layer)
         self.windows = recordings.windows
         self.batch_size = batch_size
         self.folder = self.windows.folder
-        self.d_model = a.d_model
-        self.tokens_per_chunk = a.n_vars * a.n_tokens
+        self.d_model = spec.d_model
+        self.tokens_per_chunk = spec.n_sequences * spec.tokens.n_tokens
         self.origin = Origin(encoder.fingerprint, layer, index, recordings.skipped)
         # Hashed into the fingerprint: with other names or values here, runs cannot resume.
         self._description: JsonObject = {
@@ -51,13 +58,14 @@ class LiveStore:
             "recordings_sha256": recordings.sha256,
             "n_windows": len(self.windows),
             "batch_size": batch_size,
-            "revin": a.revin or force_revin,
+            "revin": encoder.applies_revin(options),
             "skipped": recordings.skipped,
         }
+        if recordings.description is not TUH:
+            self._description["sampling_rate"] = recordings.description.sampling_rate
+            self._description["channels"] = list(recordings.description.channels)
         # Every process computes the whole stream, on its own devices.
-        self._mesh = make_local_mesh()
-        self._params = jax.device_put(encoder.params, replicated(self._mesh))
-        self._compute = sharded_hidden(self._mesh, a, (index,), force_revin)
+        self._compute = Activations(encoder, (index,), options=options)
 
     @property
     def dtype(self) -> np.dtype:
@@ -97,14 +105,13 @@ class LiveStore:
     def _activations(
         self, x: Float[np.ndarray, "windows seq_len n_vars"], padded_windows: int
     ) -> Float[np.ndarray, "rows d_model"]:
-        windows_per_device = -(-min(padded_windows, self.n_chunks) // self._mesh.shape[DATA])
-        (z,) = self._compute(self._params, put_batch(self._mesh, x, windows_per_device))
-        parts = [part.reshape(-1, self.d_model) for part in fetch_batch(z, len(x))]
-        return np.concatenate(parts)
+        (z,) = self._compute.start(x, min(padded_windows, self.n_chunks))
+        parts = self._compute.fetch(z, len(x))
+        return np.concatenate([part.reshape(-1, self.d_model) for part in parts])
 
 
 def open_live(
-    encoder: Encoder,
+    encoder: BaseEncoder,
     *,
     root_path: str,
     split: Split,
@@ -113,18 +120,21 @@ def open_live(
     batch_size: int,
     force_revin: bool = False,
     on_bad_recording: OnBadRecording = "error",
+    allow_mismatch: bool = False,
 ) -> LiveStore:
     """Open the recordings of a split as a source of activations.
 
     layer: may be negative. batch_size: windows per shard. Raises UserError if recordings cannot be
-    used.
+    used, or do not fit the encoder.
     """
-    a = encoder.architecture
+    spec = encoder.spec
+    description = read_description(recordings_folder(Path(root_path)))
+    check_recordings(spec, description, allow_mismatch)
     (recordings,) = open_recordings(
         root_path,
         (split,),
         split_seed,
-        (a.seq_len, a.patch_len, a.n_vars),
+        (spec.seq_len, spec.reserved_samples, spec.n_vars),
         on_bad_recording=on_bad_recording,
     )
     warn_of(recordings, split)

@@ -1,4 +1,4 @@
-"""A store with the recording, window and channel of its tokens, and the EEG behind them."""
+"""A store with the recording, time and channel of its tokens, and the EEG behind them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from minsae_jax.activations.manifest import Manifest
 from minsae_jax.activations.store import PROVENANCE, Store, open_store
-from minsae_jax.eeg.recordings import (
-    SAMPLING_RATE,
-    load_recording,
-    patient_of,
-    recordings_folder,
-)
-from minsae_jax.encoder.patchtst.architecture import Architecture
+from minsae_jax.activations.tokens import TokenGrid, read_tokens
+from minsae_jax.eeg.description import TUH, Description, read_description
+from minsae_jax.eeg.montage import POSITIONS, scalp_positions
+from minsae_jax.eeg.recordings import load_recording, patient_of, recordings_folder
+from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 
 MAX_OPEN_RECORDINGS = 64
@@ -24,20 +23,25 @@ MAX_OPEN_RECORDINGS = 64
 
 @dataclass(frozen=True)
 class Dataset:
-    """Sequences of tokens, each of one channel of one window, sorted by recording.
+    """Sequences of tokens, each of one window or of one channel of it, sorted by recording.
 
     `recording`, `window` and `channel` say where each sequence is from. The columns of a shifted
     recording may not be the channels of their names, since electrodes were missing.
     """
 
     store: Store
-    architecture: Architecture
+    # Places of the tokens of a sequence
+    tokens: TokenGrid
+    # Samples per window, and channels
+    seq_len: int
+    n_vars: int
+    description: Description
     # Folder of the recordings
     folder: Path
     # File names of the recordings
     recordings: tuple[str, ...]
     shifted: Bool[np.ndarray, " recordings"]
-    # Of every sequence: index into `recordings`, window within it, channel
+    # Of every sequence: index into `recordings`, window within it, channel or -1
     recording: Int[np.ndarray, " sequences"]
     window: Int[np.ndarray, " sequences"]
     channel: Int[np.ndarray, " sequences"]
@@ -45,12 +49,40 @@ class Dataset:
     @property
     def n_tokens(self) -> int:
         """Tokens per sequence."""
-        return self.architecture.n_tokens
+        return self.tokens.n_tokens
 
     @property
-    def patch_tokens(self) -> Int[np.ndarray, " n_patches"]:
-        """Positions in a sequence of all tokens but the CLS token."""
-        return np.arange(int(self.architecture.use_cls_token), self.n_tokens)
+    def sampling_rate(self) -> float:
+        """In Hz."""
+        return self.description.sampling_rate
+
+    def seconds(self, samples: int) -> float:
+        """Return a number of samples as a time."""
+        return float(samples) / self.sampling_rate
+
+    @property
+    def channel_names(self) -> tuple[str, ...] | None:
+        """Names of the channels, or None if they are unknown."""
+        names = self.description.channels
+        return names if len(names) == self.n_vars else None
+
+    @property
+    def positions(self) -> Float[np.ndarray, "n_vars 2"] | None:
+        """Places of the channels on a unit head seen from above, NaN where one is unknown.
+
+        None if no channel has a known place.
+        """
+        if self.channel_names is None:
+            return None
+        if self.description is TUH:
+            return POSITIONS
+        positions = scalp_positions(self.description.positions)
+        return None if np.isnan(positions).all() else positions
+
+    @cached_property
+    def has_channels(self) -> bool:
+        """Whether there are tokens of single channels."""
+        return bool((self.channel >= 0).any() or (self.tokens.channel >= 0).any())
 
     @property
     def patients(self) -> list[str]:
@@ -99,14 +131,25 @@ class Dataset:
         sequence: Int[np.ndarray, "*n"],
         token: Int[np.ndarray, "*n"],
     ) -> Int[np.ndarray, "*n"]:
-        """Return the sample of the recording at which each token's patch begins.
+        """Return the sample of the recording at which each token's samples begin.
 
         For a CLS token this is the first sample of its window.
         """
-        a = self.architecture
-        patch = token - int(a.use_cls_token)
-        sample_in_window = np.where(patch < 0, 0, a.first_sample + a.stride * patch)
-        return self.window[sequence].astype(np.int64) * a.seq_len + sample_in_window
+        sample_in_window = np.maximum(self.tokens.first[token], 0)
+        return self.window[sequence].astype(np.int64) * self.seq_len + sample_in_window
+
+    def lengths(self, token: Int[np.ndarray, "*n"]) -> Int[np.ndarray, "*n"]:
+        """Return the number of samples of each token; that of a CLS token is meaningless."""
+        return self.tokens.last[token] - self.tokens.first[token] + 1
+
+    def channels_of(
+        self,
+        sequence: Int[np.ndarray, "*n"],
+        token: Int[np.ndarray, "*n"],
+    ) -> Int[np.ndarray, "*n"]:
+        """Return the channel of each token: its own, else its sequence's, else -1 for all."""
+        channel_of_token = self.tokens.channel[token]
+        return np.where(channel_of_token >= 0, channel_of_token, self.channel[sequence])
 
     @cached_property
     def _load_recording(self) -> Callable[[int], np.ndarray]:
@@ -117,34 +160,57 @@ class Dataset:
         return load
 
     def window_of(self, recording: int, window: int) -> Float[np.ndarray, "seq_len n_vars"]:
-        """Return all channels of a window in SD, memory-mapped."""
-        seq_len = self.architecture.seq_len
+        """Return all channels of a window in the recording's unit, memory-mapped."""
+        seq_len = self.seq_len
         return self._load_recording(recording)[window * seq_len : (window + 1) * seq_len]
 
+    def eeg_of(self, sequence: int) -> Float[np.ndarray, "seq_len n_vars"]:
+        """Return all channels of a sequence's window, in SD of the recording's channels."""
+        recording = int(self.recording[sequence])
+        eeg = self.window_of(recording, int(self.window[sequence]))
+        if self.description.unit == "SD":
+            return eeg
+        mean, sd = self._moments(recording)
+        return ((eeg - mean) / sd).astype(np.float32)
 
-def seconds(samples: int | float) -> float:
-    return float(samples) / SAMPLING_RATE
+    def uv_per_sd(self, recording: int) -> Float[np.ndarray, " n_vars"] | None:
+        """Return the SD of each channel of a recording in µV, or None if it is unknown."""
+        if self.channel_names is None:
+            return None
+        uv_per_unit = self.description.uv_per_unit(self.recordings[recording])
+        if uv_per_unit is None or self.description.unit == "SD":
+            return uv_per_unit
+        _, sd = self._moments(recording)
+        return uv_per_unit * sd
+
+    @cached_property
+    def _moments(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+        @lru_cache(MAX_OPEN_RECORDINGS)
+        def moments(recording: int) -> tuple[np.ndarray, np.ndarray]:
+            """Return mean and SD of each channel in the recording's unit; SD 1 if it is flat."""
+            eeg = self._load_recording(recording)
+            sd = eeg.std(axis=0, dtype=np.float64)
+            return eeg.mean(axis=0, dtype=np.float64), np.where(sd > 0, sd, 1)
+
+        return moments
 
 
 def open_dataset(
-    path: str | Path, layer: int | None, architecture: Architecture, root_path: str | Path
+    path: str | Path, layer: int | None, encoder: BaseEncoder | None, root_path: str | Path
 ) -> Dataset:
     """Open a store with its recordings; `layer` is needed if the folder contains several layers.
 
-    Raises UserError if the store has no provenance or was extracted with an encoder of another
-    architecture, or if recordings are missing.
+    encoder: needed for stores without tokens.npz. Raises UserError if the store has no provenance,
+    or was extracted with an encoder of another architecture or from recordings of another sampling
+    rate or other channels, or if recordings are missing.
     """
     store = open_store(path, layer)
-    if not store.manifest:
+    manifest = store.manifest
+    if not manifest:
         raise UserError(
             f"{store.folder} does not record where its tokens are from; extract it with minsae"
         )
-    shape = (store.manifest.n_tokens, store.d_model)
-    if shape != (architecture.n_tokens, architecture.d_model):
-        raise UserError(
-            f"{store.folder} was extracted with an encoder of another architecture; "
-            "extract it again"
-        )
+    tokens = _tokens_of(store, manifest, encoder)
     with np.load(store.folder / PROVENANCE, allow_pickle=False) as provenance:
         arrays = dict(provenance)
     names = tuple(str(name) for name in arrays["recordings"])
@@ -155,9 +221,14 @@ def open_dataset(
                 f"{folder} does not contain {name}, which the store {store.folder} was extracted "
                 "from; choose the recordings' folder with --root_path"
             )
+    description = read_description(folder)
+    _check_description(store, manifest, description)
     return Dataset(
         store=store,
-        architecture=architecture,
+        tokens=tokens,
+        seq_len=manifest.data["seq_len"],
+        n_vars=load_recording(folder / names[0]).shape[1],
+        description=description,
         folder=folder,
         recordings=names,
         shifted=arrays["shifted"],
@@ -165,3 +236,42 @@ def open_dataset(
         window=arrays["window"],
         channel=arrays["channel"],
     )
+
+
+def _tokens_of(store: Store, manifest: Manifest, encoder: BaseEncoder | None) -> TokenGrid:
+    """Return the places of a sequence's tokens, from the store or else from the encoder."""
+    if encoder is not None:
+        expected = (encoder.spec.tokens.n_tokens, encoder.spec.d_model)
+        if (manifest.n_tokens, store.d_model) != expected:
+            raise UserError(
+                f"{store.folder} was extracted with an encoder of another architecture; "
+                "extract it again"
+            )
+    tokens = read_tokens(store.folder)
+    if tokens is None and encoder is None:
+        raise UserError(
+            f"{store.folder} has no tokens.npz, as stores of earlier versions; it can only be used "
+            "with its encoder (--checkpoint_path)"
+        )
+    if tokens is None:
+        assert encoder is not None
+        return encoder.spec.tokens
+    if tokens.n_tokens != manifest.n_tokens:
+        raise UserError(f"tokens.npz of {store.folder} is of another store; extract it again")
+    return tokens
+
+
+def _check_description(store: Store, manifest: Manifest, description: Description) -> None:
+    """Raise UserError if the store is of recordings that were described otherwise."""
+    rate = manifest.data.get("sampling_rate", TUH.sampling_rate)
+    channels = manifest.data.get("channels")
+    if rate != description.sampling_rate:
+        raise UserError(
+            f"{store.folder} is of recordings at {rate:g} Hz, but those of --root_path are at "
+            f"{description.sampling_rate:g} Hz"
+        )
+    if channels is not None and tuple(channels) != description.channels:
+        raise UserError(
+            f"{store.folder} is of recordings with the channels {' '.join(channels)}, but those of "
+            f"--root_path have {' '.join(description.channels)}"
+        )

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from minsae_jax.encoder.converted import Encoder
+from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.agreement import seed_agreement
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.events import (
     EventScore,
     both_signs,
-    covered_patches,
+    covered_tokens,
     draw_spans,
     gather,
     principal_components,
@@ -63,10 +63,13 @@ RULE_ONE_MEMBER = "the member set by --member"
 
 
 def evaluate(
-    settings: EvaluateConfig, encoder: Encoder, train_config: TrainConfig | None = None
+    settings: EvaluateConfig,
+    encoder: BaseEncoder | None,
+    train_config: TrainConfig | None = None,
 ) -> Evaluation:
     """Evaluate the members of a run, and write evaluation.json, .csv and .png into it.
 
+    Without an encoder, or if it declares no reconstruction, loss recovered is not measured.
     train_config: settings of the run, read from it unless passed. Raises UserError if run, stores,
     encoder and recordings do not belong together.
     """
@@ -240,8 +243,8 @@ def _substitute(
     members: Sequence[Member],
     mean: Float[np.ndarray, " d_model"],
 ) -> SubstitutionErrors | None:
-    """Return the pretraining errors on the members' x̂, or None without a pretrain head."""
-    if inputs.encoder.architecture.head_type != "pretrain":
+    """Return the pretraining errors on the members' x̂, or None if there is no such task."""
+    if inputs.encoder is None or inputs.encoder.reconstruction is None:
         return None
     return substitution_errors(
         inputs.encoder,
@@ -295,7 +298,7 @@ def _score_events(
                 raw_auc=score_kind(val_spans, test_spans, both_signs).auc,
                 pca_auc=score_kind(val_spans, test_spans, components).auc,
             )
-            covered.append(covered_patches(test, events))
+            covered.append(covered_tokens(test, events))
             for member, member_scores in zip(inputs.members, scores, strict=True):
                 encode = partial(_encode_numpy, member.sae)
                 member_scores[kind] = score_kind(val_spans, test_spans, encode)

@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import minimize
 from scipy.stats import rankdata
 
-from minsae_jax.eeg.montage import CHANNELS
+from minsae_jax.eeg.description import read_description
+from minsae_jax.eeg.montage import canonical
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.sae.member import SparseAutoencoder
@@ -37,7 +38,7 @@ class LabelledEvent:
     recording: str
     start: int
     stop: int
-    # Indices into CHANNELS
+    # Columns of the recording
     channels: tuple[int, ...]
 
 
@@ -82,18 +83,19 @@ class EventScore:
     # The features of the probe: the five with the largest AUC on val
     best_five: tuple[int, ...]
     probe_auc: float
-    # AUC of `feature` over single patches
+    # AUC of `feature` over single tokens
     token_auc: float | None = None
 
 
 def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
     """Return the events of every kind. Raises UserError if events.csv is invalid."""
+    names = [canonical(name) for name in read_description(folder).channels]
     events: dict[str, list[LabelledEvent]] = {}
     path = folder / EVENTS_CSV
     with path.open(newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
             try:
-                channels = tuple(CHANNELS.index(name.upper()) for name in row["channels"].split())
+                channels = tuple(names.index(canonical(c)) for c in row["channels"].split())
                 event = LabelledEvent(
                     row["recording"], int(row["start"]), int(row["stop"]), channels
                 )
@@ -144,27 +146,27 @@ def _windows_end(dataset: Dataset, recording: int) -> int:
     first, last = dataset.sequences_of(recording)
     if first == last:
         return 0
-    return (int(dataset.window[last - 1]) + 1) * dataset.architecture.seq_len
+    return (int(dataset.window[last - 1]) + 1) * dataset.seq_len
 
 
 def tokens_of(dataset: Dataset, span: Span) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Return sequence and position of the tokens whose patches a span touches on its channels.
+    """Return sequence and position of the tokens whose samples a span touches on its channels.
 
-    A CLS token is never one of them.
+    Tokens over all channels are among them; a CLS token never is.
     """
-    a = dataset.architecture
     first, last = dataset.sequences_of(span.recording)
     windows = dataset.window[first:last]
-    first_window = span.start // a.seq_len
-    last_window = (span.stop - 1) // a.seq_len
+    first_window = span.start // dataset.seq_len
+    last_window = (span.stop - 1) // dataset.seq_len
     is_near = (windows >= first_window) & (windows <= last_window)
-    is_near &= np.isin(dataset.channel[first:last], span.channels)
+    is_near &= np.isin(dataset.channel[first:last], [*span.channels, -1])
     near = np.arange(first, last)[is_near]
-    grid = np.meshgrid(near, dataset.patch_tokens, indexing="ij")
+    grid = np.meshgrid(near, dataset.tokens.located, indexing="ij")
     sequences = grid[0].reshape(-1)
     tokens = grid[1].reshape(-1)
     begin = dataset.first_samples(sequences, tokens)
-    is_touched = (begin < span.stop) & (begin + a.patch_len > span.start)
+    is_touched = (begin < span.stop) & (begin + dataset.lengths(tokens) > span.start)
+    is_touched &= np.isin(dataset.channels_of(sequences, tokens), [*span.channels, -1])
     return sequences[is_touched], tokens[is_touched]
 
 
@@ -283,47 +285,51 @@ def principal_components(activations: list[np.ndarray]) -> Encode:
     return lambda x: both_signs((x - mean).astype(np.float32) @ largest_first)
 
 
-def covered_patches(
+def covered_tokens(
     dataset: Dataset, events: list[LabelledEvent]
-) -> Bool[np.ndarray, "sequences n_patches"]:
-    """Return which patches have at least half of their samples in an event on their channel."""
-    a = dataset.architecture
-    is_covered = np.zeros((len(dataset.recording), a.n_patches), bool)
+) -> Bool[np.ndarray, "sequences n_located"]:
+    """Return which tokens have at least half of their samples in an event on their channel.
+
+    Tokens without samples are left out. A token over all channels may be in an event on any.
+    """
+    located = dataset.tokens.located
+    is_covered = np.zeros((len(dataset.recording), len(located)), bool)
     for recording, name in enumerate(dataset.recordings):
         first, last = dataset.sequences_of(recording)
         # The last patch of a window may end after it: one more window of room.
-        n_samples = _windows_end(dataset, recording) + a.seq_len
-        is_event = np.zeros((a.n_vars, n_samples + 1), np.int64)
+        n_samples = _windows_end(dataset, recording) + dataset.seq_len
+        # The last row is of any channel, so that -1 is its index.
+        is_event = np.zeros((dataset.n_vars + 1, n_samples + 1), np.int64)
         for event in events:
             if event.recording == name:
                 samples = slice(event.start + 1, event.stop + 1)
-                is_event[list(event.channels), samples] = 1
+                is_event[[*event.channels, -1], samples] = 1
         n_before = is_event.cumsum(axis=1)  # event samples before each sample
-        sequences, tokens = np.meshgrid(np.arange(first, last), dataset.patch_tokens, indexing="ij")
+        sequences, tokens = np.meshgrid(np.arange(first, last), located, indexing="ij")
         begin = dataset.first_samples(sequences, tokens)
-        channel = dataset.channel[sequences]
-        end = begin + a.patch_len
-        n_inside = n_before[channel, end] - n_before[channel, begin]
-        is_covered[first:last] = 2 * n_inside >= a.patch_len
+        length = dataset.lengths(tokens)
+        channel = dataset.channels_of(sequences, tokens)
+        n_inside = n_before[channel, begin + length] - n_before[channel, begin]
+        is_covered[first:last] = 2 * n_inside >= length
     return is_covered
 
 
 def token_auc(
     dataset: Dataset,
-    is_covered: Sequence[Bool[np.ndarray, "sequences n_patches"]],
+    is_covered: Sequence[Bool[np.ndarray, "sequences n_located"]],
     sae: SparseAutoencoder,
     features: Sequence[int],
 ) -> list[float | None]:
-    """Return for each feature its AUC over all patches: covered by an event or not.
+    """Return for each feature its AUC over all tokens with samples: covered by an event or not.
 
-    is_covered: by the events of each feature. None if all patches are covered, or no patch is. The
+    is_covered: by the events of each feature. None if all tokens are covered, or no token is. The
     features are computed in one pass, since some kinds must compute all of them for any.
     """
     if not features:
         return []
     values = np.empty((len(features), *is_covered[0].shape), np.float32)
     for start, x in dataset.batches(BATCH_SEQUENCES):
-        batch = sae.encode_features(x[:, dataset.patch_tokens], features)
+        batch = sae.encode_features(x[:, dataset.tokens.located], features)
         values[:, start : start + len(x)] = np.moveaxis(batch, -1, 0)
     aucs: list[float | None] = []
     for covered, of_feature in zip(is_covered, values, strict=True):

@@ -1,12 +1,12 @@
 """Inputs of an evaluation: the members of a run, its settings and the stores, each opened once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from minsae_jax.activations.store import sibling_store
-from minsae_jax.encoder.converted import Encoder
-from minsae_jax.encoder.patchtst.architecture import layer_index
+from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
@@ -33,7 +33,8 @@ class EvaluationInputs:
     """Everything that `evaluate` reads; the report uses the same objects."""
 
     run: Path
-    encoder: Encoder
+    # None if only the store is at hand
+    encoder: BaseEncoder | None
     # Sorted by hyper-parameters
     members: tuple[Member, ...]
     test: Dataset
@@ -46,16 +47,26 @@ class EvaluationInputs:
         """Index of the encoder's layer, from 0."""
         return self.test.store.require_manifest().layer_index
 
+    @property
+    def is_last_layer(self) -> bool:
+        """Whether the layer is the encoder's last; False without an encoder."""
+        return self.encoder is not None and self.layer == self.encoder.spec.layers[-1]
+
 
 def open_inputs(
-    settings: EvaluateConfig, encoder: Encoder, train_config: TrainConfig | None = None
+    settings: EvaluateConfig,
+    encoder: BaseEncoder | None,
+    train_config: TrainConfig | None = None,
 ) -> EvaluationInputs:
     """Open members and stores; train_config is read from the run unless it is passed.
 
     Raises UserError if run, members, stores, encoder and recordings do not belong together.
     """
     run = Path(settings.run)
-    members = open_members(run, settings.member, encoder)
+    members = open_members(run, settings.member)
+    if encoder is not None:
+        for member in members:
+            _check_member(member, encoder)
     train_config = train_config or load_run_config(run)
     test = _open_split(settings, train_config, encoder, "test", settings.store)
     if test is None:
@@ -63,6 +74,8 @@ def open_inputs(
             "there is no store of the test patients; set --store, or run extract with --split test"
         )
     val = _open_split(settings, train_config, encoder, "val", settings.val_store)
+    if encoder is None:
+        _check_stores(members, [test] if val is None else [test, val])
     has_events = (test.folder / EVENTS_CSV).exists()
     if has_events and val is None:
         raise UserError(
@@ -72,10 +85,10 @@ def open_inputs(
     return EvaluationInputs(run, encoder, members, test, val, has_events)
 
 
-def open_members(run: Path, name: str | None, encoder: Encoder) -> tuple[Member, ...]:
+def open_members(run: Path, name: str | None) -> tuple[Member, ...]:
     """Load all members of a run, or the one called `name`, sorted by hyper-parameters.
 
-    Raises UserError if the run is not finished or members were trained on another encoder.
+    Raises UserError if the run is not finished or there is no such member.
     """
     folder = run / "members"
     names = []
@@ -87,29 +100,41 @@ def open_members(run: Path, name: str | None, encoder: Encoder) -> tuple[Member,
         raise UserError(f"unknown member {name} in {run}; members: {', '.join(names)}")
     selected = names if name is None else [name]
     members = [Member(n, load_sae(folder / n)) for n in selected]
-    for member in members:
-        _check_member(member, encoder)
     return tuple(sorted(members, key=lambda member: sort_key(member.hyper)))
 
 
-def _check_member(member: Member, encoder: Encoder) -> None:
+def _check_member(member: Member, encoder: BaseEncoder) -> None:
     trained_on = member.sae.config.get("encoder_fingerprint")
     if trained_on and trained_on != encoder.fingerprint:
         raise UserError(
             f"{member.name} was trained on another encoder ({trained_on[:12]}…) than "
             f"--checkpoint_path ({encoder.fingerprint[:12]}…)"
         )
-    d_model = encoder.architecture.d_model
+    d_model = encoder.spec.d_model
     if member.sae.d_model != d_model:
         raise UserError(
             f"{member.name} has d_model {member.sae.d_model}, but the encoder has {d_model}"
         )
 
 
+def _check_stores(members: Sequence[Member], datasets: Sequence[Dataset]) -> None:
+    """Compare members and stores where there is no encoder to compare both with."""
+    for dataset in datasets:
+        manifest = dataset.store.require_manifest()
+        for member in members:
+            trained_on = member.sae.config.get("encoder_fingerprint")
+            is_other = trained_on is not None and trained_on != manifest.encoder
+            if is_other or member.sae.d_model != manifest.d_model:
+                raise UserError(
+                    f"{member.name} was trained on activations of another encoder than those of "
+                    f"{dataset.store.folder}; choose its store with --store and --val_store"
+                )
+
+
 def _open_split(
     settings: EvaluateConfig,
     train_config: TrainConfig,
-    encoder: Encoder,
+    encoder: BaseEncoder | None,
     split: Literal["val", "test"],
     named: str | None,
 ) -> Dataset | None:
@@ -120,14 +145,16 @@ def _open_split(
     if not named and not path.is_dir():
         return None
     layer = train_config.cache_layer
-    dataset = open_dataset(path, layer, encoder.architecture, settings.root_path)
+    dataset = open_dataset(path, layer, encoder, settings.root_path)
+    if encoder is None:
+        return dataset
     manifest = dataset.store.require_manifest()
     if manifest.encoder != encoder.fingerprint:
         raise UserError(
             f"{dataset.store.folder} was extracted with another encoder than --checkpoint_path; "
             "extract it again"
         )
-    if manifest.layer_index != layer_index(layer, encoder.architecture.n_layers):
+    if manifest.layer_index != encoder.spec.layer_index(layer):
         raise UserError(
             f"{dataset.store.folder} is of layer {manifest.layer}, but the members are not"
         )

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from minsae_jax.encoder.converted import Encoder
-from minsae_jax.encoder.patchtst.masked_error import Substitutes, masked_errors
+from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, Substitutes
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import make_mesh, put_batch, replicated
@@ -38,7 +37,7 @@ class _Substitutes(NamedTuple):
 
 
 def substitution_errors(
-    encoder: Encoder,
+    encoder: BaseEncoder,
     dataset: Dataset,
     layer: int,
     saes: Sequence[SparseAutoencoder],
@@ -49,18 +48,20 @@ def substitution_errors(
 ) -> SubstitutionErrors:
     """Return the pretraining error with the output of a layer replaced.
 
-    Windows are drawn from all recordings. In each a share mask_ratio of the patches is masked, in
-    all channels alike, as in gPatchTST's pretraining; all substitutes get the same masks.
+    Windows are drawn from all recordings. In each a share mask_ratio of the patches is masked as in
+    the encoder's pretraining; all substitutes get the same masks.
     mean: the layer's mean activation, for mean-ablation.
     """
-    a = encoder.architecture
+    reconstruction = encoder.reconstruction
+    assert reconstruction is not None, encoder.reconstruction_note
     mesh = make_mesh()
     rng = np.random.default_rng(seed)
     substitutes = _Substitutes(np.asarray(mean, np.float32), [sae.params for sae in saes])
     params, substitutes = jax.device_put((encoder.params, substitutes), replicated(mesh))
     kinds = [sae.kind for sae in saes]
     revin = dataset.store.require_manifest().data["revin"]
-    run = masked_errors(mesh, a, layer, revin, _variants(kinds))
+    options = ComputeOptions(force_revin=revin)
+    run = reconstruction.masked_errors(mesh, layer, options, _variants(kinds))
     places = _draw_windows(dataset, n_windows, rng)
     # Every batch has the same number of windows, a multiple of the number of devices.
     batch = -(-min(BATCH_WINDOWS, len(places)) // mesh.size) * mesh.size
@@ -70,7 +71,7 @@ def substitution_errors(
             batch_places = places[start : start + batch]
             windows = [dataset.window_of(*place) for place in batch_places]
             x = np.stack(windows).astype(np.float32)
-            masks = np.stack([_draw_mask(a.n_patches, mask_ratio, rng) for _ in batch_places])
+            masks = np.stack([reconstruction.draw_mask(mask_ratio, rng) for _ in batch_places])
             per_device = batch // mesh.size
             rows = (put_batch(mesh, x, per_device), put_batch(mesh, masks, per_device))
             batch_errors = np.asarray(run(params, substitutes, rows), np.float64)
@@ -117,12 +118,3 @@ def _draw_windows(dataset: Dataset, count: int, rng: np.random.Generator) -> lis
     # Sorted, so that recordings are read one after the other.
     chosen = np.sort(rng.permutation(len(places))[:count])
     return [(int(recording), int(window)) for recording, window in places[chosen]]
-
-
-def _draw_mask(
-    n_patches: int, ratio: float, rng: np.random.Generator
-) -> Bool[np.ndarray, " n_patches"]:
-    mask = np.zeros(n_patches, bool)
-    n_masked = max(1, int(n_patches * ratio))
-    mask[rng.permutation(n_patches)[:n_masked]] = True
-    return mask

@@ -67,7 +67,7 @@ class PCAEvaluation:
     k: int
     fvu: float
     explained_variance: float
-    # None if the encoder has no pretrain head
+    # None if the encoder declares no reconstruction
     loss: LossRecovered | None
 
     @property
@@ -109,7 +109,7 @@ class MemberEvaluation:
     decoder: DecoderCosines
     # Share of live features found again with other seeds; None with one seed
     agreement: float | None
-    # None if the encoder has no pretrain head
+    # None if the encoder declares no reconstruction
     loss: LossRecovered | None
     # Scores by kind of event; None if there is no events.csv
     events: Mapping[str, EventScore] | None
@@ -154,7 +154,7 @@ class Evaluation:
     recommended: str
     # How it was chosen
     rule: str
-    # None if the encoder has no pretrain head
+    # None if the encoder declares no reconstruction
     substitution: SubstitutionErrors | None
     mask_ratio: float
     # Baselines by kind of event
@@ -193,8 +193,9 @@ class Evaluation:
 
     def _substitution_record(self) -> JsonObject | str:
         if self.substitution is None:
-            head = self.inputs.encoder.architecture.head_type
-            return f"not measured: the encoder's head is {head}, not the pretrain head"
+            encoder = self.inputs.encoder
+            reason = "no encoder was given" if encoder is None else encoder.reconstruction_note
+            return f"not measured: {reason}"
         record = self.substitution._asdict()
         del record["members"]  # each is in its member's entry
         return record | {"mask_ratio": self.mask_ratio}

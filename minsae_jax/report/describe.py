@@ -4,27 +4,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int
 
-from minsae_jax.eeg.montage import BANDS, CHANNELS
-from minsae_jax.encoder.converted import Encoder
+from minsae_jax.eeg.montage import BANDS
+from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.config import Band
-from minsae_jax.evaluation.dataset import Dataset, seconds
+from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.report.examples import EDGES, Activity, Tokens
+from minsae_jax.report.excerpts import ChosenToken, Example, cut_examples
 from minsae_jax.report.naming import Label, suggest_name
 from minsae_jax.report.spectra import (
     BaseSpectra,
     Spectrum,
-    artefact_hints,
+    channel_power_ratio,
     dominant_band,
     measure_base_spectra,
     measure_spectrum,
-    window_eeg,
 )
 from minsae_jax.sae.member import SparseAutoencoder
 
 DEFAULT_BANDS = tuple(Band(*band) for band in BANDS)
-TRACE_STEP = 0.1  # SD per unit of an int8 trace
 MONTAGE_EXAMPLES = 8  # top examples with all channels
 RANDOM_EXAMPLES = 6
 LISTED_PATIENTS = 12
@@ -39,7 +38,8 @@ class Context:
     dataset: Dataset
     sae: SparseAutoencoder
     activity: Activity
-    encoder: Encoder
+    # None if only the store is at hand
+    encoder: BaseEncoder | None
     # Patches shown before and after an example's patch
     w: int
     bands: Sequence[Band]
@@ -50,31 +50,6 @@ class Context:
     labels: Mapping[int, Label]
     quantiles: Tokens
     seed: int
-
-
-@dataclass(frozen=True)
-class Example:
-    """EEG around one token of a feature."""
-
-    # "top", "random", or "q1" … "q10" for tenths of the activations
-    group: str
-    activation: float
-    recording: str
-    patient: str
-    channel: str
-    # Start of the trace in the recording [s]
-    start: float
-    # Start and end of the active patch [s]; None for a CLS token
-    patch: tuple[float, float] | None
-    # EEG of the token's channel, in units of TRACE_STEP SD
-    trace: Int8[np.ndarray, " samples"]
-    # EEG of all channels, every 2nd sample
-    others: Int8[np.ndarray, "channels half_samples"] | None
-    # Activation of the feature on each patch shown, and the start of the first [s]
-    strip: Float[np.ndarray, " patches"]
-    strip_start: float
-    # Artefact hints
-    hints: list[str]
 
 
 @dataclass(frozen=True)
@@ -114,10 +89,11 @@ class FeatureCard:
     suggestion: str
     examples: list[Example]
     histogram: Histogram
-    # Mean activation on each channel over the mean on all channels
+    # Mean activation on each channel over the mean on all channels; for tokens over all channels,
+    # power of each channel during active tokens over its base rate
     channel_ratio: Float[np.ndarray, " n_vars"]
     spectrum: Spectrum | None
-    # Share of the active tokens by patch
+    # Share of the active tokens by start in the window; empty if starts are not evenly spaced
     position: Float[np.ndarray, " n_patches"]
     # Share of the active tokens by patient, largest first
     patient_list: list[tuple[str, float]]
@@ -125,7 +101,7 @@ class FeatureCard:
     nearest: list[tuple[int, float]]
     # Features by Jaccard index of active tokens
     coactive: list[tuple[int, float]]
-    # Samples that a unit of the feature adds to a patch, by the pretrain head
+    # Samples that a unit of the feature adds to a patch, by the encoder's head
     waveform: Float[np.ndarray, " patch_len"] | None
     # Share of examples with each artefact hint
     artefacts: dict[str, float]
@@ -135,7 +111,7 @@ def make_context(
     dataset: Dataset,
     sae: SparseAutoencoder,
     activity: Activity,
-    encoder: Encoder,
+    encoder: BaseEncoder | None,
     w: int = 10,
     bands: Sequence[Band] = DEFAULT_BANDS,
     labels: Mapping[int, Label] | None = None,
@@ -153,7 +129,7 @@ def make_context(
         encoder=encoder,
         w=w,
         bands=bands,
-        base=measure_base_spectra(dataset, w, seed),
+        base=measure_base_spectra(dataset, w, seed, bands),
         directions=sae.decoder_directions,
         cosine=cosine,
         labels=labels or {},
@@ -178,29 +154,41 @@ def describe(context: Context, feature: int) -> FeatureCard:
         dataset, context.base, activity.random, feature, context.seed
     )
     band = dominant_band(context.bands, spectrum)
-    channel_ratio = _channel_ratio(activity, feature)
+    channel_ratio = _channel_ratio(context, feature)
+    top_channel = int(np.argmax(channel_ratio))
     shares = _patient_shares(dataset, activity.by_recording[feature], n_active)
     by_position = activity.by_token[feature] / n_active
+    is_located = dataset.tokens.first >= 0
+    chosen = _choose_tokens(context, feature)
+    examples = cut_examples(dataset, context.sae, feature, chosen, context.w, top_channel)
     label = context.labels.get(feature, Label())
+    # No ratio is known if all tokens are CLS tokens or in recordings with shifted columns.
+    has_ratio = is_alive and bool(channel_ratio.any())
+    suggestion = ""
+    if is_alive:
+        # For tokens over all channels: where power rises most, even if it rises everywhere.
+        scale = 1.0 if dataset.has_channels or not has_ratio else channel_ratio.mean()
+        positions = dataset.positions if has_ratio else None
+        suggestion = suggest_name(context.bands, channel_ratio / scale, band, positions)
     return FeatureCard(
         id=feature,
         density=float(activity.density[feature]),
         mean=float(activity.mean[feature]),
         max=float(activity.largest[feature]),
-        channel=_top_channel(channel_ratio) if is_alive else "",
+        channel=_name_of(dataset, top_channel) if has_ratio else "",
         band=band,
         patients=len(shares),
         patient_share=float(shares[0][1]) if shares else 0.0,
         artefact=float(max(artefacts.values(), default=0.0)),
-        cls=float(by_position[0]) if dataset.architecture.use_cls_token else 0.0,
+        cls=float(by_position[~is_located].sum()),
         label=label.label,
         note=label.note,
-        suggestion=suggest_name(context.bands, channel_ratio, band) if is_alive else "",
-        examples=_make_examples(context, feature),
+        suggestion=suggestion,
+        examples=examples,
         histogram=_histogram(activity.histogram[feature]),
         channel_ratio=channel_ratio,
         spectrum=spectrum,
-        position=by_position[dataset.patch_tokens],
+        position=_by_start(dataset, by_position),
         patient_list=shares[:LISTED_PATIENTS],
         nearest=_nearest(context, feature),
         coactive=_coactive(activity, feature),
@@ -222,19 +210,32 @@ def _patient_shares(
     return sorted(shares, key=lambda item: (-item[1], item[0]))
 
 
-def _channel_ratio(activity: Activity, feature: int) -> Float[np.ndarray, " n_vars"]:
-    """Return the mean activation on each channel over the mean on all channels."""
+def _channel_ratio(context: Context, feature: int) -> Float[np.ndarray, " n_vars"]:
+    """Return `FeatureCard.channel_ratio`."""
+    activity = context.activity
+    if not context.dataset.has_channels:
+        return channel_power_ratio(context.dataset, context.base, activity.random, feature)
     by_channel = activity.by_channel[feature]
     rate = by_channel / np.maximum(activity.channel_tokens, 1)
     overall = by_channel.sum() / max(1, activity.channel_tokens.sum())
     return rate / overall if overall else np.zeros_like(rate)
 
 
-def _top_channel(channel_ratio: Float[np.ndarray, " n_vars"]) -> str:
-    """Return the name of the channel with the largest ratio, or "" without channel names."""
-    if len(channel_ratio) != len(CHANNELS):
-        return ""
-    return CHANNELS[int(np.argmax(channel_ratio))]
+def _name_of(dataset: Dataset, channel: int) -> str:
+    """Return the name of a channel, or "" without channel names."""
+    names = dataset.channel_names
+    return "" if names is None else names[channel]
+
+
+def _by_start(
+    dataset: Dataset, by_position: Float[np.ndarray, " n_tokens"]
+) -> Float[np.ndarray, " n_starts"]:
+    """Return the sum over the tokens of each start, or nothing if starts are unevenly spaced."""
+    grid = dataset.tokens
+    if grid.step is None:
+        return np.zeros(0)
+    located = grid.located
+    return np.bincount(grid.slot[located], by_position[located], len(grid.starts))
 
 
 def _histogram(counts: Int[np.ndarray, " bins"]) -> Histogram:
@@ -246,115 +247,30 @@ def _histogram(counts: Int[np.ndarray, " bins"]) -> Histogram:
     return Histogram(EDGES[first : stop + 1], counts[first:stop])
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A token chosen as an example, and the patches shown around it."""
-
-    group: str
-    sequence: int
-    # Patch of the token; -1 for a CLS token
-    patch: int
-    activation: float
-    has_montage: bool
-    # First and last patch shown
-    first: int
-    last: int
-
-
-def _choose_places(context: Context, feature: int) -> list[_Place]:
+def _choose_tokens(context: Context, feature: int) -> list[ChosenToken]:
+    """Return the tokens of a feature to show as examples."""
     activity = context.activity
     quantiles = context.quantiles
     n_quantiles = quantiles.token.shape[1]
     n_random = min(RANDOM_EXAMPLES, activity.random.token.shape[1])
     n_top = activity.top.token.shape[1]
-    chosen = [("top", activity.top, rank) for rank in range(n_top)]
-    chosen += [(f"q{rank + 1}", quantiles, rank) for rank in range(n_quantiles)]
-    chosen += [("random", activity.random, rank) for rank in range(n_random)]
-    a = context.dataset.architecture
-    places = []
-    for group, tokens, rank in chosen:
+    ranked = [("top", activity.top, rank) for rank in range(n_top)]
+    ranked += [(f"q{rank + 1}", quantiles, rank) for rank in range(n_quantiles)]
+    ranked += [("random", activity.random, rank) for rank in range(n_random)]
+    chosen = []
+    for group, tokens, rank in ranked:
         token = int(tokens.token[feature, rank])
         if token < 0:
             continue
-        patch = token - int(a.use_cls_token)
-        # A CLS token is shown with its whole window, a patch with w others to either side.
-        first = 0
-        last = a.n_patches - 1
-        if patch >= 0:
-            first = max(first, patch - context.w)
-            last = min(last, patch + context.w)
-        place = _Place(
+        one = ChosenToken(
             group=group,
             sequence=int(tokens.sequence[feature, rank]),
-            patch=patch,
+            token=token,
             activation=float(tokens.activation[feature, rank]),
             has_montage=group == "top" and rank < MONTAGE_EXAMPLES,
-            first=first,
-            last=last,
         )
-        places.append(place)
-    return places
-
-
-def _make_examples(context: Context, feature: int) -> list[Example]:
-    places = _choose_places(context, feature)
-    if not places:
-        return []
-    dataset = context.dataset
-    activations = []
-    for place in places:
-        x = dataset.read(place.sequence, place.sequence + 1)[0, dataset.patch_tokens]
-        activations.append(x[place.first : place.last + 1])
-    values = context.sae.encode_features(np.concatenate(activations), [feature])
-    ends = np.cumsum([len(x) for x in activations])
-    strips = np.split(values[:, 0], ends[:-1])
-    return [_make_example(dataset, *pair) for pair in zip(places, strips, strict=True)]
-
-
-def _make_example(
-    dataset: Dataset,
-    place: _Place,
-    strip: Float[np.ndarray, " patches"],
-) -> Example:
-    a = dataset.architecture
-    recording = int(dataset.recording[place.sequence])
-    channel = int(dataset.channel[place.sequence])
-    # Samples of the window that are shown, and of the recording before it.
-    begin = a.first_sample + place.first * a.stride
-    last_begin = a.first_sample + place.last * a.stride
-    end = min(last_begin + a.patch_len, a.seq_len)
-    offset = int(dataset.window[place.sequence]) * a.seq_len
-    eeg = np.asarray(window_eeg(dataset, place.sequence)[begin:end], np.float32)
-    patch = None
-    if place.patch >= 0:
-        patch_begin = offset + a.first_sample + place.patch * a.stride
-        patch = (seconds(patch_begin), seconds(patch_begin + a.patch_len))
-    hints = artefact_hints(eeg[:, channel])
-    return Example(
-        group=place.group,
-        activation=place.activation,
-        recording=dataset.recordings[recording],
-        patient=dataset.patients[recording],
-        channel=_channel_name(dataset, recording, channel),
-        start=seconds(offset + begin),
-        patch=patch,
-        trace=to_int8(eeg[:, channel]),
-        others=to_int8(eeg[::2].T) if place.has_montage else None,
-        strip=strip,
-        strip_start=seconds(offset + begin),
-        hints=[name for name, is_present in hints.items() if is_present],
-    )
-
-
-def _channel_name(dataset: Dataset, recording: int, channel: int) -> str:
-    """Return the channel's name, or its column if names are unknown or may be wrong."""
-    has_names = dataset.architecture.n_vars == len(CHANNELS) and not dataset.shifted[recording]
-    return CHANNELS[channel] if has_names else f"column {channel + 1}"
-
-
-def to_int8(eeg: Float[np.ndarray, "*n"]) -> Int8[np.ndarray, "*n"]:
-    """Return EEG in SD as multiples of TRACE_STEP, clipped at 12.7 SD."""
-    return np.clip(np.rint(eeg / TRACE_STEP), -127, 127).astype(np.int8)
+        chosen.append(one)
+    return chosen
 
 
 def _nearest(context: Context, feature: int) -> list[tuple[int, float]]:
@@ -384,13 +300,12 @@ def _coactive(activity: Activity, feature: int) -> list[tuple[int, float]]:
     return [(int(i), float(jaccard[i])) for i in order if jaccard[i] > 0]
 
 
-def _waveform(context: Context, feature: int) -> Float[np.ndarray, " patch_len"] | None:
-    """Return the samples that a unit of the feature adds to a patch, by the pretrain head.
+def _waveform(context: Context, feature: int) -> Float[np.ndarray, " samples"] | None:
+    """Return the samples that a unit of the feature adds to a patch, by the encoder's head.
 
-    None if the encoder has another head. Exact after the last layer only, since layers between
-    the SAE and the head are skipped.
+    None if the encoder has no such head. Exact after the last layer only, since layers between the
+    SAE and the head are skipped.
     """
-    if context.encoder.architecture.head_type != "pretrain":
+    if context.encoder is None:
         return None
-    kernel = np.asarray(context.encoder.params["head"]["linears"][0]["kernel"])
-    return context.directions[feature] @ kernel
+    return context.encoder.waveform(context.directions[feature])

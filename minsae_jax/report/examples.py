@@ -47,7 +47,7 @@ class Activity:
     histogram: Int[np.ndarray, "d_sae bins"]
     # Number of active tokens
     by_recording: Int[np.ndarray, "d_sae recordings"]
-    # Sum of activations, without recordings whose columns are shifted.
+    # Sum of activations, without tokens over all channels and recordings with shifted columns
     by_channel: Float[np.ndarray, "d_sae n_vars"]
     # Active tokens by position in the sequence; a CLS token is first
     by_token: Int[np.ndarray, "d_sae n_tokens"]
@@ -159,7 +159,7 @@ class _Counts:
     def __init__(self, dataset: Dataset, d_sae: int):
         self.dataset = dataset
         self.d_sae = d_sae
-        n_vars = dataset.architecture.n_vars
+        n_vars = dataset.n_vars
         self.n_tokens = 0
         self.total = np.zeros(d_sae)
         self.largest = np.zeros(d_sae, np.float32)
@@ -187,13 +187,19 @@ class _Counts:
         n_bins = len(EDGES) - 1
         bins = np.searchsorted(EDGES, entries.value, "right") - 1
         self.histogram += self._count(entries, np.clip(bins, 0, n_bins - 1), n_bins)
-        if not self.dataset.shifted[recording]:
-            n_vars = len(self.channel_tokens)
-            n_sequences = len(features) // n_tokens
-            channel = self.dataset.channel[first : first + n_sequences]
-            channel_of_entry = channel[entries.row // n_tokens]
-            self.by_channel += self._count(entries, channel_of_entry, n_vars, entries.value)
-            self.channel_tokens += np.bincount(channel, minlength=n_vars) * n_tokens
+        if self.dataset.has_channels and not self.dataset.shifted[recording]:
+            self._count_channels(entries, first, len(features) // n_tokens)
+
+    def _count_channels(self, entries: _ActiveEntries, first: int, n_sequences: int) -> None:
+        n_tokens = self.dataset.n_tokens
+        n_vars = len(self.channel_tokens)
+        sequence = np.repeat(np.arange(first, first + n_sequences), n_tokens)
+        token = np.tile(np.arange(n_tokens), n_sequences)
+        # Of every row; moved up by one, so that the tokens over all channels have the index 0.
+        channel = self.dataset.channels_of(sequence, token) + 1
+        activation = self._count(entries, channel[entries.row], n_vars + 1, entries.value)
+        self.by_channel += activation[:, 1:]
+        self.channel_tokens += np.bincount(channel, minlength=n_vars + 1)[1:]
 
     def _count(
         self,

@@ -12,7 +12,7 @@ features.table()[:3]             # one dict per feature, the most active first
 from dataclasses import dataclass
 from pathlib import Path
 
-from minsae_jax.encoder.converted import Encoder
+from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.report.describe import Context, FeatureCard, describe, describe_all, make_context
 from minsae_jax.report.examples import Activity, Tokens, collect
@@ -55,7 +55,7 @@ def load_features(
     member: str | Path,
     store: str | Path,
     root_path: str | Path,
-    encoder: Encoder,
+    encoder: BaseEncoder | None = None,
     layer: int | None = None,
     w: int = 10,
     top: int = 16,
@@ -63,13 +63,14 @@ def load_features(
 ) -> Features:
     """Read a store once with a member's SAE.
 
-    root_path: folder of the recordings that the store was extracted from. layer: needed if the
+    root_path: folder of the recordings that the store was extracted from. encoder: for the
+    waveforms, and for stores without tokens.npz. layer: needed if the
     store's folder contains several. w: patches shown before and after an example's patch. top,
     per_recording: number of top examples of a feature, and of them from one recording.
 
     Raises UserError if member, store, recordings and encoder do not belong together.
     """
     sae = load_sae(member)
-    dataset = open_dataset(store, layer, encoder.architecture, root_path)
+    dataset = open_dataset(store, layer, encoder, root_path)
     activity = collect(dataset, sae, top, per_recording)
     return Features(activity, make_context(dataset, sae, activity, encoder, w))

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band
 
@@ -27,11 +26,15 @@ def suggest_name(
     bands: Sequence[Band],
     channel_ratio: Float[np.ndarray, " n_vars"],
     band: str,
+    positions: Float[np.ndarray, "n_vars 2"] | None,
 ) -> str:
-    """Return a name from region and dominant band, such as "posterior alpha, 8–13 Hz"."""
+    """Return a name from region and dominant band, such as "posterior alpha, 8–13 Hz".
+
+    positions: of the channels on a unit head, NaN where unknown; None gives no region.
+    """
     words = []
-    if len(channel_ratio) == len(CHANNELS):
-        words.append(region(channel_ratio))
+    if positions is not None:
+        words.append(region(channel_ratio, positions))
     if band:
         words.append(band)
     name = " ".join(words)
@@ -41,19 +44,23 @@ def suggest_name(
     return name
 
 
-def region(channel_ratio: Float[np.ndarray, "19"]) -> str:
+def region(
+    channel_ratio: Float[np.ndarray, " n_vars"], positions: Float[np.ndarray, "n_vars 2"]
+) -> str:
     """Return the region of the head where a feature is more active than on average.
 
     The region is that of the centre of mass of (ratio - 1), of channels with a ratio above 1.
 
-    >>> region(np.where(POSITIONS[:, 1] < -0.5, 4.0, 0.2))
+    >>> from minsae_jax.eeg.montage import POSITIONS
+    >>> region(np.where(POSITIONS[:, 1] < -0.5, 4.0, 0.2), POSITIONS)
     'posterior'
     """
-    excess = np.maximum(channel_ratio - 1, 0)
+    is_placed = ~np.isnan(positions).any(axis=1)
+    excess = np.maximum(channel_ratio[is_placed] - 1, 0)
     if excess.max() < WIDESPREAD_EXCESS:
         return "widespread"
-    x, y = (excess[:, None] * POSITIONS).sum(axis=0) / excess.sum()
-    # On the head of `POSITIONS`: T3 and T4 are at x = -1 and 1, O1 and O2 at y = -0.9.
+    x, y = (excess[:, None] * positions[is_placed]).sum(axis=0) / excess.sum()
+    # On the head of `montage.POSITIONS`: T3 and T4 are at x = -1 and 1, O1 and O2 at y = -0.9.
     side = ""
     if x < -0.3:
         side = "left "

@@ -98,7 +98,7 @@ class ReportMeta:
     has_cls: bool
     channels: Sequence[str]
     # On a unit head seen from above; x right, y front
-    positions: Float[np.ndarray, "channels 2"]
+    positions: Float[np.ndarray, "placed_channels 2"]
     bands: Sequence[Band]
     # Label and text of each row
     summary: Sequence[tuple[str, str]]
@@ -107,6 +107,8 @@ class ReportMeta:
     waveform_exact: bool
     shifted_recordings: int
     notes: Sequence[str]
+    # Whether tokens are of single channels; False if all are over all channels
+    channel_tokens: bool = True
 
 
 def write_pages(folder: Path, meta: ReportMeta, cards: Iterable[FeatureCard]) -> None:

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.evaluation.config import EvaluateConfig
-from minsae_jax.evaluation.dataset import SAMPLING_RATE
 from minsae_jax.evaluation.inputs import Member
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation
 from minsae_jax.report.describe import describe_all, make_context
@@ -43,7 +41,7 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
 def _make_meta(settings: EvaluateConfig, evaluation: Evaluation, member: Member) -> ReportMeta:
     inputs = evaluation.inputs
     test = inputs.test
-    a = inputs.encoder.architecture
+    grid = test.tokens
     run = inputs.run.resolve()
     n_shifted = int(test.shifted.sum())
     notes = []
@@ -51,31 +49,35 @@ def _make_meta(settings: EvaluateConfig, evaluation: Evaluation, member: Member)
         notes.append(f"recommended: {evaluation.rule}")
     if n_shifted:
         notes.append(f"recordings left out of the channels, since columns are shifted: {n_shifted}")
-    has_names = a.n_vars == len(CHANNELS)
+    sampling_rate = test.sampling_rate
+    names = test.channel_names
+    positions = test.positions
+    windows = np.unique(np.stack([test.recording, test.window]), axis=1)
     return ReportMeta(
         title=f"{run.name}: {member.name}",
         member=member.name,
         run=str(run),
-        encoder=inputs.encoder.fingerprint[:12],
+        encoder=test.store.require_manifest().encoder[:12],
         layer=test.store.require_manifest().layer,
         created_with=f"minsae_jax {version('minsae_jax')}",
         n_tokens=test.store.total_tokens,
-        n_windows=len(test.recording) // a.n_vars,
+        n_windows=windows.shape[1],
         n_recordings=len(test.recordings),
         n_patients=len(set(test.patients)),
         split=test.store.require_manifest().data.get("split", "test"),
-        sampling_rate=SAMPLING_RATE,
-        patch_seconds=a.stride / SAMPLING_RATE,
-        n_patches=a.n_patches,
-        has_cls=a.use_cls_token,
-        channels=CHANNELS if has_names else [str(i) for i in range(a.n_vars)],
-        positions=POSITIONS if has_names else np.zeros((0, 2)),
+        sampling_rate=int(sampling_rate) if sampling_rate.is_integer() else sampling_rate,
+        patch_seconds=grid.mean_step / sampling_rate,
+        n_patches=len(grid.starts),
+        has_cls=len(grid.located) < grid.n_tokens,
+        channels=names or [str(i) for i in range(test.n_vars)],
+        positions=np.zeros((0, 2)) if positions is None else positions,
+        channel_tokens=test.has_channels,
         bands=settings.band_limits(),
         summary=_summary_rows(evaluation.find(member.name), member),
         members=_member_rows(evaluation),
         events=_event_rows(evaluation, member.name),
-        # The pretrain head, which makes the waveform, reads the last layer.
-        waveform_exact=inputs.layer == a.n_layers - 1,
+        # The head, which makes the waveform, reads the last layer.
+        waveform_exact=inputs.is_last_layer,
         shifted_recordings=n_shifted,
         notes=notes,
     )

@@ -7,12 +7,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.signal import periodogram
 
+from minsae_jax.eeg.recordings import SAMPLING_RATE
 from minsae_jax.evaluation.config import Band
-from minsae_jax.evaluation.dataset import SAMPLING_RATE, Dataset
+from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.report.examples import Tokens
 
 MIN_HZ = 0.9
-MAX_HZ = 45.0
+MAX_HZ = 45.0  # unless a band reaches higher
+NYQUIST_SHARE = 0.45  # of the sampling rate: no spectrum reaches higher
 BASE_SEGMENTS = 300  # per channel, for the base rate
 MIN_EXAMPLES = 4  # for a spectrum
 BOOTSTRAP_SAMPLES = 200
@@ -41,68 +43,95 @@ class BaseSpectra:
     """Relative power of each channel, mean over random segments of `span` samples."""
 
     span: int
+    # Highest frequency shown
+    max_hz: float
     hz: Float[np.ndarray, " n_hz"]
     power: Float[np.ndarray, "n_vars n_hz"]
+    # Variance of each channel within random tokens; None if tokens are of single channels
+    variance: Float[np.ndarray, " n_vars"] | None
 
 
-def measure_base_spectra(dataset: Dataset, w: int, seed: int) -> BaseSpectra:
-    """Return each channel's base rate. A segment is a patch with `w` patches to either side."""
-    a = dataset.architecture
+def measure_base_spectra(
+    dataset: Dataset, w: int, seed: int, bands: Sequence[Band] = ()
+) -> BaseSpectra:
+    """Return each channel's base rate. A segment is a patch with `w` patches to either side.
+
+    Frequencies reach to 45 Hz, or to the highest of the bands, if the sampling rate allows it.
+    """
+    grid = dataset.tokens
     rng = np.random.default_rng(seed)
-    span = min(a.seq_len, 2 * w * a.stride + a.patch_len)
-    all_hz = np.fft.rfftfreq(span, 1 / SAMPLING_RATE)
-    hz = all_hz[_is_shown(all_hz)]
-    base = np.zeros((a.n_vars, len(hz)))
-    for channel in range(a.n_vars):
-        candidates = np.flatnonzero(dataset.channel == channel)
-        count = min(BASE_SEGMENTS, len(candidates))
-        sequences = np.sort(rng.choice(candidates, count, replace=False))
-        tokens = rng.integers(int(a.use_cls_token), a.n_tokens, len(sequences))
-        segments = cut_segments(dataset, sequences, tokens, span)
-        base[channel] = relative_power(segments).mean(axis=0)
-    return BaseSpectra(span, hz, base.astype(np.float32))
+    span = min(dataset.seq_len, 2 * w * grid.mean_step + grid.longest)
+    wanted = max([MAX_HZ, *(band.high for band in bands)])
+    max_hz = min(wanted, NYQUIST_SHARE * dataset.sampling_rate)
+    all_hz = np.fft.rfftfreq(span, 1 / dataset.sampling_rate)
+    hz = all_hz[_is_shown(all_hz, max_hz)]
+    base = np.zeros((dataset.n_vars, len(hz)))
+    for channel in range(dataset.n_vars):
+        candidates = np.flatnonzero((dataset.channel == channel) | (dataset.channel == -1))
+        sequences, tokens = _draw_tokens(dataset, candidates, rng)
+        channels = np.full(len(sequences), channel)
+        segments = cut_segments(dataset, sequences, tokens, channels, span)
+        power = relative_power(segments, dataset.sampling_rate, max_hz)
+        base[channel] = power.mean(axis=0)
+    variance = None
+    if not dataset.has_channels:
+        drawn = _draw_tokens(dataset, np.arange(len(dataset.recording)), rng)
+        variance = _token_variances(dataset, *drawn).mean(axis=0)
+    return BaseSpectra(span, max_hz, hz, base.astype(np.float32), variance)
 
 
-def _is_shown(hz: Float[np.ndarray, " all_hz"]) -> Bool[np.ndarray, " all_hz"]:
-    return (hz >= MIN_HZ) & (hz <= MAX_HZ)
+def _draw_tokens(
+    dataset: Dataset, candidates: Int[np.ndarray, " n"], rng: np.random.Generator
+) -> tuple[Int[np.ndarray, " n_drawn"], Int[np.ndarray, " n_drawn"]]:
+    """Return a random token of each of up to BASE_SEGMENTS of the candidate sequences."""
+    count = min(BASE_SEGMENTS, len(candidates))
+    sequences = np.sort(rng.choice(candidates, count, replace=False))
+    located = dataset.tokens.located
+    return sequences, located[rng.integers(0, len(located), count)]
+
+
+def _is_shown(hz: Float[np.ndarray, " all_hz"], max_hz: float) -> Bool[np.ndarray, " all_hz"]:
+    return (hz >= MIN_HZ) & (hz <= max_hz)
 
 
 def cut_segments(
     dataset: Dataset,
     sequences: Int[np.ndarray, " n"],
     tokens: Int[np.ndarray, " n"],
+    channels: Int[np.ndarray, " n"],
     span: int,
 ) -> Float[np.ndarray, "n span"]:
-    """Return `span` samples of EEG centred on each token's patch, on the token's channel.
+    """Return `span` samples of EEG in SD, centred on each token, on one channel each.
 
     Segments stay inside the token's window. A CLS token counts as the first patch.
     """
-    a = dataset.architecture
+    grid = dataset.tokens
+    first_located = int(grid.located[0])
     segments = []
-    for sequence, token in zip(sequences.tolist(), tokens.tolist(), strict=True):
-        patch = max(0, token - int(a.use_cls_token))
-        centre = a.first_sample + patch * a.stride + a.patch_len // 2
-        begin = min(max(0, centre - span // 2), a.seq_len - span)
-        eeg = window_eeg(dataset, sequence)
-        channel = int(dataset.channel[sequence])
-        segments.append(eeg[begin : begin + span, channel])
+    for sequence, token, channel in zip(
+        sequences.tolist(), tokens.tolist(), channels.tolist(), strict=True
+    ):
+        place = token if grid.first[token] >= 0 else first_located
+        length = int(grid.last[place] - grid.first[place]) + 1
+        centre = int(grid.first[place]) + length // 2
+        begin = min(max(0, centre - span // 2), dataset.seq_len - span)
+        segments.append(dataset.eeg_of(sequence)[begin : begin + span, channel])
     return np.stack(segments).astype(np.float32)
 
 
-def window_eeg(dataset: Dataset, sequence: int) -> Float[np.ndarray, "seq_len n_vars"]:
-    """Return all channels of a sequence's window, in SD."""
-    return dataset.window_of(int(dataset.recording[sequence]), int(dataset.window[sequence]))
-
-
-def relative_power(segments: Float[np.ndarray, "n span"]) -> Float[np.ndarray, "n n_hz"]:
+def relative_power(
+    segments: Float[np.ndarray, "n span"],
+    sampling_rate: float = SAMPLING_RATE,
+    max_hz: float = MAX_HZ,
+) -> Float[np.ndarray, "n n_hz"]:
     """Return Hann-windowed periodograms, each divided by its sum over the frequencies shown."""
     n_samples = segments.shape[1]
     centred = segments - segments.mean(axis=1, keepdims=True)
     # In float64, and with a symmetric window where scipy's own is periodic.
     window = np.hanning(n_samples)
     centred = centred.astype(np.float64)
-    hz, power = periodogram(centred, SAMPLING_RATE, window, detrend=False)
-    power = power[:, _is_shown(hz)]
+    hz, power = periodogram(centred, sampling_rate, window, detrend=False)
+    power = power[:, _is_shown(hz, max_hz)]
     return power / np.maximum(power.sum(axis=1, keepdims=True), 1e-20)
 
 
@@ -112,8 +141,8 @@ def measure_spectrum(
     """Return the spectrum of a feature, and the share of its examples with each artefact hint.
 
     examples: a random sample of each feature's tokens. Power and base rate are means over the
-    feature's examples, weighted by their activations. With under MIN_EXAMPLES examples there is no
-    spectrum and there are no shares.
+    feature's examples, weighted by their activations; that of a token over all channels is the mean
+    over them. With under MIN_EXAMPLES examples there is no spectrum and there are no shares.
     """
     is_example = examples.token[feature] >= 0
     n_examples = int(is_example.sum())
@@ -122,9 +151,12 @@ def measure_spectrum(
     sequences = examples.sequence[feature, is_example]
     tokens = examples.token[feature, is_example]
     weights = examples.activation[feature, is_example]
-    segments = cut_segments(dataset, sequences, tokens, base.span)
-    power = relative_power(segments)
-    base_power = base.power[dataset.channel[sequences]]
+    # A row for each channel of each example.
+    row, channels = _rows_by_channel(dataset, sequences, tokens)
+    segments = cut_segments(dataset, sequences[row], tokens[row], channels, base.span)
+    power = relative_power(segments, dataset.sampling_rate, base.max_hz)
+    power = _mean_of_rows(power, row)
+    base_power = _mean_of_rows(base.power[channels], row)
     ratio = (weights @ power) / np.maximum(weights @ base_power, 1e-12)
     # A bootstrap sample draws examples with replacement: only how often each is drawn matters.
     rng = np.random.default_rng([seed, feature])
@@ -132,21 +164,78 @@ def measure_spectrum(
     drawn = rng.multinomial(n_examples, uniform, BOOTSTRAP_SAMPLES) * weights
     ratios = (drawn @ power) / np.maximum(drawn @ base_power, 1e-12)
     low, high = np.quantile(ratios, [0.025, 0.975], axis=0)
-    return Spectrum(base.hz, ratio, low, high), _share_hints(segments)
+    shares = _share_hints(segments, dataset.sampling_rate)
+    return Spectrum(base.hz, ratio, low, high), shares
 
 
-def _share_hints(segments: Float[np.ndarray, "n span"]) -> dict[str, float]:
-    hints = [artefact_hints(segment) for segment in segments]
+def _rows_by_channel(
+    dataset: Dataset, sequences: Int[np.ndarray, " n"], tokens: Int[np.ndarray, " n"]
+) -> tuple[Int[np.ndarray, " rows"], Int[np.ndarray, " rows"]]:
+    """Return (index of the token, channel) of a row for each channel of each token."""
+    channels = dataset.channels_of(sequences, tokens)
+    n_rows = np.where(channels < 0, dataset.n_vars, 1)
+    row = np.repeat(np.arange(len(tokens)), n_rows)
+    # Number of the row among those of its token: the channel of a token over all channels.
+    number = np.arange(len(row)) - np.repeat(np.cumsum(n_rows) - n_rows, n_rows)
+    return row, np.where(channels[row] < 0, number, channels[row])
+
+
+def _mean_of_rows(
+    values: Float[np.ndarray, "rows n_hz"], row: Int[np.ndarray, " rows"]
+) -> Float[np.ndarray, "n n_hz"]:
+    """Return the mean over the rows of each token."""
+    n_rows = np.bincount(row)
+    if len(n_rows) == len(row):
+        return values
+    starts = np.cumsum(n_rows) - n_rows
+    return np.add.reduceat(values, starts, axis=0) / n_rows[:, None]
+
+
+def channel_power_ratio(
+    dataset: Dataset, base: BaseSpectra, examples: Tokens, feature: int
+) -> Float[np.ndarray, " n_vars"]:
+    """Return each channel's variance within a feature's tokens over that within any tokens.
+
+    Mean over random examples, weighted by their activations; 0 with under MIN_EXAMPLES examples.
+    For tokens over all channels, whose activations do not say which channel they depend on.
+    """
+    assert base.variance is not None
+    is_example = examples.token[feature] >= 0
+    is_example &= dataset.tokens.first[examples.token[feature]] >= 0
+    if is_example.sum() < MIN_EXAMPLES:
+        return np.zeros(dataset.n_vars)
+    sequences = examples.sequence[feature, is_example]
+    weights = examples.activation[feature, is_example].astype(np.float64)
+    variances = _token_variances(dataset, sequences, examples.token[feature, is_example])
+    return weights @ variances / weights.sum() / np.maximum(base.variance, 1e-12)
+
+
+def _token_variances(
+    dataset: Dataset, sequences: Int[np.ndarray, " n"], tokens: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, "n n_vars"]:
+    """Return the variance of every channel over the samples of each token, in SD²."""
+    grid = dataset.tokens
+    variances = []
+    for sequence, token in zip(sequences.tolist(), tokens.tolist(), strict=True):
+        eeg = dataset.eeg_of(sequence)[grid.first[token] : grid.last[token] + 1]
+        variances.append(eeg.var(axis=0, dtype=np.float64))
+    return np.stack(variances)
+
+
+def _share_hints(segments: Float[np.ndarray, "n span"], sampling_rate: float) -> dict[str, float]:
+    hints = [artefact_hints(segment, sampling_rate) for segment in segments]
     shares = {}
     for name in hints[0]:
         shares[name] = float(np.mean([hint[name] for hint in hints]))
     return shares
 
 
-def artefact_hints(eeg: Float[np.ndarray, " time"]) -> Mapping[str, bool]:
+def artefact_hints(
+    eeg: Float[np.ndarray, " time"], sampling_rate: float = SAMPLING_RATE
+) -> Mapping[str, bool]:
     """Return which simple signs of an artefact a stretch of one channel shows; eeg in SD."""
     power = np.abs(np.fft.rfft(eeg - eeg.mean())) ** 2
-    hz = np.fft.rfftfreq(len(eeg), 1 / SAMPLING_RATE)
+    hz = np.fft.rfftfreq(len(eeg), 1 / sampling_rate)
     slow = power[(hz >= 1) & (hz < FAST_HZ)].sum()
     fast = power[(hz >= FAST_HZ) & (hz <= MAX_HZ)].sum()
     return {

@@ -75,6 +75,8 @@ class LiveFlags:
     """Normalise with RevIN even if the encoder's settings say no."""
     on_bad_recording: OnBadRecording = "error"
     """For unusable recordings: list them all and stop, or skip them."""
+    allow_mismatch: bool = False
+    """Accept recordings of another sampling rate or other channels than the encoder's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,8 +216,7 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
         mesh_is_valid = self.mesh is None or re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", self.mesh)
         require(bool(mesh_is_valid), f"--mesh must be two device counts like 4x2, got {self.mesh}")
         if self.live:
-            for name in ("root_path", "checkpoint_path"):
-                require(bool(getattr(self, name)), f"--live requires --{name}")
+            require(bool(self.root_path), "--live requires --root_path")
         else:
             for field in dataclasses.fields(LiveFlags):
                 is_default = getattr(self, field.name) == field.default

@@ -16,6 +16,7 @@ import pytest
 from minsae_jax import UserError
 from minsae_jax.activations.manifest import StoreIdentity
 from minsae_jax.activations.store import open_store, sibling_store, store_folder
+from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.activations.writer import StoreWriter
 
 IDENTITY = StoreIdentity(
@@ -46,7 +47,8 @@ def write(folder, xs, **changes):
         for i, x in enumerate(xs):
             if i not in writer.done:
                 writer.write(i, [x])
-        writer.finish({"recording": np.arange(sum(map(len, xs)))})
+        recording = np.arange(sum(map(len, xs)))
+        writer.finish({"recording": recording}, TokenGrid.patches(IDENTITY.n_tokens, 10))
     return folder
 
 
@@ -63,7 +65,7 @@ def folder(tmp_path):
 
 def test_writer_writes_shards_manifest_and_provenance(folder):
     assert sorted(p.name for p in folder.iterdir()) == [
-        "b0000.npy", "b0001.npy", "b0002.npy", "manifest.json", "provenance.npz",
+        "b0000.npy", "b0001.npy", "b0002.npy", "manifest.json", "provenance.npz", "tokens.npz",
     ]  # fmt: skip
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["complete"]

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+import minsae_jax as ms
 from convert.encoder import convert_encoder
 from minsae_jax import UserError
 from minsae_jax.activations import stream
@@ -188,7 +189,6 @@ def test_other_recordings_are_refused_on_resume(encoder, settings):
     ("change", "message"),
     [
         ({"root_path": None}, "--live requires --root_path"),
-        ({"checkpoint_path": None}, "--live requires --checkpoint_path"),
         ({"live": False}, "--root_path requires --live"),
         ({"live": False, "root_path": None}, "--live_batch_size requires --live"),
         ({"live_batch_size": 0}, "--live_batch_size must be at least 1"),
@@ -197,6 +197,11 @@ def test_other_recordings_are_refused_on_resume(encoder, settings):
 def test_wrong_settings_are_refused(settings, change, message):
     with pytest.raises(UserError, match=message):
         replace(settings, **change)
+
+
+def test_live_training_without_an_encoder_is_refused(settings):
+    with pytest.raises(UserError, match="--live requires --checkpoint_path"):
+        ms.train(replace(settings, checkpoint_path=None))
 
 
 def test_skipped_recordings_are_in_the_warning_and_the_config(

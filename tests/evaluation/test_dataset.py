@@ -45,4 +45,4 @@ def test_store_without_provenance_is_an_error(trained, tmp_path):
     (manifest,) = (tmp_path / "store").rglob("manifest.json")
     manifest.unlink()
     with pytest.raises(UserError, match="does not record where its tokens are from"):
-        open_dataset(tmp_path / "store", -1, trained.encoder.architecture, trained.recordings)
+        open_dataset(tmp_path / "store", -1, trained.encoder, trained.recordings)

@@ -13,7 +13,7 @@ from minsae_jax.evaluation.events import (
     Span,
     SpanActivations,
     auc,
-    covered_patches,
+    covered_tokens,
     draw_spans,
     fit_probe,
     gather,
@@ -115,7 +115,7 @@ def test_patches_that_an_event_covers_for_half(trained):
     dataset = trained.dataset("test")
     sae = trained.sae()
     cz = CHANNELS.index("CZ")
-    covered = covered_patches(dataset, [LabelledEvent(dataset.recordings[0], 140, 260, (cz,))])
+    covered = covered_tokens(dataset, [LabelledEvent(dataset.recordings[0], 140, 260, (cz,))])
     sequence, patch = np.nonzero(covered)
     assert dataset.channel[sequence].tolist() == [cz] * 2
     assert patch.tolist() == [1, 2]  # 60 of 100 samples each

@@ -9,6 +9,7 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.report.page import EventRow, write_pages
 from tests.report.made_up import make_cards, make_dead_card, make_meta
 
@@ -303,3 +304,35 @@ def test_sixteen_thousand_features_are_sorted_in_a_second(page, tmp_path):
         "return [...document.querySelectorAll('#rows td.id')].at(-1)?.textContent"
         f" === '{density.argmin()}'",
     )
+
+
+def test_tokens_over_all_channels(page, tmp_path):
+    """Amplitudes in µV, and a map of power without the channel whose place is unknown."""
+    (card,) = make_cards(1)
+    examples = [
+        replace(example, channel="all channels", trace_channel="O1", uv_per_sd=12.5)
+        for example in card.examples
+    ]
+    positions = POSITIONS.copy()
+    positions[3] = np.nan
+    meta = make_meta(channel_tokens=False, positions=positions)
+    write_pages(tmp_path / "report", meta, [replace(card, examples=examples)])
+    visit(page, tmp_path / "report", "#f=0")
+    first = find(page, "figure")[0].text
+    for word in ("all channels", "shown: O1", "µV"):
+        assert word in first
+    notes = " ".join(texts(page, "#feature .note"))
+    assert "Amplitudes in µV." in notes
+    assert "over its base rate. Tokens are over all channels." in notes
+    names = texts(page, "#feature text.channel")
+    assert names == [name for i, name in enumerate(CHANNELS) if i != 3]
+
+
+def test_channels_without_places_are_bars(page, tmp_path):
+    (card,) = make_cards(1)
+    meta = make_meta(positions=np.zeros((0, 2)))
+    write_pages(tmp_path / "report", meta, [card])
+    visit(page, tmp_path / "report", "#f=0")
+    order = np.argsort(-card.channel_ratio)
+    names = texts(page, "#feature aside .bars dt")
+    assert names == [CHANNELS[i] for i in order[:12]]

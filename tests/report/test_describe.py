@@ -7,8 +7,9 @@ import pytest
 
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.eeg.recordings import load_recording
-from minsae_jax.report.describe import describe, make_context, to_int8
+from minsae_jax.report.describe import describe, make_context
 from minsae_jax.report.examples import collect
+from minsae_jax.report.excerpts import to_int8
 from minsae_jax.report.naming import Label
 
 

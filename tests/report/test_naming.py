@@ -11,10 +11,12 @@ from minsae_jax.report.naming import read_labels, region, suggest_name
 
 def test_suggestion_has_region_band_and_limits():
     back = np.where(POSITIONS[:, 1] < -0.5, 4.0, 0.3)
-    assert suggest_name(DEFAULT_BANDS, back, "alpha") == "posterior alpha, 8–13 Hz"
-    assert suggest_name(DEFAULT_BANDS, np.ones(19), "broadband") == "widespread broadband"
-    assert suggest_name(DEFAULT_BANDS, np.ones(4), "alpha") == "alpha, 8–13 Hz"
-    assert suggest_name(DEFAULT_BANDS, back, "") == "posterior"
+    assert suggest_name(DEFAULT_BANDS, back, "alpha", POSITIONS) == "posterior alpha, 8–13 Hz"
+    assert (
+        suggest_name(DEFAULT_BANDS, np.ones(19), "broadband", POSITIONS) == "widespread broadband"
+    )
+    assert suggest_name(DEFAULT_BANDS, np.ones(4), "alpha", None) == "alpha, 8–13 Hz"
+    assert suggest_name(DEFAULT_BANDS, back, "", POSITIONS) == "posterior"
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def test_region_of_the_most_active_channels(channels, name):
     ratio = np.full(len(CHANNELS), 0.5 if channels else 1.0)
     for channel in channels:
         ratio[CHANNELS.index(channel)] = 5.0
-    assert region(ratio) == name
+    assert region(ratio, POSITIONS) == name
 
 
 def test_labels(tmp_path):

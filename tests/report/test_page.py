@@ -91,7 +91,7 @@ def test_keys_of_the_data_files(report):
     )
     assert " ".join(data["examples"][0]) == (
         "group activation recording patient channel start patch trace others strip strip_start "
-        "hints"
+        "hints trace_channel uv_per_sd"
     )
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minsae_jax.encoder.patchtst.revin import Scaler
-from minsae_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,3 @@ class Architecture:
     @property
     def n_tokens(self) -> int:
         return self.n_patches + self.use_cls_token
-
-
-def layer_index(layer: int, n_layers: int) -> int:
-    """Return the index of a layer, where negative numbers count from the end.
-
-    Raises UserError if there is no such layer.
-
-    >>> layer_index(0, 3), layer_index(-1, 3)
-    (0, 2)
-    """
-    if not -n_layers <= layer < n_layers:
-        raise UserError(
-            f"there is no layer {layer}: this encoder has {n_layers} layers, "
-            f"{-n_layers} to {n_layers - 1}"
-        )
-    return layer % n_layers

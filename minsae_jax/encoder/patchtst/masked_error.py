@@ -8,13 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from minsae_jax.encoder.base import Substitutes
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.encoder.patchtst.model import PatchTST, patches
 from minsae_jax.encoder.patchtst.pure import bind
 from minsae_jax.parallel.mesh import map_members, shard_over_batch
-
-# (substitutes' parameters, a channel's tokens) -> the tokens of every variant
-Substitutes = Callable[[Any, Float[Array, "T d_model"]], Float[Array, "variants T d_model"]]
 
 
 def masked_errors(

@@ -1,16 +1,14 @@
 """The model as a function of its parameters, for use under jax.jit."""
 
 from functools import lru_cache
-from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from minsae_jax.encoder.base import ComputeOptions, HiddenFunction, Params, Precision
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.encoder.patchtst.model import PatchTST
-
-Params = dict[str, Any]  # nested dicts and lists of float32 arrays
-Precision = Literal["float32", "bfloat16"]  # of the products in the layers
 
 
 def bind(architecture: Architecture, params: Params, precision: Precision = "float32") -> PatchTST:
@@ -20,6 +18,19 @@ def bind(architecture: Architecture, params: Params, precision: Precision = "flo
     """
     graph, _ = _abstract_model(architecture, precision)
     return nnx.merge(graph, params)
+
+
+@lru_cache(8)
+def hidden_function(
+    architecture: Architecture, layers: tuple[int, ...], options: ComputeOptions
+) -> HiddenFunction:
+    """Return (params, windows) -> outputs of the layers, as `BaseEncoder.function` describes it."""
+
+    def hidden(params: Params, past_values: jax.Array) -> tuple[jax.Array, ...]:
+        model = bind(architecture, params, options.precision)
+        return model.hidden(past_values, layers, options.force_revin)
+
+    return hidden
 
 
 def abstract_params(architecture: Architecture) -> Params:

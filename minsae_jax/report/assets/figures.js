@@ -251,8 +251,14 @@ function colours() {
   };
 }
 
-/** Draw ratios of channels on a head seen from above, on a log2 colour scale. */
-function drawScalp(ratios, top, channels, positions) {
+/**
+ * Draw ratios of channels on a head seen from above, on a log2 colour scale.
+ *
+ * `of` names the denominator. Channels without a position are left out.
+ */
+function drawScalp(allRatios, top, allChannels, allPositions, of) {
+  const placed = allPositions.flatMap((p, i) => (missing(p[0]) ? [] : [i]));
+  const [ratios, channels, positions] = [allRatios, allChannels, allPositions].map((list) => placed.map((i) => list[i]));
   const doublings = ratios.map((ratio) => Math.min(3, Math.max(-3, Math.log2(Math.max(ratio ?? 1, 1e-3)))));
   const most = Math.max(1, Math.ceil(Math.max(...doublings.map(Math.abs))));
   const smooth = spline(positions, doublings);
@@ -281,7 +287,7 @@ function drawScalp(ratios, top, channels, positions) {
     root.append(svg("circle", { class: "head", cx, cy, r: head }));
     channels.forEach((name, i) => {
       const [x, y] = [cx + radius * positions[i][0], cy - radius * positions[i][1]];
-      const tip = svg("title", {}, `${name}: ${number(ratios[i])} times the mean of all channels`);
+      const tip = svg("title", {}, `${name}: ${number(ratios[i])} times ${of}`);
       const fill = `rgb(${colour(doublings[i] / most)})`;
       root.append(svg("circle", { class: "dot", cx: x, cy: y, r: 5, fill }, tip));
       root.append(text(x, y + 16, "middle", name, name === top ? "channel strong" : "channel"));
@@ -314,7 +320,7 @@ function drawExample(example, { montage, usual, largest, channels, rate, seconds
   const trace = decode(example.trace);
   const others = missing(example.others) ? null : decode(example.others);
   const samples = others && others.length / channels.length;
-  const own = channels.indexOf(example.channel);
+  const own = channels.indexOf(example.trace_channel ?? example.channel);
   const end = example.start + trace.length / rate;
   const gap = 15; // px between the rows of a montage
   const sd = montage ? gap / Math.max(2.2, usual / 2.5) : 43 / Math.max(usual, peak(trace)); // px
@@ -344,10 +350,14 @@ function drawExample(example, { montage, usual, largest, channels, rate, seconds
     course(trace, middle(own), "trace");
     root.append(window);
 
-    const bar = [10, 5, 2, 1].find((size) => size * sd <= 46) ?? 0.5;
-    const [at, low] = [box.right + 7, (montage ? middle(1) : middle(0)) + (bar * sd) / 2];
-    root.append(svg("path", { class: "axis", d: `M${at} ${low}v${-bar * sd}` }));
-    root.append(text(at + 4, low - (bar * sd) / 2 + 3.5, "start", `${bar} SD`));
+    // In a montage the channels' µV differ, and so the bar is in SD.
+    const inUv = !montage && example.uv_per_sd > 0;
+    const [unit, px] = inUv ? ["µV", sd / example.uv_per_sd] : ["SD", sd];
+    const sizes = inUv ? [1000, 500, 200, 100, 50, 20, 10, 5, 2, 1] : [10, 5, 2, 1];
+    const bar = sizes.find((size) => size * px <= 46) ?? 0.5;
+    const [at, low] = [box.right + 7, (montage ? middle(1) : middle(0)) + (bar * px) / 2];
+    root.append(svg("path", { class: "axis", d: `M${at} ${low}v${-bar * px}` }));
+    root.append(text(at + 4, low - (bar * px) / 2 + 3.5, "start", `${bar} ${unit}`));
     (example.strip ?? []).forEach((value, i) => {
       const from = example.strip_start + i * seconds;
       const [a, b] = [from, from + seconds].map((second) => x(Math.min(Math.max(second, example.start), end)));

@@ -321,7 +321,7 @@ function showExamples(f) {
     html("div", { class: "controls" },
       html("div", { class: "tabs" }, tabs), possible ? html("div", { class: "tabs" }, layouts) : null),
     html("p", { class: "note" }, `${words} Shaded: the active patch. Bars: the activation on each patch. ` +
-      "Amplitudes in SD of the recording's channel."),
+      (examples.some((e) => e.uv_per_sd) && !look.montage ? "Amplitudes in µV." : "Amplitudes in SD of the recording's channel.")),
     html("div", { class: "gallery" }, examples.map((e) => showExample(e, look))));
   return section;
 }
@@ -331,10 +331,11 @@ function showExample(example, look) {
   const seconds = example.patch?.map((second) => second.toFixed(2)).join("–");
   const when = seconds ? `${seconds} s` : "CLS token, the whole window";
   const tenth = example.group[0] === "q" ? html("span", { class: "chip" }, `decile ${example.group.slice(1)}`) : null;
+  const shown = missing(example.trace_channel) ? null : html("span", {}, `shown: ${example.trace_channel}`);
   const hints = (example.hints ?? []).map((hint) => html("span", { class: "chip warn" }, hint));
   return html("figure", {},
     html("figcaption", {},
-      html("div", {}, html("b", {}, example.channel), html("span", {}, when), tenth, hints,
+      html("div", {}, html("b", {}, example.channel), html("span", {}, when), shown, tenth, hints,
         html("span", { class: "value", title: "activation" }, number(example.activation))),
       html("div", { class: "where", title: `${example.recording}, patient ${example.patient}` }, example.recording)),
     figure(drawExample(example, { ...look, montage })));
@@ -342,8 +343,14 @@ function showExample(example, look) {
 
 function scalpCard(f) {
   if (!some(f.channel_ratio) || f.channel_ratio.length < 4) return null;
-  return card("Channels", "Mean activation on each channel over the mean on all channels.",
-    figure(drawScalp(f.channel_ratio, f.channel, meta.channels, meta.positions)));
+  const [note, of] = meta.channel_tokens
+    ? ["Mean activation on each channel over the mean on all channels.", "the mean of all channels"]
+    : ["Power of the EEG on each channel during active tokens, over its base rate. Tokens are over all channels.", "its base rate"];
+  if (meta.positions.filter((p) => !missing(p[0])).length >= 4) {
+    return card("Channels", note, figure(drawScalp(f.channel_ratio, f.channel, meta.channels, meta.positions, of)));
+  }
+  const rows = f.channel_ratio.map((ratio, i) => [meta.channels[i], ratio, number(ratio)]);
+  return card("Channels", note, bars(rows.sort((a, b) => b[1] - a[1]).slice(0, 12)));
 }
 
 function spectrumCard(f) {

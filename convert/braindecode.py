@@ -1,0 +1,175 @@
+"""Foundation models of Braindecode as encoders: `minsae extract --model braindecode:LaBraM`.
+
+Braindecode runs the model; hooks read the residual stream after each block.
+"""
+
+import contextlib
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from convert.braindecode_layouts import MODELS, Channels, Stage
+from minsae_jax.encoder.base import (
+    DEFAULT_OPTIONS,
+    BaseEncoder,
+    ComputeOptions,
+    EncoderSpec,
+    HiddenFunction,
+)
+from minsae_jax.errors import UserError, brief
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class BraindecodeEncoder(BaseEncoder):
+    """A model of Braindecode, in evaluation mode and float32, on a GPU if torch has one.
+
+    channels: names of the recordings' channels, for models that take their places from these.
+    Raises UserError if the class is not supported or does not know a channel.
+    """
+
+    runs_on_host = True
+    reconstruction_note = "loss recovered is not available for models of Braindecode"
+
+    def __init__(self, model: "nn.Module", channels: Channels | None = None):
+        import torch
+
+        supported = {entry.class_name: entry for entry in MODELS.values()}
+        name = type(model).__name__
+        if name not in supported:
+            raise UserError(f"{name} is not supported; choose one of {', '.join(supported)}")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model.eval().to(device)
+        self.layout = supported[name].layout(model, channels)
+        silence = np.zeros((1, self.layout.seq_len, self.layout.n_vars), np.float32)
+        self.spec = EncoderSpec(
+            seq_len=self.layout.seq_len,
+            n_vars=self.layout.n_vars,
+            sampling_rate=self.layout.sampling_rate,
+            unit=self.layout.unit,
+            channels=self.layout.channels,
+            layers=tuple(range(len(self.layout.stages) - 1)),
+            d_model=self.embedding(silence).shape[-1],
+            tokens=self.layout.tokens,
+        )
+        self.fingerprint = _fingerprint(model, self.spec)
+
+    def function(
+        self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
+    ) -> HiddenFunction:
+        """Return the host function (params, windows) -> outputs [batch, n_tokens, d_model]."""
+        # Stage 0 is the embedding.
+        stages = tuple(layer + 1 for layer in layers)
+        return lambda params, x: self._streams(x, stages)
+
+    def embedding(
+        self, past_values: Float[np.ndarray, "batch seq_len n_vars"]
+    ) -> Float[np.ndarray, "batch n_tokens d_model"]:
+        """Return the tokens in front of the first layer."""
+        return self._streams(past_values, (0,))[0]
+
+    def _streams(
+        self, x: Float[np.ndarray, "batch seq_len n_vars"], stages: tuple[int, ...]
+    ) -> tuple[Float[np.ndarray, "batch n_tokens d_model"], ...]:
+        """Return the residual stream at some stages; the model does not run beyond the last."""
+        import torch
+
+        streams: dict[int, np.ndarray] = {}
+
+        def record(stage: int, z: "Tensor") -> None:
+            # A copy, since the model may change a tensor in place. Blocks can have sequences of
+            # their own, such as the channels of one patch.
+            streams[stage] = z.cpu().numpy().copy().reshape(len(x), -1, z.shape[-1])
+            if len(streams) == len(stages):
+                raise _AllRecorded
+
+        windows = torch.from_numpy(np.ascontiguousarray(x.swapaxes(1, 2)))
+        device = next(self.model.parameters()).device
+        with (
+            ExitStack() as hooks,
+            torch.inference_mode(),
+            contextlib.suppress(_AllRecorded),
+            _quiet(),
+        ):
+            for stage in stages:
+                hooks.callback(_hook(self.layout.stages[stage], partial(record, stage)).remove)
+            self.model(windows.to(device), **self.layout.arguments)
+        return tuple(streams[stage] for stage in stages)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore the library's warnings, which are about training and deprecations within it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _AllRecorded(Exception):
+    """Raised by a hook to leave the model."""
+
+
+def _hook(stage: Stage, record: "Callable[[Tensor], None]") -> Any:
+    """Record the stream at a stage, and return the handle that removes the hook."""
+    if stage.in_front:
+        return stage.module.register_forward_pre_hook(lambda module, inputs: record(inputs[0]))
+    return stage.module.register_forward_hook(lambda module, inputs, output: record(output))
+
+
+def _fingerprint(model: Any, spec: EncoderSpec) -> str:
+    """Return the SHA-256 of a model's class, windows, settings and weights."""
+    settings = {
+        "class": type(model).__name__,
+        "windows": [spec.seq_len, spec.n_vars, spec.channels],
+        "config": model.get_config(),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        array = np.ascontiguousarray(tensor.cpu().numpy())
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def load_braindecode(
+    name: str, weights: str | None = None, channels: Channels | None = None
+) -> BraindecodeEncoder:
+    """Load a model with Braindecode's `from_pretrained`.
+
+    name: of its class, in any case. weights: a folder written by `save_pretrained`, or a model of
+    the Hugging Face Hub; by default the published weights. channels: see BraindecodeEncoder.
+    Raises UserError if Braindecode, the class or the weights are missing.
+    """
+    if name.lower() not in MODELS:
+        listed = ", ".join(entry.class_name for entry in MODELS.values())
+        raise UserError(f"there is no supported model {name!r} of Braindecode; choose {listed}")
+    entry = MODELS[name.lower()]
+    weights = weights or entry.weights
+    with _quiet():
+        try:
+            from braindecode import models
+        except ModuleNotFoundError as e:
+            raise UserError(
+                f"{name} requires Braindecode: install minsae_jax[braindecode] ({e})"
+            ) from None
+        # PyPI's torchaudio needs CUDA: with a torch for CPUs it raises OSError.
+        except (ImportError, OSError) as e:
+            raise UserError(
+                f"Braindecode cannot be imported ({brief(e)}); torch and torchaudio must be of the "
+                "same build"
+            ) from e
+        try:
+            model = getattr(models, entry.class_name).from_pretrained(weights)
+        except Exception as e:  # the library raises many types
+            raise UserError(
+                f"{weights} cannot be loaded as Braindecode's {entry.class_name} ({brief(e)})"
+            ) from e
+        return BraindecodeEncoder(model, channels)

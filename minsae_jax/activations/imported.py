@@ -1,0 +1,171 @@
+"""Stores of activations that another program computed: `write_store`."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from minsae_jax.activations.manifest import MANIFEST, ON_DISK, StoreIdentity
+from minsae_jax.activations.store import Store, open_store, store_folder
+from minsae_jax.activations.tokens import TokenGrid
+from minsae_jax.activations.writer import StoreWriter
+from minsae_jax.errors import UserError
+from minsae_jax.settings import JsonObject
+
+SHARD_TOKENS = 1 << 18  # a shard ends with the part of the activations that reaches this size
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where each sequence is from; see `write_store`."""
+
+    recording: Int[np.ndarray, " sequences"]
+    window: Int[np.ndarray, " sequences"]
+    channel: Int[np.ndarray, " sequences"]
+
+    def check(self, n_recordings: int, n_vars: int | None) -> None:
+        """Raise UserError if places are not sorted or out of range."""
+        rows = np.stack([self.recording, self.window, self.channel])
+        change = np.diff(rows, axis=1)
+        # The sign of the first of the three that changes.
+        sign = np.sign(change[0] * 4 + np.sign(change[1]) * 2 + np.sign(change[2]))
+        if (sign <= 0).any():
+            i = int(np.argmax(sign <= 0)) + 1
+            raise UserError(
+                f"sequence {i} comes before the one in front of it, or is the same; sort sequences "
+                "by recording, then window, then channel"
+            )
+        limits = (n_recordings, np.inf, np.inf if n_vars is None else n_vars)
+        for name, values, limit, lowest in zip(
+            ("recording", "window", "channel"), rows, limits, (0, 0, -1), strict=True
+        ):
+            if values.size and not lowest <= values.min() <= values.max() < limit:
+                raise UserError(
+                    f"{name} is {values.min()} to {values.max()}; expected {lowest} to {limit - 1}"
+                )
+
+
+def write_store(
+    out: str | Path,
+    activations: Any,
+    *,
+    encoder: str,
+    tokens: TokenGrid,
+    seq_len: int,
+    recordings: Sequence[str],
+    recording: Sequence[int] | np.ndarray,
+    window: Sequence[int] | np.ndarray,
+    channel: Sequence[int] | np.ndarray | None = None,
+    sampling_rate: int | float | None = None,
+    channels: Sequence[str] | None = None,
+    layer: int = -1,
+    split: str = "train",
+    overwrite: bool = False,
+) -> Store:
+    """Write activations as the store out/l{layer}, and return it.
+
+    out: "_val" and "_test" are added for these splits, so that training and evaluation find them.
+    activations: floats [sequences, n_tokens, d_model], or an iterable of parts of them in order, so
+    that memory does not grow with the store. float16 and bfloat16 stay, others become float32.
+    encoder: names the model and its weights; stores, runs and evaluations are matched by it.
+    tokens: places of the tokens of a sequence. seq_len: samples per window.
+    recordings: file names. Each sequence is a window, or a single channel of one: `recording` is
+    an index into `recordings`, `window` a number (its samples begin at window * seq_len), `channel`
+    a column, or -1 or None for whole windows. Sequences are sorted by these three.
+    sampling_rate (in Hz), channels (names): of the recordings; needed if they have a dataset.json.
+
+    Raises UserError if arrays do not fit each other or contain NaN or infinity, or if the folder
+    contains other files or, unless `overwrite`, a store.
+    """
+    folder = store_folder(out, split, layer)
+    if (folder / MANIFEST).exists() and not overwrite:
+        raise UserError(f"{folder} contains a store; choose another folder, or use overwrite=True")
+    if channel is None:
+        channel = np.full(len(recording), -1)
+    if len({len(recording), len(window), len(channel)}) > 1:
+        raise UserError("recording, window and channel must have one entry for each sequence")
+    places = _Places(*(np.asarray(each, np.int32) for each in (recording, window, channel)))
+    places.check(len(recordings), None if channels is None else len(channels))
+    parts = _checked_parts(activations, tokens.n_tokens)
+    first = next(parts, None)
+    if first is None:
+        raise UserError("there are no activations")
+    data: JsonObject = {"split": split, "seq_len": seq_len, "revin": False}
+    if sampling_rate is not None:
+        data["sampling_rate"] = float(sampling_rate)
+    if channels is not None:
+        data["channels"] = list(channels)
+    identity = StoreIdentity(
+        layer=layer,
+        layer_index=layer,
+        dtype=str(first.dtype),
+        n_tokens=tokens.n_tokens,
+        d_model=first.shape[2],
+        encoder=hashlib.sha256(encoder.encode()).hexdigest(),
+        data=data,
+    )
+    with StoreWriter(folder, identity, overwrite) as writer:
+        writer.begin()
+        n_sequences = 0
+        for number, pieces in enumerate(_shards(chain([first], parts))):
+            writer.write(number, pieces)
+            n_sequences += sum(map(len, pieces))
+        if n_sequences != len(places.recording):
+            raise UserError(
+                f"there are {n_sequences} sequences, but {len(places.recording)} entries of "
+                "recording, window and channel"
+            )
+        provenance = {
+            "recordings": np.array(recordings),
+            "shifted": np.zeros(len(recordings), bool),
+            "recording": places.recording,
+            "window": places.window,
+            "channel": places.channel,
+        }
+        writer.finish(provenance, tokens)
+    return open_store(folder)
+
+
+def _checked_parts(activations: Any, n_tokens: int) -> Iterator[np.ndarray]:
+    """Yield the activations in parts of one dtype and d_model."""
+    parts: Iterable[Any] = activations
+    if hasattr(activations, "shape"):
+        parts = [activations]
+    expected = None
+    for part in parts:
+        x = np.asarray(part)
+        if str(x.dtype) not in ON_DISK:
+            x = x.astype(np.float32)
+        if x.ndim != 3 or x.shape[1] != n_tokens or 0 in x.shape:
+            raise UserError(
+                f"activations must be [sequences, {n_tokens} tokens, d_model], got {list(x.shape)}"
+            )
+        expected = expected or (x.shape[2], x.dtype)
+        if (x.shape[2], x.dtype) != expected:
+            raise UserError(
+                f"all activations must have one d_model and dtype, got {x.shape[2]}, {x.dtype} "
+                f"after {expected[0]}, {expected[1]}"
+            )
+        if not np.isfinite(x.astype(np.float32, copy=False)).all():
+            raise UserError("the activations contain NaN or infinity")
+        yield x
+
+
+def _shards(parts: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Group parts into shards, each a list of parts."""
+    shard: list[np.ndarray] = []
+    n_tokens = 0
+    for part in parts:
+        shard.append(part)
+        n_tokens += part.shape[0] * part.shape[1]
+        if n_tokens >= SHARD_TOKENS:
+            yield shard
+            shard = []
+            n_tokens = 0
+    if shard:
+        yield shard

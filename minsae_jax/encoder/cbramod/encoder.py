@@ -1,0 +1,98 @@
+"""CBraMod as an encoder for extraction, evaluation and report."""
+
+from functools import lru_cache, partial
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from minsae_jax.activations.tokens import TokenGrid
+from minsae_jax.encoder.base import (
+    DEFAULT_OPTIONS,
+    ComputeOptions,
+    EncoderSpec,
+    HiddenFunction,
+    NativeEncoder,
+    Params,
+    Precision,
+)
+from minsae_jax.encoder.cbramod.architecture import SAMPLING_RATE, Architecture
+from minsae_jax.encoder.cbramod.masked_error import PatchReconstruction
+from minsae_jax.encoder.cbramod.pure import abstract_params, bind
+from minsae_jax.errors import UserError
+
+
+class CBraModEncoder(NativeEncoder):
+    """CBraMod with its weights: one token for each channel and patch of a window.
+
+    Windows are in µV / 100 at 200 Hz. A window is one sequence, ordered by channel, then time.
+    """
+
+    architecture_type = Architecture
+    architecture: Architecture
+
+    def __init__(self, architecture: Architecture, params: Params):
+        super().__init__(architecture, params)
+        a = architecture
+        self.spec = EncoderSpec(
+            seq_len=a.seq_len,
+            n_vars=a.n_vars,
+            sampling_rate=SAMPLING_RATE,
+            unit="100 uV",
+            channels=None,
+            layers=tuple(range(a.n_layers)),
+            d_model=a.d_model,
+            tokens=TokenGrid.patches(a.n_patches, a.patch_len, n_channels=a.n_vars),
+        )
+        if a.has_head:
+            self.reconstruction = PatchReconstruction(a)
+
+    @classmethod
+    def abstract_params(cls, architecture: Architecture) -> Params:
+        """Return shapes and dtypes of the parameters, to restore them from disk."""
+        return abstract_params(architecture)
+
+    def __call__(
+        self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"]
+    ) -> Float[Array, "batch n_vars n_patches patch_len"]:
+        """Return the patches as the head reconstructs them. Raises UserError without a head."""
+        if not self.architecture.has_head:
+            raise UserError("this encoder has no reconstruction head")
+        return _forward(self.architecture, self.params, self.checked(past_values))
+
+    def function(
+        self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
+    ) -> HiddenFunction:
+        """Return (params, windows) -> the layers' outputs [batch, n_vars, n_patches, d_model]."""
+        return _hidden(self.architecture, layers, options.precision)
+
+    def check_options(self, options: ComputeOptions) -> None:
+        """Raise UserError if RevIN is requested: CBraMod reads absolute amplitudes."""
+        if options.force_revin:
+            raise UserError("--force_revin requires a PatchTST encoder")
+
+    def waveform(
+        self, direction: Float[np.ndarray, " d_model"]
+    ) -> Float[np.ndarray, " patch_len"] | None:
+        """Return the samples that a direction of the last layer adds to a patch, in µV / 100.
+
+        None without the reconstruction head.
+        """
+        if not self.architecture.has_head:
+            return None
+        return direction @ np.asarray(self.params["head"]["kernel"])
+
+
+# Cached, so that equal arguments share one compilation.
+@lru_cache(32)
+def _hidden(a: Architecture, layers: tuple[int, ...], precision: Precision) -> HiddenFunction:
+    def hidden(params: Params, x: Array) -> tuple[Array, ...]:
+        return bind(a, params, precision).hidden(x, layers)
+
+    return hidden
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(a: Architecture, params: Params, x: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+        return bind(a, params)(x)

@@ -1,0 +1,153 @@
+"""Any callable as an encoder: `from_function`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from minsae_jax.activations.tokens import TokenGrid
+from minsae_jax.encoder.base import (
+    DEFAULT_OPTIONS,
+    BaseEncoder,
+    ComputeOptions,
+    EncoderSpec,
+    HiddenFunction,
+    Params,
+    fingerprint_of,
+)
+from minsae_jax.errors import UserError
+
+
+class FunctionEncoder(BaseEncoder):
+    """An encoder made by `from_function`."""
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        spec: EncoderSpec,
+        fingerprint: str,
+        params: Params,
+        runs_on_host: bool,
+    ):
+        self.spec = spec
+        self.fingerprint = fingerprint
+        self.params = params
+        self.runs_on_host = runs_on_host
+        self._f = f
+        # A function object for each choice of layers, so that splits share a compilation.
+        self._functions: dict[tuple[int, ...], HiddenFunction] = {}
+
+    def function(
+        self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
+    ) -> HiddenFunction:
+        def hidden(params: Params, windows: Any) -> tuple[Any, ...]:
+            outputs = _call(self._f, params, windows)
+            return tuple(outputs[layer] for layer in layers)
+
+        return self._functions.setdefault(layers, hidden)
+
+
+def from_function(
+    f: Callable[..., Any],
+    *,
+    name: str,
+    seq_len: int,
+    channels: int | Sequence[str],
+    tokens: TokenGrid,
+    sampling_rate: int | float | None = None,
+    params: Params = None,
+    backend: Literal["jax", "host"] = "jax",
+) -> FunctionEncoder:
+    """Return an encoder that calls `f` on windows of EEG.
+
+    f: `f(windows)`, or `f(params, windows)` if `params` is given. windows are float32
+    [batch, seq_len, n_vars] in the unit of the recordings. It returns the activations of a layer,
+    [batch, n_tokens, d_model] or any shape with the numbers in this order, such as
+    [batch, n_vars, n_patches, d_model]; or several layers as {number: activations}, all of one
+    shape. A single layer has the number 0.
+    name: identifies the model and its weights. Stores, runs and evaluations are matched by it (and
+    by `params`), so that another checkpoint needs another name.
+    seq_len: samples per window. channels: names, or their number if names do not matter.
+    tokens: places of the tokens of a window, such as `TokenGrid.patches(10, 200, n_channels=30)`.
+    sampling_rate: in Hz; None accepts recordings of any rate.
+    params: a pytree of arrays, which are put on the devices once. Without it, weights that `f`
+    refers to become constants of the compiled program.
+    backend: "jax" for a pure function of JAX arrays, which is compiled; "host" for one that takes
+    and returns NumPy arrays, or PyTorch tensors on the CPU, and is called once for each batch:
+
+        @torch.inference_mode()
+        def f(windows):
+            return model(torch.from_numpy(windows))
+
+    Raises UserError if the output of `f` does not fit `tokens`.
+    """
+    runs_on_host = backend == "host"
+    names = None if isinstance(channels, int) else tuple(channels)
+    n_vars = channels if isinstance(channels, int) else len(channels)
+    if tokens.last.max() >= seq_len or tokens.channel.max() >= n_vars:
+        raise UserError(
+            f"the tokens reach to sample {tokens.last.max()} and channel {tokens.channel.max()}, "
+            f"but windows have {seq_len} samples and {n_vars} channels"
+        )
+    shapes = _output_shapes(f, params, (1, seq_len, n_vars), runs_on_host)
+    spec = EncoderSpec(
+        seq_len=seq_len,
+        n_vars=n_vars,
+        sampling_rate=None if sampling_rate is None else float(sampling_rate),
+        channels=names,
+        layers=tuple(sorted(shapes)),
+        d_model=_d_model(shapes, tokens.n_tokens),
+        tokens=tokens,
+    )
+    identity = _Identity(
+        name, seq_len, n_vars, tokens.channel.tolist(), tokens.first.tolist(), tokens.last.tolist()
+    )
+    fingerprint = fingerprint_of(identity, params)
+    return FunctionEncoder(f, spec, fingerprint, params, runs_on_host)
+
+
+@dataclass(frozen=True)
+class _Identity:
+    name: str
+    seq_len: int
+    n_vars: int
+    channel: list[int]
+    first: list[int]
+    last: list[int]
+
+
+def _call(f: Callable[..., Any], params: Params, windows: Any) -> Mapping[Any, Any]:
+    outputs = f(windows) if params is None else f(params, windows)
+    if isinstance(outputs, Mapping):
+        return outputs
+    return {0: outputs}
+
+
+def _output_shapes(
+    f: Callable[..., Any], params: Params, shape: tuple[int, ...], runs_on_host: bool
+) -> dict[int, tuple[int, ...]]:
+    """Return the shape of every layer for windows of `shape`."""
+    if runs_on_host:
+        outputs = _call(f, params, np.zeros(shape, np.float32))
+    else:
+        windows = jax.ShapeDtypeStruct(shape, np.float32)
+        outputs = jax.eval_shape(lambda params, x: _call(f, params, x), params, windows)
+    if not outputs or not all(type(layer) is int and layer >= 0 for layer in outputs):
+        listed = ", ".join(map(repr, outputs)) or "nothing"
+        raise UserError(f"the function must return its layers by numbers from 0, but has {listed}")
+    return {layer: tuple(np.shape(x)) for layer, x in outputs.items()}
+
+
+def _d_model(shapes: Mapping[int, tuple[int, ...]], n_tokens: int) -> int:
+    """Return the last size of all shapes. Raises UserError if they do not fit the tokens."""
+    d_model = next(iter(shapes.values()))[-1]
+    for layer, shape in shapes.items():
+        is_valid = len(shape) > 2 and shape[0] == 1 and shape[-1] == d_model
+        if not is_valid or np.prod(shape[1:-1]) != n_tokens:
+            raise UserError(
+                f"layer {layer} of one window has the shape {list(shape)}, but the {n_tokens} "
+                f"tokens require [1, {n_tokens}, {d_model}]"
+            )
+    return d_model

@@ -1,0 +1,224 @@
+"""Models of Braindecode with random weights: where their tokens lie, and what extraction gets."""
+
+import json
+import sys
+import warnings
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+
+from convert.braindecode import BraindecodeEncoder, load_braindecode
+from minsae_jax import UserError
+from minsae_jax.__main__ import main
+from minsae_jax.activations.tokens import read_tokens
+from tests.conftest import FIXTURES
+from tests.eeg_200hz import write_recordings
+
+# They need the extra `braindecode`, which `make test-all` installs.
+pytestmark = pytest.mark.slow
+SAVED = FIXTURES / "cbramod"
+
+CHANNELS = ("Fp1", "C3", "Cz", "O2")
+N_TIMES = 600
+SMALL = {
+    "Labram": {"num_layers": 2},
+    "CBraMod": {"n_layer": 2, "return_encoder_output": True},
+    "BIOT": {"num_layers": 2, "embed_dim": 32, "num_heads": 4},
+    "EEGPT": {"depth": 2, "embed_dim": 32, "num_heads": 4, "chan_proj_type": "none"},
+    "REVE": {"depth": 2, "embed_dim": 32, "heads": 2, "head_dim": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The library, with places for REVE's channels, which it would download."""
+    places = {"Fp1": [-0.3, 0.9, 0.0], "C3": [-0.7, 0, 0.7], "Cz": [0, 0, 1], "O2": [0.3, -0.9, 0]}
+    folder = tmp_path_factory.mktemp("reve")
+    (folder / "reve_positions.json").write_text(json.dumps(places))
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setenv("REVE_POSITIONS_PATH", str(folder))
+        # PyPI's torchaudio needs CUDA, so that it cannot be imported beside a torch for CPUs. The
+        # library imports it for filters and resampling, which none of these models uses.
+        for name in ("torchaudio", "torchaudio.functional", "torchaudio.transforms"):
+            patch.setitem(sys.modules, name, MagicMock())
+        from braindecode import models
+
+        yield models
+
+
+@pytest.fixture(scope="module")
+def make(models):
+    """make(class name, **settings) -> a small model with random weights."""
+
+    def run(name, **settings):
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = {"n_chans": 4, "n_times": N_TIMES, "sfreq": 200, "n_outputs": 2}
+            return getattr(models, name)(**data | SMALL[name] | settings)
+
+    return run
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def encoder(request, make):
+    return BraindecodeEncoder(make(request.param), CHANNELS)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return np.random.default_rng(0).normal(size=(1, N_TIMES, 4)).astype(np.float32)
+
+
+def test_one_sample_moves_the_tokens_that_contain_it(encoder, x):
+    """The grid, from the model itself: before the first layer, no token has seen another's patch.
+
+    Norms over the whole window (LaBraM, CBraMod) and places from neighbours (CBraMod) move the
+    other tokens a little; the largest change is then that of the token that contains the sample.
+    """
+    grid = encoder.spec.tokens
+    before = encoder.embedding(x)[0]
+    assert before.shape == (grid.n_tokens, encoder.spec.d_model)
+    shares_statistics = type(encoder.model).__name__ in ("Labram", "CBraMod")
+    for channel in range(4):
+        for sample in (0, 30, 150, 199, 200, 399, 410, 570):
+            changed = x.copy()
+            changed[0, sample, channel] += 3
+            change = np.abs(encoder.embedding(changed)[0] - before).max(1)
+            contains = (grid.first <= sample) & (sample <= grid.last) & (grid.channel == channel)
+            if shares_statistics:
+                assert contains.sum() == 1
+                assert contains[change.argmax()]
+            else:
+                np.testing.assert_array_equal(change > 1e-6, contains)
+
+
+def test_layers_are_those_of_the_model(encoder, x):
+    """The last layer is what the library's own forward gives to its head."""
+    spec = encoder.spec
+    assert spec.layers == (0, 1)
+    first, last = encoder.function((0, 1))((), np.concatenate([x, 2 * x]))
+    assert first.shape == last.shape == (2, spec.tokens.n_tokens, spec.d_model)
+    assert first.dtype == np.float32
+    assert np.abs(first - last).max() > 1e-4
+    np.testing.assert_allclose(encoder.activations(x), last[:1], atol=1e-5)
+    features = own_features(encoder, last[:1])
+    with torch.inference_mode():
+        output = encoder.model(
+            torch.from_numpy(x.swapaxes(1, 2).copy()),
+            return_features=True,
+            **encoder.layout.arguments,
+        )
+    expected = output["features"]
+    np.testing.assert_allclose(features, expected.numpy().reshape(features.shape), atol=1e-4)
+
+
+def own_features(encoder, last):
+    """Return what the library calls features, computed from the last layer's tokens."""
+    model = encoder.model
+    tokens = torch.from_numpy(last)
+    with torch.inference_mode():
+        match type(model).__name__:
+            case "Labram":
+                return model.norm(tokens)[:, 1:].numpy()
+            case "CBraMod":
+                return model.proj_out(tokens).numpy()
+            case "BIOT":
+                return tokens.mean(1).numpy()
+            case "EEGPT":
+                per_patch = tokens.unflatten(1, (-1, 8))
+                return model.target_encoder.norm(per_patch[:, :, 4:]).flatten(1).numpy()
+    return last
+
+
+def test_summary_tokens_of_eegpt_cover_all_channels_of_their_patch(make, x):
+    encoder = BraindecodeEncoder(make("EEGPT"), CHANNELS)
+    grid = encoder.spec.tokens
+    before = encoder.activations(x, 0)[0]
+    changed = x.copy()
+    changed[0, 100, 2] += 3
+    change = np.abs(encoder.activations(changed, 0)[0] - before).max(1)
+    np.testing.assert_array_equal(change > 1e-7, (grid.first <= 100) & (grid.last >= 100))
+    assert (grid.channel.reshape(-1, 8) == [0, 1, 2, 3, -1, -1, -1, -1]).all()
+
+
+def test_projected_channels_of_eegpt_have_no_channel(make, x):
+    encoder = BraindecodeEncoder(make("EEGPT", chan_proj_type="conv1d_constraint"))
+    assert (encoder.spec.tokens.channel == -1).all()
+    assert encoder.spec.tokens.n_tokens == 18 * (19 + 4)
+    before = encoder.embedding(x)[0]
+    changed = x.copy()
+    changed[0, 100, 2] += 3
+    change = np.abs(encoder.embedding(changed)[0] - before).max(1)
+    grid = encoder.spec.tokens
+    of_patch = np.flatnonzero((grid.first <= 100) & (grid.last >= 100))
+    assert set(np.flatnonzero(change > 1e-6)) <= set(of_patch)
+    assert (change[of_patch] > 1e-6).sum() > 10
+
+
+def test_saved_folder_is_loaded_with_its_fingerprint(make, tmp_path):
+    model = make("Labram")
+    model.save_pretrained(tmp_path / "saved")
+    loaded = load_braindecode("LaBraM", str(tmp_path / "saved"), CHANNELS)
+    assert loaded.fingerprint == BraindecodeEncoder(model, CHANNELS).fingerprint
+    assert loaded.fingerprint != BraindecodeEncoder(model, CHANNELS[::-1]).fingerprint
+    with torch.no_grad():
+        model.blocks[1].attn.proj.bias[0] += 1e-3
+    assert loaded.fingerprint != BraindecodeEncoder(model, CHANNELS).fingerprint
+
+
+def test_windows_are_cut_to_whole_patches(make, models):
+    """A model can be saved without its window, or with one that ends within a patch."""
+    assert BraindecodeEncoder(make("CBraMod", n_times=750), CHANNELS).spec.seq_len == 600
+    anywhere = models.CBraMod(n_layer=1, return_encoder_output=True, n_outputs=2)
+    spec = BraindecodeEncoder(anywhere, CHANNELS).spec
+    assert (spec.seq_len, spec.n_vars, spec.sampling_rate) == (6000, 4, 200)
+
+
+def test_names_of_channels_matter_where_the_model_reads_them(make, x):
+    labram = make("Labram")
+    straight = BraindecodeEncoder(labram, CHANNELS)
+    swapped = BraindecodeEncoder(labram, (CHANNELS[1], CHANNELS[0], *CHANNELS[2:]))
+    assert np.abs(straight.embedding(x) - swapped.embedding(x)).max() > 1e-3
+    assert straight.spec.channels == CHANNELS
+    assert BraindecodeEncoder(make("CBraMod"), CHANNELS).spec.channels is None
+
+
+def test_command_extracts_what_the_native_encoder_extracts(models, tmp_path):
+    """The folder that Braindecode saved, run by Braindecode and converted to Flax."""
+    recordings = write_recordings(tmp_path / "recordings")
+    paths = ["extract", "--root_path", str(recordings), "--checkpoint_path", str(SAVED)]
+    for out, flags in (("host", ["--model", "braindecode:cbramod"]), ("native", [])):
+        main([*paths, "--layer", "1", "--out", str(tmp_path / out), "--batch_size", "6", *flags])
+    host, native = (tmp_path / name / "l1" for name in ("host", "native"))
+    shards = sorted(path.name for path in native.glob("b*.npy"))
+    assert len(shards) == 3
+    for name in shards:
+        np.testing.assert_allclose(np.load(host / name), np.load(native / name), atol=1e-4)
+    grids = [read_tokens(folder) for folder in (host, native)]
+    for name in ("channel", "first", "last"):
+        np.testing.assert_array_equal(getattr(grids[0], name), getattr(grids[1], name))
+    with pytest.raises(UserError, match="--model must be braindecode:NAME"):
+        main([*paths, "--model", "LaBraM"])
+
+
+def test_what_cannot_be_located_or_loaded_is_one_line(models, make, tmp_path):
+    with pytest.raises(UserError, match="LaBraM does not know the channels EMG, EOG2"):
+        BraindecodeEncoder(make("Labram"), ("Fp1", "EMG", "Cz", "EOG2"))
+    with pytest.raises(UserError, match="REVE does not know the channels EMG"):
+        BraindecodeEncoder(make("REVE"), ("Fp1", "EMG", "Cz", "O2"))
+    with pytest.raises(UserError, match="LaBraM requires the channels' names"):
+        BraindecodeEncoder(make("Labram"))
+    with pytest.raises(UserError, match="only supported as a neural tokenizer"):
+        BraindecodeEncoder(make("Labram", neural_tokenizer=False), CHANNELS)
+    with pytest.raises(UserError, match=r"no supported model 'EEGNet' .* choose BIOT, CBraMod"):
+        load_braindecode("EEGNet")
+    other = models.Deep4Net(n_chans=4, n_times=N_TIMES, n_outputs=2)
+    with pytest.raises(UserError, match="Deep4Net is not supported; choose one of BIOT"):
+        BraindecodeEncoder(other)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be loaded as Braindecode's BIOT"):
+        load_braindecode("biot", str(tmp_path))

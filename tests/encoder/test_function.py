@@ -1,0 +1,228 @@
+"""A PyTorch function with a CLS token and a token for each channel and patch."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import minsae_jax as ms
+from minsae_jax.eeg.recordings import load_recording
+from minsae_jax.encoder.live import open_live
+from minsae_jax.evaluation.dataset import open_dataset
+from minsae_jax.evaluation.events import Span, covered_tokens, read_events, tokens_of
+from minsae_jax.report.describe import describe, make_context
+from minsae_jax.report.examples import collect
+from tests.described import BURST, HZ, N_CHANNELS, RATE
+
+WINDOW = 800
+PATCH = 100
+N_PATCHES = 8
+BINS = [2, 6, 12]  # of 2 Hz
+GRID = ms.TokenGrid.patches(N_PATCHES, PATCH, n_channels=N_CHANNELS, n_cls=1)
+
+
+@torch.inference_mode()
+def amplitudes(windows):
+    """Return amplitudes above 15 at three frequencies, [batch, 1 + channels * patches, 3]."""
+    x = torch.from_numpy(windows).transpose(1, 2).reshape(len(windows), -1, PATCH)
+    tokens = torch.relu(torch.fft.rfft(x).abs()[:, :, BINS] - 15)
+    return torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+
+
+def make_encoder(f=amplitudes, **changes):
+    settings = {
+        "name": "amplitudes",
+        "seq_len": WINDOW,
+        "channels": N_CHANNELS,
+        "tokens": GRID,
+        "backend": "host",
+    }
+    return ms.from_function(f, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return make_encoder()
+
+
+@pytest.fixture(scope="module")
+def dataset(encoder, described, tmp_path_factory):
+    settings = ms.ExtractConfig(
+        root_path=str(described.folder),
+        out=str(tmp_path_factory.mktemp("function") / "store"),
+        split=("test",),
+        batch_size=8,
+    )
+    (store,) = ms.extract(encoder, settings)
+    (again,) = ms.extract(encoder, settings)
+    assert (store.was_complete, again.was_complete) == (False, True)
+    return open_dataset(store.folder, -1, None, described.folder)
+
+
+def test_store_contains_the_function_s_output(described, dataset):
+    assert len(dataset.recording) == 2 * 10
+    for sequence in (0, 13):
+        eeg = np.load(described.folder / dataset.recordings[dataset.recording[sequence]])
+        start = WINDOW * dataset.window[sequence]
+        expected = amplitudes(eeg[None, start : start + WINDOW])
+        np.testing.assert_array_equal(dataset.read(sequence, sequence + 1), expected)
+
+
+def test_live_activations_are_those_of_the_store(encoder, described, dataset):
+    live = open_live(
+        encoder,
+        root_path=str(described.folder),
+        split="test",
+        split_seed=42,
+        layer=-1,
+        batch_size=8,
+    )
+    assert live.d_model == 3
+    tokens = np.concatenate([live.read(shard) for shard in range(3)])
+    np.testing.assert_array_equal(tokens, dataset.read(0, 20).reshape(-1, 3))
+
+
+def test_tokens_of_a_span_are_on_its_channels(dataset):
+    sequences, tokens = tokens_of(dataset, Span(1, 1550, 1710, (3, 7), True))
+    expected = {
+        (10 + window, 1 + N_PATCHES * channel + patch)
+        for channel in (3, 7)
+        for window, patch in ((1, 7), (2, 0), (2, 1))
+    }
+    assert set(zip(sequences.tolist(), tokens.tolist(), strict=True)) == expected
+
+
+def test_covered_tokens_match_a_search(described, dataset):
+    events = read_events(described.folder)["burst"]
+    covered = covered_tokens(dataset, events)
+    assert covered.shape == (20, N_CHANNELS * N_PATCHES)
+    for sequence in range(20):
+        name = dataset.recordings[dataset.recording[sequence]]
+        inside = np.zeros((40 * RATE, N_CHANNELS))
+        for event in events:
+            if event.recording == name:
+                inside[event.start : event.stop, list(event.channels)] = 1
+        start = WINDOW * dataset.window[sequence]
+        share = inside[start : start + WINDOW].reshape(N_PATCHES, PATCH, -1).mean(1)
+        np.testing.assert_array_equal(covered[sequence], (share.T >= 0.5).ravel())
+    assert covered.any()
+
+
+def test_card_of_a_feature_is_of_its_channels(described, dataset):
+    """An autoencoder whose features are the three amplitudes."""
+    eye = np.eye(3)
+    params = {"W_enc": eye, "b_enc": np.zeros(3), "W_dec": eye, "b_dec": np.zeros(3)}
+    sae = ms.SparseAutoencoder(params)
+    activity = collect(dataset, sae)
+    by_channel = dataset.read(0, 20)[:, 1:].reshape(20, N_CHANNELS, N_PATCHES, 3)
+    np.testing.assert_allclose(
+        activity.by_channel, by_channel.sum((0, 2), dtype=np.float64).T, rtol=1e-5
+    )
+    assert activity.channel_tokens.tolist() == [20 * N_PATCHES] * N_CHANNELS
+
+    card = describe(make_context(dataset, sae, activity, None, w=1), 1)
+    is_planted = np.isin(described.names, described.planted)
+    assert card.channel_ratio[is_planted].min() > 2 * card.channel_ratio[~is_planted].max()
+    assert card.channel in described.planted
+    assert card.suggestion == "posterior alpha, 8–13 Hz"
+    assert card.spectrum.hz[np.argmax(card.spectrum.ratio)] == pytest.approx(HZ, abs=0.7)
+    assert card.position.sum() + card.cls == pytest.approx(1)
+    assert card.cls > 0
+    assert card.waveform is None
+    top = [example for example in card.examples if example.group == "top"]
+    assert len(top) == 6
+    for example in top:
+        assert example.channel in described.planted
+        assert example.trace_channel is None
+        start, stop = (round(RATE * second) for second in example.patch)
+        bursts = described.bursts[example.recording]
+        assert any(start < burst + BURST and stop > burst for burst in bursts)
+        eeg = load_recording(described.folder / example.recording)
+        at = round(RATE * example.start)
+        column = described.names.index(example.channel)
+        expected = eeg[at : at + len(example.trace), column]
+        np.testing.assert_allclose(example.trace / 10, expected, atol=0.051)
+        # The strip is of the patches on the example's channel.
+        spectrum = np.abs(np.fft.rfft(expected.reshape(-1, PATCH)))[:, 6]
+        np.testing.assert_allclose(example.strip, np.maximum(spectrum - 15, 0), atol=0.01)
+
+
+@pytest.mark.parametrize(("unit", "uv"), [("uV", 1.0), ("100 uV", 100.0)])
+def test_recordings_in_microvolts_are_shown_in_sd(dataset, tmp_path, unit, uv):
+    rng = np.random.default_rng(0)
+    sd = rng.uniform(5, 20, N_CHANNELS) / uv
+    sd[7] = 0
+    noise = rng.normal(size=(40 * RATE, N_CHANNELS))
+    z = (noise - noise.mean(0)) / noise.std(0)
+    np.save(tmp_path / dataset.recordings[0], (z * sd + 3).astype(np.float32))
+    changed = replace(dataset, folder=tmp_path, description=replace(dataset.description, unit=unit))
+    shown = changed.eeg_of(2)
+    z[:, 7] = 0
+    np.testing.assert_allclose(shown, z[2 * WINDOW : 3 * WINDOW], atol=1e-4)
+    is_flat = np.arange(N_CHANNELS) == 7
+    np.testing.assert_allclose(changed.uv_per_sd(0)[~is_flat], uv * sd[~is_flat], rtol=1e-5)
+
+
+def test_activations_and_fingerprint(encoder):
+    x = np.random.default_rng(0).normal(size=(2, WINDOW, N_CHANNELS)).astype(np.float32)
+    np.testing.assert_array_equal(encoder.activations(x), amplitudes(x))
+    assert encoder.fingerprint == make_encoder().fingerprint
+    assert encoder.fingerprint != make_encoder(name="other weights").fingerprint
+    with pytest.raises(ms.UserError, match=r"must be \[batch, 800 samples, 30 channels\]"):
+        encoder.activations(x[:, :100])
+
+
+@pytest.mark.parametrize(
+    ("f", "changes", "message"),
+    [
+        (lambda x: x, {}, r"shape \[1, 800, 30\], but the 241 tokens require \[1, 241, 30\]"),
+        (lambda x: {"a": x}, {}, "layers by numbers from 0, but has 'a'"),
+        (lambda x: {}, {}, "but has nothing"),
+        (amplitudes, {"seq_len": 700}, "reach to sample 799 .* windows have 700 samples"),
+        (amplitudes, {"channels": 19}, "channel 29, but windows .* 19 channels"),
+    ],
+)
+def test_output_must_fit_the_tokens(f, changes, message):
+    with pytest.raises(ms.UserError, match=message):
+        make_encoder(f, **changes)
+
+
+def test_function_must_return_all_windows(described, tmp_path):
+    encoder = make_encoder(lambda x: amplitudes(x[:1]))
+    settings = ms.ExtractConfig(
+        root_path=str(described.folder), out=str(tmp_path / "store"), batch_size=8
+    )
+    with pytest.raises(ms.UserError, match="returned 1 windows for 8"):
+        ms.extract(encoder, settings)
+
+
+def test_jax_function_without_parameters(described, tmp_path):
+    """Weights in a closure; all devices compute, and the last batch is padded."""
+    weights = np.random.default_rng(0).normal(size=(PATCH, 4)).astype(np.float32)
+
+    def project(x):
+        patches = x.swapaxes(1, 2).reshape(len(x), N_CHANNELS, N_PATCHES, PATCH)
+        return patches @ weights
+
+    grid = ms.TokenGrid.patches(N_PATCHES, PATCH, n_channels=N_CHANNELS)
+    encoder = make_encoder(project, tokens=grid, backend="jax")
+    settings = ms.ExtractConfig(
+        root_path=str(described.folder), out=str(tmp_path / "store"), split=("val",), batch_size=7
+    )
+    (store,) = ms.extract(encoder, settings)
+    dataset = open_dataset(store.folder, -1, None, described.folder)
+    x = np.stack([dataset.window_of(0, window) for window in range(10)])
+    expected = project(x).reshape(10, -1, 4)
+    np.testing.assert_allclose(dataset.read(0, 10), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_options_of_patchtst_are_refused(encoder, described, tmp_path):
+    settings = ms.ExtractConfig(root_path=str(described.folder), out=str(tmp_path / "store"))
+    for change, message in (
+        ({"precision": "bfloat16"}, "--precision bfloat16"),
+        ({"force_revin": True}, "--force_revin requires a PatchTST"),
+        ({"cache_layer": (1,)}, "this encoder has 1 layers, -1 to 0"),
+    ):
+        with pytest.raises(ms.UserError, match=message):
+            ms.extract(encoder, replace(settings, **change))
