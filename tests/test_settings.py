@@ -307,7 +307,10 @@ def test_recipes_fill_in_their_numbers():
     [
         TrainConfig().resolved(),
         TrainConfig(recipe="minsae").resolved(),
-        *(cls(**dict.fromkeys(missing_settings(cls, {}), "x")) for cls in SECTIONS.values()),
+        *(
+            from_dict(cls, dict.fromkeys(missing_settings(cls, {}), "x"))
+            for cls in SECTIONS.values()
+        ),
     ],
     ids=lambda settings: type(settings).__name__,
 )
