@@ -24,6 +24,9 @@ from minsae_jax.sae.kinds.linear import Activated, LinearSAE, LinearSums, Vector
 from minsae_jax.sae.kinds.products import Weights, product
 from minsae_jax.sae.kinds.select import keep_largest
 
+# Tokens that `encode` selects from at once on CPU, so that their features fit the cache.
+ENCODE_TILE = 256
+
 
 @dataclass(frozen=True)
 class TopK(LinearSAE):
@@ -61,9 +64,17 @@ class TopK(LinearSAE):
     def encode(
         self, params: Params, x: Float[Array, "*tokens d_model"]
     ) -> Float[Array, "*tokens d_sae"]:
-        pre = self.pre_activations(params, x)
-        rows = pre.reshape(-1, pre.shape[-1])
-        return keep_largest(jax.nn.relu(rows).T, params["k"]).T.reshape(pre.shape)
+        def encode_tile(x: Float[Array, "tile d_model"]) -> Float[Array, "tile d_sae"]:
+            features = jax.nn.relu(self.pre_activations(params, x))
+            return keep_largest(features.T, params["k"]).T
+
+        tokens = x.reshape(-1, x.shape[-1])
+        n_tokens = len(tokens)
+        tile = ENCODE_TILE if on_cpu() else max(n_tokens, 1)
+        padded = jnp.pad(tokens, ((0, -n_tokens % tile), (0, 0)))
+        features = jax.lax.map(encode_tile, padded.reshape(-1, tile, x.shape[-1]))
+        d_sae = features.shape[-1]
+        return features.reshape(-1, d_sae)[:n_tokens].reshape(*x.shape[:-1], d_sae)
 
     def activate(
         self,
