@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae.grid import make_groups
 from minsae_jax.settings import from_dict, read_yaml
 from tests.conftest import FIXTURES
 
@@ -300,18 +301,18 @@ def test_readme_shows_the_demo_run():
     """The README's table is that of the run in the fixtures, and that run is of the demo's YAML."""
     config = from_dict(TrainConfig, read_yaml(ROOT / "configs/demo.yaml")["train"])
     sweep = read_csv(DEMO_RUN / "sweep.csv")
-    assert [float(row["lambda_sparsity"]) for row in sweep] == list(config.lambda_sparsity)
+    members = make_groups(config.plan(), d_model=128)
+    assert [row["member"] for row in sweep] == [m.name for group in members for m in group]
     held_out = {
         row["member"]: row
         for row in read_csv(DEMO_RUN / "eval.csv")
         if int(row["step"]) == config.num_steps
     }
     header, *lines = blocks("text")[0].splitlines()
-    assert " ".join(header.split()) == "member λ MSE L0 FVU dead val L0 val FVU status"
+    assert " ".join(header.split()) == "member MSE L0 FVU dead val L0 val FVU status"
     for line, row in zip(lines, sweep, strict=True):
         expected = [
             row["member"],
-            f"{float(row['lambda_sparsity']):g}",
             f"{float(row['mse']):.4g}",
             f"{float(row['l0']):.1f}",
             f"{float(row['fvu']):.3f}",
@@ -321,8 +322,8 @@ def test_readme_shows_the_demo_run():
             row["status"],
         ]
         assert line.split() == expected
-    assert "activations, six SAEs" in README
-    assert len(sweep) == 6
+    assert "activations, ten SAEs" in README
+    assert len(sweep) == 10
 
 
 DEMO_STEPS = """

@@ -22,7 +22,7 @@ from minsae_jax.evaluation.config import Band
 from minsae_jax.files import foreign_entries, replaced_folder
 from minsae_jax.report.describe import FeatureCard
 from minsae_jax.report.naming import LABELS_CSV
-from minsae_jax.sae.hyper import Hyper, sparsity
+from minsae_jax.sae.hyper import SPARSITY, Hyper, sparsity, value_text
 
 ASSETS = Path(__file__).parent / "assets"
 PAGE_FILES = ("index.html", "report.css", "report.js", "figures.js")
@@ -53,9 +53,18 @@ class MemberRow:
     recommended: bool
 
     def to_record(self) -> dict[str, str | float | bool]:
-        """Return JSON values, with the member's sparsity setting under its name."""
+        """Return JSON values, with the member's sparsity setting under its name.
+
+        Members of the same `line` differ in their sparsity setting only.
+        """
         setting = sparsity(self.hyper)
-        record: dict[str, str | float | bool] = {"name": self.name}
+        others = [value_text(v) for name, v in self.hyper.items() if name not in SPARSITY]
+        kind = str(self.hyper.get("kind", "relu"))
+        record: dict[str, str | float | bool] = {
+            "name": self.name,
+            "kind": kind,
+            "line": ",".join(others),
+        }
         if setting is not None:
             name, value = setting
             record[name] = value

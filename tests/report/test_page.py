@@ -78,6 +78,8 @@ def test_keys_of_the_data_files(report):
     ]
     assert list(index["meta"]["members"][0]) == [
         "name",
+        "kind",
+        "line",
         "lambda_sparsity",
         "l0",
         "fvu",

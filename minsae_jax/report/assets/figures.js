@@ -133,28 +133,48 @@ function drawPosition(shares, seconds) {
 // Settings that control sparsity, and how each is written: the one that a member has is its label.
 const SPARSITY = { lambda_sparsity: "λ", k: "k", target_l0: "target L0" };
 
+const N_COLOURS = 6;
+
+/** Return an axis from 0, or a logarithmic one if the values span more than a decade. */
+function paretoAxis(label, least, most) {
+  const log = least > 0 && most > 10 * least;
+  return { label, log, from: log ? 0.8 * least : 0, to: (log ? 1.5 : 1.12) * most };
+}
+
 function drawPareto(all) {
   const members = all.filter((m) => !missing(m.l0) && !missing(m.fvu));
   if (!members.length) return () => "";
   const l0 = members.map((m) => m.l0);
   const [least, most] = [Math.min(...l0), Math.max(...l0)];
-  const log = least > 0 && most > 20 * least;
-  const x = { label: "L0: active features per token", log, from: log ? 0.8 * least : 0, to: (log ? 1.5 : 1.12) * most };
-  const y = { label: "FVU: fraction of variance unexplained", from: 0, to: 1.12 * Math.max(...members.map((m) => m.fvu)) };
+  const fvu = members.map((m) => m.fvu);
+  const x = paretoAxis("L0: active features per token", least, most);
+  const y = paretoAxis("FVU: fraction of variance unexplained", Math.min(...fvu), Math.max(...fvu));
+  const kinds = [...new Set(members.map((m) => m.kind))];
+  const colour = (m) => `kind-${kinds.indexOf(m.kind) % N_COLOURS}`;
   return (width) => {
-    const { root, sx, sy } = axes(width, 210, x, y);
-    for (const size of new Set(members.map((m) => m.d_sae))) {
-      const path = members.filter((m) => m.d_sae === size).sort((a, b) => a.l0 - b.l0);
-      root.append(svg("path", { class: "curve faint", d: line(path.map((m) => [sx(m.l0), sy(m.fvu)])) }));
+    const { root, sx, sy, box } = axes(width, 210, x, y);
+    for (const name of new Set(members.map((m) => m.line))) {
+      const path = members.filter((m) => m.line === name).sort((a, b) => a.l0 - b.l0);
+      const d = line(path.map((m) => [sx(m.l0), sy(m.fvu)]));
+      root.append(svg("path", { class: `curve faint ${colour(path[0])}`, d }));
     }
-    for (const m of members) {
+    if (kinds.length > 1) {
+      for (const [i, kind] of kinds.entries()) {
+        root.append(text(box.right, box.top + 6 + 13 * i, "end", kind, colour({ kind })));
+      }
+    }
+    const labels = [];
+    // The chosen member first, so that no other label takes its place.
+    for (const m of members.toSorted((a, b) => b.recommended - a.recommended)) {
       const [cx, cy] = [sx(m.l0), sy(m.fvu)];
       const tip = svg("title", {}, `${m.name}: L0 ${number(m.l0)}, FVU ${number(m.fvu)}`);
       if (m.recommended) root.append(svg("circle", { cx, cy, r: 8.5, class: "ring" }));
-      root.append(svg("circle", { cx, cy, r: m.recommended ? 5 : 4, class: m.recommended ? "chosen" : "point" }, tip));
+      root.append(svg("circle", { cx, cy, r: m.recommended ? 5 : 4, class: m.recommended ? "chosen" : `point ${colour(m)}` }, tip));
       const setting = Object.keys(SPARSITY).find((key) => !missing(m[key]));
       const symbol = m.recommended && setting ? `${SPARSITY[setting]} = ` : "";
       const name = `${symbol}${short(m[setting])}`;
+      if (labels.some((at) => Math.abs(at.cx - cx) < 24 && Math.abs(at.cy - cy) < 12)) continue;
+      labels.push({ cx, cy });
       root.append(text(cx + 10, cy - 6, "start", name, m.recommended ? "strong" : ""));
     }
     return root;
