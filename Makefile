@@ -75,6 +75,8 @@ test-all: $(BRAINDECODE) ## run all tests, as CI does
 
 $(BRAINDECODE): pyproject.toml | $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[braindecode]"
+	@# The torchaudio that comes along needs CUDA; beside a torch for CPUs it breaks transformers.
+	@$(BIN)/python -c 'import torchaudio' 2> /dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchaudio
 	@touch $@
 
 check: $(SETUP) ## format, lint and types
