@@ -54,7 +54,7 @@ class ParetoPoint:
 
 
 class LineKey(NamedTuple):
-    """What the members of a line of a Pareto plot have in common."""
+    """Settings shared by the members of a line of a Pareto plot."""
 
     kind: str  # "" if unknown
     others: str  # varied settings but kind and sparsity, as a label

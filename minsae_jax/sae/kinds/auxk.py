@@ -1,4 +1,4 @@
-"""AuxK: dead features learn to reconstruct what the others leave (Gao et al. 2024, section A.2)."""
+"""AuxK: dead features learn to reconstruct the residual (Gao et al. 2024, section A.2)."""
 
 import jax
 import jax.numpy as jnp
