@@ -8,6 +8,7 @@ functions here join them.
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,10 +104,8 @@ def prepare(config: PrepareConfig) -> "Prepared":
     Requires MNE (pip install "minsae_jax[eeg]"). Recordings that are up to date are kept. Raises
     UserError if there are no EEG files, or, unless bad recordings are skipped, if one is bad.
     """
-    try:
-        import mne  # noqa: F401
-    except ImportError:
-        raise UserError('prepare requires MNE: pip install "minsae_jax[eeg]"') from None
+    if find_spec("mne") is None:
+        raise UserError('prepare requires MNE: pip install "minsae_jax[eeg]"')
     from minsae_jax.eeg.prepare import prepare as preparation
 
     return preparation.prepare(config)

@@ -21,7 +21,7 @@ TOKENS = "tokens.npz"
 class TokenGrid:
     """Place of every token of a sequence; -1 where a token has none.
 
-    channel: column of the recording. A token without a channel of its own has that of its sequence
+    channel: column of the recording. A token without a channel (-1) has that of its sequence
     (an encoder that makes one sequence of each channel), or covers all channels.
     first, last: first and last sample in the window. A CLS token has neither. A patch that was
     padded can end after the window.

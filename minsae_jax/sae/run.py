@@ -167,7 +167,7 @@ class RunMember:
     folder: Path
     hyper: dict[str, float | str]
     metrics: Metrics  # of the last log interval
-    held_out: Metrics  # of the last measurement on held-out tokens; empty without such a store
+    held_out: Metrics  # of the last measurement on held-out tokens; empty if there are none
     status: str  # finished, or diverged
 
     def load(self) -> SparseAutoencoder:

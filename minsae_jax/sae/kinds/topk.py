@@ -96,17 +96,19 @@ class TopK(LinearSAE):
         objective: Objective,
         context: BatchContext,
     ) -> tuple[LinearSums, Float[Array, "d_model tile"]]:
+        d_sae = len(weights.w_dec)
+        k_max = d_sae if self.k_max is None else self.k_max
+        is_dense = d_sae < self.min_ratio * k_max
         is_rounded = objective.factors != "float32"
-        is_dense = self.k_max is None or len(weights.w_dec) < self.min_ratio * self.k_max
         # Accelerators have fast products, and their order of scattered sums is not fixed.
-        if self.k_max is None or is_dense or is_rounded or not on_cpu():
+        if is_dense or is_rounded or not on_cpu():
             return super().add_tile(sums, weights, vectors, tile, hyper, objective, context)
         # B tokens of the tile, K active features of each, D d_model
         x_BxD = tile.x
         mask = jnp.ones(len(x_BxD)) if tile.is_token is None else tile.is_token
         pre_BxF = product(x_BxD, weights.w_enc_T.T) + weights.b_enc[None]
-        largest_BxK, indices = jax.lax.top_k(pre_BxF, self.k_max)
-        is_kept = jnp.arange(self.k_max, dtype=jnp.float32) < hyper["k"]
+        largest_BxK, indices = jax.lax.top_k(pre_BxF, k_max)
+        is_kept = jnp.arange(k_max, dtype=jnp.float32) < hyper["k"]
         f_BxK = jnp.where(is_kept[None], jax.nn.relu(largest_BxK), 0) * mask[:, None]
         rows_BxKxD = weights.w_dec[indices]
         x_hat_BxD = jnp.einsum("bk,bkd->bd", f_BxK, rows_BxKxD) + weights.b_dec[None]
