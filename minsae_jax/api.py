@@ -104,7 +104,7 @@ def prepare(config: PrepareConfig) -> "Prepared":
     Requires MNE (pip install "minsae_jax[eeg]"). Recordings that are up to date are kept. Raises
     UserError if there are no EEG files, or, unless bad recordings are skipped, if one is bad.
     """
-    if find_spec("mne") is None:
+    if find_spec("mne") is None or find_spec("threadpoolctl") is None:
         raise UserError('prepare requires MNE: pip install "minsae_jax[eeg]"')
     from minsae_jax.eeg.prepare import prepare as preparation
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from threadpoolctl import threadpool_limits
+
 from minsae_jax.eeg.description import Position, RecordingDescription, Unit
 from minsae_jax.eeg.events import Event
 from minsae_jax.eeg.montage import canonical
@@ -83,7 +85,10 @@ def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Reje
     stamp = stamp_of(source)
     try:
         file = open_file(source.path)
-        return _prepare(source, file, plan, folder, stamp)
+        # The products are small: threads of BLAS cost more than they save, and with --jobs they
+        # take the cores of the other processes.
+        with threadpool_limits(1):
+            return _prepare(source, file, plan, folder, stamp)
     except _SkippedError as e:
         return Rejected(source, str(e), is_bad=False)
     except BadRecordingError as e:
