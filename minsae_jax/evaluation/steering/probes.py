@@ -1,0 +1,234 @@
+"""Linear probes for labelled events on the last layer's activations.
+
+A span (an event, or a stretch without one) is read by the mean of the last layer's activations over
+the tokens that it touches on its channels. A probe for a kind of event is a logistic regression on
+these means, fitted on the val patients with untouched activations. On the test patients it then
+reads steered activations, so that it is downstream of every layer that is steered.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.events import (
+    LabelledEvent,
+    auc,
+    draw_spans,
+    fit_probe,
+    read_events,
+    tokens_of,
+)
+from minsae_jax.evaluation.inputs import EvaluationInputs
+from minsae_jax.evaluation.steering.edit import Place, SteeredEncoder
+
+MAX_SPANS = 2000  # per kind
+
+
+@dataclass(frozen=True)
+class ProbeReading:
+    """What the probe for one kind of event reads on the test patients, at one scale."""
+
+    kind: str
+    # AUC over the kind's own spans
+    auc: float
+    # Share of the kind's own events that the probe takes for one
+    positive_rate: float
+    # Change of the logit, mean over the target's events, in SD of the probe's untouched logits over
+    # its own spans
+    change: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """The kind of event that the steered features detect best on the val patients."""
+
+    kind: str
+    # The best of the steered features
+    feature: int
+    # AUC of its largest activation within a span
+    val_auc: float
+    test_auc: float
+
+
+@dataclass(frozen=True)
+class LabelledSpans:
+    """Spans of all kinds, and the tokens that they touch."""
+
+    # Of every span
+    kind: Int[np.ndarray, " spans"]
+    is_event: Bool[np.ndarray, " spans"]
+    # Windows that contain tokens of the spans
+    places: list[Place]
+    # Of every token that a span touches, by window
+    span: Int[np.ndarray, " touched"]
+    place: Int[np.ndarray, " touched"]
+    sequence: Int[np.ndarray, " touched"]
+    token: Int[np.ndarray, " touched"]
+
+
+class SpanValues(NamedTuple):
+    """Values of spans at some scales."""
+
+    # Last layer, mean over the span's tokens
+    last: Float[np.ndarray, "spans variants d_model"]
+    # Steered features at their layer, largest over the span's tokens
+    strongest: Float[np.ndarray, "spans features"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The fitted probe for one kind of event."""
+
+    kind: str
+    # Of the kind in LabelledSpans
+    number: int
+    # From the last layer's means to logits
+    logits: Callable[[np.ndarray], np.ndarray]
+    # AUC of each feature on the val patients, by its largest activation within a span
+    val_aucs: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The probes for all kinds of event, and the spans of the test patients."""
+
+    probes: tuple[Probe, ...]
+    test: LabelledSpans
+
+
+def make_probes(
+    inputs: EvaluationInputs, steered: SteeredEncoder, features: Sequence[int], seed: int
+) -> Probes | None:
+    """Fit the probes on the val patients; None without labelled events.
+
+    features: those that will be steered. Kinds without spans of both classes on val and test are
+    left out.
+    """
+    if inputs.val is None or not inputs.has_events:
+        return None
+    events = read_events(inputs.test.folder)
+    val = _locate_spans(inputs.val, events, seed)
+    test = _locate_spans(inputs.test, events, seed)
+    values = read_spans(steered, val, features, [])
+    probes = []
+    for number, kind in enumerate(sorted(events)):
+        of_kind = val.kind == number
+        is_event = val.is_event[of_kind]
+        if len(np.unique(is_event)) < 2 or len(np.unique(test.is_event[test.kind == number])) < 2:
+            continue
+        logits = fit_probe(values.last[of_kind, 0].astype(np.float64), is_event)
+        aucs = auc(values.strongest[of_kind], is_event).tolist()
+        probes.append(Probe(kind, number, logits, dict(zip(features, aucs, strict=True))))
+    return Probes(tuple(probes), test) if probes else None
+
+
+def _locate_spans(
+    dataset: Dataset, events: Mapping[str, list[LabelledEvent]], seed: int
+) -> LabelledSpans:
+    """Draw spans of each kind, up to MAX_SPANS, and find their tokens."""
+    n_spans = 0
+    kind_of_span: list[int] = []
+    is_event: list[bool] = []
+    touched = []
+    for number, kind in enumerate(sorted(events)):
+        spans = draw_spans(dataset, events[kind], seed)
+        chosen = np.random.default_rng(seed).permutation(len(spans))[:MAX_SPANS]
+        for i in np.sort(chosen).tolist():
+            sequences, tokens = tokens_of(dataset, spans[i])
+            if not len(sequences):
+                continue
+            touched.append(np.stack([np.full(len(tokens), n_spans), sequences, tokens]))
+            kind_of_span.append(number)
+            is_event.append(spans[i].is_event)
+            n_spans += 1
+    columns = [np.zeros((3, 0), np.int64), *touched]
+    span, sequence, token = np.concatenate(columns, axis=1).astype(np.int64)
+    windows = np.stack([dataset.recording[sequence], dataset.window[sequence]])
+    distinct, place = np.unique(windows, axis=1, return_inverse=True)
+    places = [Place(dataset.recordings[recording], int(w)) for recording, w in distinct.T]
+    order = np.argsort(place, kind="stable")
+    return LabelledSpans(
+        kind=np.array(kind_of_span, np.int64),
+        is_event=np.array(is_event, bool),
+        places=places,
+        span=span[order],
+        place=place[order],
+        # A sequence is a channel of its window, or all of it.
+        sequence=np.maximum(dataset.channel[sequence], 0)[order].astype(np.int64),
+        token=token[order],
+    )
+
+
+def read_spans(
+    steered: SteeredEncoder,
+    spans: LabelledSpans,
+    features: Sequence[int],
+    scales: Sequence[float],
+) -> SpanValues:
+    """Run all windows of the spans; the first variant is scale 1, then `scales` follow."""
+    n_spans = len(spans.kind)
+    last = np.zeros((n_spans, 1 + len(scales), steered.sae.d_model), np.float32)
+    strongest = np.zeros((n_spans, len(features)), np.float32)
+    for windows in steered.run(spans.places, features, scales):
+        stop = windows.start + len(windows.hidden)
+        rows = slice(*np.searchsorted(spans.place, [windows.start, stop]))
+        place = spans.place[rows] - windows.start
+        sequence = spans.sequence[rows]
+        token = spans.token[rows]
+        values = steered.sae.encode_features(windows.hidden, features)
+        np.maximum.at(strongest, spans.span[rows], values[place, sequence, token])
+        for variant in range(last.shape[1]):
+            z = windows.last[place, variant, sequence, token]
+            np.add.at(last[:, variant], spans.span[rows], z)
+    n_tokens = np.bincount(spans.span, minlength=n_spans)
+    return SpanValues(last / n_tokens[:, None, None].astype(np.float32), strongest)
+
+
+def find_target(
+    probes: Probes, features: Sequence[int], values: SpanValues, kind: str | None = None
+) -> Target:
+    """Return the kind that any of the features detects best on the val patients, or `kind`.
+
+    values: of the test spans and these features.
+    """
+    candidates = []
+    for probe in probes.probes:
+        if kind in (None, probe.kind):
+            candidates += [(probe.val_aucs[feature], feature, probe) for feature in features]
+    val_auc, feature, probe = max(candidates, key=lambda candidate: candidate[0])
+    of_kind = probes.test.kind == probe.number
+    strongest = values.strongest[of_kind][:, [features.index(feature)]]
+    (test_auc,) = auc(strongest, probes.test.is_event[of_kind])
+    return Target(probe.kind, feature, val_auc, float(test_auc))
+
+
+def read_probes(
+    probes: Probes, values: SpanValues, target: Target
+) -> list[tuple[ProbeReading, ...]]:
+    """Return the readings of all probes for each variant: scale 1 first, then the scales."""
+    spans = probes.test
+    n_variants = values.last.shape[1]
+    numbers = {probe.kind: probe.number for probe in probes.probes}
+    is_target = (spans.kind == numbers[target.kind]) & spans.is_event
+    readings: list[list[ProbeReading]] = [[] for _ in range(n_variants)]
+    for probe in probes.probes:
+        of_kind = spans.kind == probe.number
+        is_event = spans.is_event[of_kind]
+        logits = probe.logits(values.last[of_kind].astype(np.float64))
+        on_target = probe.logits(values.last[is_target].astype(np.float64))
+        changes = (on_target - on_target[:, :1]).mean(axis=0) / logits[:, 0].std()
+        aucs = auc(logits, is_event)
+        positive_rates = (logits[is_event] > 0).mean(axis=0)
+        for variant in range(n_variants):
+            reading = ProbeReading(
+                kind=probe.kind,
+                auc=float(aucs[variant]),
+                positive_rate=float(positive_rates[variant]),
+                change=float(changes[variant]),
+            )
+            readings[variant].append(reading)
+    return [tuple(of_variant) for of_variant in readings]

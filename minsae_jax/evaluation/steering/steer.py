@@ -1,0 +1,265 @@
+"""`minsae steer`: scale features of an SAE at its layer, and measure what changes downstream."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from minsae_jax.eeg.recordings import load_recording
+from minsae_jax.encoder.base import BaseEncoder
+from minsae_jax.errors import UserError
+from minsae_jax.evaluation.config import Band
+from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.inputs import EvaluationInputs, Member, open_inputs
+from minsae_jax.evaluation.steering.config import SteerConfig
+from minsae_jax.evaluation.steering.edit import Place, SteeredEncoder
+from minsae_jax.evaluation.steering.output import WindowChanges, measure_windows
+from minsae_jax.evaluation.steering.probes import (
+    ProbeReading,
+    Probes,
+    find_target,
+    make_probes,
+    read_probes,
+    read_spans,
+)
+from minsae_jax.evaluation.steering.results import Effect, Steering
+from minsae_jax.monitor import progress
+from minsae_jax.sae.config import TrainConfig
+from minsae_jax.settings import did_you_mean
+
+BATCH_SEQUENCES = 512
+MAX_WINDOWS_PER_RECORDING = 2
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What steering of any features of one member has in common."""
+
+    inputs: EvaluationInputs
+    member: Member
+    steered: SteeredEncoder
+    probes: Probes | None
+    bands: tuple[Band, ...]
+
+
+def steer(
+    settings: SteerConfig, encoder: BaseEncoder, train_config: TrainConfig | None = None
+) -> Steering:
+    """Steer features of a member of a run, and write the files of the result into the run.
+
+    train_config: settings of the run, read from it unless passed. Raises UserError if run, stores,
+    encoder and recordings do not belong together, or if there is no such member, feature, recording
+    or window, or a feature is not active there.
+    """
+    member_name = settings.member or _recommended(Path(settings.run))
+    inputs = open_inputs(settings.inputs_of(member_name), encoder, train_config)
+    (member,) = inputs.members
+    features = settings.feature
+    _check_features(member, features)
+    steered = SteeredEncoder(encoder, inputs.test, inputs.layer, member.sae)
+    places = _choose_places(settings, steered)
+    probes = make_probes(inputs, steered, features, settings.seed)
+    bands = settings.inputs_of(member_name).band_limits()
+    context = _Context(inputs, member, steered, probes, bands)
+    steering = _steer_features(context, features, settings.scale, places)
+    steering.write()
+    return steering
+
+
+def steer_best(
+    inputs: EvaluationInputs,
+    member: Member,
+    features: Mapping[str, int],
+    scales: Sequence[float] = (0.0, 2.0),
+    windows: int = 8,
+    bands: Sequence[Band] = (),
+    seed: int = 0,
+) -> dict[str, Steering]:
+    """Steer the best feature of each kind of event, as `steer` does, and write nothing.
+
+    features: by kind, such as {kind: score.feature} of the member's scores in an evaluation; the
+    kind is the target. Features that are active on no test token are left out, and so are kinds
+    without a probe. Raises UserError if the encoder cannot run from a layer on.
+    """
+    assert inputs.encoder is not None, "steering requires the encoder"
+    steered = SteeredEncoder(inputs.encoder, inputs.test, inputs.layer, member.sae)
+    distinct = sorted(set(features.values()))
+    probes = make_probes(inputs, steered, distinct, seed)
+    if probes is None:
+        return {}
+    context = _Context(inputs, member, steered, probes, tuple(bands))
+    maxima = _sequence_maxima(steered, distinct)
+    results = {}
+    for kind in sorted(features.keys() & {probe.kind for probe in probes.probes}):
+        strength = maxima[:, distinct.index(features[kind])]
+        if strength.any():
+            places = _strongest_places(inputs.test, strength, windows)
+            results[kind] = _steer_features(context, (features[kind],), scales, places, kind)
+    return results
+
+
+def _recommended(run: Path) -> str:
+    """Return the name of the recommended member. Raises UserError before an evaluation."""
+    path = run / "evaluation.json"
+    if not path.is_file():
+        raise UserError(f"{run} has no evaluation.json; set --member, or run evaluate first")
+    return json.loads(path.read_text())["recommended"]
+
+
+def _check_features(member: Member, features: Sequence[int]) -> None:
+    for feature in features:
+        if feature >= member.sae.d_sae:
+            raise UserError(
+                f"there is no feature {feature}: {member.name} has the features 0 to "
+                f"{member.sae.d_sae - 1}"
+            )
+
+
+def _steer_features(
+    context: _Context,
+    features: Sequence[int],
+    scales: Sequence[float],
+    places: Sequence[Place],
+    kind: str | None = None,
+) -> Steering:
+    """Steer features, all at once. kind: the target; by default the one that they detect best."""
+    changes = measure_windows(context.steered, places, features, scales, context.bands)
+    readings: list[tuple[ProbeReading, ...]] = [()] * (1 + len(scales))
+    target = None
+    if context.probes is not None:
+        values = read_spans(context.steered, context.probes.test, features, scales)
+        target = find_target(context.probes, features, values, kind)
+        readings = read_probes(context.probes, values, target)
+    effects = _effects([1.0, *scales], changes, readings)
+    dataset = context.inputs.test
+    is_normalized = dataset.store.require_manifest().data["revin"]
+    names = dataset.channel_names or tuple(map(str, range(dataset.n_vars)))
+    return Steering(
+        run=str(context.inputs.run),
+        member=context.member.name,
+        layer=context.inputs.layer,
+        features=tuple(features),
+        windows=tuple(places),
+        n_tokens=changes.n_tokens,
+        n_affected=changes.n_affected,
+        unit="SD of the window" if is_normalized else dataset.description.unit,
+        sampling_rate=dataset.sampling_rate,
+        channels=names,
+        positions=dataset.positions,
+        hz=changes.hz,
+        r=changes.r if changes.reconstructions else None,
+        target=target,
+        untouched=effects[0],
+        effects=tuple(effects[1:]),
+        examples=changes.examples,
+    )
+
+
+def _effects(
+    scales: Sequence[float],
+    changes: WindowChanges,
+    readings: Sequence[tuple[ProbeReading, ...]],
+) -> list[Effect]:
+    effects = []
+    for i, scale in enumerate(scales):
+        effect = Effect(
+            scale=scale,
+            last_layer=float(changes.last[i]),
+            last_layer_elsewhere=float(changes.last_elsewhere[i]),
+            reconstruction=changes.reconstructions[i] if changes.reconstructions else None,
+            probes=readings[i],
+        )
+        effects.append(effect)
+    return effects
+
+
+def _choose_places(settings: SteerConfig, steered: SteeredEncoder) -> list[Place]:
+    """Return the windows that the settings name, or those where the features are strongest.
+
+    Raises UserError if a feature is active on no token of the windows to choose from.
+    """
+    features = settings.feature
+    norms = np.linalg.norm(steered.sae.decoder_directions[list(features)], axis=1)
+    if settings.recording is None:
+        maxima = _sequence_maxima(steered, features)
+        _check_active(features, maxima, "any token of the test patients")
+        return _strongest_places(steered.dataset, maxima @ norms, settings.windows)
+    places = _places_of(settings.recording, settings.window, steered.dataset)
+    maxima = np.zeros((len(places), len(features)), np.float32)
+    for windows in steered.run(places, features, []):
+        activations = steered.sae.encode_features(windows.hidden, features)
+        maxima[windows.start : windows.start + len(activations)] = activations.max(axis=(1, 2))
+    _check_active(features, maxima, f"the chosen windows of {settings.recording}")
+    if settings.window:
+        return places
+    strongest = np.argsort(-(maxima @ norms), kind="stable")[: settings.windows]
+    return [places[i] for i in np.sort(strongest)]
+
+
+def _check_active(
+    features: Sequence[int], maxima: Float[np.ndarray, "n features"], where: str
+) -> None:
+    for feature, of_feature in zip(features, maxima.T, strict=True):
+        if not (of_feature > 0).any():
+            raise UserError(f"feature {feature} is not active on {where}; choose another --feature")
+
+
+def _places_of(name: str, windows: Sequence[int], dataset: Dataset) -> list[Place]:
+    """Return windows of a recording, all by default. Raises UserError if there is none."""
+    path = dataset.folder / name
+    if path.suffix != ".npy" or not path.is_file():
+        known = [other.name for other in dataset.folder.glob("*.npy")]
+        raise UserError(
+            f"there is no recording {name} in {dataset.folder}" + did_you_mean(name, known)
+        )
+    recording = load_recording(path)
+    if recording.shape[1] != dataset.n_vars:
+        raise UserError(
+            f"{name} has {recording.shape[1]} channels, but the encoder expects {dataset.n_vars}"
+        )
+    n_windows = len(recording) // dataset.seq_len
+    for window in windows:
+        if window >= n_windows:
+            raise UserError(f"there is no window {window}: {name} has {n_windows}, from 0")
+    if not n_windows:
+        raise UserError(f"{name} is shorter than a window of {dataset.seq_len} samples")
+    return [Place(name, window) for window in windows or range(n_windows)]
+
+
+def _sequence_maxima(
+    steered: SteeredEncoder, features: Sequence[int]
+) -> Float[np.ndarray, "sequences features"]:
+    """Return the largest activation of each feature in every sequence of the test store."""
+    dataset = steered.dataset
+    maxima = np.zeros((len(dataset.recording), len(features)), np.float32)
+    with progress("find windows", len(maxima), "sequences", delay=2.0) as bar:
+        for start, x in dataset.batches(BATCH_SEQUENCES):
+            activations = steered.sae.encode_features(x, features)
+            maxima[start : start + len(x)] = activations.max(axis=1)
+            bar.advance(len(x))
+    return maxima
+
+
+def _strongest_places(
+    dataset: Dataset, strength: Float[np.ndarray, " sequences"], count: int
+) -> list[Place]:
+    """Return the strongest windows, at most two of a recording.
+
+    Recordings with shifted columns come last, since the names of their channels are wrong.
+    """
+    order = np.lexsort([-strength, dataset.shifted[dataset.recording]])
+    n_of_recording = np.zeros(len(dataset.recordings), np.int64)
+    places: list[Place] = []
+    for sequence in order[strength[order] > 0]:
+        recording = int(dataset.recording[sequence])
+        place = Place(dataset.recordings[recording], int(dataset.window[sequence]))
+        if place in places or n_of_recording[recording] == MAX_WINDOWS_PER_RECORDING:
+            continue
+        places.append(place)
+        n_of_recording[recording] += 1
+        if len(places) == count:
+            break
+    return places
