@@ -1,8 +1,8 @@
 """The edit of a layer's activations, and the encoder from that layer on.
 
-The activations of some features are multiplied by a scale, and the difference is added to x:
+The activations of some features are multiplied by scales, and the difference is added to x:
 
-    x' = x + Σ_i (scale - 1) f_i(x) W_dec,i
+    x' = x + Σ_i (scale_i - 1) f_i(x) W_dec,i
 
 This is x̂' + (x - x̂): the reconstruction from the scaled features, with the SAE's error added back.
 Scale 1 is therefore the model itself, bit for bit, and scale 0 removes what the features write.
@@ -39,10 +39,13 @@ class Place(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """The features of an SAE that are scaled, and the scales, each of which is a variant."""
+    """The features of an SAE that are scaled."""
 
+    # Of the SAE
     params: Any
+    # Indices of the features [n]
     features: Any
+    # Of every feature in every variant [variants, n]
     scales: Any
 
 
@@ -72,8 +75,8 @@ class SteeredEncoder:
 
         def scaled(edit: Edit, x: Float[Array, "T d_model"]) -> Float[Array, "variants T d_model"]:
             activations = kind.encode_features(edit.params, x, edit.features)
-            written = activations @ edit.params["W_dec"][edit.features]
-            return x[None] + (edit.scales - 1)[:, None, None] * written[None]
+            changes = (edit.scales - 1)[:, None] * activations[None]
+            return x[None] + changes @ edit.params["W_dec"][edit.features]
 
         options = ComputeOptions(force_revin=dataset.store.require_manifest().data["revin"])
         function = encoder.function_from(layer, scaled, options)
@@ -93,11 +96,16 @@ class SteeredEncoder:
         self._params = jax.device_put((encoder.params, sae.params), replicated(self._mesh))
 
     def run(
-        self, places: Sequence[Place], features: Sequence[int], scales: Sequence[float]
+        self,
+        places: Sequence[Place],
+        features: Sequence[int],
+        scales: Float[np.ndarray, "variants features"],
     ) -> Iterator[SteeredWindows]:
-        """Yield some windows at a time; the variants are scale 1, then `scales`."""
+        """Yield some windows at a time; the variants are scale 1 everywhere, then `scales`."""
         encoder_params, sae_params = self._params
-        edit = Edit(sae_params, np.asarray(features), np.asarray([1, *scales], np.float32))
+        ones = np.ones((1, len(features)))
+        all_scales = np.concatenate([ones, scales]).astype(np.float32)
+        edit = Edit(sae_params, np.asarray(features), all_scales)
         # All batches have one size, so that there is one compilation.
         batch = min(BATCH_WINDOWS, len(places))
         per_device = -(-batch // self._mesh.size)

@@ -80,7 +80,8 @@ def _draw_example(axes: "Axes", steering: Steering) -> None:
         axes.plot(seconds, trace, color=_colour(number), linewidth=1, label=_label(effect))
     axes.legend(frameon=False, fontsize=7, ncols=2)
     channel = steering.channels[example.channel]
-    title = f"{channel}, {example.place.recording.split('_preprocessed')[0]}, window {example.place.window}"
+    recording = example.place.recording.split("_preprocessed")[0]
+    title = f"{channel}, {recording}, window {example.place.window}"
     _finish(axes, title, "time in the window (s)", f"reconstruction ({steering.unit})")
 
 
@@ -165,7 +166,6 @@ def _kinds(axes: "Axes", steering: Steering) -> None:
 
 def _draw_changes(axes: "Axes", steering: Steering) -> None:
     """Draw the changes of all probes as groups of bars."""
-    assert steering.target is not None
     width = 0.8 / len(steering.effects)
     for number, effect in enumerate(steering.effects):
         changes = [reading.change for reading in effect.probes]
@@ -174,7 +174,7 @@ def _draw_changes(axes: "Axes", steering: Steering) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.legend(frameon=False, fontsize=7)
     _kinds(axes, steering)
-    title = f"probes on the test events of {steering.target.kind}"
+    title = "change of each probe on its own test events"
     _finish(axes, title, "", "change of the logit (SD)")
 
 

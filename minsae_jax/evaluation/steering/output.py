@@ -94,10 +94,10 @@ def measure_windows(
     steered: SteeredEncoder,
     places: Sequence[Place],
     features: Sequence[int],
-    scales: Sequence[float],
+    scales: Float[np.ndarray, "variants features"],
     bands: Sequence[Band],
 ) -> WindowChanges:
-    """Run some windows at scale 1 and at each scale, and measure the changes."""
+    """Run some windows at scale 1 and with all scales, and measure the changes."""
     dataset = steered.dataset
     layers = []
     outputs = []

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
 
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.events import (
@@ -37,8 +38,8 @@ class ProbeReading:
     auc: float
     # Share of the kind's own events that the probe takes for one
     positive_rate: float
-    # Change of the logit, mean over the target's events, in SD of the probe's untouched logits over
-    # its own spans
+    # Change of the logit, mean over the kind's own events, in SD of the untouched logits over all
+    # of its spans
     change: float
 
 
@@ -113,7 +114,7 @@ def make_probes(
     events = read_events(inputs.test.folder)
     val = _locate_spans(inputs.val, events, seed)
     test = _locate_spans(inputs.test, events, seed)
-    values = read_spans(steered, val, features, [])
+    values = read_spans(steered, val, features, np.ones((0, len(features))))
     probes = []
     for number, kind in enumerate(sorted(events)):
         of_kind = val.kind == number
@@ -167,11 +168,12 @@ def read_spans(
     steered: SteeredEncoder,
     spans: LabelledSpans,
     features: Sequence[int],
-    scales: Sequence[float],
+    scales: Float[np.ndarray, "variants features"],
 ) -> SpanValues:
-    """Run all windows of the spans; the first variant is scale 1, then `scales` follow."""
+    """Run all windows of the spans; the variants are scale 1 everywhere, then `scales`."""
     n_spans = len(spans.kind)
     last = np.zeros((n_spans, 1 + len(scales), steered.sae.d_model), np.float32)
+    n_tokens = np.bincount(spans.span, minlength=n_spans).astype(np.float32)
     strongest = np.zeros((n_spans, len(features)), np.float32)
     for windows in steered.run(spans.places, features, scales):
         stop = windows.start + len(windows.hidden)
@@ -181,24 +183,30 @@ def read_spans(
         token = spans.token[rows]
         values = steered.sae.encode_features(windows.hidden, features)
         np.maximum.at(strongest, spans.span[rows], values[place, sequence, token])
+        # A matrix of means: a row for each span, a column for each touched token of these windows.
+        n_touched = len(place)
+        weights = 1 / n_tokens[spans.span[rows]]
+        cells = (spans.span[rows], np.arange(n_touched))
+        means = csr_array((weights, cells), shape=(n_spans, n_touched))
         for variant in range(last.shape[1]):
-            z = windows.last[place, variant, sequence, token]
-            np.add.at(last[:, variant], spans.span[rows], z)
-    n_tokens = np.bincount(spans.span, minlength=n_spans)
-    return SpanValues(last / n_tokens[:, None, None].astype(np.float32), strongest)
+            last[:, variant] += means @ windows.last[place, variant, sequence, token]
+    return SpanValues(last, strongest)
 
 
 def find_target(
-    probes: Probes, features: Sequence[int], values: SpanValues, kind: str | None = None
+    probes: Probes,
+    features: Sequence[int],
+    values: SpanValues,
+    choice: tuple[str, int] | None = None,
 ) -> Target:
-    """Return the kind that any of the features detects best on the val patients, or `kind`.
+    """Return the kind and the feature with the largest AUC on the val patients.
 
-    values: of the test spans and these features.
+    values: of the test spans and these features. choice: the kind and the feature, if they are
+    chosen already.
     """
-    candidates = []
-    for probe in probes.probes:
-        if kind in (None, probe.kind):
-            candidates += [(probe.val_aucs[feature], feature, probe) for feature in features]
+    candidates = [(probe.val_aucs[f], f, probe) for probe in probes.probes for f in features]
+    if choice is not None:
+        candidates = [c for c in candidates if (c[2].kind, c[1]) == choice]
     val_auc, feature, probe = max(candidates, key=lambda candidate: candidate[0])
     of_kind = probes.test.kind == probe.number
     strongest = values.strongest[of_kind][:, [features.index(feature)]]
@@ -206,21 +214,15 @@ def find_target(
     return Target(probe.kind, feature, val_auc, float(test_auc))
 
 
-def read_probes(
-    probes: Probes, values: SpanValues, target: Target
-) -> list[tuple[ProbeReading, ...]]:
+def read_probes(probes: Probes, values: SpanValues) -> list[tuple[ProbeReading, ...]]:
     """Return the readings of all probes for each variant: scale 1 first, then the scales."""
-    spans = probes.test
     n_variants = values.last.shape[1]
-    numbers = {probe.kind: probe.number for probe in probes.probes}
-    is_target = (spans.kind == numbers[target.kind]) & spans.is_event
     readings: list[list[ProbeReading]] = [[] for _ in range(n_variants)]
     for probe in probes.probes:
-        of_kind = spans.kind == probe.number
-        is_event = spans.is_event[of_kind]
-        logits = probe.logits(values.last[of_kind].astype(np.float64))
-        on_target = probe.logits(values.last[is_target].astype(np.float64))
-        changes = (on_target - on_target[:, :1]).mean(axis=0) / logits[:, 0].std()
+        of_kind = probes.test.kind == probe.number
+        is_event = probes.test.is_event[of_kind]
+        logits = _logits(probe, values.last[of_kind])
+        changes = (logits - logits[:, :1])[is_event].mean(axis=0) / logits[:, 0].std()
         aucs = auc(logits, is_event)
         positive_rates = (logits[is_event] > 0).mean(axis=0)
         for variant in range(n_variants):
@@ -232,3 +234,11 @@ def read_probes(
             )
             readings[variant].append(reading)
     return [tuple(of_variant) for of_variant in readings]
+
+
+def _logits(
+    probe: Probe, last: Float[np.ndarray, "spans variants d_model"]
+) -> Float[np.ndarray, "spans variants"]:
+    # One variant at a time: equal inputs then have equal logits to the bit.
+    variants = [last[:, i].astype(np.float64) for i in range(last.shape[1])]
+    return np.stack([probe.logits(x) for x in variants], axis=1)

@@ -15,6 +15,8 @@ from minsae_jax.evaluation.steering.probes import ProbeReading, Target
 from minsae_jax.files import replaced_folder
 from minsae_jax.monitor import table
 
+MIN_CHANGE = 0.01  # SD of a probe's logits, below which a ratio of changes is noise
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -33,12 +35,14 @@ class Effect:
     def selectivity(self, target: Target) -> float | None:
         """Return |change| of the target's probe over the largest |change| of another's.
 
-        None if there is no other probe, or nothing changes.
+        None if there is no other probe, or no probe changes by MIN_CHANGE.
         """
         changes = {reading.kind: abs(reading.change) for reading in self.probes}
         of_target = changes.pop(target.kind)
         largest = max(changes.values(), default=0.0)
-        return of_target / largest if largest else None
+        if largest == 0 or max(of_target, largest) < MIN_CHANGE:
+            return None
+        return of_target / largest
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,7 @@ def _explanation(steering: Steering) -> list[str]:
             f"(test AUC {target.test_auc:.3f})"
         )
         lines.append(
-            "columns of events: change of each probe's logit on the target's test events, in SD"
+            "columns of events: change of each probe's logit on its own test events, in SD; "
+            "selectivity: that of the target over the largest of the others"
         )
     return lines

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from minsae_jax.evaluation.steering.edit import Place, SteeredEncoder
 from minsae_jax.evaluation.steering.output import WindowChanges, measure_windows
 from minsae_jax.evaluation.steering.probes import (
     ProbeReading,
-    Probes,
+    Target,
     find_target,
     make_probes,
     read_probes,
@@ -32,17 +31,8 @@ from minsae_jax.settings import did_you_mean
 
 BATCH_SEQUENCES = 512
 MAX_WINDOWS_PER_RECORDING = 2
-
-
-@dataclass(frozen=True)
-class _Context:
-    """What steering of any features of one member has in common."""
-
-    inputs: EvaluationInputs
-    member: Member
-    steered: SteeredEncoder
-    probes: Probes | None
-    bands: tuple[Band, ...]
+# By variant: scale 1, then the scales
+Readings = list[tuple[ProbeReading, ...]]
 
 
 def steer(
@@ -55,16 +45,24 @@ def steer(
     or window, or a feature is not active there.
     """
     member_name = settings.member or _recommended(Path(settings.run))
-    inputs = open_inputs(settings.inputs_of(member_name), encoder, train_config)
+    evaluate_settings = settings.inputs_of(member_name)
+    inputs = open_inputs(evaluate_settings, encoder, train_config)
     (member,) = inputs.members
     features = settings.feature
     _check_features(member, features)
     steered = SteeredEncoder(encoder, inputs.test, inputs.layer, member.sae)
     places = _choose_places(settings, steered)
+    scales = np.repeat(np.array(settings.scale)[:, None], len(features), axis=1)
+    changes = measure_windows(steered, places, features, scales, evaluate_settings.band_limits())
     probes = make_probes(inputs, steered, features, settings.seed)
-    bands = settings.inputs_of(member_name).band_limits()
-    context = _Context(inputs, member, steered, probes, bands)
-    steering = _steer_features(context, features, settings.scale, places)
+    target = None
+    readings: Readings = [()] * (1 + len(scales))
+    if probes is not None:
+        values = read_spans(steered, probes.test, features, scales)
+        target = find_target(probes, features, values)
+        readings = read_probes(probes, values)
+    effects = _effects(settings.scale, changes, readings)
+    steering = _result(inputs, member, features, places, changes, target, effects)
     steering.write()
     return steering
 
@@ -82,7 +80,9 @@ def steer_best(
 
     features: by kind, such as {kind: score.feature} of the member's scores in an evaluation; the
     kind is the target. Features that are active on no test token are left out, and so are kinds
-    without a probe. Raises UserError if the encoder cannot run from a layer on.
+    without a probe; without labelled events there are none. One pass over the test store and one
+    over the windows with labelled spans serve all features. Raises UserError if the encoder cannot
+    run from a layer on.
     """
     assert inputs.encoder is not None, "steering requires the encoder"
     steered = SteeredEncoder(inputs.encoder, inputs.test, inputs.layer, member.sae)
@@ -90,14 +90,26 @@ def steer_best(
     probes = make_probes(inputs, steered, distinct, seed)
     if probes is None:
         return {}
-    context = _Context(inputs, member, steered, probes, tuple(bands))
     maxima = _sequence_maxima(steered, distinct)
+    # A variant for each feature and scale, in which the other features keep scale 1.
+    n_scales = len(scales)
+    variants = np.ones((len(distinct), n_scales, len(distinct)))
+    for i in range(len(distinct)):
+        variants[i, :, i] = scales
+    values = read_spans(steered, probes.test, distinct, variants.reshape(-1, len(distinct)))
+    untouched, *readings = read_probes(probes, values)
     results = {}
     for kind in sorted(features.keys() & {probe.kind for probe in probes.probes}):
-        strength = maxima[:, distinct.index(features[kind])]
-        if strength.any():
-            places = _strongest_places(inputs.test, strength, windows)
-            results[kind] = _steer_features(context, (features[kind],), scales, places, kind)
+        i = distinct.index(features[kind])
+        if not maxima[:, i].any():
+            continue
+        places = _strongest_places(inputs.test, maxima[:, i], windows)
+        feature = (features[kind],)
+        changes = measure_windows(steered, places, feature, np.array(scales)[:, None], bands)
+        of_feature = [untouched, *readings[i * n_scales : (i + 1) * n_scales]]
+        effects = _effects(scales, changes, of_feature)
+        target = find_target(probes, distinct, values, (kind, features[kind]))
+        results[kind] = _result(inputs, member, feature, places, changes, target, effects)
     return results
 
 
@@ -118,36 +130,28 @@ def _check_features(member: Member, features: Sequence[int]) -> None:
             )
 
 
-def _steer_features(
-    context: _Context,
+def _result(
+    inputs: EvaluationInputs,
+    member: Member,
     features: Sequence[int],
-    scales: Sequence[float],
     places: Sequence[Place],
-    kind: str | None = None,
+    changes: WindowChanges,
+    target: Target | None,
+    effects: Sequence[Effect],
 ) -> Steering:
-    """Steer features, all at once. kind: the target; by default the one that they detect best."""
-    changes = measure_windows(context.steered, places, features, scales, context.bands)
-    readings: list[tuple[ProbeReading, ...]] = [()] * (1 + len(scales))
-    target = None
-    if context.probes is not None:
-        values = read_spans(context.steered, context.probes.test, features, scales)
-        target = find_target(context.probes, features, values, kind)
-        readings = read_probes(context.probes, values, target)
-    effects = _effects([1.0, *scales], changes, readings)
-    dataset = context.inputs.test
+    dataset = inputs.test
     is_normalized = dataset.store.require_manifest().data["revin"]
-    names = dataset.channel_names or tuple(map(str, range(dataset.n_vars)))
     return Steering(
-        run=str(context.inputs.run),
-        member=context.member.name,
-        layer=context.inputs.layer,
+        run=str(inputs.run),
+        member=member.name,
+        layer=inputs.layer,
         features=tuple(features),
         windows=tuple(places),
         n_tokens=changes.n_tokens,
         n_affected=changes.n_affected,
         unit="SD of the window" if is_normalized else dataset.description.unit,
         sampling_rate=dataset.sampling_rate,
-        channels=names,
+        channels=dataset.channel_names or tuple(map(str, range(dataset.n_vars))),
         positions=dataset.positions,
         hz=changes.hz,
         r=changes.r if changes.reconstructions else None,
@@ -158,13 +162,10 @@ def _steer_features(
     )
 
 
-def _effects(
-    scales: Sequence[float],
-    changes: WindowChanges,
-    readings: Sequence[tuple[ProbeReading, ...]],
-) -> list[Effect]:
+def _effects(scales: Sequence[float], changes: WindowChanges, readings: Readings) -> list[Effect]:
+    """Return the effect of scale 1, then those of the scales."""
     effects = []
-    for i, scale in enumerate(scales):
+    for i, scale in enumerate([1.0, *scales]):
         effect = Effect(
             scale=scale,
             last_layer=float(changes.last[i]),
@@ -189,7 +190,7 @@ def _choose_places(settings: SteerConfig, steered: SteeredEncoder) -> list[Place
         return _strongest_places(steered.dataset, maxima @ norms, settings.windows)
     places = _places_of(settings.recording, settings.window, steered.dataset)
     maxima = np.zeros((len(places), len(features)), np.float32)
-    for windows in steered.run(places, features, []):
+    for windows in steered.run(places, features, np.ones((0, len(features)))):
         activations = steered.sae.encode_features(windows.hidden, features)
         maxima[windows.start : windows.start + len(activations)] = activations.max(axis=(1, 2))
     _check_active(features, maxima, f"the chosen windows of {settings.recording}")
