@@ -1,7 +1,7 @@
 """The figure of steering: waveform, spectrum, scalp, an example and the probes for events."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import
 DPI = 130
 MAX_HZ = 45.0
 GREY = "#9aa3a8"
+# Keyword arguments of matplotlib
+Look = dict[str, Any]
+TITLE: Look = {"loc": "left", "fontsize": 9}
+LEGEND: Look = {"frameon": False, "fontsize": 7}
+CENTRED: Look = {"ha": "center", "va": "center", "fontsize": 6}
 
 
 def draw(steering: Steering, folder: Path) -> None:
@@ -61,8 +66,13 @@ def _label(effect: Effect) -> str:
     return "× 0 (ablated)" if effect.scale == 0 else f"× {effect.scale:g}"
 
 
+def _look(number: int, effect: Effect) -> Look:
+    """Return colour and label of an effect, by its number."""
+    return {"color": _colour(number), "label": _label(effect)}
+
+
 def _finish(axes: "Axes", title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", fontsize=9)
+    axes.set_title(title, **TITLE)
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -71,14 +81,14 @@ def _finish(axes: "Axes", title: str, x: str, y: str) -> None:
 def _draw_example(axes: "Axes", steering: Steering) -> None:
     """Draw the EEG and the reconstructions around the strongest token."""
     example = steering.examples[0]
-    seconds = (example.first + np.arange(len(example.eeg))) / steering.sampling_rate
+    samples = example.first + np.arange(len(example.eeg))
+    seconds = samples / steering.sampling_rate
     axes.plot(seconds, example.eeg, color=GREY, linewidth=1, label="EEG")
     axes.plot(seconds, example.traces[0], color="black", linewidth=1, label="untouched")
-    for number, (effect, trace) in enumerate(
-        zip(steering.effects, example.traces[1:], strict=True)
-    ):
-        axes.plot(seconds, trace, color=_colour(number), linewidth=1, label=_label(effect))
-    axes.legend(frameon=False, fontsize=7, ncols=2)
+    for number, effect in enumerate(steering.effects):
+        trace = example.traces[1 + number]
+        axes.plot(seconds, trace, linewidth=1, **_look(number, effect))
+    axes.legend(**LEGEND, ncols=2)
     channel = steering.channels[example.channel]
     recording = example.place.recording.split("_preprocessed")[0]
     title = f"{channel}, {recording}, window {example.place.window}"
@@ -90,9 +100,9 @@ def _draw_waveform(axes: "Axes", steering: Steering) -> None:
         assert effect.reconstruction is not None
         waveform = effect.reconstruction.waveform
         milliseconds = 1000 * np.arange(len(waveform)) / steering.sampling_rate
-        axes.plot(milliseconds, waveform, color=_colour(number), label=_label(effect))
+        axes.plot(milliseconds, waveform, **_look(number, effect))
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(**LEGEND)
     title = f"mean change of a patch ({steering.n_affected:,} tokens)"
     _finish(axes, title, "time in the patch (ms)", f"change ({steering.unit})")
 
@@ -106,9 +116,9 @@ def _draw_spectrum(axes: "Axes", steering: Steering) -> None:
     for number, effect in enumerate(steering.effects):
         assert effect.reconstruction is not None
         power = effect.reconstruction.power[is_shown]
-        axes.plot(hz, power, color=_colour(number), label=_label(effect))
+        axes.plot(hz, power, **_look(number, effect))
     axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(**LEGEND)
     _finish(
         axes,
         "power of the reconstruction, affected channels",
@@ -128,16 +138,19 @@ def _draw_scalp(axes: "Axes", steering: Steering) -> None:
         _finish(axes, title, "channel", "")
         return
     angle = np.linspace(0, 2 * np.pi, 100)
-    axes.plot(1.15 * np.cos(angle), 1.15 * np.sin(angle), color=GREY, linewidth=1)
+    head_x = 1.15 * np.cos(angle)
+    head_y = 1.15 * np.sin(angle)
+    axes.plot(head_x, head_y, color=GREY, linewidth=1)
     axes.plot([-0.12, 0, 0.12], [1.14, 1.28, 1.14], color=GREY, linewidth=1)
     x, y = steering.positions.T
     points = axes.scatter(x, y, c=rms, s=260, cmap="viridis", vmin=0, edgecolors="white")
-    middle = rms.max() / 2
-    for name, place_x, place_y, value in zip(steering.channels, x, y, rms, strict=True):
-        colour = "black" if value > middle else "white"
-        axes.text(place_x, place_y, name, ha="center", va="center", fontsize=6, color=colour)
+    # Dark text on light colours.
+    colours = np.where(rms > rms.max() / 2, "black", "white")
+    for i, name in enumerate(steering.channels):
+        if np.isfinite(x[i]):
+            axes.text(x[i], y[i], name, color=colours[i], **CENTRED)
     axes.figure.colorbar(points, ax=axes, shrink=0.7)
-    axes.set_title(title, loc="left", fontsize=9)
+    axes.set_title(title, **TITLE)
     axes.set_aspect("equal")
     axes.axis("off")
 
@@ -147,10 +160,11 @@ def _draw_last_layer(axes: "Axes", steering: Steering) -> None:
     places = np.arange(len(scales))
     here = [effect.last_layer for effect in steering.effects]
     elsewhere = [effect.last_layer_elsewhere for effect in steering.effects]
-    axes.bar(places - 0.2, here, 0.4, color=COLOURS[0], label="affected tokens")
-    axes.bar(places + 0.2, elsewhere, 0.4, color=GREY, label="other tokens")
+    width = 0.4
+    axes.bar(places - 0.2, here, width, color=COLOURS[0], label="affected tokens")
+    axes.bar(places + 0.2, elsewhere, width, color=GREY, label="other tokens")
     axes.set_xticks(places, scales)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(**LEGEND)
     _finish(axes, "change of the last layer", "scale", "‖change‖ / ‖activation‖")
 
 
@@ -158,7 +172,8 @@ def _kinds(axes: "Axes", steering: Steering) -> None:
     """Label the axis with the kinds of event, the target in bold."""
     assert steering.target is not None
     kinds = [reading.kind for reading in steering.untouched.probes]
-    axes.set_xticks(np.arange(len(kinds)), kinds, rotation=30, ha="right")
+    places = np.arange(len(kinds))
+    axes.set_xticks(places, kinds, rotation=30, ha="right")
     for label in axes.get_xticklabels():
         if label.get_text() == steering.target.kind:
             label.set_fontweight("bold")
@@ -166,13 +181,15 @@ def _kinds(axes: "Axes", steering: Steering) -> None:
 
 def _draw_changes(axes: "Axes", steering: Steering) -> None:
     """Draw the changes of all probes as groups of bars."""
-    width = 0.8 / len(steering.effects)
+    n_effects = len(steering.effects)
+    width = 0.8 / n_effects
     for number, effect in enumerate(steering.effects):
         changes = [reading.change for reading in effect.probes]
-        places = np.arange(len(changes)) + (number - (len(steering.effects) - 1) / 2) * width
-        axes.bar(places, changes, width, color=_colour(number), label=_label(effect))
+        kinds = np.arange(len(changes))
+        shift = (number - (n_effects - 1) / 2) * width
+        axes.bar(kinds + shift, changes, width, **_look(number, effect))
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(**LEGEND)
     _kinds(axes, steering)
     title = "change of each probe on its own test events"
     _finish(axes, title, "", "change of the logit (SD)")
@@ -183,11 +200,12 @@ def _draw_aucs(axes: "Axes", steering: Steering) -> None:
     for number, effect in enumerate(effects):
         aucs = [reading.auc for reading in effect.probes]
         # Side by side, since many are equal.
-        places = np.arange(len(aucs)) + 0.5 * (number / len(effects) - 0.5)
+        shift = 0.5 * (number / len(effects) - 0.5)
+        places = np.arange(len(aucs)) + shift
         colour = "black" if number == 0 else _colour(number - 1)
         label = "untouched" if number == 0 else _label(effect)
         axes.plot(places, aucs, "o", color=colour, markersize=4, label=label)
     axes.axhline(0.5, color=GREY, linewidth=0.8)
-    axes.legend(frameon=False, fontsize=7)
+    axes.legend(**LEGEND)
     _kinds(axes, steering)
     _finish(axes, "AUC of each probe on its own test events", "", "AUC")

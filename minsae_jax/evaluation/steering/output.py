@@ -105,18 +105,22 @@ def measure_windows(
     hz = np.zeros(0)
     for windows in steered.run(places, features, scales):
         strength = steered.strength(windows.hidden, features)
-        for i, place in enumerate(places[windows.start : windows.start + len(strength)]):
-            layers.append(_layer_sums(strength[i], windows.last[i]))
+        for i, of_window in enumerate(strength):
+            layers.append(_layer_sums(of_window, windows.last[i]))
             if windows.patches is None:
                 continue
-            is_affected = strength[i][:, dataset.tokens.located] > 0
-            traces = assemble(dataset, windows.patches[i])
+            place = places[windows.start + i]
             eeg = steered.read_window(place)
-            hz, sums = _output_sums(dataset, is_affected, windows.patches[i], traces, eeg)
+            patches = windows.patches[i]
+            traces = assemble(dataset, patches)
+            is_affected = of_window[:, dataset.tokens.located] > 0
+            hz, sums = _output_sums(dataset, is_affected, patches, traces, eeg)
             outputs.append(sums)
-            examples.append(_cut_example(dataset, place, strength[i], traces, eeg))
+            example = _cut_example(dataset, place, of_window, traces, eeg)
+            examples.append(example)
     layer = _LayerSums(*_total(layers))
-    last = np.sqrt(layer.change_squares / np.maximum(layer.squares, TINY)[:, None])
+    squares = np.maximum(layer.squares, TINY)
+    last = np.sqrt(layer.change_squares / squares[:, None])
     reconstructions: tuple[Reconstruction, ...] = ()
     r = 0.0
     if outputs:
@@ -146,9 +150,12 @@ def _layer_sums(
     last: Float[np.ndarray, "variants sequences n_tokens d_model"],
 ) -> _LayerSums:
     is_affected = strength > 0
-    groups = np.stack([is_affected, ~is_affected]).astype(np.float64)
-    squares = np.square(last[0], dtype=np.float64).sum(-1)
-    change_squares = np.square(last - last[:1], dtype=np.float64).sum(-1)
+    groups = np.stack([is_affected, ~is_affected])
+    groups = groups.astype(np.float64)
+    untouched = last[0].astype(np.float64)
+    squares = np.square(untouched).sum(-1)
+    changes = last.astype(np.float64) - untouched
+    change_squares = np.square(changes).sum(-1)
     return _LayerSums(
         n_tokens=strength.size,
         n_affected=int(is_affected.sum()),
@@ -160,7 +167,8 @@ def _layer_sums(
 def token_channels(dataset: Dataset, n_sequences: int) -> Int[np.ndarray, "sequences n_located"]:
     """Return the channel of each token with samples of a window: its own, or its sequence's."""
     channel = dataset.tokens.channel[dataset.tokens.located]
-    return np.where(channel >= 0, channel, np.arange(n_sequences)[:, None])
+    sequence = np.arange(n_sequences)
+    return np.where(channel >= 0, channel, sequence[:, None])
 
 
 def assemble(
@@ -181,7 +189,8 @@ def assemble(
     traces = np.zeros((n_variants, dataset.n_vars, n_samples))
     for trace, of_variant in zip(traces, patches, strict=True):
         np.add.at(trace, (channel, sample), of_variant)
-    return (traces / np.maximum(count, 1))[:, :, : dataset.seq_len]
+    traces /= np.maximum(count, 1)
+    return traces[:, :, : dataset.seq_len]
 
 
 def _output_sums(
@@ -192,14 +201,13 @@ def _output_sums(
     eeg: Float[np.ndarray, "seq_len n_vars"],
 ) -> tuple[Float[np.ndarray, " n_hz"], _OutputSums]:
     """Return frequencies in Hz, and the sums of one window."""
-    changes = patches[:, is_affected].astype(np.float64) - patches[:1, is_affected]
-    channels = np.unique(token_channels(dataset, len(is_affected))[is_affected])
+    affected = patches[:, is_affected].astype(np.float64)
+    changes = affected - affected[:1]
+    channel_of_token = token_channels(dataset, len(is_affected))
+    channels = np.unique(channel_of_token[is_affected])
     n_segment = min(dataset.seq_len, round(SPECTRUM_SECONDS * dataset.sampling_rate))
     hz, power = welch(traces[:, channels], dataset.sampling_rate, nperseg=n_segment)
-    centred = traces[0] - traces[0].mean(axis=1, keepdims=True)
-    centred_eeg = (eeg - eeg.mean(axis=0)).T.astype(np.float64)
-    norms = np.linalg.norm(centred, axis=1) * np.linalg.norm(centred_eeg, axis=1)
-    correlation = (centred * centred_eeg).sum(axis=1) / np.maximum(norms, TINY)
+    correlation = _correlation(traces[0], eeg.T)
     sums = _OutputSums(
         n_windows=1,
         n_patches=changes.shape[1],
@@ -212,6 +220,18 @@ def _output_sums(
     return hz, sums
 
 
+def _correlation(
+    x: Float[np.ndarray, "n_vars seq_len"], y: Float[np.ndarray, "n_vars seq_len"]
+) -> Float[np.ndarray, " n_vars"]:
+    """Return Pearson's correlation of each channel, 0 for a flat one."""
+    centred_x = x - x.mean(axis=1, keepdims=True)
+    centred_y = y - y.mean(axis=1, keepdims=True)
+    products = (centred_x * centred_y).sum(axis=1)
+    norm_x = np.linalg.norm(centred_x, axis=1)
+    norm_y = np.linalg.norm(centred_y, axis=1)
+    return products / np.maximum(norm_x * norm_y, TINY)
+
+
 def _cut_example(
     dataset: Dataset,
     place: Place,
@@ -220,19 +240,25 @@ def _cut_example(
     eeg: Float[np.ndarray, "seq_len n_vars"],
 ) -> tuple[float, ExampleTrace]:
     """Return the strength of the strongest token of a window, and the traces around it."""
-    located = dataset.tokens.located
-    of_located = strength[:, located]
-    sequence, number = np.unravel_index(np.argmax(of_located), of_located.shape)
-    channel = int(token_channels(dataset, len(strength))[sequence, number])
-    token = located[number]
-    centre = int(dataset.tokens.first[token] + dataset.tokens.last[token]) // 2
+    tokens = dataset.tokens
+    of_located = strength[:, tokens.located]
+    strongest = np.unravel_index(of_located.argmax(), of_located.shape)
+    channels = token_channels(dataset, len(strength))
+    channel = int(channels[strongest])
+    token = tokens.located[strongest[1]]
+    centre = int(tokens.first[token] + tokens.last[token]) // 2
     span = min(dataset.seq_len, round(EXAMPLE_SECONDS * dataset.sampling_rate))
-    first = min(max(0, centre - span // 2), dataset.seq_len - span)
+    last_first = dataset.seq_len - span
+    first = min(max(0, centre - span // 2), last_first)
     samples = slice(first, first + span)
     example = ExampleTrace(
-        place, channel, first, eeg[samples, channel], traces[:, channel, samples]
+        place=place,
+        channel=channel,
+        first=first,
+        eeg=eeg[samples, channel],
+        traces=traces[:, channel, samples],
     )
-    return float(of_located[sequence, number]), example
+    return float(of_located[strongest]), example
 
 
 def _reconstructions(
@@ -248,7 +274,8 @@ def _reconstructions(
         for band in bands:
             is_inside = (hz >= band.low) & (hz < band.high)
             if is_inside.any():
-                untouched = max(float(powers[0, is_inside].sum()), TINY)
-                ratios[band.name] = float(power[is_inside].sum()) / untouched
+                untouched = powers[0, is_inside].sum()
+                in_band = power[is_inside].sum()
+                ratios[band.name] = float(in_band / max(untouched, TINY))
         reconstructions.append(Reconstruction(waveform, power, ratios, of_channels))
     return tuple(reconstructions)

@@ -70,6 +70,10 @@ class LabelledSpans:
     sequence: Int[np.ndarray, " touched"]
     token: Int[np.ndarray, " touched"]
 
+    def has_both(self, kind: int) -> bool:
+        """Whether there are spans of a kind with and without an event."""
+        return len(np.unique(self.is_event[self.kind == kind])) == 2
+
 
 class SpanValues(NamedTuple):
     """Values of spans at some scales."""
@@ -114,43 +118,52 @@ def make_probes(
     events = read_events(inputs.test.folder)
     val = _locate_spans(inputs.val, events, seed)
     test = _locate_spans(inputs.test, events, seed)
-    values = read_spans(steered, val, features, np.ones((0, len(features))))
+    no_scales = np.ones((0, len(features)))
+    values = read_spans(steered, val, features, no_scales)
     probes = []
     for number, kind in enumerate(sorted(events)):
+        if not (val.has_both(number) and test.has_both(number)):
+            continue
         of_kind = val.kind == number
         is_event = val.is_event[of_kind]
-        if len(np.unique(is_event)) < 2 or len(np.unique(test.is_event[test.kind == number])) < 2:
-            continue
-        logits = fit_probe(values.last[of_kind, 0].astype(np.float64), is_event)
-        aucs = auc(values.strongest[of_kind], is_event).tolist()
-        probes.append(Probe(kind, number, logits, dict(zip(features, aucs, strict=True))))
-    return Probes(tuple(probes), test) if probes else None
+        means = values.last[of_kind, 0].astype(np.float64)
+        aucs = auc(values.strongest[of_kind], is_event)
+        val_aucs = dict(zip(features, aucs.tolist(), strict=True))
+        probe = Probe(kind, number, fit_probe(means, is_event), val_aucs)
+        probes.append(probe)
+    if not probes:
+        return None
+    return Probes(tuple(probes), test)
 
 
 def _locate_spans(
     dataset: Dataset, events: Mapping[str, list[LabelledEvent]], seed: int
 ) -> LabelledSpans:
     """Draw spans of each kind, up to MAX_SPANS, and find their tokens."""
-    n_spans = 0
     kind_of_span: list[int] = []
     is_event: list[bool] = []
     touched = []
     for number, kind in enumerate(sorted(events)):
         spans = draw_spans(dataset, events[kind], seed)
-        chosen = np.random.default_rng(seed).permutation(len(spans))[:MAX_SPANS]
-        for i in np.sort(chosen).tolist():
+        order = np.random.default_rng(seed).permutation(len(spans))
+        for i in np.sort(order[:MAX_SPANS]).tolist():
             sequences, tokens = tokens_of(dataset, spans[i])
             if not len(sequences):
                 continue
-            touched.append(np.stack([np.full(len(tokens), n_spans), sequences, tokens]))
+            span_number = np.full(len(tokens), len(kind_of_span))
+            touched.append(np.stack([span_number, sequences, tokens]))
             kind_of_span.append(number)
             is_event.append(spans[i].is_event)
-            n_spans += 1
-    columns = [np.zeros((3, 0), np.int64), *touched]
-    span, sequence, token = np.concatenate(columns, axis=1).astype(np.int64)
+    nothing = np.zeros((3, 0), np.int64)
+    columns = np.concatenate([nothing, *touched], axis=1)
+    span, sequence, token = columns.astype(np.int64)
     windows = np.stack([dataset.recording[sequence], dataset.window[sequence]])
     distinct, place = np.unique(windows, axis=1, return_inverse=True)
-    places = [Place(dataset.recordings[recording], int(w)) for recording, w in distinct.T]
+    places = []
+    for recording, window in distinct.T.tolist():
+        places.append(Place(dataset.recordings[recording], window))
+    # A sequence is a channel of its window, or all of it.
+    within_window = np.maximum(dataset.channel[sequence], 0)
     order = np.argsort(place, kind="stable")
     return LabelledSpans(
         kind=np.array(kind_of_span, np.int64),
@@ -158,8 +171,7 @@ def _locate_spans(
         places=places,
         span=span[order],
         place=place[order],
-        # A sequence is a channel of its window, or all of it.
-        sequence=np.maximum(dataset.channel[sequence], 0)[order].astype(np.int64),
+        sequence=within_window[order].astype(np.int64),
         token=token[order],
     )
 
@@ -172,24 +184,27 @@ def read_spans(
 ) -> SpanValues:
     """Run all windows of the spans; the variants are scale 1 everywhere, then `scales`."""
     n_spans = len(spans.kind)
-    last = np.zeros((n_spans, 1 + len(scales), steered.sae.d_model), np.float32)
-    n_tokens = np.bincount(spans.span, minlength=n_spans).astype(np.float32)
+    n_variants = 1 + len(scales)
+    last = np.zeros((n_spans, n_variants, steered.sae.d_model), np.float32)
+    n_tokens = np.bincount(spans.span, minlength=n_spans)
+    weight = 1 / n_tokens.astype(np.float32)
     strongest = np.zeros((n_spans, len(features)), np.float32)
     for windows in steered.run(spans.places, features, scales):
         stop = windows.start + len(windows.hidden)
-        rows = slice(*np.searchsorted(spans.place, [windows.start, stop]))
+        first, end = np.searchsorted(spans.place, [windows.start, stop])
+        rows = slice(first, end)
+        span = spans.span[rows]
         place = spans.place[rows] - windows.start
         sequence = spans.sequence[rows]
         token = spans.token[rows]
         values = steered.sae.encode_features(windows.hidden, features)
-        np.maximum.at(strongest, spans.span[rows], values[place, sequence, token])
+        np.maximum.at(strongest, span, values[place, sequence, token])
         # A matrix of means: a row for each span, a column for each touched token of these windows.
-        n_touched = len(place)
-        weights = 1 / n_tokens[spans.span[rows]]
-        cells = (spans.span[rows], np.arange(n_touched))
-        means = csr_array((weights, cells), shape=(n_spans, n_touched))
-        for variant in range(last.shape[1]):
-            last[:, variant] += means @ windows.last[place, variant, sequence, token]
+        cells = (span, np.arange(len(span)))
+        means = csr_array((weight[span], cells), shape=(n_spans, len(span)))
+        for variant in range(n_variants):
+            z = windows.last[place, variant, sequence, token]
+            last[:, variant] += means @ z
     return SpanValues(last, strongest)
 
 
@@ -204,14 +219,19 @@ def find_target(
     values: of the test spans and these features. choice: the kind and the feature, if they are
     chosen already.
     """
-    candidates = [(probe.val_aucs[f], f, probe) for probe in probes.probes for f in features]
-    if choice is not None:
-        candidates = [c for c in candidates if (c[2].kind, c[1]) == choice]
-    val_auc, feature, probe = max(candidates, key=lambda candidate: candidate[0])
-    of_kind = probes.test.kind == probe.number
-    strongest = values.strongest[of_kind][:, [features.index(feature)]]
-    (test_auc,) = auc(strongest, probes.test.is_event[of_kind])
-    return Target(probe.kind, feature, val_auc, float(test_auc))
+    val_aucs = {}
+    for probe in probes.probes:
+        for feature in features:
+            val_aucs[probe.kind, feature] = probe.val_aucs[feature]
+    if choice is None:
+        choice = max(val_aucs, key=val_aucs.__getitem__)
+    kind, feature = choice
+    number = next(probe.number for probe in probes.probes if probe.kind == kind)
+    of_kind = probes.test.kind == number
+    column = features.index(feature)
+    strongest = values.strongest[of_kind, column]
+    (test_auc,) = auc(strongest[:, None], probes.test.is_event[of_kind])
+    return Target(kind, feature, val_aucs[choice], float(test_auc))
 
 
 def read_probes(probes: Probes, values: SpanValues) -> list[tuple[ProbeReading, ...]]:
@@ -222,7 +242,9 @@ def read_probes(probes: Probes, values: SpanValues) -> list[tuple[ProbeReading, 
         of_kind = probes.test.kind == probe.number
         is_event = probes.test.is_event[of_kind]
         logits = _logits(probe, values.last[of_kind])
-        changes = (logits - logits[:, :1])[is_event].mean(axis=0) / logits[:, 0].std()
+        untouched = logits[:, :1]
+        changes = (logits - untouched)[is_event] / untouched.std()
+        mean_changes = changes.mean(axis=0)
         aucs = auc(logits, is_event)
         positive_rates = (logits[is_event] > 0).mean(axis=0)
         for variant in range(n_variants):
@@ -230,7 +252,7 @@ def read_probes(probes: Probes, values: SpanValues) -> list[tuple[ProbeReading, 
                 kind=probe.kind,
                 auc=float(aucs[variant]),
                 positive_rate=float(positive_rates[variant]),
-                change=float(changes[variant]),
+                change=float(mean_changes[variant]),
             )
             readings[variant].append(reading)
     return [tuple(of_variant) for of_variant in readings]
@@ -240,5 +262,5 @@ def _logits(
     probe: Probe, last: Float[np.ndarray, "spans variants d_model"]
 ) -> Float[np.ndarray, "spans variants"]:
     # One variant at a time: equal inputs then have equal logits to the bit.
-    variants = [last[:, i].astype(np.float64) for i in range(last.shape[1])]
+    variants = last.swapaxes(0, 1).astype(np.float64)
     return np.stack([probe.logits(x) for x in variants], axis=1)

@@ -52,8 +52,10 @@ def steer(
     _check_features(member, features)
     steered = SteeredEncoder(encoder, inputs.test, inputs.layer, member.sae)
     places = _choose_places(settings, steered)
-    scales = np.repeat(np.array(settings.scale)[:, None], len(features), axis=1)
-    changes = measure_windows(steered, places, features, scales, evaluate_settings.band_limits())
+    # A variant for each scale, which is that of all features.
+    scales = np.outer(settings.scale, np.ones(len(features)))
+    bands = evaluate_settings.band_limits()
+    changes = measure_windows(steered, places, features, scales, bands)
     probes = make_probes(inputs, steered, features, settings.seed)
     target = None
     readings: Readings = [()] * (1 + len(scales))
@@ -93,23 +95,27 @@ def steer_best(
     maxima = _sequence_maxima(steered, distinct)
     # A variant for each feature and scale, in which the other features keep scale 1.
     n_scales = len(scales)
-    variants = np.ones((len(distinct), n_scales, len(distinct)))
-    for i in range(len(distinct)):
+    n_features = len(distinct)
+    variants = np.ones((n_features, n_scales, n_features))
+    for i in range(n_features):
         variants[i, :, i] = scales
-    values = read_spans(steered, probes.test, distinct, variants.reshape(-1, len(distinct)))
+    values = read_spans(steered, probes.test, distinct, variants.reshape(-1, n_features))
     untouched, *readings = read_probes(probes, values)
+    of_one_feature = np.array(scales, np.float64)[:, None]
     results = {}
-    for kind in sorted(features.keys() & {probe.kind for probe in probes.probes}):
-        i = distinct.index(features[kind])
-        if not maxima[:, i].any():
+    for kind in [probe.kind for probe in probes.probes if probe.kind in features]:
+        feature = features[kind]
+        i = distinct.index(feature)
+        strength = maxima[:, i]
+        if not strength.any():
             continue
-        places = _strongest_places(inputs.test, maxima[:, i], windows)
-        feature = (features[kind],)
-        changes = measure_windows(steered, places, feature, np.array(scales)[:, None], bands)
-        of_feature = [untouched, *readings[i * n_scales : (i + 1) * n_scales]]
+        places = _strongest_places(inputs.test, strength, windows)
+        changes = measure_windows(steered, places, [feature], of_one_feature, bands)
+        first = i * n_scales
+        of_feature = [untouched, *readings[first : first + n_scales]]
         effects = _effects(scales, changes, of_feature)
-        target = find_target(probes, distinct, values, (kind, features[kind]))
-        results[kind] = _result(inputs, member, feature, places, changes, target, effects)
+        target = find_target(probes, distinct, values, (kind, feature))
+        results[kind] = _result(inputs, member, [feature], places, changes, target, effects)
     return results
 
 
@@ -183,21 +189,25 @@ def _choose_places(settings: SteerConfig, steered: SteeredEncoder) -> list[Place
     Raises UserError if a feature is active on no token of the windows to choose from.
     """
     features = settings.feature
-    norms = np.linalg.norm(steered.sae.decoder_directions[list(features)], axis=1)
+    directions = steered.sae.decoder_directions[list(features)]
+    norms = np.linalg.norm(directions, axis=1)
     if settings.recording is None:
         maxima = _sequence_maxima(steered, features)
         _check_active(features, maxima, "any token of the test patients")
         return _strongest_places(steered.dataset, maxima @ norms, settings.windows)
     places = _places_of(settings.recording, settings.window, steered.dataset)
     maxima = np.zeros((len(places), len(features)), np.float32)
-    for windows in steered.run(places, features, np.ones((0, len(features)))):
+    no_scales = np.ones((0, len(features)))
+    for windows in steered.run(places, features, no_scales):
         activations = steered.sae.encode_features(windows.hidden, features)
-        maxima[windows.start : windows.start + len(activations)] = activations.max(axis=(1, 2))
+        stop = windows.start + len(activations)
+        maxima[windows.start : stop] = activations.max(axis=(1, 2))
     _check_active(features, maxima, f"the chosen windows of {settings.recording}")
     if settings.window:
         return places
-    strongest = np.argsort(-(maxima @ norms), kind="stable")[: settings.windows]
-    return [places[i] for i in np.sort(strongest)]
+    order = np.argsort(-(maxima @ norms), kind="stable")
+    strongest = np.sort(order[: settings.windows])
+    return [places[i] for i in strongest]
 
 
 def _check_active(
@@ -256,7 +266,8 @@ def _strongest_places(
     places: list[Place] = []
     for sequence in order[strength[order] > 0]:
         recording = int(dataset.recording[sequence])
-        place = Place(dataset.recordings[recording], int(dataset.window[sequence]))
+        window = int(dataset.window[sequence])
+        place = Place(dataset.recordings[recording], window)
         if place in places or n_of_recording[recording] == MAX_WINDOWS_PER_RECORDING:
             continue
         places.append(place)

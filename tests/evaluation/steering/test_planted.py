@@ -23,7 +23,7 @@ def best(tmp_path_factory):
     """Steering of the best feature of each kind of event: kind -> Steering."""
     folder = tmp_path_factory.mktemp("planted")
     root_path = str(folder / "tuhab_preprocessed")
-    write_demo(DemoConfig(root_path=root_path, patients=16, minutes=2))
+    write_demo(DemoConfig(root_path=root_path, patients=16, minutes=2.0))
     encoder, _ = convert_encoder(DEMO / "encoder.pth", DEMO / "encoder.yaml")
     store = str(folder / "store")
     extract(encoder, ExtractConfig(root_path=root_path, split=("train", "val", "test"), out=store))
@@ -32,7 +32,7 @@ def best(tmp_path_factory):
         run_dir=str(folder / "run"),
         kind=("matryoshka",),
         lambda_sparsity=(),
-        k=(4,),
+        k=(4.0,),
         lr=(1e-2,),
         num_steps=800,
         batch_size=1024,
