@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         load_encoder,
         plot,
         prepare,
+        steer,
         train,
         write_demo,
     )
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from minsae_jax.errors import UserError
     from minsae_jax.evaluation.config import EvaluateConfig
     from minsae_jax.evaluation.results import Evaluation
+    from minsae_jax.evaluation.steering.config import SteerConfig
+    from minsae_jax.evaluation.steering.results import Steering
     from minsae_jax.report.features import load_features
     from minsae_jax.sae.config import PlotConfig, TrainConfig
     from minsae_jax.sae.member import SparseAutoencoder, load_sae
@@ -49,6 +52,8 @@ __all__ = [
     "PrepareConfig",
     "Run",
     "SparseAutoencoder",
+    "SteerConfig",
+    "Steering",
     "Store",
     "TokenGrid",
     "TrainConfig",
@@ -64,6 +69,7 @@ __all__ = [
     "open_store",
     "plot",
     "prepare",
+    "steer",
     "train",
     "write_demo",
     "write_store",
@@ -80,6 +86,7 @@ _NAMES_OF_MODULES = {
         "load_encoder",
         "plot",
         "prepare",
+        "steer",
         "train",
         "write_demo",
     ),
@@ -92,6 +99,8 @@ _NAMES_OF_MODULES = {
     "errors": ("UserError",),
     "evaluation.config": ("EvaluateConfig",),
     "evaluation.results": ("Evaluation",),
+    "evaluation.steering.config": ("SteerConfig",),
+    "evaluation.steering.results": ("Steering",),
     "report.features": ("load_features",),
     "sae.config": ("PlotConfig", "TrainConfig"),
     "sae.member": ("SparseAutoencoder", "load_sae"),

@@ -15,6 +15,7 @@ from minsae_jax.eeg.synthetic import DemoConfig
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
+from minsae_jax.evaluation.steering.config import SteerConfig
 from minsae_jax.sae.config import PlotConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -98,6 +99,13 @@ def evaluate(config: EvaluateConfig) -> None:
         print(f"open {Path(config.run) / 'report' / 'index.html'}")
 
 
+def steer(config: SteerConfig) -> None:
+    """Scale features of an SAE in the encoder, and show what changes in its output and probes."""
+    steering = api.steer(config)
+    print(steering.summary())
+    print(f"open {steering.folder / 'steering.png'}")
+
+
 def plot(config: PlotConfig) -> None:
     """Draw the metrics of a run over its steps, finished or not."""
     files = api.plot(config)
@@ -110,6 +118,7 @@ VERBS = {
     "extract": cli.Verb(ExtractConfig, extract),
     "train": cli.Verb(TrainConfig, train),
     "evaluate": cli.Verb(EvaluateConfig, evaluate),
+    "steer": cli.Verb(SteerConfig, steer),
     "plot": cli.Verb(PlotConfig, plot),
 }
 

@@ -16,7 +16,8 @@ from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.synthetic import Demo, DemoConfig
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
-from minsae_jax.evaluation.config import EvaluateConfig
+from minsae_jax.evaluation.config import EvaluateConfig, EvaluationInputConfig
+from minsae_jax.evaluation.steering.config import SteerConfig
 from minsae_jax.files import lock_folder
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.settings import read_yaml
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from minsae_jax.encoder.base import BaseEncoder, NativeEncoder
     from minsae_jax.encoder.extract import ExtractedStore
     from minsae_jax.evaluation.results import Evaluation
+    from minsae_jax.evaluation.steering.results import Steering
     from minsae_jax.sae.plots import PlotFiles
     from minsae_jax.sae.run import Run
 
@@ -168,13 +170,9 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
     from minsae_jax.report.report import write_report
 
     run = Path(config.run)
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} does not contain a run; choose another --run")
-    trained = load_run_config(run)
+    trained = _settings_of(run)
     start()
-    checkpoint_path = config.checkpoint_path or trained.checkpoint_path
-    if encoder is None and checkpoint_path is not None:
-        encoder = load_encoder(checkpoint_path, config.config_path or trained.config_path)
+    encoder = encoder or _encoder_of(config, trained)
     if encoder is None:
         warnings.warn(
             "no encoder is given, so loss recovered is not measured; set --checkpoint_path",
@@ -186,6 +184,41 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
         if config.report:
             write_report(config, result)
     return result
+
+
+def steer(config: SteerConfig, encoder: "BaseEncoder | None" = None) -> "Steering":
+    """Scale features of an SAE at its layer, and measure what changes in the rest of the encoder.
+
+    encoder: that at `config.checkpoint_path`, or else the run's, unless passed. The files are in
+    steering/MEMBER/ of the run. Raises UserError if there is no such run, member, feature,
+    recording or encoder, they do not belong together, or the encoder cannot run from a layer on.
+    """
+    from minsae_jax.evaluation.steering import steer as steering
+
+    run = Path(config.run)
+    trained = _settings_of(run)
+    start()
+    encoder = encoder or _encoder_of(config, trained)
+    if encoder is None:
+        raise UserError("steering requires the encoder; set --checkpoint_path")
+    # Two calls for the same features would write the same files.
+    with lock_folder(run):
+        return steering.steer(config, encoder, trained)
+
+
+def _settings_of(run: Path) -> TrainConfig:
+    """Return the settings of a run. Raises UserError if there is none."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} does not contain a run; choose another --run")
+    return load_run_config(run)
+
+
+def _encoder_of(config: EvaluationInputConfig, trained: TrainConfig) -> "BaseEncoder | None":
+    """Load the encoder that the settings name, or else that of the run; None if there is none."""
+    checkpoint_path = config.checkpoint_path or trained.checkpoint_path
+    if checkpoint_path is None:
+        return None
+    return load_encoder(checkpoint_path, config.config_path or trained.config_path)
 
 
 def plot(config: PlotConfig) -> "PlotFiles":

@@ -44,7 +44,10 @@ def help_of(capsys, main, *args: str) -> str:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["fly"], "unknown verb 'fly'; choose from demo, prepare, extract, train, evaluate, plot"),
+        (
+            ["fly"],
+            "unknown verb 'fly'; choose from demo, prepare, extract, train, evaluate, steer, plot",
+        ),
         (["trian"], "unknown verb 'trian'; did you mean 'train'?"),
         (["train", "--lrr", "3"], "unknown flag --lrr; did you mean '--lr'?"),
         (["train", "--lamda", "3"], "unknown flag --lamda; did you mean '--lambda_sparsity'?"),
@@ -77,10 +80,16 @@ def help_of(capsys, main, *args: str) -> str:
         (["demo", "--patients", "2"], "--patients must be"),
         (["plot", "--run", "nowhere"], "nowhere"),
         (["evaluate", "--run", "nowhere", "--root_path", "x"], "nowhere"),
+        (["steer", "--run", "x", "--root_path", "x"], "minsae steer requires --feature"),
+        (["steer", "--run", "nowhere", "--root_path", "x", "--feature", "1"], "nowhere"),
+        (["steer", "--feature", "1", "--scale", "x"], "scale must be a number, got 'x'"),
+        (["steer", "--feature", "one"], "feature must be a whole number, got 'one'"),
     ],
 )
 def test_mistake_is_one_line(capsys, monkeypatch, tmp_path, args, message):
     monkeypatch.chdir(tmp_path)
+    if args[0] == "steer" and "--run" not in args:
+        args = [*args, "--run", "x", "--root_path", "x"]
     if args[0] == "extract" and "--root_path" not in args:
         args = [*args, "--root_path", "x", "--checkpoint_path", "y"]
     assert message in error_of(capsys, minsae_jax.__main__.main, *args)

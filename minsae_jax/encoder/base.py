@@ -5,8 +5,9 @@ define `function`. Extraction, `--live` training, evaluation and report use noth
 of Flax models whose parameters are converted once derives from `NativeEncoder`, and adds itself to
 FAMILIES in converted.py. Any other callable is wrapped by `from_function`.
 
-Two capabilities are optional: `reconstruction` for the measure "loss recovered", and `waveform` for
-the report. Without them evaluation and report leave these parts out.
+Three capabilities are optional: `reconstruction` for the measure "loss recovered", `waveform` for
+the report, and `function_from` for steering. Without the first two, evaluation and report leave
+these parts out.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,22 @@ Precision = Literal["float32", "bfloat16"]  # of the products in the layers
 HiddenFunction = Callable[[Params, Any], tuple[Any, ...]]
 # (parameters of the substitutes, tokens of a sequence) -> the tokens of every variant
 Substitutes = Callable[[Any, Float[Array, "T d_model"]], Float[Array, "variants T d_model"]]
+
+
+class Downstream(NamedTuple):
+    """What a model computes where a layer's output is replaced by each of its variants."""
+
+    # The layer's output before it is replaced
+    hidden: Float[Array, "batch sequences n_tokens d_model"]
+    # Output of the last layer
+    last: Float[Array, "batch variants sequences n_tokens d_model"]
+    # The head's reconstruction of each token with samples, in the order of the tokens; None if the
+    # encoder has no head that reconstructs
+    patches: Float[Array, "batch variants sequences n_located patch_len"] | None
+
+
+# (params, parameters of the substitutes, windows [batch, seq_len, n_vars])
+FunctionFrom = Callable[[Params, Any, Any], Downstream]
 
 
 @dataclass(frozen=True)
@@ -185,6 +202,18 @@ class BaseEncoder(ABC):
         zeros to one size, so that windows must not influence each other. Equal arguments should
         return the same function object, so that all splits share one compilation.
         """
+
+    def function_from(
+        self, layer: int, substitutes: Substitutes, options: ComputeOptions = DEFAULT_OPTIONS
+    ) -> FunctionFrom | None:
+        """Return the function that runs the rest of the model on substitutes of a layer's output.
+
+        layer: a number in `spec.layers`. Nothing in the windows is masked. The function is pure and
+        traced by jax.jit. A substitute replaces all tokens of a sequence; the other inputs of the
+        later layers, such as the residual scores of PatchTST's attention, are those of the
+        original. None if the encoder cannot run from a layer on.
+        """
+        return None
 
     def check_options(self, options: ComputeOptions) -> None:
         """Raise UserError if the encoder cannot compute with these options."""

@@ -11,13 +11,15 @@ from minsae_jax.encoder.base import (
     DEFAULT_OPTIONS,
     ComputeOptions,
     EncoderSpec,
+    FunctionFrom,
     HiddenFunction,
     NativeEncoder,
     Params,
     Precision,
+    Substitutes,
 )
 from minsae_jax.encoder.cbramod.architecture import SAMPLING_RATE, Architecture
-from minsae_jax.encoder.cbramod.masked_error import PatchReconstruction
+from minsae_jax.encoder.cbramod.masked_error import PatchReconstruction, function_from
 from minsae_jax.encoder.cbramod.pure import abstract_params, bind
 from minsae_jax.errors import UserError
 
@@ -65,6 +67,15 @@ class CBraModEncoder(NativeEncoder):
     ) -> HiddenFunction:
         """Return (params, windows) -> the layers' outputs [batch, n_vars, n_patches, d_model]."""
         return _hidden(self.architecture, layers, options.precision)
+
+    def function_from(
+        self, layer: int, substitutes: Substitutes, options: ComputeOptions = DEFAULT_OPTIONS
+    ) -> FunctionFrom:
+        """Return the function that runs the rest of the model; `BaseEncoder` describes it.
+
+        It is computed in float32.
+        """
+        return function_from(self.architecture, layer, substitutes)
 
     def check_options(self, options: ComputeOptions) -> None:
         """Raise UserError if RevIN is requested: CBraMod reads absolute amplitudes."""

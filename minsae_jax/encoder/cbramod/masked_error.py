@@ -1,4 +1,4 @@
-"""CBraMod's pretraining task: to reconstruct masked patches."""
+"""CBraMod with a layer's output replaced, and its pretraining task: to reconstruct patches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from minsae_jax.encoder.base import ComputeOptions, Substitutes
+from minsae_jax.encoder.base import (
+    ComputeOptions,
+    Downstream,
+    FunctionFrom,
+    Params,
+    Substitutes,
+)
 from minsae_jax.encoder.cbramod.architecture import Architecture
 from minsae_jax.encoder.cbramod.model import CBraMod, patches
 from minsae_jax.encoder.cbramod.pure import bind
@@ -59,6 +65,30 @@ class PatchReconstruction:
         return lambda params, substitute_params, rows: run((params, substitute_params), rows)
 
 
+def function_from(a: Architecture, layer: int, substitutes: Substitutes) -> FunctionFrom:
+    """Return the function that `BaseEncoder.function_from` describes."""
+
+    def run(params: Params, substitute_params: Any, x: Float[Array, "B seq_len C"]) -> Downstream:
+        model = bind(a, params)
+
+        def finish(last: Float[Array, "1 C P d_model"]) -> tuple[Array, Array | None]:
+            tokens = last.reshape(1, -1, a.d_model)
+            if not a.has_head:
+                return tokens, None
+            return tokens, model.reconstruct(last).reshape(1, -1, a.patch_len)
+
+        def run_window(x: Float[Array, "seq_len C"]) -> Downstream:
+            embedded = model.embedding(patches(a, x[None]))
+            hidden, outputs = _map_variants(
+                model, embedded, layer, lambda z: substitutes(substitute_params, z), finish
+            )
+            return Downstream(hidden[None], *outputs)
+
+        return map_members(run_window, x)
+
+    return run
+
+
 def _window_errors(
     model: CBraMod,
     x: Float[Array, "seq_len C"],
@@ -67,16 +97,35 @@ def _window_errors(
     substitute: Callable[[Array], Array],
 ) -> Float[Array, " variants"]:
     """Return the error of one window for every variant."""
-    n_layers = model.architecture.n_layers
     target = patches(model.architecture, x[None])
-    # Once per window: all substitutes have these layers in common.
-    hidden = model.run_from(model.embedding(target, mask[None]), 0, layer + 1)
 
-    def error(tokens: Float[Array, "T d_model"]) -> Float[Array, ""]:
-        last = model.run_from(tokens.reshape(hidden.shape), layer + 1, n_layers)
-        output = model.reconstruct(last)
-        squared = jnp.square(output - target).mean(-1)[0]
+    def error(last: Float[Array, "1 C P d_model"]) -> Float[Array, ""]:
+        squared = jnp.square(model.reconstruct(last) - target).mean(-1)[0]
         return jnp.where(mask, squared, 0).sum() / mask.sum(dtype=jnp.float32)
 
+    embedded = model.embedding(target, mask[None])
+    _, errors = _map_variants(model, embedded, layer, substitute, error)
+    return errors
+
+
+def _map_variants(
+    model: CBraMod,
+    z: Float[Array, "1 C P d_model"],
+    layer: int,
+    substitute: Callable[[Array], Array],
+    finish: Callable[[Array], Any],
+) -> tuple[Float[Array, "T d_model"], Any]:
+    """Return a layer's output for one window, and finish(last layer) for each of its substitutes.
+
+    z: the embedded window. The results of `finish` are stacked along a leading axis.
+    """
+    # Once per window: all substitutes have these layers in common.
+    hidden = model.run_from(z, 0, layer + 1)
+    hidden_tokens = hidden.reshape(-1, hidden.shape[-1])
+
+    def run(tokens: Float[Array, "T d_model"]) -> Any:
+        n_layers = model.architecture.n_layers
+        return finish(model.run_from(tokens.reshape(hidden.shape), layer + 1, n_layers))
+
     # One variant after the other, so that memory does not grow with their number.
-    return jax.lax.map(error, substitute(hidden.reshape(-1, hidden.shape[-1])))
+    return hidden_tokens, jax.lax.map(run, substitute(hidden_tokens))

@@ -17,13 +17,14 @@ from minsae_jax.encoder.base import (
     DEFAULT_OPTIONS,
     ComputeOptions,
     EncoderSpec,
+    FunctionFrom,
     HiddenFunction,
     NativeEncoder,
     Params,
     Substitutes,
 )
 from minsae_jax.encoder.patchtst.architecture import Architecture
-from minsae_jax.encoder.patchtst.masked_error import masked_errors
+from minsae_jax.encoder.patchtst.masked_error import function_from, masked_errors
 from minsae_jax.encoder.patchtst.pure import abstract_params, bind, hidden_function
 
 
@@ -55,6 +56,15 @@ class Encoder(NativeEncoder):
         self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
     ) -> HiddenFunction:
         return hidden_function(self.architecture, layers, options)
+
+    def function_from(
+        self, layer: int, substitutes: Substitutes, options: ComputeOptions = DEFAULT_OPTIONS
+    ) -> FunctionFrom:
+        """Return the function that runs the rest of the model; `BaseEncoder` describes it.
+
+        It is computed in float32.
+        """
+        return function_from(self.architecture, layer, self.applies_revin(options), substitutes)
 
     def check_options(self, options: ComputeOptions) -> None:
         """Do nothing: every option is possible."""

@@ -1,11 +1,16 @@
 """The error on masked patches, with the output of a layer replaced."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
+from convert import plain_cbramod
+from convert.encoder import read_source
 from minsae_jax.encoder.base import ComputeOptions
 from minsae_jax.parallel.mesh import make_mesh
+from tests.encoder.cbramod.conftest import SOURCE
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +67,30 @@ def test_masks_have_the_requested_share(encoder):
     # Patches of every channel are masked on their own, about half of the time.
     assert (np.abs(masks.mean(0) - 0.5) < 0.15).all()
     assert encoder.reconstruction.draw_mask(0.01, rng).sum() == 1
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_rest_of_the_model_runs_on_substitutes_as_in_plain_torch(
+    encoder, expected, layer, monkeypatch
+):
+    source = read_source(SOURCE)
+    state = {name: torch.tensor(tensor) for name, tensor in source.checkpoint.tensors.items()}
+    x = expected["past_values"]
+    shift = np.random.default_rng(0).normal(size=40).astype(np.float32)
+    function = encoder.function_from(layer, lambda shift, z: jnp.stack([z, z + shift[None]]))
+    downstream = jax.jit(function)(encoder.params, shift, x)
+    original = plain_cbramod._layer
+
+    def shifted(a, state, name, z):
+        z = original(a, state, name, z)
+        return z + torch.tensor(shift) if name.endswith(f".{layer}") else z
+
+    for variant, function in enumerate([original, shifted]):
+        monkeypatch.setattr(plain_cbramod, "_layer", function)
+        hidden, output = plain_cbramod.forward(source.architecture, state, torch.tensor(x))
+        last = hidden[-1].flatten(1, 2)[:, None]
+        np.testing.assert_allclose(downstream.last[:, variant], last, atol=1e-4)
+        patches = output.flatten(1, 2)[:, None]
+        np.testing.assert_allclose(downstream.patches[:, variant], patches, atol=1e-4)
+    untouched = encoder.activations(x, layer).reshape(downstream.hidden.shape)
+    np.testing.assert_allclose(downstream.hidden, untouched, atol=1e-5)

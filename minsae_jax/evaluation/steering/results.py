@@ -1,0 +1,159 @@
+"""The result of steering, and the table and the files that are made of it."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from minsae_jax.evaluation.steering.edit import Place
+from minsae_jax.evaluation.steering.output import ExampleTrace, Reconstruction
+from minsae_jax.evaluation.steering.probes import ProbeReading, Target
+from minsae_jax.files import replaced_folder
+from minsae_jax.monitor import table
+
+MIN_CHANGE = 0.01  # SD of a probe's logits, below which a ratio of changes is noise
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Everything that is measured at one scale; at scale 1 all changes are 0."""
+
+    scale: float
+    # ‖change‖ / ‖activation‖ of the last layer, root mean square over affected tokens and over the
+    # other tokens of the windows
+    last_layer: float
+    last_layer_elsewhere: float
+    # None if the encoder has no head that reconstructs
+    reconstruction: Reconstruction | None
+    # By kind of event; empty without labelled events
+    probes: tuple[ProbeReading, ...]
+
+    def selectivity(self, target: Target) -> float | None:
+        """Return |change| of the target's probe over the largest |change| of another's.
+
+        None if there is no other probe, or no probe changes by MIN_CHANGE.
+        """
+        changes = {reading.kind: abs(reading.change) for reading in self.probes}
+        of_target = changes.pop(target.kind)
+        largest = max(changes.values(), default=0.0)
+        if largest == 0 or max(of_target, largest) < MIN_CHANGE:
+            return None
+        return of_target / largest
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What changes in an encoder when features of an SAE at one of its layers are scaled."""
+
+    # Folder of the run
+    run: str
+    member: str
+    # Index of the encoder's layer, from 0
+    layer: int
+    features: tuple[int, ...]
+    # Windows over which changes of the last layer and of the reconstruction are measured
+    windows: tuple[Place, ...]
+    n_tokens: int
+    # Tokens on which a steered feature is active
+    n_affected: int
+    # Of the reconstruction
+    unit: str
+    sampling_rate: float
+    channels: tuple[str, ...]
+    # On a unit head, NaN where unknown; None if all are
+    positions: Float[np.ndarray, "n_vars 2"] | None
+    # Frequencies of the spectra
+    hz: Float[np.ndarray, " n_hz"]
+    # Correlation of the untouched reconstruction with the EEG; None without such a head
+    r: float | None
+    # None without labelled events
+    target: Target | None
+    # Scale 1
+    untouched: Effect
+    # One for each scale
+    effects: tuple[Effect, ...]
+    examples: tuple[ExampleTrace, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the files, steering/MEMBER/f00012 in the run."""
+        name = "+".join(f"f{feature:05d}" for feature in self.features)
+        return Path(self.run) / "steering" / self.member / name
+
+    def summary(self) -> str:
+        """Return a table for the terminal, a row for each scale, with an explanation."""
+        return "\n".join([_table(self), *_explanation(self)])
+
+    def write(self) -> None:
+        """Write steering.json, steering.png and steering.svg; existing ones are replaced."""
+        from minsae_jax.evaluation.steering.figure import draw
+
+        with replaced_folder(self.folder) as folder:
+            text = json.dumps(_plain(self), indent=1, ensure_ascii=False, allow_nan=False)
+            (folder / "steering.json").write_text(text + "\n", encoding="utf-8")
+            draw(self, folder)
+
+
+def _plain(value: Any) -> Any:
+    """Return values that JSON has, with numbers of six digits; NaN is None."""
+    if isinstance(value, Place):
+        return value._asdict()
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return {field.name: _plain(getattr(value, field.name)) for field in fields}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    return value
+
+
+def _table(steering: Steering) -> str:
+    reconstruction = steering.untouched.reconstruction
+    columns = ["scale", "last layer"]
+    if reconstruction is not None:
+        columns += ["output RMS", *reconstruction.band_ratio]
+    columns += [reading.kind for reading in steering.untouched.probes]
+    if steering.target is not None:
+        columns.append("selectivity")
+    rows = [_row(steering, effect) for effect in steering.effects]
+    return table(columns, rows)
+
+
+def _row(steering: Steering, effect: Effect) -> list[str]:
+    row = [f"{effect.scale:g}", f"{effect.last_layer:.3f}"]
+    if effect.reconstruction is not None:
+        rms = np.sqrt(np.square(effect.reconstruction.rms).mean())
+        row.append(f"{rms:.3f}")
+        row += [f"×{ratio:.2f}" for ratio in effect.reconstruction.band_ratio.values()]
+    row += [f"{reading.change:+.2f}" for reading in effect.probes]
+    if steering.target is not None:
+        selectivity = effect.selectivity(steering.target)
+        row.append("" if selectivity is None else f"{selectivity:.2f}")
+    return row
+
+
+def _explanation(steering: Steering) -> list[str]:
+    lines = [
+        f"last layer: change of activations over their norm, on the {steering.n_affected:,} of "
+        f"{steering.n_tokens:,} tokens where the features are active"
+    ]
+    if steering.untouched.reconstruction is not None:
+        lines.append("columns of bands: power of the reconstruction over the untouched one")
+    target = steering.target
+    if target is not None:
+        lines.append(
+            f"target: {target.kind}, which feature {target.feature} detects best on val patients "
+            f"(test AUC {target.test_auc:.3f})"
+        )
+        lines.append(
+            "columns of events: change of each probe's logit on its own test events, in SD; "
+            "selectivity: that of the target over the largest of the others"
+        )
+    return lines
