@@ -138,6 +138,11 @@ class Store:
     def _chunk_starts(self) -> list[int]:
         return [0, *self._chunk_ends[:-1]]
 
+    @cached_property
+    def _shard_ends(self) -> list[int]:
+        """The number of the token after the last of each shard."""
+        return list(accumulate(self.tokens_per_shard))
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest, or of shard names and sizes without a manifest."""
@@ -172,13 +177,37 @@ class Store:
         """Read chunks one after the other into `out` and return the number of tokens."""
         total = 0
         for chunk in chunks:
-            # Chunks are numbered over all shards; the shard of one is the first that ends after it.
-            shard = bisect.bisect_right(self._chunk_ends, chunk)
-            start = (chunk - self._chunk_starts[shard]) * CHUNK_TOKENS
-            count = min(CHUNK_TOKENS, self.shards[shard].total_tokens - start)
-            self._read_into(out[total : total + count], shard, start)
-            total += count
+            shard, start, stop = self._place_of_chunk(chunk)
+            self._read_into(out[total : total + stop - start], shard, start)
+            total += stop - start
         return total
+
+    def rows_of_chunk(self, chunk: int) -> tuple[int, int]:
+        """Return the number of a chunk's first token in the store, and that after its last."""
+        shard, start, stop = self._place_of_chunk(chunk)
+        first = self._shard_ends[shard] - self.shards[shard].total_tokens
+        return first + start, first + stop
+
+    def _place_of_chunk(self, chunk: int) -> tuple[int, int, int]:
+        """Return the shard of a chunk, and its first token there and the one after its last."""
+        # Chunks are numbered over all shards; the shard of one is the first that ends after it.
+        shard = bisect.bisect_right(self._chunk_ends, chunk)
+        start = (chunk - self._chunk_starts[shard]) * CHUNK_TOKENS
+        return shard, start, min(start + CHUNK_TOKENS, self.shards[shard].total_tokens)
+
+    def read_rows(self, start: int, stop: int) -> Float[np.ndarray, "tokens d_model"]:
+        """Return consecutive tokens by their numbers in the store, across shards."""
+        tokens = np.empty((stop - start, self.d_model), self.dtype)
+        n_read = 0
+        shard = bisect.bisect_right(self._shard_ends, start)
+        while n_read < len(tokens):
+            end = self._shard_ends[shard]
+            in_shard = start + n_read - (end - self.shards[shard].total_tokens)
+            count = min(len(tokens) - n_read, self.shards[shard].total_tokens - in_shard)
+            self._read_into(tokens[n_read : n_read + count], shard, in_shard)
+            n_read += count
+            shard += 1
+        return tokens
 
     def _read_into(self, out: Float[np.ndarray, "tokens d_model"], shard: int, start: int) -> None:
         target = out

@@ -1,4 +1,4 @@
-"""Resumable token batches from any `Source`, prefetched by grain.
+"""Resumable batches of tokens, or of their numbers, from any `Source`, prefetched by grain.
 
 Both streams are endless iterators of [tokens, d_model] in the source's dtype. Their position is
 plain JSON. The next batch depends on the source, the seed and the position alone.
@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Shaped
 
 from minsae_jax.activations.store import Origin
 from minsae_jax.errors import UserError
@@ -25,7 +25,7 @@ SHUFFLE_BUFFER_TOKENS = 65_536  # tokens shuffled together, from chunks all over
 class TokenStream(Protocol):
     """Endless batches; the state is the position, in plain JSON."""
 
-    def __next__(self) -> Float[np.ndarray, "tokens d_model"]: ...
+    def __next__(self) -> Shaped[np.ndarray, "tokens d_model"]: ...
     def get_state(self) -> JsonObject: ...
     def set_state(self, state: JsonObject) -> None: ...
 
@@ -49,7 +49,7 @@ class Source(Protocol):
     # Shards: the parts of the source in order, as minSAE reads them.
     @property
     def tokens_per_shard(self) -> Sequence[int]: ...
-    def read(self, shard: int) -> Float[np.ndarray, "tokens d_model"]: ...
+    def read(self, shard: int) -> Shaped[np.ndarray, "tokens d_model"]: ...
 
     # Chunks: short runs of consecutive tokens, in any order, for shuffling.
     @property
@@ -57,7 +57,7 @@ class Source(Protocol):
     @property
     def tokens_per_chunk(self) -> int: ...  # maximum
     def read_chunks(
-        self, chunks: Sequence[int], out: Float[np.ndarray, "capacity d_model"]
+        self, chunks: Sequence[int], out: Shaped[np.ndarray, "capacity d_model"]
     ) -> int: ...  # fills the start of `out` and returns the number of tokens
 
 
@@ -66,7 +66,7 @@ def chunks_per_buffer(source: Source) -> int:
     return min(source.n_chunks, max(1, SHUFFLE_BUFFER_TOKENS // source.tokens_per_chunk))
 
 
-def read_chunks(source: Source, chunks: Sequence[int]) -> Float[np.ndarray, "tokens d_model"]:
+def read_chunks(source: Source, chunks: Sequence[int]) -> Shaped[np.ndarray, "tokens d_model"]:
     """Return the tokens of some chunks, one after the other, as a new array."""
     # An upper bound: the last chunk of a shard can be shorter.
     capacity = len(chunks) * source.tokens_per_chunk
@@ -90,7 +90,7 @@ class ShardGroups:
     def __len__(self) -> int:
         return self.n_shards // self.size
 
-    def __getitem__(self, index: int) -> Float[np.ndarray, "tokens d_model"]:
+    def __getitem__(self, index: int) -> Shaped[np.ndarray, "tokens d_model"]:
         first = index * self.size
         return np.concatenate([self.source.read(i) for i in range(first, first + self.size)])
 
@@ -122,7 +122,7 @@ class ShuffleBuffers:
     def __len__(self) -> int:
         return 2**40  # effectively infinite
 
-    def __getitem__(self, index: int) -> Float[np.ndarray, "tokens d_model"]:
+    def __getitem__(self, index: int) -> Shaped[np.ndarray, "tokens d_model"]:
         epoch, buffer = divmod(int(index), self.buffers_per_epoch)
         first = buffer * self.chunks_per_buffer
         chunks = self._chunk_order(epoch)[first : first + self.chunks_per_buffer].tolist()

@@ -143,6 +143,14 @@ def put_batch(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
+def put_replicated(mesh: Mesh, x: np.ndarray) -> jax.Array:
+    """Put the whole array, which every process has, on every device."""
+    sharding = replicated(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def fetch_batch(x: jax.Array, n_rows: int) -> list[np.ndarray]:
     """Fetch the first n_rows rows to the host, one array for each device, in order.
 

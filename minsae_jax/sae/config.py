@@ -158,6 +158,9 @@ class DeviceFlags:
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Number format of the factors of matrix products; sums and weights are float32. tf32 is for
     GPUs."""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """Load the whole store into the memory of the devices and gather batches there; auto: if it
+    fits into a GPU's free memory."""
     mesh: str | None = None
     """Devices for members x devices for tokens, e.g. 4x2 (default: all devices)."""
     distributed: bool = False
@@ -217,6 +220,7 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
         require(bool(mesh_is_valid), f"--mesh must be two device counts like 4x2, got {self.mesh}")
         if self.live:
             require(bool(self.root_path), "--live requires --root_path")
+            require(self.resident != "on", "--resident on requires a store, not --live")
         else:
             for field in dataclasses.fields(LiveFlags):
                 is_default = getattr(self, field.name) == field.default

@@ -44,6 +44,7 @@ RUN_ENTRIES = (*_FILES, *(f"{name}.tmp" for name in _FILES), *_FOLDERS, f"{TFEVE
 _CHANGEABLE = (
     "run_dir",
     "mesh",
+    "resident",
     "distributed",
     "checkpoint_every",
     "checkpoint_minutes",

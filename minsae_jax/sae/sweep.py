@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minsae_jax.parallel.mesh import (
+    DATA,
     SWEEP,
     make_mesh,
     members_sharding,
@@ -26,6 +27,7 @@ from minsae_jax.parallel.mesh import (
 from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group
 from minsae_jax.sae.kinds import BatchMetrics, Hyper, Objective, Params
+from minsae_jax.sae.resident import ResidentStore
 from minsae_jax.sae.step import (
     MemberState,
     StepProgram,
@@ -124,6 +126,13 @@ class Sweep:
         """Put a batch on the devices, padded if it does not divide evenly."""
         n_tiles, tile = tile_batch(self.mesh, len(x), self._n_features)
         return put_batch(self.mesh, x, n_tiles * tile)
+
+    def gather(
+        self, resident: ResidentStore, rows: Int[np.ndarray, " tokens"]
+    ) -> Float[Array, "rows d_model"]:
+        """Return the same batch as `put` from a store on the devices; rows: numbers of tokens."""
+        n_tiles, tile = tile_batch(self.mesh, len(rows), self._n_features)
+        return resident.gather(rows, self.mesh.shape[DATA] * n_tiles * tile)
 
     def take_metrics(self, state: SweepState) -> tuple[SweepState, DeviceMetrics]:
         """End a log interval: return the state with empty sums, and the metrics."""

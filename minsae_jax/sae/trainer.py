@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import jax
 import numpy as np
+from jaxtyping import Shaped
 
 from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import Source
@@ -25,9 +26,10 @@ from minsae_jax.parallel.processes import (
 )
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
 from minsae_jax.sae.config import TrainConfig, TrainPlan
-from minsae_jax.sae.data import TrainData, held_out_batches, open_train_data
+from minsae_jax.sae.data import TrainData, held_out_batches, open_stream, open_train_data
 from minsae_jax.sae.logger import RunLogger, interval_metrics
 from minsae_jax.sae.measures import measure
+from minsae_jax.sae.resident import open_resident
 from minsae_jax.sae.run import HELD_OUT_METRICS, Run, RunFolder, load_run
 from minsae_jax.sae.sweep import DeviceMetrics, Sweep, read_metrics
 
@@ -110,6 +112,11 @@ class Trainer:
             has_held_out=data.held_out is not None,
             writes=process_index() == 0,
         )
+        # With the store on the devices, the stream yields the numbers of its tokens.
+        self.resident = open_resident(plan.config.resident, self.sweep.mesh, data.store)
+        self.stream = data.stream
+        if self.resident is not None:
+            self.stream = open_stream(plan, self.resident.row_numbers)
         latest = checkpoints.latest()
         if latest is None:
             self._start()
@@ -148,7 +155,7 @@ class Trainer:
                 "it, or use --overwrite"
             )
         self.state = self.sweep.from_portable(state)
-        self.data.stream.set_state(position)
+        self.stream.set_state(position)
 
     def export(self) -> None:
         """Write the weights of the members, and the table that marks the run as finished."""
@@ -166,8 +173,8 @@ class Trainer:
             bar.start_at(self.progress.step)
             while self.progress.step < self.num_steps:
                 with self.throughput.waiting():
-                    x = next(self.data.stream)
-                on_device = self.sweep.put(x)
+                    x = next(self.stream)
+                on_device = self._put(x)
                 self.state, step_done = self.sweep.step(
                     self.state, self.sweep.hyper, on_device, scale, n_tokens=len(x)
                 )
@@ -204,6 +211,12 @@ class Trainer:
                     )
                 if self.on_step:
                     self.on_step(step)
+
+    def _put(self, x: Shaped[np.ndarray, "tokens width"]) -> jax.Array:
+        """Put a batch of the stream on the devices."""
+        if self.resident is None:
+            return self.sweep.put(x)
+        return self.sweep.gather(self.resident, x[:, 0])
 
     def _agree_on_stop_or_save(self, stop: bool, ends_interval: bool) -> tuple[bool, bool]:
         """Return whether a process was asked to stop, and whether a checkpoint is overdue.
@@ -272,7 +285,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = self.sweep.portable(self.state)
-        self.checkpoints.save(self.progress, state, self.data.stream.get_state())
+        self.checkpoints.save(self.progress, state, self.stream.get_state())
         self.saved_at = time.monotonic()
 
 

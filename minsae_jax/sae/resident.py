@@ -1,0 +1,191 @@
+"""A store in the memory of the devices, from which batches are gathered there.
+
+The stream then yields row numbers instead of tokens: `RowNumbers` has the shards and chunks of the
+store, so that order, position and batches are the same as without a resident store, to the bit.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from minsae_jax.activations.store import Origin, Store
+from minsae_jax.activations.stream import Source
+from minsae_jax.errors import UserError
+from minsae_jax.monitor import progress
+from minsae_jax.parallel.mesh import DATA, batch_sharding, put_replicated
+from minsae_jax.parallel.processes import any_process
+
+PIECE_TOKENS = 65_536  # copied to a device at a time
+# Share of a device's free memory that a store may take; a step needs the rest.
+MAX_SHARE = 0.6
+
+
+class RowNumbers:
+    """The numbers of a store's tokens in place of the tokens, as a `Source` of width 1."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.d_model = 1
+        self.dtype = np.dtype(np.int32)
+        self.tokens_per_shard = store.tokens_per_shard
+        self.tokens_per_chunk = store.tokens_per_chunk
+        self.n_chunks = store.n_chunks
+
+    @property
+    def folder(self) -> Path:
+        return self.store.folder
+
+    @property
+    def origin(self) -> Origin:
+        return self.store.origin
+
+    @property
+    def fingerprint(self) -> str:
+        return self.store.fingerprint
+
+    def verify(self) -> None:
+        self.store.verify()
+
+    @cached_property
+    def _shard_ends(self) -> list[int]:
+        return list(accumulate(self.tokens_per_shard))
+
+    def read(self, shard: int) -> Int[np.ndarray, "tokens 1"]:
+        end = self._shard_ends[shard]
+        return np.arange(end - self.tokens_per_shard[shard], end, dtype=np.int32)[:, None]
+
+    def read_chunks(self, chunks: Sequence[int], out: Int[np.ndarray, "capacity 1"]) -> int:
+        total = 0
+        for chunk in chunks:
+            start, stop = self.store.rows_of_chunk(chunk)
+            out[total : total + stop - start, 0] = np.arange(start, stop)
+            total += stop - start
+        return total
+
+
+class ResidentStore:
+    """A store on the devices of a mesh: split over `data`, repeated along `sweep`."""
+
+    def __init__(self, mesh: Mesh, store: Store):
+        """Load the store, a piece at a time."""
+        self.mesh = mesh
+        self.row_numbers = RowNumbers(store)
+        self.rows_per_device = -(-store.total_tokens // mesh.shape[DATA])
+        self.tokens = _load(mesh, store, self.rows_per_device)
+        on_devices = jax.shard_map(
+            self._gather_on_one_device,
+            mesh=mesh,
+            in_specs=(P(DATA), P()),
+            out_specs=P(DATA),
+            check_vma=False,
+        )
+        self._gather = jax.jit(on_devices)
+
+    def gather(
+        self, rows: Int[np.ndarray, " tokens"], n_padded: int
+    ) -> Float[Array, "n_padded d_model"]:
+        """Return tokens of the store as a batch on the devices, with zeros after the last.
+
+        n_padded: rows of the batch, a multiple of the devices along `data`.
+        """
+        padded = np.full(n_padded, -1, np.int32)
+        padded[: len(rows)] = rows
+        return self._gather(self.tokens, put_replicated(self.mesh, padded))
+
+    def _gather_on_one_device(
+        self, tokens: Float[Array, "share d_model"], rows: Int[Array, " n_padded"]
+    ) -> Float[Array, "batch_share d_model"]:
+        place = rows - jax.lax.axis_index(DATA) * self.rows_per_device
+        # Row -1 is nowhere.
+        is_here = (rows >= 0) & (place >= 0) & (place < self.rows_per_device)
+        values = tokens[jnp.clip(place, 0, self.rows_per_device - 1)]
+        # Exactly one device has each row, and zeros do not change its bits in a sum of integers.
+        bits_dtype = jnp.uint32 if values.dtype.itemsize == 4 else jnp.uint16
+        bits = jax.lax.bitcast_convert_type(values, bits_dtype)
+        bits = jnp.where(is_here[:, None], bits, jnp.zeros_like(bits)).astype(jnp.uint32)
+        bits = jax.lax.psum_scatter(bits, DATA, tiled=True)
+        return jax.lax.bitcast_convert_type(bits.astype(bits_dtype), values.dtype)
+
+
+def open_resident(
+    setting: Literal["auto", "on", "off"], mesh: Mesh, source: Source
+) -> ResidentStore | None:
+    """Return the store on the devices, or None if batches are to be streamed from the host.
+
+    "auto" loads it if it fits into the free memory of every device. CPU devices have none of their
+    own, so that a store is streamed there. Raises UserError if it must be loaded but does not fit.
+    """
+    if setting == "off" or not isinstance(source, Store):
+        return None
+    n_bytes = source.total_tokens * source.d_model * source.dtype.itemsize / mesh.shape[DATA]
+    free = _free_bytes(mesh)
+    has_numbers = source.total_tokens < 2**31
+    if setting == "on":
+        fits = has_numbers and (free is None or n_bytes < free)
+    else:
+        fits = has_numbers and free is not None and n_bytes < MAX_SHARE * free
+    # In a cluster, all processes stream or none.
+    fits = not any_process(not fits, False)[0]
+    if fits:
+        return ResidentStore(mesh, source)
+    if setting == "on":
+        available = "" if free is None else f", but {free / 2**30:.1f} GB are free"
+        raise UserError(
+            f"--resident on needs {n_bytes / 2**30:.1f} GB on each device for {source.folder}"
+            f"{available}; use more devices, or --resident off"
+        )
+    return None
+
+
+def _free_bytes(mesh: Mesh) -> int | None:
+    """Return the free memory of the fullest of this process's devices, None for CPUs."""
+    free = []
+    for device in mesh.local_devices:
+        statistics = device.memory_stats()
+        if not statistics or "bytes_limit" not in statistics:
+            return None
+        free.append(statistics["bytes_limit"] - statistics["bytes_in_use"])
+    return min(free)
+
+
+def _load(mesh: Mesh, store: Store, rows_per_device: int) -> Float[Array, "rows d_model"]:
+    sharding = batch_sharding(mesh)
+    shape = (rows_per_device * mesh.shape[DATA], store.d_model)
+    devices_by_start: dict[int, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        devices_by_start.setdefault(index[0].start or 0, []).append(device)
+    n_rows = len(devices_by_start) * rows_per_device
+    arrays = []
+    with progress("load the store", n_rows, "tokens", delay=2.0) as bar:
+        for start, devices in devices_by_start.items():
+            stop = min(start + rows_per_device, store.total_tokens)
+            buffers = [
+                jnp.zeros((rows_per_device, store.d_model), store.dtype, device=device)
+                for device in devices
+            ]
+            for first in range(start, stop, PIECE_TOKENS):
+                piece = store.read_rows(first, min(first + PIECE_TOKENS, stop))
+                for i, device in enumerate(devices):
+                    on_device = jax.device_put(piece, SingleDeviceSharding(device))
+                    buffers[i] = _write_rows(buffers[i], on_device, np.int32(first - start))
+                bar.advance(len(piece))
+            arrays += buffers
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+# The buffer is donated, so that there is one copy of it.
+@partial(jax.jit, donate_argnums=0)
+def _write_rows(
+    buffer: Float[Array, "rows d_model"], piece: Float[Array, "n d_model"], first: Int[Array, ""]
+) -> Float[Array, "rows d_model"]:
+    return jax.lax.dynamic_update_slice_in_dim(buffer, piece, first, axis=0)
