@@ -17,6 +17,7 @@ from minsae_jax import PrepareConfig, UserError, prepare
 from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.eeg.recordings import open_windows, read_lengths
+from minsae_jax.evaluation.events import read_events
 
 NEW_NAMES = ("Fp1", "Fp2", "F7", "F3", "Fz", "F4", "F8", "T7", "C3", "Cz", "C4", "T8", "P7", "P3",
              "Pz", "P4", "P8", "O1", "O2")  # fmt: skip
@@ -149,6 +150,20 @@ def test_channels_reference_and_crop(tmp_path):
     with (tmp_path / "out/events.csv").open(newline="") as file:
         events = [(row["event"], row["start"], row["channels"]) for row in csv.DictReader(file)]
     assert events == [("spike", "0", "O2 Fz"), ("blink", str(round(3.5 * 256)), "O2 Fz")]
+
+
+def test_events_of_channels_with_spaces_are_read_back(tmp_path):
+    """`evaluate` finds the columns of the channels that an annotation names."""
+    raw = make_raw(("Fz", "Resp Belt", 'Cz "left"'))
+    names = [("Resp Belt", 'Cz "left"'), ("Fz",), ()]
+    onsets = [2.0, 3.0, 4.0]
+    raw.set_annotations(mne.Annotations(onsets, 1.0, ["breath", "blink", "all"], ch_names=names))
+    path = write_file(raw, tmp_path / "a_raw.fif")
+    run(path, tmp_path / "out", channels=tuple(raw.ch_names), reference=("none",), normalize="uV")
+    events = read_events(tmp_path / "out")
+    columns = {kind: event.channels for kind, (event,) in events.items()}
+    assert columns == {"breath": (1, 2), "blink": (0,), "all": (0, 1, 2)}
+    assert load(tmp_path / "out").shape == (2000, 3)
 
 
 def test_upsampling_and_low_pass(tmp_path):
@@ -406,7 +421,7 @@ def test_no_personal_field_is_copied(tmp_path):
     [
         ({"channels": ("tuhh",), "montage": "x"}, "MNE has no montage 'x'"),
         ({"channels": ("T3", "T7")}, "one electrode twice: T3 and T7"),
-        ({"channels": ("F z",)}, "names must not contain spaces"),
+        ({"channels": ("Fz", " ")}, "--channels contains an empty name"),
         ({"reference": ("average", "M1")}, "--reference average cannot be combined"),
         ({"l_freq": 60.0}, "--l_freq must be below"),
         ({"h_freq": 60.0}, "--h_freq must be at most half of --sampling_rate, 50"),

@@ -120,9 +120,7 @@ class PrepareConfig(ComputeFlags, SelectionFlags, SignalFlags, PrepareOutput, Pr
         check_no_duplicates(self, "channels", "notch", "reference")
         require(len(self.source) > 0, "prepare requires SOURCE")
         require(self.out != "", "--out must be the name of a folder")
-        for name in self.channels:
-            is_name = name != "" and not any(c.isspace() for c in name)
-            require(is_name, f"--channels contains {name!r}; names must not contain spaces")
+        require(all(name.strip() for name in self.channels), "--channels contains an empty name")
         for word in ("average", "none"):
             is_alone = word not in self.reference or len(self.reference) == 1
             require(is_alone, f"--reference {word} cannot be combined with channels")
