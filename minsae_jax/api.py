@@ -91,6 +91,22 @@ def load_braindecode(
     return braindecode.load_braindecode(name, weights, names)
 
 
+def load_model(model: str, root_path: str, weights: str | None = None) -> "BaseEncoder":
+    """Return the encoder of --model for the recordings in `root_path`.
+
+    model: braindecode:NAME. weights: see `load_braindecode`. Raises UserError as it does, or if
+    there are no recordings.
+    """
+    from minsae_jax.eeg.description import read_description
+    from minsae_jax.eeg.recordings import recordings_folder
+
+    library, _, name = model.partition(":")
+    if library != "braindecode":
+        raise UserError("--model must be braindecode:NAME, such as braindecode:LaBraM")
+    description = read_description(recordings_folder(Path(root_path)))
+    return load_braindecode(name, weights, description.channels)
+
+
 def write_demo(config: DemoConfig) -> Demo:
     """Write synthetic recordings with labelled events."""
     from minsae_jax.eeg import synthetic
@@ -126,19 +142,21 @@ def extract(encoder: "BaseEncoder", config: ExtractConfig) -> list["ExtractedSto
 def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     """Train a sweep of sparse autoencoders, or resume it, and return its results.
 
-    encoder: that at `config.checkpoint_path` unless passed. With `config.live` activations come
-    from it; otherwise the store must be of it, if there is one. Raises UserError, before anything
+    encoder: that of `config.model` or `config.checkpoint_path` unless passed. With `config.live`
+    activations come from it; otherwise the store must be of it, if there is one. Raises UserError, before anything
     is written, if settings, store and run folder do not fit each other.
     """
     from minsae_jax.encoder.live import open_live
     from minsae_jax.sae import trainer
 
     start(config.deterministic, config.distributed)
-    if encoder is None and config.checkpoint_path:
+    if encoder is None and config.model:
+        encoder = load_model(config.model, str(config.root_path), config.checkpoint_path)
+    elif encoder is None and config.checkpoint_path:
         encoder = load_encoder(config.checkpoint_path, config.config_path)
     if encoder is None:
         if config.live:
-            raise UserError("--live requires --checkpoint_path")
+            raise UserError("--live requires --checkpoint_path or --model")
         return trainer.train(config)
     if not config.live:
         return trainer.train(config, encoder.fingerprint)
@@ -161,7 +179,8 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
     """Measure a finished run on held-out recordings; with `config.report`, also write its report.
 
     encoder: that at `config.checkpoint_path`, or else the run's, unless passed. Without any, what
-    requires the model is left out, with a warning.
+    requires the model is left out, with a warning. Models of --model offer nothing of that kind, so
+    the run's is not loaded.
     Raises UserError if there is no such run, encoder or store, or they do not belong together.
     """
     from minsae_jax.evaluation import evaluate as evaluation
@@ -172,10 +191,12 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
         raise UserError(f"{run} does not contain a run; choose another --run")
     trained = load_run_config(run)
     start()
-    checkpoint_path = config.checkpoint_path or trained.checkpoint_path
+    checkpoint_path = config.checkpoint_path
+    if checkpoint_path is None and trained.model is None:
+        checkpoint_path = trained.checkpoint_path
     if encoder is None and checkpoint_path is not None:
         encoder = load_encoder(checkpoint_path, config.config_path or trained.config_path)
-    if encoder is None:
+    if encoder is None and trained.model is None:
         warnings.warn(
             "no encoder is given, so loss recovered is not measured; set --checkpoint_path",
             stacklevel=2,
