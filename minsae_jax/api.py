@@ -143,8 +143,8 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     """Train a sweep of sparse autoencoders, or resume it, and return its results.
 
     encoder: that of `config.model` or `config.checkpoint_path` unless passed. With `config.live`
-    activations come from it; otherwise the store must be of it, if there is one. Raises UserError, before anything
-    is written, if settings, store and run folder do not fit each other.
+    activations come from it; otherwise the store must be of it, if there is one. Raises UserError,
+    before anything is written, if settings, store and run folder do not fit each other.
     """
     from minsae_jax.encoder.live import open_live
     from minsae_jax.sae import trainer
