@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import Float
+
 from minsae_jax.eeg.description import Position, RecordingDescription, Unit
 from minsae_jax.eeg.events import Event
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.channels import mixing_matrix
-from minsae_jax.eeg.prepare.read import (
-    Annotation,
-    BadRecordingError,
-    EegFile,
-    open_file,
-    read_signals,
-)
+from minsae_jax.eeg.prepare.read import BadRecordingError, EegFile, open_file, read_signals
 from minsae_jax.eeg.prepare.signals import (
     Filters,
+    Statistics,
     apply_filters,
     check_quality,
     measure,
@@ -136,71 +134,139 @@ class _SkippedError(Exception):
     """A recording that the settings leave out."""
 
 
+@dataclass(frozen=True)
+class _Channels:
+    """Channels of one file by their canonical names, which are keys of `names`."""
+
+    names: dict[str, str]  # of the target channels, in column order
+    missing: tuple[str, ...]  # of the target channels
+    references: tuple[str, ...]
+    read: tuple[str, ...]  # target channels in the file, then references
+    flat: tuple[str, ...] = ()  # of `read`, once the samples are known, and so are these
+    clipped: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()  # target channels that are flat or marked as bad
+
+    @property
+    def interpolated(self) -> tuple[str, ...]:
+        return tuple(key for key in self.names if key in self.missing or key in self.bad)
+
+    def named(self, keys: Sequence[str]) -> tuple[str, ...]:
+        """Return the names as the settings spell them."""
+        return tuple(self.names.get(key, key) for key in keys)
+
+
 def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamp: str) -> Record:
-    findings = []
-    rate = file.sampling_rate
-    if file.is_truncated:
-        findings.append("file is shorter or longer than its header says")
     start, stop = _span(file, plan)
-    _check_rate(rate, plan.filters)
-    if rate < plan.filters.sampling_rate:
-        findings.append(f"sampling rate {rate:g} Hz is below the target")
-    keys = {canonical(channel): channel for channel in plan.channels}
-    present = [key for key in keys if key in file.names]
-    missing = [key for key in keys if key not in file.names]
-    references = _references(plan, file)
-    read = present + [key for key in references if key not in present]
-
+    _check_rate(file.sampling_rate, plan.filters)
+    channels = _find_channels(file, plan)
     # Checked before the samples are read, and again when flat channels are known.
-    _check_interpolated(missing, [], keys, plan)
-    data = read_signals(file, read, start, stop, plan.scale)
-    quality = check_quality(data)
-    flat = [key for key, is_flat in zip(read, quality.is_flat, strict=True) if is_flat]
-    clipped = [key for key, is_it in zip(read, quality.is_clipped, strict=True) if is_it]
-    bad = [key for key in present if key in flat or key in file.bad]
-    unusable = [key for key in references if key in flat or key in file.bad]
-    if unusable:
-        raise BadRecordingError(f"has a flat or bad reference channel: {' '.join(unusable)}")
-    _check_interpolated(missing, bad, keys, plan)
-    marked = [key for key in bad if key not in flat]
-    problems = {"missing": missing, "flat": flat, "marked as bad": marked, "clipped": clipped}
-    for problem, channels in problems.items():
-        if channels:
-            names = " ".join(keys.get(key, key) for key in channels)
-            findings.append(f"channels {problem}: {names}")
-
-    interpolated = [key for key in keys if key in missing or key in bad]
-    reference = [key if key in ("average", "none") else canonical(key) for key in plan.reference]
-    matrix = mixing_matrix(plan.channels, plan.montage, read, interpolated, reference)
-    data = apply_filters(data, rate, plan.filters)
+    _check_interpolated(channels, plan)
+    data = read_signals(file, channels.read, start, stop, plan.scale)
+    channels = _check_channels(data, channels, file)
+    _check_interpolated(channels, plan)
+    reference = channels.references or plan.reference
+    matrix = mixing_matrix(
+        plan.channels, plan.montage, channels.read, channels.interpolated, reference
+    )
+    data = apply_filters(data, file.sampling_rate, plan.filters)
     statistics = measure(data, matrix)
     n_samples = data.shape[1]
-    description = RecordingDescription(
-        source=source.label,
-        mean_uv=tuple(statistics.mean.tolist()),
-        sd_uv=tuple(statistics.sd.tolist()),
-        bad_channels=tuple(keys[key] for key in bad),
-        interpolated_channels=tuple(keys[key] for key in interpolated),
-        original_sampling_rate=rate,
-        duration=n_samples / plan.filters.sampling_rate,
-    )
     record = Record(
         name=source.name,
         patient=source.name.split("_")[0],
         n_samples=n_samples,
-        description=description,
-        events=_events(file.annotations, keys, plan, start / rate, n_samples),
-        findings=tuple(findings),
-        unused_channels=tuple(sorted(file.names.keys() - set(read))),
+        description=_describe(source, file, plan, channels, statistics, n_samples),
+        events=_events(file, channels, plan, start / file.sampling_rate, n_samples),
+        findings=_findings(file, plan, channels),
+        unused_channels=tuple(sorted(file.names.keys() - set(channels.read))),
     )
     # The record comes first, and is valid only with the recording: a recording without a record
-    # could not be told from one of another program.
+    # could not be distinguished from one of another program.
     path = folder / source.name
     path.unlink(missing_ok=True)
     with atomic_write(path) as temporary:
         write_recording(temporary, data, matrix, statistics, plan.unit)
         _write_record(folder, record, plan.key, stamp, temporary.stat().st_size)
     return record
+
+
+def _find_channels(file: EegFile, plan: Plan) -> _Channels:
+    """Return the channels to read. Raises BadRecordingError if the file lacks a reference."""
+    names = {canonical(channel): channel for channel in plan.channels}
+    present = [key for key in names if key in file.names]
+    references: list[str] = []
+    if plan.reference not in (("average",), ("none",)):
+        references = [canonical(name) for name in plan.reference]
+    absent = [name for name in references if name not in file.names]
+    if absent:
+        raise BadRecordingError(f"has no reference channel {' '.join(absent)}")
+    return _Channels(
+        names=names,
+        missing=tuple(key for key in names if key not in file.names),
+        references=tuple(references),
+        read=(*present, *(key for key in references if key not in present)),
+    )
+
+
+def _check_channels(
+    data: Float[np.ndarray, "channels samples"], channels: _Channels, file: EegFile
+) -> _Channels:
+    """Return the channels with those that are flat, clipped or bad.
+
+    Raises BadRecordingError on NaN, a wrong unit, and unusable references.
+    """
+    quality = check_quality(data)
+    read = np.array(channels.read)
+    flat = tuple(read[quality.is_flat].tolist())
+    unusable = [key for key in channels.references if key in flat or key in file.bad]
+    if unusable:
+        raise BadRecordingError(f"has a flat or bad reference channel: {' '.join(unusable)}")
+    targets = [key for key in channels.read if key in channels.names]
+    return dataclasses.replace(
+        channels,
+        flat=flat,
+        clipped=tuple(read[quality.is_clipped].tolist()),
+        bad=tuple(key for key in targets if key in flat or key in file.bad),
+    )
+
+
+def _describe(
+    source: Source,
+    file: EegFile,
+    plan: Plan,
+    channels: _Channels,
+    statistics: Statistics,
+    n_samples: int,
+) -> RecordingDescription:
+    return RecordingDescription(
+        source=source.label,
+        mean_uv=tuple(statistics.mean.tolist()),
+        sd_uv=tuple(statistics.sd.tolist()),
+        bad_channels=channels.named(channels.bad),
+        interpolated_channels=channels.named(channels.interpolated),
+        original_sampling_rate=file.sampling_rate,
+        duration=n_samples / plan.filters.sampling_rate,
+    )
+
+
+def _findings(file: EegFile, plan: Plan, channels: _Channels) -> tuple[str, ...]:
+    """Return one line for each property of the recording that the user should know."""
+    findings = []
+    if file.is_truncated:
+        findings.append("file is shorter or longer than its header says")
+    if file.sampling_rate < plan.filters.sampling_rate:
+        findings.append(f"sampling rate {file.sampling_rate:g} Hz is below the target")
+    marked = [key for key in channels.bad if key not in channels.flat]
+    problems = {
+        "missing": channels.missing,
+        "flat": channels.flat,
+        "marked as bad": marked,
+        "clipped": channels.clipped,
+    }
+    for problem, keys in problems.items():
+        if keys:
+            findings.append(f"channels {problem}: {' '.join(channels.named(keys))}")
+    return tuple(findings)
 
 
 def _write_record(folder: Path, record: Record, key: str, stamp: str, size: int) -> None:
@@ -235,29 +301,18 @@ def _check_rate(rate: float, filters: Filters) -> None:
             )
 
 
-def _references(plan: Plan, file: EegFile) -> list[str]:
-    """Return the canonical names of the reference channels, which must be in the file."""
-    if plan.reference in (("average",), ("none",)):
-        return []
-    names = [canonical(name) for name in plan.reference]
-    missing = [name for name in names if name not in file.names]
-    if missing:
-        raise BadRecordingError(f"has no reference channel {' '.join(missing)}")
-    return names
-
-
-def _check_interpolated(
-    missing: Sequence[str], bad: Sequence[str], keys: dict[str, str], plan: Plan
-) -> None:
+def _check_interpolated(channels: _Channels, plan: Plan) -> None:
     """Raise if so many channels cannot be interpolated, or must not be."""
-    names = [keys[key] for key in keys if key in missing or key in bad]
-    if missing and plan.on_missing == "skip":
-        raise _SkippedError(f"lacks {' '.join(keys[key] for key in missing)}")
-    if missing and plan.on_missing == "error":
-        raise BadRecordingError(f"lacks {' '.join(keys[key] for key in missing)}")
-    if len(names) > plan.max_interpolated * len(keys):
+    if channels.missing and plan.on_missing != "interpolate":
+        reason = f"lacks {' '.join(channels.named(channels.missing))}"
+        if plan.on_missing == "skip":
+            raise _SkippedError(reason)
+        raise BadRecordingError(reason)
+    names = channels.named(channels.interpolated)
+    n_channels = len(plan.channels)
+    if len(names) > plan.max_interpolated * n_channels:
         raise BadRecordingError(
-            f"has {len(keys) - len(names)} usable channels of {len(keys)}; missing, flat or bad "
+            f"has {n_channels - len(names)} usable channels of {n_channels}; missing, flat or bad "
             f"are {' '.join(names)}"
         )
     positions = dict(zip(plan.channels, plan.positions, strict=True))
@@ -269,25 +324,21 @@ def _check_interpolated(
 
 
 def _events(
-    annotations: Sequence[Annotation],
-    keys: dict[str, str],
-    plan: Plan,
-    offset: float,
-    n_samples: int,
+    file: EegFile, channels: _Channels, plan: Plan, offset: float, n_samples: int
 ) -> tuple[Event, ...]:
     """Return the annotations that are in the recording, in order of time. offset: in seconds."""
     rate = plan.filters.sampling_rate
     events = []
-    for annotation in annotations:
+    for annotation in file.annotations:
         onset = annotation.onset - offset
         seconds = annotation.duration or plan.event_seconds
         start = max(round(onset * rate), 0)
         stop = min(round((onset + seconds) * rate), n_samples)
-        channels = plan.channels
+        of_event = plan.channels
         if annotation.channels:
             named = {canonical(name) for name in annotation.channels}
-            channels = tuple(name for key, name in keys.items() if key in named)
-        if start < stop and channels:
+            of_event = tuple(name for key, name in channels.names.items() if key in named)
+        if start < stop and of_event:
             kind = " ".join(annotation.kind.split())
-            events.append(Event(kind, start, stop, channels))
+            events.append(Event(kind, start, stop, of_event))
     return tuple(sorted(events, key=lambda event: (event.start, event.stop, event.kind)))
