@@ -1,79 +1,30 @@
-"""Prepares one recording: EEG file → .npy and its record in the folder `.prepare`.
+"""Prepares one recording: EEG file → .npy and its record."""
 
-The record has everything that the tables of the whole folder need, so that a rerun skips what is
-done.
-"""
-
-import dataclasses
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
-from jaxtyping import Float
-
-from minsae_jax.eeg.description import Position, RecordingDescription, Unit
+from minsae_jax.eeg.description import RecordingDescription
 from minsae_jax.eeg.events import Event
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.channels import mixing_matrix
+from minsae_jax.eeg.prepare.file_channels import (
+    FileChannels,
+    SkippedError,
+    check_channels,
+    check_interpolated,
+    find_channels,
+)
+from minsae_jax.eeg.prepare.plan import Plan
 from minsae_jax.eeg.prepare.read import BadRecordingError, EegFile, open_file, read_signals
+from minsae_jax.eeg.prepare.record import Record, Rejected, stamp_of, write_record
 from minsae_jax.eeg.prepare.signals import (
     Filters,
     Statistics,
     apply_filters,
-    check_quality,
     measure,
     write_recording,
 )
-from minsae_jax.eeg.prepare.sources import Source, files_of
+from minsae_jax.eeg.prepare.sources import Source
 from minsae_jax.files import atomic_write
-
-RECORDS = ".prepare"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Resolved settings of every recording; equal keys give equal recordings of equal files."""
-
-    channels: tuple[str, ...]
-    positions: tuple[Position | None, ...]
-    montage: str
-    reference: tuple[str, ...]
-    filters: Filters
-    unit: Unit
-    scale: float
-    crop: float  # seconds
-    min_duration: float  # seconds
-    max_duration: float | None  # seconds
-    on_missing: Literal["interpolate", "skip", "error"]
-    max_interpolated: float  # share of the channels
-    event_seconds: float
-    key: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """A prepared recording."""
-
-    name: str
-    patient: str  # in the names of files
-    n_samples: int
-    description: RecordingDescription
-    events: tuple[Event, ...]
-    findings: tuple[str, ...]
-    unused_channels: tuple[str, ...]  # of the source
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A recording that is left out. is_bad: it is an error unless bad recordings are skipped."""
-
-    source: Source
-    reason: str
-    is_bad: bool = True
 
 
 def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Rejected:
@@ -82,7 +33,7 @@ def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Reje
     try:
         file = open_file(source.path)
         return _prepare(source, file, plan, folder, stamp)
-    except _SkippedError as e:
+    except SkippedError as e:
         return Rejected(source, str(e), is_bad=False)
     except BadRecordingError as e:
         return Rejected(source, str(e))
@@ -90,80 +41,15 @@ def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Reje
         return Rejected(source, "does not fit into memory")
 
 
-def read_record(source: Source, plan: Plan, folder: Path) -> Record | None:
-    """Return the record of a recording that is complete and up to date, or None."""
-    path = record_path(folder, source.name)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        size = (folder / source.name).stat().st_size
-    except (OSError, ValueError):
-        return None
-    is_current = content["key"] == plan.key and content["stamp"] == stamp_of(source)
-    if not is_current or content["size"] != size:
-        return None
-    values = content["record"]
-    description = {name: _tuple(value) for name, value in values["description"].items()}
-    events = [{name: _tuple(value) for name, value in event.items()} for event in values["events"]]
-    nested = {
-        "description": RecordingDescription(**description),
-        "events": tuple(Event(**event) for event in events),
-    }
-    return Record(**{name: _tuple(value) for name, value in values.items()} | nested)
-
-
-def record_path(folder: Path, name: str) -> Path:
-    """Return the path of a recording's record."""
-    return folder / RECORDS / f"{name}.json"
-
-
-def stamp_of(source: Source) -> str:
-    """Return a hash of names, sizes and modification times of all files of a source."""
-    stamps = []
-    for path in files_of(source.path):
-        status = path.stat()
-        stamps.append([path.name, status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
-
-
-def _tuple(value: Any) -> Any:
-    # JSON has lists only.
-    return tuple(value) if isinstance(value, list) else value
-
-
-class _SkippedError(Exception):
-    """A recording that the settings leave out."""
-
-
-@dataclass(frozen=True)
-class _Channels:
-    """Channels of one file by their canonical names, which are keys of `names`."""
-
-    names: dict[str, str]  # of the target channels, in column order
-    missing: tuple[str, ...]  # of the target channels
-    references: tuple[str, ...]
-    read: tuple[str, ...]  # target channels in the file, then references
-    flat: tuple[str, ...] = ()  # of `read`, once the samples are known, and so are these
-    clipped: tuple[str, ...] = ()
-    bad: tuple[str, ...] = ()  # target channels that are flat or marked as bad
-
-    @property
-    def interpolated(self) -> tuple[str, ...]:
-        return tuple(key for key in self.names if key in self.missing or key in self.bad)
-
-    def named(self, keys: Sequence[str]) -> tuple[str, ...]:
-        """Return the names as the settings spell them."""
-        return tuple(self.names.get(key, key) for key in keys)
-
-
 def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamp: str) -> Record:
     start, stop = _span(file, plan)
     _check_rate(file.sampling_rate, plan.filters)
-    channels = _find_channels(file, plan)
+    channels = find_channels(file, plan)
     # Checked before the samples are read, and again when flat channels are known.
-    _check_interpolated(channels, plan)
+    check_interpolated(channels, plan)
     data = read_signals(file, channels.read, start, stop, plan.scale)
-    channels = _check_channels(data, channels, file)
-    _check_interpolated(channels, plan)
+    channels = check_channels(data, channels, file)
+    check_interpolated(channels, plan)
     reference = channels.references or plan.reference
     matrix = mixing_matrix(
         plan.channels, plan.montage, channels.read, channels.interpolated, reference
@@ -186,55 +72,15 @@ def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamp: str
     path.unlink(missing_ok=True)
     with atomic_write(path) as temporary:
         write_recording(temporary, data, matrix, statistics, plan.unit)
-        _write_record(folder, record, plan.key, stamp, temporary.stat().st_size)
+        write_record(folder, record, plan.key, stamp, temporary.stat().st_size)
     return record
-
-
-def _find_channels(file: EegFile, plan: Plan) -> _Channels:
-    """Return the channels to read. Raises BadRecordingError if the file lacks a reference."""
-    names = {canonical(channel): channel for channel in plan.channels}
-    present = [key for key in names if key in file.names]
-    references: list[str] = []
-    if plan.reference not in (("average",), ("none",)):
-        references = [canonical(name) for name in plan.reference]
-    absent = [name for name in references if name not in file.names]
-    if absent:
-        raise BadRecordingError(f"has no reference channel {' '.join(absent)}")
-    return _Channels(
-        names=names,
-        missing=tuple(key for key in names if key not in file.names),
-        references=tuple(references),
-        read=(*present, *(key for key in references if key not in present)),
-    )
-
-
-def _check_channels(
-    data: Float[np.ndarray, "channels samples"], channels: _Channels, file: EegFile
-) -> _Channels:
-    """Return the channels with those that are flat, clipped or bad.
-
-    Raises BadRecordingError on NaN, a wrong unit, and unusable references.
-    """
-    quality = check_quality(data)
-    read = np.array(channels.read)
-    flat = tuple(read[quality.is_flat].tolist())
-    unusable = [key for key in channels.references if key in flat or key in file.bad]
-    if unusable:
-        raise BadRecordingError(f"has a flat or bad reference channel: {' '.join(unusable)}")
-    targets = [key for key in channels.read if key in channels.names]
-    return dataclasses.replace(
-        channels,
-        flat=flat,
-        clipped=tuple(read[quality.is_clipped].tolist()),
-        bad=tuple(key for key in targets if key in flat or key in file.bad),
-    )
 
 
 def _describe(
     source: Source,
     file: EegFile,
     plan: Plan,
-    channels: _Channels,
+    channels: FileChannels,
     statistics: Statistics,
     n_samples: int,
 ) -> RecordingDescription:
@@ -249,7 +95,7 @@ def _describe(
     )
 
 
-def _findings(file: EegFile, plan: Plan, channels: _Channels) -> tuple[str, ...]:
+def _findings(file: EegFile, plan: Plan, channels: FileChannels) -> tuple[str, ...]:
     """Return one line for each property of the recording that the user should know."""
     findings = []
     if file.is_truncated:
@@ -267,12 +113,6 @@ def _findings(file: EegFile, plan: Plan, channels: _Channels) -> tuple[str, ...]
         if keys:
             findings.append(f"channels {problem}: {' '.join(channels.named(keys))}")
     return tuple(findings)
-
-
-def _write_record(folder: Path, record: Record, key: str, stamp: str, size: int) -> None:
-    content = {"key": key, "stamp": stamp, "size": size, "record": dataclasses.asdict(record)}
-    with atomic_write(record_path(folder, record.name)) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _span(file: EegFile, plan: Plan) -> tuple[int, int]:
@@ -301,30 +141,8 @@ def _check_rate(rate: float, filters: Filters) -> None:
             )
 
 
-def _check_interpolated(channels: _Channels, plan: Plan) -> None:
-    """Raise if so many channels cannot be interpolated, or must not be."""
-    if channels.missing and plan.on_missing != "interpolate":
-        reason = f"lacks {' '.join(channels.named(channels.missing))}"
-        if plan.on_missing == "skip":
-            raise _SkippedError(reason)
-        raise BadRecordingError(reason)
-    names = channels.named(channels.interpolated)
-    n_channels = len(plan.channels)
-    if len(names) > plan.max_interpolated * n_channels:
-        raise BadRecordingError(
-            f"has {n_channels - len(names)} usable channels of {n_channels}; missing, flat or bad "
-            f"are {' '.join(names)}"
-        )
-    positions = dict(zip(plan.channels, plan.positions, strict=True))
-    unknown = [name for name in names if positions[name] is None]
-    if unknown:
-        raise BadRecordingError(
-            f"lacks {' '.join(unknown)}, which --montage {plan.montage} has no position for"
-        )
-
-
 def _events(
-    file: EegFile, channels: _Channels, plan: Plan, offset: float, n_samples: int
+    file: EegFile, channels: FileChannels, plan: Plan, offset: float, n_samples: int
 ) -> tuple[Event, ...]:
     """Return the annotations that are in the recording, in order of time. offset: in seconds."""
     rate = plan.filters.sampling_rate
