@@ -1,6 +1,6 @@
-"""Where the tokens of Braindecode's foundation models lie, and where their layers are.
+"""Token grids and layers of Braindecode's foundation models.
 
-A model is supported if its patching says where each token lies.
+A model is supported if its patching determines the place of each token.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Stage:
-    """A place in a model where the residual stream can be read: in front of a module or behind."""
+    """A place in a model where the residual stream can be read: before or after a module."""
 
     module: "nn.Module"
     in_front: bool = False

@@ -241,6 +241,7 @@ def test_damaged_bids_folders(tmp_path, capfd):
             refusals.append(str(e))
             assert not (out / "file_lengths_map.csv").exists(), path
             assert not (out / "dataset.json").exists()
+            assert not list(out.rglob("*.tmp"))
         else:
             assert_is_complete(out)
     assert DAMAGES // 3 < len(refusals) < DAMAGES

@@ -60,9 +60,8 @@ def check_quality(data: Float[np.ndarray, "channels samples"]) -> Quality:
     median = float(np.median(varying)) if len(varying) else 0.0
     if median > STRONGEST_UV or 0 < median < WEAKEST_UV:
         raise BadRecordingError(
-            f"has a median SD of {median:.3g} µV, so its unit is probably wrong; give the factor "
-            "to correct it as --scale (1e-6 if microvolts were taken for volts, 1e6 for volts "
-            "taken for microvolts)"
+            f"has a median SD of {median:.3g} µV, so its unit is probably wrong; correct it with "
+            "--scale (1e-6 if µV were read as V, 1e6 if V were read as µV)"
         )
     return Quality(sd, is_clipped)
 

@@ -81,8 +81,8 @@ def bids_sidecar(path: Path, what: str) -> Path | None:
     """Return the table, events or channels, that applies to a BIDS recording; None without one.
 
     By BIDS's inheritance principle, a table applies to all recordings in its folder and below whose
-    names contain all parts (`sub-01`, `task-rest`) of its own. The nearest folder takes precedence,
-    and in one folder the table with the most parts.
+    names contain all parts of the table's name (`sub-01`, `task-rest`). The nearest folder takes
+    precedence, and within a folder the table with the most parts.
     """
     stem, is_eeg, _ = path.name.rpartition("_eeg.")
     if not is_eeg:
@@ -126,8 +126,8 @@ def files_of(path: Path) -> list[Path]:
 def find_duplicates(sources: Sequence[Source]) -> dict[Path, Path]:
     """Return for each copy of an earlier recording the path of that recording.
 
-    Compared are the largest file of each, which has the samples; files of different sizes or
-    endings are not read as a whole.
+    The largest file of each recording, which contains the samples, is compared. Files of different
+    sizes or last bytes are not read completely.
     """
     alike: dict[tuple[int, bytes], list[Path]] = {}
     largest = {}
