@@ -73,8 +73,8 @@ class SignalFlags:
     notch: Annotated[tuple[float, ...], NonNegative] = ()
     """Frequencies of notch filters in Hz; 0 for none (labram: 50; cbramod: 60)."""
     reference: tuple[str, ...] = ()
-    """average, none, or the channels whose mean is subtracted (tuh, eegpt: average; others:
-    none)."""
+    """average, none, or the channels whose mean is subtracted (tuh, eegpt: average; others: no
+    change)."""
     normalize: Normalize | None = None
     """zscore of each channel over the recording, µV, 100 µV or mV (tuh, reve: zscore; labram,
     cbramod: 100uV; eegpt: mV)."""
