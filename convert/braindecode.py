@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from convert.braindecode_layouts import MODELS, Channels, Stage
+from convert.braindecode_layouts import MODELS, Channels, Layout, Stage
 from minsae_jax.encoder.base import (
     DEFAULT_OPTIONS,
     BaseEncoder,
@@ -60,7 +60,7 @@ class BraindecodeEncoder(BaseEncoder):
             d_model=self.embedding(silence).shape[-1],
             tokens=self.layout.tokens,
         )
-        self.fingerprint = _fingerprint(model, self.spec)
+        self.fingerprint = _fingerprint(model, self.spec, self.layout)
 
     def function(
         self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
@@ -91,6 +91,8 @@ class BraindecodeEncoder(BaseEncoder):
             if len(streams) == len(stages):
                 raise _AllRecorded
 
+        if self.layout.divides_by_quantile:
+            x = _divided_by_quantile(x)
         windows = torch.from_numpy(np.ascontiguousarray(x.swapaxes(1, 2)))
         device = next(self.model.parameters()).device
         with (
@@ -124,13 +126,23 @@ def _hook(stage: Stage, record: "Callable[[Tensor], None]") -> Any:
     return stage.module.register_forward_hook(lambda module, inputs, output: record(output))
 
 
-def _fingerprint(model: Any, spec: EncoderSpec) -> str:
+def _divided_by_quantile(
+    x: Float[np.ndarray, "batch seq_len n_vars"],
+) -> Float[np.ndarray, "batch seq_len n_vars"]:
+    """Divide each channel of a window by the 95 % quantile of its absolute values, as BIOT does."""
+    scale = np.quantile(np.abs(x), 0.95, axis=1, keepdims=True) + 1e-8
+    return (x / scale).astype(np.float32)
+
+
+def _fingerprint(model: Any, spec: EncoderSpec, layout: Layout) -> str:
     """Return the SHA-256 of a model's class, windows, settings and weights."""
     settings = {
         "class": type(model).__name__,
         "windows": [spec.seq_len, spec.n_vars, spec.channels],
         "config": model.get_config(),
     }
+    if layout.divides_by_quantile:
+        settings["normalization"] = "95 % quantile"
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         array = np.ascontiguousarray(tensor.cpu().numpy())

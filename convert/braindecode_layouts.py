@@ -1,6 +1,6 @@
-"""Where the tokens of Braindecode's foundation models lie, and where their layers are.
+"""Token grids and layers of Braindecode's foundation models.
 
-A model is supported if its patching says where each token lies.
+A model is supported if its patching determines the place of each token.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Stage:
-    """A place in a model where the residual stream can be read: in front of a module or behind."""
+    """A place in a model where the residual stream can be read: before or after a module."""
 
     module: "nn.Module"
     in_front: bool = False
@@ -34,8 +34,9 @@ class Layout:
     """How to run a model, and the places of its tokens.
 
     stages: the embedded tokens, then the stream after each layer. seq_len, n_vars: samples and
-    channels of a window. channels: their names, where the model depends on them. arguments: further
-    ones of its forward.
+    channels of a window. unit: of the EEG in pretraining. channels: their names, where the model
+    depends on them. divides_by_quantile: pretraining divides each channel of a window by the 95 %
+    quantile of its absolute values. arguments: further ones of its forward.
     """
 
     stages: tuple[Stage, ...]
@@ -45,6 +46,7 @@ class Layout:
     sampling_rate: float
     unit: Unit | None = None
     channels: Channels | None = None
+    divides_by_quantile: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -87,7 +89,7 @@ def _cbramod(model: Any, channels: Channels | None) -> Layout:
 
 
 def _biot(model: Any, channels: Channels | None) -> Layout:
-    """The overlapping spectra of each channel."""
+    """The overlapping spectra of each channel. Any unit will do, since windows are normalised."""
     encoder = model.encoder
     n_patches = (model.n_times - encoder.n_fft) // encoder.hop_length + 1
     blocks = encoder.transformer.layers.layers
@@ -100,6 +102,7 @@ def _biot(model: Any, channels: Channels | None) -> Layout:
         n_vars=model.n_chans,
         sampling_rate=_stated(model, "sfreq", 200.0),
         channels=_own_channels(model),
+        divides_by_quantile=True,
     )
 
 
@@ -127,6 +130,8 @@ def _reve(model: Any, channels: Channels | None) -> Layout:
 def _eegpt(model: Any, channels: Channels | None) -> Layout:
     """For each patch of time, a token of every channel, then the summary tokens.
 
+    Pretraining divides µV by 1000.
+
     With a projection in front of the encoder, its channels are mixtures of all channels.
     """
     encoder = model.target_encoder
@@ -144,6 +149,7 @@ def _eegpt(model: Any, channels: Channels | None) -> Layout:
         tokens=tokens,
         n_vars=model.n_chans,
         sampling_rate=_stated(model, "sfreq", 256.0),
+        unit="mV",
         channels=_own_channels(model),
     )
 

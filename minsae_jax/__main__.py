@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 import minsae_jax
 from minsae_jax import api, cli
-from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.prepare.config import PrepareConfig
-from minsae_jax.eeg.recordings import recordings_folder
 from minsae_jax.eeg.synthetic import DemoConfig
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
@@ -75,13 +73,9 @@ def _load_encoder(config: ExtractConfig) -> "BaseEncoder":
         if config.checkpoint_path is None:
             raise UserError("minsae extract requires --checkpoint_path or --model")
         return api.load_encoder(config.checkpoint_path, config.config_path)
-    library, _, name = config.model.partition(":")
-    if library != "braindecode" or config.config_path is not None:
-        raise UserError(
-            "--model must be braindecode:NAME, such as braindecode:LaBraM, without --config_path"
-        )
-    description = read_description(recordings_folder(Path(config.root_path)))
-    return api.load_braindecode(name, config.checkpoint_path, description.channels)
+    if config.config_path is not None:
+        raise UserError("--config_path cannot be combined with --model")
+    return api.load_model(config.model, config.root_path, config.checkpoint_path)
 
 
 def train(config: TrainConfig) -> None:

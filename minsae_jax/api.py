@@ -93,6 +93,22 @@ def load_braindecode(
     return braindecode.load_braindecode(name, weights, names)
 
 
+def load_model(model: str, root_path: str, weights: str | None = None) -> "BaseEncoder":
+    """Return the encoder of --model for the recordings in `root_path`.
+
+    model: braindecode:NAME. weights: see `load_braindecode`. Raises UserError as it does, or if
+    there are no recordings.
+    """
+    from minsae_jax.eeg.description import read_description
+    from minsae_jax.eeg.recordings import recordings_folder
+
+    library, _, name = model.partition(":")
+    if library != "braindecode":
+        raise UserError("--model must be braindecode:NAME, such as braindecode:LaBraM")
+    description = read_description(recordings_folder(Path(root_path)))
+    return load_braindecode(name, weights, description.channels)
+
+
 def write_demo(config: DemoConfig) -> Demo:
     """Write synthetic recordings with labelled events."""
     from minsae_jax.eeg import synthetic
@@ -128,19 +144,21 @@ def extract(encoder: "BaseEncoder", config: ExtractConfig) -> list["ExtractedSto
 def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     """Train a sweep of sparse autoencoders, or resume it, and return its results.
 
-    encoder: that at `config.checkpoint_path` unless passed. With `config.live` activations come
-    from it; otherwise the store must be of it, if there is one. Raises UserError, before anything
-    is written, if settings, store and run folder do not fit each other.
+    encoder: that of `config.model` or `config.checkpoint_path` unless passed. With `config.live`
+    activations come from it; otherwise the store must be of it, if there is one. Raises UserError,
+    before anything is written, if settings, store and run folder do not fit each other.
     """
     from minsae_jax.encoder.live import open_live
     from minsae_jax.sae import trainer
 
     start(config.deterministic, config.distributed)
-    if encoder is None and config.checkpoint_path:
+    if encoder is None and config.model:
+        encoder = load_model(config.model, str(config.root_path), config.checkpoint_path)
+    elif encoder is None and config.checkpoint_path:
         encoder = load_encoder(config.checkpoint_path, config.config_path)
     if encoder is None:
         if config.live:
-            raise UserError("--live requires --checkpoint_path")
+            raise UserError("--live requires --checkpoint_path or --model")
         return trainer.train(config)
     if not config.live:
         return trainer.train(config, encoder.fingerprint)
@@ -163,7 +181,8 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
     """Measure a finished run on held-out recordings; with `config.report`, also write its report.
 
     encoder: that at `config.checkpoint_path`, or else the run's, unless passed. Without any, what
-    requires the model is left out, with a warning.
+    requires the model is left out, with a warning. Models of --model offer nothing of that kind, so
+    the run's is not loaded.
     Raises UserError if there is no such run, encoder or store, or they do not belong together.
     """
     from minsae_jax.evaluation import evaluate as evaluation
@@ -173,7 +192,7 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
     trained = _settings_of(run)
     start()
     encoder = encoder or _encoder_of(config, trained)
-    if encoder is None:
+    if encoder is None and trained.model is None:
         warnings.warn(
             "no encoder is given, so loss recovered is not measured; set --checkpoint_path",
             stacklevel=2,
@@ -215,7 +234,10 @@ def _settings_of(run: Path) -> TrainConfig:
 
 def _encoder_of(config: EvaluationInputConfig, trained: TrainConfig) -> "BaseEncoder | None":
     """Load the encoder that the settings name, or else that of the run; None if there is none."""
-    checkpoint_path = config.checkpoint_path or trained.checkpoint_path
+    checkpoint_path = config.checkpoint_path
+    # With --model, the run's checkpoint is the weights of that model.
+    if checkpoint_path is None and trained.model is None:
+        checkpoint_path = trained.checkpoint_path
     if checkpoint_path is None:
         return None
     return load_encoder(checkpoint_path, config.config_path or trained.config_path)

@@ -64,8 +64,8 @@ class TokenGrid:
         """Return the grid of equal patches; patch p begins at `first_sample` + p * `stride`.
 
         stride: patch_len by default. n_channels: the tokens are the patches of channel 0, then
-        those of channel 1, and so on; without it no token has a channel of its own. n_cls: tokens
-        without channel and samples, before all others.
+        those of channel 1, and so on; without it tokens have no channel. n_cls: tokens without
+        channel and samples, before all others.
 
         >>> grid = TokenGrid.patches(2, patch_len=100, n_channels=2, n_cls=1)
         >>> grid.channel.tolist(), grid.first.tolist(), grid.last.tolist()

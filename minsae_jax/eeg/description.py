@@ -23,7 +23,8 @@ DESCRIPTION = "dataset.json"
 FORMAT_VERSION = 1
 
 # SD: each channel minus its mean, divided by its standard deviation, both over the recording.
-Unit = Literal["SD", "uV", "100 uV"]
+Unit = Literal["SD", "uV", "100 uV", "mV"]
+UV_PER_UNIT = {"uV": 1.0, "100 uV": 100.0, "mV": 1000.0}  # SD differs between channels
 Position = tuple[float, float, float]  # metres, head coordinates of MNE: right, front, up
 
 
@@ -61,10 +62,8 @@ class Description:
 
     def uv_per_unit(self, recording: str) -> Float[np.ndarray, " channels"] | None:
         """Return by how much to multiply each channel of a recording for µV; None if not known."""
-        if self.unit == "uV":
-            return np.ones(len(self.channels))
-        if self.unit == "100 uV":
-            return np.full(len(self.channels), 100.0)
+        if self.unit in UV_PER_UNIT:
+            return np.full(len(self.channels), UV_PER_UNIT[self.unit])
         described = self.recordings.get(recording)
         if described is None:
             return None

@@ -1,7 +1,12 @@
-"""`events.csv`: labelled events in recordings."""
+"""`events.csv`: labelled events in recordings.
+
+Its columns are recording, event (its kind), start, stop (samples) and channels. Names of channels
+are separated by spaces; a name that contains spaces is in double quotes.
+"""
 
 import csv
-from collections.abc import Iterable
+import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +23,32 @@ class Event:
     channels: tuple[str, ...]
 
 
+def join_channels(names: Sequence[str]) -> str:
+    """Return names of channels as they are written in events.csv.
+
+    >>> join_channels(["Fp1", "Resp Belt"])
+    'Fp1 "Resp Belt"'
+    """
+    cell = io.StringIO()
+    csv.writer(cell, delimiter=" ", lineterminator="").writerow(names)
+    return cell.getvalue()
+
+
+def split_channels(cell: str) -> list[str]:
+    """Return the names of channels in a cell of events.csv. Inverse of `join_channels`.
+
+    >>> split_channels('Fp1 "Resp Belt"')
+    ['Fp1', 'Resp Belt']
+    """
+    (names,) = csv.reader([cell.strip()], delimiter=" ", skipinitialspace=True)
+    return names
+
+
 def write_events(path: Path, events: Iterable[tuple[str, Event]]) -> None:
     """Write events with the file names of their recordings, in the given order."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("recording", "event", "start", "stop", "channels"))
         for recording, event in events:
-            channels = " ".join(event.channels)
+            channels = join_channels(event.channels)
             writer.writerow((recording, event.kind, event.start, event.stop, channels))

@@ -21,8 +21,15 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from minsae_jax.eeg.description import TUH, Description, read_description
-from minsae_jax.eeg.splits import Split, join_some, patient_of, patient_splits
+from minsae_jax.eeg.description import TUH, UV_PER_UNIT, Description, read_description
+from minsae_jax.eeg.splits import (
+    MIN_PATIENTS,
+    Split,
+    join_some,
+    patient_of,
+    patient_splits,
+    splits_path,
+)
 from minsae_jax.errors import UserError, brief
 from minsae_jax.monitor import progress
 
@@ -31,6 +38,9 @@ OnBadRecording = Literal["error", "skip"]
 SAMPLING_RATE = 100  # Hz, of recordings without dataset.json
 LENGTHS = "file_lengths_map.csv"
 SCAN_BLOCK = 100_000  # samples
+# Limits of the median root mean square of the channels
+PLAUSIBLE_SD = (0.1, 10.0)
+PLAUSIBLE_UV = (0.01, 10_000.0)
 # NumPy parses headers with Python's parser, which Python 3.11 cannot run in two threads at once
 # (it raises SystemError).
 _header_lock = Lock()
@@ -45,6 +55,7 @@ class Scan:
     # correspond to the channel names.
     shifted: bool
     first_not_finite: int | None  # sample, NaN or infinite in any channel
+    rms: tuple[float, ...]  # root mean square of each channel
 
 
 @dataclass(frozen=True)
@@ -138,16 +149,20 @@ class Windows:
         n_samples = int(self.counts[file]) * self.seq_len
         samples = load_recording(self.folder / self.files[file])[:n_samples]
         digest = hashlib.sha256()
-        last_is_zero = self.n_vars > 1 and len(samples) > 0
+        squares = np.zeros(self.n_vars)
         for start in range(0, len(samples), SCAN_BLOCK):
             with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
                 block = np.ascontiguousarray(samples[start : start + SCAN_BLOCK], np.float32)
             finite = np.isfinite(block).all(1)
             if not finite.all():
-                return Scan("", False, start + int(np.flatnonzero(~finite)[0]))
+                return Scan("", False, start + int(np.flatnonzero(~finite)[0]), ())
             digest.update(block.data)
-            last_is_zero = last_is_zero and not block[:, -1].any()
-        return Scan(digest.hexdigest(), last_is_zero, None)
+            with np.errstate(over="ignore", under="ignore"):
+                squares += np.einsum("tc,tc->c", block, block)
+        rms = np.sqrt(squares / max(n_samples, 1))
+        # Squares of tiny samples are 0 too.
+        last_is_zero = self.n_vars > 1 and n_samples > 0 and not samples[:, -1].any()
+        return Scan(digest.hexdigest(), last_is_zero, None, tuple(rms.tolist()))
 
 
 @dataclass(frozen=True)
@@ -159,6 +174,7 @@ class Recordings:
     sha256: str  # of all windows
     shifted: np.ndarray  # [files] bool, see Scan
     skipped: dict[str, str]  # file name -> reason
+    rms: Float[np.ndarray, "files n_vars"]  # of each channel, in the unit of the recordings
 
 
 def open_recordings(
@@ -228,11 +244,12 @@ def _scanned_recordings(split: Split, scan: _SplitScan) -> Recordings:
     if description is TUH:
         # In described recordings a channel that is all zero is flat.
         shifted[:] = [scan.scans[name].shifted for name in files]
-    return Recordings(scan.windows, description, sha256, shifted, scan.bad)
+    rms = np.array([scan.scans[name].rms for name in files])
+    return Recordings(scan.windows, description, sha256, shifted, scan.bad, rms)
 
 
 def warn_of(recordings: Recordings, split: Split) -> None:
-    """Warn about skipped recordings and about shifted channels."""
+    """Warn about skipped recordings, shifted or zero channels, and a unit that must be wrong."""
     files = np.array(recordings.windows.files)
     shifted = files[recordings.shifted].tolist()
     if shifted:
@@ -248,6 +265,43 @@ def warn_of(recordings: Recordings, split: Split) -> None:
             f"left out of split {split}: {join_some(reasons, limit=3)}; the manifest names them "
             "all",
             stacklevel=2,
+        )
+    _warn_of_zeros(recordings)
+    _warn_of_unit(recordings)
+
+
+def _warn_of_zeros(recordings: Recordings) -> None:
+    """Warn about channels that are all zero, other than the last one of a shifted recording."""
+    files = recordings.windows.files
+    is_zero = recordings.rms == 0
+    is_zero[recordings.shifted, -1] = False
+    if not is_zero.any():
+        return
+    columns = np.flatnonzero(is_zero.any(axis=0))
+    names = [f"column {column + 1}" for column in columns]
+    if len(recordings.description.channels) == recordings.windows.n_vars:
+        names = [recordings.description.channels[column] for column in columns]
+    in_files = [files[i] for i in np.flatnonzero(is_zero.any(axis=1))]
+    warnings.warn(
+        f"channels all zero: {join_some(names)} (in {join_some(in_files, limit=3)}); their tokens "
+        "are used like all others; `minsae prepare` interpolates missing and flat channels",
+        stacklevel=3,
+    )
+
+
+def _warn_of_unit(recordings: Recordings) -> None:
+    """Warn if the amplitude of most recordings is impossible in their unit."""
+    unit = recordings.description.unit
+    lowest, highest = PLAUSIBLE_SD
+    if unit != "SD":
+        lowest, highest = (limit / UV_PER_UNIT[unit] for limit in PLAUSIBLE_UV)
+    varying = recordings.rms[recordings.rms > 0]
+    median = float(np.median(varying)) if varying.size else 0.0
+    if varying.size and not lowest <= median <= highest:
+        warnings.warn(
+            f"the recordings should be in {unit}, but their median amplitude is {median:.3g} "
+            f"(expected {lowest:g} to {highest:g}), so the unit is probably wrong",
+            stacklevel=3,
         )
 
 
@@ -315,6 +369,13 @@ def find_windows(
     stamps = {name: file_stamp(folder / name) for name in good}
     good_lengths = tuple(lengths[name] for name in good)
     windows = Windows(folder, good, good_lengths, seq_len, patch_len, n_vars, stamps)
+    if not patients:
+        counts = ", ".join(f"{len(members)} {name}" for name, members in splits.items())
+        advice = f"add recordings: {MIN_PATIENTS} patients are enough for all three"
+        path = splits_path(root, split_seed)
+        if path.exists():
+            advice += f"; then remove {path.name} to draw a new split"
+        raise UserError(f"split {split} has no patients in {folder} ({counts}); {advice}")
     if len(windows) == 0 and not bad:
         raise UserError(
             f"split {split} is empty: {len(patients)} patients with {len(files)} recordings in "

@@ -19,6 +19,7 @@ Splits = dict[str, list[str]]  # train, val, test -> patients
 
 TRAIN_SHARE = 0.7
 TEST_SHARE = 0.2
+MIN_PATIENTS = 10  # for at least one in val
 
 
 def patient_of(name: str) -> str:
@@ -33,20 +34,26 @@ def patient_of(name: str) -> str:
 def patient_splits(root: Path, names: Sequence[str], seed: int) -> Splits:
     """Return the patients of each split, from the pickle in `root` or drawn from `names`.
 
-    A new draw is written to the pickle if the folder is writable. Warns about patients that are in
+    A new draw is written to the pickle if the folder is writable and every split has a patient;
+    with fewer, patients that are added later are drawn as well. Warns about patients that are in
     several splits of the pickle or in none.
     """
-    path = root / f"tuh_patient_splits_seed_{seed}.pkl"
+    path = splits_path(root, seed)
     if path.exists():
         splits = read_splits(path)
         _warn_about_patients(splits, names, path)
         return splits
     # In the order of the file names, on which the result of the shuffle depends.
     splits = draw_splits(list(dict.fromkeys(patient_of(name) for name in names)), seed)
-    if os.access(root, os.W_OK):
+    if all(splits.values()) and os.access(root, os.W_OK):
         with atomic_write(path, shared=True) as temporary:
             temporary.write_bytes(pickle.dumps(splits))
     return splits
+
+
+def splits_path(root: Path, seed: int) -> Path:
+    """Return the path of the pickle with the splits of a seed."""
+    return root / f"tuh_patient_splits_seed_{seed}.pkl"
 
 
 def draw_splits(patients: list[str], seed: int) -> Splits:
@@ -78,7 +85,8 @@ def _warn_about_patients(splits: Splits, names: Sequence[str], path: Path) -> No
     unknown = sorted({patient_of(name) for name in names} - known)
     if unknown:
         warnings.warn(
-            f"{join_some(unknown)} of {path.parent} is in no split of {path.name} and is left out",
+            f"{join_some(unknown)} of {path.parent} is in no split of {path.name} and is left out; "
+            "remove that file to draw a new split (then extract all splits again)",
             stacklevel=3,
         )
 

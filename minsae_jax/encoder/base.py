@@ -1,4 +1,4 @@
-"""What extraction needs of an encoder, and what an encoder can offer in addition.
+"""The interface of encoders: required by extraction, and optional capabilities.
 
 To add an encoder, derive a class from `BaseEncoder`: set `spec`, `fingerprint` and `params`, and
 define `function`. Extraction, `--live` training, evaluation and report use nothing else. A family

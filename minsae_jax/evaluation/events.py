@@ -1,11 +1,10 @@
 """How well single features separate labelled EEG events from spans without an event.
 
-`events.csv`, in the folder of the recordings, has the columns recording, event (its kind), start,
-stop (samples) and channels (names separated by spaces). The score of an event is the largest
-activation of a feature over the tokens of its channels that it touches. Each event is compared with
-a random span of the same length, on the same channels of the same recording, that touches no event
-of its kind. The best features for a kind are chosen by their AUC on the val patients, and scored on
-the test patients.
+`events.csv` (see minsae_jax/eeg/events.py) is in the folder of the recordings. The score of an
+event is the largest activation of a feature over the tokens of its channels that it touches. Each
+event is compared with a random span of the same length, on the same channels of the same recording,
+that touches no event of its kind. The best features for a kind are chosen by their AUC on the val
+patients, and scored on the test patients.
 """
 
 import csv
@@ -19,12 +18,12 @@ from scipy.optimize import minimize
 from scipy.stats import rankdata
 
 from minsae_jax.eeg.description import read_description
+from minsae_jax.eeg.events import EVENTS, split_channels
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.sae.member import SparseAutoencoder
 
-EVENTS_CSV = "events.csv"
 PROBE_FEATURES = 5
 BATCH_TOKENS = 8192  # encoded at a time
 BATCH_SEQUENCES = 512
@@ -91,11 +90,12 @@ def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
     """Return the events of every kind. Raises UserError if events.csv is invalid."""
     names = [canonical(name) for name in read_description(folder).channels]
     events: dict[str, list[LabelledEvent]] = {}
-    path = folder / EVENTS_CSV
+    path = folder / EVENTS
     with path.open(newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
             try:
-                channels = tuple(names.index(canonical(c)) for c in row["channels"].split())
+                in_cell = split_channels(row["channels"])
+                channels = tuple(names.index(canonical(name)) for name in in_cell)
                 event = LabelledEvent(
                     row["recording"], int(row["start"]), int(row["stop"]), channels
                 )

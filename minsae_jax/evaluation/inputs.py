@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from minsae_jax.activations.store import sibling_store
+from minsae_jax.eeg.events import EVENTS
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
-from minsae_jax.evaluation.events import EVENTS_CSV
 from minsae_jax.sae.config import TrainConfig, load_run_config
 from minsae_jax.sae.hyper import Hyper, member_hyper, sort_key
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
@@ -76,10 +76,10 @@ def open_inputs(
     val = _open_split(settings, train_config, encoder, "val", settings.val_store)
     if encoder is None:
         _check_stores(members, [test] if val is None else [test, val])
-    has_events = (test.folder / EVENTS_CSV).exists()
+    has_events = (test.folder / EVENTS).exists()
     if has_events and val is None:
         raise UserError(
-            f"{test.folder} has {EVENTS_CSV}, which requires a store of the val patients to "
+            f"{test.folder} has {EVENTS}, which requires a store of the val patients to "
             "choose features on; set --val_store, or run extract with --split val"
         )
     return EvaluationInputs(run, encoder, members, test, val, has_events)

@@ -65,6 +65,9 @@ class LiveFlags:
     """Compute activations from the recordings in --root_path while training."""
     root_path: str | None = None
     """Folder of the recordings."""
+    model: str | None = None
+    """A model that Braindecode runs, such as braindecode:LaBraM; --checkpoint_path is then a folder
+    of its `save_pretrained` or a model of the Hugging Face Hub (default: the published weights)."""
     split: Split = "train"
     """Patients to use."""
     split_seed: int = 42
@@ -221,6 +224,8 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
         if self.live:
             require(bool(self.root_path), "--live requires --root_path")
             require(self.resident != "on", "--resident on requires a store, not --live")
+            is_combined = self.model is not None and self.config_path is not None
+            require(not is_combined, "--config_path cannot be combined with --model")
         else:
             for field in dataclasses.fields(LiveFlags):
                 is_default = getattr(self, field.name) == field.default

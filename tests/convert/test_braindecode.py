@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from typing import get_args
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -10,14 +11,17 @@ import pytest
 import torch
 
 from convert.braindecode import BraindecodeEncoder, load_braindecode
-from minsae_jax import UserError
+from minsae_jax import UserError, load_sae
 from minsae_jax.__main__ import main
 from minsae_jax.activations.tokens import read_tokens
+from minsae_jax.eeg.description import Description, Unit
+from minsae_jax.encoder.base import check_recordings
 from tests.conftest import FIXTURES
 from tests.eeg_200hz import write_recordings
 
 # They need the extra `braindecode`, which `make test-all` installs.
 pytestmark = pytest.mark.slow
+RUNS = ("live", "stored")
 SAVED = FIXTURES / "cbramod"
 
 CHANNELS = ("Fp1", "C3", "Cz", "O2")
@@ -80,13 +84,15 @@ def test_one_sample_moves_the_tokens_that_contain_it(encoder, x):
     other tokens a little; the largest change is then that of the token that contains the sample.
     """
     grid = encoder.spec.tokens
-    before = encoder.embedding(x)[0]
-    assert before.shape == (grid.n_tokens, encoder.spec.d_model)
+    assert encoder.embedding(x).shape == (1, grid.n_tokens, encoder.spec.d_model)
     shares_statistics = type(encoder.model).__name__ in ("Labram", "CBraMod")
     for channel in range(4):
         for sample in (0, 30, 150, 199, 200, 399, 410, 570):
-            changed = x.copy()
-            changed[0, sample, channel] += 3
+            # Both values are above the quantile that BIOT's windows are divided by.
+            original, changed = x.copy(), x.copy()
+            original[0, sample, channel] = 4
+            changed[0, sample, channel] = 7
+            before = encoder.embedding(original)[0]
             change = np.abs(encoder.embedding(changed)[0] - before).max(1)
             contains = (grid.first <= sample) & (sample <= grid.last) & (grid.channel == channel)
             if shares_statistics:
@@ -103,17 +109,41 @@ def test_layers_are_those_of_the_model(encoder, x):
     first, last = encoder.function((0, 1))((), np.concatenate([x, 2 * x]))
     assert first.shape == last.shape == (2, spec.tokens.n_tokens, spec.d_model)
     assert first.dtype == np.float32
-    assert np.abs(first - last).max() > 1e-4
+    assert np.abs(first - last).max() > 1e-5
     np.testing.assert_allclose(encoder.activations(x), last[:1], atol=1e-5)
     features = own_features(encoder, last[:1])
+    given = x
+    if type(encoder.model).__name__ == "BIOT":
+        given = x / np.quantile(np.abs(x), 0.95, axis=1, keepdims=True)
     with torch.inference_mode():
         output = encoder.model(
-            torch.from_numpy(x.swapaxes(1, 2).copy()),
+            torch.from_numpy(given.swapaxes(1, 2).copy()),
             return_features=True,
             **encoder.layout.arguments,
         )
     expected = output["features"]
     np.testing.assert_allclose(features, expected.numpy().reshape(features.shape), atol=1e-4)
+
+
+@pytest.mark.parametrize("unit", get_args(Unit))
+def test_recordings_in_another_unit_are_refused(encoder, unit):
+    """With both values; BIOT, which divides by each window's amplitude, reads any unit."""
+    spec = encoder.spec
+    expected = {"Labram": "100 uV", "CBraMod": "100 uV", "EEGPT": "mV", "REVE": "SD", "BIOT": None}
+    assert spec.unit == expected[type(encoder.model).__name__]
+    recordings = Description(200.0, CHANNELS, (None,) * 4, unit)
+    if spec.unit in (None, unit):
+        check_recordings(spec, recordings, allow_mismatch=False)
+        return
+    message = f"expects EEG in {spec.unit}, but the recordings are in {unit}"
+    with pytest.raises(UserError, match=message):
+        check_recordings(spec, recordings, allow_mismatch=False)
+
+
+def test_activations_of_biot_do_not_depend_on_the_unit(make, x):
+    encoder = BraindecodeEncoder(make("BIOT"), CHANNELS)
+    np.testing.assert_allclose(encoder.activations(x), encoder.activations(100 * x), atol=1e-5)
+    assert np.abs(encoder.activations(x) - encoder.activations(x**2)).max() > 1e-3
 
 
 def own_features(encoder, last):
@@ -203,6 +233,37 @@ def test_command_extracts_what_the_native_encoder_extracts(models, tmp_path):
         np.testing.assert_array_equal(getattr(grids[0], name), getattr(grids[1], name))
     with pytest.raises(UserError, match="--model must be braindecode:NAME"):
         main([*paths, "--model", "LaBraM"])
+    yaml = ["--config_path", "x.yaml"]
+    with pytest.raises(UserError, match="--config_path cannot be combined with --model"):
+        main([*paths, "--model", "braindecode:cbramod", *yaml])
+
+
+def test_live_training_on_a_model_equals_training_on_its_store(models, tmp_path):
+    """And the run is evaluated from stores alone, without loading the model."""
+    recordings = write_recordings(tmp_path / "recordings")
+    encoder = ["--model", "braindecode:cbramod", "--checkpoint_path", str(SAVED)]
+    batch = ["--batch_size", "6"]
+    stored = str(tmp_path / "store")
+    splits = ["--split", "train", "val", "test"]
+    extract = ["extract", "--root_path", str(recordings), "--layer", "1", "--out", stored]
+    main([*extract, *splits, *encoder, *batch])
+    # This recipe reads whole shards in order, so that both runs see the same batches.
+    train = ["train", "--recipe", "minsae", "--cache_layer", "1", "--num_steps", "4"]
+    train += ["--feature_dim_factor", "2", "--lambda_sparsity", "0.01"]
+    live = ["--live", "--root_path", str(recordings), "--live_batch_size", "6", *encoder]
+    main([*train, "--run_dir", str(tmp_path / "live"), *live])
+    main([*train, "--run_dir", str(tmp_path / "stored"), "--store", stored])
+    (live_sae, stored_sae) = (load_sae(tmp_path / run / "members/lambda=0.01") for run in RUNS)
+    tokens = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
+    np.testing.assert_allclose(live_sae(tokens), stored_sae(tokens), atol=1e-5)
+    evaluate = ["evaluate", "--run", str(tmp_path / "live"), "--root_path", str(recordings)]
+    main([*evaluate, "--store", f"{stored}_test/l1", "--no_report"])
+    assert (tmp_path / "live/evaluation.csv").exists()
+    live_flags = ["--live", "--root_path", str(recordings), "--model", "x"]
+    with pytest.raises(UserError, match="--model must be braindecode:NAME"):
+        main([*train, "--run_dir", str(tmp_path / "x"), *live_flags])
+    with pytest.raises(UserError, match="--model requires --live"):
+        main([*train, "--run_dir", str(tmp_path / "x"), "--store", stored, "--model", "x"])
 
 
 def test_what_cannot_be_located_or_loaded_is_one_line(models, make, tmp_path):

@@ -62,7 +62,7 @@ def test_units_in_microvolts():
         ("positions", [["x", 0, 0], None], "positions must be numbers, got 'x'"),
         ("sampling_rate", 0, "sampling_rate is 0.0"),
         ("sampling_rate", None, "sampling_rate must be numbers, got None"),
-        ("unit", "volts", "unit must be one of SD, uV, 100 uV, got 'volts'"),
+        ("unit", "volts", "unit must be one of SD, uV, 100 uV, mV, got 'volts'"),
         ("format_version", 9, "format_version is 9"),
         ("recordings", {NAME: {"source": "x"}}, "it lacks 'mean_uv'"),
         ("preparation", 3, "not subscriptable"),

@@ -17,6 +17,7 @@ from minsae_jax import PrepareConfig, UserError, prepare
 from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.eeg.recordings import open_windows, read_lengths
+from minsae_jax.evaluation.events import read_events
 
 NEW_NAMES = ("Fp1", "Fp2", "F7", "F3", "Fz", "F4", "F8", "T7", "C3", "Cz", "C4", "T8", "P7", "P3",
              "Pz", "P4", "P8", "O1", "O2")  # fmt: skip
@@ -125,17 +126,51 @@ def test_missing_and_flat_channels_are_interpolated_as_mne_does(tmp_path):
     assert "channels flat: P4" in findings
 
 
-def test_labram_preset_equals_the_pipeline_of_mne(tmp_path):
-    path = write_file(make_raw(rate=256.0), tmp_path / "a.edf")
-    run(path, tmp_path / "out", preset="labram")
-    raw = mne.io.read_raw(path, preload=True, verbose="ERROR")
+def labram(raw: mne.io.BaseRaw) -> np.ndarray:
+    """dataset_maker/shock/utils/eegUtils.py and engine_for_pretraining.py of 935963004/LaBraM."""
     raw.filter(0.1, 75, verbose="ERROR").notch_filter(50, verbose="ERROR")
-    raw.resample(200, verbose="ERROR")
-    expected = raw.get_data(units="uV") / 100
+    return raw.resample(200, verbose="ERROR").get_data(units="uV") / 100
+
+
+def cbramod(raw: mne.io.BaseRaw) -> np.ndarray:
+    """preprocessing/preprocessing_tueg_for_pretraining.py of wjq-learning/CBraMod."""
+    raw.resample(200, verbose="ERROR").filter(0.3, 75, verbose="ERROR")
+    raw.notch_filter(60, verbose="ERROR")
+    order = "Fp1 Fp2 F3 F4 C3 C4 P3 P4 O1 O2 F7 F8 T7 T8 P7 P8 Fz Cz Pz"
+    return raw.reorder_channels(order.split()).get_data(units="uV") / 100
+
+
+def eegpt(raw: mne.io.BaseRaw) -> np.ndarray:
+    """datasets/pretrain/prepare_pretrain_dataset.py of BINE022/EEGPT; MNE's resampling."""
+    x = raw.resample(256, verbose="ERROR").get_data() * 1e3
+    return x - x.mean(axis=0)
+
+
+def reve(raw: mne.io.BaseRaw) -> np.ndarray:
+    """arXiv:2510.21585, without the clipping at 15 SD."""
+    raw.filter(0.5, 99.5, verbose="ERROR").resample(200, verbose="ERROR")
+    return z_score(raw.get_data(units="uV"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "unit"), [(labram, "100 uV"), (cbramod, "100 uV"), (eegpt, "mV"), (reve, "SD")]
+)
+def test_preset_equals_the_pipeline_of_the_model(tmp_path, preset, unit):
+    # At 200 Hz, filters before and after resampling to 200 Hz are the same.
+    path = write_file(make_raw(rate=200.0), tmp_path / "a.edf")
+    run(path, tmp_path / "out", preset=preset.__name__)
+    expected = preset(mne.io.read_raw(path, preload=True, verbose="ERROR"))
     np.testing.assert_allclose(load(tmp_path / "out").T, expected, rtol=1e-6, atol=1e-6)
     described = read_description(tmp_path / "out")
-    assert described.unit == "100 uV"
-    assert described.sampling_rate == 200
+    assert described.unit == unit
+    assert described.sampling_rate == (256 if preset is eegpt else 200)
+
+
+def test_labram_preset_filters_before_it_resamples(tmp_path):
+    path = write_file(make_raw(rate=256.0), tmp_path / "a.edf")
+    run(path, tmp_path / "out", preset="labram")
+    expected = labram(mne.io.read_raw(path, preload=True, verbose="ERROR"))
+    np.testing.assert_allclose(load(tmp_path / "out").T, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_channels_reference_and_crop(tmp_path):
@@ -149,6 +184,20 @@ def test_channels_reference_and_crop(tmp_path):
     with (tmp_path / "out/events.csv").open(newline="") as file:
         events = [(row["event"], row["start"], row["channels"]) for row in csv.DictReader(file)]
     assert events == [("spike", "0", "O2 Fz"), ("blink", str(round(3.5 * 256)), "O2 Fz")]
+
+
+def test_events_of_channels_with_spaces_are_read_back(tmp_path):
+    """`evaluate` finds the columns of the channels that an annotation names."""
+    raw = make_raw(("Fz", "Resp Belt", 'Cz "left"'))
+    names = [("Resp Belt", 'Cz "left"'), ("Fz",), ()]
+    onsets = [2.0, 3.0, 4.0]
+    raw.set_annotations(mne.Annotations(onsets, 1.0, ["breath", "blink", "all"], ch_names=names))
+    path = write_file(raw, tmp_path / "a_raw.fif")
+    run(path, tmp_path / "out", channels=tuple(raw.ch_names), reference=("none",), normalize="uV")
+    events = read_events(tmp_path / "out")
+    columns = {kind: event.channels for kind, (event,) in events.items()}
+    assert columns == {"breath": (1, 2), "blink": (0,), "all": (0, 1, 2)}
+    assert load(tmp_path / "out").shape == (2000, 3)
 
 
 def test_upsampling_and_low_pass(tmp_path):
@@ -406,7 +455,7 @@ def test_no_personal_field_is_copied(tmp_path):
     [
         ({"channels": ("tuhh",), "montage": "x"}, "MNE has no montage 'x'"),
         ({"channels": ("T3", "T7")}, "one electrode twice: T3 and T7"),
-        ({"channels": ("F z",)}, "names must not contain spaces"),
+        ({"channels": ("Fz", " ")}, "--channels contains an empty name"),
         ({"reference": ("average", "M1")}, "--reference average cannot be combined"),
         ({"l_freq": 60.0}, "--l_freq must be below"),
         ({"h_freq": 60.0}, "--h_freq must be at most half of --sampling_rate, 50"),

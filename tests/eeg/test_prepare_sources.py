@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mne_bids import get_bids_path_from_fname
 
 from minsae_jax import PrepareConfig, UserError
-from minsae_jax.eeg.prepare.sources import find_sources
+from minsae_jax.eeg.prepare.sources import bids_sidecar, find_sources
 from tests.eeg.test_prepare import NEW_NAMES, make_raw, run, write_file
 
 DAMAGES = 50
@@ -149,6 +150,45 @@ def test_tables_of_bids(tmp_path):
     ]
 
 
+def test_tables_of_bids_are_inherited(tmp_path):
+    """As mne-bids finds them: from the nearest folder, if all parts of the name match."""
+    root = write_bids(tmp_path / "bids")
+    for table in root.rglob("*_events.tsv"):
+        table.unlink()
+    for table in root.rglob("*_channels.tsv"):
+        table.unlink()
+    eeg = root / "sub-02/eeg"
+    write_file(make_raw(seed=3), eeg / "sub-02_task-rest_run-2_eeg.bdf")
+    (eeg / "sub-02_task-rest_eeg.bdf").rename(eeg / "sub-02_task-rest_run-1_eeg.bdf")
+    event = "onset\tduration\ttrial_type\n1\t1\t"
+    (root / "task-rest_events.tsv").write_text(f"{event}root")
+    (root / "task-sleep_events.tsv").write_text(f"{event}other task")
+    (root / "sub-02/sub-02_events.tsv").write_text(f"{event}patient")
+    (eeg / "sub-02_task-rest_run-2_events.tsv").write_text(f"{event}run")
+    (root / "task-rest_channels.tsv").write_text("name\tstatus\nC3\tbad\n")
+    (eeg / "sub-02_channels.tsv").write_text("name\tstatus\nP4\tbad\n")
+    prepared = run(root, tmp_path / "out")
+    found = [
+        (record.name[:12], record.events[0].kind, *record.description.bad_channels)
+        for record in prepared.records
+    ]
+    assert found == [
+        ("01_s001_t000", "root", "C3"),
+        ("02_s001_t000", "patient", "P4"),
+        ("02_s001_t001", "run", "P4"),
+    ]
+    for name in ("01_task-rest", "02_task-rest_run-1", "02_task-rest_run-2"):
+        path = next(root.rglob(f"sub-{name}_eeg.bdf"))
+        for suffix in ("events", "channels"):
+            expected = get_bids_path_from_fname(path).find_matching_sidecar(suffix, ".tsv")
+            assert bids_sidecar(path, suffix) == Path(expected)
+    # A change of an inherited table prepares its recordings again, and no others.
+    (root / "task-rest_events.tsv").write_text(f"{event}changed!")
+    prepared = run(root, tmp_path / "out")
+    assert prepared.n_new == 1
+    assert prepared.records[0].events[0].kind == "changed!"
+
+
 def test_labels_of_recordings(tmp_path):
     write_file(make_raw(), tmp_path / "eeg/a.edf")
     write_file(make_raw(seed=1), tmp_path / "eeg/b.edf")
@@ -201,6 +241,7 @@ def test_damaged_bids_folders(tmp_path, capfd):
             refusals.append(str(e))
             assert not (out / "file_lengths_map.csv").exists(), path
             assert not (out / "dataset.json").exists()
+            assert not list(out.rglob("*.tmp"))
         else:
             assert_is_complete(out)
     assert DAMAGES // 3 < len(refusals) < DAMAGES

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from minsae_jax import UserError
-from minsae_jax.eeg.recordings import open_recordings, open_windows
+from minsae_jax.eeg.description import Description, write_description
+from minsae_jax.eeg.recordings import open_recordings, open_windows, warn_of
 from tests.conftest import FIXTURES
 
 EXPECTED = json.loads((FIXTURES / "tuh_layout/expected.json").read_text())
@@ -218,3 +219,78 @@ def test_missing_files_are_refused(tmp_path, data):
         path.unlink()
     with pytest.raises(UserError, match="there are no recordings"):
         open_windows(data, "train", 42, *SIZES)
+
+
+def write_noise(folder, n_patients, scale=1.0, zero_columns=()):
+    """Write recordings of 19 channels with an SD of `scale`."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    lines = ["filename,time_len"]
+    for patient in range(n_patients):
+        name = f"p{patient:02d}_s001_t000_preprocessed.npy"
+        samples = scale * rng.normal(size=(500, 19)).astype(np.float32)
+        samples[:, list(zero_columns)] = 0
+        np.save(folder / name, samples)
+        lines.append(f"{name},500")
+    (folder / "file_lengths_map.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_few_patients_are_named_and_drawn_again_when_there_are_more(tmp_path):
+    folder = write_noise(tmp_path / "few", 9)
+    assert len(open_windows(folder, "train", 42, 100, 0, 19).files) == 6
+    with pytest.raises(UserError, match=r"split val has no patients .* \(6 train, 0 val, 3 test\)"):
+        open_windows(folder, "val", 42, 100, 0, 19)
+    assert not list(folder.glob("*.pkl"))
+    write_noise(folder, 10)
+    counts = [len(open_windows(folder, s, 42, 100, 0, 19).files) for s in ("train", "val", "test")]
+    assert counts == [7, 1, 2]
+    assert len(list(folder.glob("*.pkl"))) == 1
+    write_noise(folder, 11)
+    with pytest.warns(UserWarning, match="p10 of .* is left out; remove that file"):
+        open_windows(folder, "train", 42, 100, 0, 19)
+
+
+def test_empty_split_of_a_pickle_names_the_pickle(tmp_path):
+    folder = write_noise(tmp_path / "few", 2)
+    splits = {"train": ["p00"], "val": [], "test": ["p01"]}
+    (folder / "tuh_patient_splits_seed_42.pkl").write_bytes(pickle.dumps(splits))
+    with pytest.raises(UserError, match="then remove tuh_patient_splits"):
+        open_windows(folder, "val", 42, 100, 0, 19)
+
+
+@pytest.mark.parametrize(
+    ("unit", "scale", "is_plausible"),
+    [
+        ("SD", 1.0, True),
+        ("SD", 3e-5, False),  # volts
+        ("SD", 30.0, False),  # microvolts
+        ("uV", 30.0, True),
+        ("uV", 3e-5, False),
+        ("100 uV", 0.3, True),
+        ("100 uV", 3e-7, False),
+        ("mV", 0.03, True),
+        ("mV", 30.0, False),
+    ],
+)
+def test_amplitude_that_is_impossible_in_the_unit_is_a_warning(
+    tmp_path, recwarn, unit, scale, is_plausible
+):
+    folder = write_noise(tmp_path / "data", 2, scale)
+    if unit != "SD":
+        names = tuple(f"C{i}" for i in range(19))
+        write_description(folder, Description(100.0, names, (None,) * 19, unit))
+    (recordings,) = open_recordings(folder, ["all"], 42, (100, 0, 19))
+    np.testing.assert_allclose(recordings.rms, scale, rtol=0.2)
+    warn_of(recordings, "all")
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == (0 if is_plausible else 1)
+    assert all(f"should be in {unit}, but" in message for message in messages)
+
+
+def test_channels_of_zeros_are_named(tmp_path, recwarn):
+    folder = write_noise(tmp_path / "data", 2, zero_columns=(4, 9, 14))
+    (recordings,) = open_recordings(folder, ["all"], 42, (100, 0, 19))
+    warn_of(recordings, "all")
+    (message,) = [str(warning.message) for warning in recwarn]
+    assert message.startswith("channels all zero: FZ, CZ, PZ (in p0")

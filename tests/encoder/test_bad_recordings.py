@@ -151,6 +151,9 @@ def test_nan_activations_are_not_stored(encoder, demo_folder, tmp_path):
     root = shutil.copytree(demo_folder, tmp_path / "data")
     for name in open_windows(root, "val", 42, 1000, 100, 19).files:
         np.save(root / name, np.load(root / name) * 1e25)
-    with pytest.raises(UserError, match="the encoder returned NaN or infinity in float32"):
+    with (
+        pytest.warns(UserWarning, match="the unit is probably wrong"),
+        pytest.raises(UserError, match="the encoder returned NaN or infinity in float32"),
+    ):
         extract(encoder, config(root, out=str(tmp_path / "store")), "val")
     assert [p.name for p in (tmp_path / "store/l-1").iterdir()] == ["manifest.json"]

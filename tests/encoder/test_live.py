@@ -200,7 +200,7 @@ def test_wrong_settings_are_refused(settings, change, message):
 
 
 def test_live_training_without_an_encoder_is_refused(settings):
-    with pytest.raises(UserError, match="--live requires --checkpoint_path"):
+    with pytest.raises(UserError, match="--live requires --checkpoint_path or --model"):
         ms.train(replace(settings, checkpoint_path=None))
 
 

@@ -282,7 +282,7 @@ def test_events_require_a_val_store(trained, settings, tmp_path):
 
 
 def test_without_events_there_are_no_scores(trained, settings, monkeypatch):
-    monkeypatch.setattr(inputs, "EVENTS_CSV", "none.csv")
+    monkeypatch.setattr(inputs, "EVENTS", "none.csv")
     evaluation = evaluate(replace(settings, member="lambda=1"), trained.encoder)
     assert evaluation.baselines == {}
     assert "events" not in evaluation.members[0].to_record()

@@ -24,8 +24,9 @@ from minsae_jax.settings import (
     to_dict,
 )
 
-Normalize = Literal["zscore", "uV", "100uV"]
-UNITS: dict[Normalize, Unit] = {"zscore": "SD", "uV": "uV", "100uV": "100 uV"}
+Normalize = Literal["zscore", "uV", "100uV", "mV"]
+UNITS: dict[Normalize, Unit] = {"zscore": "SD", "uV": "uV", "100uV": "100 uV", "mV": "mV"}
+Preset = Literal["tuh", "labram", "cbramod", "eegpt", "reve"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,24 +59,25 @@ class PrepareOutput:
 class SignalFlags:
     """Signals"""
 
-    preset: Literal["tuh", "labram"] = "tuh"
-    """tuh: as the preprocessed TUH corpus; labram: 200 Hz, 0.1-75 Hz, notch at 50 Hz, µV / 100."""
+    preset: Preset = "tuh"
+    """Preprocessing of the data on which an encoder was pretrained (see docs/prepare.md); the flags
+    below override it. tuh: of the preprocessed TUH corpus, for gPatchTST."""
     channels: tuple[str, ...] = ()
-    """Channels in column order, or the name of one of MNE's montages (default: the TUH corpus's
-    19)."""
+    """Channels in column order, or the name of one of MNE's montages (presets: 19 of 10-20)."""
     sampling_rate: Annotated[float | None, Range(min=1, max=100_000)] = None
-    """Sampling rate in Hz (tuh: 100; labram: 200)."""
+    """Sampling rate in Hz (tuh: 100; eegpt: 256; others: 200)."""
     l_freq: Annotated[float | None, NonNegative] = None
-    """Lower edge of the band-pass in Hz; 0 for none (tuh: 0; labram: 0.1)."""
+    """Lower edge of the band-pass in Hz; 0 for none (labram: 0.1; cbramod: 0.3; reve: 0.5)."""
     h_freq: Annotated[float | None, NonNegative] = None
-    """Upper edge of the band-pass in Hz; 0 for none (tuh: 0; labram: 75)."""
+    """Upper edge of the band-pass in Hz; 0 for none (labram, cbramod: 75; reve: 99.5)."""
     notch: Annotated[tuple[float, ...], NonNegative] = ()
-    """Frequencies of notch filters in Hz; 0 for none (tuh: 0; labram: 50)."""
+    """Frequencies of notch filters in Hz; 0 for none (labram: 50; cbramod: 60)."""
     reference: tuple[str, ...] = ()
-    """average, none, or the channels whose mean is subtracted (tuh: average; labram: no change)."""
+    """average, none, or the channels whose mean is subtracted (tuh, eegpt: average; others: no
+    change)."""
     normalize: Normalize | None = None
-    """zscore of each channel over the recording, microvolts, or 100 µV (tuh: zscore; labram:
-    100uV)."""
+    """zscore of each channel over the recording, µV, 100 µV or mV (tuh, reve: zscore; labram,
+    cbramod: 100uV; eegpt: mV)."""
     scale: Annotated[float, Positive] = 1.0
     """Factor for all signals, for files with a wrong unit."""
     montage: str = "standard_1005"
@@ -120,9 +122,7 @@ class PrepareConfig(ComputeFlags, SelectionFlags, SignalFlags, PrepareOutput, Pr
         check_no_duplicates(self, "channels", "notch", "reference")
         require(len(self.source) > 0, "prepare requires SOURCE")
         require(self.out != "", "--out must be the name of a folder")
-        for name in self.channels:
-            is_name = name != "" and not any(c.isspace() for c in name)
-            require(is_name, f"--channels contains {name!r}; names must not contain spaces")
+        require(all(name.strip() for name in self.channels), "--channels contains an empty name")
         for word in ("average", "none"):
             is_alone = word not in self.reference or len(self.reference) == 1
             require(is_alone, f"--reference {word} cannot be combined with channels")
@@ -156,7 +156,14 @@ class PrepareConfig(ComputeFlags, SelectionFlags, SignalFlags, PrepareOutput, Pr
         return values
 
 
-_PRESETS: dict[str, Values] = {
+# The order in which CBraMod's pretraining reads the channels; its positions depend on it.
+CBRAMOD_CHANNELS = (
+    "FP1", "FP2", "F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2",
+    "F7", "F8", "T3", "T4", "T5", "T6", "FZ", "CZ", "PZ",
+)  # fmt: skip
+
+# Sources are listed in docs/prepare.md.
+_PRESETS: dict[Preset, Values] = {
     "tuh": {
         "channels": ("tuh",),
         "sampling_rate": 100.0,
@@ -174,6 +181,33 @@ _PRESETS: dict[str, Values] = {
         "notch": (50.0,),
         "reference": ("none",),
         "normalize": "100uV",
+    },
+    "cbramod": {
+        "channels": CBRAMOD_CHANNELS,
+        "sampling_rate": 200.0,
+        "l_freq": 0.3,
+        "h_freq": 75.0,
+        "notch": (60.0,),
+        "reference": ("none",),
+        "normalize": "100uV",
+    },
+    "eegpt": {
+        "channels": ("tuh",),
+        "sampling_rate": 256.0,
+        "l_freq": 0.0,
+        "h_freq": 0.0,
+        "notch": (0.0,),
+        "reference": ("average",),
+        "normalize": "mV",
+    },
+    "reve": {
+        "channels": ("tuh",),
+        "sampling_rate": 200.0,
+        "l_freq": 0.5,
+        "h_freq": 99.5,
+        "notch": (0.0,),
+        "reference": ("none",),
+        "normalize": "zscore",
     },
 }
 

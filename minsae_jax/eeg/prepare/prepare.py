@@ -1,7 +1,6 @@
 """Prepares all recordings of a folder, in several processes, and writes the folder's tables."""
 
 import csv
-import hashlib
 import json
 import multiprocessing
 import os
@@ -12,25 +11,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 from minsae_jax.eeg.description import DESCRIPTION, Description, Preparation, write_description
 from minsae_jax.eeg.events import EVENTS, write_events
-from minsae_jax.eeg.prepare.channels import montage_positions, target_channels
-from minsae_jax.eeg.prepare.config import UNITS, PrepareConfig
+from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.prepare.labels import read_labels
-from minsae_jax.eeg.prepare.recording import (
-    RECORDS,
-    Plan,
-    Record,
-    Rejected,
-    prepare_recording,
-    read_record,
-    record_path,
-)
-from minsae_jax.eeg.prepare.signals import Filters
+from minsae_jax.eeg.prepare.plan import Plan, make_plan, versions
+from minsae_jax.eeg.prepare.record import RECORDS, Record, Rejected, read_record, record_path
+from minsae_jax.eeg.prepare.recording import prepare_recording
 from minsae_jax.eeg.prepare.sources import Source, find_duplicates, find_sources
 from minsae_jax.eeg.recordings import LENGTHS
 from minsae_jax.eeg.splits import join_some
@@ -115,43 +104,6 @@ def prepare(config: PrepareConfig) -> Prepared:
         if is_new_folder and not any((folder / RECORDS).iterdir()):
             (folder / RECORDS).rmdir()
             folder.rmdir()
-
-
-def make_plan(config: PrepareConfig) -> Plan:
-    """Return the settings of every recording. Raises UserError on unknown montages or channels."""
-    resolved = config.resolved()
-    channels = target_channels(resolved.channels)
-    positions = montage_positions(channels, resolved.montage)
-    assert resolved.sampling_rate is not None
-    assert resolved.normalize is not None
-    filters = Filters(
-        sampling_rate=resolved.sampling_rate,
-        l_freq=resolved.l_freq or None,
-        h_freq=resolved.h_freq or None,
-        notch=tuple(frequency for frequency in resolved.notch if frequency > 0),
-    )
-    identity = json.dumps([config.recorded(), _versions()], sort_keys=True)
-    return Plan(
-        channels=channels,
-        positions=positions,
-        montage=resolved.montage,
-        reference=resolved.reference,
-        filters=filters,
-        unit=UNITS[resolved.normalize],
-        scale=resolved.scale,
-        crop=resolved.crop,
-        min_duration=resolved.min_duration,
-        max_duration=resolved.max_duration,
-        on_missing=resolved.on_missing,
-        max_interpolated=resolved.max_interpolated,
-        event_seconds=resolved.event_seconds,
-        key=hashlib.sha256(identity.encode()).hexdigest(),
-    )
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("mne", "numpy", "scipy")}
 
 
 def _check_folder(folder: Path) -> None:
@@ -286,7 +238,7 @@ def _write_tables(
         channels=plan.channels,
         positions=plan.positions,
         unit=plan.unit,
-        preparation=Preparation(config.recorded(), _versions()),
+        preparation=Preparation(config.recorded(), versions()),
         recordings={record.name: record.description for record in records},
     )
     write_description(folder, description)

@@ -64,11 +64,13 @@ def open_file(path: Path) -> EegFile:
     if not (np.isfinite(sampling_rate) and sampling_rate > 0 and n_samples > 0):
         raise BadRecordingError("contains no samples")
     bad = {canonical(name) for name in raw.info["bads"]}
-    bad |= _bads_in_bids(bids_sidecar(path, "channels"))
+    channels_table = bids_sidecar(path, "channels")
+    if channels_table is not None:
+        bad |= _bads_in_bids(channels_table)
     annotations = _annotations(raw)
-    in_bids = bids_sidecar(path, "events")
-    if in_bids.is_file():
-        annotations = _bids_events(in_bids)
+    events_table = bids_sidecar(path, "events")
+    if events_table is not None:
+        annotations = _bids_events(events_table)
     return EegFile(
         raw=raw,
         sampling_rate=sampling_rate,
@@ -129,8 +131,6 @@ def _annotations(raw: mne.io.BaseRaw) -> tuple[Annotation, ...]:
 
 
 def _bads_in_bids(path: Path) -> set[str]:
-    if not path.is_file():
-        return set()
     rows = read_table(path, ("name",))
     bad = [row["name"] for row in rows if (row.get("status") or "").lower() == "bad"]
     return {canonical(name) for name in bad}

@@ -1,83 +1,32 @@
-"""Prepares one recording: EEG file → .npy and its record in the folder `.prepare`.
+"""Prepares one recording: EEG file → .npy and its record."""
 
-The record has everything that the tables of the whole folder need, so that a rerun skips what is
-done.
-"""
-
-import dataclasses
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from threadpoolctl import threadpool_limits
 
-from minsae_jax.eeg.description import Position, RecordingDescription, Unit
+from minsae_jax.eeg.description import RecordingDescription
 from minsae_jax.eeg.events import Event
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.channels import mixing_matrix
-from minsae_jax.eeg.prepare.read import (
-    Annotation,
-    BadRecordingError,
-    EegFile,
-    open_file,
-    read_signals,
+from minsae_jax.eeg.prepare.file_channels import (
+    FileChannels,
+    SkippedError,
+    check_channels,
+    check_interpolated,
+    find_channels,
 )
+from minsae_jax.eeg.prepare.plan import Plan
+from minsae_jax.eeg.prepare.read import BadRecordingError, EegFile, open_file, read_signals
+from minsae_jax.eeg.prepare.record import Record, Rejected, stamp_of, write_record
 from minsae_jax.eeg.prepare.signals import (
     Filters,
+    Statistics,
     apply_filters,
-    check_quality,
     measure,
     write_recording,
 )
-from minsae_jax.eeg.prepare.sources import Source, files_of
+from minsae_jax.eeg.prepare.sources import Source
 from minsae_jax.files import atomic_write
-
-RECORDS = ".prepare"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Resolved settings of every recording; equal keys give equal recordings of equal files."""
-
-    channels: tuple[str, ...]
-    positions: tuple[Position | None, ...]
-    montage: str
-    reference: tuple[str, ...]
-    filters: Filters
-    unit: Unit
-    scale: float
-    crop: float  # seconds
-    min_duration: float  # seconds
-    max_duration: float | None  # seconds
-    on_missing: Literal["interpolate", "skip", "error"]
-    max_interpolated: float  # share of the channels
-    event_seconds: float
-    key: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """A prepared recording."""
-
-    name: str
-    patient: str  # in the names of files
-    n_samples: int
-    description: RecordingDescription
-    events: tuple[Event, ...]
-    findings: tuple[str, ...]
-    unused_channels: tuple[str, ...]  # of the source
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A recording that is left out. is_bad: it is an error unless bad recordings are skipped."""
-
-    source: Source
-    reason: str
-    is_bad: bool = True
 
 
 def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Rejected:
@@ -89,7 +38,7 @@ def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Reje
         # take the cores of the other processes.
         with threadpool_limits(1):
             return _prepare(source, file, plan, folder, stamp)
-    except _SkippedError as e:
+    except SkippedError as e:
         return Rejected(source, str(e), is_bad=False)
     except BadRecordingError as e:
         return Rejected(source, str(e))
@@ -97,121 +46,78 @@ def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Reje
         return Rejected(source, "does not fit into memory")
 
 
-def read_record(source: Source, plan: Plan, folder: Path) -> Record | None:
-    """Return the record of a recording that is complete and up to date, or None."""
-    path = record_path(folder, source.name)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        size = (folder / source.name).stat().st_size
-    except (OSError, ValueError):
-        return None
-    is_current = content["key"] == plan.key and content["stamp"] == stamp_of(source)
-    if not is_current or content["size"] != size:
-        return None
-    values = content["record"]
-    description = {name: _tuple(value) for name, value in values["description"].items()}
-    events = [{name: _tuple(value) for name, value in event.items()} for event in values["events"]]
-    nested = {
-        "description": RecordingDescription(**description),
-        "events": tuple(Event(**event) for event in events),
-    }
-    return Record(**{name: _tuple(value) for name, value in values.items()} | nested)
-
-
-def record_path(folder: Path, name: str) -> Path:
-    """Return the path of a recording's record."""
-    return folder / RECORDS / f"{name}.json"
-
-
-def stamp_of(source: Source) -> str:
-    """Return a hash of names, sizes and modification times of all files of a source."""
-    stamps = []
-    for path in files_of(source.path):
-        status = path.stat()
-        stamps.append([path.name, status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
-
-
-def _tuple(value: Any) -> Any:
-    # JSON has lists only.
-    return tuple(value) if isinstance(value, list) else value
-
-
-class _SkippedError(Exception):
-    """A recording that the settings leave out."""
-
-
 def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamp: str) -> Record:
-    findings = []
-    rate = file.sampling_rate
-    if file.is_truncated:
-        findings.append("file is shorter or longer than its header says")
     start, stop = _span(file, plan)
-    _check_rate(rate, plan.filters)
-    if rate < plan.filters.sampling_rate:
-        findings.append(f"sampling rate {rate:g} Hz is below the target")
-    keys = {canonical(channel): channel for channel in plan.channels}
-    present = [key for key in keys if key in file.names]
-    missing = [key for key in keys if key not in file.names]
-    references = _references(plan, file)
-    read = present + [key for key in references if key not in present]
-
+    _check_rate(file.sampling_rate, plan.filters)
+    channels = find_channels(file, plan)
     # Checked before the samples are read, and again when flat channels are known.
-    _check_interpolated(missing, [], keys, plan)
-    data = read_signals(file, read, start, stop, plan.scale)
-    quality = check_quality(data)
-    flat = [key for key, is_flat in zip(read, quality.is_flat, strict=True) if is_flat]
-    clipped = [key for key, is_it in zip(read, quality.is_clipped, strict=True) if is_it]
-    bad = [key for key in present if key in flat or key in file.bad]
-    unusable = [key for key in references if key in flat or key in file.bad]
-    if unusable:
-        raise BadRecordingError(f"has a flat or bad reference channel: {' '.join(unusable)}")
-    _check_interpolated(missing, bad, keys, plan)
-    marked = [key for key in bad if key not in flat]
-    problems = {"missing": missing, "flat": flat, "marked as bad": marked, "clipped": clipped}
-    for problem, channels in problems.items():
-        if channels:
-            names = " ".join(keys.get(key, key) for key in channels)
-            findings.append(f"channels {problem}: {names}")
-
-    interpolated = [key for key in keys if key in missing or key in bad]
-    reference = [key if key in ("average", "none") else canonical(key) for key in plan.reference]
-    matrix = mixing_matrix(plan.channels, plan.montage, read, interpolated, reference)
-    data = apply_filters(data, rate, plan.filters)
+    check_interpolated(channels, plan)
+    data = read_signals(file, channels.read, start, stop, plan.scale)
+    channels = check_channels(data, channels, file)
+    check_interpolated(channels, plan)
+    reference = channels.references or plan.reference
+    matrix = mixing_matrix(
+        plan.channels, plan.montage, channels.read, channels.interpolated, reference
+    )
+    data = apply_filters(data, file.sampling_rate, plan.filters)
     statistics = measure(data, matrix)
     n_samples = data.shape[1]
-    description = RecordingDescription(
-        source=source.label,
-        mean_uv=tuple(statistics.mean.tolist()),
-        sd_uv=tuple(statistics.sd.tolist()),
-        bad_channels=tuple(keys[key] for key in bad),
-        interpolated_channels=tuple(keys[key] for key in interpolated),
-        original_sampling_rate=rate,
-        duration=n_samples / plan.filters.sampling_rate,
-    )
     record = Record(
         name=source.name,
         patient=source.name.split("_")[0],
         n_samples=n_samples,
-        description=description,
-        events=_events(file.annotations, keys, plan, start / rate, n_samples),
-        findings=tuple(findings),
-        unused_channels=tuple(sorted(file.names.keys() - set(read))),
+        description=_describe(source, file, plan, channels, statistics, n_samples),
+        events=_events(file, channels, plan, start / file.sampling_rate, n_samples),
+        findings=_findings(file, plan, channels),
+        unused_channels=tuple(sorted(file.names.keys() - set(channels.read))),
     )
     # The record comes first, and is valid only with the recording: a recording without a record
-    # could not be told from one of another program.
+    # could not be distinguished from one of another program.
     path = folder / source.name
     path.unlink(missing_ok=True)
     with atomic_write(path) as temporary:
         write_recording(temporary, data, matrix, statistics, plan.unit)
-        _write_record(folder, record, plan.key, stamp, temporary.stat().st_size)
+        write_record(folder, record, plan.key, stamp, temporary.stat().st_size)
     return record
 
 
-def _write_record(folder: Path, record: Record, key: str, stamp: str, size: int) -> None:
-    content = {"key": key, "stamp": stamp, "size": size, "record": dataclasses.asdict(record)}
-    with atomic_write(record_path(folder, record.name)) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")
+def _describe(
+    source: Source,
+    file: EegFile,
+    plan: Plan,
+    channels: FileChannels,
+    statistics: Statistics,
+    n_samples: int,
+) -> RecordingDescription:
+    return RecordingDescription(
+        source=source.label,
+        mean_uv=tuple(statistics.mean.tolist()),
+        sd_uv=tuple(statistics.sd.tolist()),
+        bad_channels=channels.named(channels.bad),
+        interpolated_channels=channels.named(channels.interpolated),
+        original_sampling_rate=file.sampling_rate,
+        duration=n_samples / plan.filters.sampling_rate,
+    )
+
+
+def _findings(file: EegFile, plan: Plan, channels: FileChannels) -> tuple[str, ...]:
+    """Return one line for each property of the recording that the user should know."""
+    findings = []
+    if file.is_truncated:
+        findings.append("file is shorter or longer than its header says")
+    if file.sampling_rate < plan.filters.sampling_rate:
+        findings.append(f"sampling rate {file.sampling_rate:g} Hz is below the target")
+    marked = [key for key in channels.bad if key not in channels.flat]
+    problems = {
+        "missing": channels.missing,
+        "flat": channels.flat,
+        "marked as bad": marked,
+        "clipped": channels.clipped,
+    }
+    for problem, keys in problems.items():
+        if keys:
+            findings.append(f"channels {problem}: {' '.join(channels.named(keys))}")
+    return tuple(findings)
 
 
 def _span(file: EegFile, plan: Plan) -> tuple[int, int]:
@@ -240,59 +146,22 @@ def _check_rate(rate: float, filters: Filters) -> None:
             )
 
 
-def _references(plan: Plan, file: EegFile) -> list[str]:
-    """Return the canonical names of the reference channels, which must be in the file."""
-    if plan.reference in (("average",), ("none",)):
-        return []
-    names = [canonical(name) for name in plan.reference]
-    missing = [name for name in names if name not in file.names]
-    if missing:
-        raise BadRecordingError(f"has no reference channel {' '.join(missing)}")
-    return names
-
-
-def _check_interpolated(
-    missing: Sequence[str], bad: Sequence[str], keys: dict[str, str], plan: Plan
-) -> None:
-    """Raise if so many channels cannot be interpolated, or must not be."""
-    names = [keys[key] for key in keys if key in missing or key in bad]
-    if missing and plan.on_missing == "skip":
-        raise _SkippedError(f"lacks {' '.join(keys[key] for key in missing)}")
-    if missing and plan.on_missing == "error":
-        raise BadRecordingError(f"lacks {' '.join(keys[key] for key in missing)}")
-    if len(names) > plan.max_interpolated * len(keys):
-        raise BadRecordingError(
-            f"has {len(keys) - len(names)} usable channels of {len(keys)}; missing, flat or bad "
-            f"are {' '.join(names)}"
-        )
-    positions = dict(zip(plan.channels, plan.positions, strict=True))
-    unknown = [name for name in names if positions[name] is None]
-    if unknown:
-        raise BadRecordingError(
-            f"lacks {' '.join(unknown)}, which --montage {plan.montage} has no position for"
-        )
-
-
 def _events(
-    annotations: Sequence[Annotation],
-    keys: dict[str, str],
-    plan: Plan,
-    offset: float,
-    n_samples: int,
+    file: EegFile, channels: FileChannels, plan: Plan, offset: float, n_samples: int
 ) -> tuple[Event, ...]:
     """Return the annotations that are in the recording, in order of time. offset: in seconds."""
     rate = plan.filters.sampling_rate
     events = []
-    for annotation in annotations:
+    for annotation in file.annotations:
         onset = annotation.onset - offset
         seconds = annotation.duration or plan.event_seconds
         start = max(round(onset * rate), 0)
         stop = min(round((onset + seconds) * rate), n_samples)
-        channels = plan.channels
+        of_event = plan.channels
         if annotation.channels:
             named = {canonical(name) for name in annotation.channels}
-            channels = tuple(name for key, name in keys.items() if key in named)
-        if start < stop and channels:
+            of_event = tuple(name for key, name in channels.names.items() if key in named)
+        if start < stop and of_event:
             kind = " ".join(annotation.kind.split())
-            events.append(Event(kind, start, stop, channels))
+            events.append(Event(kind, start, stop, of_event))
     return tuple(sorted(events, key=lambda event: (event.start, event.stop, event.kind)))

@@ -13,7 +13,7 @@ import mne
 import numpy as np
 from jaxtyping import Bool, Float
 
-from minsae_jax.eeg.description import Unit
+from minsae_jax.eeg.description import UV_PER_UNIT, Unit
 from minsae_jax.eeg.prepare.read import BadRecordingError
 
 FLAT_UV = 0.1  # SD below which the TUH corpus's preprocessing takes a channel for flat
@@ -60,9 +60,8 @@ def check_quality(data: Float[np.ndarray, "channels samples"]) -> Quality:
     median = float(np.median(varying)) if len(varying) else 0.0
     if median > STRONGEST_UV or 0 < median < WEAKEST_UV:
         raise BadRecordingError(
-            f"has a median SD of {median:.3g} µV, so its unit is probably wrong; give the factor "
-            "to correct it as --scale (1e-6 if microvolts were taken for volts, 1e6 for volts "
-            "taken for microvolts)"
+            f"has a median SD of {median:.3g} µV, so its unit is probably wrong; correct it with "
+            "--scale (1e-6 if µV were read as V, 1e6 if V were read as µV)"
         )
     return Quality(sd, is_clipped)
 
@@ -150,14 +149,13 @@ def write_recording(
     unit: Unit,
 ) -> None:
     """Write matrix · data in its unit as .npy, float32 [samples, channels]."""
-    offset = np.zeros(len(matrix))
-    divisor = np.ones(len(matrix))
     if unit == "SD":
         offset = statistics.mean
         # A channel that does not vary, as the reference does, is not divided.
         divisor = np.where(statistics.sd > 0, statistics.sd, 1.0)
-    elif unit == "100 uV":
-        divisor *= 100
+    else:
+        offset = np.zeros(len(matrix))
+        divisor = np.full(len(matrix), UV_PER_UNIT[unit])
     header = {"descr": "<f4", "fortran_order": False, "shape": (data.shape[1], len(matrix))}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)

@@ -77,10 +77,36 @@ def is_bids(folder: Path) -> bool:
     return (folder / BIDS_FILE).is_file()
 
 
-def bids_sidecar(path: Path, what: str) -> Path:
-    """Return the path of a BIDS recording's table, events or channels, which may not exist."""
-    stem = re.sub(r"_eeg\.[^/]*$", "", path.name)
-    return path.with_name(f"{stem}_{what}.tsv")
+def bids_sidecar(path: Path, what: str) -> Path | None:
+    """Return the table, events or channels, that applies to a BIDS recording; None without one.
+
+    By BIDS's inheritance principle, a table applies to all recordings in its folder and below whose
+    names contain all parts of the table's name (`sub-01`, `task-rest`). The nearest folder takes
+    precedence, and within a folder the table with the most parts.
+    """
+    stem, is_eeg, _ = path.name.rpartition("_eeg.")
+    if not is_eeg:
+        return None
+    parts = set(stem.split("_"))
+    for folder in _folders_up_to_root(path.parent):
+        tables = {}
+        for table in sorted(folder.glob(f"*{what}.tsv")):
+            of_table = set(table.name.split("_")[:-1])
+            is_table = table.name.split("_")[-1] == f"{what}.tsv"
+            if is_table and of_table <= parts and table.is_file():
+                tables[table] = len(of_table)
+        if tables:
+            return max(tables, key=tables.__getitem__)
+    return None
+
+
+def _folders_up_to_root(folder: Path) -> list[Path]:
+    """Return a folder and those above it up to the BIDS dataset's, or only itself without one."""
+    folders = [folder, *folder.parents]
+    for count, each in enumerate(folders, start=1):
+        if is_bids(each):
+            return folders[:count]
+    return [folder]
 
 
 def files_of(path: Path) -> list[Path]:
@@ -90,15 +116,18 @@ def files_of(path: Path) -> list[Path]:
     stem = path.name.removesuffix(".gz")
     stem = stem[: stem.rfind(".")]
     files = {path, *path.parent.glob(f"{glob.escape(stem)}.*")}
-    files.update(bids_sidecar(path, what) for what in ("events", "channels"))
+    for what in ("events", "channels"):
+        sidecar = bids_sidecar(path, what)
+        if sidecar is not None:
+            files.add(sidecar)
     return sorted(file for file in files if file.is_file())
 
 
 def find_duplicates(sources: Sequence[Source]) -> dict[Path, Path]:
     """Return for each copy of an earlier recording the path of that recording.
 
-    Compared are the largest file of each, which has the samples; files of different sizes or
-    endings are not read as a whole.
+    The largest file of each recording, which contains the samples, is compared. Files of different
+    sizes or last bytes are not read completely.
     """
     alike: dict[tuple[int, bytes], list[Path]] = {}
     largest = {}

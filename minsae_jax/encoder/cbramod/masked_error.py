@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from minsae_jax.encoder import pure
 from minsae_jax.encoder.base import (
     ComputeOptions,
     Downstream,
@@ -19,7 +20,7 @@ from minsae_jax.encoder.base import (
 from minsae_jax.encoder.cbramod.architecture import Architecture
 from minsae_jax.encoder.cbramod.model import CBraMod, patches
 from minsae_jax.encoder.cbramod.pure import bind
-from minsae_jax.parallel.mesh import map_members, shard_over_batch
+from minsae_jax.parallel.mesh import map_members
 
 
 class PatchReconstruction:
@@ -49,20 +50,12 @@ class PatchReconstruction:
         """
         a = self.architecture
 
-        def on_one_device(params: Any, rows: tuple[Array, Array]) -> Array:
-            encoder_params, substitute_params = params
-            model = bind(a, encoder_params)
+        def window_errors(
+            params: Params, x: Array, mask: Array, substitute: pure.Substitute
+        ) -> Array:
+            return _window_errors(bind(a, params), x, mask, layer, substitute)
 
-            def error_of_window(x: Array, mask: Array) -> Array:
-                return _window_errors(
-                    model, x, mask, layer, lambda z: substitutes(substitute_params, z)
-                )
-
-            with jax.default_matmul_precision("highest"):
-                return map_members(error_of_window, *rows)
-
-        run = jax.jit(shard_over_batch(mesh, on_one_device))
-        return lambda params, substitute_params, rows: run((params, substitute_params), rows)
+        return pure.masked_errors(mesh, window_errors, substitutes)
 
 
 def function_from(a: Architecture, layer: int, substitutes: Substitutes) -> FunctionFrom:

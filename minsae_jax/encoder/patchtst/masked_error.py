@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from minsae_jax.encoder import pure
 from minsae_jax.encoder.base import Downstream, FunctionFrom, Params, Substitutes
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.encoder.patchtst.model import PatchTST, patches
 from minsae_jax.encoder.patchtst.pure import bind
-from minsae_jax.parallel.mesh import map_members, shard_over_batch
+from minsae_jax.parallel.mesh import map_members
 
 
 def function_from(
@@ -60,21 +61,10 @@ def masked_errors(
     normalised like the encoder's input.
     """
 
-    def on_one_device(params: Any, rows: tuple[Array, Array]) -> Array:
-        encoder_params, substitute_params = params
-        model = bind(a, encoder_params)
+    def window_errors(params: Params, x: Array, mask: Array, substitute: pure.Substitute) -> Array:
+        return _window_errors(bind(a, params), x, mask, layer, revin, substitute)
 
-        def substitute(z: Float[Array, "T d_model"]) -> Float[Array, "variants T d_model"]:
-            return substitutes(substitute_params, z)
-
-        def error_of_window(x: Array, mask: Array) -> Array:
-            return _window_errors(model, x, mask, layer, revin, substitute)
-
-        with jax.default_matmul_precision("highest"):
-            return map_members(error_of_window, *rows)
-
-    run = jax.jit(shard_over_batch(mesh, on_one_device))
-    return lambda params, substitute_params, rows: run((params, substitute_params), rows)
+    return pure.masked_errors(mesh, window_errors, substitutes)
 
 
 def _window_errors(

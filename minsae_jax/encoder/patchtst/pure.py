@@ -3,9 +3,8 @@
 from functools import lru_cache
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
+from minsae_jax.encoder import pure
 from minsae_jax.encoder.base import ComputeOptions, HiddenFunction, Params, Precision
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.encoder.patchtst.model import PatchTST
@@ -16,8 +15,7 @@ def bind(architecture: Architecture, params: Params, precision: Precision = "flo
 
     Nothing is copied. Under jit: `jax.jit(lambda params, x: bind(a, params).hidden(x, (0,)))`.
     """
-    graph, _ = _abstract_model(architecture, precision)
-    return nnx.merge(graph, params)
+    return pure.bind(PatchTST, architecture, params, precision)
 
 
 @lru_cache(8)
@@ -35,17 +33,4 @@ def hidden_function(
 
 def abstract_params(architecture: Architecture) -> Params:
     """Return shapes and dtypes of the parameters; nothing is allocated."""
-    _, params = _abstract_model(architecture, "float32")
-    return params
-
-
-# Cached, since every trace of a jitted function calls `bind`.
-@lru_cache(64)
-def _abstract_model(
-    architecture: Architecture, precision: Precision
-) -> tuple[nnx.GraphDef, Params]:
-    dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
-    # Shapes only: real initial values would be thrown away.
-    model = nnx.eval_shape(lambda: PatchTST(architecture, dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    return graph, nnx.to_pure_dict(state)
+    return pure.abstract_params(PatchTST, architecture)

@@ -1,0 +1,100 @@
+"""Which channels of a file are read, and which of them cannot be used."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from minsae_jax.eeg.montage import canonical
+from minsae_jax.eeg.prepare.plan import Plan
+from minsae_jax.eeg.prepare.read import BadRecordingError, EegFile
+from minsae_jax.eeg.prepare.signals import check_quality
+
+
+class SkippedError(Exception):
+    """A recording that the settings leave out."""
+
+
+@dataclass(frozen=True)
+class FileChannels:
+    """Channels of one file by their canonical names, which are keys of `names`."""
+
+    names: dict[str, str]  # of the target channels, in column order
+    missing: tuple[str, ...]  # of the target channels
+    references: tuple[str, ...]
+    read: tuple[str, ...]  # target channels in the file, then references
+    flat: tuple[str, ...] = ()  # of `read`, once the samples are known, and so are these
+    clipped: tuple[str, ...] = ()
+    bad: tuple[str, ...] = ()  # target channels that are flat or marked as bad
+
+    @property
+    def interpolated(self) -> tuple[str, ...]:
+        return tuple(key for key in self.names if key in self.missing or key in self.bad)
+
+    def named(self, keys: Sequence[str]) -> tuple[str, ...]:
+        """Return the names as the settings spell them."""
+        return tuple(self.names.get(key, key) for key in keys)
+
+
+def find_channels(file: EegFile, plan: Plan) -> FileChannels:
+    """Return the channels to read. Raises BadRecordingError if the file lacks a reference."""
+    names = {canonical(channel): channel for channel in plan.channels}
+    present = [key for key in names if key in file.names]
+    references: list[str] = []
+    if plan.reference not in (("average",), ("none",)):
+        references = [canonical(name) for name in plan.reference]
+    absent = [name for name in references if name not in file.names]
+    if absent:
+        raise BadRecordingError(f"has no reference channel {' '.join(absent)}")
+    return FileChannels(
+        names=names,
+        missing=tuple(key for key in names if key not in file.names),
+        references=tuple(references),
+        read=(*present, *(key for key in references if key not in present)),
+    )
+
+
+def check_channels(
+    data: Float[np.ndarray, "channels samples"], channels: FileChannels, file: EegFile
+) -> FileChannels:
+    """Return the channels with those that are flat, clipped or bad.
+
+    Raises BadRecordingError on NaN, a wrong unit, and unusable references.
+    """
+    quality = check_quality(data)
+    read = np.array(channels.read)
+    flat = tuple(read[quality.is_flat].tolist())
+    unusable = [key for key in channels.references if key in flat or key in file.bad]
+    if unusable:
+        raise BadRecordingError(f"has a flat or bad reference channel: {' '.join(unusable)}")
+    targets = [key for key in channels.read if key in channels.names]
+    return dataclasses.replace(
+        channels,
+        flat=flat,
+        clipped=tuple(read[quality.is_clipped].tolist()),
+        bad=tuple(key for key in targets if key in flat or key in file.bad),
+    )
+
+
+def check_interpolated(channels: FileChannels, plan: Plan) -> None:
+    """Raise if so many channels cannot be interpolated, or must not be."""
+    if channels.missing and plan.on_missing != "interpolate":
+        reason = f"lacks {' '.join(channels.named(channels.missing))}"
+        if plan.on_missing == "skip":
+            raise SkippedError(reason)
+        raise BadRecordingError(reason)
+    names = channels.named(channels.interpolated)
+    n_channels = len(plan.channels)
+    if len(names) > plan.max_interpolated * n_channels:
+        raise BadRecordingError(
+            f"has {n_channels - len(names)} usable channels of {n_channels}; missing, flat or bad "
+            f"are {' '.join(names)}"
+        )
+    positions = dict(zip(plan.channels, plan.positions, strict=True))
+    unknown = [name for name in names if positions[name] is None]
+    if unknown:
+        raise BadRecordingError(
+            f"lacks {' '.join(unknown)}, which --montage {plan.montage} has no position for"
+        )

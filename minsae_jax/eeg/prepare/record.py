@@ -1,0 +1,88 @@
+"""Records of prepared recordings, in the folder `.prepare`.
+
+A record has everything that the tables of the folder need, so that a rerun skips what is done.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minsae_jax.eeg.description import RecordingDescription
+from minsae_jax.eeg.events import Event
+from minsae_jax.eeg.prepare.plan import Plan
+from minsae_jax.eeg.prepare.sources import Source, files_of
+from minsae_jax.files import atomic_write
+
+RECORDS = ".prepare"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A prepared recording."""
+
+    name: str
+    patient: str  # in the names of files
+    n_samples: int
+    description: RecordingDescription
+    events: tuple[Event, ...]
+    findings: tuple[str, ...]
+    unused_channels: tuple[str, ...]  # of the source
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A recording that is left out. is_bad: it is an error unless bad recordings are skipped."""
+
+    source: Source
+    reason: str
+    is_bad: bool = True
+
+
+def read_record(source: Source, plan: Plan, folder: Path) -> Record | None:
+    """Return the record of a recording that is complete and up to date, or None."""
+    path = record_path(folder, source.name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        size = (folder / source.name).stat().st_size
+    except (OSError, ValueError):
+        return None
+    is_current = content["key"] == plan.key and content["stamp"] == stamp_of(source)
+    if not is_current or content["size"] != size:
+        return None
+    values = content["record"]
+    description = {name: _tuple(value) for name, value in values["description"].items()}
+    events = [{name: _tuple(value) for name, value in event.items()} for event in values["events"]]
+    nested = {
+        "description": RecordingDescription(**description),
+        "events": tuple(Event(**event) for event in events),
+    }
+    return Record(**{name: _tuple(value) for name, value in values.items()} | nested)
+
+
+def record_path(folder: Path, name: str) -> Path:
+    """Return the path of a recording's record."""
+    return folder / RECORDS / f"{name}.json"
+
+
+def stamp_of(source: Source) -> str:
+    """Return a hash of names, sizes and modification times of all files of a source."""
+    stamps = []
+    for path in files_of(source.path):
+        status = path.stat()
+        stamps.append([path.name, status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+
+def _tuple(value: Any) -> Any:
+    # JSON has lists only.
+    return tuple(value) if isinstance(value, list) else value
+
+
+def write_record(folder: Path, record: Record, key: str, stamp: str, size: int) -> None:
+    """Write a record. key, stamp, size: of the plan, the source, and the recording in bytes."""
+    content = {"key": key, "stamp": stamp, "size": size, "record": dataclasses.asdict(record)}
+    with atomic_write(record_path(folder, record.name)) as temporary:
+        temporary.write_text(json.dumps(content), encoding="utf-8")
