@@ -67,6 +67,11 @@ class PatientValues:
     patients: tuple[str, ...]
     values: Float[np.ndarray, "patients features"]
 
+    def of(self, patients: Sequence[str]) -> Float[np.ndarray, "selected features"]:
+        """Return the values of some patients, in the given order."""
+        index = {patient: i for i, patient in enumerate(self.patients)}
+        return self.values[[index[patient] for patient in patients]]
+
 
 class BatchSums(NamedTuple):
     """Sums over the tokens of a batch, which is of one recording."""
@@ -162,9 +167,9 @@ def _pooled(dataset: Dataset, totals: _Totals) -> Pooled:
 
 def _position_means(dataset: Dataset, totals: _Totals) -> GroupMeans:
     first_samples, group = np.unique(dataset.tokens.first, return_inverse=True)
-    names = []
-    for first_sample in first_samples.tolist():
-        names.append("CLS" if first_sample < 0 else f"{dataset.seconds(first_sample):g} s")
+    names = [f"{dataset.seconds(first_sample):g} s" for first_sample in first_samples]
+    if first_samples[0] < 0:
+        names[0] = "CLS"
     n_sequences = np.full(dataset.n_tokens, len(dataset.recording))
     return _group_means(names, group, n_sequences, totals.of_token)
 
@@ -182,12 +187,13 @@ def _channel_means(dataset: Dataset, totals: _Totals) -> GroupMeans:
         n_tokens = np.bincount(dataset.channel % len(sums), minlength=len(sums)) * dataset.n_tokens
     n_channels = int(group.max(initial=-1)) + 1
     known = dataset.channel_names or ()
-    names = [known[i] if i < len(known) else f"channel {i}" for i in range(n_channels)]
+    names = [f"channel {i}" for i in range(n_channels)]
+    names[: len(known)] = known[:n_channels]
     return _group_means([*names, "no channel"], group % (n_channels + 1), n_tokens, sums)
 
 
 def _group_means(
-    names: Sequence[str],
+    names: list[str],
     group: Int[np.ndarray, " parts"],
     n_tokens: Int[np.ndarray, " parts"],
     sums: Float[np.ndarray, "parts features"],

@@ -88,7 +88,7 @@ def seed_stability(
         if is_live[member.name].any():
             setting = tuple(item for item in member.hyper.items() if item[0] != "seed")
             by_setting.setdefault(setting, []).append(member)
-    stability = {}
+    stability: dict[str, Stability] = {}
     for partners in by_setting.values():
         if len(partners) > 1:
             stability |= _setting_stability(partners, is_live, np.random.default_rng(seed))
