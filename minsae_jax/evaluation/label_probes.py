@@ -5,7 +5,6 @@ an SAE are compared with equally many raw dimensions of the activations, pooled 
 with the same probe after the labels were permuted over patients, whose scores show chance.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 

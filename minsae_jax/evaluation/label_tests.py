@@ -22,6 +22,12 @@ from minsae_jax.evaluation.pooling import PatientValues
 
 MIN_PATIENTS = 3  # of each category, or of all for a number
 LEVEL = 0.05
+TestName = Literal["Mann-Whitney", "Kruskal-Wallis", "Spearman"]
+EFFECT_NAMES: dict[TestName, str] = {
+    "Mann-Whitney": "AUC",
+    "Kruskal-Wallis": "eta²",
+    "Spearman": "rho",
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,7 @@ class LabelTest:
     """
 
     label: str
-    test: Literal["Mann-Whitney", "Kruskal-Wallis", "Spearman"]
-    effect_name: Literal["AUC", "eta²", "rho"]
+    test: TestName
     # Empty for a number
     categories: tuple[str, ...]
     # Of each category, or of all for a number
@@ -45,6 +50,11 @@ class LabelTest:
     q: Float[np.ndarray, " features"]
     # Of the linear regression on the label, in activation per unit of the label; for numbers only
     slope: Float[np.ndarray, " features"] | None
+
+    @property
+    def effect_name(self) -> str:
+        """AUC, eta² or rho."""
+        return EFFECT_NAMES[self.test]
 
     def significant(self, level: float = LEVEL) -> Int[np.ndarray, " n"]:
         """Return the features with q below the level, smallest p first."""
@@ -117,26 +127,26 @@ def _test(label: PatientLabel, values: Float[np.ndarray, "patients features"]) -
     p = np.ones(n_features)
     q = np.ones(n_features)
     slope = None
-    effect: np.ndarray
-    counts: tuple[int, ...] = (len(label.patients),)
+    name: TestName
     if label.is_number:
-        name, effect_name = "Spearman", "rho"
+        name = "Spearman"
         effect = np.zeros(n_features)
         effect[varies], p[varies] = spearman(values[:, varies], label.values)
         slope = regression_slope(values, label.values)
+        counts = [len(label.patients)]
     elif len(label.categories) == 2:
-        name, effect_name = "Mann-Whitney", "AUC"
+        name = "Mann-Whitney"
         effect = np.full(n_features, 0.5)
         effect[varies], p[varies] = mann_whitney(values[:, varies], label.category == 1)
+        counts = np.bincount(label.category).tolist()
     else:
-        name, effect_name = "Kruskal-Wallis", "eta²"
+        name = "Kruskal-Wallis"
         effect = np.zeros(n_features)
         effect[varies], p[varies] = kruskal_wallis(values[:, varies], label.category)
-    if not label.is_number:
-        counts = tuple(np.bincount(label.category).tolist())
+        counts = np.bincount(label.category).tolist()
     if varies.any():
         q[varies] = false_discovery_control(p[varies])
-    return LabelTest(label.name, name, effect_name, label.categories, counts, effect, p, q, slope)
+    return LabelTest(label.name, name, label.categories, tuple(counts), effect, p, q, slope)
 
 
 def mann_whitney(

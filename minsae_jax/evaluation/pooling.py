@@ -167,7 +167,7 @@ def _pooled(dataset: Dataset, totals: _Totals) -> Pooled:
 
 def _position_means(dataset: Dataset, totals: _Totals) -> GroupMeans:
     first_samples, group = np.unique(dataset.tokens.first, return_inverse=True)
-    names = [f"{dataset.seconds(first_sample):g} s" for first_sample in first_samples]
+    names = [f"{dataset.seconds(first_sample):g} s" for first_sample in first_samples.tolist()]
     if first_samples[0] < 0:
         names[0] = "CLS"
     n_sequences = np.full(dataset.n_tokens, len(dataset.recording))

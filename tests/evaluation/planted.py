@@ -1,4 +1,4 @@
-"""Stores of planted activations: sparse codes through a random dictionary, from known recordings."""
+"""Stores of planted activations: sparse codes through a random dictionary."""
 
 from dataclasses import dataclass
 from pathlib import Path
