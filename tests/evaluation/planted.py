@@ -69,7 +69,6 @@ def write_planted(folder: Path, activations: np.ndarray, places: Places, split="
         recording=places.recording,
         window=places.window,
         channel=places.channel,
-        layer=0,
         split=split,
     )
     return open_dataset(store.folder, None, None, recordings)
