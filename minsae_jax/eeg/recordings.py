@@ -30,6 +30,7 @@ OnBadRecording = Literal["error", "skip"]
 
 SAMPLING_RATE = 100  # Hz, of recordings without dataset.json
 LENGTHS = "file_lengths_map.csv"
+LABELS = "labels.csv"
 SCAN_BLOCK = 100_000  # samples
 # NumPy parses headers with Python's parser, which Python 3.11 cannot run in two threads at once
 # (it raises SystemError).

@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from minsae_jax.eeg.recordings import LENGTHS, read_lengths
+from minsae_jax.eeg.recordings import LABELS, LENGTHS, read_lengths
 from minsae_jax.eeg.splits import patient_of
 from minsae_jax.errors import UserError
 
-LABELS_CSV = "labels.csv"
 MISSING = ("", "n/a", "na", "nan")  # in lower case
 KEYS = ("recording", "patient")
 ENDINGS = ("_preprocessed.npy", ".npy")
@@ -71,7 +70,7 @@ def read_labels(folder: Path, recordings: Sequence[str]) -> tuple[PatientLabel, 
     its recordings. There are no labels if there is no such file. Raises UserError if the file is
     invalid, or has no row for any recording in the folder.
     """
-    path = folder / LABELS_CSV
+    path = folder / LABELS
     if not path.is_file():
         return ()
     rows = _read_rows(path)

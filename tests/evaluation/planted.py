@@ -41,9 +41,12 @@ def make_places(n_patients: int, n_windows: int, first_patient: int = 0) -> Plac
 
 
 def draw_codes(rng: np.random.Generator, places: Places, n_features: int) -> np.ndarray:
-    """Return sparse codes [sequences, TOKENS, features]: each is active on 5 % of the tokens."""
+    """Return sparse codes [sequences, TOKENS, features]: each is active on 5 % of the tokens.
+
+    Active codes are 0.5 and more, so that they differ from noise.
+    """
     shape = (len(places.recording), TOKENS, n_features)
-    return rng.exponential(size=shape) * (rng.random(shape) < 0.05)
+    return (0.5 + rng.exponential(size=shape)) * (rng.random(shape) < 0.05)
 
 
 def draw_dictionary(rng: np.random.Generator, n_features: int, d_model: int) -> np.ndarray:

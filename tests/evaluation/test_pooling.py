@@ -89,7 +89,7 @@ def test_shares_of_variance(dataset, places, sae, batch_values, monkeypatch):
     ):
         # The first features are 100 ± 1 in float32, which leaves fewer digits.
         np.testing.assert_allclose(of_groups[:3], eta2(features, groups)[:3], rtol=1e-3)
-        np.testing.assert_allclose(of_groups[3:], eta2(features, groups)[3:], rtol=1e-5)
+        np.testing.assert_allclose(of_groups[3:], eta2(features, groups)[3:], rtol=1e-5, atol=1e-9)
     assert (shares.patient <= shares.recording * (1 + 1e-6)).all()
 
 
