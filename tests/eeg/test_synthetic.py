@@ -128,7 +128,7 @@ def test_files_of_others_are_never_replaced(settings, tmp_path, overwrite):
 
 
 def test_labels_are_planted_without_changing_other_patients(tmp_path):
-    plain = DemoConfig(root_path=str(tmp_path / "plain"), patients=10, minutes=2)
+    plain = DemoConfig(root_path=str(tmp_path / "plain"), patients=10, minutes=2.0)
     labelled = replace(plain, root_path=str(tmp_path / "labelled"), labels=True)
     write_demo(plain)
     write_demo(labelled)

@@ -58,7 +58,7 @@ def planted(tmp_path_factory):
         seed=(0, 1, 2),
         feature_dim_factor=(1.5,),
         lr=(3e-3,),
-        num_steps=400,
+        num_steps=600,
         batch_size=512,
         eval_every=0,
     )
@@ -95,7 +95,8 @@ def test_true_features_are_those_that_reappear(planted):
         stable = n_seeds == 3
         f1 = 2 * (stable & is_true).sum() / (stable.sum() + is_true.sum())
         assert f1 > 0.95
-        assert result.similarity[:, is_true].mean() > 0.95
+        assert result.decoder_cosine[:, is_true].mean() > 0.95
+        assert result.similarity[:, is_true].mean() > 0.9
         assert result.share_by_chance() < 0.05
 
 
