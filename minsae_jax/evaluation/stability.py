@@ -1,14 +1,16 @@
 """Stability: which features of a member reappear in members trained from another seed.
 
-The features of two members are matched one to one so that the sum of similarities is largest (an
-assignment problem, solved exactly by the Jonker-Volgenant algorithm). Similarity is the mean of the
-cosine of the two encoder directions and that of the two decoder directions, as in Paulo & Belrose
-2025 (arXiv 2501.16615). A feature's stability is the share of other seeds in which it reappears, as
-in arXiv 2606.12138. Dead features are left out, and so are matches of negative similarity.
+The features of two members are matched one to one so that the sum of the cosines of their decoder
+directions is largest (an assignment problem, solved exactly by the Jonker-Volgenant algorithm). A
+feature reappears if the cosine to its match is above 0.7, the threshold of Paulo & Belrose 2025
+(arXiv 2501.16615); in how many seeds it does is its stability, as in arXiv 2606.12138. The cosine
+of the encoder directions of a match is reported too. It does not decide, since the part of an
+encoder direction along which activations hardly vary is arbitrary. Dead features are left out, and
+so are matches of negative cosine.
 
 Candidates of each feature are its CANDIDATES most similar features of the other member, and those
 that have it among their own: memory grows as d_sae, not as d_sae². On random directions, where
-competition is hardest, the mean similarity is that of the full problem to seven digits.
+competition is hardest, the mean cosine is that of the full problem to seven digits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +23,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from minsae_jax.evaluation.inputs import Member
-from minsae_jax.sae.member import SparseAutoencoder
 
-MIN_SIMILARITY = 0.7
+MIN_COSINE = 0.7
 CANDIDATES = 32
 BLOCK_ROWS = 1024  # features compared with all others at a time
 
@@ -32,7 +33,7 @@ BLOCK_ROWS = 1024  # features compared with all others at a time
 class Stability:
     """The matches of one member's features in the members that differ from it in the seed only.
 
-    Similarities are 0 where a live feature has no match, and NaN for dead features.
+    Cosines are 0 where a live feature has no match, and NaN for dead features.
     """
 
     # Names of the other members
@@ -40,39 +41,44 @@ class Stability:
     is_live: Bool[np.ndarray, " d_sae"]
     # Index of the feature in the other member, -1 without a match
     match: Int[np.ndarray, "others d_sae"]
-    encoder_cosine: Float[np.ndarray, "others d_sae"]
     decoder_cosine: Float[np.ndarray, "others d_sae"]
-    # Similarities to the best one-to-one matches among random directions; see `random_directions`
+    encoder_cosine: Float[np.ndarray, "others d_sae"]
+    # Cosines to the best one-to-one matches among random directions; see `random_directions`
     chance: Float[np.ndarray, " n"]
-
-    @property
-    def similarity(self) -> Float[np.ndarray, "others d_sae"]:
-        """The mean of encoder and decoder cosine."""
-        return (self.encoder_cosine + self.decoder_cosine) / 2
 
     @property
     def n_seeds(self) -> int:
         """Number of seeds, this member's included."""
         return len(self.others) + 1
 
-    def seeds_with(self, threshold: float = MIN_SIMILARITY) -> Int[np.ndarray, " d_sae"]:
+    def seeds_with(self, threshold: float = MIN_COSINE) -> Int[np.ndarray, " d_sae"]:
         """Return in how many seeds each feature occurs, its own included; 0 for dead features."""
         # NaN compares as False.
-        n_others = (self.similarity > threshold).sum(axis=0)
+        n_others = (self.decoder_cosine > threshold).sum(axis=0)
         return np.where(self.is_live, n_others + 1, 0)
 
-    def share(self, threshold: float = MIN_SIMILARITY) -> float:
-        """Return the share of live features that reappear, averaged over the other seeds."""
-        return float((self.similarity[:, self.is_live] > threshold).mean())
+    def share(
+        self,
+        threshold: float = MIN_COSINE,
+        weights: Float[np.ndarray, " d_sae"] | None = None,
+    ) -> float:
+        """Return the share of live features that reappear, averaged over the other seeds.
 
-    def share_by_chance(self, threshold: float = MIN_SIMILARITY) -> float:
+        weights: of features, such as their mean activation times the norm of their decoder row,
+        which gives the share of the reconstruction that reappears. Equal by default.
+        """
+        reappears = self.decoder_cosine[:, self.is_live] > threshold
+        live_weights = None if weights is None else weights[self.is_live]
+        return float(np.average(reappears.mean(axis=0), weights=live_weights))
+
+    def share_by_chance(self, threshold: float = MIN_COSINE) -> float:
         """Return the share of features that random directions match."""
         return float((self.chance > threshold).mean())
 
     @property
-    def mean_similarity(self) -> float:
-        """Mean over live features and other seeds."""
-        return float(self.similarity[:, self.is_live].mean())
+    def mean_cosine(self) -> float:
+        """Mean decoder cosine over live features and other seeds."""
+        return float(self.decoder_cosine[:, self.is_live].mean())
 
 
 def seed_stability(
@@ -102,7 +108,11 @@ def _setting_stability(
 ) -> dict[str, Stability]:
     """Return the stability of the members of one setting; each pair is matched once."""
     live = [np.flatnonzero(is_live[member.name]) for member in members]
-    directions = [joint_directions(m.sae)[i] for m, i in zip(members, live, strict=True)]
+    directions = []
+    encoders = []
+    for member, features in zip(members, live, strict=True):
+        directions.append(member.sae.unit_directions[features])
+        encoders.append(unit_rows(np.asarray(member.sae.params["W_enc"]).T[features]))
     matches = {}
     for a, b in combinations(range(len(members)), 2):
         a_to_b = match_directions(directions[a], directions[b])
@@ -123,39 +133,23 @@ def _setting_stability(
         for row, b in enumerate(others):
             a_to_b = matches[a, b]
             match[row, live[a]] = np.where(a_to_b >= 0, live[b][a_to_b], -1)
-            halves_a = np.split(directions[a], 2, axis=1)
-            halves_b = np.split(directions[b], 2, axis=1)
-            # Each half has the norm 1/√2, so that products are half a cosine.
-            encoder[row, live[a]] = 2 * matched_cosines(halves_a[0], halves_b[0], a_to_b)
-            decoder[row, live[a]] = 2 * matched_cosines(halves_a[1], halves_b[1], a_to_b)
+            decoder[row, live[a]] = matched_cosines(directions[a], directions[b], a_to_b)
+            encoder[row, live[a]] = matched_cosines(encoders[a], encoders[b], a_to_b)
         names = tuple(members[b].name for b in others)
         live_a = is_live[member.name]
-        stability[member.name] = Stability(names, live_a, match, encoder, decoder, chance)
+        stability[member.name] = Stability(names, live_a, match, decoder, encoder, chance)
     return stability
 
 
-def joint_directions(sae: SparseAutoencoder) -> Float[np.ndarray, "d_sae both"]:
-    """Return each feature's unit encoder direction followed by its unit decoder direction, / √2.
-
-    The product of two rows is the mean of the two cosines.
-    """
-    encoder = unit_rows(np.asarray(sae.params["W_enc"]).T)
-    return np.concatenate([encoder, sae.unit_directions], axis=1) / np.float32(np.sqrt(2))
-
-
 def random_directions(
-    directions: Float[np.ndarray, "n both"], rng: np.random.Generator
-) -> Float[np.ndarray, "n both"]:
-    """Return as many random joint directions with the same second moments.
+    directions: Float[np.ndarray, "n d"], rng: np.random.Generator
+) -> Float[np.ndarray, "n d"]:
+    """Return as many random unit vectors, normal with the second moments of unit vectors.
 
-    They lie in the subspace that the features prefer, so that a match with them is chance. Drawn
-    as normal combinations of all given rows.
+    They lie in the subspace that the features prefer, so that a match with them is chance.
     """
     _, scale, basis = np.linalg.svd(directions, full_matrices=False)
-    draws = rng.standard_normal((len(directions), len(scale)), np.float32) * scale @ basis
-    encoder, decoder = np.split(draws, 2, axis=1)
-    both = np.concatenate([unit_rows(encoder), unit_rows(decoder)], axis=1)
-    return both / np.float32(np.sqrt(2))
+    return unit_rows(rng.standard_normal((len(directions), len(scale)), np.float32) * scale @ basis)
 
 
 def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

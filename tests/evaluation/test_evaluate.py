@@ -192,16 +192,14 @@ def test_members_of_several_kinds(trained, settings, mixed_run):
     dataset = trained.dataset("test")
     x = dataset.read(0, len(dataset.recording)).reshape(-1, 128)
     saes = [load_sae(mixed_run / "members" / name) for name in ("topk", "topk,seed=1")]
-    similarity = 0
     is_live = [(np.asarray(sae.encode(x)) > 0).any(0) for sae in saes]
-    for rows_of in (lambda sae: sae.params["W_enc"].T, lambda sae: sae.params["W_dec"]):
-        units = []
-        for sae, live in zip(saes, is_live, strict=True):
-            directions = np.float64(rows_of(sae))[live]
-            units.append(directions / np.linalg.norm(directions, axis=1, keepdims=True))
-        similarity = similarity + units[0] @ units[1].T / 2
-    matched = linear_sum_assignment(np.maximum(similarity, 0), maximize=True)
-    n_reappearing = (similarity[matched] > 0.7).sum()
+    units = []
+    for sae, live in zip(saes, is_live, strict=True):
+        rows_live = np.float64(sae.params["W_dec"])[live]
+        units.append(rows_live / np.linalg.norm(rows_live, axis=1, keepdims=True))
+    cosines = units[0] @ units[1].T
+    matched = linear_sum_assignment(np.maximum(cosines, 0), maximize=True)
+    n_reappearing = (cosines[matched] > 0.7).sum()
     for member, live in zip(("topk", "topk,seed=1"), is_live, strict=True):
         share = n_reappearing / live.sum()
         assert 0.5 < share < 1

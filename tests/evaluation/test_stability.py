@@ -7,7 +7,6 @@ from scipy.optimize import linear_sum_assignment
 from minsae_jax import SparseAutoencoder
 from minsae_jax.evaluation.inputs import Member
 from minsae_jax.evaluation.stability import (
-    joint_directions,
     match_directions,
     random_directions,
     seed_stability,
@@ -38,11 +37,11 @@ def test_share_of_live_features_that_reappear():
     # x is in both; y matches x + y at cos 45° = 0.707; y and -y are opposite.
     assert stability["a"].match.tolist() == [[0, 2, -1]]
     assert stability["b"].match.tolist() == [[0, -1, 1]]
-    np.testing.assert_allclose(stability["a"].similarity, [[1, np.sqrt(0.5), 0]], atol=1e-6)
+    np.testing.assert_allclose(stability["a"].decoder_cosine, [[1, np.sqrt(0.5), 0]], atol=1e-6)
     assert stability["a"].seeds_with().tolist() == [2, 2, 1]
     assert stability["a"].seeds_with(0.9).tolist() == [2, 1, 1]
     assert stability["a"].share(0.9) == stability["b"].share(0.9) == pytest.approx(1 / 3)
-    assert stability["a"].mean_similarity == pytest.approx((1 + np.sqrt(0.5)) / 3)
+    assert stability["a"].mean_cosine == pytest.approx((1 + np.sqrt(0.5)) / 3)
 
 
 def test_dead_features_neither_count_nor_match():
@@ -53,7 +52,7 @@ def test_dead_features_neither_count_nor_match():
     assert stability["a"].match.tolist() == [[1, -1, -1]]
     assert stability["a"].seeds_with().tolist() == [2, 1, 0]
     assert stability["a"].share() == 0.5
-    assert np.isnan(stability["a"].similarity[0, 2])
+    assert np.isnan(stability["a"].decoder_cosine[0, 2])
     # A member without any live feature has no stability, and nor has its only partner.
     assert seed_stability(members, is_live | {"a": np.zeros(3, bool)}) == {}
 
@@ -65,16 +64,24 @@ def test_one_feature_is_not_the_match_of_two():
     assert stability["a"].share() == 0.5
 
 
-def test_encoder_and_decoder_count_equally():
+def test_encoder_is_reported_and_does_not_decide():
     x, y = np.eye(2)
     members = [
         make_member("a", [x, y], 0),
-        make_member("b", [x, y], 1, encoder=[y, y]),
+        make_member("b", [y, x], 1, encoder=[y, 2 * y]),
     ]
     stability = seed_stability(members, {"a": np.ones(2, bool), "b": np.ones(2, bool)})["a"]
+    assert stability.match.tolist() == [[1, 0]]
     np.testing.assert_allclose(stability.decoder_cosine, [[1, 1]], atol=1e-6)
     np.testing.assert_allclose(stability.encoder_cosine, [[0, 1]], atol=1e-6)
-    np.testing.assert_allclose(stability.similarity, [[0.5, 1]], atol=1e-6)
+
+
+def test_share_by_weight():
+    x, y = np.eye(2)
+    members = [make_member("a", [x, y], 0), make_member("b", [x, -y], 1)]
+    stability = seed_stability(members, {"a": np.ones(2, bool), "b": np.ones(2, bool)})["a"]
+    assert stability.share() == 0.5
+    assert stability.share(weights=np.array([3.0, 1.0])) == 0.75
 
 
 @pytest.mark.parametrize("is_random", [False, True])
@@ -117,7 +124,7 @@ def test_planted_features_are_separated_from_those_of_one_seed():
         assert (n_seeds[is_shared] == 3).all()
         assert (n_seeds[~is_shared] == 1).all()
         assert result.share() == pytest.approx(192 / 256)
-        assert result.similarity[:, is_shared].mean() > 0.95
+        assert result.decoder_cosine[:, is_shared].mean() > 0.95
         assert result.share_by_chance() == 0
 
 
@@ -125,7 +132,7 @@ def test_random_directions_have_the_second_moments_of_the_features():
     rng = np.random.default_rng(1)
     # Features in a subspace of 3 of 32 dimensions, where chance is high.
     decoder = rng.normal(size=(2000, 3)) @ rng.normal(size=(3, 32))
-    directions = joint_directions(make_member("a", decoder, 0).sae)
+    directions = unit_rows(decoder)
     random = random_directions(directions, rng)
     np.testing.assert_allclose(np.linalg.norm(random, axis=1), 1, rtol=1e-5)
     moments = directions.T @ directions / len(directions)
