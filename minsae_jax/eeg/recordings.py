@@ -37,6 +37,7 @@ OnBadRecording = Literal["error", "skip"]
 
 SAMPLING_RATE = 100  # Hz, of recordings without dataset.json
 LENGTHS = "file_lengths_map.csv"
+LABELS = "labels.csv"
 SCAN_BLOCK = 100_000  # samples
 # Limits of the median root mean square of the channels
 PLAUSIBLE_SD = (0.1, 10.0)

@@ -13,11 +13,11 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import yaml
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from minsae_jax.eeg.events import EVENTS, Event, write_events
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
-from minsae_jax.eeg.recordings import LENGTHS, SAMPLING_RATE, read_lengths
+from minsae_jax.eeg.recordings import LABELS, LENGTHS, SAMPLING_RATE, read_lengths
 from minsae_jax.eeg.synthetic_edf import write_edf
 from minsae_jax.errors import UserError
 from minsae_jax.files import foreign_entries, replaced_folder
@@ -29,11 +29,13 @@ OWNED_FILES = (
     "demo[0-9]*_s[0-9]*_t[0-9]*.edf",
     LENGTHS,
     EVENTS,
+    LABELS,
     SETTINGS,
     "tuh_patient_splits_*",
 )
 MIN_SAMPLES = 400  # longer than every event
 EVENTS_PER_MINUTE = 6.0  # of each kind
+MORE_SPINDLES = 3.0  # times as many, in patients with this label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,9 @@ class DemoOutput:
     """Folder to write: recordings, file_lengths_map.csv and events.csv."""
     edf: bool = False
     """Write EDF files with annotations, for `prepare`, instead of preprocessed recordings."""
+    labels: bool = False
+    """Plant a label: half of the patients get three times as many spindles. Writes labels.csv with
+    it (more_spindles) and with age and sex, which have no effect."""
     overwrite: bool = False
     """Replace a demo that was written with other settings."""
 
@@ -146,11 +151,12 @@ def _event_kinds(alpha_hz: float, spindle_hz: float) -> list[EventKind]:
 
 
 def recording(
-    seed: int | list[int], samples: int
+    seed: int | list[int], samples: int, spindle_factor: float = 1.0
 ) -> tuple[Float[np.ndarray, "samples 19"], list[Event]]:
     """Return a recording, z-scored per channel, and its events in order of time.
 
-    The same seed gives the same recording: the order of the random draws must not change.
+    spindle_factor: times the usual number of spindles. The same seed gives the same recording: the
+    order of the random draws must not change.
     """
     rng = np.random.default_rng(seed)
     # Short recordings are cut out of a longer one, which every event fits into.
@@ -170,7 +176,10 @@ def recording(
         is_strong = kind.weights >= kind.weights.max() / 2
         # Those with at least half of the largest amplitude
         channels = tuple(np.array(CHANNELS)[is_strong].tolist())
-        count = rng.poisson(EVENTS_PER_MINUTE * n / SAMPLING_RATE / 60)
+        expected = EVENTS_PER_MINUTE * n / SAMPLING_RATE / 60
+        if kind.name == "spindle":
+            expected *= spindle_factor
+        count = rng.poisson(expected)
         for start in rng.integers(0, n - kind.length, count).tolist():
             stop = start + kind.length
             x[:, start:stop] += np.outer(kind.weights, kind.wave(kind.length, rng))
@@ -195,9 +204,11 @@ def write_demo(settings: DemoConfig) -> Demo:
     }
     if settings.edf:
         record["edf"] = True
+    if settings.labels:
+        record["labels"] = True
     if folder.exists():
         _check_replaceable(folder, record, settings.overwrite)
-        if not settings.overwrite and _is_complete(folder):
+        if not settings.overwrite and _is_complete(folder, settings.labels):
             return _open_demo(folder, settings.patients, is_new=False)
     with replaced_folder(folder) as temporary:
         _write_recordings(temporary, settings)
@@ -224,9 +235,11 @@ def _check_replaceable(folder: Path, record: dict[str, int | float], overwrite: 
         )
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, has_labels: bool) -> bool:
     """Return whether all files exist and all recordings have the listed lengths."""
     if not (folder / EVENTS).is_file():
+        return False
+    if has_labels and not (folder / LABELS).is_file():
         return False
     try:
         for name, length in read_lengths(folder / LENGTHS).items():
@@ -255,14 +268,19 @@ def _write_recordings(folder: Path, settings: DemoConfig) -> None:
     ending = ".edf" if settings.edf else "_preprocessed.npy"
     lengths = []
     events = []
+    has_more_spindles = np.zeros(settings.patients, bool)
+    if settings.labels:
+        has_more_spindles = _write_labels(folder / LABELS, settings)
     for patient in range(settings.patients):
+        spindle_factor = MORE_SPINDLES if has_more_spindles[patient] else 1.0
         for token in range(1 + patient % 2):
             name = f"demo{patient:04d}_s001_t{token:03d}{ending}"
             samples = int(settings.minutes * 60 * SAMPLING_RATE * rng.uniform(0.75, 1.25))
             if settings.edf:
                 # EDF stores whole records of one second.
                 samples -= samples % SAMPLING_RATE
-            eeg, planted = recording([settings.seed, patient, token], samples)
+            seed = [settings.seed, patient, token]
+            eeg, planted = recording(seed, samples, spindle_factor)
             if settings.edf:
                 write_edf(folder / name, eeg, planted)
             else:
@@ -274,3 +292,20 @@ def _write_recordings(folder: Path, settings: DemoConfig) -> None:
         writer.writerow(("filename", "time_len"))
         writer.writerows(lengths)
     write_events(folder / EVENTS, events)
+
+
+def _write_labels(path: Path, settings: DemoConfig) -> Bool[np.ndarray, " patients"]:
+    """Write the labels of patients; return which have more spindles."""
+    # A generator of its own, so that recordings do not depend on whether there are labels.
+    rng = np.random.default_rng([settings.seed, settings.patients])
+    has_more_spindles = rng.permutation(np.arange(settings.patients) % 2 == 1)
+    age = rng.integers(20, 81, settings.patients)
+    is_male = rng.random(settings.patients) < 0.5
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("patient", "age", "sex", "more_spindles"))
+        for patient in range(settings.patients):
+            sex = "m" if is_male[patient] else "f"
+            more_spindles = int(has_more_spindles[patient])
+            writer.writerow((f"demo{patient:04d}", age[patient], sex, more_spindles))
+    return has_more_spindles

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from minsae_jax.encoder.base import BaseEncoder
-from minsae_jax.evaluation.agreement import seed_agreement
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.events import (
@@ -42,6 +41,7 @@ from minsae_jax.evaluation.results import (
     PCAEvaluation,
     TokenMeasures,
 )
+from minsae_jax.evaluation.stability import seed_stability
 from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import make_mesh, members_sharding
 from minsae_jax.sae.config import TrainConfig
@@ -79,7 +79,8 @@ def evaluate(
     measured = _measure_tokens(inputs.test, all_members)
     errors = _substitute(settings, inputs, all_members, measured.mean)
     events, baselines = _score_events(settings, inputs)
-    agreement = seed_agreement(inputs.members, measured.is_live)
+    stability = seed_stability(inputs.members, measured.is_live)
+    agreement = {name: result.share() for name, result in stability.items()}
     members = []
     for i, member in enumerate(inputs.members):
         evaluated = MemberEvaluation(

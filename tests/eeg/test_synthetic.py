@@ -125,3 +125,32 @@ def test_files_of_others_are_never_replaced(settings, tmp_path, overwrite):
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="is not a demo"):
         write_demo(replace(settings, root_path=str(tmp_path / "mine"), overwrite=overwrite))
+
+
+def test_labels_are_planted_without_changing_other_patients(tmp_path):
+    plain = DemoConfig(root_path=str(tmp_path / "plain"), patients=10, minutes=2.0)
+    labelled = replace(plain, root_path=str(tmp_path / "labelled"), labels=True)
+    write_demo(plain)
+    write_demo(labelled)
+    assert not (tmp_path / "plain/labels.csv").exists()
+    with (tmp_path / "labelled/labels.csv").open(newline="") as file:
+        rows = {row["patient"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 10
+    assert sum(row["more_spindles"] == "1" for row in rows.values()) == 5
+    n_spindles = {"0": 0, "1": 0}
+    with (tmp_path / "labelled/events.csv").open(newline="") as file:
+        for event in csv.DictReader(file):
+            has_more = rows[event["recording"].split("_")[0]]["more_spindles"]
+            n_spindles[has_more] += event["event"] == "spindle"
+    assert 2 < n_spindles["1"] / n_spindles["0"] < 4
+    for name in read_lengths(tmp_path / "plain/file_lengths_map.csv"):
+        same = (tmp_path / "plain" / name).read_bytes() == (
+            tmp_path / "labelled" / name
+        ).read_bytes()
+        assert same == (rows[name.split("_")[0]]["more_spindles"] == "0")
+    # A demo without its labels is incomplete, and written again.
+    (tmp_path / "labelled/labels.csv").unlink()
+    assert write_demo(labelled).is_new
+    assert not write_demo(labelled).is_new
+    with pytest.raises(UserError, match="a demo with other settings"):
+        write_demo(replace(labelled, labels=False))

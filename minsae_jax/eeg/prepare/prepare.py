@@ -21,13 +21,12 @@ from minsae_jax.eeg.prepare.plan import Plan, make_plan, versions
 from minsae_jax.eeg.prepare.record import RECORDS, Record, Rejected, read_record, record_path
 from minsae_jax.eeg.prepare.recording import prepare_recording
 from minsae_jax.eeg.prepare.sources import Source, find_duplicates, find_sources
-from minsae_jax.eeg.recordings import LENGTHS
+from minsae_jax.eeg.recordings import LABELS, LENGTHS
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, foreign_entries, lock_folder
 from minsae_jax.monitor import progress, table
 
-LABELS = "labels.csv"
 TABLES = (DESCRIPTION, EVENTS, LABELS)  # written after LENGTHS is removed and before it is back
 OWNED_FILES = (
     "*_s[0-9]*_t[0-9]*_preprocessed.npy",

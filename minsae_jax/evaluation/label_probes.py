@@ -1,0 +1,197 @@
+"""How well a label of patients can be read from pooled features: fitted on val, scored on test.
+
+A probe is a ridge regression on the few features that separate the val patients best. Features of
+an SAE are compared with equally many raw dimensions of the activations, pooled in the same way, and
+with the same probe after the labels were permuted over patients, whose scores show chance.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.stats import rankdata
+
+from minsae_jax.evaluation.label_tests import usable_label
+from minsae_jax.evaluation.labels import PatientLabel
+from minsae_jax.evaluation.pooling import PatientValues
+
+N_FEATURES = 5
+N_PERMUTATIONS = 200
+PENALTY = 1.0
+MIN_VAL_PATIENTS = 3  # of each category, or of all for a number
+MIN_TEST_PATIENTS = 2
+
+
+@dataclass(frozen=True)
+class ProbeScore:
+    """A probe's score on the test patients, and those of probes of permuted labels."""
+
+    # The chosen features
+    features: tuple[int, ...]
+    score: float
+    # Of every permutation of the labels over the val patients and over the test patients
+    permuted: Float[np.ndarray, " permutations"]
+
+    @property
+    def chance(self) -> float:
+        """Mean score of permuted labels."""
+        return float(self.permuted.mean())
+
+    @property
+    def p(self) -> float:
+        """Share of permutations that score at least as high, the true labels among them."""
+        n_as_high = int((self.permuted >= self.score).sum())
+        return (n_as_high + 1) / (len(self.permuted) + 1)
+
+
+@dataclass(frozen=True)
+class LabelProbe:
+    """Probes of one label: on the features of an SAE, and on raw dimensions."""
+
+    label: str
+    # AUC, for more than two categories the mean of each against all others; Spearman's rho
+    score_name: Literal["AUC", "rho"]
+    n_val: int
+    n_test: int
+    features: ProbeScore
+    raw: ProbeScore
+
+
+@dataclass(frozen=True)
+class PooledSplits:
+    """Pooled values of the val patients, to fit probes on, and of the test patients."""
+
+    val: PatientValues
+    test: PatientValues
+
+
+def probe_label(
+    label: PatientLabel,
+    features: PooledSplits,
+    raw: PooledSplits,
+    n_features: int = N_FEATURES,
+    n_permutations: int = N_PERMUTATIONS,
+    seed: int = 0,
+) -> LabelProbe | str:
+    """Return the probes of a label, or in one sentence why there are none.
+
+    Patients without a value are left out, and categories with fewer than three val patients or two
+    test patients. seed: of the permutations.
+    """
+    val_label, note = usable_label(label, features.val.patients, MIN_VAL_PATIENTS)
+    if val_label is None:
+        return f"val patients: {note}"
+    test_label, note = usable_label(label, features.test.patients, MIN_TEST_PATIENTS)
+    if test_label is None:
+        return f"test patients: {note}"
+    common = [name for name in val_label.categories if name in test_label.categories]
+    if not label.is_number and len(common) < 2:
+        return "fewer than two categories have enough val patients and enough test patients"
+    val_label = val_label.only(common)
+    test_label = test_label.only(common)
+    scores = []
+    for splits in (features, raw):
+        fit = _Split(splits.val.of(val_label.patients), _targets(val_label))
+        held_out = _Split(splits.test.of(test_label.patients), _targets(test_label))
+        scores.append(_score(fit, held_out, n_features, n_permutations, seed))
+    return LabelProbe(
+        label=label.name,
+        score_name="rho" if label.is_number else "AUC",
+        n_val=len(val_label.patients),
+        n_test=len(test_label.patients),
+        features=scores[0],
+        raw=scores[1],
+    )
+
+
+def _targets(label: PatientLabel) -> Float[np.ndarray, "patients targets"]:
+    """Return the numbers as a column, or a column of 0 and 1 for every category."""
+    if label.is_number:
+        return label.values[:, None]
+    return np.eye(len(label.categories))[label.category]
+
+
+@dataclass(frozen=True)
+class _Split:
+    values: Float[np.ndarray, "patients features"]
+    targets: Float[np.ndarray, "patients targets"]
+
+
+def _score(
+    fit: _Split, held_out: _Split, n_features: int, n_permutations: int, seed: int
+) -> ProbeScore:
+    mean = fit.values.mean(axis=0)
+    sd = fit.values.std(axis=0)
+    # A feature that never varies on val cannot be chosen, whatever it is divided by.
+    sd = np.where(sd > 0, sd, 1)
+    z = (fit.values - mean) / sd
+    z_held_out = (held_out.values - mean) / sd
+    ranks = _standardised_ranks(z)
+    rng = np.random.default_rng(seed)
+
+    def probe(
+        targets: np.ndarray, held_out_targets: np.ndarray
+    ) -> tuple[Int[np.ndarray, " chosen"], float]:
+        chosen = choose(ranks, targets, n_features)
+        predicted = ridge(z[:, chosen], targets, z_held_out[:, chosen])
+        return chosen, rank_score(predicted, held_out_targets)
+
+    chosen, score = probe(fit.targets, held_out.targets)
+    permuted = np.empty(n_permutations)
+    for i in range(n_permutations):
+        val_order = rng.permutation(len(fit.targets))
+        test_order = rng.permutation(len(held_out.targets))
+        _, permuted[i] = probe(fit.targets[val_order], held_out.targets[test_order])
+    return ProbeScore(tuple(int(i) for i in chosen), score, permuted)
+
+
+def choose(
+    ranks: Float[np.ndarray, "patients features"],
+    targets: Float[np.ndarray, "patients targets"],
+    n_features: int,
+) -> Int[np.ndarray, " chosen"]:
+    """Return the features with the largest rank correlation with any target, of either sign.
+
+    For categories this orders features as |AUC - 0.5| against the other categories does, up to
+    ties. ranks: standardised.
+    """
+    correlation = _standardised_ranks(targets).T @ ranks
+    strength = np.abs(correlation).max(axis=0)
+    return np.argsort(-strength, kind="stable")[:n_features]
+
+
+def _standardised_ranks(x: Float[np.ndarray, "n columns"]) -> Float[np.ndarray, "n columns"]:
+    """Return ranks with mean 0 and norm 1 in each column; 0 where all values are equal."""
+    ranks = rankdata(x, axis=0)
+    ranks -= ranks.mean(axis=0)
+    norm = np.linalg.norm(ranks, axis=0)
+    return ranks / np.where(norm > 0, norm, 1)
+
+
+def ridge(
+    z: Float[np.ndarray, "n features"],
+    targets: Float[np.ndarray, "n targets"],
+    z_held_out: Float[np.ndarray, "m features"],
+) -> Float[np.ndarray, "m targets"]:
+    """Return predictions of the ridge regression Σ (y - z w - bias)² + ‖w‖².
+
+    z: standardised with means of 0, so that the bias, which is not penalised, is the mean of y.
+    """
+    bias = targets.mean(axis=0)
+    gram = z.T @ z + PENALTY * np.eye(z.shape[1])
+    w = np.linalg.solve(gram, z.T @ (targets - bias))
+    return z_held_out @ w + bias
+
+
+def rank_score(
+    predicted: Float[np.ndarray, "n targets"], targets: Float[np.ndarray, "n targets"]
+) -> float:
+    """Return Spearman's rho for one target, the mean AUC over targets for several."""
+    if targets.shape[1] == 1:
+        return float((_standardised_ranks(predicted) * _standardised_ranks(targets)).sum())
+    ranks = rankdata(predicted, axis=0)
+    n_in = targets.sum(axis=0)
+    n_out = len(targets) - n_in
+    u = (ranks * targets).sum(axis=0) - n_in * (n_in + 1) / 2
+    return float((u / (n_in * n_out)).mean())

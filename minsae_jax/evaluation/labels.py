@@ -1,0 +1,172 @@
+"""`labels.csv`: labels of recordings and patients, such as age, sex, pathology or medication.
+
+The file is in the folder of the recordings. (Names of features are in another file,
+`report/labels.csv` of a run.) A row is of the recording in its column `recording`, or else of all
+recordings of the patient in its column `patient`; a recording's own row comes first. Every other
+column is a label: a number if all its values are numbers other than 0 and 1, else a category.
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from minsae_jax.eeg.recordings import LABELS, LENGTHS, read_lengths
+from minsae_jax.eeg.splits import patient_of
+from minsae_jax.errors import UserError
+
+MISSING = ("", "n/a", "na", "nan")  # in lower case
+KEYS = ("recording", "patient")
+ENDINGS = ("_preprocessed.npy", ".npy")
+BOOLEANS = ({"0", "1"}, {"false", "true"}, {"no", "yes"}, {"n", "y"}, {"f", "t"})
+
+
+@dataclass(frozen=True)
+class PatientLabel:
+    """One label of patients; those without a value are left out."""
+
+    name: str
+    patients: tuple[str, ...]
+    # Of a number its value, else an index into `categories`
+    values: Float[np.ndarray, " patients"]
+    # Sorted; empty for a number
+    categories: tuple[str, ...]
+    # Patients left out because their recordings belong to several categories
+    n_ambiguous: int = 0
+
+    @property
+    def is_number(self) -> bool:
+        return not self.categories
+
+    @property
+    def category(self) -> Int[np.ndarray, " patients"]:
+        """Index into `categories` of every patient."""
+        return self.values.astype(np.int64)
+
+    def select(self, is_selected: Bool[np.ndarray, " patients"]) -> "PatientLabel":
+        """Return the label of some of the patients."""
+        patients = tuple(self.patients[i] for i in np.flatnonzero(is_selected))
+        return replace(self, patients=patients, values=self.values[is_selected])
+
+    def only(self, categories: Sequence[str]) -> "PatientLabel":
+        """Return the label of the patients of some categories; a number stays as it is."""
+        if self.is_number:
+            return self
+        is_kept = np.array([name in categories for name in self.categories], bool)
+        selected = self.select(is_kept[self.category])
+        new_index = np.cumsum(is_kept) - 1
+        values = new_index[selected.category].astype(np.float64)
+        return replace(selected, categories=tuple(categories), values=values)
+
+
+def read_labels(folder: Path, recordings: Sequence[str]) -> tuple[PatientLabel, ...]:
+    """Return the labels of the patients of some recordings, from labels.csv in their folder.
+
+    folder: of the recordings and their file_lengths_map.csv. A patient's number is the mean over
+    its recordings. There are no labels if there is no such file. Raises UserError if the file is
+    invalid, or has no row for any recording in the folder.
+    """
+    path = folder / LABELS
+    if not path.is_file():
+        return ()
+    rows = _read_rows(path)
+    names = list(read_lengths(folder / LENGTHS))
+    if not any(_row_of(rows, name) for name in names):
+        raise UserError(
+            f"{path} has no row for any recording in its folder; recordings are named like "
+            f"{names[0]}, and patients like {patient_of(names[0])}"
+        )
+    columns = [column for column in next(iter(rows.values())) if column not in KEYS]
+    return tuple(_patient_label(column, rows, recordings) for column in columns)
+
+
+def _read_rows(path: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """Return rows by key: column "recording" or "patient", and its value."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path} cannot be read as CSV: {e}") from None
+    if not any(key in columns for key in KEYS):
+        raise UserError(
+            f"{path} requires a column recording or patient, got {', '.join(columns) or 'none'}"
+        )
+    if len(set(columns)) < len(columns) or "" in columns:
+        raise UserError(f"{path} must have a different name for every column")
+    if not set(columns) - set(KEYS):
+        raise UserError(f"{path} has no column of labels besides {' and '.join(columns)}")
+    by_key: dict[tuple[str, str], dict[str, str]] = {}
+    for line, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise UserError(f"{path}, row {line}: expected {len(columns)} values")
+        key = _key(row)
+        if not key[1]:
+            raise UserError(f"{path}, row {line} has neither a recording nor a patient")
+        if key in by_key:
+            raise UserError(f"{path}, row {line}: a second row for the {key[0]} {key[1]}")
+        by_key[key] = {column: value.strip() for column, value in row.items()}
+    if not by_key:
+        raise UserError(f"{path} has no rows")
+    return by_key
+
+
+def _key(row: Mapping[str, str]) -> tuple[str, str]:
+    recording = row.get("recording", "").strip()
+    if recording:
+        return "recording", _stem(recording)
+    return "patient", row.get("patient", "").strip()
+
+
+def _stem(recording: str) -> str:
+    for ending in ENDINGS:
+        recording = recording.removesuffix(ending)
+    return recording
+
+
+def _row_of(
+    rows: Mapping[tuple[str, str], dict[str, str]], recording: str
+) -> dict[str, str] | None:
+    row = rows.get(("recording", _stem(recording)))
+    return row or rows.get(("patient", patient_of(recording)))
+
+
+def _patient_label(
+    column: str, rows: Mapping[tuple[str, str], dict[str, str]], recordings: Sequence[str]
+) -> PatientLabel:
+    """Return a column as a label of the recordings' patients.
+
+    Its type depends on all rows, so that it is the same for every set of recordings.
+    """
+    texts = {row[column] for row in rows.values()}
+    texts = {text for text in texts if text.lower() not in MISSING}
+    numbers = {text: number for text in texts if (number := _number(text)) is not None}
+    is_number = len(numbers) == len(texts) and not texts <= {"0", "1"}
+    is_boolean = any({text.lower() for text in texts} <= pair for pair in BOOLEANS)
+    of_patient: dict[str, list[str]] = {}
+    for recording in recordings:
+        row = _row_of(rows, recording)
+        if row is not None and row[column] in texts:
+            text = row[column].lower() if is_boolean else row[column]
+            of_patient.setdefault(patient_of(recording), []).append(text)
+    if texts and is_number:
+        means = [np.mean([numbers[text] for text in values]) for values in of_patient.values()]
+        return PatientLabel(column, tuple(of_patient), np.array(means, np.float64), ())
+    categories = sorted({text.lower() for text in texts} if is_boolean else texts)
+    of_one = {patient: v[0] for patient, v in of_patient.items() if len(set(v)) == 1}
+    indices = np.array([categories.index(text) for text in of_one.values()], np.float64)
+    n_ambiguous = len(of_patient) - len(of_one)
+    return PatientLabel(column, tuple(of_one), indices, tuple(categories), n_ambiguous)
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,258 @@
+"""Features pooled over the tokens of each recording, and their means by token position and channel.
+
+All of it comes from one pass over a store. Memory is [recordings, features], whatever the number of
+tokens. Recordings of a patient can then be averaged.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from minsae_jax.eeg.splits import patient_of
+from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.monitor import progress
+from minsae_jax.sae.kinds import Params, SAEKind
+from minsae_jax.sae.member import SparseAutoencoder
+
+BATCH_VALUES = 1 << 23  # values of the features of a batch
+MAX_BATCH_SEQUENCES = 512
+Pooling = Literal["mean", "maximum", "active"]
+
+
+@dataclass(frozen=True)
+class GroupMeans:
+    """Mean features of groups of tokens, with the number of tokens of each group."""
+
+    names: tuple[str, ...]
+    n_tokens: Int[np.ndarray, " groups"]
+    mean: Float[np.ndarray, "groups features"]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Features of every recording over its tokens; recordings without tokens are left out.
+
+    The features are those of an SAE, or the raw dimensions of the activations.
+    """
+
+    # File names
+    recordings: tuple[str, ...]
+    n_tokens: Int[np.ndarray, " recordings"]
+    mean: Float[np.ndarray, "recordings features"]
+    maximum: Float[np.ndarray, "recordings features"]
+    # Share of tokens with a value above 0
+    active: Float[np.ndarray, "recordings features"]
+    # By the time at which the token begins in its window, and by channel
+    by_position: GroupMeans
+    by_channel: GroupMeans
+    # Σ over all tokens of (f - mean of f)²
+    total_squares: Float[np.ndarray, " features"]
+
+    def values(self, pooling: Pooling) -> Float[np.ndarray, "recordings features"]:
+        """Return the features pooled in one of the three ways."""
+        return {"mean": self.mean, "maximum": self.maximum, "active": self.active}[pooling]
+
+
+@dataclass(frozen=True)
+class PatientValues:
+    """A value of every feature for every patient."""
+
+    # In the order of their first recordings
+    patients: tuple[str, ...]
+    values: Float[np.ndarray, "patients features"]
+
+    def of(self, patients: Sequence[str]) -> Float[np.ndarray, "selected features"]:
+        """Return the values of some patients, in the given order."""
+        index = {patient: i for i, patient in enumerate(self.patients)}
+        return self.values[[index[patient] for patient in patients]]
+
+
+class BatchSums(NamedTuple):
+    """Sums over the tokens of a batch, which is of one recording."""
+
+    total: Float[Array, " features"]
+    # Σ (f - mean of the batch)²
+    squares: Float[Array, " features"]
+    maximum: Float[Array, " features"]
+    active: Int[Array, " features"]
+    # Over sequences
+    of_token: Float[Array, "n_tokens features"]
+    # Over the tokens of sequences of each channel; the last entry is of whole windows
+    of_channel: Float[Array, "channels features"]
+
+
+class _Totals:
+    """Sums over all tokens so far, in float64."""
+
+    def __init__(self, n_recordings: int, n_tokens: int, n_channels: int, n_features: int):
+        self.counts = np.zeros(n_recordings, np.int64)
+        # Of the current recording
+        self.sums = np.zeros(n_features)
+        self.mean = np.zeros((n_recordings, n_features), np.float32)
+        self.maximum = np.full((n_recordings, n_features), -np.inf, np.float32)
+        self.active = np.zeros((n_recordings, n_features), np.float32)
+        self.of_token = np.zeros((n_tokens, n_features))
+        self.of_channel = np.zeros((n_channels, n_features))
+        # Of all tokens
+        self.n = 0
+        self.overall_mean = np.zeros(n_features)
+        self.squares = np.zeros(n_features)
+
+    def add(self, recording: int, n: int, batch: BatchSums) -> None:
+        """Add a batch of n tokens; the batches of a recording follow each other."""
+        total = np.asarray(batch.total, np.float64)
+        if self.counts[recording] == 0:
+            self.sums[:] = 0
+        self.sums += total
+        self.counts[recording] += n
+        self.mean[recording] = self.sums / self.counts[recording]
+        self.maximum[recording] = np.maximum(self.maximum[recording], batch.maximum)
+        self.active[recording] += batch.active
+        self.of_token += batch.of_token
+        self.of_channel += batch.of_channel
+        # Merge squares (Chan, Golub & LeVeque 1983), since Σ f² - n mean² would lose digits.
+        shift = total / n - self.overall_mean
+        share = n / (self.n + n)
+        self.squares += batch.squares + np.square(shift) * self.n * share
+        self.overall_mean += shift * share
+        self.n += n
+
+
+def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
+    """Pool the features of an SAE, or without one the raw activations, over every recording.
+
+    Products and the sums within a batch are float32, sums over batches are float64.
+    """
+    n_features = dataset.store.d_model if sae is None else sae.d_sae
+    n_channels = int(dataset.channel.max(initial=-1)) + 1
+    totals = _Totals(len(dataset.recordings), dataset.n_tokens, n_channels + 1, n_features)
+    if sae is None:
+        batch_sums = _batch_program(None, n_channels + 1)
+    else:
+        batch_sums = _batch_program(sae.kind, n_channels + 1)
+    params: Params = {} if sae is None else sae.params
+    n_sequences = BATCH_VALUES // (dataset.n_tokens * n_features)
+    n_sequences = min(max(n_sequences, 1), MAX_BATCH_SEQUENCES)
+    with progress("pool features", len(dataset.recording), "sequences", delay=2.0) as bar:
+        for first, x in dataset.batches(n_sequences):
+            # The channel -1 of whole windows is the last group.
+            channel = dataset.channel[first : first + len(x)] % (n_channels + 1)
+            rows = (_padded(x, n_sequences), _padded(channel, n_sequences))
+            batch = jax.device_get(batch_sums(params, *rows, np.int32(len(x))))
+            totals.add(int(dataset.recording[first]), len(x) * dataset.n_tokens, batch)
+            bar.advance(len(x))
+    return _pooled(dataset, totals)
+
+
+def _pooled(dataset: Dataset, totals: _Totals) -> Pooled:
+    has_tokens = totals.counts > 0
+    counts = totals.counts[has_tokens]
+    return Pooled(
+        recordings=tuple(dataset.recordings[i] for i in np.flatnonzero(has_tokens)),
+        n_tokens=counts,
+        mean=totals.mean[has_tokens],
+        maximum=totals.maximum[has_tokens],
+        active=totals.active[has_tokens] / counts[:, None].astype(np.float32),
+        by_position=_position_means(dataset, totals),
+        by_channel=_channel_means(dataset, totals),
+        total_squares=totals.squares,
+    )
+
+
+def _position_means(dataset: Dataset, totals: _Totals) -> GroupMeans:
+    first_samples, group = np.unique(dataset.tokens.first, return_inverse=True)
+    names = [f"{dataset.seconds(first_sample):g} s" for first_sample in first_samples.tolist()]
+    if first_samples[0] < 0:
+        names[0] = "CLS"
+    n_sequences = np.full(dataset.n_tokens, len(dataset.recording))
+    return _group_means(names, group, n_sequences, totals.of_token)
+
+
+def _channel_means(dataset: Dataset, totals: _Totals) -> GroupMeans:
+    """Return means by channel: of tokens if they have their own, else of sequences."""
+    if (dataset.tokens.channel >= 0).any():
+        group = dataset.tokens.channel
+        n_tokens = np.full(dataset.n_tokens, len(dataset.recording))
+        sums = totals.of_token
+    else:
+        sums = totals.of_channel
+        group = np.arange(len(sums))
+        group[-1] = -1
+        n_tokens = np.bincount(dataset.channel % len(sums), minlength=len(sums)) * dataset.n_tokens
+    n_channels = int(group.max(initial=-1)) + 1
+    known = dataset.channel_names or ()
+    names = [f"channel {i}" for i in range(n_channels)]
+    names[: len(known)] = known[:n_channels]
+    return _group_means([*names, "no channel"], group % (n_channels + 1), n_tokens, sums)
+
+
+def _group_means(
+    names: list[str],
+    group: Int[np.ndarray, " parts"],
+    n_tokens: Int[np.ndarray, " parts"],
+    sums: Float[np.ndarray, "parts features"],
+) -> GroupMeans:
+    """Return the means of groups of parts; groups without tokens are left out."""
+    total = np.zeros((len(names), sums.shape[1]))
+    np.add.at(total, group, sums)
+    n_of_group = np.zeros(len(names), np.int64)
+    np.add.at(n_of_group, group, n_tokens)
+    present = np.flatnonzero(n_of_group)
+    means = total[present] / n_of_group[present, None]
+    return GroupMeans(tuple(names[i] for i in present), n_of_group[present], means)
+
+
+def by_patient(
+    recordings: Sequence[str], values: Float[np.ndarray, "recordings features"]
+) -> PatientValues:
+    """Return the mean over the recordings of each patient, which count equally, in float64."""
+    names = [patient_of(recording) for recording in recordings]
+    patients = list(dict.fromkeys(names))
+    index = np.array([patients.index(name) for name in names], int)
+    total = np.zeros((len(patients), values.shape[1]))
+    np.add.at(total, index, values)
+    n_recordings = np.bincount(index, minlength=len(patients))
+    return PatientValues(tuple(patients), total / n_recordings[:, None])
+
+
+def _padded(x: np.ndarray, rows: int) -> np.ndarray:
+    """Return x with zeros after its last row, so that all batches share one compiled program."""
+    if len(x) == rows:
+        return x
+    return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
+
+
+@lru_cache
+def _batch_program(kind: SAEKind | None, n_channels: int) -> Callable[..., BatchSums]:
+    """Return the jitted (params, x, channel of each sequence, n_sequences) -> BatchSums.
+
+    Without a kind the features are x. The first n_sequences are not padding.
+    """
+
+    def run(params: Params, x: Array, channel: Array, n_sequences: Array) -> BatchSums:
+        with jax.default_matmul_precision("highest"):
+            features = x if kind is None else kind.encode(params, x)
+        # Biases can activate features on padding.
+        is_sequence = (jnp.arange(len(x)) < n_sequences)[:, None, None]
+        features = jnp.where(is_sequence, features, 0)
+        of_sequence = features.sum(1)
+        of_token = features.sum(0)
+        total = of_token.sum(0)
+        mean = total / (n_sequences * x.shape[1]).astype(jnp.float32)
+        difference = jnp.where(is_sequence, features - mean[None, None], 0)
+        return BatchSums(
+            total=total,
+            squares=jnp.square(difference).sum((0, 1)),
+            maximum=jnp.where(is_sequence, features, -jnp.inf).max((0, 1)),
+            active=(features > 0).sum((0, 1), dtype=jnp.int32),
+            of_token=of_token,
+            of_channel=jax.ops.segment_sum(of_sequence, channel, n_channels),
+        )
+
+    return jax.jit(run)

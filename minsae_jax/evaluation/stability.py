@@ -1,0 +1,221 @@
+"""Stability: which features of a member reappear in members trained from another seed.
+
+The features of two members are matched one to one so that the sum of the cosines of their decoder
+directions is largest (an assignment problem, solved exactly by the Jonker-Volgenant algorithm). A
+feature reappears if the cosine to its match is above 0.7, the threshold of Paulo & Belrose 2025
+(arXiv 2501.16615); in how many seeds it does is its stability, as in arXiv 2606.12138. The cosine
+of the encoder directions of a match is reported too. It does not decide, since the part of an
+encoder direction along which activations hardly vary is arbitrary. Dead features are left out, and
+so are matches of negative cosine.
+
+Candidates of each feature are its CANDIDATES most similar features of the other member, and those
+that have it among their own: memory grows as d_sae, not as d_sae². On random directions, where
+competition is hardest, the mean cosine is that of the full problem to seven digits.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+from minsae_jax.evaluation.inputs import Member
+
+MIN_COSINE = 0.7
+CANDIDATES = 32
+BLOCK_ROWS = 1024  # features compared with all others at a time
+
+
+@dataclass(frozen=True)
+class Stability:
+    """The matches of one member's features in the members that differ from it in the seed only.
+
+    Cosines are 0 where a live feature has no match, and NaN for dead features.
+    """
+
+    # Names of the other members
+    others: tuple[str, ...]
+    is_live: Bool[np.ndarray, " d_sae"]
+    # Index of the feature in the other member, -1 without a match
+    match: Int[np.ndarray, "others d_sae"]
+    decoder_cosine: Float[np.ndarray, "others d_sae"]
+    encoder_cosine: Float[np.ndarray, "others d_sae"]
+    # Cosines to the best one-to-one matches among random directions; see `random_directions`
+    chance: Float[np.ndarray, " n"]
+
+    @property
+    def n_seeds(self) -> int:
+        """Number of seeds, this member's included."""
+        return len(self.others) + 1
+
+    def seeds_with(self, threshold: float = MIN_COSINE) -> Int[np.ndarray, " d_sae"]:
+        """Return in how many seeds each feature occurs, its own included; 0 for dead features."""
+        # NaN compares as False.
+        n_others = (self.decoder_cosine > threshold).sum(axis=0)
+        return np.where(self.is_live, n_others + 1, 0)
+
+    def share(
+        self,
+        threshold: float = MIN_COSINE,
+        weights: Float[np.ndarray, " d_sae"] | None = None,
+    ) -> float:
+        """Return the share of live features that reappear, averaged over the other seeds.
+
+        weights: of features, such as their mean activation times the norm of their decoder row,
+        which gives the share of the reconstruction that reappears. Equal by default.
+        """
+        reappears = self.decoder_cosine[:, self.is_live] > threshold
+        live_weights = None if weights is None else weights[self.is_live]
+        return float(np.average(reappears.mean(axis=0), weights=live_weights))
+
+    def share_by_chance(self, threshold: float = MIN_COSINE) -> float:
+        """Return the share of features that random directions match."""
+        return float((self.chance > threshold).mean())
+
+    @property
+    def mean_cosine(self) -> float:
+        """Mean decoder cosine over live features and other seeds."""
+        return float(self.decoder_cosine[:, self.is_live].mean())
+
+
+def seed_stability(
+    members: Sequence[Member], is_live: Mapping[str, Bool[np.ndarray, " d_sae"]], seed: int = 0
+) -> dict[str, Stability]:
+    """Return the stability of every member that has a partner which differs in the seed only.
+
+    is_live: by member's name. Members without a live feature are left out. seed: of the random
+    directions, drawn once for each setting.
+    """
+    by_setting: dict[tuple, list[Member]] = {}
+    for member in members:
+        if is_live[member.name].any():
+            setting = tuple(item for item in member.hyper.items() if item[0] != "seed")
+            by_setting.setdefault(setting, []).append(member)
+    stability: dict[str, Stability] = {}
+    for partners in by_setting.values():
+        if len(partners) > 1:
+            stability |= _setting_stability(partners, is_live, np.random.default_rng(seed))
+    return stability
+
+
+def _setting_stability(
+    members: Sequence[Member],
+    is_live: Mapping[str, Bool[np.ndarray, " d_sae"]],
+    rng: np.random.Generator,
+) -> dict[str, Stability]:
+    """Return the stability of the members of one setting; each pair is matched once."""
+    live = [np.flatnonzero(is_live[member.name]) for member in members]
+    directions = []
+    encoders = []
+    for member, features in zip(members, live, strict=True):
+        directions.append(member.sae.unit_directions[features])
+        encoders.append(unit_rows(np.asarray(member.sae.params["W_enc"]).T[features]))
+    matches = {}
+    for a, b in combinations(range(len(members)), 2):
+        a_to_b = match_directions(directions[a], directions[b])
+        b_to_a = np.full(len(directions[b]), -1)
+        is_matched = a_to_b >= 0
+        b_to_a[a_to_b[is_matched]] = np.flatnonzero(is_matched)
+        matches[a, b] = a_to_b
+        matches[b, a] = b_to_a
+    random = random_directions(directions[1], rng)
+    chance = matched_cosines(directions[0], random, match_directions(directions[0], random))
+    stability = {}
+    for a, member in enumerate(members):
+        others = [b for b in range(len(members)) if b != a]
+        shape = (len(others), member.sae.d_sae)
+        match = np.full(shape, -1)
+        encoder = np.full(shape, np.nan, np.float32)
+        decoder = np.full(shape, np.nan, np.float32)
+        for row, b in enumerate(others):
+            a_to_b = matches[a, b]
+            match[row, live[a]] = np.where(a_to_b >= 0, live[b][a_to_b], -1)
+            decoder[row, live[a]] = matched_cosines(directions[a], directions[b], a_to_b)
+            encoder[row, live[a]] = matched_cosines(encoders[a], encoders[b], a_to_b)
+        names = tuple(members[b].name for b in others)
+        live_a = is_live[member.name]
+        stability[member.name] = Stability(names, live_a, match, decoder, encoder, chance)
+    return stability
+
+
+def random_directions(
+    directions: Float[np.ndarray, "n d"], rng: np.random.Generator
+) -> Float[np.ndarray, "n d"]:
+    """Return as many random unit vectors, normal with the second moments of unit vectors.
+
+    They lie in the subspace that the features prefer, so that a match with them is chance.
+    """
+    _, scale, basis = np.linalg.svd(directions, full_matrices=False)
+    return unit_rows(rng.standard_normal((len(directions), len(scale)), np.float32) * scale @ basis)
+
+
+def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Return rows of L2 norm 1; a row of zeros stays 0."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def matched_cosines(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], match: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
+    """Return the product of each row of a with its match in b; 0 where there is none."""
+    return np.where(match >= 0, (a * b[match]).sum(axis=1), 0)
+
+
+def match_directions(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+) -> Int[np.ndarray, " n"]:
+    """Return for each unit vector of a its match in b, or -1: one to one, largest sum of cosines.
+
+    Only candidates with a positive cosine can match; see the module's docstring.
+
+    >>> match_directions(np.eye(2), np.array([[0.6, 0.8], [1.0, 0.0], [-1.0, 0.0]])).tolist()
+    [1, 0]
+    """
+    rows, columns = _candidates(a, b)
+    columns_of_b, rows_of_b = _candidates(b, a)
+    pairs = np.concatenate([rows * len(b) + columns, rows_of_b * len(b) + columns_of_b])
+    rows, columns = np.divmod(np.unique(pairs), len(b))
+    cosine = _row_products(a, b, rows, columns)
+    is_positive = cosine > 0
+    # A vector may also stay without a match, as if matched with a column of its own at cosine 0.
+    # The solver needs positive costs, and a match for every row.
+    alone = np.arange(len(a))
+    cost = np.concatenate([2 - cosine[is_positive], np.full(len(a), 2.0)])
+    rows = np.concatenate([rows[is_positive], alone])
+    columns = np.concatenate([columns[is_positive], len(b) + alone])
+    graph = csr_array((cost, (rows, columns)), shape=(len(a), len(b) + len(a)))
+    matched_rows, matched = min_weight_full_bipartite_matching(graph)
+    match = np.empty(len(a), np.int64)
+    match[matched_rows] = np.where(matched < len(b), matched, -1)
+    return match
+
+
+def _candidates(
+    a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
+    """Return rows of a and their most similar rows of b."""
+    n_candidates = min(CANDIDATES, len(b))
+    columns = []
+    for start in range(0, len(a), BLOCK_ROWS):
+        cosine = a[start : start + BLOCK_ROWS] @ b.T
+        largest = np.argpartition(cosine, -n_candidates, axis=1)[:, -n_candidates:]
+        columns.append(largest)
+    return np.repeat(np.arange(len(a)), n_candidates), np.concatenate(columns).reshape(-1)
+
+
+def _row_products(
+    a: Float[np.ndarray, "n d"],
+    b: Float[np.ndarray, "m d"],
+    rows: Int[np.ndarray, " pairs"],
+    columns: Int[np.ndarray, " pairs"],
+) -> Float[np.ndarray, " pairs"]:
+    """Return the product of each pair of rows, in blocks."""
+    products = np.empty(len(rows))
+    block = BLOCK_ROWS * CANDIDATES
+    for start in range(0, len(rows), block):
+        pairs = slice(start, start + block)
+        products[pairs] = (a[rows[pairs]] * b[columns[pairs]]).sum(axis=1)
+    return products

@@ -1,0 +1,88 @@
+"""What else explains a feature: shares of its variance by token position, channel, recording and
+patient.
+
+For groups g of n_g tokens with mean activations m_g, it is eta² = Σ_g n_g (m_g - m)² / Σ (f - m)²
+over all tokens, the between-group sum of squares over the total (Pearson's correlation ratio). It
+is 0 if all groups have the same mean, and 1 if the feature is constant within groups. Shares
+overlap: the recordings of a patient explain at least as much as the patient.
+
+Groups differ by chance too. Without any effect and with independent tokens, eta² is about (groups -
+1) / tokens; neighbouring tokens are alike, so that recordings and patients explain more.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from minsae_jax.eeg.splits import patient_of
+from minsae_jax.evaluation.pooling import Pooled
+
+LARGE_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class VarianceShares:
+    """eta² of every feature for four groupings of the tokens; 0 for features that never vary."""
+
+    position: Float[np.ndarray, " features"]
+    channel: Float[np.ndarray, " features"]
+    recording: Float[np.ndarray, " features"]
+    patient: Float[np.ndarray, " features"]
+    # The patient with the largest mean activation of each feature, and that patient's share of the
+    # sum of the feature over all tokens (NaN where the sum is 0)
+    top_patient: tuple[str, ...]
+    top_patient_share: Float[np.ndarray, " features"]
+
+    def is_patient_effect(self, share: float = LARGE_SHARE) -> Bool[np.ndarray, " features"]:
+        """Return which features have a larger share explained by the patient than `share`."""
+        return self.patient > share
+
+
+def variance_shares(pooled: Pooled) -> VarianceShares:
+    """Return the shares of variance that position, channel, recording and patient explain."""
+    overall = np.average(pooled.by_position.mean, axis=0, weights=pooled.by_position.n_tokens)
+    recordings = pooled.mean.astype(np.float64)
+    patients, patient_tokens, patient_means = _patient_means(pooled)
+    position = pooled.by_position
+    channel = pooled.by_channel
+    total = pooled.total_squares
+    top = patient_means.argmax(axis=0)
+    of_top = patient_tokens[top] * patient_means[top, np.arange(len(top))]
+    of_all = patient_tokens @ patient_means
+    return VarianceShares(
+        position=_share(position.n_tokens, position.mean, overall, total),
+        channel=_share(channel.n_tokens, channel.mean, overall, total),
+        recording=_share(pooled.n_tokens, recordings, overall, total),
+        patient=_share(patient_tokens, patient_means, overall, total),
+        top_patient=tuple(patients[i] for i in top),
+        top_patient_share=np.divide(
+            of_top, of_all, out=np.full_like(of_all, np.nan), where=of_all != 0
+        ),
+    )
+
+
+def _share(
+    n_tokens: Int[np.ndarray, " groups"],
+    means: Float[np.ndarray, "groups features"],
+    overall: Float[np.ndarray, " features"],
+    total_squares: Float[np.ndarray, " features"],
+) -> Float[np.ndarray, " features"]:
+    between = n_tokens @ np.square(means - overall)
+    # A feature that never varies has no variance to explain.
+    varies = total_squares > 0
+    share = np.divide(between, total_squares, out=np.zeros_like(between), where=varies)
+    # Means are rounded, so that a share of 1 can come out above it.
+    return np.minimum(share, 1)
+
+
+def _patient_means(pooled: Pooled) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return patients, their numbers of tokens, and means over the tokens of each."""
+    names = [patient_of(recording) for recording in pooled.recordings]
+    patients = list(dict.fromkeys(names))
+    index = np.array([patients.index(name) for name in names])
+    n_tokens = np.zeros(len(patients), np.int64)
+    np.add.at(n_tokens, index, pooled.n_tokens)
+    sums = np.zeros((len(patients), pooled.mean.shape[1]))
+    np.add.at(sums, index, pooled.mean * pooled.n_tokens[:, None].astype(np.float64))
+    return patients, n_tokens, sums / n_tokens[:, None]

@@ -1,0 +1,156 @@
+"""Tests of labels against SciPy, feature by feature, and on labels with and without an effect."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from minsae_jax.evaluation.label_tests import (
+    compare_labels,
+    kruskal_wallis,
+    mann_whitney,
+    regression_slope,
+    spearman,
+    usable_label,
+)
+from minsae_jax.evaluation.labels import PatientLabel
+from minsae_jax.evaluation.pooling import PatientValues
+
+
+def patients_named(n):
+    return tuple(f"p{i}" for i in range(n))
+
+
+def category_label(indices, names=("no", "yes")):
+    indices = np.asarray(indices, np.float64)
+    return PatientLabel("label", patients_named(len(indices)), indices, names)
+
+
+def number_label(values):
+    return PatientLabel("age", patients_named(len(values)), np.asarray(values, np.float64), ())
+
+
+def values_with_ties(n, n_features=40):
+    """Pooled features, half of them with many zeros as those of rare features have."""
+    rng = np.random.default_rng(n)
+    values = rng.normal(size=(n, n_features))
+    values[:, ::2] = np.maximum(values[:, ::2], 0).round(1)
+    return values
+
+
+@pytest.mark.parametrize("n", [9, 14, 40])
+def test_mann_whitney_is_that_of_scipy(n):
+    values = values_with_ties(n)
+    is_second = np.arange(n) % 3 == 0
+    auc, p = mann_whitney(values, is_second)
+    for i, column in enumerate(values.T):
+        expected = stats.mannwhitneyu(column[is_second], column[~is_second])
+        n_pairs = is_second.sum() * (~is_second).sum()
+        assert auc[i] == pytest.approx(expected.statistic / n_pairs, abs=1e-12)
+        assert p[i] == pytest.approx(expected.pvalue, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [9, 40])
+def test_kruskal_wallis_is_that_of_scipy(n):
+    values = values_with_ties(n)
+    category = np.arange(n) % 3
+    eta2, p = kruskal_wallis(values, category)
+    for i, column in enumerate(values.T):
+        expected = stats.kruskal(*(column[category == c] for c in range(3)))
+        assert p[i] == pytest.approx(expected.pvalue, abs=1e-9)
+        ranks = stats.rankdata(column)
+        means = np.array([ranks[category == c].mean() for c in category])
+        assert eta2[i] == pytest.approx(means.var() / ranks.var(), abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [9, 40])
+def test_spearman_and_slope_are_those_of_scipy(n):
+    values = values_with_ties(n)
+    values[:, 1] = np.arange(n)
+    label = np.arange(n).astype(float) ** 2
+    label[:3] = label[3]  # ties
+    rho, p = spearman(values, label)
+    slope = regression_slope(values, label)
+    for i, column in enumerate(values.T):
+        expected = stats.spearmanr(column, label)
+        assert rho[i] == pytest.approx(expected.statistic, abs=1e-9)
+        assert p[i] == pytest.approx(expected.pvalue, abs=1e-9)
+        assert slope[i] == pytest.approx(stats.linregress(label, column).slope, abs=1e-9)
+
+
+def test_perfect_correlation_has_p_zero():
+    rho, p = spearman(np.arange(5.0)[:, None] * [1, -1], np.arange(5.0))
+    assert rho.tolist() == [1, -1]
+    assert p.tolist() == [0, 0]
+
+
+def test_q_is_of_the_features_that_vary():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(20, 30))
+    label = category_label(np.arange(20) % 2)
+    values[label.category == 1, 3] += 10
+    values[:, 5] = 7
+    pooled = PatientValues(label.patients, values)
+    (result,) = compare_labels(pooled, [label])
+    assert (result.test.p[5], result.test.q[5], result.test.effect[5]) == (1, 1, 0.5)
+    varying = np.delete(result.test.p, 5)
+    # Benjamini & Hochberg by hand: p times m over its rank, made monotone from the largest down.
+    order = np.argsort(varying)
+    by_hand = varying[order] * 29 / np.arange(1, 30)
+    by_hand = np.minimum.accumulate(by_hand[::-1])[::-1]
+    np.testing.assert_allclose(np.delete(result.test.q, 5)[order], by_hand)
+    assert result.test.significant().tolist() == [3]
+    assert result.test.effect[3] == 1
+    assert result.test.effect_name == "AUC"
+    assert result.test.n_patients == (10, 10)
+
+
+def test_patients_without_a_label_or_a_value_are_left_out():
+    rng = np.random.default_rng(0)
+    pooled = PatientValues(patients_named(12), rng.normal(size=(12, 4)))
+    label = PatientLabel("age", ("p3", "p0", "p5", "elsewhere", "p7"), np.arange(5.0), ())
+    (result,) = compare_labels(pooled, [label])
+    assert result.test.n_patients == (4,)
+    expected = stats.spearmanr(pooled.values[[3, 0, 5, 7], 0], [0, 1, 2, 4])
+    assert result.test.effect[0] == pytest.approx(expected.statistic)
+
+
+def test_small_categories_are_left_out_with_a_note():
+    label = category_label([0, 0, 0, 1, 2, 2, 2, 3, 3], ("a", "b", "c", "d"))
+    usable, note = usable_label(label, label.patients, 3)
+    assert usable.categories == ("a", "c")
+    assert usable.category.tolist() == [0, 0, 0, 1, 1, 1]
+    assert note == "categories with fewer than 3 patients left out: b (1), d (2)"
+
+
+@pytest.mark.parametrize(
+    ("label", "note"),
+    [
+        (category_label([0, 0, 0, 1, 1]), "fewer than two categories with 3 patients"),
+        (number_label([30, 40]), "2 patients with a value"),
+        (number_label([30, 30, 30, 30]), "4 patients with a value"),
+        (number_label([]), "0 patients with a value"),
+    ],
+)
+def test_too_few_patients_are_a_note(label, note):
+    pooled = PatientValues(patients_named(9), np.ones((9, 3)))
+    (result,) = compare_labels(pooled, [label])
+    assert result.test is None
+    assert note in result.note
+
+
+def test_random_labels_are_found_at_the_nominal_rate():
+    """The share of labels with any feature at q < 0.05, over labels of all three types."""
+    rng = np.random.default_rng(1)
+    n = 40
+    pooled = PatientValues(patients_named(n), np.maximum(rng.normal(size=(n, 200)), 0))
+    for draw in (
+        lambda: category_label(rng.permutation(np.arange(n) % 2)),
+        lambda: category_label(rng.permutation(np.arange(n) % 3), ("a", "b", "c")),
+        lambda: number_label(rng.normal(size=n)),
+    ):
+        results = compare_labels(pooled, [draw() for _ in range(200)])
+        n_labels = sum(len(result.test.significant()) > 0 for result in results)
+        assert n_labels <= 20  # 10 are expected; 21 or more have a probability below 0.1 %
+        p = np.concatenate([result.test.p for result in results])
+        # Uniform p: the share below 5 % itself, over labels and features.
+        assert 0.03 < (p < 0.05).mean() < 0.06
