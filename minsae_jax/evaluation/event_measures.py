@@ -1,17 +1,16 @@
-"""How an autoencoder's features, alone and together, separate labelled events: see docs/evaluate.md.
+"""How an autoencoder's features, alone and together, separate labelled events.
 
 Whatever is chosen (features, probes, ties) is chosen on the val patients and measured on the test
-patients. Raw dimensions and principal components are scored by the same functions: they are
+patients; docs/evaluate.md has the definitions and their sources. Raw dimensions and principal components are scored by the same functions: they are
 autoencoders whose features are the positive and the negative parts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -195,9 +194,11 @@ def measure_spans(
     mean_auc, mean_recall = np.mean(replicates, axis=0)
     return SpanMeasures(
         scores,
-        *(np.stack(column) for column in columns.values()),
-        interval(mean_auc),
-        interval(mean_recall),
+        val_auc=np.stack(columns["val_auc"]),
+        auc=np.stack(columns["auc"]),
+        recall=np.stack(columns["recall"]),
+        mean_auc_interval=interval(mean_auc),
+        mean_recall_interval=interval(mean_recall),
     )
 
 
@@ -277,12 +278,14 @@ def _tokens(
     return np.concatenate(spans.activations), np.repeat(spans.is_event, lengths)
 
 
-def _by_columns(measure, scores, is_event):
+def _by_columns(
+    measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    scores: Float[np.ndarray, "spans d_sae"],
+    is_event: Bool[np.ndarray, " spans"],
+) -> Float[np.ndarray, " d_sae"]:
     """Return a measure of every column; in blocks, since it sorts them, which takes memory."""
-    blocks = []
-    for start in range(0, scores.shape[1], COLUMN_BLOCK):
-        blocks.append(measure(scores[:, start : start + COLUMN_BLOCK], is_event))
-    return np.concatenate(blocks)
+    starts = range(0, scores.shape[1], COLUMN_BLOCK)
+    return np.concatenate([measure(scores[:, i : i + COLUMN_BLOCK], is_event) for i in starts])
 
 
 def _ties(

@@ -77,7 +77,9 @@ class FeatureTokens:
         hits = is_inside[sequence, self.token[feature, : len(sequence)]]
         of_examples = weights[:, recording[sequence]]
         total = of_examples.sum(axis=1)
-        share = np.divide(of_examples @ hits, total, out=np.full(len(total), np.nan), where=total > 0)
+        share = np.divide(
+            of_examples @ hits, total, out=np.full(len(total), np.nan), where=total > 0
+        )
         return interval(share)
 
 
@@ -117,8 +119,10 @@ class _Pass:
         self.values = values
         self.sums = np.zeros((3, sae.d_sae))
         zeros = jnp.zeros((sae.d_sae, TOP))
-        nowhere = jnp.zeros((sae.d_sae, TOP), jnp.int32)
-        self.top = TopTokens(zeros, nowhere, nowhere)
+        # Two arrays, since each is donated.
+        sequence = jnp.zeros((sae.d_sae, TOP), jnp.int32)
+        token = jnp.zeros((sae.d_sae, TOP), jnp.int32)
+        self.top = TopTokens(zeros, sequence, token)
 
     def add(
         self,
@@ -134,7 +138,9 @@ class _Pass:
                 self.sae.kind, self.sae.params, self.top, x, places, located, self.chosen
             )
         self.sums += np.asarray(sums, np.float64)
-        self.values[:, start : start + n_valid] = np.moveaxis(np.asarray(chosen), -1, 0)[:, :n_valid]
+        self.values[:, start : start + n_valid] = np.moveaxis(np.asarray(chosen), -1, 0)[
+            :, :n_valid
+        ]
 
     def finish(self) -> FeatureTokens:
         active, total, squares = self.sums
