@@ -18,14 +18,14 @@ for every autoencoder: L0 independent errors of Δ² / 12 each.
 """
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from scipy.special import entr
 
 ROUNDING_FVU = 0.01  # squared error that rounding adds, as a share of the variance
 
 
 def description_length(
-    active: Int[np.ndarray, " d_sae"],
+    active: Real[np.ndarray, " d_sae"],
     mean: Float[np.ndarray, " d_sae"],
     mean_square: Float[np.ndarray, " d_sae"],
     n_tokens: int,

@@ -1,8 +1,9 @@
 """How an autoencoder's features, alone and together, separate labelled events.
 
-Whatever is chosen (features, probes, ties) is chosen on the val patients and measured on the test
-patients; docs/evaluate.md has the definitions and their sources. Raw dimensions and principal components are scored by the same functions: they are
-autoencoders whose features are the positive and the negative parts.
+Features, probes and ties are chosen on the val patients and measured on the test patients;
+docs/evaluate.md has the definitions and their sources. Raw dimensions and principal components are
+scored by the same functions: they are autoencoders whose features are the positive and the negative
+parts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ from minsae_jax.sae.member import SparseAutoencoder
 PROBE_FEATURES = (1, 2, 5)  # k of the sparse probes
 MOST = max(PROBE_FEATURES)
 MAX_TIES = 20  # listed
-MAX_PROBE_TOKENS = 20_000
+MAX_PROBE_TOKENS = 5_000
 COLUMN_BLOCK = 1024
 
 

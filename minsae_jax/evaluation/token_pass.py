@@ -29,6 +29,7 @@ MAX_SEQUENCES = 64
 class TopTokens(NamedTuple):
     """The strongest tokens of every feature, by decreasing activation; 0 where there are fewer."""
 
+    # Rounded down to 16 bits of precision or so
     value: Float[Array, "d_sae top"]
     sequence: Int[Array, "d_sae top"]
     # Index into the tokens with samples
@@ -168,14 +169,26 @@ def _add_batch(
     is_valid = jnp.arange(n_rows) < n_valid
     features = kind.encode(params, x.reshape(-1, d_model)).reshape(n_rows, n_tokens, -1)
     # Biases can activate features on padding.
-    features = features * is_valid[:, None, None]
+    features = jnp.where(is_valid[:, None, None], features, 0)
+    # Without the barrier XLA computes the features again for each reduction.
+    features = jax.lax.optimization_barrier(features)
     active = (features > 0).sum((0, 1), dtype=jnp.float32)
     sums = jnp.stack([active, features.sum((0, 1)), jnp.square(features).sum((0, 1))])
-    on_located = features[:, located]
-    token = on_located.argmax(axis=1)
-    strongest = jnp.take_along_axis(on_located, token[:, None], axis=1)[:, 0]
+    # The order of positive floats is that of their bits as integers. With the token in the lowest
+    # bits, one maximum finds value and place, which argmax takes several times as long for.
+    n_bits = max(n_tokens - 1, 1).bit_length()
+    lowest = (1 << n_bits) - 1
+    bits = jax.lax.bitcast_convert_type(features, jnp.int32) & ~lowest
+    packed = jnp.where(features > 0, bits | jnp.arange(n_tokens)[None, :, None], 0)
+    is_located = jnp.zeros(n_tokens, bool).at[located].set(True)
+    strongest = jnp.where(is_located[None, :, None], packed, 0).max(axis=1)
     sequence = jnp.broadcast_to((start + jnp.arange(n_rows))[:, None], strongest.shape)
-    batch = TopTokens(strongest.T, sequence.T, token.T)
+    index_of = jnp.zeros(n_tokens, jnp.int32).at[located].set(jnp.arange(len(located)))
+    batch = TopTokens(
+        jax.lax.bitcast_convert_type(strongest & ~lowest, jnp.float32).T,
+        sequence.T,
+        index_of[strongest & lowest].T,
+    )
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=1), top, batch)
     value, order = jax.lax.top_k(both.value, TOP)
     merged = TopTokens(
@@ -183,7 +196,7 @@ def _add_batch(
         jnp.take_along_axis(both.sequence, order, axis=1),
         jnp.take_along_axis(both.token, order, axis=1),
     )
-    return sums, merged, on_located[..., chosen]
+    return sums, merged, features[:, :, chosen][:, located]
 
 
 def token_aucs(
