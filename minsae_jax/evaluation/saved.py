@@ -8,17 +8,29 @@ labels, another encoder or a retrained member never meet old numbers.
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from minsae_jax.evaluation.inputs import Member
 from minsae_jax.files import atomic_write
 
 FOLDER = "evaluation"
 # Raise it when a measure changes, so that results of earlier versions are not used.
 MEASURES_VERSION = 1
 Arrays = Mapping[str, np.ndarray]
+T = TypeVar("T")
+
+
+class Keys(NamedTuple):
+    """Name of an autoencoder, and the checksums of what its measures depend on."""
+
+    name: str
+    tokens: str
+    loss: str
+    features: str
 
 
 def make_key(*parts: object) -> str:
@@ -47,3 +59,28 @@ def save_part(run: Path, name: str, part: str, key: str, arrays: Arrays) -> None
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, key=np.array(key), **arrays)
+
+
+def saved_or_measured(
+    run: Path,
+    part: str,
+    members: Sequence[Member],
+    keys: Mapping[str, Keys],
+    measure_missing: Callable[[list[Member]], Mapping[str, T]],
+    to_arrays: Callable[[T], Arrays],
+    from_arrays: Callable[[Arrays], T],
+) -> dict[str, T]:
+    """Return a part of the results of all members; what is not saved is measured and saved."""
+    results = {}
+    missing = []
+    for member in members:
+        saved = load_part(run, member.name, part, getattr(keys[member.name], part))
+        if saved is None:
+            missing.append(member)
+        else:
+            results[member.name] = from_arrays(saved)
+    if missing:
+        for name, result in measure_missing(missing).items():
+            save_part(run, name, part, getattr(keys[name], part), to_arrays(result))
+            results[name] = result
+    return {member.name: results[member.name] for member in members}

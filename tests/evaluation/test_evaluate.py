@@ -254,12 +254,13 @@ def test_saved_measures_are_used_until_something_changes(trained, settings, tmp_
     evaluate(settings, trained.encoder)
     first = (run / "evaluation.json").read_text()
     written = []
+    save_part = saved.save_part
 
     def count(run, name, part, key, arrays):
         written.append((name, part))
-        saved.save_part(run, name, part, key, arrays)
+        save_part(run, name, part, key, arrays)
 
-    monkeypatch.setattr("minsae_jax.evaluation.evaluate.save_part", count)
+    monkeypatch.setattr(saved, "save_part", count)
     evaluate(settings, trained.encoder)
     assert written == []
     assert (run / "evaluation.json").read_text() == first

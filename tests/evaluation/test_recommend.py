@@ -19,9 +19,7 @@ from minsae_jax.evaluation.results import (
 
 D_MODEL = 128
 NOTHING = np.zeros((0, 0))
-NO_FEATURES = FeatureEvents(
-    (), NOTHING, NOTHING, NOTHING, NOTHING, np.zeros(0, int), np.zeros(0)
-)
+NO_FEATURES = FeatureEvents((), NOTHING, NOTHING, NOTHING, NOTHING, np.zeros(0, int), np.zeros(0))
 
 
 def member(
@@ -72,7 +70,7 @@ def test_the_shortest_description_among_those_that_reach_95_percent():
 
 
 def test_members_that_pca_dominates_come_last():
-    dominated = member("dominated", 30, 0.99, l0=8.0, fvu=0.1)
+    dominated = member("dominated", 30, 0.99, l0=8.0, fvu=0.05)
     better = member("better", 50, 0.99, l0=4.0, fvu=0.04)
     components = [pca(4, 0.07), pca(8, 0.03)]
     assert dominating(dominated, components).k == 8
