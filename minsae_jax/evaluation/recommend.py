@@ -109,7 +109,7 @@ def _reason(best: MemberEvaluation, n_equal: int, n_eligible: int, is_better: bo
     )
     if n_equal == 1:
         return reason
-    return f"{reason}; of {n_equal} within 5 %, it has the most stable or the purest features"
+    return f"{reason}; of {n_equal} within 5 %, its features are the most stable, or else it has most pure ones"
 
 
 def dominating(member: MemberEvaluation, pca: Sequence[PCAEvaluation]) -> PCAEvaluation | None:

@@ -30,8 +30,8 @@ x̂ probe: (AUC - 0.5) of a linear probe on the activations that is kept on x̂.
 the ablation of five features lowers the probe of their own kind than those of other kinds. pure:
 features whose strongest tokens nearly all touch one kind."""
 KINDS_NOTE = """\
-ties: features whose AUC on val patients is inside the 95 % interval of the best feature's, and the
-range of their AUC on test patients. chance: the precision of random tokens."""
+ties: other features whose AUC on val is inside the 95 % interval of the best feature's, and the
+range of the AUC of all of them on test. chance: the precision of random tokens."""
 
 
 def summary(evaluation: "Evaluation") -> str:

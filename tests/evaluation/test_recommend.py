@@ -91,7 +91,10 @@ def test_equal_lengths_are_decided_by_stability_then_purity():
     result = recommend([shortest, stable, pure, longer], [], D_MODEL)
     assert result.member == "pure"
     assert result.runners_up == ("stable", "shortest", "longer")
-    assert "of 3 within 5 %, it has the most stable or the purest features" in result.reason
+    assert (
+        "of 3 within 5 %, its features are the most stable, or else it has most pure ones"
+        in result.reason
+    )
 
 
 def test_no_member_reaches_the_threshold():
