@@ -109,7 +109,8 @@ def _reason(best: MemberEvaluation, n_equal: int, n_eligible: int, is_better: bo
     )
     if n_equal == 1:
         return reason
-    return f"{reason}; of {n_equal} within 5 %, its features are the most stable, or else it has most pure ones"
+    choice = "its features are the most stable, or else it has most pure ones"
+    return f"{reason}; of {n_equal} within 5 %, {choice}"
 
 
 def dominating(member: MemberEvaluation, pca: Sequence[PCAEvaluation]) -> PCAEvaluation | None:
