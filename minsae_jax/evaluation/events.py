@@ -8,9 +8,10 @@ patients, and scored on the test patients.
 """
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -22,12 +23,8 @@ from minsae_jax.eeg.events import EVENTS, split_channels
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.sae.member import SparseAutoencoder
 
-PROBE_FEATURES = 5
 BATCH_TOKENS = 8192  # encoded at a time
-BATCH_SEQUENCES = 512
-Encode = Callable[[np.ndarray], np.ndarray]  # [tokens, d_model] -> [tokens, n]
 
 
 @dataclass(frozen=True)
@@ -66,24 +63,14 @@ class SpanActivations:
         return np.array([span.is_event for span in self.spans], bool)
 
     @property
+    def recording(self) -> Int[np.ndarray, " spans"]:
+        """The recording of each span, as an index into the dataset's."""
+        return np.array([span.recording for span in self.spans], np.int64)
+
+    @property
     def has_both(self) -> bool:
         """Whether there are spans with and without an event."""
         return len({span.is_event for span in self.spans}) == 2
-
-
-@dataclass(frozen=True)
-class EventScore:
-    """How well the features of one SAE separate one kind of events; AUCs on test unless said."""
-
-    # The feature with the largest AUC on val
-    feature: int
-    auc: float
-    val_auc: float
-    # The features of the probe: the five with the largest AUC on val
-    best_five: tuple[int, ...]
-    probe_auc: float
-    # AUC of `feature` over single tokens
-    token_auc: float | None = None
 
 
 def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
@@ -186,22 +173,30 @@ def gather(dataset: Dataset, spans: list[Span]) -> SpanActivations:
     return gathered
 
 
-def max_per_span(
-    activations: list[np.ndarray],
-    encode: Encode,
+def span_groups(activations: Sequence[np.ndarray]) -> Iterator[Int[np.ndarray, " spans"]]:
+    """Yield the indices of spans, in order, with at most BATCH_TOKENS tokens together.
+
+    A span with more tokens is alone.
+    """
+    group: list[int] = []
+    n_tokens = 0
+    for i, x in enumerate(activations):
+        if group and n_tokens + len(x) > BATCH_TOKENS:
+            yield np.array(group)
+            group = []
+            n_tokens = 0
+        group.append(i)
+        n_tokens += len(x)
+    if group:
+        yield np.array(group)
+
+
+def max_over_spans(
+    values: Float[np.ndarray, "tokens n"], lengths: Int[np.ndarray, " spans"]
 ) -> Float[np.ndarray, "spans n"]:
-    """Return the largest value of each feature over the tokens of every span."""
-    # Spans are encoded in groups of about BATCH_TOKENS tokens. reduceat takes the maximum from each
-    # span's first row to that of the next.
-    lengths = np.array([len(x) for x in activations])
-    groups = np.cumsum(lengths) // BATCH_TOKENS
-    scores = []
-    for group in np.unique(groups):
-        members = np.flatnonzero(groups == group)
-        values = encode(np.concatenate([activations[i] for i in members]))
-        starts = np.cumsum(lengths[members]) - lengths[members]
-        scores.append(np.maximum.reduceat(values, starts, axis=0))
-    return np.concatenate(scores)
+    """Return the maximum over the tokens of each span; lengths: their tokens, span after span."""
+    # reduceat takes the maximum from each span's first row to that of the next.
+    return np.maximum.reduceat(values, np.cumsum(lengths) - lengths, axis=0)
 
 
 def auc(
@@ -225,11 +220,19 @@ def auc(
     return u / (n_events * n_others)
 
 
-def fit_probe(
-    x: Float[np.ndarray, "n features"],
-    is_event: Bool[np.ndarray, " n"],
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Fit a logistic regression on standardised scores; return the function from scores to logits.
+class LinearProbe(NamedTuple):
+    """A linear function of features, or of activations, that is positive for events."""
+
+    weights: Float[np.ndarray, " features"]
+    bias: float
+
+    def __call__(self, x: Float[np.ndarray, "n features"]) -> Float[np.ndarray, " n"]:
+        """Return logits."""
+        return x @ self.weights + self.bias
+
+
+def fit_probe(x: Float[np.ndarray, "n features"], is_event: Bool[np.ndarray, " n"]) -> LinearProbe:
+    """Fit a logistic regression on standardised features.
 
     Minimises mean_i log(1 + exp(-margin_i)) + 5e-4 ‖w‖², where margin_i = ±(w·z_i + bias) is
     positive if i is classified correctly. The bias is not penalised.
@@ -251,49 +254,19 @@ def fit_probe(
         return float(value), np.concatenate([[d_logit.sum()], d_w])
 
     fit = minimize(loss, np.zeros(z.shape[1] + 1), jac=True, method="L-BFGS-B").x
-    return lambda scores: (scores - mean) / sd @ fit[1:] + fit[0]
+    weights = fit[1:] / sd
+    return LinearProbe(weights, float(fit[0] - mean @ weights))
 
 
-def score_kind(val: SpanActivations, test: SpanActivations, encode: Encode) -> EventScore:
-    """Score the columns of `encode` on one kind of events: chosen on val, measured on test."""
-    val_scores = max_per_span(val.activations, encode)
-    test_scores = max_per_span(test.activations, encode)
-    val_auc = auc(val_scores, val.is_event)
-    best = np.argsort(-val_auc, kind="stable")[:PROBE_FEATURES]
-    probe = fit_probe(val_scores[:, best], val.is_event)
-    probe_scores = probe(test_scores[:, best])
-    return EventScore(
-        feature=int(best[0]),
-        auc=float(auc(test_scores[:, best[:1]], test.is_event)[0]),
-        val_auc=float(val_auc[best[0]]),
-        best_five=tuple(int(i) for i in best),
-        probe_auc=float(auc(probe_scores[:, None], test.is_event)[0]),
-    )
-
-
-def both_signs(x: Float[np.ndarray, "tokens d_model"]) -> Float[np.ndarray, "tokens columns"]:
-    """Return raw dimensions and their negatives as features, [x, -x]."""
-    return np.concatenate([x, -x], axis=1)
-
-
-def principal_components(activations: list[np.ndarray]) -> Encode:
-    """Return the function from activations to all their principal components, with both signs."""
-    x = np.concatenate(activations).astype(np.float64)
-    mean = x.mean(axis=0)
-    _, directions = np.linalg.eigh(np.cov((x - mean).T))
-    largest_first = directions[:, ::-1].astype(np.float32)
-    return lambda x: both_signs((x - mean).astype(np.float32) @ largest_first)
-
-
-def covered_tokens(
+def event_share(
     dataset: Dataset, events: list[LabelledEvent]
-) -> Bool[np.ndarray, "sequences n_located"]:
-    """Return which tokens have at least half of their samples in an event on their channel.
+) -> Float[np.ndarray, "sequences n_located"]:
+    """Return the share of each token's samples that are in an event on its channel.
 
     Tokens without samples are left out. A token over all channels may be in an event on any.
     """
     located = dataset.tokens.located
-    is_covered = np.zeros((len(dataset.recording), len(located)), bool)
+    share = np.zeros((len(dataset.recording), len(located)), np.float32)
     for recording, name in enumerate(dataset.recordings):
         first, last = dataset.sequences_of(recording)
         # The last patch of a window may end after it: one more window of room.
@@ -310,31 +283,12 @@ def covered_tokens(
         length = dataset.lengths(tokens)
         channel = dataset.channels_of(sequences, tokens)
         n_inside = n_before[channel, begin + length] - n_before[channel, begin]
-        is_covered[first:last] = 2 * n_inside >= length
-    return is_covered
+        share[first:last] = n_inside / length
+    return share
 
 
-def token_auc(
-    dataset: Dataset,
-    is_covered: Sequence[Bool[np.ndarray, "sequences n_located"]],
-    sae: SparseAutoencoder,
-    features: Sequence[int],
-) -> list[float | None]:
-    """Return for each feature its AUC over all tokens with samples: covered by an event or not.
-
-    is_covered: by the events of each feature. None if all tokens are covered, or no token is. The
-    features are computed in one pass, since some kinds must compute all of them for any.
-    """
-    if not features:
-        return []
-    values = np.empty((len(features), *is_covered[0].shape), np.float32)
-    for start, x in dataset.batches(BATCH_SEQUENCES):
-        batch = sae.encode_features(x[:, dataset.tokens.located], features)
-        values[:, start : start + len(x)] = np.moveaxis(batch, -1, 0)
-    aucs: list[float | None] = []
-    for covered, of_feature in zip(is_covered, values, strict=True):
-        if covered.all() or not covered.any():
-            aucs.append(None)
-        else:
-            aucs.append(float(auc(of_feature.reshape(-1, 1), covered.reshape(-1))[0]))
-    return aucs
+def covered_tokens(
+    dataset: Dataset, events: list[LabelledEvent]
+) -> Bool[np.ndarray, "sequences n_located"]:
+    """Return which tokens have at least half of their samples in an event; see `event_share`."""
+    return event_share(dataset, events) >= 0.5

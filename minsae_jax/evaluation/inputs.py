@@ -1,5 +1,6 @@
 """Inputs of an evaluation: the members of a run, its settings and the stores, each opened once."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,10 @@ def open_inputs(
     Raises UserError if run, members, stores, encoder and recordings do not belong together.
     """
     run = Path(settings.run)
-    members = open_members(run, settings.member)
+    members = open_members(run)
+    names = [member.name for member in members]
+    if settings.member is not None and settings.member not in names:
+        raise UserError(f"unknown member {settings.member} in {run}; members: {', '.join(names)}")
     if encoder is not None:
         for member in members:
             _check_member(member, encoder)
@@ -76,6 +80,7 @@ def open_inputs(
     val = _open_split(settings, train_config, encoder, "val", settings.val_store)
     if encoder is None:
         _check_stores(members, [test] if val is None else [test, val])
+    _warn_of_training_patients(Path(train_config.store), test)
     has_events = (test.folder / EVENTS).exists()
     if has_events and val is None:
         raise UserError(
@@ -85,10 +90,10 @@ def open_inputs(
     return EvaluationInputs(run, encoder, members, test, val, has_events)
 
 
-def open_members(run: Path, name: str | None) -> tuple[Member, ...]:
-    """Load all members of a run, or the one called `name`, sorted by hyper-parameters.
+def open_members(run: Path) -> tuple[Member, ...]:
+    """Load all members of a run, sorted by hyper-parameters.
 
-    Raises UserError if the run is not finished or there is no such member.
+    Raises UserError if the run is not finished.
     """
     folder = run / "members"
     names = []
@@ -96,11 +101,20 @@ def open_members(run: Path, name: str | None) -> tuple[Member, ...]:
         names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if not names or not (run / "sweep.csv").exists():
         raise UserError(f"{run} is not a finished run; choose one with --run, or rerun `train`")
-    if name is not None and name not in names:
-        raise UserError(f"unknown member {name} in {run}; members: {', '.join(names)}")
-    selected = names if name is None else [name]
-    members = [Member(n, load_sae(folder / n)) for n in selected]
+    members = [Member(n, load_sae(folder / n)) for n in names]
     return tuple(sorted(members, key=lambda member: sort_key(member.hyper)))
+
+
+def _warn_of_training_patients(train_store: Path, test: Dataset) -> None:
+    """Warn if the store to evaluate on is the one that the members were trained on."""
+    folder = test.store.folder.resolve()
+    is_train_split = test.store.require_manifest().data.get("split") == "train"
+    if is_train_split or train_store.resolve() in (folder, folder.parent):
+        warnings.warn(
+            f"{test.store.folder} contains the patients that the members were trained on; the "
+            "measures are not those of held-out patients",
+            stacklevel=2,
+        )
 
 
 def _check_member(member: Member, encoder: BaseEncoder) -> None:

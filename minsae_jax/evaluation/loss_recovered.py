@@ -1,6 +1,7 @@
 """Loss recovered: how well the encoder's pretraining task works on a member's x̂."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, Substitutes
+from minsae_jax.evaluation.bootstrap import Interval, draw_weights, interval
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import make_mesh, put_batch, replicated
@@ -18,16 +20,73 @@ from minsae_jax.sae.member import SparseAutoencoder
 BATCH_WINDOWS = 16
 
 
-class SubstitutionErrors(NamedTuple):
-    """Mean squared errors on masked patches, mean over windows, for each substitute of a layer."""
+@dataclass(frozen=True)
+class SubstitutionErrors:
+    """Mean squared errors on the masked patches of each window, for each substitute of a layer."""
 
-    windows: int
-    # Error on the layer's activations themselves
-    untouched: float
-    mean_ablation: float
-    zero_ablation: float
-    # Errors on the x̂ of each SAE
-    members: tuple[float, ...]
+    # On the activations themselves, their mean, zero, and the x̂ of each SAE
+    by_window: Float[np.ndarray, "variants windows"]
+
+    @property
+    def windows(self) -> int:
+        return self.by_window.shape[1]
+
+    @property
+    def untouched(self) -> float:
+        """Error on the layer's activations themselves, mean over windows."""
+        return float(self.by_window[0].mean())
+
+    @property
+    def mean_ablation(self) -> float:
+        return float(self.by_window[1].mean())
+
+    @property
+    def zero_ablation(self) -> float:
+        return float(self.by_window[2].mean())
+
+    @property
+    def members(self) -> tuple[float, ...]:
+        """Errors on the x̂ of each SAE."""
+        return tuple(self.by_window[3:].mean(axis=1).tolist())
+
+    def of_member(self, i: int) -> "SubstitutionErrors":
+        """Return the errors with those of one SAE."""
+        return SubstitutionErrors(self.by_window[[0, 1, 2, 3 + i]])
+
+
+@dataclass(frozen=True)
+class LossRecovered:
+    """The pretraining task on one SAE's x̂: errors are means over windows and masked patches."""
+
+    masked_error: float
+    # 1: nothing is lost; 0: as bad as mean-ablation
+    loss_recovered: float
+    loss_recovered_of_zero_ablation: float
+    # Of loss_recovered, over windows; None with one window
+    interval: Interval | None = None
+    # What it is measured by: the untouched encoder and mean- and zero-ablation on the same windows
+    untouched_error: float = float("nan")
+    mean_ablation_error: float = float("nan")
+    zero_ablation_error: float = float("nan")
+
+
+def summarise(errors: SubstitutionErrors, seed: int) -> LossRecovered:
+    """Return the result of the only SAE, with an interval by resampling windows."""
+    untouched, by_mean, by_zero, member = errors.by_window.mean(axis=1).tolist()
+    weights = draw_weights(errors.windows, seed) / errors.windows
+    resampled = weights @ errors.by_window.T
+    ablation = resampled[:, 1] - resampled[:, 0]
+    recovered = np.full(len(resampled), np.nan)
+    np.divide(resampled[:, 1] - resampled[:, 3], ablation, out=recovered, where=ablation != 0)
+    return LossRecovered(
+        masked_error=member,
+        loss_recovered=loss_recovered(by_mean, member, untouched),
+        loss_recovered_of_zero_ablation=loss_recovered(by_zero, member, untouched),
+        interval=interval(recovered),
+        untouched_error=untouched,
+        mean_ablation_error=by_mean,
+        zero_ablation_error=by_zero,
+    )
 
 
 class _Substitutes(NamedTuple):
@@ -77,8 +136,7 @@ def substitution_errors(
             batch_errors = np.asarray(run(params, substitutes, rows), np.float64)
             errors.append(batch_errors[: len(batch_places)])
             bar.advance(len(batch_places))
-    untouched, by_mean, by_zero, *members = np.concatenate(errors).mean(axis=0).tolist()
-    return SubstitutionErrors(len(places), untouched, by_mean, by_zero, tuple(members))
+    return SubstitutionErrors(np.concatenate(errors).T)
 
 
 def loss_recovered(ablated: float, substituted: float, untouched: float) -> float:

@@ -1,4 +1,7 @@
-"""Principal components as an autoencoder: the k of largest magnitude are kept for every token."""
+"""Baselines without training: principal components and raw dimensions as autoencoders.
+
+Their features are the positive and the negative parts, so that they can be measured as members are.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -55,3 +58,15 @@ def pca_autoencoder(pca: PCA, k: int) -> SparseAutoencoder:
         "k": np.array(k),
     }
     return SparseAutoencoder(params, {"kind": "topk", "k": k})
+
+
+def raw_autoencoder(mean: Float[np.ndarray, " d_model"]) -> SparseAutoencoder:
+    """Return x̂ = x, whose features are the positive and negative parts of each dimension - mean."""
+    both_signs = np.concatenate([np.eye(len(mean)), -np.eye(len(mean))], axis=1)
+    params = {
+        "W_enc": both_signs,
+        "b_enc": -mean @ both_signs,
+        "W_dec": both_signs.T,
+        "b_dec": mean,
+    }
+    return SparseAutoencoder(params, {"kind": "relu"})

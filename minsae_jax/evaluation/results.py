@@ -1,18 +1,38 @@
-"""The results of an evaluation, and the files and the table that are made of them."""
+"""The results of an evaluation, with their entries in evaluation.json and evaluation.csv."""
 
-import csv
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from minsae_jax.evaluation.events import EventScore
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from minsae_jax.evaluation.bootstrap import Interval
+from minsae_jax.evaluation.event_measures import EventScore, SpanMeasures, mean_over_kinds
 from minsae_jax.evaluation.inputs import EvaluationInputs
-from minsae_jax.evaluation.loss_recovered import SubstitutionErrors
-from minsae_jax.files import atomic_write
-from minsae_jax.monitor import table
-from minsae_jax.sae.hyper import SYMBOLS, Hyper
-from minsae_jax.sae.plots import PCA, ParetoPoint, draw_pareto
+from minsae_jax.evaluation.loss_recovered import LossRecovered, SubstitutionErrors
+from minsae_jax.evaluation.stability import Stability
+from minsae_jax.evaluation.summary import summary, write_files
+from minsae_jax.sae.hyper import Hyper
+from minsae_jax.sae.plots import PCA
 from minsae_jax.settings import JsonObject
+
+PURE = 0.9  # precision above chance of a pure feature
+PURE_EXAMPLES = 16  # and its least number of strongest tokens
+# Scores of each kind of events in evaluation.csv
+CSV_SCORES = (
+    "feature",
+    "auc",
+    "auc_interval",
+    "n_ties",
+    "recall",
+    "precision",
+    "token_auc",
+    "probe_auc",
+    "x_hat_probe_auc",
+    "ablation_drop",
+    "ablation_drop_others",
+    "pure_features",
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +55,9 @@ class TokenMeasures:
     dense_fraction: float
     cosine: float
     norm_ratio: float
-    # Share of features active on no test token
-    dead_fraction: float
+    # Share of features active on no test token. In training, dead is another thing: a feature that
+    # was not active on the last --dead_after tokens.
+    never_active_fraction: float
     log10_density: DensityHistogram
 
 
@@ -51,13 +72,83 @@ class DecoderCosines:
 
 
 @dataclass(frozen=True)
-class LossRecovered:
-    """The pretraining task on a member's x̂."""
+class FeatureEvents:
+    """How well every feature of a set separates each kind of events; on test unless said."""
 
-    masked_error: float
-    # 1: nothing is lost; 0: as bad as mean-ablation
-    loss_recovered: float
-    loss_recovered_of_zero_ablation: float
+    kinds: tuple[str, ...]
+    val_auc: Float[np.ndarray, "kinds d_sae"]
+    auc: Float[np.ndarray, "kinds d_sae"]
+    # Share of the events found at a precision of 90 % among the spans
+    recall: Float[np.ndarray, "kinds d_sae"]
+    # Share of the strongest tokens that touch an event; NaN for features that are never active
+    precision: Float[np.ndarray, "kinds d_sae"]
+    # Number of these tokens
+    examples: Int[np.ndarray, " d_sae"]
+    # The precision of random tokens
+    base_rate: Float[np.ndarray, " kinds"]
+
+    @property
+    def is_pure(self) -> Bool[np.ndarray, "kinds d_sae"]:
+        """Whether the strongest tokens nearly all touch an event of a kind.
+
+        That is a precision of 90 % above chance, (precision - base rate) / (1 - base rate), among
+        at least 16 tokens.
+        """
+        base = self.base_rate[:, None]
+        above_chance = (self.precision - base) / np.maximum(1 - base, 1e-12)
+        return (above_chance >= PURE) & (self.examples >= PURE_EXAMPLES)
+
+
+@dataclass(frozen=True)
+class EventSummary:
+    """Means over the kinds of events, for one set of features; on test."""
+
+    # Of the best feature for each kind
+    auc: float
+    auc_interval: Interval | None
+    recall: float
+    recall_interval: Interval | None
+    precision: float
+    token_auc: float
+    # Logistic regression on the best five
+    probe_auc: float
+    # Features that are pure for at least one kind
+    pure_features: int
+    # Drop of the target kind's probe AUC by ablation of its features, less that of other kinds'
+    tpp: float
+    # (AUC - 0.5) of the probes fitted on x, on x̂ over that on x, each a mean over kinds
+    probe_recovered: float
+
+
+@dataclass(frozen=True)
+class EventEvaluation:
+    """One set of features against the labelled events: of a member, of PCA, or raw dimensions."""
+
+    # By kind of event
+    scores: Mapping[str, EventScore]
+    summary: EventSummary
+    features: FeatureEvents
+
+
+def summarise_events(
+    scores: Mapping[str, EventScore], measures: SpanMeasures, features: FeatureEvents
+) -> EventSummary:
+    """Return the means over kinds."""
+    x_hat = mean_over_kinds(scores, "x_hat_probe_auc") - 0.5
+    x = mean_over_kinds(scores, "x_probe_auc") - 0.5
+    tpp = mean_over_kinds(scores, "ablation_drop") - mean_over_kinds(scores, "ablation_drop_others")
+    return EventSummary(
+        auc=mean_over_kinds(scores, "auc"),
+        auc_interval=measures.mean_auc_interval,
+        recall=mean_over_kinds(scores, "recall"),
+        recall_interval=measures.mean_recall_interval,
+        precision=mean_over_kinds(scores, "precision"),
+        token_auc=mean_over_kinds(scores, "token_auc"),
+        probe_auc=mean_over_kinds(scores, "probe_auc"),
+        pure_features=int(features.is_pure.any(axis=0).sum()),
+        tpp=tpp,
+        probe_recovered=x_hat / x if x > 0 else float("nan"),
+    )
 
 
 @dataclass(frozen=True)
@@ -67,8 +158,11 @@ class PCAEvaluation:
     k: int
     fvu: float
     explained_variance: float
+    description_bits: float
     # None if the encoder declares no reconstruction
     loss: LossRecovered | None
+    # None if there is no events.csv
+    event_evaluation: EventEvaluation | None
 
     @property
     def name(self) -> str:
@@ -78,23 +172,44 @@ class PCAEvaluation:
         """Return the entry in evaluation.json."""
         record: JsonObject = {"k": self.k, "fvu": self.fvu}
         record["explained_variance"] = self.explained_variance
-        if self.loss is not None:
-            record |= asdict(self.loss)
-        return record
+        return record | _shared_record(self)
 
     def to_row(self) -> JsonObject:
         """Return the row in evaluation.csv."""
-        return {"member": self.name, "kind": PCA, "l0": self.k} | self.to_record()
+        row = {"member": self.name, "kind": PCA, "l0": self.k} | self.to_record()
+        return _row(row, self.event_evaluation)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """AUC of the best feature that is not of an SAE, for one kind of events."""
+    """Scores of features that are not of an SAE, for one kind of events."""
 
-    # Best of the dimensions of the activations
-    raw_auc: float
-    # Best of their principal components
-    pca_auc: float
+    # Dimensions of the activations, with both signs
+    raw: EventScore
+    # Their principal components, with both signs
+    pca: EventScore
+
+    @property
+    def raw_auc(self) -> float:
+        return self.raw.auc
+
+    @property
+    def pca_auc(self) -> float:
+        return self.pca.auc
+
+
+@dataclass(frozen=True)
+class StabilitySummary:
+    """How many features of a member are found again with other seeds."""
+
+    # Share of the live features
+    share: float
+    # The same weighted by f_i ‖W_dec,i‖, the features' parts in x̂
+    weighted_share: float
+    # Share of the features that random directions match
+    share_by_chance: float
+    # The matches of every feature
+    features: Stability | None
 
 
 @dataclass(frozen=True)
@@ -107,12 +222,28 @@ class MemberEvaluation:
     status: str | None
     tokens: TokenMeasures
     decoder: DecoderCosines
-    # Share of live features found again with other seeds; None with one seed
-    agreement: float | None
+    # See `description_length`
+    description_bits: float
+    # None with one seed
+    stability: StabilitySummary | None
     # None if the encoder declares no reconstruction
     loss: LossRecovered | None
-    # Scores by kind of event; None if there is no events.csv
-    events: Mapping[str, EventScore] | None
+    # None if there is no events.csv
+    event_evaluation: EventEvaluation | None
+
+    @property
+    def fvu(self) -> float:
+        return self.tokens.fvu
+
+    @property
+    def events(self) -> Mapping[str, EventScore] | None:
+        """Scores by kind of event."""
+        return None if self.event_evaluation is None else self.event_evaluation.scores
+
+    @property
+    def event_summary(self) -> EventSummary | None:
+        """Means over the kinds of events."""
+        return None if self.event_evaluation is None else self.event_evaluation.summary
 
     def to_record(self) -> JsonObject:
         """Return the member's entry in evaluation.json."""
@@ -121,25 +252,68 @@ class MemberEvaluation:
         record["decoder_cosine_mean"] = self.decoder.mean
         record["decoder_cosine_median"] = self.decoder.median
         record["decoder_cosine_over_0.9"] = self.decoder.over_0_9
-        if self.agreement is not None:
-            record["agreement"] = self.agreement
-        if self.loss is not None:
-            record |= asdict(self.loss)
-        if self.events is not None:
-            record["events"] = {kind: asdict(score) for kind, score in self.events.items()}
-        return record
+        if self.stability is not None:
+            record["stability"] = self.stability.share
+            record["weighted_stability"] = self.stability.weighted_share
+            record["stability_by_chance"] = self.stability.share_by_chance
+        return record | _shared_record(self)
 
     def to_row(self) -> JsonObject:
         """Return the member's row in evaluation.csv."""
-        record = self.to_record()
-        # A cell of a CSV cannot contain a histogram.
-        row = {name: value for name, value in record.items() if not isinstance(value, dict)}
-        for kind, score in (self.events or {}).items():
-            row[f"{kind}_feature"] = score.feature
-            row[f"{kind}_auc"] = score.auc
-            row[f"{kind}_probe_auc"] = score.probe_auc
-            row[f"{kind}_token_auc"] = score.token_auc
+        return _row(self.to_record(), self.event_evaluation)
+
+
+def _shared_record(evaluated: MemberEvaluation | PCAEvaluation) -> JsonObject:
+    """Return the part of an entry that members and PCA have in common."""
+    record: JsonObject = {"description_bits": evaluated.description_bits}
+    if evaluated.loss is not None:
+        loss = asdict(evaluated.loss)
+        loss["loss_recovered_interval"] = loss.pop("interval")
+        record |= loss
+    events = evaluated.event_evaluation
+    if events is not None:
+        record["event_summary"] = asdict(events.summary)
+        record["events"] = {kind: asdict(score) for kind, score in events.scores.items()}
+    return record
+
+
+def _row(record: JsonObject, events: EventEvaluation | None) -> JsonObject:
+    """Return an entry as a row of a CSV, whose cells cannot contain histograms or intervals."""
+    row = {name: value for name, value in record.items() if not isinstance(value, dict)}
+    _split_interval(row, "loss_recovered_interval")
+    if events is None:
         return row
+    for name, value in asdict(events.summary).items():
+        row[f"events_{name}"] = value
+    for name in ("events_auc_interval", "events_recall_interval"):
+        _split_interval(row, name)
+    for kind, score in events.scores.items():
+        for name in CSV_SCORES:
+            row[f"{kind}_{name}"] = getattr(score, name)
+        _split_interval(row, f"{kind}_auc_interval")
+    return row
+
+
+def _split_interval(row: JsonObject, name: str) -> None:
+    """Replace an interval by columns for its ends, such as auc_low and auc_high."""
+    limits = row.pop(name, None) or ("", "")
+    measure = name.removesuffix("_interval")
+    row[f"{measure}_low"], row[f"{measure}_high"] = limits
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The member that the rule of `minsae_jax.evaluation.recommend` chooses."""
+
+    member: str
+    # Of its loss recovered; None if that was not measured
+    interval: Interval | None
+    # The next ones by the same rule
+    runners_up: tuple[str, ...]
+    # One sentence
+    reason: str
+    # Warnings by member; members without any are left out
+    warnings: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -150,15 +324,30 @@ class Evaluation:
     members: tuple[MemberEvaluation, ...]
     # Empty without a store of the val patients
     pca: tuple[PCAEvaluation, ...]
-    # Name of the recommended member
-    recommended: str
+    recommendation: Recommendation
     # How it was chosen
     rule: str
+    # The member that the report is about: that of --member, else the recommended one
+    selected: str
     # None if the encoder declares no reconstruction
     substitution: SubstitutionErrors | None
     mask_ratio: float
-    # Baselines by kind of event
-    baselines: Mapping[str, Baseline]
+    # All raw dimensions and all principal components as features; None without labelled events
+    raw_events: EventEvaluation | None
+    pca_events: EventEvaluation | None
+
+    @property
+    def recommended(self) -> str:
+        """Name of the recommended member."""
+        return self.recommendation.member
+
+    @property
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Baselines by kind of event."""
+        if self.raw_events is None or self.pca_events is None:
+            return {}
+        pca = self.pca_events.scores
+        return {kind: Baseline(raw, pca[kind]) for kind, raw in self.raw_events.scores.items()}
 
     def find(self, name: str) -> MemberEvaluation:
         """Return the evaluation of the member called `name`."""
@@ -166,19 +355,20 @@ class Evaluation:
 
     def summary(self) -> str:
         """Return the members as a table for the terminal, and the recommended member."""
-        lines = [_summary_table(self)]
-        if self.baselines:
-            lines.append(
-                "Columns of events: AUC of the best single feature, chosen on val patients, scored "
-                "on test patients."
-            )
-        lines.append(f"recommended: {self.recommended}")
-        lines.append(f"rule: {self.rule}")
-        return "\n".join(lines)
+        return summary(self)
 
     def to_record(self) -> JsonObject:
         """Return the content of evaluation.json."""
         store = self.inputs.test.store
+        baselines = {}
+        for kind, baseline in self.baselines.items():
+            aucs = {"raw_auc": baseline.raw_auc, "pca_auc": baseline.pca_auc}
+            baselines[kind] = aucs | asdict(baseline)
+        summaries = {}
+        for name, events in (("raw", self.raw_events), ("pca", self.pca_events)):
+            if events is not None:
+                summaries[name] = asdict(events.summary)
+        recommendation = self.recommendation
         return {
             "rule": self.rule,
             "run": str(self.inputs.run),
@@ -186,83 +376,27 @@ class Evaluation:
             "tokens": store.total_tokens,
             "substitution": self._substitution_record(),
             "recommended": self.recommended,
-            "baselines": {kind: asdict(b) for kind, b in self.baselines.items()},
+            "recommendation": asdict(recommendation),
+            "baselines": baselines,
+            "baseline_summaries": summaries,
             "members": [member.to_record() for member in self.members],
             "pca": [components.to_record() for components in self.pca],
         }
 
     def _substitution_record(self) -> JsonObject | str:
-        if self.substitution is None:
+        errors = self.substitution
+        if errors is None:
             encoder = self.inputs.encoder
             reason = "no encoder was given" if encoder is None else encoder.reconstruction_note
             return f"not measured: {reason}"
-        record = self.substitution._asdict()
-        del record["members"]  # each is in its member's entry
-        return record | {"mask_ratio": self.mask_ratio}
+        return {
+            "windows": errors.windows,
+            "untouched": errors.untouched,
+            "mean_ablation": errors.mean_ablation,
+            "zero_ablation": errors.zero_ablation,
+            "mask_ratio": self.mask_ratio,
+        }
 
     def write(self) -> None:
         """Write evaluation.json, evaluation.csv and evaluation.png into the run."""
-        run = self.inputs.run
-        with atomic_write(run / "evaluation.json") as temporary:
-            temporary.write_text(json.dumps(self.to_record(), indent=2) + "\n")
-        rows = [member.to_row() for member in self.members]
-        rows += [components.to_row() for components in self.pca]
-        with (
-            atomic_write(run / "evaluation.csv") as temporary,
-            temporary.open("w", newline="") as file,
-        ):
-            writer = csv.DictWriter(file, _column_names(rows))
-            writer.writeheader()
-            writer.writerows(rows)
-        members = [ParetoPoint(m.hyper, m.tokens.l0, m.tokens.fvu) for m in self.members]
-        pca = [ParetoPoint({"kind": PCA, "k": p.k}, float(p.k), p.fvu) for p in self.pca]
-        title = f"{run.resolve().name} on test patients"
-        draw_pareto(run / "evaluation.png", [*members, *pca], title)
-
-
-def _column_names(rows: Iterable[JsonObject]) -> list[str]:
-    """Return the names in any of the rows: member, hyper-parameters in their order, measures."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    hyper = [name for name in SYMBOLS if name in names]
-    measures = [name for name in names if name not in SYMBOLS and name != "member"]
-    return ["member", *hyper, *measures]
-
-
-def _summary_table(evaluation: Evaluation) -> str:
-    kinds = list(evaluation.baselines)
-    has_loss = evaluation.substitution is not None
-    columns = ["member", "L0", "FVU", "dead"]
-    if has_loss:
-        columns.append("recovered")
-    has_agreement = any(member.agreement is not None for member in evaluation.members)
-    if has_agreement:
-        columns.append("agreement")
-    n_measures = len(columns) - 1
-    columns += kinds
-    rows = []
-    for member in evaluation.members:
-        tokens = member.tokens
-        row = [
-            member.member,
-            f"{tokens.l0:.1f}",
-            f"{tokens.fvu:.4f}",
-            f"{tokens.dead_fraction:.1%}",
-        ]
-        if member.loss is not None:
-            row.append(f"{member.loss.loss_recovered:.1%}")
-        if has_agreement:
-            row.append("" if member.agreement is None else f"{member.agreement:.1%}")
-        if member.events is not None:
-            row += [f"{member.events[kind].auc:.3f}" for kind in kinds]
-        rows.append(row)
-    for pca in evaluation.pca:
-        row = [pca.name, f"{pca.k:.1f}", f"{pca.fvu:.4f}", ""]
-        if pca.loss is not None:
-            row.append(f"{pca.loss.loss_recovered:.1%}")
-        rows.append(row + [""] * (len(columns) - len(row)))
-    if kinds:
-        blank = [""] * n_measures
-        baselines = [evaluation.baselines[kind] for kind in kinds]
-        rows.append(["raw dimension", *blank, *(f"{b.raw_auc:.3f}" for b in baselines)])
-        rows.append(["principal component", *blank, *(f"{b.pca_auc:.3f}" for b in baselines)])
-    return table(columns, rows)
+        write_files(self)

@@ -20,7 +20,7 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     Raises UserError if labels.csv is invalid or report/ contains other files and no report.
     """
     inputs = evaluation.inputs
-    member = next(m for m in inputs.members if m.name == evaluation.recommended)
+    member = next(m for m in inputs.members if m.name == evaluation.selected)
     folder = inputs.run / "report"
     activity = collect(
         inputs.test, member.sae, settings.top, settings.per_recording, seed=settings.seed
@@ -89,7 +89,7 @@ def _summary_rows(evaluated: MemberEvaluation, member: Member) -> list[tuple[str
         ("features", f"{member.sae.d_sae:,}"),
         ("active per token (L0)", f"{tokens.l0:.1f}"),
         ("variance unexplained (FVU)", f"{tokens.fvu:.3f}"),
-        ("never active on these tokens", f"{tokens.dead_fraction:.1%}"),
+        ("never active on these tokens", f"{tokens.never_active_fraction:.1%}"),
         ("active on over 10 % of tokens", f"{tokens.dense_fraction:.1%}"),
     ]
     if evaluated.loss is not None:

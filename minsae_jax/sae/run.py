@@ -37,7 +37,16 @@ _FILES = (
     "evaluation.png",
 )
 # A report that was interrupted can leave .report.tmp or .report.old, see `replaced_folder`.
-_FOLDERS = ("checkpoints", "members", "plots", "report", ".report.tmp", ".report.old", "wandb")
+_FOLDERS = (
+    "checkpoints",
+    "members",
+    "plots",
+    "evaluation",
+    "report",
+    ".report.tmp",
+    ".report.old",
+    "wandb",
+)
 # Names, and patterns of names, that a run may have in its folder.
 RUN_ENTRIES = (*_FILES, *(f"{name}.tmp" for name in _FILES), *_FOLDERS, f"{TFEVENTS_PREFIX}*")
 # Settings that do not change the result; they may differ when a run resumes.

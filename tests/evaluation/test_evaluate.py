@@ -3,18 +3,18 @@
 import csv
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
 from minsae_jax import UserError
-from minsae_jax.evaluation import inputs
+from minsae_jax.evaluation import inputs, saved
 from minsae_jax.evaluation.config import EvaluateConfig
-from minsae_jax.evaluation.evaluate import evaluate, recommend
+from minsae_jax.evaluation.evaluate import evaluate
+from minsae_jax.evaluation.event_measures import EventScore
 from minsae_jax.evaluation.loss_recovered import substitution_errors
-from minsae_jax.evaluation.results import LossRecovered
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.member import load_sae, save_member
 
@@ -42,7 +42,9 @@ def test_measures_match_their_definitions(trained, evaluation):
         variance = ((x - x.mean(0)) ** 2).sum()
         assert member.tokens.fvu == pytest.approx((r**2).sum() / variance, rel=1e-4)
         assert member.tokens.l0 == pytest.approx((f > 0).sum(1).mean(), rel=1e-3)
-        assert member.tokens.dead_fraction == pytest.approx((f == 0).all(0).mean(), abs=0.02)
+        assert member.tokens.never_active_fraction == pytest.approx(
+            (f == 0).all(0).mean(), abs=0.02
+        )
         rows = np.array(sae.params["W_dec"])
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         cosine = rows @ rows.T - 2 * np.eye(len(rows))
@@ -88,7 +90,9 @@ def test_keys_of_evaluation_json(evaluation):
         "tokens",
         "substitution",
         "recommended",
+        "recommendation",
         "baselines",
+        "baseline_summaries",
         "members",
         "pca",
     ]
@@ -114,34 +118,54 @@ def test_keys_of_evaluation_json(evaluation):
         "dense_fraction",
         "cosine",
         "norm_ratio",
-        "dead_fraction",
+        "never_active_fraction",
         "log10_density",
         "decoder_cosine_mean",
         "decoder_cosine_median",
         "decoder_cosine_over_0.9",
+        "description_bits",
         "masked_error",
         "loss_recovered",
         "loss_recovered_of_zero_ablation",
+        "untouched_error",
+        "mean_ablation_error",
+        "zero_ablation_error",
+        "loss_recovered_interval",
+        "event_summary",
         "events",
     ]
     assert list(record["pca"][0]) == [
         "k",
         "fvu",
         "explained_variance",
+        "description_bits",
         "masked_error",
         "loss_recovered",
         "loss_recovered_of_zero_ablation",
+        "untouched_error",
+        "mean_ablation_error",
+        "zero_ablation_error",
+        "loss_recovered_interval",
+        "event_summary",
+        "events",
     ]
     score = next(iter(record["members"][0]["events"].values()))
-    assert list(score) == ["feature", "auc", "val_auc", "best_five", "probe_auc", "token_auc"]
+    assert list(score) == [field.name for field in fields(EventScore)]
+    baseline = next(iter(record["baselines"].values()))
+    assert list(baseline) == ["raw_auc", "pca_auc", "raw", "pca"]
+    assert baseline["raw"].keys() == baseline["pca"].keys() == score.keys()
 
 
 def test_summary(evaluation):
     text = evaluation.summary()
-    assert "agreement" not in text.splitlines()[0]
+    assert "stability" not in text.splitlines()[0]
     assert text.splitlines()[3].startswith("pca,k=4 ")
     assert f"recommended: {evaluation.recommended}" in text
-    assert "raw dimension" in text
+    assert "raw dimensions" in text
+    assert f"reason: {evaluation.recommendation.reason}" in text
+    for member in evaluation.members:
+        low, high = member.loss.interval
+        assert f"{member.loss.loss_recovered:.1%} [{low:.1%}, {high:.1%}]" in text
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +212,7 @@ def test_members_of_several_kinds(trained, settings, mixed_run):
     assert list(rows["topk"])[:8] == ["member", *SYMBOLS]
     assert float(rows["topk"]["k"]) == float(rows["pca,k=8"]["k"]) == 8
     assert rows["lambda=1"]["k"] == rows["topk"]["target_l0"] == ""
-    # Agreement against its definition: 30 of 40 rows of the decoder are equal.
+    # Stability against its definition: 30 of 40 rows of the decoder are equal.
     dataset = trained.dataset("test")
     x = dataset.read(0, len(dataset.recording)).reshape(-1, 128)
     saes = [load_sae(mixed_run / "members" / name) for name in ("topk", "topk,seed=1")]
@@ -203,16 +227,72 @@ def test_members_of_several_kinds(trained, settings, mixed_run):
     for member, live in zip(("topk", "topk,seed=1"), is_live, strict=True):
         share = n_reappearing / live.sum()
         assert 0.5 < share < 1
-        assert float(rows[member]["agreement"]) == pytest.approx(share)
-    assert rows["batchtopk"]["agreement"] == ""
-    assert "agreement" in evaluation.summary().splitlines()[0]
+        assert float(rows[member]["stability"]) == pytest.approx(share)
+    assert rows["batchtopk"]["stability"] == ""
+    assert "stability" in evaluation.summary().splitlines()[0]
 
 
-def test_one_member_is_recommended_as_asked_for(trained, settings):
+def test_one_member_leaves_the_others_in_the_evaluation(trained, settings, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    settings = replace(settings, run=str(run))
     only = evaluate(replace(settings, member="lambda=1"), trained.encoder)
     assert [m.member for m in only.members] == ["lambda=1"]
-    assert only.recommended == "lambda=1"
-    assert "rule: the member set by --member" in only.summary()
+    complete = evaluate(settings, trained.encoder)
+    before = (run / "evaluation.json").read_text()
+    again = evaluate(replace(settings, member="lambda=1"), trained.encoder)
+    assert [m.member for m in again.members] == ["lambda=0.1", "lambda=1"]
+    assert again.selected == "lambda=1"
+    assert again.recommended == complete.recommended == complete.selected
+    assert (run / "evaluation.json").read_text() == before
+
+
+def test_saved_measures_are_used_until_something_changes(trained, settings, tmp_path, monkeypatch):
+    """Counts the members that are measured again, by part."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    recordings = tmp_path / "recordings"
+    shutil.copytree(trained.recordings, recordings)
+    settings = replace(settings, run=str(run), root_path=str(recordings))
+    evaluate(settings, trained.encoder)
+    first = (run / "evaluation.json").read_text()
+    written = []
+    save_part = saved.save_part
+
+    def count(run, name, part, key, arrays):
+        written.append((name, part))
+        save_part(run, name, part, key, arrays)
+
+    monkeypatch.setattr(saved, "save_part", count)
+    evaluate(settings, trained.encoder)
+    assert written == []
+    assert (run / "evaluation.json").read_text() == first
+    evaluate(replace(settings, substitution_windows=3), trained.encoder)
+    assert {part for _, part in written} == {"loss"}
+    assert {"lambda=0.1", "lambda=1", "pca,k=4"} <= {name for name, _ in written}
+    written.clear()
+    # A retrained member: its parts alone.
+    member = run / "members/lambda=1"
+    sae = load_sae(member)
+    save_member(member, sae.params | {"b_dec": sae.params["b_dec"] + 1}, sae.config)
+    evaluate(replace(settings, substitution_windows=3), trained.encoder)
+    assert set(written) == {("lambda=1", part) for part in ("tokens", "loss", "features")}
+    written.clear()
+    # New labels: the events of all, and no loss.
+    with (recordings / "events.csv").open("a") as file:
+        file.write(f"{next(recordings.glob('*.npy')).name},alpha,10,90,O1\n")
+    (run / "evaluation/lambda=1.tokens.npz").write_bytes(b"damaged")
+    evaluate(replace(settings, substitution_windows=3), trained.encoder)
+    assert {part for name, part in written if name == "lambda=1"} == {"tokens", "features"}
+    assert {part for name, part in written if name != "lambda=1"} == {"features"}
+
+
+def test_evaluation_on_training_patients_warns(trained, settings, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    with pytest.warns(UserWarning, match="contains the patients that the members were trained on"):
+        evaluate(replace(settings, run=str(run), store=str(trained.stores)), trained.encoder)
 
 
 def test_each_input_is_opened_once(trained, settings, monkeypatch):
@@ -228,27 +308,7 @@ def test_each_input_is_opened_once(trained, settings, monkeypatch):
     for name in ("load_sae", "open_dataset", "load_run_config"):
         monkeypatch.setattr(inputs, name, counting(getattr(inputs, name)))
     evaluate(replace(settings, member="lambda=1"), trained.encoder)
-    assert len(opened) == len(set(opened)) == 4  # one member, two stores, config.yaml
-
-
-def test_recommendation_follows_the_rule(evaluation):
-    def member(name, l0, quality, status="finished", has_loss=True):
-        template = evaluation.members[0]
-        tokens = replace(template.tokens, l0=float(l0), explained_variance=quality)
-        loss = LossRecovered(0.0, quality, quality) if has_loss else None
-        return replace(template, member=name, tokens=tokens, loss=loss, status=status)
-
-    a = member("a", 90, 0.99)
-    b = member("b", 50, 0.96)
-    c = member("c", 20, 0.94)
-    d = member("d", 10, 0.97)
-    assert recommend([a, b, c, d]) == "d"
-    assert recommend([a, b, c, replace(d, status="diverged")]) == "b"
-    assert recommend([replace(d, status="diverged")]) == "d"
-    assert recommend([c]) == "c"
-    assert recommend([member("e", 5, 0.2), member("f", 50, 0.5)]) == "f"
-    without_loss = [replace(m, loss=None) for m in (a, b, c)]
-    assert recommend(without_loss) == "c"
+    assert len(opened) == len(set(opened)) == 5  # two members, two stores, config.yaml
 
 
 def test_inputs_that_do_not_belong_together_are_errors(trained, settings, tmp_path):
@@ -290,7 +350,7 @@ def test_without_events_there_are_no_scores(trained, settings, monkeypatch):
     evaluation = evaluate(replace(settings, member="lambda=1"), trained.encoder)
     assert evaluation.baselines == {}
     assert "events" not in evaluation.members[0].to_record()
-    assert "raw dimension" not in evaluation.summary()
+    assert "raw dimensions" not in evaluation.summary()
 
 
 @pytest.mark.parametrize(

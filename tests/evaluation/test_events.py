@@ -11,17 +11,14 @@ from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.evaluation.events import (
     LabelledEvent,
     Span,
-    SpanActivations,
     auc,
     covered_tokens,
     draw_spans,
+    event_share,
     fit_probe,
-    gather,
-    max_per_span,
-    principal_components,
+    max_over_spans,
     read_events,
-    score_kind,
-    token_auc,
+    span_groups,
     tokens_of,
 )
 
@@ -83,49 +80,29 @@ def test_probe_finds_a_direction_that_no_column_shows_alone():
     assert auc(probe(x[200:])[:, None], is_event[200:])[0] > 0.98
 
 
-def test_planted_feature_is_chosen(trained):
-    """Dimension 3 of the activations is 9 higher on one token of each spike."""
-    events = read_events(trained.recordings)["spike"]
-    rng = np.random.default_rng(2)
-
-    def plant(dataset):
-        gathered = gather(dataset, draw_spans(dataset, events, 0))
-        noise = [rng.normal(size=(len(x), 8)).astype(np.float32) for x in gathered.activations]
-        for span, x in zip(gathered.spans, noise, strict=True):
-            x[0, 3] += 9 * span.is_event
-        return SpanActivations(gathered.spans, noise)
-
-    val = plant(trained.dataset("val"))
-    test = plant(trained.dataset("test"))
-    score = score_kind(val, test, lambda x: np.maximum(x, 0))
-    assert score.feature == score.best_five[0] == 3
-    assert score.auc == pytest.approx(1, abs=0.01)
-    assert score.probe_auc > 0.95
-    assert score_kind(val, test, principal_components(val.activations)).auc > 0.8
-
-
-def test_max_per_span():
+def test_maxima_of_groups_of_spans():
     rng = np.random.default_rng(3)
-    activations = [rng.normal(size=(n, 4)).astype(np.float32) for n in (5000, 1, 4000, 17, 9000, 2)]
-    expected = [x.max(0) for x in activations]
-    np.testing.assert_array_equal(max_per_span(activations, lambda x: x), expected)
+    lengths = (5000, 1, 4000, 17, 9000, 2)
+    activations = [rng.normal(size=(n, 4)).astype(np.float32) for n in lengths]
+    groups = [group.tolist() for group in span_groups(activations)]
+    assert groups == [[0, 1], [2, 3], [4], [5]]
+    for group in groups:
+        x = np.concatenate([activations[i] for i in group])
+        maxima = max_over_spans(x, np.array([lengths[i] for i in group]))
+        np.testing.assert_array_equal(maxima, [activations[i].max(0) for i in group])
 
 
 def test_patches_that_an_event_covers_for_half(trained):
     dataset = trained.dataset("test")
-    sae = trained.sae()
     cz = CHANNELS.index("CZ")
     covered = covered_tokens(dataset, [LabelledEvent(dataset.recordings[0], 140, 260, (cz,))])
     sequence, patch = np.nonzero(covered)
     assert dataset.channel[sequence].tolist() == [cz] * 2
     assert patch.tolist() == [1, 2]  # 60 of 100 samples each
-    feature = int(np.argmax(np.asarray(sae.encode(dataset.read(0, 50))).mean((0, 1))))
-    values = np.asarray(sae.encode(dataset.read(0, len(dataset.recording))))[:, 1:, feature]
-    expected = auc(values.reshape(-1, 1).astype(np.float64), covered.reshape(-1))[0]
-    nowhere = np.zeros_like(covered)
-    aucs = token_auc(dataset, [nowhere, covered], sae, [feature, feature])
-    assert aucs == [None, pytest.approx(expected, abs=1e-4)]
-    assert token_auc(dataset, [], sae, []) == []
+    share = event_share(dataset, [LabelledEvent(dataset.recordings[0], 140, 260, (cz,))])
+    assert share[share > 0].tolist() == pytest.approx([0.6, 0.6])
+    share = event_share(dataset, [LabelledEvent(dataset.recordings[0], 190, 310, (cz,))])
+    assert share[share > 0].tolist() == pytest.approx([0.1, 1, 0.1])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,12 @@ from minsae_jax import SparseAutoencoder
 from minsae_jax.encoder.patchtst.masked_error import masked_errors
 from minsae_jax.encoder.patchtst.model import patches
 from minsae_jax.encoder.patchtst.pure import bind
-from minsae_jax.evaluation.loss_recovered import loss_recovered, substitution_errors
+from minsae_jax.evaluation.loss_recovered import (
+    SubstitutionErrors,
+    loss_recovered,
+    substitution_errors,
+    summarise,
+)
 from minsae_jax.parallel.mesh import make_mesh
 from tests.conftest import FIXTURES
 
@@ -46,6 +51,25 @@ def test_loss_recovered_is_1_for_identity_and_0_for_ablation(trained, layer):
     assert loss_recovered(by_mean, errors.members[1], untouched) == 0
     assert loss_recovered(by_mean, errors.members[0], untouched) == pytest.approx(1, abs=1e-3)
     assert untouched < by_mean
+
+
+def test_interval_is_over_windows():
+    """Mean-ablation adds 1 to the error of each window; so does the SAE on one in four."""
+    untouched = np.linspace(1, 2, 40)
+    lost = np.arange(40) % 4 == 0
+    errors = SubstitutionErrors(
+        np.stack([untouched, untouched + 1, untouched + 2, untouched + lost])
+    )
+    result = summarise(errors, seed=0)
+    assert result.loss_recovered == pytest.approx(0.75)
+    assert result.untouched_error == pytest.approx(1.5)
+    assert result.mean_ablation_error == pytest.approx(2.5)
+    assert result.zero_ablation_error == pytest.approx(3.5)
+    # The mean of 40 draws of a variable that is 1 with probability 1/4.
+    half_width = 1.96 * np.sqrt(0.25 * 0.75 / 40)
+    assert result.interval.low == pytest.approx(0.75 - half_width, abs=0.03)
+    assert result.interval.high == pytest.approx(0.75 + half_width, abs=0.03)
+    assert errors.of_member(0).members == errors.members
 
 
 @pytest.mark.parametrize(

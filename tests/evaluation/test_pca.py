@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minsae_jax.evaluation.loss_recovered import substitution_errors
-from minsae_jax.evaluation.pca import fit_pca, pca_autoencoder
+from minsae_jax.evaluation.pca import fit_pca, pca_autoencoder, raw_autoencoder
 
 
 @pytest.fixture
@@ -48,3 +48,13 @@ def test_all_components_lose_nothing(trained):
     sae = pca_autoencoder(fit_pca([x]), 128)
     errors = substitution_errors(trained.encoder, dataset, 2, [sae], x.mean(0), 4, 0.3)
     assert errors.members[0] == pytest.approx(errors.untouched, rel=1e-4)
+
+
+def test_raw_dimensions_lose_nothing(tokens):
+    mean = tokens.mean(0)
+    sae = raw_autoencoder(mean)
+    features = np.asarray(sae.encode(tokens))
+    centred = tokens - mean
+    np.testing.assert_allclose(features[:, :12], np.maximum(centred, 0), atol=1e-5)
+    np.testing.assert_allclose(features[:, 12:], np.maximum(-centred, 0), atol=1e-5)
+    np.testing.assert_allclose(sae(tokens), tokens, atol=1e-5)

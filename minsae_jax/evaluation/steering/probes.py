@@ -6,7 +6,7 @@ these means, fitted on the val patients with untouched activations. On the test 
 reads steered activations, so that it is downstream of every layer that is steered.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from scipy.sparse import csr_array
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.events import (
     LabelledEvent,
+    LinearProbe,
     auc,
     draw_spans,
     fit_probe,
@@ -92,7 +93,7 @@ class Probe:
     # Of the kind in LabelledSpans
     number: int
     # From the last layer's means to logits
-    logits: Callable[[np.ndarray], np.ndarray]
+    logits: LinearProbe
     # AUC of each feature on the val patients, by its largest activation within a span
     val_aucs: dict[int, float]
 

@@ -1,0 +1,112 @@
+"""Bootstrap intervals over recordings, and ranking measures of weighted scores.
+
+Spans of one recording are not independent, so whole recordings are resampled (a cluster bootstrap;
+Field & Welsh 2007). A resample is a weight for each recording: how often it was drawn. All measures
+of a resample use the same weights, so that differences and means of measures have intervals too.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+RESAMPLES = 1000
+COVERAGE = 95  # % of the resamples inside an interval
+MIN_PRECISION = 0.9  # of recall_at_precision
+
+
+class Interval(NamedTuple):
+    """A 95 % percentile interval."""
+
+    low: float
+    high: float
+
+
+def draw_weights(
+    n_units: int, seed: int, resamples: int = RESAMPLES
+) -> Float[np.ndarray, "resamples n_units"]:
+    """Return for each resample how often each recording, or other unit, is drawn."""
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=resamples)
+    return counts.astype(np.float64)
+
+
+def interval(replicates: Float[np.ndarray, " resamples"]) -> Interval | None:
+    """Return the percentile interval of a measure's values in all resamples.
+
+    Resamples in which the measure is undefined (NaN) are left out. None if nothing varies, as with
+    a single recording: then there is no interval to speak of.
+    """
+    defined = replicates[np.isfinite(replicates)]
+    if len(defined) == 0 or np.ptp(defined) == 0:
+        return None
+    outside = (100 - COVERAGE) / 2
+    low, high = np.percentile(defined, [outside, 100 - outside])
+    return Interval(float(low), float(high))
+
+
+class RankedSpans(NamedTuple):
+    """Weights of events and others, summed over equal scores, by increasing score."""
+
+    events: Float[np.ndarray, "resamples scores"]
+    others: Float[np.ndarray, "resamples scores"]
+
+
+def rank(
+    scores: Float[np.ndarray, " n"],
+    is_event: Bool[np.ndarray, " n"],
+    weights: Float[np.ndarray, "resamples n"],
+) -> RankedSpans:
+    """Return the weights by score, for `weighted_auc` and `weighted_recall`."""
+    order = np.argsort(scores, kind="stable")
+    _, first_of_equal = np.unique(scores[order], return_index=True)
+    sorted_weights = weights[:, order]
+    events = np.add.reduceat(sorted_weights * is_event[order], first_of_equal, axis=1)
+    others = np.add.reduceat(sorted_weights * ~is_event[order], first_of_equal, axis=1)
+    return RankedSpans(events, others)
+
+
+def weighted_auc(ranked: RankedSpans) -> Float[np.ndarray, " resamples"]:
+    """Return the area under the ROC curve of each resample; NaN without events or others.
+
+    It is the weight of the pairs (event, other) in which the event scores higher, where equal
+    scores count half, over that of all pairs.
+    """
+    below = np.cumsum(ranked.others, axis=1) - ranked.others
+    above = (ranked.events * (below + ranked.others / 2)).sum(axis=1)
+    pairs = ranked.events.sum(axis=1) * ranked.others.sum(axis=1)
+    return np.divide(above, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+
+
+def weighted_recall(ranked: RankedSpans) -> Float[np.ndarray, " resamples"]:
+    """Return the largest recall at a precision of at least 90 % of each resample.
+
+    It is 0 if no threshold is that precise, and NaN without events.
+    """
+    # By decreasing score: everything from a score on is detected.
+    detected = np.cumsum(ranked.events[:, ::-1], axis=1)
+    false = np.cumsum(ranked.others[:, ::-1], axis=1)
+    is_precise = detected >= MIN_PRECISION * (detected + false)
+    most = (detected * is_precise).max(axis=1)
+    n_events = ranked.events.sum(axis=1)
+    return np.divide(most, n_events, out=np.full(len(most), np.nan), where=n_events > 0)
+
+
+def recall_at_precision(
+    scores: Float[np.ndarray, "n features"], is_event: Bool[np.ndarray, " n"]
+) -> Float[np.ndarray, " features"]:
+    """Return for each column the largest recall at a precision of at least 90 %, 0 if none is.
+
+    >>> scores = np.array([[4.0], [3.0], [2.0], [1.0]])
+    >>> recall_at_precision(scores, np.array([True, False, True, True])).tolist()
+    [0.3333333333333333]
+    """
+    order = np.argsort(-scores, axis=0, kind="stable")
+    ordered = np.take_along_axis(scores, order, axis=0)
+    detected = np.cumsum(is_event[order], axis=0)
+    n_above = np.arange(1, len(scores) + 1)[:, None]
+    # A threshold cannot lie between equal scores.
+    is_threshold = np.ones(scores.shape, bool)
+    is_threshold[:-1] = ordered[:-1] > ordered[1:]
+    is_precise = is_threshold & (detected >= MIN_PRECISION * n_above)
+    return (detected * is_precise).max(axis=0) / is_event.sum()

@@ -1,0 +1,205 @@
+"""Measures of every feature of the members of a run: description length and events."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from minsae_jax.evaluation.bootstrap import Interval, draw_weights
+from minsae_jax.evaluation.config import EvaluateConfig
+from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.description_length import description_length
+from minsae_jax.evaluation.event_measures import (
+    EventKind,
+    EventScore,
+    SpanMeasures,
+    make_kind,
+    measure_spans,
+)
+from minsae_jax.evaluation.events import draw_spans, event_share, gather, read_events
+from minsae_jax.evaluation.inputs import EvaluationInputs, Member
+from minsae_jax.evaluation.results import (
+    EventEvaluation,
+    EventSummary,
+    FeatureEvents,
+    summarise_events,
+)
+from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
+from minsae_jax.evaluation.token_measures import TokenResult
+from minsae_jax.evaluation.token_pass import FeatureTokens, read_features, token_aucs
+from minsae_jax.monitor import progress
+from minsae_jax.settings import JsonObject
+
+
+class FeatureResult(NamedTuple):
+    """One autoencoder's description length, and its features against events if there are any."""
+
+    description_bits: float
+    # Mean over all tokens of f_i ‖W_dec,i‖
+    contribution: Float[np.ndarray, " d_sae"]
+    events: EventEvaluation | None
+
+    def to_arrays(self) -> Arrays:
+        arrays = {
+            "description_bits": np.array(self.description_bits),
+            "contribution": self.contribution,
+        }
+        if self.events is None:
+            return arrays
+        scores = {kind: asdict(score) for kind, score in self.events.scores.items()}
+        record = {"scores": scores, "summary": asdict(self.events.summary)}
+        return arrays | {"record": np.array(json.dumps(record))} | vars(self.events.features)
+
+
+def _feature_result(saved: Arrays) -> FeatureResult:
+    bits = float(saved["description_bits"])
+    if "record" not in saved:
+        return FeatureResult(bits, saved["contribution"], None)
+    record = json.loads(str(saved["record"]))
+    scores = {kind: _score(score) for kind, score in record["scores"].items()}
+    summary = EventSummary(**_with_intervals(record["summary"]))
+    features = FeatureEvents(
+        kinds=tuple(scores),
+        val_auc=saved["val_auc"],
+        auc=saved["auc"],
+        recall=saved["recall"],
+        precision=saved["precision"],
+        examples=saved["examples"],
+        base_rate=saved["base_rate"],
+    )
+    events = EventEvaluation(scores, summary, features)
+    return FeatureResult(bits, saved["contribution"], events)
+
+
+def _score(record: JsonObject) -> EventScore:
+    record = _with_intervals(record)
+    for name in ("ties", "ties_auc", "best_five"):
+        record[name] = tuple(record[name])
+    return EventScore(**record)
+
+
+def _with_intervals(record: JsonObject) -> JsonObject:
+    """Return a record whose intervals are not lists any more."""
+    restored = dict(record)
+    for name, value in record.items():
+        if name.endswith("_interval") and value is not None:
+            restored[name] = Interval(*value)
+    return restored
+
+
+def measure_features(
+    settings: EvaluateConfig,
+    inputs: EvaluationInputs,
+    members: Sequence[Member],
+    keys: Mapping[str, Keys],
+    tokens: Mapping[str, TokenResult],
+) -> dict[str, FeatureResult]:
+    """Return the measures of all members, by name; what is saved is not measured again."""
+    variance = next(iter(tokens.values())).variance
+    return saved_or_measured(
+        inputs.run,
+        "features",
+        members,
+        keys,
+        lambda missing: _score_features(settings, inputs, missing, variance),
+        FeatureResult.to_arrays,
+        _feature_result,
+    )
+
+
+def _score_features(
+    settings: EvaluateConfig,
+    inputs: EvaluationInputs,
+    members: Sequence[Member],
+    variance: float,
+) -> dict[str, FeatureResult]:
+    """Score the features of all members: on the spans of events, then over all test tokens."""
+    test = inputs.test
+    kinds = _event_kinds(settings, inputs)
+    test_weights = draw_weights(len(test.recordings), settings.seed)
+    spans: dict[str, SpanMeasures] = {}
+    if kinds:
+        assert inputs.val is not None  # events require it
+        val_weights = draw_weights(len(inputs.val.recordings), settings.seed)
+        with progress("score events", len(members), "members", delay=2.0) as bar:
+            for member in members:
+                spans[member.name] = measure_spans(member.sae, kinds, val_weights, test_weights)
+                bar.advance(1)
+    chosen: dict[str, list[int]] = {member.name: [] for member in members}
+    for name, measures in spans.items():
+        chosen[name] = [score.feature for score in measures.scores]
+    read = read_features(test, {member.name: member.sae for member in members}, chosen)
+    results = {}
+    for name, features in read.items():
+        events = None
+        if kinds:
+            events = _score_tokens(test, kinds, spans[name], features, test_weights)
+        bits = description_length(
+            features.active,
+            features.mean,
+            features.mean_square,
+            test.store.total_tokens,
+            variance,
+        )
+        contribution = features.mean * features.active / test.store.total_tokens
+        results[name] = FeatureResult(bits, contribution, events)
+    return results
+
+
+def _event_kinds(settings: EvaluateConfig, inputs: EvaluationInputs) -> list[EventKind]:
+    """Return the kinds of events with spans of both sorts in val and test, by name."""
+    test = inputs.test
+    val = inputs.val
+    if val is None or not inputs.has_events:
+        return []
+    kinds = []
+    for name, events in sorted(read_events(test.folder).items()):
+        # Features are chosen on val patients and scored on test patients, so that the best of
+        # many features does not win by chance.
+        val_spans = gather(val, draw_spans(val, events, settings.seed))
+        test_spans = gather(test, draw_spans(test, events, settings.seed))
+        if val_spans.has_both and test_spans.has_both:
+            kinds.append(make_kind(name, val_spans, test_spans, event_share(test, events)))
+    return kinds
+
+
+def _score_tokens(
+    test: Dataset,
+    kinds: Sequence[EventKind],
+    spans: SpanMeasures,
+    features: FeatureTokens,
+    weights: Float[np.ndarray, "resamples recordings"],
+) -> EventEvaluation:
+    """Return the scores on spans with those over tokens."""
+    precision = np.stack([features.precision(kind.touched) for kind in kinds])
+    base_rate = np.array([kind.base_rate for kind in kinds])
+    of_features = FeatureEvents(
+        kinds=tuple(kind.name for kind in kinds),
+        val_auc=spans.val_auc,
+        auc=spans.auc,
+        recall=spans.recall,
+        precision=precision,
+        examples=features.examples,
+        base_rate=base_rate,
+    )
+    n_pure = of_features.is_pure.sum(axis=1)
+    aucs = token_aucs(features.chosen, [kind.covered for kind in kinds])
+    scores = {}
+    for i, (kind, score) in enumerate(zip(kinds, spans.scores, strict=True)):
+        best = score.feature
+        is_active = features.examples[best] > 0
+        scores[kind.name] = replace(
+            score,
+            token_auc=aucs[i],
+            token_base_rate=kind.base_rate,
+            precision=float(precision[i, best]) if is_active else None,
+            precision_interval=features.precision_interval(
+                best, kind.touched, test.recording, weights
+            ),
+            examples=int(features.examples[best]),
+            pure_features=int(n_pure[i]),
+        )
+    return EventEvaluation(scores, summarise_events(scores, spans, of_features), of_features)

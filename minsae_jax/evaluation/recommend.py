@@ -1,0 +1,142 @@
+"""The recommended member: a stated rule, its result with the reason, and warnings."""
+
+from collections.abc import Mapping, Sequence
+
+from minsae_jax.evaluation.results import MemberEvaluation, PCAEvaluation, Recommendation
+
+MIN_RECOVERED = 0.95
+MIN_EXPLAINED = 0.85
+SAME_LENGTH = 1.05  # description lengths up to 5 % longer than the shortest count as equal
+MAX_RUNNERS_UP = 3
+# Limits of the warnings
+MANY_TWINS = 0.1
+MANY_INACTIVE = 0.2
+DENSE = 0.5  # L0 as a share of d_model
+RULE = (
+    f"of the members that recover {MIN_RECOVERED:.0%} of the loss (the interval reaches it; "
+    f"without a pretrain head: explain {MIN_EXPLAINED:.0%} of the variance) and that PCA does not "
+    "dominate, the one with the shortest description; of those up to 5 % longer, the one whose "
+    "features are most stable over seeds, then the one with most pure features"
+)
+
+
+def recommend(
+    members: Sequence[MemberEvaluation], pca: Sequence[PCAEvaluation], d_model: int
+) -> Recommendation:
+    """Return the member that RULE chooses; a diverged one only if all diverged."""
+    warnings = {}
+    for member in members:
+        of_member = member_warnings(member, pca, d_model)
+        if of_member:
+            warnings[member.member] = of_member
+    candidates = [m for m in members if m.status != "diverged"] or list(members)
+    sufficient = [m for m in candidates if _is_sufficient(m)]
+    if not sufficient:
+        ordered = sorted(candidates, key=_quality, reverse=True)
+        reason = f"no member reaches {_threshold(ordered[0])}; {_describe(ordered[0])} is closest"
+        return _recommendation(ordered, reason, warnings)
+    better = [m for m in sufficient if dominating(m, pca) is None]
+    eligible = better or sufficient
+    by_length = sorted(eligible, key=lambda m: m.description_bits)
+    shortest = by_length[0].description_bits
+    equal = [m for m in by_length if m.description_bits <= SAME_LENGTH * shortest]
+    # Sorting keeps the order of equal keys: the shorter description.
+    equal.sort(key=lambda m: (-_stability(m), -_n_pure(m)))
+    ordered = [*equal, *by_length[len(equal) :]]
+    reason = _reason(ordered[0], len(equal), len(eligible), bool(better))
+    return _recommendation(ordered, reason, warnings)
+
+
+def _recommendation(
+    ordered: Sequence[MemberEvaluation], reason: str, warnings: Mapping[str, tuple[str, ...]]
+) -> Recommendation:
+    best = ordered[0]
+    runners_up = tuple(m.member for m in ordered[1 : 1 + MAX_RUNNERS_UP])
+    loss_interval = None if best.loss is None else best.loss.interval
+    return Recommendation(best.member, loss_interval, runners_up, reason, warnings)
+
+
+def _quality(member: MemberEvaluation) -> float:
+    if member.loss is None:
+        return member.tokens.explained_variance
+    return member.loss.loss_recovered
+
+
+def _threshold(member: MemberEvaluation) -> str:
+    if member.loss is None:
+        return f"{MIN_EXPLAINED:.0%} of explained variance"
+    return f"{MIN_RECOVERED:.0%} of loss recovered"
+
+
+def _is_sufficient(member: MemberEvaluation) -> bool:
+    if member.loss is None:
+        return member.tokens.explained_variance >= MIN_EXPLAINED
+    highest = member.loss.loss_recovered
+    if member.loss.interval is not None:
+        highest = member.loss.interval.high
+    return highest >= MIN_RECOVERED
+
+
+def _stability(member: MemberEvaluation) -> float:
+    return -1.0 if member.stability is None else member.stability.share
+
+
+def _n_pure(member: MemberEvaluation) -> int:
+    if member.event_summary is None:
+        return 0
+    return member.event_summary.pure_features
+
+
+def _describe(member: MemberEvaluation) -> str:
+    if member.loss is None:
+        return f"{member.member} ({member.tokens.explained_variance:.1%})"
+    text = f"{member.member} ({member.loss.loss_recovered:.1%}"
+    if member.loss.interval is not None:
+        text += f", interval {member.loss.interval.low:.1%} to {member.loss.interval.high:.1%}"
+    return f"{text})"
+
+
+def _reason(best: MemberEvaluation, n_equal: int, n_eligible: int, is_better: bool) -> str:
+    verb = "explain" if best.loss is None else "recover"
+    what = "variance" if best.loss is None else "loss"
+    share = MIN_EXPLAINED if best.loss is None else MIN_RECOVERED
+    dominated = "" if is_better else ", all of them dominated by PCA"
+    place = "the shortest description" if n_equal == 1 else "one of the shortest descriptions"
+    reason = (
+        f"{_describe(best)} has {place}, {best.description_bits:.0f} bits per token (L0 "
+        f"{best.tokens.l0:.1f}), of the {n_eligible} that {verb} {share:.0%} of the "
+        f"{what}{dominated}"
+    )
+    if n_equal == 1:
+        return reason
+    choice = "its features are the most stable, or else it has most pure ones"
+    return f"{reason}; of {n_equal} within 5 %, {choice}"
+
+
+def dominating(member: MemberEvaluation, pca: Sequence[PCAEvaluation]) -> PCAEvaluation | None:
+    """Return the first PCA that has no more components than active features and no larger FVU."""
+    for components in pca:
+        if components.k <= round(member.tokens.l0) and components.fvu <= member.tokens.fvu:
+            return components
+    return None
+
+
+def member_warnings(
+    member: MemberEvaluation, pca: Sequence[PCAEvaluation], d_model: int
+) -> tuple[str, ...]:
+    """Return what speaks against a member, in plain words."""
+    warnings = []
+    tokens = member.tokens
+    better = dominating(member, pca)
+    if member.status == "diverged":
+        warnings.append("training diverged")
+    if better is not None:
+        warnings.append(f"{better.k} principal components explain more variance")
+    if member.decoder.over_0_9 > MANY_TWINS:
+        share = f"{member.decoder.over_0_9:.0%}"
+        warnings.append(f"{share} of the features have a twin (decoder cosine above 0.9)")
+    if tokens.l0 > DENSE * d_model:
+        warnings.append(f"L0 {tokens.l0:.0f} is close to the {d_model} dimensions")
+    if tokens.never_active_fraction > MANY_INACTIVE:
+        warnings.append(f"{tokens.never_active_fraction:.0%} of the features are never active")
+    return tuple(warnings)

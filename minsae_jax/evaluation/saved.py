@@ -1,0 +1,86 @@
+"""Saved measures: what an earlier evaluation of the run measured and still holds.
+
+Each part of a result is a file `evaluation/<name>.<part>.npz` in the run, with a key: the checksum
+of everything that the part depends on. A part with another key is measured again, so that new
+labels, another encoder or a retrained member never meet old numbers.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from minsae_jax.evaluation.inputs import Member
+from minsae_jax.files import atomic_write
+
+FOLDER = "evaluation"
+# Raise it when a measure changes, so that results of earlier versions are not used.
+MEASURES_VERSION = 1
+Arrays = Mapping[str, np.ndarray]
+T = TypeVar("T")
+
+
+class Keys(NamedTuple):
+    """Name of an autoencoder, and the checksums of what its measures depend on."""
+
+    name: str
+    tokens: str
+    loss: str
+    features: str
+
+
+def make_key(*parts: object) -> str:
+    """Return the checksum of values that JSON can represent."""
+    content = json.dumps([MEASURES_VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def load_part(run: Path, name: str, part: str, key: str) -> Arrays | None:
+    """Return the saved arrays, or None if there are none with this key, or they are damaged."""
+    path = run / FOLDER / f"{name}.{part}.npz"
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            if str(content["key"]) != key:
+                return None
+            return {array: content[array] for array in content.files}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def save_part(run: Path, name: str, part: str, key: str, arrays: Arrays) -> None:
+    """Write arrays with their key, over those of another key."""
+    path = run / FOLDER / f"{name}.{part}.npz"
+    path.parent.mkdir(exist_ok=True)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, key=np.array(key), **arrays)
+
+
+def saved_or_measured(
+    run: Path,
+    part: str,
+    members: Sequence[Member],
+    keys: Mapping[str, Keys],
+    measure_missing: Callable[[list[Member]], Mapping[str, T]],
+    to_arrays: Callable[[T], Arrays],
+    from_arrays: Callable[[Arrays], T],
+) -> dict[str, T]:
+    """Return a part of the results of all members; what is not saved is measured and saved."""
+    results = {}
+    missing = []
+    for member in members:
+        saved = load_part(run, member.name, part, getattr(keys[member.name], part))
+        if saved is None:
+            missing.append(member)
+        else:
+            results[member.name] = from_arrays(saved)
+    if missing:
+        for name, result in measure_missing(missing).items():
+            save_part(run, name, part, getattr(keys[name], part), to_arrays(result))
+            results[name] = result
+    return {member.name: results[member.name] for member in members}

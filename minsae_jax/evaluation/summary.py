@@ -1,0 +1,191 @@
+"""The table for the terminal, and evaluation.json, evaluation.csv and evaluation.png."""
+
+import csv
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from minsae_jax.evaluation.bootstrap import Interval
+from minsae_jax.evaluation.figure import draw_evaluation
+from minsae_jax.files import atomic_write
+from minsae_jax.monitor import table
+from minsae_jax.sae.hyper import SYMBOLS
+from minsae_jax.settings import JsonObject
+
+if TYPE_CHECKING:  # results.py imports this module
+    from minsae_jax.evaluation.event_measures import EventScore
+    from minsae_jax.evaluation.results import (
+        Evaluation,
+        EventSummary,
+        LossRecovered,
+        MemberEvaluation,
+        PCAEvaluation,
+    )
+
+EVENTS_NOTE = """\
+Means over the kinds of events, on test patients, with features chosen on val patients. AUC, recall
+(at 90 % precision) and 5-probe: a span with an event against one without. Token AUC and precision:
+single tokens, of which few are in an event. 5-probe: logistic regression on the best five features.
+x̂ probe: (AUC - 0.5) of a linear probe on the activations that is kept on x̂. TPP: by how much more
+the ablation of five features lowers the probe of their own kind than those of other kinds. pure:
+features whose strongest tokens nearly all touch one kind."""
+KINDS_NOTE = """\
+ties: other features whose AUC on val is inside the 95 % interval of the best feature's, and the
+range of the AUC of all of them on test. chance: the precision of random tokens."""
+
+
+STABILITY_NOTE = """\
+stability: share of the features that other seeds find again (weighted by their part in x̂)."""
+
+
+def summary(evaluation: "Evaluation") -> str:
+    """Return the members as a table, the events of the selected member, and the recommendation."""
+    recommendation = evaluation.recommendation
+    parts = [_members_table(evaluation)]
+    if any(member.stability is not None for member in evaluation.members):
+        parts.append(STABILITY_NOTE)
+    if evaluation.baselines:
+        title = f"{evaluation.selected} by kind of event:"
+        parts += [EVENTS_NOTE, f"{title}\n{_kinds_table(evaluation)}", KINDS_NOTE]
+    verdict = [f"recommended: {recommendation.member}", f"reason: {recommendation.reason}"]
+    if recommendation.runners_up:
+        verdict.append(f"runners-up: {'; '.join(recommendation.runners_up)}")
+    verdict.append(f"rule: {evaluation.rule}")
+    for member, warnings in recommendation.warnings.items():
+        verdict.append(f"warning: {member}: {'; '.join(warnings)}")
+    parts.append("\n".join(verdict))
+    return "\n\n".join(parts)
+
+
+def _members_table(evaluation: "Evaluation") -> str:
+    columns = ["member", "L0", "FVU", "bits", "never active"]
+    has_loss = evaluation.substitution is not None
+    if has_loss:
+        columns.append("loss recovered")
+    has_stability = any(member.stability is not None for member in evaluation.members)
+    if has_stability:
+        columns.append("stability")
+    n_measures = len(columns)
+    if evaluation.baselines:
+        columns += ["AUC", "recall", "5-probe", "x̂ probe", "TPP", "token AUC", "precision", "pure"]
+    rows = []
+    for member in evaluation.members:
+        row = [
+            member.member,
+            f"{member.tokens.l0:.1f}",
+            f"{member.tokens.fvu:.4f}",
+            f"{member.description_bits:.0f}",
+            f"{member.tokens.never_active_fraction:.1%}",
+        ]
+        if has_loss:
+            row.append(_loss_cell(member))
+        if has_stability:
+            row.append(_stability_cell(member))
+        rows.append(row + _event_cells(member.event_summary))
+    for pca in evaluation.pca:
+        row = [pca.name, f"{pca.k:.1f}", f"{pca.fvu:.4f}", f"{pca.description_bits:.0f}", ""]
+        if has_loss:
+            row.append(_loss_cell(pca))
+        row += [""] * (n_measures - len(row))
+        events = pca.event_evaluation
+        rows.append(row + _event_cells(None if events is None else events.summary))
+    baselines = {
+        "principal components": evaluation.pca_events,
+        "raw dimensions": evaluation.raw_events,
+    }
+    for name, events in baselines.items():
+        if events is not None:
+            rows.append([name, *[""] * (n_measures - 1), *_event_cells(events.summary)])
+    return table(columns, rows)
+
+
+def _loss_cell(evaluated: "MemberEvaluation | PCAEvaluation") -> str:
+    loss: LossRecovered | None = evaluated.loss
+    if loss is None:
+        return ""
+    return f"{loss.loss_recovered:.1%}{_range(loss.interval, '.1%')}"
+
+
+def _stability_cell(member: "MemberEvaluation") -> str:
+    stability = member.stability
+    if stability is None:
+        return ""
+    return f"{stability.share:.1%} ({stability.weighted_share:.0%})"
+
+
+def _range(limits: Interval | None, digits: str) -> str:
+    """Return an interval in brackets after its value, or nothing."""
+    if limits is None:
+        return ""
+    return f" [{limits.low:{digits}}, {limits.high:{digits}}]"
+
+
+def _event_cells(events: "EventSummary | None") -> list[str]:
+    if events is None:
+        return []
+    return [
+        f"{events.auc:.3f}{_range(events.auc_interval, '.3f')}",
+        f"{events.recall:.1%}",
+        f"{events.probe_auc:.3f}",
+        f"{events.probe_recovered:.1%}",
+        f"{events.tpp:.3f}",
+        f"{events.token_auc:.3f}",
+        f"{events.precision:.1%}",
+        str(events.pure_features),
+    ]
+
+
+def _kinds_table(evaluation: "Evaluation") -> str:
+    columns = ["event", "n", "features of", "feature", "AUC", "ties", "recall"]
+    columns += ["5-probe", "token AUC", "precision", "chance", "pure"]
+    scores = evaluation.find(evaluation.selected).events or {}
+    rows = []
+    for kind, score in scores.items():
+        baseline = evaluation.baselines[kind]
+        rows.append([kind, f"{score.test_events}", "SAE", *_score_cells(score)])
+        rows.append(["", "", "PCA", *_score_cells(baseline.pca)])
+        rows.append(["", "", "raw", *_score_cells(baseline.raw)])
+    return table(columns, rows)
+
+
+def _score_cells(score: "EventScore") -> list[str]:
+    ties = str(score.n_ties - 1)
+    if score.n_ties > 1:
+        low, high = score.ties_auc
+        ties += f" [{low:.3f}, {high:.3f}]"
+    return [
+        str(score.feature),
+        f"{score.auc:.3f}{_range(score.auc_interval, '.3f')}",
+        ties,
+        f"{score.recall:.1%}",
+        f"{score.probe_auc:.3f}",
+        "" if score.token_auc is None else f"{score.token_auc:.3f}",
+        "" if score.precision is None else f"{score.precision:.0%}",
+        "" if score.token_base_rate is None else f"{score.token_base_rate:.1%}",
+        str(score.pure_features),
+    ]
+
+
+def write_files(evaluation: "Evaluation") -> None:
+    """Write evaluation.json, evaluation.csv and evaluation.png into the run."""
+    run = evaluation.inputs.run
+    with atomic_write(run / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(evaluation.to_record(), indent=2) + "\n")
+    rows = [member.to_row() for member in evaluation.members]
+    rows += [components.to_row() for components in evaluation.pca]
+    with (
+        atomic_write(run / "evaluation.csv") as temporary,
+        temporary.open("w", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, _column_names(rows))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw_evaluation(run / "evaluation.png", evaluation)
+
+
+def _column_names(rows: Iterable[JsonObject]) -> list[str]:
+    """Return the names in any of the rows: member, hyper-parameters in their order, measures."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    hyper = [name for name in SYMBOLS if name in names]
+    measures = [name for name in names if name not in SYMBOLS and name != "member"]
+    return ["member", *hyper, *measures]

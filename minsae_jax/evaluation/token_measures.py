@@ -1,0 +1,150 @@
+"""Measures over all test tokens of the members of a run, from one pass over the store."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.inputs import EvaluationInputs, Member
+from minsae_jax.evaluation.results import DecoderCosines, DensityHistogram, TokenMeasures
+from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
+from minsae_jax.monitor import progress
+from minsae_jax.parallel.mesh import make_mesh, members_sharding
+from minsae_jax.sae.measures import Measures, measure
+from minsae_jax.sae.member import SparseAutoencoder
+
+BATCH_SEQUENCES = 64
+COSINE_ROWS = 1024  # decoder rows compared with all others at a time
+DENSITY_EDGES = np.arange(-7, 0.51, 0.5)  # log10
+
+
+class TokenResult(NamedTuple):
+    """Measures of one autoencoder over all test tokens, in one pass over the store."""
+
+    measures: TokenMeasures
+    # Share of tokens with each feature active
+    density: Float[np.ndarray, " d_sae"]
+    # Mean and summed variance of the activations themselves
+    mean: Float[np.ndarray, " d_model"]
+    variance: float
+
+    def to_arrays(self) -> Arrays:
+        record = json.dumps(asdict(self.measures))
+        return self._asdict() | {"measures": np.array(record)}
+
+
+def _token_result(saved: Arrays) -> TokenResult:
+    record = json.loads(str(saved["measures"]))
+    histogram = DensityHistogram(**record.pop("log10_density"))
+    measures = TokenMeasures(**record, log10_density=histogram)
+    return TokenResult(measures, saved["density"], saved["mean"], float(saved["variance"]))
+
+
+def measure_tokens(
+    inputs: EvaluationInputs, members: Sequence[Member], keys: Mapping[str, Keys]
+) -> dict[str, TokenResult]:
+    """Return the measures of all members, by name; what is saved is not measured again."""
+    return saved_or_measured(
+        inputs.run,
+        "tokens",
+        members,
+        keys,
+        lambda missing: _pass_over_tokens(inputs.test, missing),
+        TokenResult.to_arrays,
+        _token_result,
+    )
+
+
+def _pass_over_tokens(test: Dataset, members: Sequence[Member]) -> dict[str, TokenResult]:
+    """Measure all members in one pass over the store."""
+    groups = _group_by_shape(members)
+    # The parameters of each group are stacked along a member axis, which lies along the mesh's
+    # `sweep` axis, so that one pass over the store measures all members.
+    params = []
+    for group in groups:
+        leaves = [member.sae.params for member in group]
+        params.append(jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves))
+    kinds = [group[0].sae.kind for group in groups]
+    mesh = make_mesh(*map(len, groups))
+    params = jax.device_put(params, members_sharding(mesh))
+    totals = np.zeros((2, test.store.d_model))
+    batches = _test_batches(test, totals)
+    results = {}
+    measured = measure(mesh, kinds, params, batches)
+    mean, mean_square = totals / test.store.total_tokens
+    variance = float((mean_square - mean**2).sum())
+    for group, measures in zip(groups, measured, strict=True):
+        for i, member in enumerate(group):
+            results[member.name] = TokenResult(
+                _token_measures(measures, i),
+                measures.density[i],
+                mean.astype(np.float32),
+                variance,
+            )
+    return results
+
+
+def _group_by_shape(members: Sequence[Member]) -> list[list[Member]]:
+    """Return members of equal kind and size together, since their parameters are stacked."""
+    groups: dict[tuple[int, str], list[Member]] = {}
+    for member in members:
+        key = (member.sae.d_sae, member.sae.config.get("kind", "relu"))
+        groups.setdefault(key, []).append(member)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _test_batches(
+    test: Dataset,
+    totals: Float[np.ndarray, "2 d_model"],
+) -> Iterator[Float[np.ndarray, "tokens d_model"]]:
+    """Yield all tokens of the test store, adding each and its square to `totals`."""
+    n_sequences = len(test.recording)
+    with progress("measure", n_sequences, "sequences", delay=2.0) as bar:
+        for start in range(0, n_sequences, BATCH_SEQUENCES):
+            x = test.read(start, min(start + BATCH_SEQUENCES, n_sequences))
+            bar.advance(len(x))
+            tokens = x.reshape(-1, x.shape[-1])
+            totals[0] += tokens.sum(0, dtype=np.float64)
+            totals[1] += np.square(tokens).sum(0, dtype=np.float64)
+            yield tokens
+
+
+def _token_measures(measures: Measures, i: int) -> TokenMeasures:
+    """Return the measures of member i of a group."""
+    density = measures.density[i]
+    log10_density = np.log10(density[density > 0])
+    counts, _ = np.histogram(log10_density, DENSITY_EDGES)
+    return TokenMeasures(
+        fvu=float(measures.fvu[i]),
+        explained_variance=float(measures.explained_variance[i]),
+        l0=float(measures.l0[i]),
+        l1=float(measures.l1[i]),
+        dense_fraction=float(measures.dense_fraction[i]),
+        cosine=float(measures.cosine[i]),
+        norm_ratio=float(measures.norm_ratio[i]),
+        never_active_fraction=float((density == 0).mean()),
+        log10_density=DensityHistogram(DENSITY_EDGES.tolist(), counts.tolist()),
+    )
+
+
+def decoder_cosines(sae: SparseAutoencoder) -> DecoderCosines:
+    """Summarise the largest cosine of each decoder row with any other row."""
+    rows = sae.unit_directions
+    largest = np.full(len(rows), -1.0)
+    # In blocks, since [d_sae, d_sae] may not fit into memory.
+    for start in range(0, len(rows), COSINE_ROWS):
+        cosine = rows[start : start + COSINE_ROWS] @ rows.T
+        in_block = np.arange(len(cosine))
+        cosine[in_block, start + in_block] = -1  # each row with itself
+        largest[start : start + COSINE_ROWS] = cosine.max(axis=1)
+    return DecoderCosines(
+        mean=float(largest.mean()),
+        median=float(np.median(largest)),
+        over_0_9=float((largest > 0.9).mean()),
+    )

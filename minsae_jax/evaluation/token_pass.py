@@ -1,0 +1,216 @@
+"""One pass over the test store: for every feature its moments and strongest tokens.
+
+The strongest tokens of a feature are at most one of each sequence (one channel of a window, or a
+whole window), since neighbouring tokens of one burst would all be the same example.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from minsae_jax.evaluation.bootstrap import Interval, interval
+from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.events import auc
+from minsae_jax.monitor import progress
+from minsae_jax.sae.kinds import Params, SAEKind
+from minsae_jax.sae.member import SparseAutoencoder
+
+TOP = 50  # strongest tokens of a feature
+BATCH_VALUES = 2**23  # features of a batch, which bounds the memory
+MAX_SEQUENCES = 64
+
+
+class TopTokens(NamedTuple):
+    """The strongest tokens of every feature, by decreasing activation; 0 where there are fewer."""
+
+    # Rounded down to 16 bits of precision or so
+    value: Float[Array, "d_sae top"]
+    sequence: Int[Array, "d_sae top"]
+    # Index into the tokens with samples
+    token: Int[Array, "d_sae top"]
+
+
+@dataclass(frozen=True)
+class FeatureTokens:
+    """One autoencoder's features over all test tokens."""
+
+    # Tokens with each feature active
+    active: Float[np.ndarray, " d_sae"]
+    # Mean of f_i ‖W_dec,i‖ and of its square over these tokens
+    mean: Float[np.ndarray, " d_sae"]
+    mean_square: Float[np.ndarray, " d_sae"]
+    value: Float[np.ndarray, "d_sae top"]
+    sequence: Int[np.ndarray, "d_sae top"]
+    token: Int[np.ndarray, "d_sae top"]
+    # Activations of the features asked for, at the tokens with samples
+    chosen: Float[np.ndarray, "chosen sequences n_located"]
+
+    @property
+    def examples(self) -> Int[np.ndarray, " d_sae"]:
+        """The number of strongest tokens of every feature, at most TOP."""
+        return (self.value > 0).sum(axis=1)
+
+    def precision(
+        self, is_inside: Bool[np.ndarray, "sequences n_located"]
+    ) -> Float[np.ndarray, " d_sae"]:
+        """Return the share of each feature's strongest tokens that are inside, NaN without any."""
+        hits = is_inside[self.sequence, self.token] & (self.value > 0)
+        examples = self.examples
+        return np.where(examples > 0, hits.sum(axis=1) / np.maximum(examples, 1), np.nan)
+
+    def precision_interval(
+        self,
+        feature: int,
+        is_inside: Bool[np.ndarray, "sequences n_located"],
+        recording: Int[np.ndarray, " sequences"],
+        weights: Float[np.ndarray, "resamples recordings"],
+    ) -> Interval | None:
+        """Return the interval of one feature's precision; weights: see `draw_weights`."""
+        sequence = self.sequence[feature, : self.examples[feature]]
+        if len(sequence) == 0:
+            return None
+        hits = is_inside[sequence, self.token[feature, : len(sequence)]]
+        of_examples = weights[:, recording[sequence]]
+        total = of_examples.sum(axis=1)
+        share = np.divide(
+            of_examples @ hits, total, out=np.full(len(total), np.nan), where=total > 0
+        )
+        return interval(share)
+
+
+def read_features(
+    dataset: Dataset, saes: Mapping[str, SparseAutoencoder], chosen: Mapping[str, Sequence[int]]
+) -> dict[str, FeatureTokens]:
+    """Return the features of several autoencoders, by name, from one pass over a store.
+
+    chosen: features whose activations are returned for all tokens with samples. Memory does not
+    grow with the store otherwise.
+    """
+    n_sequences = len(dataset.recording)
+    located = dataset.tokens.located
+    passes = {}
+    for name, sae in saes.items():
+        values = np.empty((len(chosen[name]), n_sequences, len(located)), np.float32)
+        passes[name] = _Pass(sae, chosen[name], values)
+    largest = max((sae.d_sae for sae in saes.values()), default=1)
+    n_rows = max(1, min(MAX_SEQUENCES, BATCH_VALUES // (dataset.n_tokens * largest)))
+    with progress("read features", n_sequences, "sequences", delay=2.0) as bar:
+        for start, x in dataset.batches(n_rows):
+            # All batches have the shape of the first, so that there is one compilation.
+            padded = np.zeros((n_rows, *x.shape[1:]), np.float32)
+            padded[: len(x)] = x
+            for one in passes.values():
+                one.add(padded, len(x), start, located)
+            bar.advance(len(x))
+    return {name: one.finish() for name, one in passes.items()}
+
+
+class _Pass:
+    """Sums and strongest tokens of one autoencoder so far."""
+
+    def __init__(self, sae: SparseAutoencoder, chosen: Sequence[int], values: np.ndarray):
+        self.sae = sae
+        self.chosen = np.asarray(chosen, np.int32)
+        self.values = values
+        self.sums = np.zeros((3, sae.d_sae))
+        zeros = jnp.zeros((sae.d_sae, TOP))
+        # Two arrays, since each is donated.
+        sequence = jnp.zeros((sae.d_sae, TOP), jnp.int32)
+        token = jnp.zeros((sae.d_sae, TOP), jnp.int32)
+        self.top = TopTokens(zeros, sequence, token)
+
+    def add(
+        self,
+        x: Float[np.ndarray, "rows n_tokens d_model"],
+        n_valid: int,
+        start: int,
+        located: Int[np.ndarray, " n_located"],
+    ) -> None:
+        """Add the first n_valid sequences of x, which begin at sequence `start`."""
+        places = np.array([start, n_valid], np.int32)
+        with jax.default_matmul_precision("highest"):
+            sums, self.top, chosen = _add_batch(
+                self.sae.kind, self.sae.params, self.top, x, places, located, self.chosen
+            )
+        self.sums += np.asarray(sums, np.float64)
+        self.values[:, start : start + n_valid] = np.moveaxis(np.asarray(chosen), -1, 0)[
+            :, :n_valid
+        ]
+
+    def finish(self) -> FeatureTokens:
+        active, total, squares = self.sums
+        norms = np.linalg.norm(self.sae.decoder_directions.astype(np.float64), axis=1)
+        n = np.maximum(active, 1)
+        value, sequence, token = map(np.asarray, self.top)
+        mean = norms * total / n
+        mean_square = norms**2 * squares / n
+        return FeatureTokens(active, mean, mean_square, value, sequence, token, self.values)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _add_batch(
+    kind: SAEKind,
+    params: Params,
+    top: TopTokens,
+    x: Float[Array, "rows n_tokens d_model"],
+    places: Int[Array, " 2"],
+    located: Int[Array, " n_located"],
+    chosen: Int[Array, " chosen"],
+) -> tuple[Float[Array, "3 d_sae"], TopTokens, Float[Array, "rows n_located chosen"]]:
+    """Return sums over the batch, the strongest tokens with it, and the chosen features."""
+    start, n_valid = places
+    n_rows, n_tokens, d_model = x.shape
+    is_valid = jnp.arange(n_rows) < n_valid
+    features = kind.encode(params, x.reshape(-1, d_model)).reshape(n_rows, n_tokens, -1)
+    # Biases can activate features on padding.
+    features = jnp.where(is_valid[:, None, None], features, 0)
+    # Without the barrier XLA computes the features again for each reduction.
+    features = jax.lax.optimization_barrier(features)
+    active = (features > 0).sum((0, 1), dtype=jnp.float32)
+    sums = jnp.stack([active, features.sum((0, 1)), jnp.square(features).sum((0, 1))])
+    # The order of positive floats is that of their bits as integers. With the token in the lowest
+    # bits, one maximum finds value and place, which argmax takes several times as long for.
+    n_bits = max(n_tokens - 1, 1).bit_length()
+    lowest = (1 << n_bits) - 1
+    bits = jax.lax.bitcast_convert_type(features, jnp.int32) & ~lowest
+    packed = jnp.where(features > 0, bits | jnp.arange(n_tokens)[None, :, None], 0)
+    is_located = jnp.zeros(n_tokens, bool).at[located].set(True)
+    strongest = jnp.where(is_located[None, :, None], packed, 0).max(axis=1)
+    sequence = jnp.broadcast_to((start + jnp.arange(n_rows))[:, None], strongest.shape)
+    index_of = jnp.zeros(n_tokens, jnp.int32).at[located].set(jnp.arange(len(located)))
+    batch = TopTokens(
+        jax.lax.bitcast_convert_type(strongest & ~lowest, jnp.float32).T,
+        sequence.T,
+        index_of[strongest & lowest].T,
+    )
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=1), top, batch)
+    value, order = jax.lax.top_k(both.value, TOP)
+    merged = TopTokens(
+        value,
+        jnp.take_along_axis(both.sequence, order, axis=1),
+        jnp.take_along_axis(both.token, order, axis=1),
+    )
+    return sums, merged, features[:, :, chosen][:, located]
+
+
+def token_aucs(
+    values: Float[np.ndarray, "chosen sequences n_located"],
+    covered: Sequence[Bool[np.ndarray, "sequences n_located"]],
+) -> list[float | None]:
+    """Return the AUC of each feature over all tokens with samples: covered by an event or not.
+
+    None if all tokens are covered, or no token is.
+    """
+    aucs: list[float | None] = []
+    for of_feature, is_covered in zip(values, covered, strict=True):
+        if is_covered.all() or not is_covered.any():
+            aucs.append(None)
+        else:
+            aucs.append(float(auc(of_feature.reshape(-1, 1), is_covered.reshape(-1))[0]))
+    return aucs

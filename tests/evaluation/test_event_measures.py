@@ -1,0 +1,173 @@
+"""Measures of events on planted activations, where the truth is known, and by brute force."""
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+from scipy.stats import mannwhitneyu
+
+from minsae_jax import SparseAutoencoder
+from minsae_jax.evaluation.bootstrap import draw_weights
+from minsae_jax.evaluation.event_measures import make_kind, measure_spans
+from minsae_jax.evaluation.events import Span, SpanActivations
+from minsae_jax.evaluation.pca import raw_autoencoder
+
+D_MODEL = 16
+N_RECORDINGS = 4
+
+
+def pairs_auc(is_event, scores):
+    scores = np.asarray(scores)
+    u = mannwhitneyu(scores[is_event], scores[~is_event]).statistic
+    return u / (is_event.sum() * (~is_event).sum())
+
+
+def planted_spans(direction, seed, strength=4.5, n=80):
+    """Noise, with the direction added to one token of each event."""
+    rng = np.random.default_rng(seed)
+    spans = SpanActivations([], [])
+    for i in range(n):
+        x = rng.normal(size=(rng.integers(2, 6), D_MODEL)).astype(np.float32)
+        is_event = i % 2 == 0
+        x[0] += strength * is_event * direction
+        spans.spans.append(Span(i // 2 % N_RECORDINGS, 0, 10, (0,), is_event))
+        spans.activations.append(x)
+    return spans
+
+
+@pytest.fixture(scope="module")
+def directions():
+    """Two orthogonal directions, one for each kind of events."""
+    rng = np.random.default_rng(0)
+    q, _ = np.linalg.qr(rng.normal(size=(D_MODEL, D_MODEL)))
+    return q.T.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def kinds(directions):
+    share = np.zeros((1, 1), np.float32)
+    made = []
+    for i, name in enumerate(("first", "second")):
+        val = planted_spans(directions[i], 10 + i)
+        test = planted_spans(directions[i], 20 + i)
+        made.append(make_kind(name, val, test, share))
+    return made
+
+
+def autoencoder(directions):
+    """An autoencoder with x̂ = x in an orthogonal basis of positive and negative parts."""
+    both = np.concatenate([directions, -directions]).T
+    zeros = np.zeros(both.shape[1])
+    params = {"W_enc": both, "b_enc": zeros, "W_dec": both.T, "b_dec": np.zeros(D_MODEL)}
+    return SparseAutoencoder(params)
+
+
+def score(sae, kinds):
+    weights = draw_weights(N_RECORDINGS, seed=0)
+    return measure_spans(sae, kinds, weights, weights)
+
+
+def span_maxima(sae, spans):
+    return np.stack([np.asarray(sae.encode(x)).max(0) for x in spans.activations])
+
+
+def test_planted_features_are_found_and_pure_in_effect(directions, kinds):
+    measures = score(autoencoder(directions), kinds)
+    first, second = measures.scores
+    assert (first.feature, second.feature) == (0, 1)
+    for found in (first, second):
+        assert found.val_events == found.test_events == 40
+        assert found.auc > 0.95
+        assert found.recall > 0.8
+        assert found.n_ties == 1
+        # x̂ = x, so that nothing is lost.
+        assert found.x_hat_probe_auc == pytest.approx(found.x_probe_auc, abs=1e-3)
+        # Without the planted features the probe is at chance; the other one is not touched.
+        assert found.x_hat_probe_auc - found.ablation_drop == pytest.approx(0.5, abs=0.15)
+        assert abs(found.ablation_drop_others) < 0.05
+
+
+def test_raw_dimensions_mix_the_kinds(directions, kinds):
+    """Orthogonal directions that are not the axes: each dimension has a part of both."""
+    planted = score(autoencoder(directions), kinds)
+    raw = score(raw_autoencoder(np.zeros(D_MODEL)), kinds)
+    for of_planted, of_raw in zip(planted.scores, raw.scores, strict=True):
+        assert of_raw.auc < of_planted.auc - 0.05
+        assert of_raw.recall < of_planted.recall
+
+
+def test_every_feature_by_brute_force(directions, kinds):
+    sae = autoencoder(directions)
+    measures = score(sae, kinds)
+    for i, kind in enumerate(kinds):
+        for spans, aucs in ((kind.val, measures.val_auc[i]), (kind.test, measures.auc[i])):
+            maxima = span_maxima(sae, spans)
+            expected = [pairs_auc(spans.is_event, column) for column in maxima.T]
+            np.testing.assert_allclose(aucs, expected, atol=1e-6)
+        val, test = span_maxima(sae, kind.val), span_maxima(sae, kind.test)
+        five = list(measures.scores[i].best_five)
+        assert set(five) == set(np.argsort(-measures.val_auc[i], kind="stable")[:5])
+        mean, sd = val[:, five].mean(0), val[:, five].std(0)
+        z = np.insert((val[:, five] - mean) / sd, 0, 1, axis=1)
+        sign = np.where(kind.val.is_event, -1, 1)
+        weights = minimize(
+            lambda w, z=z, sign=sign: (
+                np.log1p(np.exp(sign * (z @ w))).mean() + 5e-4 * (w[1:] ** 2).sum()
+            ),
+            np.zeros(6),
+        ).x
+        logits = (test[:, five] - mean) / sd @ weights[1:]
+        expected = pairs_auc(kind.test.is_event, logits)
+        assert measures.scores[i].probe_auc == pytest.approx(expected, abs=2e-3)
+
+
+def test_ablation_runs_the_probe_without_the_features(directions, kinds):
+    """The drops against an autoencoder in which the features are set to 0."""
+    sae = autoencoder(directions)
+    measures = score(sae, kinds)
+    for i, kind in enumerate(kinds):
+        # The features that raise the probe on events more than on others, in val.
+        tokens = np.concatenate(kind.val.activations)
+        is_event = np.repeat(kind.val.is_event, [len(x) for x in kind.val.activations])
+        f = np.asarray(sae.encode(tokens))
+        difference = f[is_event].mean(0) - f[~is_event].mean(0)
+        features = np.argsort(-difference * (sae.decoder_directions @ kind.probe.weights))[:5]
+
+        def probe_auc(other, ablated):
+            scores = []
+            for x in other.test.activations:
+                f = np.array(sae.encode(x))
+                f[:, ablated] = 0
+                scores.append(other.probe(np.asarray(sae.decode(f))).max())
+            return pairs_auc(other.test.is_event, scores)
+
+        def drop(other, features=features, probe_auc=probe_auc):
+            return probe_auc(other, []) - probe_auc(other, features)
+
+        other = kinds[1 - i]
+        assert measures.scores[i].ablation_drop == pytest.approx(drop(kind), abs=2e-3)
+        assert measures.scores[i].ablation_drop_others == pytest.approx(drop(other), abs=2e-3)
+
+
+def test_copies_of_a_feature_are_ties(directions, kinds):
+    sae = autoencoder(directions)
+    params = {name: np.array(value) for name, value in sae.params.items()}
+    # Feature 7 becomes a copy of feature 0, and each has half of the decoder direction.
+    params["W_enc"][:, 7] = params["W_enc"][:, 0]
+    measures = score(SparseAutoencoder(params), kinds)
+    first = measures.scores[0]
+    assert first.n_ties == 2
+    assert first.ties == (0, 7)
+    assert first.ties_auc == (first.auc, first.auc)
+
+
+def test_intervals_are_of_resampled_recordings(directions, kinds):
+    sae = autoencoder(directions)
+    test = kinds[0].test
+    weights = draw_weights(N_RECORDINGS, seed=0)
+    maxima = span_maxima(sae, test)[:, 0]
+    aucs = []
+    for counts in weights.astype(int):
+        copies = np.repeat(np.arange(len(maxima)), counts[test.recording])
+        aucs.append(pairs_auc(test.is_event[copies], maxima[copies]))
+    low, high = score(sae, kinds).scores[0].auc_interval
+    assert (low, high) == pytest.approx(tuple(np.percentile(aucs, [2.5, 97.5])), abs=1e-6)

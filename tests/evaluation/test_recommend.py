@@ -1,0 +1,135 @@
+"""The recommended member, by made-up measures."""
+
+import numpy as np
+import pytest
+
+from minsae_jax.evaluation.bootstrap import Interval
+from minsae_jax.evaluation.loss_recovered import LossRecovered
+from minsae_jax.evaluation.recommend import dominating, member_warnings, recommend
+from minsae_jax.evaluation.results import (
+    DecoderCosines,
+    DensityHistogram,
+    EventEvaluation,
+    EventSummary,
+    FeatureEvents,
+    MemberEvaluation,
+    PCAEvaluation,
+    StabilitySummary,
+    TokenMeasures,
+)
+
+D_MODEL = 128
+NOTHING = np.zeros((0, 0))
+NO_FEATURES = FeatureEvents((), NOTHING, NOTHING, NOTHING, NOTHING, np.zeros(0, int), np.zeros(0))
+
+
+def member(
+    name,
+    bits,
+    recovered,
+    *,
+    l0=8.0,
+    fvu=0.05,
+    reach=0.01,
+    stability=None,
+    pure=None,
+    status="finished",
+    twins=0.0,
+    inactive=0.0,
+):
+    tokens = TokenMeasures(fvu, 1 - fvu, l0, 1.0, 0.0, 0.9, 0.9, inactive, DensityHistogram([], []))
+    loss = None
+    if recovered is not None:
+        limits = Interval(recovered - reach, recovered + reach)
+        loss = LossRecovered(0.1, recovered, recovered, limits)
+    events = None
+    if pure is not None:
+        events = EventEvaluation(
+            {}, EventSummary(0.9, None, 0.5, None, 0.5, 0.5, 0.9, pure, 0.0, 1.0), NO_FEATURES
+        )
+    found_again = None
+    if stability is not None:
+        found_again = StabilitySummary(stability, stability, 0.0, None)
+    cosines = DecoderCosines(0.1, 0.1, twins)
+    hyper = {"kind": "relu"}
+    return MemberEvaluation(
+        name, hyper, status, tokens, cosines, float(bits), found_again, loss, events
+    )  # fmt: skip
+
+
+def pca(k, fvu):
+    return PCAEvaluation(k, fvu, 1 - fvu, 100.0, None, None)
+
+
+def test_the_shortest_description_among_those_that_reach_95_percent():
+    dense = member("dense", 600, 0.99)
+    nearly = member("nearly", 60, 0.945)
+    short = member("short", 40, 0.93)
+    result = recommend([dense, short, nearly], [], D_MODEL)
+    assert result.member == "nearly"
+    assert result.interval == pytest.approx((0.935, 0.955))
+    assert result.runners_up == ("dense",)
+    assert "nearly (94.5%, interval 93.5% to 95.5%) has the shortest description" in result.reason
+    assert "60 bits per token (L0 8.0), of the 2 that recover 95% of the loss" in result.reason
+
+
+def test_members_that_pca_dominates_come_last():
+    dominated = member("dominated", 30, 0.99, l0=8.0, fvu=0.05)
+    better = member("better", 50, 0.99, l0=4.0, fvu=0.04)
+    components = [pca(4, 0.07), pca(8, 0.03)]
+    assert dominating(dominated, components).k == 8
+    assert dominating(better, components) is None
+    result = recommend([dominated, better], components, D_MODEL)
+    assert result.member == "better"
+    assert result.warnings == {"dominated": ("8 principal components explain more variance",)}
+    alone = recommend([dominated], components, D_MODEL)
+    assert alone.member == "dominated"
+    assert "all of them dominated by PCA" in alone.reason
+
+
+def test_equal_lengths_are_decided_by_stability_then_purity():
+    shortest = member("shortest", 100, 0.99, stability=0.3, pure=9)
+    stable = member("stable", 103, 0.99, stability=0.8, pure=2)
+    pure = member("pure", 104, 0.99, stability=0.8, pure=5)
+    longer = member("longer", 110, 0.99, stability=1.0, pure=20)
+    result = recommend([shortest, stable, pure, longer], [], D_MODEL)
+    assert result.member == "pure"
+    assert result.runners_up == ("stable", "shortest", "longer")
+    assert (
+        "of 3 within 5 %, its features are the most stable, or else it has most pure ones"
+        in result.reason
+    )
+
+
+def test_no_member_reaches_the_threshold():
+    result = recommend([member("a", 10, 0.5), member("b", 900, 0.8)], [], D_MODEL)
+    assert result.member == "b"
+    assert result.reason.startswith("no member reaches 95% of loss recovered; b (80.0%")
+
+
+def test_diverged_members_are_recommended_only_if_all_are():
+    diverged = member("diverged", 10, 0.99, status="diverged")
+    assert recommend([diverged, member("b", 90, 0.99)], [], D_MODEL).member == "b"
+    result = recommend([diverged], [], D_MODEL)
+    assert result.member == "diverged"
+    assert result.warnings == {"diverged": ("training diverged",)}
+
+
+def test_without_a_head_the_explained_variance_decides():
+    a = member("a", 50, None, fvu=0.2)
+    b = member("b", 90, None, fvu=0.1)
+    result = recommend([a, b], [], D_MODEL)
+    assert result.member == "b"
+    assert result.interval is None
+    assert "explain 85% of the variance" in result.reason
+
+
+def test_warnings():
+    bad = member("bad", 10, 0.99, l0=109.0, fvu=0.015, twins=0.77, inactive=0.29)
+    assert member_warnings(bad, [pca(32, 0.005)], D_MODEL) == (
+        "32 principal components explain more variance",
+        "77% of the features have a twin (decoder cosine above 0.9)",
+        "L0 109 is close to the 128 dimensions",
+        "29% of the features are never active",
+    )
+    assert member_warnings(member("good", 10, 0.99), [pca(4, 0.07)], D_MODEL) == ()
