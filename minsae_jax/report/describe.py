@@ -10,7 +10,8 @@ from minsae_jax.eeg.montage import BANDS
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.config import Band
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.report.examples import EDGES, Activity, Tokens
+from minsae_jax.report.entries import EDGES
+from minsae_jax.report.examples import Activity, Tokens
 from minsae_jax.report.excerpts import ChosenToken, Example, cut_examples
 from minsae_jax.report.naming import Label, suggest_name
 from minsae_jax.report.spectra import (
@@ -289,10 +290,10 @@ def _coactive(activity: Activity, feature: int) -> list[tuple[int, float]]:
 
     The Jaccard index is tokens with both features active over tokens with either.
     """
-    if activity.together is None or not activity.together[feature, feature]:
+    both = activity.together[[feature]].toarray()[0]
+    if not both[feature]:
         return []
-    both = activity.together[feature]
-    each = np.diag(activity.together)
+    each = activity.together.diagonal()
     either = each + each[feature] - both
     jaccard = both / np.maximum(either, 1)
     jaccard[feature] = -1
