@@ -142,8 +142,7 @@ def collect(
 def _encode_all(dataset: Dataset, sae: SparseAutoencoder) -> Iterator[EncodedBatch]:
     """Yield the features of all sequences; each batch is encoded while the last one is used."""
     n_sequences = len(dataset.recording)
-    batch_tokens = min(BATCH_TOKENS, BATCH_FEATURES // sae.d_sae)
-    sequences = min(max(1, batch_tokens // dataset.n_tokens), n_sequences)
+    sequences = min(max(1, batch_tokens(sae) // dataset.n_tokens), n_sequences)
     previous = None
     for first in range(0, n_sequences, sequences):
         x = dataset.read(first, min(first + sequences, n_sequences))
@@ -153,6 +152,11 @@ def _encode_all(dataset: Dataset, sae: SparseAutoencoder) -> Iterator[EncodedBat
         previous = batch
     if previous is not None:
         yield previous
+
+
+def batch_tokens(sae: SparseAutoencoder) -> int:
+    """Return the number of tokens to encode at once, so that their features fit in memory."""
+    return max(1, min(BATCH_TOKENS, BATCH_FEATURES // sae.d_sae))
 
 
 def _random_keys(seed: int, first_position: int, count: int) -> Float[np.ndarray, " count"]:
