@@ -107,7 +107,9 @@ function drawBars(edges, counts, x, y, describe, expected = null) {
 /** Draw the number of features by density, in half decades. */
 function drawDensities(densities) {
   const active = densities.filter((density) => density > 0).map((density) => Math.log10(density));
-  const first = Math.floor(2 * Math.min(-2, ...active.filter((power) => power > -8)));
+  // Not Math.min(...): there may be more features than a call can have arguments.
+  const least = active.filter((power) => power > -8).reduce((a, b) => Math.min(a, b), -2);
+  const first = Math.floor(2 * least);
   const edges = Array.from({ length: 1 - first }, (_, i) => 10 ** ((first + i) / 2));
   const counts = Array.from({ length: -first }, () => 0);
   for (const power of active) counts[Math.min(Math.max(Math.floor(2 * power) - first, 0), counts.length - 1)]++;
@@ -343,7 +345,7 @@ function drawExample(example, { montage, usual, largest, channels, rate, seconds
   const own = channels.indexOf(example.trace_channel ?? example.channel);
   const end = example.start + trace.length / rate;
   const gap = 15; // px between the rows of a montage
-  const sd = montage ? gap / Math.max(2.2, usual / 2.5) : 43 / Math.max(usual, peak(trace)); // px
+  const sd = montage ? gap / Math.max(2.2, usual / 2.5) : 43 / usual; // px
   return (width) => {
     const box = { left: montage ? 32 : 0, right: width - 44, top: montage ? 8 : 2 };
     box.bottom = box.top + (montage ? gap * (channels.length + 1) : 92);
@@ -354,6 +356,14 @@ function drawExample(example, { montage, usual, largest, channels, rate, seconds
     if (example.patch) {
       const [a, b] = example.patch.map(x);
       root.append(svg("rect", { class: "patch", x: a, width: b - a, y: box.top, height: floor - box.top }));
+    }
+    for (const event of example.events ?? []) {
+      const [a, b] = [event.start, event.stop].map((second) => x(Math.min(Math.max(second, example.start), end)));
+      const words = `${event.kind}, ${event.start.toFixed(2)}–${event.stop.toFixed(2)} s: ${event.channels.join(" ")}`;
+      const heard = event.channels.includes(example.trace_channel ?? example.channel);
+      root.append(svg("rect", { class: heard ? "event" : "event faint", x: a, width: Math.max(b - a, 1), y: box.top, height: 4 },
+        svg("title", {}, words)));
+      if (heard && b - a > 6 * event.kind.length) root.append(text(a + 2, box.top + 14, "start", event.kind, "label"));
     }
     const window = svg("svg", { x: box.left, width: box.right - box.left, height: box.bottom });
     const course = (values, y, kind) => {

@@ -7,6 +7,7 @@ let byId = new Map();
 let shown = []; // filtered features, in the table's order
 let drawn = ""; // range of `shown` in the document
 let current = null; // id of the open feature
+let pack = { number: null, cards: new Map() }; // features of the data file that was loaded last
 let indexScroll = 0;
 const view = { group: "top", montage: false }; // kept from feature to feature
 const table = { sort: "id", down: false, limits: {} };
@@ -14,11 +15,24 @@ const table = { sort: "id", down: false, limits: {} };
 const $ = (selector) => document.querySelector(selector);
 const some = (list) => !missing(list) && list.length > 0;
 
-/** Called by every data script: the index and the features. */
+/** Called by every data script: the index and packs of features. */
 function receive(data) {
   if (data.meta) start(data);
-  else if (data.id === current) showFeature(data);
+  else unpack(data.cards).then((cards) => {
+    pack = { number: data.pack, cards: new Map(cards.map((card) => [card.id, card])) };
+    if (pack.cards.has(current)) showFeature(pack.cards.get(current));
+  }, (error) => explain(current, `The data of this feature cannot be read: ${error.message}.`));
 }
+
+/** Return the value of gzipped JSON in base64. */
+async function unpack(base64) {
+  const bytes = Uint8Array.from(atob(base64), (byte) => byte.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text());
+}
+
+/** Show a text in the place of a feature. */
+const explain = (id, ...words) => $("#feature").replaceChildren(bar(id), ...words.map((one) => html("p", {}, one)));
 
 function start(data) {
   history.scrollRestoration = "manual";
@@ -59,10 +73,22 @@ function route() {
     $("#feature").replaceChildren(bar(id), html("h1", {}, `There is no feature ${id}`));
     return;
   }
-  const src = `data/f${String(id).padStart(5, "0")}.js`;
+  const { pack: number } = byId.get(id);
+  if (missing(number)) {
+    document.title = `Feature ${id}`;
+    const reason = byId.get(id).density ? meta.pages_rule : `Never active on ${count(meta.n_tokens, "token")}.`;
+    $("#feature").replaceChildren(bar(id), html("p", { class: "eyebrow" }, `Feature ${id}`),
+      html("h1", {}, byId.get(id).density ? "no page" : "never active"), html("p", { class: "lead" }, reason));
+    return;
+  }
+  if (number === pack.number) {
+    showFeature(pack.cards.get(id));
+    return;
+  }
+  const src = `data/p${String(number).padStart(4, "0")}.js`;
   const script = html("script", { src });
   script.onload = () => script.remove();
-  script.onerror = () => $("#feature").replaceChildren(bar(id), html("p", {}, `${src} is missing from the report.`));
+  script.onerror = () => explain(id, `${src} is missing from the report.`);
   document.head.append(script);
 }
 
@@ -129,6 +155,7 @@ function drawIndex() {
     $("#notes").append(html("li", { class: "warn" }, warning));
   }
   $("#notes").append(...(meta.notes ?? []).map((note) => html("li", {}, note)));
+  if (meta.pages_rule) $("#notes").append(html("li", {}, meta.pages_rule));
   const silent = features.filter((f) => !f.density).length;
   const used = Object.keys(SPARSITY).filter((key) => meta.members.some((m) => !missing(m[key])));
   const symbols = used.map((key) => SPARSITY[key]).join(" or ");
@@ -277,7 +304,8 @@ function facts(f) {
     ["dominant band", f.band],
     ["patients", `${number(f.patients)} of ${number(meta.n_patients)}, the largest with ${percent(f.patient_share)}`],
     ...(meta.has_cls ? [["on the CLS token", percent(f.cls)]] : []),
-    ["examples with artefact hints", percent(f.artefact)],
+    ["artefact hints", `${percent(f.artefact)} of sampled, ${percent(f.artefact_top)} of the strongest examples`],
+    ["examples that fit the suggestion", percent(f.support)],
   ];
   const row = ([key, value]) => html("div", {}, html("dt", {}, key), html("dd", {}, value || "–"));
   return html("dl", { class: "facts" }, rows.map(row));
@@ -300,7 +328,8 @@ function showExamples(f) {
   const [key, , words, members] = groups.find(([name]) => name === view.group) ?? groups[0];
   const examples = key === "q" ? [...members].sort((a, b) => b.activation - a.activation) : members;
   const possible = examples.some((e) => !missing(e.others));
-  const peaks = examples.map((e) => peak(decode(e.trace))).sort((a, b) => a - b);
+  // Of all examples, so that the gain is the same on the whole page.
+  const peaks = f.examples.map((e) => peak(decode(e.trace))).sort((a, b) => a - b);
   const look = {
     montage: view.montage && possible,
     usual: Math.max(2, peaks[Math.floor(0.75 * (peaks.length - 1))]),
@@ -337,7 +366,10 @@ function showExample(example, look) {
     html("figcaption", {},
       html("div", {}, html("b", {}, example.channel), html("span", {}, when), shown, tenth, hints,
         html("span", { class: "value", title: "activation" }, number(example.activation))),
-      html("div", { class: "where", title: `${example.recording}, patient ${example.patient}` }, example.recording)),
+      html("div", { class: "where", title: `${example.recording}, patient ${example.patient}` }, example.recording),
+      some(example.other_features) ? html("div", { class: "where" }, "also active: ",
+        example.other_features.map(([id, value], i) => [i ? ", " : "", html("a", { href: `#f=${id}`,
+          title: `${byId.get(id)?.label || byId.get(id)?.suggestion || ""} ${number(value)}` }, String(id))])) : null),
     figure(drawExample(example, { ...look, montage })));
 }
 
