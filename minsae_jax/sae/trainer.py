@@ -42,13 +42,13 @@ def train(
     encoder_fingerprint: str | None = None,
     open_live: Callable[[], Source] | None = None,
     on_step: Callable[[int], None] | None = None,
-    measure_features: MeasureFeatures | None = None,
+    open_monitor: Callable[[], MeasureFeatures] | None = None,
 ) -> Run:
     """Train a sweep, or resume it from its last checkpoint, and return its results.
 
     encoder_fingerprint: of the encoder that the store must come from. open_live: opens live
     activations, which replace the store. on_step: called with the number of each finished step.
-    measure_features: called with all members whenever they are measured on held-out tokens.
+    open_monitor: opens what is called with all members when they are measured on held-out tokens.
     In a cluster every process calls this and one writes. Raises UserError before anything is
     written if settings, store or run folder do not fit one another.
     """
@@ -64,6 +64,9 @@ def train(
         else:
             store = open_live()
         data = open_train_data(plan, store, encoder_fingerprint, folder.is_new())
+        measure_features = None
+        if open_monitor is not None and data.held_out is not None:
+            measure_features = open_monitor()
     _check_processes_agree(folder, data)
     with ExitStack() as stack:
         with barrier(f"create {folder.folder}"):
