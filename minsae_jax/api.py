@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from minsae_jax.eeg.prepare.prepare import Prepared
     from minsae_jax.encoder.base import BaseEncoder, NativeEncoder
     from minsae_jax.encoder.extract import ExtractedStore
+    from minsae_jax.evaluation.feature_monitor import FeatureMonitor
     from minsae_jax.evaluation.results import Evaluation
     from minsae_jax.evaluation.steering.results import Steering
     from minsae_jax.sae.plots import PlotFiles
@@ -156,12 +157,15 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
         encoder = load_model(config.model, str(config.root_path), config.checkpoint_path)
     elif encoder is None and config.checkpoint_path:
         encoder = load_encoder(config.checkpoint_path, config.config_path)
+    open_monitor = None
+    if config.events_path or len(config.seed) > 1:
+        open_monitor = partial(_open_feature_monitor, config, encoder)
     if encoder is None:
         if config.live:
             raise UserError("--live requires --checkpoint_path or --model")
-        return trainer.train(config)
+        return trainer.train(config, open_monitor=open_monitor)
     if not config.live:
-        return trainer.train(config, encoder.fingerprint)
+        return trainer.train(config, encoder.fingerprint, open_monitor=open_monitor)
     live = partial(
         open_live,
         encoder,
@@ -174,7 +178,23 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
         on_bad_recording=config.on_bad_recording,
         allow_mismatch=config.allow_mismatch,
     )
-    return trainer.train(config, encoder.fingerprint, live)
+    return trainer.train(config, encoder.fingerprint, live, open_monitor=open_monitor)
+
+
+def _open_feature_monitor(config: TrainConfig, encoder: "BaseEncoder | None") -> "FeatureMonitor":
+    """Return what measures features during training: their stability, and events if there are any.
+
+    Raises UserError if --events_path has no events, or does not belong to the held-out store.
+    """
+    from minsae_jax.activations.store import sibling_store
+    from minsae_jax.evaluation.dataset import open_dataset
+    from minsae_jax.evaluation.feature_monitor import FeatureMonitor
+
+    if config.events_path is None:
+        return FeatureMonitor(None)
+    path = config.val_store or sibling_store(Path(config.store), "val")
+    assert path is not None  # there is a held-out store
+    return FeatureMonitor(open_dataset(path, config.cache_layer, encoder, config.events_path))
 
 
 def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "Evaluation":

@@ -89,7 +89,7 @@ def test_run_log_has_images_and_charts(tmp_path):
         log = RunLog(tmp_path, step, ("fvu",))
         for at in image_steps:
             Image.new("RGBA", (8, 6), (at, 0, 0, 255)).save(tmp_path / "pareto.png")
-            log.add_image("pareto", tmp_path / "pareto.png", at)
+            log.add_image_file("pareto", tmp_path / "pareto.png", at)
         log.close()
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
     events.Reload()

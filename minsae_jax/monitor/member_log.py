@@ -79,6 +79,11 @@ class MemberLog:
         self._add_scalars("eval", metrics, step)
         self._board.flush()
 
+    def write_features(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write measures of the member's features to TensorBoard."""
+        self._add_scalars("features", metrics, step)
+        self._board.flush()
+
     def write_text(self, step: int, text: str) -> None:
         """Write to TensorBoard's Text tab."""
         self._board.add_text("status", text, step)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import UInt8
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -26,12 +27,16 @@ class RunLog:
             layout["held-out tokens"] = _multiline_charts("eval", held_out)
         self._board.add_custom_scalars(layout)
 
-    def add_image(self, name: str, path: Path, step: int) -> None:
+    def add_image_file(self, name: str, path: Path, step: int) -> None:
         """Add the image in a file."""
         from PIL import Image
 
         with Image.open(path) as image:
-            self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            self.add_image(name, np.asarray(image.convert("RGB")), step)
+
+    def add_image(self, name: str, image: UInt8[np.ndarray, "height width 3"], step: int) -> None:
+        """Add an image."""
+        self._board.add_image(name, image, step, dataformats="HWC")
         self._board.flush()
 
     def close(self) -> None:

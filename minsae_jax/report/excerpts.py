@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float, Int8
 
+from minsae_jax.eeg.events import EVENTS
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.events import EVENTS_CSV, LabelledEvent, read_events
+from minsae_jax.evaluation.events import LabelledEvent, read_events
 from minsae_jax.report.activations import ExampleActivations, Stretch, stretch_of
 from minsae_jax.report.spectra import artefact_hints
 
@@ -69,7 +70,7 @@ def events_by_recording(dataset: Dataset) -> EventsByRecording:
     There are none without events.csv. Raises UserError if the file is invalid.
     """
     events: dict[str, list[tuple[str, LabelledEvent]]] = {}
-    if (dataset.folder / EVENTS_CSV).exists():
+    if (dataset.folder / EVENTS).exists():
         for kind, of_kind in read_events(dataset.folder).items():
             for event in of_kind:
                 events.setdefault(event.recording, []).append((kind, event))

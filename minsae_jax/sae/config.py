@@ -184,6 +184,9 @@ class LogFlags:
     """Measure on held-out tokens every N steps and at the end; 0 for never."""
     eval_tokens: Annotated[int, Range(min=2)] = 100_000
     """Number of held-out tokens, the same ones each time."""
+    events_path: str | None = None
+    """Folder of recordings with events.csv, to score features on the held-out patients' events and
+    show them in TensorBoard whenever they are measured."""
     # Counts of tokens are int32: at most dead_after, plus at most dead_after in one step.
     dead_after: Annotated[int, Range(min=1, below=2**30)] = 10_000_000
     """A feature is dead if it has not been active for this many tokens (or since the start)."""

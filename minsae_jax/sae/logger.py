@@ -16,6 +16,7 @@ from minsae_jax.sae.kinds import Params
 from minsae_jax.sae.member import save_member
 from minsae_jax.sae.plots import ParetoPoint, draw_pareto
 from minsae_jax.sae.run import HELD_OUT_METRICS, TRAIN_METRICS, Metrics, RunFolder
+from minsae_jax.sae.snapshot import FeatureMeasures
 from minsae_jax.sae.sweep import IntervalMetrics
 from minsae_jax.settings import JsonObject
 
@@ -121,7 +122,15 @@ class RunLogger:
             self._member_logs[name].write_held_out(progress.step, metrics)
         self._held_out_csv.flush()
         self._draw_pareto(progress)
-        self._run_log.add_image("pareto", self.folder.pareto_png, progress.step)
+        self._run_log.add_image_file("pareto", self.folder.pareto_png, progress.step)
+
+    def log_features(self, step: int, measures: FeatureMeasures) -> None:
+        """Write measures of the members' features to TensorBoard."""
+        for name, metrics in measures.metrics.items():
+            self._member_logs[name].write_features(step, metrics)
+        if self._run_log:
+            for name, image in measures.images.items():
+                self._run_log.add_image(name, image, step)
 
     def export(self, progress: Progress, store: Source, weights: Iterator[Params]) -> None:
         """Write every member's weights, for raw activations, then sweep.csv.

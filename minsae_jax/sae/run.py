@@ -58,6 +58,7 @@ _CHANGEABLE = (
     "checkpoint_every",
     "checkpoint_minutes",
     "max_to_keep",
+    "events_path",
     "wandb",
 )
 _PATHS = ("store", "val_store", "checkpoint_path", "init", "root_path")

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import jax
@@ -28,9 +28,11 @@ from minsae_jax.sae.checkpoints import Checkpoints, Progress
 from minsae_jax.sae.config import TrainConfig, TrainPlan
 from minsae_jax.sae.data import TrainData, held_out_batches, open_stream, open_train_data
 from minsae_jax.sae.logger import RunLogger, interval_metrics
-from minsae_jax.sae.measures import measure
+from minsae_jax.sae.measures import Measures, measure
+from minsae_jax.sae.member import SparseAutoencoder
 from minsae_jax.sae.resident import open_resident
 from minsae_jax.sae.run import HELD_OUT_METRICS, Run, RunFolder, load_run
+from minsae_jax.sae.snapshot import MeasureFeatures, Snapshot
 from minsae_jax.sae.sweep import DeviceMetrics, Sweep, read_metrics
 
 # Steps queued on the devices before the host waits.
@@ -42,11 +44,13 @@ def train(
     encoder_fingerprint: str | None = None,
     open_live: Callable[[], Source] | None = None,
     on_step: Callable[[int], None] | None = None,
+    open_monitor: Callable[[], MeasureFeatures] | None = None,
 ) -> Run:
     """Train a sweep, or resume it from its last checkpoint, and return its results.
 
     encoder_fingerprint: of the encoder that the store must come from. open_live: opens live
     activations, which replace the store. on_step: called with the number of each finished step.
+    open_monitor: opens what is called with all members when they are measured on held-out tokens.
     In a cluster every process calls this and one writes. Raises UserError before anything is
     written if settings, store or run folder do not fit one another.
     """
@@ -62,6 +66,9 @@ def train(
         else:
             store = open_live()
         data = open_train_data(plan, store, encoder_fingerprint, folder.is_new())
+        measure_features = None
+        if open_monitor is not None and data.held_out is not None:
+            measure_features = open_monitor()
     _check_processes_agree(folder, data)
     with ExitStack() as stack:
         with barrier(f"create {folder.folder}"):
@@ -69,7 +76,7 @@ def train(
                 stack.enter_context(folder.locked())
         checkpoints = Checkpoints(folder.checkpoints, plan.config.max_to_keep)
         stack.enter_context(checkpoints)
-        trainer = Trainer(plan, folder, data, checkpoints, on_step)
+        trainer = Trainer(plan, folder, data, checkpoints, on_step, measure_features)
         with trainer.logger.opened(trainer.progress):
             trainer.run_steps()
         trainer.export()
@@ -96,6 +103,7 @@ class Trainer:
         data: TrainData,
         checkpoints: Checkpoints,
         on_step: Callable[[int], None] | None = None,
+        measure_features: MeasureFeatures | None = None,
     ):
         self.config = plan.config
         self.num_steps = plan.optimizer.num_steps
@@ -103,6 +111,7 @@ class Trainer:
         self.data = data
         self.checkpoints = checkpoints
         self.on_step = on_step
+        self.measure_features = measure_features
         self.sweep = Sweep(plan, data.groups, data.store.d_model)
         self.l1_weighted = plan.logs_weighted_l1
         self.logger = RunLogger(
@@ -282,6 +291,26 @@ class Trainer:
                     self.progress.held_out[member.name] = values
             with barrier("write metrics on held-out tokens"):
                 self.logger.log_held_out(self.progress)
+            if self.measure_features:
+                self._measure_features(self.measure_features, measures)
+
+    def _measure_features(
+        self, measure_features: MeasureFeatures, measures: Sequence[Measures]
+    ) -> None:
+        """Log measures of all members; measures: of every group, on held-out tokens."""
+        densities = [density for of_group in measures for density in of_group.density]
+        # Every process fetches the weights, since that needs all devices; one measures.
+        weights = self.sweep.weights(self.state)
+        snapshots = []
+        for member, params, density in zip(self.logger.members, weights, densities, strict=True):
+            if process_index() == 0:
+                raw_params = member.kind.fold_scale(params, self.progress.scale)
+                config = {"kind": member.kind.name, **member.kind.settings, **member.hyper}
+                sae = SparseAutoencoder(raw_params, config)
+                snapshots.append(Snapshot(member.name, sae, density > 0))
+        with barrier("measure features"):
+            if process_index() == 0:
+                self.logger.log_features(self.progress.step, measure_features(snapshots))
 
     def _save(self) -> None:
         state = self.sweep.portable(self.state)
