@@ -1,5 +1,7 @@
 """Measures of features during training, on the events of the val patients."""
 
+import shutil
+
 import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
@@ -80,10 +82,10 @@ def test_training_writes_them_to_tensorboard(trained, tmp_path):
 
 
 def test_folder_without_events_is_refused(trained, tmp_path):
+    recordings = tmp_path / "recordings"
+    shutil.copytree(trained.recordings, recordings, ignore=shutil.ignore_patterns("events.csv"))
+    run = tmp_path / "run"
+    config = TrainConfig(store=str(trained.stores), run_dir=str(run), events_path=str(recordings))
     with pytest.raises(UserError, match=r"--events_path .* has no events\.csv"):
-        train(
-            TrainConfig(
-                store=str(trained.stores), run_dir=str(tmp_path / "run"), events_path=str(tmp_path)
-            )
-        )
-    assert not (tmp_path / "run").exists()
+        train(config)
+    assert not run.exists()
