@@ -13,6 +13,13 @@ from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.report.examples import EDGES, Activity, Tokens
 from minsae_jax.report.excerpts import ChosenToken, Example, cut_examples
 from minsae_jax.report.naming import Label, suggest_name
+from minsae_jax.report.pages import (
+    DetectedEvent,
+    DetectedLabel,
+    Explained,
+    SeedStability,
+    best_event,
+)
 from minsae_jax.report.spectra import (
     BaseSpectra,
     Spectrum,
@@ -105,6 +112,31 @@ class FeatureCard:
     waveform: Float[np.ndarray, " patch_len"] | None
     # Share of examples with each artefact hint
     artefacts: dict[str, float]
+    # None if no other member differs in the seed only
+    stability: SeedStability | None = None
+    # Share of the variance by position, channel, recording and patient
+    explained: Explained | None = None
+    # By AUC, the best first; empty without labelled events
+    events: Sequence[DetectedEvent] = ()
+    # By q, the smallest first; empty without labels of recordings
+    labels: Sequence[DetectedLabel] = ()
+
+    @property
+    def seeds(self) -> int | None:
+        """Number of seeds in which the feature is found."""
+        return None if self.stability is None else self.stability.found
+
+    @property
+    def event(self) -> str:
+        """The kind of event that the feature detects best; "" if it detects none."""
+        best = best_event(self.events)
+        return "" if best is None else best.kind
+
+    @property
+    def event_auc(self) -> float | None:
+        """AUC for `event`."""
+        best = best_event(self.events)
+        return None if best is None else best.auc
 
 
 def make_context(

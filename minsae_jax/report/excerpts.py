@@ -1,7 +1,7 @@
 """The EEG around single tokens of a feature, as the report shows it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int, Int8
@@ -14,6 +14,17 @@ from minsae_jax.sae.member import SparseAutoencoder
 TRACE_STEP = 0.1  # SD per unit of an int8 trace
 MONTAGE_RATE = 50  # Hz, at least, of the traces of all channels
 ALL_CHANNELS = "all channels"  # of a token over all of them
+
+
+@dataclass(frozen=True)
+class EventSpan:
+    """A labelled event that overlaps the EEG shown."""
+
+    kind: str
+    # In the recording [s]
+    start: float
+    stop: float
+    channels: list[str]
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,9 @@ class Example:
     trace_channel: str | None = None
     # µV in an SD of the trace's channel; None if unknown
     uv_per_sd: float | None = None
+    events: list[EventSpan] = field(default_factory=list)
+    # Other features active at the token, with their activations, largest first
+    other_features: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The report as a folder of static files; report.js and figures.js draw it in the browser.
+"""The report as a folder of static files; the scripts in assets/ draw it in the browser.
 
 A page opened from disk may not fetch files, but it may load scripts. So all data are small scripts
 that call `receive`: `index_data.js` for the first page, and `data/f00012.js` for feature 12, which
@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,24 @@ from minsae_jax.evaluation.config import Band
 from minsae_jax.files import foreign_entries, replaced_folder
 from minsae_jax.report.describe import FeatureCard
 from minsae_jax.report.naming import LABELS_CSV
+from minsae_jax.report.pages import Pages
 from minsae_jax.sae.hyper import SPARSITY, Hyper, sparsity, value_text
 
 ASSETS = Path(__file__).parent / "assets"
-PAGE_FILES = ("index.html", "report.css", "report.js", "figures.js")
+PAGE_FILES = (
+    "index.html",
+    "report.css",
+    "figures.js",
+    "eeg.js",
+    "tables.js",
+    "export.js",
+    "feature.js",
+    "pages.js",
+    "members.js",
+    "report.js",
+)
 WRITTEN = (*PAGE_FILES, "index_data.js", "data")
-# Fields of FeatureCard in the table of all features.
+# Fields and properties of FeatureCard in the table of all features.
 COLUMNS = (
     "id",
     "label",
@@ -39,6 +51,9 @@ COLUMNS = (
     "band",
     "patients",
     "artefact",
+    "seeds",
+    "event",
+    "event_auc",
 )
 
 
@@ -118,6 +133,8 @@ class ReportMeta:
     notes: Sequence[str]
     # Whether tokens are of single channels; False if all are over all channels
     channel_tokens: bool = True
+    # Recommendation, members, events and labels; old reports have none
+    pages: Pages = field(default_factory=Pages)
 
 
 def write_pages(folder: Path, meta: ReportMeta, cards: Iterable[FeatureCard]) -> None:
