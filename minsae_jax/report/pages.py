@@ -192,19 +192,28 @@ class LabelledFeature:
 
 
 @dataclass(frozen=True)
-class LabelProbe:
-    """A probe of pooled values, fitted on val patients and scored on test patients."""
+class ProbeResult:
+    """The score of a probe on test patients, and the scores of probes of permuted labels."""
 
-    # "AUC" or "R²", and its value for a probe that knows nothing
-    measure: str
-    chance: float
-    features: float
-    raw: float
-    # Of the probe on features with labels permuted between patients: mean and interval
-    permuted: float | None = None
+    score: float
+    # Share of permutations that score at least as high
+    p: float
+    # Mean over permutations, and the middle 95 % of them
+    permuted: float
     permuted_interval: Interval | None = None
-    features_interval: Interval | None = None
-    raw_interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class LabelProbe:
+    """Probes of one label on pooled values, fitted on val patients."""
+
+    # Such as "AUC", and the score of a probe that knows nothing
+    score_name: str
+    chance: float
+    n_val: int
+    n_test: int
+    features: ProbeResult
+    raw: ProbeResult | None = None
 
 
 @dataclass(frozen=True)
@@ -215,18 +224,21 @@ class LabelPage:
     # "number" or "categories"
     type: str
     patients: int
-    recordings: int
     # Such as "21 to 83, median 52" or "female 9, male 7"
     values: str
-    # Such as "Spearman's ρ"
+    # Such as "Spearman's rho", and what it is
     effect_name: str
-    # How activations are pooled over a recording, such as "mean"
-    pooling: str
     n_tested: int
     n_significant: int
+    effect_hint: str = ""
+    recordings: int | None = None
+    # How activations are pooled over a recording
+    pooling: str = "mean"
     # By q, the smallest first
     features: Sequence[LabelledFeature] = ()
     probe: LabelProbe | None = None
+    # What was left out or not measured, and why
+    notes: Sequence[str] = ()
 
 
 # ---- members
@@ -284,3 +296,5 @@ class Pages:
     # Means over the kinds of event
     event_means: DetectionBySet | None = None
     labels: Sequence[LabelPage] = ()
+    # Number of seeds in which features can be found; None with one seed
+    n_seeds: int | None = None

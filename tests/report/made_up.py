@@ -23,6 +23,7 @@ from minsae_jax.report.pages import (
     LabelProbe,
     MemberMeasures,
     Pages,
+    ProbeResult,
     RankedFeature,
     RecommendedMember,
     SeedMatch,
@@ -299,6 +300,7 @@ def make_pages(n: int) -> Pages:
         events=events,
         event_means=_make_scores(0.92),
         labels=[_make_label("age", "number", n), _make_label("sex", "categories", n)],
+        n_seeds=3,
     )
 
 
@@ -363,21 +365,23 @@ def _make_label(name: str, type: str, n: int) -> LabelPage:
         LabelledFeature(
             feature=(3 * k + 1) % n,
             effect=(-1) ** k * (0.62 - 0.04 * k),
-            p=1e-5 * 4**k,
+            p=min(1e-5 * 3**k, 1.0),
             q=min(1e-3 * 4**k, 1.0) if is_number else min(0.3 + 0.1 * k, 1.0),
             patient_share=0.42 if (3 * k + 1) % n == 1 else 0.04,
         )
         for k in range(12)
     ]
     probe = LabelProbe(
-        measure="R²" if is_number else "AUC",
+        score_name="Spearman's rho" if is_number else "AUC",
         chance=0.0 if is_number else 0.5,
-        features=0.41 if is_number else 0.52,
-        features_interval=(0.2, 0.55) if is_number else (0.3, 0.7),
-        raw=0.44 if is_number else 0.61,
-        raw_interval=(0.25, 0.6) if is_number else (0.4, 0.8),
-        permuted=-0.02 if is_number else 0.5,
-        permuted_interval=(-0.2, 0.12) if is_number else (0.31, 0.68),
+        n_val=14,
+        n_test=16,
+        features=ProbeResult(0.61, 0.01, 0.02, (-0.42, 0.45))
+        if is_number
+        else ProbeResult(0.52, 0.44, 0.5, (0.24, 0.77)),
+        raw=ProbeResult(0.66, 0.005, -0.01, (-0.4, 0.44))
+        if is_number
+        else ProbeResult(0.61, 0.2, 0.5, (0.22, 0.76)),
     )
     return LabelPage(
         name=name,
@@ -385,7 +389,9 @@ def _make_label(name: str, type: str, n: int) -> LabelPage:
         patients=16,
         recordings=48,
         values="21 to 83, median 52" if is_number else "female 9, male 7",
-        effect_name="Spearman's ρ" if is_number else "Cliff's δ",
+        effect_name="Spearman's rho" if is_number else "AUC",
+        effect_hint="" if is_number else "probability that a male patient has the larger value",
+        notes=() if is_number else ("2 patients without a value are left out",),
         pooling="mean",
         n_tested=n,
         n_significant=sum(feature.q < 0.05 for feature in features),

@@ -45,10 +45,8 @@ function badges(f) {
 }
 
 function seedBadge(found, seeds) {
-  const kind = found === seeds ? "all" : found > 1 ? "" : "few";
-  const dots = Array.from({ length: seeds }, (_, i) => html("i", { class: i < found ? "on" : "" }));
-  return html("span", { class: `badge seeds ${kind}`, title: "seeds in which the same feature is found, this one included" },
-    html("span", { class: "dots" }, dots), `found with ${found} of ${seeds} seeds`);
+  return html("span", { class: "badge found", title: "seeds in which the same feature is found, this one included" },
+    seedDots(found, seeds), `found with ${found} of ${seeds} seeds`);
 }
 
 function facts(f) {
@@ -120,7 +118,7 @@ function showExamples(f, title = "Examples") {
 function gainNote({ montage, gain }) {
   const unit = montage || !gain.inUv ? "SD of the recording's channel" : "µV";
   const cut = !montage && gain.cuts ? "; larger peaks are cut off" : "";
-  return `Amplitudes in ${unit}${montage || !gain.inUv ? "" : ""}, with the same gain in all panels${cut}.`;
+  return `Amplitudes in ${unit}, with the same gain in all panels${cut}.`;
 }
 
 /** Return the kinds of event in the examples with their colours, or null without any. */
@@ -238,7 +236,7 @@ function featureLabels(labels) {
   return html("table", { class: "data compact" },
     html("thead", {}, html("tr", {}, ["Label", "Effect", "p", "q"].map((title, i) => html("th", { scope: "col", class: i ? "num" : "" }, title)))),
     html("tbody", {}, labels.map((label) => html("tr", {}, html("td", {}, html("a", { href: address("label", label.label) }, label.label)),
-      [fixed(label.effect, 2), number(label.p, 2), number(label.q, 2)].map((value) => html("td", { class: "num" }, value))))));
+      [fixed(label.effect, 2), pValue(label.p), pValue(label.q)].map((value) => html("td", { class: "num" }, value))))));
 }
 
 function seedMatches(matches) {

@@ -72,13 +72,13 @@ function ticks(from, to, log, n) {
   return values;
 }
 
-/** Return axes with a grid: the svg, both scales and the box. x and y: {from, to, label, log, format}. */
-function axes(width, height, x, y) {
-  const box = { left: 44, right: width - 16, top: 18, bottom: height - 34 };
+/** Return axes with a grid: the svg, both scales and the box. x and y: {from, to, label, log, format}; a y of no extent has no ticks. */
+function axes(width, height, x, y, left = 44) {
+  const box = { left, right: width - 16, top: 18, bottom: height - 34 };
   const sx = scale(x.from, x.to, box.left, box.right, x.log);
   const sy = scale(y.from, y.to, box.bottom, box.top, y.log);
   const root = svg("svg", { width, height, role: "img" });
-  for (const value of ticks(y.from, y.to, y.log, 4)) {
+  for (const value of y.to > y.from ? ticks(y.from, y.to, y.log, 4) : []) {
     root.append(svg("path", { class: "grid", d: `M${box.left} ${sy(value)}H${box.right}` }));
     root.append(text(box.left - 6, sy(value) + 3.5, "end", (y.format ?? short)(value)));
   }
@@ -249,16 +249,16 @@ function bars(rows) {
 }
 
 /** Return a small plot of a value with its interval, for a cell of a table. */
-function track(value, interval, from, to, kind = "") {
-  const [width, height, middle] = [110, 20, 10];
+function track(value, interval, from, to, kind = "", of = "95 % interval") {
+  const [width, height, middle] = [140, 20, 10];
   const x = scale(from, to, 5, width - 5);
   const inside = (v) => x(Math.min(Math.max(v, from), to));
   const root = svg("svg", { width, height, class: `track ${kind}`, role: "img" }, svg("path", { class: "grid", d: `M${x(from)} ${middle}H${x(to)}` }));
   if (missing(value)) return root;
-  const range = interval ? `, 95 % interval ${interval.map((v) => fixed(v)).join(" to ")}` : "";
+  const range = interval ? `, ${of} ${interval.map((v) => fixed(v)).join(" to ")}` : "";
   root.append(svg("title", {}, `${fixed(value)}${range}`));
   if (interval) root.append(svg("path", { class: "whisker", d: `M${inside(interval[0])} ${middle}H${inside(interval[1])}` }));
-  root.append(svg("circle", { cx: inside(value), cy: middle, r: 3.5 }));
+  root.append(svg("circle", { cx: inside(value), cy: middle, r: 3.2 }));
   return root;
 }
 

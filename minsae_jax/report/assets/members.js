@@ -6,9 +6,9 @@ const MEMBER_MEASURES = [
   { key: "l0", title: "L0", hint: "active features per token", axis: "log", format: (v) => number(v) },
   { key: "fvu", title: "FVU", hint: "fraction of variance unexplained", axis: "log", format: (v) => number(v) },
   { key: "loss_recovered", title: "Loss recovered", interval: "loss_recovered_interval", format: (v) => fixed(100 * v, 1), unit: "%" },
-  { key: "description_bits", title: "Bits per token", hint: "description length", axis: "zero", format: (v) => whole(v) },
+  { key: "description_bits", title: "Bits", hint: "description length per token", axis: "zero", format: (v) => whole(v) },
   { key: "event_auc", title: "Event AUC", hint: "of the best feature, mean over kinds of event", interval: "event_auc_interval", format: (v) => fixed(v) },
-  { key: "pure_features", title: "Pure features", hint: "features whose strongest tokens nearly all touch one kind of event", axis: "zero", format: (v) => whole(v) },
+  { key: "pure_features", title: "Pure", hint: "features whose strongest tokens nearly all touch one kind of event", axis: "zero", format: (v) => whole(v) },
   { key: "stability", title: "Stability", hint: "share of the live features found again with other seeds", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
   { key: "never_active", title: "Never active", hint: "share of the features, on the test patients", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
   { key: "twins", title: "Twins", hint: "share of decoder rows with a cosine above 0.9 with another", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
@@ -40,11 +40,12 @@ function showMembers() {
   drawScatter();
 }
 
-/** Return a member's name, marked if it is recommended or if this report is about it. */
+/** Return a member's name and warnings, marked if it is recommended or if this report is about it. */
 function memberName(m) {
   const chip = m.is_recommended ? html("span", { class: "chip fire" }, "recommended") : null;
   const here = m.name === meta.member ? html("a", { class: "chip", href: "#" }, "this report") : null;
-  return [m.name, " ", chip, here];
+  const warnings = some(m.warnings) ? html("span", { class: "remark" }, m.warnings.join("; ")) : null;
+  return [m.name, " ", chip, " ", here, warnings];
 }
 
 function memberTable(members) {
@@ -52,10 +53,8 @@ function memberTable(members) {
     name: measure.key, title: measureTitle(measure), hint: measure.hint, value: (m) => m[measure.key],
     cell: (m) => withInterval(m[measure.key], m[measure.interval], (v) => (missing(v) ? "–" : measure.format(v))),
   }));
-  const warnings = { name: "warnings", title: "Warnings", words: true, value: (m) => (m.warnings ?? []).join("; "),
-    cell: (m) => html("span", { class: "remark" }, (m.warnings ?? []).join("; ") || "–") };
   const name = { name: "name", title: "Member", words: true, value: (m) => m.name, cell: memberName };
-  return dataTable([name, ...measures, warnings], members, "", (m) => m.is_recommended);
+  return dataTable([name, ...measures], members, "", (m) => m.is_recommended);
 }
 
 // ---- the scatter plot
@@ -79,11 +78,12 @@ function memberScatter(members, change) {
 }
 
 /** Return the axis of a measure that spans its values and intervals. */
-function memberAxis(measure, members) {
+function memberAxis(measure, members, width) {
   const values = members.flatMap((m) => [m[measure.key], ...(m[measure.interval] ?? [])]).filter((v) => !missing(v));
   const [least, most] = [Math.min(...values), Math.max(...values)];
   const format = measure.unit ? (v) => short(100 * v) : short;
-  const label = `${measure.hint ? `${measure.title}: ${measure.hint}` : measure.title}${measure.unit ? `, ${measure.unit}` : ""}`;
+  const explained = `${measureTitle(measure)}: ${measure.hint}`;
+  const label = measure.hint && 6 * explained.length < width - 60 ? explained : measureTitle(measure);
   if (measure.axis === "log") return { ...paretoAxis(label, least, most), format };
   if (measure.axis === "zero") return { label, format, from: 0, to: 1.12 * (most || 1) };
   const room = 0.1 * (most - least || 0.1);
@@ -93,12 +93,27 @@ function memberAxis(measure, members) {
 /** Return what members of the same line have in common. */
 const lineOf = (m) => [m.kind, m.line ?? m.name.replace(m.setting.replaceAll(" ", ""), "")].join("|");
 
+/** Return places of words one after the other, in rows of a width: {x, row}. */
+function flow(words, left, width) {
+  let [x, row] = [left, 0];
+  return words.map((word) => {
+    const wide = 6.2 * word.length + 32;
+    if (x + wide > width && x > left) [x, row] = [left, row + 1];
+    const place = { x, row };
+    x += wide;
+    return place;
+  });
+}
+
 function drawMembers(all, xMeasure, yMeasure) {
   const members = all.filter((m) => !missing(m[xMeasure.key]) && !missing(m[yMeasure.key]));
   const kinds = [...new Set(members.filter((m) => !isPca(m)).map((m) => m.kind))];
   const colour = (m) => (isPca(m) ? "pca" : `kind-${kinds.indexOf(m.kind) % N_COLOURS}`);
   return (width) => {
-    const { root, sx, sy, box } = axes(width, 340, memberAxis(xMeasure, members), memberAxis(yMeasure, members));
+    const names = [...kinds.map((kind) => [kind, colour({ kind })]), ...(members.some(isPca) ? [["PCA, dashed", "pca"]] : [])];
+    const places = flow(names.map(([name]) => name), 44, width);
+    const [x, y] = [xMeasure, yMeasure].map((measure) => memberAxis(measure, members, width));
+    const { root, sx, sy, box } = axes(width, 340, x, y);
     const at = (m) => [sx(m[xMeasure.key]), sy(m[yMeasure.key])];
     for (const name of new Set(members.map(lineOf))) {
       const path = members.filter((m) => lineOf(m) === name).sort((a, b) => a.l0 - b.l0);
@@ -116,12 +131,13 @@ function drawMembers(all, xMeasure, yMeasure) {
       if (labels.some((l) => Math.abs(l.cx - cx) < 40 && Math.abs(l.cy - cy) < 12)) continue;
       labels.push({ cx, cy });
       const anchor = cx > box.right - 50 ? "end" : "start";
-      root.append(text(cx + (anchor === "end" ? -10 : 10), cy - 6, anchor, m.setting, m.is_recommended ? "strong" : ""));
+      root.append(text(cx + (anchor === "end" ? -10 : 10), cy - 6, anchor, m.setting, m.is_recommended ? "halo strong" : "halo"));
     }
-    const legend = [...kinds.map((kind) => [kind, colour({ kind })]), ...(members.some(isPca) ? [["PCA", "pca"]] : [])];
-    legend.forEach(([name, kind], i) => {
-      root.append(text(box.right, box.bottom - 8 - 13 * (legend.length - 1 - i), "end", name, kind));
-    });
+    for (const [i, [name, kind]] of names.entries()) {
+      const [x, y] = [places[i].x, 340 + 16 * (places[i].row + 1)];
+      root.append(svg("circle", { class: `point ${kind}`, cx: x + 4, cy: y - 4, r: 4 }), text(x + 13, y, "start", name));
+    }
+    root.setAttribute("height", 340 + 16 * (places.at(-1).row + 1) + 8);
     return root;
   };
 }

@@ -27,14 +27,14 @@ const MEASURES = [
 ];
 
 /** Return a table of scores, with the rows of each group together: {first, which, scores}. */
-function scoreTable(groups, firstTitle) {
+function scoreTable(groups, firstTitle = null) {
   const all = groups.flatMap((group) => Object.values(group.scores).filter((scores) => scores));
   const measures = MEASURES.filter(({ key }) => all.some((scores) => !missing(scores[key])));
-  const head = [[firstTitle], ["Best of"], [""], ["AUC", "of the largest activation within an event, against spans without one", "num"],
+  const head = [...(firstTitle ? [[firstTitle]] : []), ["Best of"], ["", null, "which-title"], ["AUC", "of the largest activation within an event, against spans without one", "num"],
     ["0.5 to 1", "with a 95 % interval over recordings", "plot"], ...measures.map((m) => [m.title, m.hint, "num"])];
   const row = (group, [key, title], i, rows) => {
     const scores = group.scores[key];
-    const first = i ? null : html("th", { scope: "rowgroup", rowspan: rows.length }, group.first);
+    const first = i || !firstTitle ? null : html("th", { scope: "rowgroup", rowspan: rows.length }, group.first);
     return html("tr", { class: `${key}${i ? "" : " first"}` }, first, html("td", {}, title), html("td", { class: "which" }, key === "sae" ? group.which : null),
       html("td", { class: "num strong" }, fixed(scores.auc)),
       html("td", { class: "plot" }, track(scores.auc, scores.auc_interval, 0.5, 1, key)),
@@ -81,14 +81,14 @@ function drawLabels() {
     { name: "values", title: "Values", words: true, value: (l) => l.values },
     { name: "patients", title: "Patients", value: (l) => l.patients, cell: (l) => whole(l.patients) },
     { name: "n_significant", title: `Features with q < ${SIGNIFICANT}`, value: (l) => l.n_significant, cell: (l) => `${whole(l.n_significant)} of ${whole(l.n_tested)}` },
-    { name: "probe", title: "Probe on features", value: (l) => l.probe?.features, cell: (l) => probeText(l.probe, "features") },
-    { name: "raw", title: "On raw dimensions", value: (l) => l.probe?.raw, cell: (l) => probeText(l.probe, "raw") },
-    { name: "permuted", title: "Labels permuted", hint: "the same probe on features with labels exchanged between patients", value: (l) => l.probe?.permuted, cell: (l) => probeText(l.probe, "permuted") },
+    { name: "probe", title: "Probe on features", value: (l) => l.probe?.features.score, cell: (l) => probeText(l.probe, l.probe?.features.score) },
+    { name: "raw", title: "On raw dimensions", value: (l) => l.probe?.raw?.score, cell: (l) => probeText(l.probe, l.probe?.raw?.score) },
+    { name: "permuted", title: "Labels permuted", hint: "the same probe on features with labels exchanged between patients", value: (l) => l.probe?.features.permuted, cell: (l) => probeText(l.probe, l.probe?.features.permuted) },
   ];
   $("#by-label .place").replaceChildren(dataTable(columns, labels, ""));
 }
 
-const probeText = (probe, key) => (missing(probe?.[key]) ? "–" : `${probe.measure} ${fixed(probe[key], 2)}`);
+const probeText = (probe, score) => (missing(score) ? "–" : `${probe.score_name} ${fixed(score, 2)}`);
 
 // ---- the page of a kind of event
 
@@ -107,7 +107,7 @@ function showEvent(kind) {
     html("section", {}, html("h2", {}, "Against baselines"),
       html("p", { class: "note" }, "All are chosen on val patients and measured on test patients by the same rules. Raw dimensions and " +
         "principal components count with both signs."),
-      scoreTable([{ first: [kind], which: bestFeature(event), scores: event.scores }], "Event")),
+      scoreTable([{ which: bestFeature(event), scores: event.scores }])),
     rankedFeatures(event), steeringSection(event), examples);
   if (byId.get(event.feature)?.density) {
     loadFeature(event.feature, (f) => {
@@ -141,7 +141,8 @@ function eventFacts(event) {
 
 const featureColumns = [
   { name: "feature", title: "Feature", words: true, value: (r) => r.feature, cell: (r) => (byId.has(r.feature) ? named(r.feature) : String(r.feature)) },
-  { name: "seeds", title: "Seeds", hint: "seeds in which the same feature is found", value: (r) => byId.get(r.feature)?.seeds },
+  { name: "seeds", title: "Seeds", hint: "seeds in which the same feature is found", value: (r) => byId.get(r.feature)?.seeds,
+    cell: (r) => seedDots(byId.get(r.feature)?.seeds, meta.pages.n_seeds) },
 ];
 
 function rankedFeatures(event) {
@@ -190,29 +191,31 @@ function steeringSection({ kind, steering }) {
 const decibels = (ratios) =>
   Object.fromEntries(Object.entries(ratios).map(([name, ratio]) => [name, 10 * Math.log10(Math.max(ratio ?? 1, 1e-3))]));
 
-/** Draw bars of several series for each name, from a line at 0; the name `target` is emphasised. */
+/** Draw horizontal bars of several series for each name, from a line at 0; the name `target` is emphasised. */
 function drawGroups(series, target, colour, label) {
   const names = Object.keys(series[0]);
   const values = series.flatMap((one) => Object.values(one));
-  const [least, most] = [Math.min(0, ...values), Math.max(0, ...values)];
-  const room = 0.12 * (most - least || 1);
+  const x = { from: Math.min(0, 1.08 * Math.min(...values)), to: Math.max(0, 1.08 * Math.max(...values)), label };
+  const [thick, gap] = [7, 9]; // px
+  const tall = series.length * thick + gap;
   return (width) => {
-    const y = { from: least < 0 ? least - room : 0, to: most + room, label };
-    const plot = axes(width, 210, { from: 0, to: names.length, label: "", format: () => "" }, y);
-    const zero = plot.sy(0);
+    const indent = Math.min(6.8 * Math.max(...names.map((name) => name.length)) + 14, width / 3);
+    const { root, box, sx } = axes(width, names.length * tall + 52, x, { from: 0, to: 0 }, indent);
+    for (const value of ticks(x.from, x.to, false, Math.max(2, Math.floor(width / 70)))) {
+      root.append(svg("path", { class: "grid", d: `M${sx(value)} ${box.top}V${box.bottom}` }));
+    }
     names.forEach((name, k) => {
-      const [left, right] = [plot.sx(k + 0.14), plot.sx(k + 0.86)];
-      const step = (right - left) / series.length;
+      const top = box.top + k * tall + gap / 2;
       series.forEach((one, i) => {
-        const at = plot.sy(one[name] ?? 0);
-        const place = { x: left + i * step + 0.5, width: Math.max(step - 1, 1), y: Math.min(at, zero), height: Math.max(Math.abs(at - zero), 0.5) };
+        const [a, b] = [sx(0), sx(one[name] ?? 0)].sort((u, v) => u - v);
+        const place = { x: a, width: Math.max(b - a, 0.5), y: top + i * thick, height: thick - 1 };
         const tip = svg("title", {}, `${name}: ${number(one[name])} ${label}`);
-        plot.root.append(svg("rect", { class: `group ${colour(i)}${target === null || name === target ? "" : " off-target"}`, ...place }, tip));
+        root.append(svg("rect", { class: `group ${colour(i)}${target === null || name === target ? "" : " off-target"}`, ...place }, tip));
       });
-      plot.root.append(text((left + right) / 2, plot.box.bottom + 14, "middle", name, name === target ? "strong" : ""));
+      root.append(text(box.left - 8, top + (tall - gap) / 2 + 4, "end", name, name === target ? "strong" : ""));
     });
-    plot.root.append(svg("path", { class: "axis", d: `M${plot.box.left} ${zero}H${plot.box.right}` }));
-    return plot.root;
+    root.append(svg("path", { class: "axis", d: `M${sx(0)} ${box.top}V${box.bottom}` }));
+    return root;
   };
 }
 
@@ -225,11 +228,13 @@ function showLabel(name) {
   const navigation = place < 0 ? bar("← Overview") : bar("← Overview", link(-1), `${place + 1} of ${count(labels.length, "label")}`, link(1));
   if (place < 0) return showPage(`Label ${name}`, navigation, html("h1", {}, `There is no label ${name}`));
   const label = labels[place];
-  const rows = [["type", label.type], ["values", label.values], ["patients", whole(label.patients)], ["recordings", whole(label.recordings)]];
+  const rows = [["type", label.type], ["values", label.values], ["patients", label.patients], ["recordings", label.recordings]]
+    .filter(([, value]) => !missing(value));
   showPage(`Label: ${name}`, navigation,
     html("header", {}, html("p", { class: "eyebrow" }, "Label of recordings"), html("h1", {}, name),
       html("p", { class: "lead" }, labelSentence(label)),
-      html("dl", { class: "facts" }, rows.map(([key, value]) => html("div", {}, html("dt", {}, key), html("dd", {}, value))))),
+      html("dl", { class: "facts" }, rows.map(([key, value]) => html("div", {}, html("dt", {}, key), html("dd", {}, value)))),
+      (label.notes ?? []).map((note) => html("p", { class: "note" }, `${note}.`))),
     probeSection(label), labelledFeatures(label));
 }
 
@@ -244,29 +249,30 @@ function labelSentence(label) {
 /** Return the probe's scores with a sentence that says what they mean, or null. */
 function probeSection({ name, probe }) {
   if (!probe) return null;
-  const rows = [
-    ["features", "SAE features", probe.features, probe.features_interval, "sae"],
-    ["raw", "raw dimensions", probe.raw, probe.raw_interval, "raw"],
-    ["permuted", "features, labels permuted", probe.permuted, probe.permuted_interval, "raw"],
-  ].filter(([, , value]) => !missing(value));
-  const values = rows.flatMap(([, , value, interval]) => [value, ...(interval ?? [])]);
-  const from = Math.min(probe.chance, ...values);
-  const body = rows.map(([, title, value, interval, kind]) => html("tr", { class: kind }, html("td", {}, title),
-    html("td", { class: "num strong" }, withInterval(value, interval, (v) => fixed(v, 2))),
-    html("td", { class: "plot" }, track(value, interval, from, 1, kind))));
+  const rows = [["SAE features", probe.features, "sae"], ["raw dimensions", probe.raw, "raw"]].filter(([, result]) => result);
+  const lowest = Math.min(probe.chance, ...rows.flatMap(([, result]) => [result.score, ...(result.permuted_interval ?? [])]));
+  const from = Math.floor(10 * lowest) / 10;
+  const head = [["Probe on"], [probe.score_name, null, "num"],
+    [`${fixed(from, 1)} to 1`, "dot: the score; line: 95 % of the permuted labels", "plot"],
+    ["Labels permuted", "mean over permutations", "num"], ["p", "share of permutations that score at least as high", "num"]];
+  const body = rows.map(([title, result, kind]) => html("tr", { class: kind }, html("td", {}, title),
+    html("td", { class: "num strong" }, fixed(result.score, 2)),
+    html("td", { class: "plot" }, track(result.score, result.permuted_interval, from, 1, kind, "95 % of permuted labels")),
+    html("td", { class: "num" }, withInterval(result.permuted, result.permuted_interval, (v) => fixed(v, 2))),
+    html("td", { class: "num" }, pValue(result.p))));
   return html("section", {}, html("h2", {}, "Probe"), html("p", { class: "note" }, probeSentence(name, probe)),
-    html("div", { class: "scroll" }, html("table", { class: "data narrow" },
-      html("thead", {}, html("tr", {}, html("th", { scope: "col" }, "Probe on"), html("th", { scope: "col", class: "num" }, probe.measure),
-        html("th", { scope: "col", class: "plot" }, `${fixed(from, 1)} to 1`))),
+    html("div", { class: "scroll" }, html("table", { class: "data" },
+      html("thead", {}, html("tr", {}, head.map(([title, hint, kind]) => html("th", { scope: "col", class: kind ?? null, title: hint ?? null }, title)))),
       html("tbody", {}, body))));
 }
 
-function probeSentence(name, probe) {
-  const control = probe.permuted_interval?.[1] ?? probe.permuted ?? probe.chance;
-  const unit = "Pooled activations of a recording, fitted on val patients and scored on test patients.";
-  if (probe.features <= control) return `${unit} Features do not predict ${name}: permuted labels do as well.`;
-  const than = probe.features > probe.raw ? "better than" : probe.features === probe.raw ? "as well as" : "less well than";
-  return `${unit} Features predict ${name} beyond permuted labels, and ${than} raw dimensions do.`;
+function probeSentence(name, { features: own, raw, n_val: fitted, n_test: scored }) {
+  const unit = `Fitted on ${count(fitted, "val patient")} and scored on ${count(scored, "test patient")}. The line is where 95 % of ` +
+    "the probes of permuted labels score.";
+  if (!(own.p < SIGNIFICANT)) return `${unit} Features do not predict ${name} better than permuted labels do.`;
+  if (!raw) return `${unit} Features predict ${name} better than permuted labels do.`;
+  const than = own.score > raw.score ? "better than" : own.score === raw.score ? "as well as" : "less well than";
+  return `${unit} Features predict ${name} better than permuted labels do, and ${than} raw dimensions.`;
 }
 
 function labelledFeatures(label) {
@@ -276,9 +282,9 @@ function labelledFeatures(label) {
     : percent(r.patient_share));
   const columns = [
     ...featureColumns,
-    { name: "effect", title: label.effect_name, value: (r) => r.effect, cell: (r) => fixed(r.effect, 2) },
-    { name: "p", title: "p", value: (r) => r.p, cell: (r) => number(r.p, 2) },
-    { name: "q", title: "q", hint: "p corrected for the number of features (Benjamini-Hochberg)", value: (r) => r.q, cell: (r) => number(r.q, 2) },
+    { name: "effect", title: label.effect_name, hint: label.effect_hint || null, value: (r) => r.effect, cell: (r) => fixed(r.effect, 2) },
+    { name: "p", title: "p", value: (r) => r.p, cell: (r) => pValue(r.p) },
+    { name: "q", title: "q", hint: "p corrected for the number of features (Benjamini-Hochberg)", value: (r) => r.q, cell: (r) => pValue(r.q) },
     { name: "patient_share", title: "Patients explain", hint: "share of the feature's variance over tokens that is between patients (eta²)", value: (r) => r.patient_share, cell: warned },
     { name: "event", title: "Event", words: true, value: (r) => byId.get(r.feature)?.event },
   ];

@@ -42,6 +42,7 @@ function start(data) {
   for (const f of features) f.words = [f.id, f.label, f.suggestion, f.channel, f.band, f.event].join(" ").toLowerCase();
   for (const { kind } of eventPages()) eventColour(kind);
   drawIndex();
+  filter();
   route();
   addEventListener("hashchange", route);
   addEventListener("keydown", onKey);
@@ -314,6 +315,7 @@ function tableRow(f) {
   const cell = (c) => {
     if (c.name === "id") return html("a", { href: `#f=${f.id}` }, String(f.id));
     if (c.name === "label") return html("span", { class: f.label ? "" : "suggestion", title: name }, name);
+    if (c.name === "seeds") return seedDots(f.seeds, meta.pages.n_seeds);
     if (c.name === "event_auc") return fixed(f.event_auc);
     if (c.name === "event" && f.event) return [html("span", { class: `swatch ${eventColour(f.event)}` }), f.event];
     return c.words ? f[c.name] || "–" : c.share ? percent(f[c.name]) : number(f[c.name]);

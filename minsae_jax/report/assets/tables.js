@@ -32,12 +32,22 @@ function dataTable(columns, rows, order, isMarked = () => false) {
   return table;
 }
 
+const pValue = (value) => (value < 1e-4 ? "< 0.0001" : number(value, 2));
+
 /** Return the rows in the order of a value; those without one are last, whichever the direction. */
 function sortRows(rows, value, down) {
   const sign = down ? -1 : 1;
   return rows.map((row) => [value(row), row])
     .sort(([u], [v]) => (missing(u) || missing(v) ? missing(u) - missing(v) : sign * (u < v ? -1 : u > v ? 1 : 0)))
     .map(([, row]) => row);
+}
+
+/** Return dots for all seeds, filled for those in which a feature is found, or "–". */
+function seedDots(found, seeds) {
+  if (missing(found)) return "–";
+  const title = `found with ${found} of ${seeds} seeds`;
+  return html("span", { class: `dots ${found === 1 ? "few" : ""}`, title, role: "img", "aria-label": title },
+    Array.from({ length: seeds }, (_, i) => html("i", { class: i < found ? "on" : "" })));
 }
 
 /** Return a value with its interval in softer ink below or beside it. */
