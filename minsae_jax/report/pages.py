@@ -79,10 +79,8 @@ class DetectedLabel:
 
 def best_event(events: Sequence[DetectedEvent]) -> DetectedEvent | None:
     """Return the kind that a feature detects best, or None if no AUC reaches DETECTS."""
-    best = max(events, key=lambda event: event.auc, default=None)
-    if best is None or not best.auc >= DETECTS:
-        return None
-    return best
+    detected = [event for event in events if event.auc >= DETECTS]
+    return max(detected, key=lambda event: event.auc, default=None)
 
 
 # ---- events

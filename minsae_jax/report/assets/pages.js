@@ -36,7 +36,7 @@ function scoreTable(groups, firstTitle = null) {
     const scores = group.scores[key];
     const first = i || !firstTitle ? null : html("th", { scope: "rowgroup", rowspan: rows.length }, group.first);
     return html("tr", { class: `${key}${i ? "" : " first"}` }, first, html("td", {}, title), html("td", { class: "which" }, key === "sae" ? group.which : null),
-      html("td", { class: "num strong" }, fixed(scores.auc)),
+      html("td", { class: "num strong" }, withInterval(scores.auc, scores.auc_interval)),
       html("td", { class: "plot" }, track(scores.auc, scores.auc_interval, 0.5, 1, key)),
       measures.map((m) => html("td", { class: "num" }, (m.format ?? fixed)(scores[m.key]))));
   };

@@ -50,8 +50,9 @@ function seedDots(found, seeds) {
     Array.from({ length: seeds }, (_, i) => html("i", { class: i < found ? "on" : "" })));
 }
 
-/** Return a value with its interval in softer ink below or beside it. */
+/** Return a value with its interval in softer ink beside it. */
 function withInterval(value, interval, format = fixed) {
   if (!interval) return format(value);
-  return [`${format(value)} `, html("span", { class: "interval" }, `${format(interval[0])}–${format(interval[1])}`)];
+  const between = interval[0] < 0 ? " to " : "–";
+  return [`${format(value)} `, html("span", { class: "interval" }, `${format(interval[0])}${between}${format(interval[1])}`)];
 }
