@@ -228,7 +228,7 @@ function featureEvents(events) {
   return html("table", { class: "data compact" },
     html("thead", {}, html("tr", {}, ["Kind", "", "AUC", "Recall", "Precision"].map((title, i) => html("th", { scope: "col", class: i > 1 ? "num" : "" }, title)))),
     html("tbody", {}, events.map((event) => html("tr", {}, html("td", {}, kind(event)),
-      html("td", { class: "plot" }, track(event.auc, null, 0.5, 1)),
+      html("td", { class: "plot" }, track(event.auc, { width: 84 })),
       [fixed(event.auc), percent(event.recall), percent(event.precision)].map((value) => html("td", { class: "num" }, value))))));
 }
 

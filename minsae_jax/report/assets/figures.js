@@ -248,9 +248,9 @@ function bars(rows) {
   ]));
 }
 
-/** Return a small plot of a value with its interval, for a cell of a table. */
-function track(value, interval, from, to, kind = "", of = "95 % interval") {
-  const [width, height, middle] = [140, 20, 10];
+/** Return a small plot of a value with an interval, for a cell of a table; `of` says what the interval is. */
+function track(value, { interval = null, from = 0.5, to = 1, kind = "", of = "95 % interval", width = 140 }) {
+  const [height, middle] = [20, 10];
   const x = scale(from, to, 5, width - 5);
   const inside = (v) => x(Math.min(Math.max(v, from), to));
   const root = svg("svg", { width, height, class: `track ${kind}`, role: "img" }, svg("path", { class: "grid", d: `M${x(from)} ${middle}H${x(to)}` }));

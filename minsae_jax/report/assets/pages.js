@@ -37,7 +37,7 @@ function scoreTable(groups, firstTitle = null) {
     const first = i || !firstTitle ? null : html("th", { scope: "rowgroup", rowspan: rows.length }, group.first);
     return html("tr", { class: `${key}${i ? "" : " first"}` }, first, html("td", {}, title), html("td", { class: "which" }, key === "sae" ? group.which : null),
       html("td", { class: "num strong" }, withInterval(scores.auc, scores.auc_interval)),
-      html("td", { class: "plot" }, track(scores.auc, scores.auc_interval, 0.5, 1, key)),
+      html("td", { class: "plot" }, track(scores.auc, { interval: scores.auc_interval, kind: key })),
       measures.map((m) => html("td", { class: "num" }, (m.format ?? fixed)(scores[m.key]))));
   };
   const body = groups.flatMap((group) => {
@@ -257,7 +257,7 @@ function probeSection({ name, probe }) {
     ["Labels permuted", "mean over permutations", "num"], ["p", "share of permutations that score at least as high", "num"]];
   const body = rows.map(([title, result, kind]) => html("tr", { class: kind }, html("td", {}, title),
     html("td", { class: "num strong" }, fixed(result.score, 2)),
-    html("td", { class: "plot" }, track(result.score, result.permuted_interval, from, 1, kind, "95 % of permuted labels")),
+    html("td", { class: "plot" }, track(result.score, { interval: result.permuted_interval, from, kind, of: "95 % of permuted labels" })),
     html("td", { class: "num" }, withInterval(result.permuted, result.permuted_interval, (v) => fixed(v, 2))),
     html("td", { class: "num" }, pValue(result.p))));
   return html("section", {}, html("h2", {}, "Probe"), html("p", { class: "note" }, probeSentence(name, probe)),
