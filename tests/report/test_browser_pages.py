@@ -126,7 +126,10 @@ def test_overview_compares_features_with_their_baselines_by_event(page, report):
 
 
 def test_parts_without_data_are_left_out(page, tmp_path):
-    write_pages(tmp_path / "report", make_meta(events=[], pages=Pages()), make_cards(3))
+    (card,) = make_cards(1)
+    examples = [replace(example, events=[], other_features=[]) for example in card.examples]
+    cards = [replace(card, examples=examples)]
+    write_pages(tmp_path / "report", make_meta(events=[], pages=Pages()), cards)
     visit(page, tmp_path / "report")
     for part in ("#recommended", "#events", "#by-label"):
         assert not find(page, part)[0].is_displayed()
@@ -396,8 +399,11 @@ def test_pages_fit_their_width(page, report, width, scheme):
             visit(page, report, hash)
             scroll = page.execute_script("return document.documentElement.scrollWidth")
             assert scroll <= width, hash
+            wait(page, "return document.querySelectorAll('main:not([hidden]) .figure svg').length")
+            drawn = find(page, "main:not([hidden])")[0]
             for word in ("NaN", "undefined", "[object"):
-                assert word not in find(page, "main:not([hidden])")[0].get_attribute("outerHTML")
+                assert word not in drawn.get_attribute("outerHTML")
+            assert "null" not in drawn.text
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

@@ -13,7 +13,7 @@ function eventColour(kind) {
 }
 
 /**
- * Return the gain of a gallery: the amplitude drawn at full height, the same in all panels of one channel.
+ * Return the gain of panels of one channel: the amplitude drawn at full height, the same in all of them.
  *
  * It is in µV if all examples have them, else in SD. A tenth of the peaks is cut off.
  */

@@ -85,8 +85,9 @@ function showExamples(f, title = "Examples") {
   const [key, , words, members] = groups.find(([name]) => name === view.group) ?? groups[0];
   const examples = key === "q" ? [...members].sort((a, b) => b.activation - a.activation) : members;
   const possible = examples.some((e) => !missing(e.others));
-  const peaks = examples.map((e) => peak(decode(e.trace))).sort((a, b) => a - b);
-  const gain = galleryGain(examples);
+  // Of all examples, so that the gain is the same in all groups.
+  const peaks = f.examples.map((e) => peak(decode(e.trace))).sort((a, b) => a - b);
+  const gain = galleryGain(f.examples);
   const look = {
     montage: view.montage && possible,
     gain,
@@ -106,12 +107,13 @@ function showExamples(f, title = "Examples") {
   const layouts = [["One channel", false], ["All channels", true]]
     .map(([name, montage]) => tab(name, look.montage === montage, { montage }));
   const save = html("button", { type: "button", class: "link", onclick: () => saveExamples(f) }, "Save all as CSV");
-  section.append(
+  build(section, {}, [
     html("div", { class: "controls" }, html("div", { class: "tabs" }, tabs),
       possible ? html("div", { class: "tabs" }, layouts) : null, save),
     html("p", { class: "note" }, `${words} Shaded: the active patch. Bars below: the activation on each patch. ${gainNote(look)}`),
     eventLegend(examples),
-    html("div", { class: "gallery" }, examples.map((e) => showExample(e, look))));
+    html("div", { class: "gallery" }, examples.map((e) => showExample(e, look))),
+  ]);
   return section;
 }
 
@@ -125,7 +127,9 @@ function gainNote({ montage, gain }) {
 function eventLegend(examples) {
   const kinds = [...new Set(examples.flatMap((e) => (e.events ?? []).map((event) => event.kind)))];
   if (!kinds.length) return null;
-  const item = (kind) => html("a", { href: address("event", kind) }, html("span", { class: `swatch ${eventColour(kind)}` }), kind);
+  const known = new Set(eventPages().map((event) => event.kind));
+  const item = (kind) => html(known.has(kind) ? "a" : "span", known.has(kind) ? { href: address("event", kind) } : {},
+    html("span", { class: `swatch ${eventColour(kind)}` }), kind);
   return html("p", { class: "note legend" }, html("span", {}, "Labelled events (hollow: on other channels):"), kinds.map(item));
 }
 

@@ -34,9 +34,10 @@ function scoreTable(groups, firstTitle = null) {
     ["0.5 to 1", "with a 95 % interval over recordings", "plot"], ...measures.map((m) => [m.title, m.hint, "num"])];
   const row = (group, [key, title], i, rows) => {
     const scores = group.scores[key];
+    const isLargest = rows.every(([other]) => !(group.scores[other].auc > scores.auc));
     const first = i || !firstTitle ? null : html("th", { scope: "rowgroup", rowspan: rows.length }, group.first);
     return html("tr", { class: `${key}${i ? "" : " first"}` }, first, html("td", {}, title), html("td", { class: "which" }, key === "sae" ? group.which : null),
-      html("td", { class: "num strong" }, withInterval(scores.auc, scores.auc_interval)),
+      html("td", { class: `num ${isLargest ? "strong" : ""}` }, withInterval(scores.auc, scores.auc_interval)),
       html("td", { class: "plot" }, track(scores.auc, { interval: scores.auc_interval, kind: key })),
       measures.map((m) => html("td", { class: "num" }, (m.format ?? fixed)(scores[m.key]))));
   };
