@@ -399,7 +399,7 @@ def test_pages_fit_their_width(page, report, width, scheme):
             visit(page, report, hash)
             scroll = page.execute_script("return document.documentElement.scrollWidth")
             assert scroll <= width, hash
-            wait(page, "return document.querySelectorAll('main:not([hidden]) .figure svg').length")
+            wait(page, "return document.querySelectorAll('main:not([hidden]) svg').length")
             drawn = find(page, "main:not([hidden])")[0]
             for word in ("NaN", "undefined", "[object"):
                 assert word not in drawn.get_attribute("outerHTML")
