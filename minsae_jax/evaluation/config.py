@@ -62,6 +62,10 @@ class ReportConfig:
     """Number of strongest examples per feature."""
     per_recording: Annotated[int, AtLeastOne] = 3
     """Maximum number of strongest examples from one recording."""
+    context_seconds: Annotated[float, Range(above=0)] | None = None
+    """Seconds of EEG shown with an example (default: those of its patches)."""
+    report_features: Annotated[int, AtLeastOne] | None = None
+    """Number of features with a page, the most relevant (default: as many as fit in 250 MB)."""
     bands: tuple[str, ...] = ("delta 1-4", "theta 4-8", "alpha 8-13", "beta 13-25", "gamma 25-35")
     """Frequency bands, each with a name and limits in Hz."""
 

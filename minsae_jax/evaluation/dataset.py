@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -166,12 +166,22 @@ class Dataset:
 
     def eeg_of(self, sequence: int) -> Float[np.ndarray, "seq_len n_vars"]:
         """Return all channels of a sequence's window, in SD of the recording's channels."""
-        recording = int(self.recording[sequence])
-        eeg = self.window_of(recording, int(self.window[sequence]))
+        begin = int(self.window[sequence]) * self.seq_len
+        return self.eeg_between(int(self.recording[sequence]), begin, begin + self.seq_len)
+
+    def eeg_between(
+        self, recording: int, begin: int, stop: int
+    ) -> Float[np.ndarray, "samples n_vars"]:
+        """Return samples begin:stop of a recording, in SD of its channels."""
+        eeg = self._load_recording(recording)[begin:stop]
         if self.description.unit == "SD":
             return eeg
         mean, sd = self._moments(recording)
         return ((eeg - mean) / sd).astype(np.float32)
+
+    def recording_length(self, recording: int) -> int:
+        """Return the number of samples of a recording."""
+        return len(self._load_recording(recording))
 
     def uv_per_sd(self, recording: int) -> Float[np.ndarray, " n_vars"] | None:
         """Return the SD of each channel of a recording in µV, or None if it is unknown."""
@@ -185,7 +195,8 @@ class Dataset:
 
     @cached_property
     def _moments(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-        @lru_cache(MAX_OPEN_RECORDINGS)
+        # Of all recordings: two small arrays each, from a pass over the recording.
+        @cache
         def moments(recording: int) -> tuple[np.ndarray, np.ndarray]:
             """Return mean and SD of each channel in the recording's unit; SD 1 if it is flat."""
             eeg = self._load_recording(recording)

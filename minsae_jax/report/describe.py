@@ -10,9 +10,19 @@ from minsae_jax.eeg.montage import BANDS
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.config import Band
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.report.examples import EDGES, Activity, Tokens
-from minsae_jax.report.excerpts import ChosenToken, Example, cut_examples
-from minsae_jax.report.naming import Label, suggest_name
+from minsae_jax.report.activations import ExampleActivations, measure_examples
+from minsae_jax.report.entries import EDGES
+from minsae_jax.report.examples import Activity, Tokens
+from minsae_jax.report.excerpts import (
+    ChosenToken,
+    EventsByRecording,
+    Example,
+    cut_examples,
+    events_by_recording,
+    shown_samples,
+)
+from minsae_jax.report.naming import Label, fits_region, region, suggest_name
+from minsae_jax.report.neighbours import coactive_features, nearest_features
 from minsae_jax.report.pages import (
     DetectedEvent,
     DetectedLabel,
@@ -21,8 +31,11 @@ from minsae_jax.report.pages import (
     best_event,
 )
 from minsae_jax.report.spectra import (
+    BROADBAND_RATIO,
     BaseSpectra,
+    SampleSpectra,
     Spectrum,
+    band_ratio,
     channel_power_ratio,
     dominant_band,
     measure_base_spectra,
@@ -34,8 +47,6 @@ DEFAULT_BANDS = tuple(Band(*band) for band in BANDS)
 MONTAGE_EXAMPLES = 8  # top examples with all channels
 RANDOM_EXAMPLES = 6
 LISTED_PATIENTS = 12
-NEIGHBOURS = 8
-MAX_COSINE_FEATURES = 16_384  # above it, no nearest features: all cosines are in memory
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,15 @@ class Context:
     w: int
     bands: Sequence[Band]
     base: BaseSpectra
-    # Decoder rows, and their cosines
+    # Decoder rows
     directions: Float[np.ndarray, "d_sae d_model"]
-    cosine: Float[np.ndarray, "d_sae d_sae"] | None
     labels: Mapping[int, Label]
     quantiles: Tokens
+    events: EventsByRecording
+    # Samples of EEG shown with an example
+    n_samples: int
+    # Top examples of a feature with all channels
+    montage_examples: int
     seed: int
 
 
@@ -65,6 +80,27 @@ class Histogram:
 
     edges: Float[np.ndarray, " edges"]
     counts: Int[np.ndarray, " bins"]
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """A feature in the table of all features; see `FeatureCard`. NaN and "" where unknown."""
+
+    id: int
+    label: str
+    suggestion: str
+    density: float
+    mean: float
+    max: float
+    channel: str
+    band: str
+    patients: int
+    artefact: float
+    artefact_top: float
+    support: float
+    seeds: int | None = None
+    event: str = ""
+    event_auc: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +121,9 @@ class FeatureCard:
     patients: int
     # Share of the active tokens that the first patient has
     patient_share: float
-    # Largest of `artefacts`
+    # Largest of `artefacts`, and of `artefacts_top`
     artefact: float
+    artefact_top: float
     # Share of the active tokens that are CLS tokens
     cls: float
     # The user's label and note, from labels.csv
@@ -94,6 +131,9 @@ class FeatureCard:
     note: str
     # Suggested label
     suggestion: str
+    # Share of sampled examples on a channel of the suggested region and with more power than usual
+    # in the suggested band; NaN if it names neither
+    support: float
     examples: list[Example]
     histogram: Histogram
     # Mean activation on each channel over the mean on all channels; for tokens over all channels,
@@ -110,8 +150,9 @@ class FeatureCard:
     coactive: list[tuple[int, float]]
     # Samples that a unit of the feature adds to a patch, by the encoder's head
     waveform: Float[np.ndarray, " patch_len"] | None
-    # Share of examples with each artefact hint
+    # Share of sampled examples with each artefact hint, and of the strongest examples
     artefacts: dict[str, float]
+    artefacts_top: dict[str, float]
     # None if no other member differs in the seed only
     stability: SeedStability | None = None
     # Share of the variance by position, channel, recording and patient
@@ -148,12 +189,14 @@ def make_context(
     bands: Sequence[Band] = DEFAULT_BANDS,
     labels: Mapping[int, Label] | None = None,
     seed: int = 0,
+    context_seconds: float | None = None,
+    montage_examples: int = MONTAGE_EXAMPLES,
 ) -> Context:
-    """Compute the data that all cards share; w: patches before and after an example's patch."""
-    cosine = None
-    if sae.d_sae <= MAX_COSINE_FEATURES:
-        rows = sae.unit_directions
-        cosine = rows @ rows.T
+    """Compute the data that all cards share.
+
+    w: patches before and after an example's patch with activations. context_seconds: of EEG shown
+    with it, by default that of these patches.
+    """
     return Context(
         dataset=dataset,
         sae=sae,
@@ -163,45 +206,103 @@ def make_context(
         bands=bands,
         base=measure_base_spectra(dataset, w, seed, bands),
         directions=sae.decoder_directions,
-        cosine=cosine,
         labels=labels or {},
         quantiles=activity.quantiles(),
+        events=events_by_recording(dataset),
+        n_samples=shown_samples(dataset, w, context_seconds),
+        montage_examples=montage_examples,
         seed=seed,
     )
 
 
-def describe_all(context: Context) -> Iterator[FeatureCard]:
-    """Yield the card of every feature."""
-    for feature in range(context.sae.d_sae):
-        yield describe(context, feature)
-
-
 def describe(context: Context, feature: int) -> FeatureCard:
     """Return the card of one feature."""
+    return next(describe_all(context, [feature]))
+
+
+def describe_all(context: Context, features: Sequence[int] | None = None) -> Iterator[FeatureCard]:
+    """Yield the cards of features by number, by default of all; the store is read once for them."""
+    features = sorted(range(context.sae.d_sae) if features is None else features)
+    chosen = _choose_all(context, features)
+    measured = measure_examples(
+        context.dataset, context.sae, context.w, chosen.feature, chosen.sequence, chosen.token
+    )
+    nearest = nearest_features(context.sae.unit_directions, features)
+    coactive = coactive_features(context.activity.together, features)
+    with_examples = set(chosen.feature.tolist())
+    for feature, near, together in zip(features, nearest, coactive, strict=True):
+        activations = ExampleActivations([], [])
+        if feature in with_examples:
+            activations = next(measured)
+        yield _describe(context, feature, activations, near, together)
+
+
+def feature_row(context: Context, feature: int) -> FeatureRow:
+    """Return what is known of a feature without its EEG."""
+    activity = context.activity
+    n_active = int(activity.active[feature])
+    ratio = np.zeros(0)
+    if context.dataset.has_channels:
+        ratio = _channel_ratio(context, feature)
+    return FeatureRow(
+        id=feature,
+        label=context.labels.get(feature, Label()).label,
+        suggestion="",
+        density=float(activity.density[feature]),
+        mean=float(activity.mean[feature]),
+        max=float(activity.largest[feature]),
+        channel=_name_of(context.dataset, int(np.argmax(ratio))) if ratio.any() else "",
+        band="",
+        patients=len(_patient_shares(context.dataset, activity.by_recording[feature], n_active)),
+        artefact=np.nan,
+        artefact_top=np.nan,
+        support=np.nan,
+    )
+
+
+def _describe(
+    context: Context,
+    feature: int,
+    activations: ExampleActivations,
+    nearest: list[tuple[int, float]],
+    coactive: list[tuple[int, float]],
+) -> FeatureCard:
     activity = context.activity
     dataset = context.dataset
     n_active = max(1, int(activity.active[feature]))
     is_alive = bool(activity.active[feature])
-    spectrum, artefacts = measure_spectrum(
-        dataset, context.base, activity.random, feature, context.seed
-    )
+    sample = measure_spectrum(dataset, context.base, activity.random, feature, context.seed)
+    spectrum = None if sample is None else sample.spectrum
+    artefacts = {} if sample is None else sample.artefacts
     band = dominant_band(context.bands, spectrum)
     channel_ratio = _channel_ratio(context, feature)
     top_channel = int(np.argmax(channel_ratio))
     shares = _patient_shares(dataset, activity.by_recording[feature], n_active)
     by_position = activity.by_token[feature] / n_active
     is_located = dataset.tokens.first >= 0
-    chosen = _choose_tokens(context, feature)
-    examples = cut_examples(dataset, context.sae, feature, chosen, context.w, top_channel)
+    examples = cut_examples(
+        dataset,
+        _choose_tokens(context, feature),
+        activations,
+        context.events,
+        context.w,
+        context.n_samples,
+        top_channel,
+    )
+    artefacts_top = _artefacts_of(examples, "top", list(artefacts))
     label = context.labels.get(feature, Label())
     # No ratio is known if all tokens are CLS tokens or in recordings with shifted columns.
     has_ratio = is_alive and bool(channel_ratio.any())
     suggestion = ""
+    support = np.nan
     if is_alive:
         # For tokens over all channels: where power rises most, even if it rises everywhere.
         scale = 1.0 if dataset.has_channels or not has_ratio else channel_ratio.mean()
+        relative = channel_ratio / scale
         positions = dataset.positions if has_ratio else None
-        suggestion = suggest_name(context.bands, channel_ratio / scale, band, positions)
+        suggestion = suggest_name(context.bands, relative, band, positions)
+        place = "" if positions is None else region(relative, positions)
+        support = _support(context, feature, sample, place, band)
     return FeatureCard(
         id=feature,
         density=float(activity.density[feature]),
@@ -212,21 +313,58 @@ def describe(context: Context, feature: int) -> FeatureCard:
         patients=len(shares),
         patient_share=float(shares[0][1]) if shares else 0.0,
         artefact=float(max(artefacts.values(), default=0.0)),
+        artefact_top=float(max(artefacts_top.values(), default=0.0)),
         cls=float(by_position[~is_located].sum()),
         label=label.label,
         note=label.note,
         suggestion=suggestion,
+        support=support,
         examples=examples,
         histogram=_histogram(activity.histogram[feature]),
         channel_ratio=channel_ratio,
         spectrum=spectrum,
         position=_by_start(dataset, by_position),
         patient_list=shares[:LISTED_PATIENTS],
-        nearest=_nearest(context, feature),
-        coactive=_coactive(activity, feature),
+        nearest=nearest,
+        coactive=coactive,
         waveform=_waveform(context, feature),
         artefacts=artefacts,
+        artefacts_top=artefacts_top,
     )
+
+
+def _artefacts_of(
+    examples: Sequence[Example], group: str, hints: Sequence[str]
+) -> dict[str, float]:
+    """Return the share of a group's examples with each artefact hint."""
+    of_group = [example.hints for example in examples if example.group == group]
+    if not of_group:
+        return {}
+    return {hint: float(np.mean([hint in one for one in of_group])) for hint in hints}
+
+
+def _support(
+    context: Context, feature: int, sample: SampleSpectra | None, place: str, band: str
+) -> float:
+    """Return `FeatureCard.support`."""
+    limits = {known.name: known for known in context.bands}
+    has_place = place not in ("", "widespread")
+    if sample is None or not (has_place or band in limits):
+        return np.nan
+    random = context.activity.random
+    is_example = random.token[feature] >= 0
+    fits = np.ones(int(is_example.sum()), bool)
+    if has_place:
+        positions = context.dataset.positions
+        assert positions is not None
+        sequences = random.sequence[feature, is_example]
+        tokens = random.token[feature, is_example]
+        channels = context.dataset.channels_of(sequences, tokens)
+        fits &= fits_region(place, channels, positions)
+    if band in limits:
+        ratios = band_ratio(sample.spectrum.hz, sample.ratios, limits[band])
+        fits &= ratios > BROADBAND_RATIO
+    return float(fits.mean())
 
 
 def _patient_shares(
@@ -279,16 +417,37 @@ def _histogram(counts: Int[np.ndarray, " bins"]) -> Histogram:
     return Histogram(EDGES[first : stop + 1], counts[first:stop])
 
 
+@dataclass(frozen=True)
+class _ChosenTokens:
+    """The tokens that `_choose_tokens` returns for several features, as arrays."""
+
+    feature: Int[np.ndarray, " n"]
+    sequence: Int[np.ndarray, " n"]
+    token: Int[np.ndarray, " n"]
+
+
+def _choose_all(context: Context, features: Sequence[int]) -> _ChosenTokens:
+    counts = []
+    places: list[tuple[int, int]] = []
+    for feature in features:
+        chosen = _choose_tokens(context, feature)
+        counts.append(len(chosen))
+        places.extend((one.sequence, one.token) for one in chosen)
+    sequence, token = np.array(places, np.int64).reshape(-1, 2).T
+    return _ChosenTokens(np.repeat(np.asarray(features), counts), sequence, token)
+
+
 def _choose_tokens(context: Context, feature: int) -> list[ChosenToken]:
     """Return the tokens of a feature to show as examples."""
     activity = context.activity
     quantiles = context.quantiles
     n_quantiles = quantiles.token.shape[1]
     n_random = min(RANDOM_EXAMPLES, activity.random.token.shape[1])
-    n_top = activity.top.token.shape[1]
-    ranked = [("top", activity.top, rank) for rank in range(n_top)]
+    top_ranks = _without_duplicates(context, feature)
+    ranked = [("top", activity.top, rank) for rank in top_ranks]
     ranked += [(f"q{rank + 1}", quantiles, rank) for rank in range(n_quantiles)]
     ranked += [("random", activity.random, rank) for rank in range(n_random)]
+    with_montage = set(top_ranks[: context.montage_examples])
     chosen = []
     for group, tokens, rank in ranked:
         token = int(tokens.token[feature, rank])
@@ -299,37 +458,35 @@ def _choose_tokens(context: Context, feature: int) -> list[ChosenToken]:
             sequence=int(tokens.sequence[feature, rank]),
             token=token,
             activation=float(tokens.activation[feature, rank]),
-            has_montage=group == "top" and rank < MONTAGE_EXAMPLES,
+            has_montage=group == "top" and rank in with_montage,
         )
         chosen.append(one)
     return chosen
 
 
-def _nearest(context: Context, feature: int) -> list[tuple[int, float]]:
-    """Return the features with the most similar decoder rows."""
-    if context.cosine is None:
-        return []
-    cosine = context.cosine[feature].copy()
-    cosine[feature] = -2
-    n_others = len(cosine) - 1
-    order = np.argsort(-cosine, kind="stable")[: min(NEIGHBOURS, n_others)]
-    return [(int(i), float(cosine[i])) for i in order]
+def _without_duplicates(context: Context, feature: int) -> list[int]:
+    """Return the ranks of the top examples that overlap no stronger one.
 
-
-def _coactive(activity: Activity, feature: int) -> list[tuple[int, float]]:
-    """Return the features most often active together with this one.
-
-    The Jaccard index is tokens with both features active over tokens with either.
+    Examples overlap if `w` patches around them share samples of the same channel.
     """
-    if activity.together is None or not activity.together[feature, feature]:
-        return []
-    both = activity.together[feature]
-    each = np.diag(activity.together)
-    either = each + each[feature] - both
-    jaccard = both / np.maximum(either, 1)
-    jaccard[feature] = -1
-    order = np.argsort(-jaccard, kind="stable")[:NEIGHBOURS]
-    return [(int(i), float(jaccard[i])) for i in order if jaccard[i] > 0]
+    dataset = context.dataset
+    top = context.activity.top
+    ranks = np.flatnonzero(top.token[feature] >= 0)
+    sequence = top.sequence[feature, ranks]
+    token = top.token[feature, ranks]
+    recording = dataset.recording[sequence]
+    channel = dataset.channels_of(sequence, token)
+    begin = dataset.first_samples(sequence, token)
+    # A CLS token is of its whole window.
+    is_patch = dataset.tokens.first[token] >= 0
+    length = np.where(is_patch, shown_samples(dataset, context.w), dataset.seq_len)
+    kept: list[int] = []
+    for i in range(len(ranks)):
+        is_same = (recording[kept] == recording[i]) & (channel[kept] == channel[i])
+        is_close = np.abs(begin[kept] - begin[i]) < np.minimum(length[kept], length[i])
+        if not (is_same & is_close).any():
+            kept.append(i)
+    return ranks[kept].tolist()
 
 
 def _waveform(context: Context, feature: int) -> Float[np.ndarray, " samples"] | None:

@@ -5,21 +5,23 @@ with at most `per_recording` from one recording, and earlier tokens first if two
 random examples are a uniform sample of the feature's active tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array
 
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
+from minsae_jax.report.entries import EDGES, ActiveEntries, EncodedBatch, encode_batch, find_active
+from minsae_jax.report.selection import LargestByFeature, StrongestExamples
 from minsae_jax.sae.member import SparseAutoencoder
 
-BATCH_TOKENS = 16_384
-COACTIVE_TOKENS = 200_000  # sample for co-activity
-MAX_COACTIVE_FEATURES = 8192  # above it, pairs are not counted
-EDGES = np.geomspace(1e-4, 1e4, 8 * 8 + 1)  # of the activation histogram
+BATCH_TOKENS = 8192
+BATCH_FEATURES = 1 << 25  # 128 MB of features; two batches are in memory
+COACTIVE_TOKENS = 65_536  # sample for co-activity
+COACTIVE_PAIRS = 100_000_000  # at most, of active features of the sampled tokens
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Activity:
     by_token: Int[np.ndarray, "d_sae n_tokens"]
     # All tokens by channel, of the recordings in by_channel
     channel_tokens: Int[np.ndarray, " n_vars"]
-    # Sampled tokens with both features active; None with over MAX_COACTIVE_FEATURES features.
-    together: Float[np.ndarray, "d_sae d_sae"] | None
+    # Sampled tokens with both features active [d_sae, d_sae]
+    together: csr_array
 
     @property
     def density(self) -> Float[np.ndarray, " d_sae"]:
@@ -98,34 +100,33 @@ def collect(
 ) -> Activity:
     """Return the activity of every feature; memory grows with d_sae, not with the store."""
     n_tokens = dataset.n_tokens
-    strongest = _StrongestExamples(sae.d_sae, top, per_recording)
-    sample = _LargestByFeature(sae.d_sae, random)
+    strongest = StrongestExamples(sae.d_sae, top, per_recording)
+    sample = LargestByFeature(sae.d_sae, random)
     counts = _Counts(dataset, sae.d_sae)
     n_sequences = len(dataset.recording)
-    pairs = _PairCounts(sae.d_sae, every=max(1, n_sequences * n_tokens // COACTIVE_TOKENS))
+    pairs = _PairSample(every=max(1, n_sequences * n_tokens // COACTIVE_TOKENS))
     with progress("find examples", n_sequences, "sequences", delay=2.0) as bar:
-        for first, x in dataset.batches(max(1, BATCH_TOKENS // n_tokens)):
-            features = np.asarray(sae.encode(x)).reshape(-1, sae.d_sae)
-            entries = _find_active(features)
-            recording = int(dataset.recording[first])
-            strongest.add(entries, first * n_tokens, recording)
+        for batch in _encode_all(dataset, sae):
+            entries = find_active(batch)
+            recording = dataset.recording[batch.first : batch.first + batch.n_sequences]
+            strongest.add(batch, recording)
             # Each token gets a random key; the active tokens with the largest keys are a
             # uniform sample of all active tokens.
-            rng = np.random.default_rng([seed, first])
-            keys = rng.random(len(features)).astype(np.float32)
+            first_position = batch.first * n_tokens
+            keys = _random_keys(seed, first_position, batch.n_sequences * n_tokens)
             sample.add(
                 entries.feature,
                 keys[entries.row],
-                first * n_tokens + entries.row,
-                activation=entries.value,
+                first_position + entries.row,
+                entries.value,
             )
-            counts.add(features, entries, first, recording)
-            pairs.add(features)
-            bar.advance(len(x))
+            counts.add(batch, entries)
+            pairs.add(first_position, entries)
+            bar.advance(batch.n_sequences)
     return Activity(
         n_tokens=counts.n_tokens,
-        top=strongest.finish().to_tokens(n_tokens),
-        random=sample.to_tokens(n_tokens),
+        top=_to_tokens(strongest.finish(), n_tokens),
+        random=_to_tokens(sample, n_tokens),
         active=counts.by_token.sum(axis=1),
         total=counts.total,
         largest=counts.largest,
@@ -134,23 +135,41 @@ def collect(
         by_channel=counts.by_channel,
         by_token=counts.by_token,
         channel_tokens=counts.channel_tokens,
-        together=pairs.together,
+        together=pairs.count(sae.d_sae),
     )
 
 
-@dataclass(frozen=True)
-class _ActiveEntries:
-    """The entries of a batch's features [rows, d_sae] that are not 0; a row is a token."""
+def _encode_all(dataset: Dataset, sae: SparseAutoencoder) -> Iterator[EncodedBatch]:
+    """Yield the features of all sequences; each batch is encoded while the last one is used."""
+    n_sequences = len(dataset.recording)
+    sequences = min(max(1, batch_tokens(sae) // dataset.n_tokens), n_sequences)
+    previous = None
+    for first in range(0, n_sequences, sequences):
+        x = dataset.read(first, min(first + sequences, n_sequences))
+        batch = encode_batch(sae, first, x, sequences)
+        if previous is not None:
+            yield previous
+        previous = batch
+    if previous is not None:
+        yield previous
 
-    row: Int[np.ndarray, " n"]
-    feature: Int[np.ndarray, " n"]
-    value: Float[np.ndarray, " n"]
+
+def batch_tokens(sae: SparseAutoencoder) -> int:
+    """Return the number of tokens to encode at once, so that their features fit in memory."""
+    return max(1, min(BATCH_TOKENS, BATCH_FEATURES // sae.d_sae))
 
 
-def _find_active(features: Float[np.ndarray, "rows d_sae"]) -> _ActiveEntries:
-    flat = np.flatnonzero(features)
-    row, feature = np.divmod(flat, features.shape[1])
-    return _ActiveEntries(row, feature, features.ravel()[flat])
+def _random_keys(seed: int, first_position: int, count: int) -> Float[np.ndarray, " count"]:
+    """Return a random number for each token, which does not depend on the batches."""
+    generator = np.random.PCG64(seed).advance(first_position)
+    return np.random.Generator(generator).random(count)
+
+
+def _to_tokens(selected: LargestByFeature, n_tokens: int) -> Tokens:
+    """Return sequence and token of positions, which are sequence * n_tokens + token."""
+    position, activation = selected.to_table()
+    token = np.where(position < 0, -1, position % n_tokens)
+    return Tokens(position // n_tokens, token, activation)
 
 
 class _Counts:
@@ -169,41 +188,41 @@ class _Counts:
         self.by_token = np.zeros((d_sae, dataset.n_tokens), np.int64)
         self.channel_tokens = np.zeros(n_vars, np.int64)
 
-    def add(
-        self,
-        features: Float[np.ndarray, "rows d_sae"],
-        entries: _ActiveEntries,
-        first: int,
-        recording: int,
-    ) -> None:
-        """Add a batch that begins with sequence `first`, all of one recording."""
+    def add(self, batch: EncodedBatch, entries: ActiveEntries) -> None:
+        """Add a batch of sequences."""
         n_tokens = self.dataset.n_tokens
-        by_token = self._count(entries, entries.row % n_tokens, n_tokens)
-        self.n_tokens += len(features)
-        self.by_token += by_token
-        self.by_recording[:, recording] += by_token.sum(axis=1)
+        sequences = np.arange(batch.first, batch.first + batch.n_sequences)
+        # Of every row, which is a token.
+        sequence = np.repeat(sequences, n_tokens)
+        token = np.tile(np.arange(n_tokens), batch.n_sequences)
+        recording = self.dataset.recording[sequence]
+        self.n_tokens += len(token)
+        self.by_token += self._count(entries, token[entries.row], n_tokens)
         self.total += np.bincount(entries.feature, entries.value, self.d_sae)
-        self.largest = np.maximum(self.largest, features.max(axis=0))
+        largest = np.asarray(batch.largest)[: batch.n_sequences].max(axis=0)
+        self.largest = np.maximum(self.largest, largest)
         n_bins = len(EDGES) - 1
-        bins = np.searchsorted(EDGES, entries.value, "right") - 1
-        self.histogram += self._count(entries, np.clip(bins, 0, n_bins - 1), n_bins)
-        if self.dataset.has_channels and not self.dataset.shifted[recording]:
-            self._count_channels(entries, first, len(features) // n_tokens)
+        self.histogram += self._count(entries, entries.histogram_bin, n_bins)
+        first = int(recording[0])
+        n_recordings = int(recording[-1]) + 1 - first
+        by_recording = self._count(entries, (recording - first)[entries.row], n_recordings)
+        self.by_recording[:, first : first + n_recordings] += by_recording
+        if self.dataset.has_channels:
+            channel = self.dataset.channels_of(sequence, token)
+            channel = np.where(self.dataset.shifted[recording], -1, channel)
+            self._count_channels(entries, channel)
 
-    def _count_channels(self, entries: _ActiveEntries, first: int, n_sequences: int) -> None:
-        n_tokens = self.dataset.n_tokens
+    def _count_channels(self, entries: ActiveEntries, channel: Int[np.ndarray, " rows"]) -> None:
         n_vars = len(self.channel_tokens)
-        sequence = np.repeat(np.arange(first, first + n_sequences), n_tokens)
-        token = np.tile(np.arange(n_tokens), n_sequences)
-        # Of every row; moved up by one, so that the tokens over all channels have the index 0.
-        channel = self.dataset.channels_of(sequence, token) + 1
-        activation = self._count(entries, channel[entries.row], n_vars + 1, entries.value)
+        # Moved up by one, so that tokens without a channel have the index 0.
+        index = channel + 1
+        activation = self._count(entries, index[entries.row], n_vars + 1, entries.value)
         self.by_channel += activation[:, 1:]
-        self.channel_tokens += np.bincount(channel, minlength=n_vars + 1)[1:]
+        self.channel_tokens += np.bincount(index, minlength=n_vars + 1)[1:]
 
     def _count(
         self,
-        entries: _ActiveEntries,
+        entries: ActiveEntries,
         category: Int[np.ndarray, " n"],
         n_categories: int,
         weights: Float[np.ndarray, " n"] | None = None,
@@ -215,134 +234,33 @@ class _Counts:
         return counts.reshape(self.d_sae, n_categories)
 
 
-class _PairCounts:
-    """Counts how often two features are active together, on every n-th batch."""
+class _PairSample:
+    """Every n-th token, to count how often two features are active together."""
 
-    def __init__(self, d_sae: int, every: int):
+    def __init__(self, every: int):
         self.every = every
-        self.n_batches = 0
-        self.together = None
-        if d_sae <= MAX_COACTIVE_FEATURES:
-            self.together = np.zeros((d_sae, d_sae), np.float32)
+        self.row: list[np.ndarray] = []
+        self.feature: list[np.ndarray] = []
 
-    def add(
-        self,
-        features: Float[np.ndarray, "rows d_sae"],
-    ) -> None:
-        if self.together is not None and self.n_batches % self.every == 0:
-            self.together += np.asarray(_count_pairs(jnp.asarray(features)))
-        self.n_batches += 1
+    def add(self, first_position: int, entries: ActiveEntries) -> None:
+        n_rows = int(entries.row.max(initial=-1)) + 1
+        number, remainder = np.divmod(first_position + np.arange(n_rows), self.every)
+        is_used = np.flatnonzero((remainder == 0)[entries.row])
+        self.row.append(number[entries.row[is_used]])
+        self.feature.append(entries.feature[is_used])
 
+    def count(self, d_sae: int) -> csr_array:
+        """Return the number of sampled tokens with both features active, for all pairs.
 
-@jax.jit
-def _count_pairs(features: Float[Array, "rows d_sae"]) -> Float[Array, "d_sae d_sae"]:
-    is_active = (features > 0).astype(jnp.float32)
-    return is_active.T @ is_active
-
-
-class _LargestByFeature:
-    """The `size` entries of each feature with the largest keys; the earlier position if equal.
-
-    Entries are flat arrays sorted by feature, then by falling key.
-    """
-
-    def __init__(self, d_sae: int, size: int):
-        self.d_sae = d_sae
-        self.size = size
-        self.clear()
-
-    def clear(self) -> None:
-        self.feature = np.zeros(0, np.int64)
-        self.position = np.zeros(0, np.int64)
-        self.key = np.zeros(0, np.float32)
-        self.activation = np.zeros(0, np.float32)
-        # The smallest key of each feature that is full. Keys that do not exceed it are dropped
-        # before anything is sorted, which is nearly all of them after a few batches.
-        self.threshold = np.full(self.d_sae, -np.inf)
-
-    def add(
-        self,
-        feature: Int[np.ndarray, " n"],
-        key: Float[np.ndarray, " n"],
-        position: Int[np.ndarray, " n"],
-        activation: Float[np.ndarray, " n"] | None = None,
-        above: Float[np.ndarray, " d_sae"] | None = None,
-    ) -> None:
-        """Add entries; positions are later than all earlier ones.
-
-        activation: stored with each entry, its key unless passed. above: for each feature, a
-        second threshold that keys must exceed.
+        If the sampled tokens have more than COACTIVE_PAIRS pairs of features, only every n-th of
+        them is used.
         """
-        threshold = self.threshold if above is None else np.maximum(self.threshold, above)
-        # Not >=: of equal keys the earlier position wins, and that one is already here.
-        is_candidate = key > threshold[feature]
-        if not is_candidate.any():
-            return
-        activation = key if activation is None else activation
-        feature = np.concatenate([self.feature, feature[is_candidate]])
-        key = np.concatenate([self.key, key[is_candidate]])
-        position = np.concatenate([self.position, position[is_candidate]])
-        activation = np.concatenate([self.activation, activation[is_candidate]])
-
-        # By feature, then falling key, then position: lexsort takes the main key last.
-        order = np.lexsort((position, -key, feature))
-        rank = self._ranks(feature[order])
-        order = order[rank < self.size]
-        self.feature = feature[order]
-        self.key = key[order]
-        self.position = position[order]
-        self.activation = activation[order]
-        is_last = self._ranks(self.feature) == self.size - 1
-        self.threshold[self.feature[is_last]] = self.key[is_last]
-
-    def _ranks(
-        self,
-        feature: Int[np.ndarray, " n"],
-    ) -> Int[np.ndarray, " n"]:
-        """Return each entry's place among those of its feature; `feature` is sorted."""
-        starts = np.searchsorted(feature, np.arange(self.d_sae))
-        return np.arange(len(feature)) - starts[feature]
-
-    def to_tokens(self, n_tokens: int) -> Tokens:
-        """Return a table; a position is sequence * n_tokens + token."""
-        rank = self._ranks(self.feature)
-        position = np.full((self.d_sae, self.size), -1, np.int64)
-        position[self.feature, rank] = self.position
-        activation = np.zeros((self.d_sae, self.size), np.float32)
-        activation[self.feature, rank] = self.activation
-        token = np.where(position < 0, -1, position % n_tokens)
-        return Tokens(position // n_tokens, token, activation)
-
-
-class _StrongestExamples:
-    """The largest activations of each feature, at most per_recording of them from one recording.
-
-    Batches come recording by recording. The best of the current recording are merged into the best
-    of all once the recording ends.
-    """
-
-    def __init__(self, d_sae: int, top: int, per_recording: int):
-        self.best = _LargestByFeature(d_sae, top)
-        self.in_recording = _LargestByFeature(d_sae, per_recording)
-        self.recording = -1
-
-    def add(self, entries: _ActiveEntries, first_position: int, recording: int) -> None:
-        if recording != self.recording:
-            self._merge()
-            self.recording = recording
-        # Entries that cannot enter the best of all are dropped here already.
-        self.in_recording.add(
-            entries.feature,
-            entries.value,
-            first_position + entries.row,
-            above=self.best.threshold,
-        )
-
-    def _merge(self) -> None:
-        current = self.in_recording
-        self.best.add(current.feature, current.key, current.position)
-        current.clear()
-
-    def finish(self) -> _LargestByFeature:
-        self._merge()
-        return self.best
+        row = np.concatenate(self.row)
+        feature = np.concatenate(self.feature)
+        active = np.bincount(row).astype(np.int64)
+        step = max(1, -(-int((active**2).sum()) // COACTIVE_PAIRS))
+        is_used = row % step == 0
+        ones = np.ones(int(is_used.sum()), np.int32)
+        shape = (len(active), d_sae)
+        is_active = csr_array((ones, (row[is_used], feature[is_used])), shape)
+        return csr_array(is_active.T @ is_active)

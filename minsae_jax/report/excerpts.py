@@ -1,15 +1,15 @@
 """The EEG around single tokens of a feature, as the report shows it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Float, Int8
 
-from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.events import EVENTS_CSV, LabelledEvent, read_events
+from minsae_jax.report.activations import ExampleActivations, Stretch, stretch_of
 from minsae_jax.report.spectra import artefact_hints
-from minsae_jax.sae.member import SparseAutoencoder
 
 TRACE_STEP = 0.1  # SD per unit of an int8 trace
 MONTAGE_RATE = 50  # Hz, at least, of the traces of all channels
@@ -37,7 +37,7 @@ class Example:
     recording: str
     patient: str
     channel: str
-    # Start of the trace in the recording [s]
+    # Start of the trace in the recording [s]; it can reach beyond the token's window
     start: float
     # Start and end of the active patch [s]; None for a CLS token
     patch: tuple[float, float] | None
@@ -45,7 +45,8 @@ class Example:
     trace: Int8[np.ndarray, " samples"]
     # EEG of all channels, every 2nd sample at 100 Hz
     others: Int8[np.ndarray, "channels fewer_samples"] | None
-    # Largest activation of the feature at each start of tokens shown, and the first start [s]
+    # Largest activation of the feature at each start of the window's tokens around the token, and
+    # the first start [s]
     strip: Float[np.ndarray, " patches"]
     strip_start: float
     # Artefact hints
@@ -57,6 +58,22 @@ class Example:
     events: list[EventSpan] = field(default_factory=list)
     # Other features active at the token, with their activations, largest first
     other_features: list[tuple[int, float]] = field(default_factory=list)
+
+
+EventsByRecording = Mapping[str, Sequence[tuple[str, LabelledEvent]]]
+
+
+def events_by_recording(dataset: Dataset) -> EventsByRecording:
+    """Return kind and place of the events of each recording, by its file name.
+
+    There are none without events.csv. Raises UserError if the file is invalid.
+    """
+    events: dict[str, list[tuple[str, LabelledEvent]]] = {}
+    if (dataset.folder / EVENTS_CSV).exists():
+        for kind, of_kind in read_events(dataset.folder).items():
+            for event in of_kind:
+                events.setdefault(event.recording, []).append((kind, event))
+    return events
 
 
 @dataclass(frozen=True)
@@ -71,67 +88,48 @@ class ChosenToken:
     has_montage: bool
 
 
+def shown_samples(dataset: Dataset, w: int, context_seconds: float | None = None) -> int:
+    """Return the samples of EEG shown around a patch: `w` patches to either side, or seconds."""
+    if context_seconds is not None:
+        return max(1, round(context_seconds * dataset.sampling_rate))
+    grid = dataset.tokens
+    return 2 * w * grid.mean_step + grid.longest
+
+
 def cut_examples(
     dataset: Dataset,
-    sae: SparseAutoencoder,
-    feature: int,
     chosen: Sequence[ChosenToken],
+    activations: ExampleActivations,
+    events: EventsByRecording,
     w: int,
+    n_samples: int,
     top_channel: int,
 ) -> list[Example]:
     """Return the EEG around tokens, and the feature's activations there.
 
-    w: patches shown before and after a token's patch. top_channel: shown where a token is over all
-    channels.
+    w: patches to either side with activations. n_samples: of EEG, see `shown_samples`; a CLS token
+    is shown with its whole window. top_channel: shown where a token is over all channels.
     """
-    if not chosen:
-        return []
-    grid = dataset.tokens
-    stretches = [_stretch(grid, one.token, w) for one in chosen]
-    activations = []
-    for one, stretch in zip(chosen, stretches, strict=True):
-        activations.append(dataset.read(one.sequence, one.sequence + 1)[0, stretch.tokens])
-    values = sae.encode_features(np.concatenate(activations), [feature])[:, 0]
-    ends = np.cumsum([len(x) for x in activations])
     examples = []
-    for one, stretch, of_tokens in zip(chosen, stretches, np.split(values, ends[:-1]), strict=True):
-        strip = np.zeros(stretch.last - stretch.first + 1, values.dtype)
-        np.maximum.at(strip, grid.slot[stretch.tokens] - stretch.first, of_tokens)
-        examples.append(_make_example(dataset, one, stretch, strip, top_channel))
+    for one, around, others in zip(chosen, activations.around, activations.others, strict=True):
+        stretch = stretch_of(dataset.tokens, one.token, w)
+        strip = np.zeros(stretch.last - stretch.first + 1, around.dtype)
+        np.maximum.at(strip, dataset.tokens.slot[stretch.tokens] - stretch.first, around)
+        example = _make_example(
+            dataset, one, stretch, strip, others, events, n_samples, top_channel
+        )
+        examples.append(example)
     return examples
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """What is shown around a token."""
-
-    # First and last start of tokens, as indices into `TokenGrid.starts`
-    first: int
-    last: int
-    # The tokens between, on the channel of the token in the middle
-    tokens: Int[np.ndarray, " n_shown"]
-
-
-def _stretch(grid: TokenGrid, token: int, w: int) -> _Stretch:
-    slot = int(grid.slot[token])
-    # A CLS token is shown with its whole window, a patch with w others to either side.
-    first = 0
-    last = len(grid.starts) - 1
-    if slot >= 0:
-        first = max(first, slot - w)
-        last = min(last, slot + w)
-    is_shown = (grid.slot >= first) & (grid.slot <= last)
-    channel = grid.channel[token]
-    if channel >= 0:
-        is_shown &= grid.channel == channel
-    return _Stretch(first, last, np.flatnonzero(is_shown))
 
 
 def _make_example(
     dataset: Dataset,
     chosen: ChosenToken,
-    stretch: _Stretch,
+    stretch: Stretch,
     strip: Float[np.ndarray, " starts"],
+    other_features: list[tuple[int, float]],
+    events: EventsByRecording,
+    n_samples: int,
     top_channel: int,
 ) -> Example:
     grid = dataset.tokens
@@ -139,11 +137,10 @@ def _make_example(
     sequence = np.array([chosen.sequence])
     channel = int(dataset.channels_of(sequence, np.array([chosen.token]))[0])
     trace_channel = channel if channel >= 0 else top_channel
-    # Samples of the window that are shown, and of the recording before it.
-    begin = int(grid.starts[stretch.first])
-    end = min(int(grid.last[stretch.tokens].max()) + 1, dataset.seq_len)
+    # Samples of the recording before the window.
     offset = int(dataset.window[chosen.sequence]) * dataset.seq_len
-    eeg = np.asarray(dataset.eeg_of(chosen.sequence)[begin:end], np.float32)
+    begin, stop = _shown(dataset, chosen, n_samples)
+    eeg = np.asarray(dataset.eeg_between(recording, begin, stop), np.float32)
     patch = None
     if grid.first[chosen.token] >= 0:
         patch_begin = offset + int(grid.first[chosen.token])
@@ -160,15 +157,49 @@ def _make_example(
         patient=dataset.patients[recording],
         channel=name if channel >= 0 else ALL_CHANNELS,
         trace_channel=name if channel < 0 else None,
-        start=dataset.seconds(offset + begin),
+        start=dataset.seconds(begin),
         patch=patch,
         trace=to_int8(eeg[:, trace_channel]),
         uv_per_sd=None if uv_per_sd is None else float(uv_per_sd[trace_channel]),
         others=to_int8(eeg[::every].T) if chosen.has_montage else None,
         strip=strip if grid.step is not None else strip[:0],
-        strip_start=dataset.seconds(offset + begin),
+        strip_start=dataset.seconds(offset + int(grid.starts[stretch.first])),
         hints=[name for name, is_present in hints.items() if is_present],
+        events=_events_between(dataset, recording, begin, stop, events),
+        other_features=other_features,
     )
+
+
+def _shown(dataset: Dataset, chosen: ChosenToken, n_samples: int) -> tuple[int, int]:
+    """Return the first sample of the recording that is shown, and the one after the last.
+
+    The stretch is moved to lie inside the recording, so that all have the same length.
+    """
+    grid = dataset.tokens
+    begin = int(dataset.window[chosen.sequence]) * dataset.seq_len
+    length = max(n_samples, dataset.seq_len)
+    if grid.first[chosen.token] >= 0:
+        begin += int(grid.first[chosen.token] + grid.last[chosen.token] + 1 - n_samples) // 2
+        length = n_samples
+    available = dataset.recording_length(int(dataset.recording[chosen.sequence]))
+    begin = max(0, min(begin, available - length))
+    return begin, min(begin + length, available)
+
+
+def _events_between(
+    dataset: Dataset, recording: int, begin: int, stop: int, events: EventsByRecording
+) -> list[EventSpan]:
+    spans = []
+    for kind, event in events.get(dataset.recordings[recording], ()):
+        if event.start < stop and event.stop > begin:
+            span = EventSpan(
+                kind=kind,
+                start=dataset.seconds(event.start),
+                stop=dataset.seconds(event.stop),
+                channels=[_channel_name(dataset, recording, c) for c in event.channels],
+            )
+            spans.append(span)
+    return spans
 
 
 def _channel_name(dataset: Dataset, recording: int, channel: int) -> str:

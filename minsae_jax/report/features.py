@@ -7,6 +7,9 @@ features = load_features(
 features.activity.top.sequence   # [d_sae, 16]; see `Activity` for all fields
 features.describe(12).spectrum   # see `FeatureCard` for all fields
 features.table()[:3]             # one dict per feature, the most active first
+features.examples_table(12)      # one dict per example
+
+Both tables are rows for `csv.DictWriter` or `pandas.DataFrame`.
 """
 
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.report.describe import Context, FeatureCard, describe, describe_all, make_context
 from minsae_jax.report.examples import Activity, Tokens, collect
+from minsae_jax.report.excerpts import Example
 from minsae_jax.sae.member import load_sae
 
 __all__ = ["Activity", "Dataset", "FeatureCard", "Features", "Tokens", "load_features"]
@@ -29,8 +33,10 @@ COLUMNS = (
     "patients",
     "patient_share",
     "artefact",
+    "artefact_top",
     "cls",
     "suggestion",
+    "support",
 )
 
 
@@ -49,6 +55,34 @@ class Features:
         """Return COLUMNS of every feature, the most active first."""
         cards = sorted(describe_all(self.context), key=lambda card: -card.density)
         return [{name: getattr(card, name) for name in COLUMNS} for card in cards]
+
+    def examples_table(self, feature: int) -> list[dict[str, int | float | str]]:
+        """Return a row for each example of a feature, in the order of the card.
+
+        start and stop are those of the active patch in its recording, or of the EEG shown for a
+        token without a patch, in seconds. `events` are those that overlap the EEG shown, with start
+        and stop in seconds; `other_features` have their activations.
+        """
+        return [self._example_row(feature, example) for example in self.describe(feature).examples]
+
+    def _example_row(self, feature: int, example: Example) -> dict[str, int | float | str]:
+        rate = self.context.dataset.sampling_rate
+        start, stop = example.patch or (example.start, example.start + len(example.trace) / rate)
+        events = [f"{e.kind} {e.start:g}-{e.stop:g} {' '.join(e.channels)}" for e in example.events]
+        others = [f"{other} {activation:g}" for other, activation in example.other_features]
+        return {
+            "feature": feature,
+            "group": example.group,
+            "activation": example.activation,
+            "recording": example.recording,
+            "patient": example.patient,
+            "channel": example.channel,
+            "start": start,
+            "stop": stop,
+            "artefact_hints": "; ".join(example.hints),
+            "events": "; ".join(events),
+            "other_features": "; ".join(others),
+        }
 
 
 def load_features(

@@ -1,18 +1,22 @@
 """Names of features: the user's own in labels.csv, and suggestions from channels and spectrum."""
 
 import csv
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band
 
 LABELS_CSV = "labels.csv"
 WIDESPREAD_EXCESS = 0.3  # below it no channel is much more active than the others
+LOBES = ("frontal", "central", "temporal", "posterior")
+MIN_VOTES = 0.5  # share of the lobe with most votes
+MIN_SIDE = 0.3  # distance from the midline
 
 
 class Label(NamedTuple):
@@ -49,7 +53,9 @@ def region(
 ) -> str:
     """Return the region of the head where a feature is more active than on average.
 
-    The region is that of the centre of mass of (ratio - 1), of channels with a ratio above 1.
+    Channels vote by their excess, the ratio minus 1, if it is at least half of the largest one. The
+    lobe is the one with most of the votes. It has a side if the votes' mean is on one; without a
+    lobe that has half of the votes the region is widespread.
 
     >>> from minsae_jax.eeg.montage import POSITIONS
     >>> region(np.where(POSITIONS[:, 1] < -0.5, 4.0, 0.2), POSITIONS)
@@ -59,26 +65,56 @@ def region(
     excess = np.maximum(channel_ratio[is_placed] - 1, 0)
     if excess.max() < WIDESPREAD_EXCESS:
         return "widespread"
-    x, y = (excess[:, None] * positions[is_placed]).sum(axis=0) / excess.sum()
-    # On the head of `montage.POSITIONS`: T3 and T4 are at x = -1 and 1, O1 and O2 at y = -0.9.
-    side = ""
-    if x < -0.3:
-        side = "left "
-    elif x > 0.3:
-        side = "right "
-    if abs(x) > 0.6 and abs(y) < 0.5:
-        return f"{side}temporal"
-    if y > 0.35:
-        return f"{side}frontal"
-    if y < -0.35:
-        return f"{side}posterior"
-    return f"{side}central"
+    votes = np.where(excess >= 0.5 * excess.max(), excess, 0)
+    votes = votes / votes.sum()
+    lobes = lobes_of(positions[is_placed])
+    share = {lobe: votes[lobes == lobe].sum() for lobe in LOBES}
+    best = max(LOBES, key=share.__getitem__)
+    if share[best] < MIN_VOTES:
+        return "widespread"
+    is_best = lobes == best
+    x = (votes * positions[is_placed, 0])[is_best].sum() / share[best]
+    if x < -MIN_SIDE:
+        return f"left {best}"
+    if x > MIN_SIDE:
+        return f"right {best}"
+    return best
 
 
-def read_labels(path: Path) -> dict[int, Label]:
+def lobes_of(positions: Float[np.ndarray, "n 2"]) -> np.ndarray:
+    """Return the lobe of each position on the head of `montage.POSITIONS`, "" where unknown.
+
+    There T3 and T4 are at x = -1 and 1; F7 and F8 are frontal, T5 and T6 posterior.
+    """
+    x, y = positions.T
+    is_temporal = (np.abs(x) > 0.7) & (np.abs(y) < 0.35)
+    lobes = np.where(y > 0.35, "frontal", np.where(y < -0.35, "posterior", "central"))
+    lobes = np.where(is_temporal, "temporal", lobes)
+    return np.where(np.isnan(x), "", lobes)
+
+
+def fits_region(
+    name: str, channels: Int[np.ndarray, " n"], positions: Float[np.ndarray, "n_vars 2"]
+) -> Bool[np.ndarray, " n"]:
+    """Return whether each channel is in a region; tokens over all channels (-1) fit any."""
+    if name == "widespread":
+        return np.ones(len(channels), bool)
+    side, _, lobe = name.rpartition(" ")
+    fits = lobes_of(positions) == lobe
+    x = np.nan_to_num(positions[:, 0])
+    if side == "left":
+        fits &= x < 0
+    elif side == "right":
+        fits &= x > 0
+    return np.where(channels < 0, True, fits[channels])
+
+
+def read_labels(path: Path, member: str | None = None) -> dict[int, Label]:
     """Return the label of each feature in labels.csv, or none if there is no such file.
 
-    Raises UserError if the file has not the columns feature, label and note.
+    member: the member that the report is about; rows of another one, in the optional column
+    `member`, are left out. Raises UserError if the file has not the columns feature, label and
+    note.
     """
     if not path.exists():
         return {}
@@ -86,10 +122,27 @@ def read_labels(path: Path) -> dict[int, Label]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
+                is_other = row.get("member") and member and row["member"] != member
                 feature = int(row["feature"])
-                labels[feature] = Label(row["label"] or "", row.get("note") or "")
+                label = Label(row["label"] or "", row.get("note") or "")
+                if not is_other:
+                    labels[feature] = label
     except (KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(
             f"{path} must have the columns feature, label and note, one row per feature ({e})"
         ) from None
     return labels
+
+
+def warn_of_other_member(path: Path, before: str | None, member: str) -> None:
+    """Warn if labels.csv says nothing of members and the older report was about another one."""
+    if before in (None, member) or not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        columns = csv.DictReader(file).fieldnames or []
+    if "member" not in columns:
+        warnings.warn(
+            f"{path} has no column `member`, and the report before was about {before}: its labels "
+            f"are now shown for features of {member}; add the column to tie labels to a member",
+            stacklevel=2,
+        )

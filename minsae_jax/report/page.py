@@ -1,16 +1,18 @@
 """The report as a folder of static files; the scripts in assets/ draw it in the browser.
 
 A page opened from disk may not fetch files, but it may load scripts. So all data are small scripts
-that call `receive`: `index_data.js` for the first page, and `data/f00012.js` for feature 12, which
-is loaded when its page is opened.
+that call `receive`: `index_data.js` for the first page, and `data/p0000.js`, `data/p0001.js` and so
+on with PACK features each, as base64 of gzipped JSON, which are loaded when a page is opened.
 """
 
 import base64
+import gzip
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from jaxtyping import Float
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band
 from minsae_jax.files import foreign_entries, replaced_folder
-from minsae_jax.report.describe import FeatureCard
+from minsae_jax.report.describe import FeatureCard, FeatureRow
 from minsae_jax.report.naming import LABELS_CSV
 from minsae_jax.report.pages import Pages
 from minsae_jax.sae.hyper import SPARSITY, Hyper, sparsity, value_text
@@ -39,22 +41,9 @@ PAGE_FILES = (
     "report.js",
 )
 WRITTEN = (*PAGE_FILES, "index_data.js", "data")
-# Fields and properties of FeatureCard in the table of all features.
-COLUMNS = (
-    "id",
-    "label",
-    "suggestion",
-    "density",
-    "mean",
-    "max",
-    "channel",
-    "band",
-    "patients",
-    "artefact",
-    "seeds",
-    "event",
-    "event_auc",
-)
+PACK = 64  # features in a file
+# Fields of FeatureCard in the table of all features.
+COLUMNS = tuple(field.name for field in fields(FeatureRow))
 
 
 @dataclass(frozen=True)
@@ -133,12 +122,21 @@ class ReportMeta:
     notes: Sequence[str]
     # Whether tokens are of single channels; False if all are over all channels
     channel_tokens: bool = True
+    # How features with a page were chosen, if not all have one
+    pages_rule: str = ""
     # Recommendation, members, events and labels; old reports have none
     pages: Pages = field(default_factory=Pages)
 
 
-def write_pages(folder: Path, meta: ReportMeta, cards: Iterable[FeatureCard]) -> None:
+def write_pages(
+    folder: Path,
+    meta: ReportMeta,
+    cards: Iterable[FeatureCard],
+    without_page: Iterable[FeatureRow] = (),
+) -> None:
     """Write the report to `folder`, or nothing if anything fails.
+
+    without_page: further features, which are in the table only.
 
     An older report is replaced; other files in the folder, such as the user's labels.csv, stay.
     Cards are written one by one and not kept in memory. Raises UserError if `folder` contains
@@ -154,16 +152,45 @@ def write_pages(folder: Path, meta: ReportMeta, cards: Iterable[FeatureCard]) ->
             )
     with replaced_folder(folder) as temporary:
         (temporary / "data").mkdir()
-        rows = []
-        for card in cards:
-            _write_script(temporary / f"data/f{card.id:05d}.js", card)
-            rows.append([getattr(card, name) for name in COLUMNS])
-        index = {"meta": meta, "columns": COLUMNS, "rows": rows}
+        rows = list(_write_packs(temporary / "data", cards))
+        rows += [(*_to_row(row), None) for row in without_page]
+        rows.sort(key=lambda row: row[0])
+        index = {"meta": meta, "columns": (*COLUMNS, "pack"), "rows": rows}
         _write_script(temporary / "index_data.js", index)
         for name in PAGE_FILES:
             shutil.copyfile(ASSETS / name, temporary / name)
         for name in foreign_entries(folder, WRITTEN):
             _copy(folder / name, temporary / name)
+
+
+def read_member(folder: Path) -> str | None:
+    """Return the member that the report in a folder is about, or None if there is no report."""
+    path = folder / "index_data.js"
+    if not path.exists():
+        return None
+    text = path.read_text().removeprefix("receive(").removesuffix(");\n")
+    try:
+        return str(json.loads(text)["meta"]["member"])
+    except (ValueError, KeyError, TypeError):  # a damaged report is written anew
+        return None
+
+
+def _to_row(feature: FeatureCard | FeatureRow) -> tuple[Any, ...]:
+    return tuple(getattr(feature, name) for name in COLUMNS)
+
+
+def _write_packs(folder: Path, cards: Iterable[FeatureCard]) -> Iterator[tuple[Any, ...]]:
+    """Write the data of features, and yield the row of each in the table."""
+    iterator = iter(cards)
+    pack = 0
+    while of_pack := list(islice(iterator, PACK)):
+        content = _to_text([_to_json(card) for card in of_pack])
+        # Without a time, so that the same data are the same bytes.
+        packed = base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
+        _write_script(folder / f"p{pack:04d}.js", {"pack": pack, "cards": packed})
+        for card in of_pack:
+            yield (*_to_row(card), pack)
+        pack += 1
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -174,9 +201,12 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _write_script(path: Path, value: Any) -> None:
+    path.write_text(f"receive({_to_text(_to_json(value))});\n")
+
+
+def _to_text(value: Any) -> str:
     # ASCII, so that the page's encoding does not matter.
-    text = json.dumps(_to_json(value), allow_nan=False, separators=(",", ":"))
-    path.write_text(f"receive({text});\n")
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 def _to_json(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The report of one member: its evaluation, and every feature with the EEG that activates it."""
 
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import numpy as np
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.inputs import Member
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation
-from minsae_jax.report.describe import describe_all, make_context
+from minsae_jax.report.budget import choose_features, plan_pages
+from minsae_jax.report.describe import describe_all, feature_row, make_context
 from minsae_jax.report.examples import collect
-from minsae_jax.report.naming import LABELS_CSV, read_labels
-from minsae_jax.report.page import EventRow, MemberRow, ReportMeta, write_pages
+from minsae_jax.report.excerpts import shown_samples
+from minsae_jax.report.naming import LABELS_CSV, read_labels, warn_of_other_member
+from minsae_jax.report.page import EventRow, MemberRow, ReportMeta, read_member, write_pages
 
 
 def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
@@ -22,9 +25,14 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     inputs = evaluation.inputs
     member = next(m for m in inputs.members if m.name == evaluation.recommended)
     folder = inputs.run / "report"
+    warn_of_other_member(folder / LABELS_CSV, read_member(folder), member.name)
+    labels = read_labels(folder / LABELS_CSV, member.name)
     activity = collect(
         inputs.test, member.sae, settings.top, settings.per_recording, seed=settings.seed
     )
+    n_active = int((activity.active > 0).sum())
+    n_samples = shown_samples(inputs.test, settings.w, settings.context_seconds)
+    budget = plan_pages(inputs.test, n_samples, settings.top, n_active, settings.report_features)
     context = make_context(
         inputs.test,
         member.sae,
@@ -32,9 +40,30 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
         inputs.encoder,
         settings.w,
         settings.band_limits(),
-        read_labels(folder / LABELS_CSV),
+        labels,
+        context_seconds=settings.context_seconds,
+        montage_examples=budget.montage_examples,
     )
-    write_pages(folder, _make_meta(settings, evaluation, member), describe_all(context))
+    meta = _make_meta(settings, evaluation, member)
+    best = [row.feature for row in meta.events]
+    chosen = choose_features(member.sae, activity, [*labels, *best], budget.n_features)
+    if len(chosen) == n_active and settings.report_features is None:
+        # The inactive ones too: their pages are short.
+        chosen = list(range(member.sae.d_sae))
+    else:
+        rule = (
+            f"Pages were written for {len(chosen):,} features: labelled ones, the best of each "
+            "event, and those with the largest sum of activations times decoder norm. Set "
+            "--report_features for more."
+        )
+        meta = replace(meta, pages_rule=rule)
+    others = sorted(set(range(member.sae.d_sae)) - set(chosen))
+    write_pages(
+        folder,
+        meta,
+        describe_all(context, chosen),
+        (feature_row(context, feature) for feature in others),
+    )
     return folder / "index.html"
 
 

@@ -135,19 +135,30 @@ def relative_power(
     return power / np.maximum(power.sum(axis=1, keepdims=True), 1e-20)
 
 
+@dataclass(frozen=True)
+class SampleSpectra:
+    """The EEG around a random sample of a feature's tokens."""
+
+    spectrum: Spectrum
+    # Relative power around each example over that of the same channels anywhere
+    ratios: Float[np.ndarray, "examples n_hz"]
+    # Share of the examples with each artefact hint
+    artefacts: dict[str, float]
+
+
 def measure_spectrum(
     dataset: Dataset, base: BaseSpectra, examples: Tokens, feature: int, seed: int
-) -> tuple[Spectrum | None, dict[str, float]]:
-    """Return the spectrum of a feature, and the share of its examples with each artefact hint.
+) -> SampleSpectra | None:
+    """Return the spectra of a feature's examples, or None with under MIN_EXAMPLES examples.
 
     examples: a random sample of each feature's tokens. Power and base rate are means over the
     feature's examples, weighted by their activations; that of a token over all channels is the mean
-    over them. With under MIN_EXAMPLES examples there is no spectrum and there are no shares.
+    over them.
     """
     is_example = examples.token[feature] >= 0
     n_examples = int(is_example.sum())
     if n_examples < MIN_EXAMPLES:
-        return None, {}
+        return None
     sequences = examples.sequence[feature, is_example]
     tokens = examples.token[feature, is_example]
     weights = examples.activation[feature, is_example]
@@ -164,8 +175,11 @@ def measure_spectrum(
     drawn = rng.multinomial(n_examples, uniform, BOOTSTRAP_SAMPLES) * weights
     ratios = (drawn @ power) / np.maximum(drawn @ base_power, 1e-12)
     low, high = np.quantile(ratios, [0.025, 0.975], axis=0)
-    shares = _share_hints(segments, dataset.sampling_rate)
-    return Spectrum(base.hz, ratio, low, high), shares
+    return SampleSpectra(
+        spectrum=Spectrum(base.hz, ratio, low, high),
+        ratios=power / np.maximum(base_power, 1e-12),
+        artefacts=share_hints(artefact_hints(segments, dataset.sampling_rate)),
+    )
 
 
 def _rows_by_channel(
@@ -222,26 +236,23 @@ def _token_variances(
     return np.stack(variances)
 
 
-def _share_hints(segments: Float[np.ndarray, "n span"], sampling_rate: float) -> dict[str, float]:
-    hints = [artefact_hints(segment, sampling_rate) for segment in segments]
-    shares = {}
-    for name in hints[0]:
-        shares[name] = float(np.mean([hint[name] for hint in hints]))
-    return shares
+def share_hints(hints: Mapping[str, Bool[np.ndarray, " n"]]) -> dict[str, float]:
+    """Return the share of the segments with each hint."""
+    return {name: float(np.mean(is_present)) for name, is_present in hints.items()}
 
 
 def artefact_hints(
-    eeg: Float[np.ndarray, " time"], sampling_rate: float = SAMPLING_RATE
-) -> Mapping[str, bool]:
-    """Return which simple signs of an artefact a stretch of one channel shows; eeg in SD."""
-    power = np.abs(np.fft.rfft(eeg - eeg.mean())) ** 2
-    hz = np.fft.rfftfreq(len(eeg), 1 / sampling_rate)
-    slow = power[(hz >= 1) & (hz < FAST_HZ)].sum()
-    fast = power[(hz >= FAST_HZ) & (hz <= MAX_HZ)].sum()
+    eeg: Float[np.ndarray, "*n time"], sampling_rate: float = SAMPLING_RATE
+) -> dict[str, Bool[np.ndarray, "*n"]]:
+    """Return which simple signs of an artefact stretches of one channel show; eeg in SD."""
+    power = np.abs(np.fft.rfft(eeg - eeg.mean(axis=-1, keepdims=True))) ** 2
+    hz = np.fft.rfftfreq(eeg.shape[-1], 1 / sampling_rate)
+    slow = power[..., (hz >= 1) & (hz < FAST_HZ)].sum(axis=-1)
+    fast = power[..., (hz >= FAST_HZ) & (hz <= MAX_HZ)].sum(axis=-1)
     return {
-        f"beyond {LARGE_SD:g} SD": bool(np.abs(eeg).max() > LARGE_SD),
-        "flat": bool(eeg.std() < FLAT_SD),
-        f"over {FAST_HZ:g} Hz": bool(fast > FAST_SHARE * (slow + fast)),
+        f"beyond {LARGE_SD:g} SD": np.asarray(np.abs(eeg).max(axis=-1) > LARGE_SD),
+        "flat": np.asarray(eeg.std(axis=-1) < FLAT_SD),
+        f"over {FAST_HZ:g} Hz": np.asarray(fast > FAST_SHARE * (slow + fast)),
     }
 
 
@@ -251,10 +262,21 @@ def dominant_band(bands: Sequence[Band], spectrum: Spectrum | None) -> str:
         return ""
     means = {}
     for band in bands:
-        is_inside = (spectrum.hz >= band.low) & (spectrum.hz < band.high)
-        if is_inside.any():
-            means[band.name] = float(spectrum.ratio[is_inside].mean())
+        if is_inside(spectrum.hz, band).any():
+            means[band.name] = float(band_ratio(spectrum.hz, spectrum.ratio, band))
     if not means:
         return "broadband"
     best = max(means, key=means.__getitem__)
     return best if means[best] > BROADBAND_RATIO else "broadband"
+
+
+def is_inside(hz: Float[np.ndarray, " n_hz"], band: Band) -> Bool[np.ndarray, " n_hz"]:
+    """Return which frequencies are in a band."""
+    return (hz >= band.low) & (hz < band.high)
+
+
+def band_ratio(
+    hz: Float[np.ndarray, " n_hz"], ratio: Float[np.ndarray, "*n n_hz"], band: Band
+) -> Float[np.ndarray, "*n"]:
+    """Return the mean ratio in a band."""
+    return np.asarray(ratio[..., is_inside(hz, band)].mean(axis=-1))

@@ -8,8 +8,8 @@ import numpy as np
 
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.evaluation.config import Band
-from minsae_jax.report.describe import Example, FeatureCard, Histogram
-from minsae_jax.report.excerpts import EventSpan
+from minsae_jax.report.describe import FeatureCard, Histogram
+from minsae_jax.report.excerpts import EventSpan, Example
 from minsae_jax.report.page import EventRow, MemberRow, ReportMeta
 from minsae_jax.report.pages import (
     DetectedEvent,
@@ -133,10 +133,12 @@ def make_dead_card(i: int, n: int, **changes: Any) -> FeatureCard:
         "patients": 0,
         "patient_share": 0.0,
         "artefact": 0.0,
+        "artefact_top": 0.0,
         "cls": 0.0,
         "label": "",
         "note": "",
         "suggestion": "",
+        "support": np.nan,
         "examples": [],
         "histogram": Histogram(np.zeros(0), np.zeros(0, int)),
         "channel_ratio": np.zeros(0),
@@ -147,6 +149,7 @@ def make_dead_card(i: int, n: int, **changes: Any) -> FeatureCard:
         "coactive": [],
         "waveform": None,
         "artefacts": {},
+        "artefacts_top": {},
     }
     return FeatureCard(**(values | changes))
 
@@ -181,10 +184,12 @@ def make_card(i: int, n: int, rng: np.random.Generator) -> FeatureCard:
         patients=int(rng.integers(4, 17)),
         patient_share=float(shares[0]),
         artefact=float(rng.uniform(0, 0.3)),
+        artefact_top=float(rng.uniform(0, 0.6)),
         cls=0.02,
         label="Posterior dominant rhythm" if i == 0 else "",
         note="Eyes closed in all examples; attenuates on opening." if i == 0 else "",
         suggestion=suggestion,
+        support=float(rng.uniform(0.2, 1)),
         examples=examples,
         histogram=Histogram(edges, rng.poisson(3000 * np.exp(-edges[:-1]) * edges[:-1])),
         channel_ratio=0.3 + 3 * weights + 0.1 * rng.random(19),
@@ -195,6 +200,7 @@ def make_card(i: int, n: int, rng: np.random.Generator) -> FeatureCard:
         coactive=_nearest(i, n)[:3],
         waveform=np.cos(2 * np.pi * hz * t),
         artefacts={"beyond 5 SD": 0.04, "flat": 0.0, "over 25 Hz": 0.11},
+        artefacts_top={"beyond 5 SD": 0.25, "flat": 0.0, "over 25 Hz": 0.5},
     )
 
 
@@ -230,6 +236,8 @@ def _make_example(
         strip=np.maximum(0, level * strongest * (bump - 0.2)) / 0.8,
         strip_start=start,
         hints=["beyond 5 SD"] if rng.random() < 0.1 else [],
+        events=[EventSpan("spindle", start + 0.4, start + 1.3, [CHANNELS[top], "FP1"])],
+        other_features=[(1, 2.5), (2, 0.5)],
     )
 
 

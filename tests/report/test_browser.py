@@ -10,6 +10,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
+from minsae_jax.report.describe import FeatureRow
 from minsae_jax.report.page import EventRow, write_pages
 from tests.report.made_up import make_cards, make_dead_card, make_meta
 
@@ -332,3 +333,66 @@ def test_channels_without_places_are_bars(page, tmp_path):
     order = np.argsort(-card.channel_ratio)
     names = texts(page, "#feature aside .bars dt")
     assert names == [CHANNELS[i] for i in order[:12]]
+
+
+def test_every_feature_of_a_pack_and_those_without_a_page(page, tmp_path):
+    without = [
+        FeatureRow(i, "", "", 0.1 * (i % 2), 1.0, 2.0, "", "", 1, np.nan, np.nan, np.nan)
+        for i in (200, 201)
+    ]
+    meta = make_meta(pages_rule="Pages were written for 200 features.")
+    cards = (make_dead_card(i, 200) for i in range(200))
+    write_pages(tmp_path / "report", meta, cards, without)
+    visit(page, tmp_path / "report", "#f=0")
+    for feature in (0, 63, 64, 199, 5):
+        page.execute_script(f"location.hash = '#f={feature}'")
+        wait_for_feature(page, feature)
+    page.execute_script("location.hash = '#f=201'")
+    wait_for_feature(page, 201)
+    assert "Pages were written for 200 features." in find(page, "#feature")[0].text
+    page.execute_script("location.hash = '#f=200'")
+    wait_for_feature(page, 200)
+    assert find(page, "#feature h1")[0].text == "never active"
+
+
+@pytest.mark.parametrize("n", [16_384, 131_072])
+def test_the_index_of_many_features_opens(page, tmp_path, n):
+    rng = np.random.default_rng(0)
+    density = 10 ** rng.uniform(-5, 0, n)
+    rows = (
+        FeatureRow(i, "", "", float(value), 1.0, 2.0, "O1", "", 3, np.nan, np.nan, np.nan)
+        for i, value in enumerate(density)
+    )
+    write_pages(tmp_path / "report", make_meta(), [], rows)
+    start = time.monotonic()
+    visit(page, tmp_path / "report")
+    assert time.monotonic() - start < (2 if n < 20_000 else 8)
+    assert len(find(page, "#overview svg rect.bar")) > 3
+    assert find(page, "#count")[0].text == f"{n:,} features"
+
+
+def test_events_and_other_features_of_an_example(page, report):
+    visit(page, report, "#f=0")
+    wait_for_feature(page, 0)
+    first = find(page, "figure")[0]
+    assert len(first.find_elements(By.CSS_SELECTOR, "rect.event-bar")) == 1
+    assert "spindle" in find(page, "#feature .legend")[0].text
+    links = first.find_elements(By.CSS_SELECTOR, ".also a")
+    assert [link.text for link in links] == ["1", "2"]
+    links[0].click()
+    wait_for_feature(page, 1)
+
+
+def test_the_gain_is_the_same_for_all_examples(page, report):
+    visit(page, report, "#f=0")
+    wait_for_feature(page, 0)
+    labels = {
+        text for text in texts(page, "#feature .gallery svg text") if text.endswith((" SD", " µV"))
+    }
+    assert len(labels) == 1
+    heights = page.execute_script(
+        "return [...document.querySelectorAll('#feature .gallery svg path.axis')]"
+        ".map((p) => p.getAttribute('d')).filter((d) => /v-/.test(d)).map((d) => d.split('v-')[1])"
+    )
+    assert len(heights) == 8
+    assert len(set(heights)) == 1

@@ -1,16 +1,17 @@
 """Feature cards: examples cut from the EEG, counts, neighbours and waveform."""
 
+import csv
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from minsae_jax.eeg.montage import CHANNELS
+from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.eeg.recordings import load_recording
-from minsae_jax.report.describe import describe, make_context
+from minsae_jax.report.describe import _choose_tokens, describe, describe_all, make_context
 from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import to_int8
-from minsae_jax.report.naming import Label
+from minsae_jax.report.naming import Label, fits_region
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +40,117 @@ def test_examples_are_cut_from_the_recordings(trained, context, feature):
         start = round(example.start * 100)
         trace = eeg[start : start + len(example.trace), CHANNELS.index(example.channel)]
         np.testing.assert_allclose(example.trace / 10, np.clip(trace, -12.7, 12.7), atol=0.051)
-        assert start // 1000 == (start + len(trace) - 1) // 1000  # inside one window
-        assert len(example.strip) * 100 == len(trace)
+        window = round(example.strip_start * 100) // 1000
         if example.patch:
-            at = round(example.patch[0] - example.start)
-            assert example.strip[at] == pytest.approx(example.activation, rel=1e-3)
+            # Two patches of a second to either side, moved only at the recording's ends.
+            assert len(trace) == 500
             second = round(example.patch[0])
+            assert start == min(max(0, 100 * (second - 2)), len(eeg) - 500)
+            at = round(example.patch[0] - example.strip_start)
+            assert example.strip[at] == pytest.approx(example.activation, rel=1e-3)
             nearby = range(second - 2, second + 3)
-            in_window = [s for s in nearby if s // 10 == start // 1000 and s >= 0]
-            assert len(trace) == 100 * len(in_window)
-            n_clipped += len(trace) < 500
+            in_window = [s for s in nearby if s // 10 == window and s >= 0]
+            assert len(example.strip) == len(in_window)
+            n_clipped += len(in_window) < 5
+        else:
+            assert start == 1000 * window
+            assert len(trace) == 1000
         if example.others is not None:
             assert example.others.shape == (19, -(-len(trace) // 2))
     assert n_clipped
+
+
+def test_more_eeg_than_the_patches(trained, context, feature):
+    more = make_context(
+        context.dataset, context.sae, context.activity, None, w=2, context_seconds=12.0
+    )
+    short = describe(context, feature).examples
+    for example, before in zip(describe(more, feature).examples, short, strict=True):
+        assert len(example.trace) == 1200
+        np.testing.assert_array_equal(example.strip, before.strip)
+        assert example.start <= before.start
+
+
+def test_top_examples_do_not_overlap(context):
+    n_dropped = 0
+    for card in describe_all(context):
+        top = [example for example in card.examples if example.group == "top"]
+        n_dropped += (context.activity.top.token[card.id] >= 0).sum() - len(top)
+        for i, example in enumerate(top):
+            for other in top[:i]:
+                is_same = (example.recording, example.channel) == (other.recording, other.channel)
+                if is_same and example.patch and other.patch:
+                    assert abs(example.patch[0] - other.patch[0]) >= 5
+        if top:
+            assert top[0].activation == card.max
+    assert n_dropped
+
+
+def test_events_and_other_features_of_an_example(trained, context, feature):
+    with (trained.recordings / "events.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    dataset = context.dataset
+    n_events = 0
+    examples = describe(context, feature).examples
+    for example, token in zip(examples, _choose_tokens(context, feature), strict=True):
+        stop = example.start + len(example.trace) / 100
+        expected = [
+            (row["event"], int(row["start"]) / 100, int(row["stop"]) / 100, row["channels"].split())
+            for row in rows
+            if row["recording"] == example.recording
+            and int(row["start"]) / 100 < stop
+            and int(row["stop"]) / 100 > example.start
+        ]
+        found = [(e.kind, e.start, e.stop, e.channels) for e in example.events]
+        assert sorted(found) == sorted(expected)
+        n_events += len(found)
+        x = dataset.read(token.sequence, token.sequence + 1)[0, token.token]
+        f = np.asarray(context.sae.encode(x)).copy()
+        f[feature] = 0
+        order = np.argsort(-f, kind="stable")[:5]
+        others = [int(i) for i in order if f[i] > 0]
+        assert [other for other, _ in example.other_features] == others
+        np.testing.assert_allclose([a for _, a in example.other_features], f[others], rtol=1e-5)
+    assert n_events > 3
+
+
+def test_coactive_features_match_all_tokens(context, feature):
+    dataset = context.dataset
+    x = dataset.read(0, len(dataset.recording))
+    is_active = np.asarray(context.sae.encode(x)).reshape(-1, context.sae.d_sae) > 0
+    both = (is_active & is_active[:, [feature]]).sum(0)
+    jaccard = both / (is_active | is_active[:, [feature]]).sum(0)
+    jaccard[feature] = -1
+    order = np.argsort(-jaccard, kind="stable")[:8]
+    coactive = describe(context, feature).coactive
+    assert [other for other, _ in coactive] == order.tolist()
+    np.testing.assert_allclose([share for _, share in coactive], jaccard[order])
+
+
+def test_support_is_the_share_of_examples_that_fit_the_name(context):
+    n_named = 0
+    for card in describe_all(context):
+        named_band = card.band not in ("", "broadband")
+        place = card.suggestion.split(",")[0].removesuffix(card.band).strip()
+        if not card.density or (place in ("", "widespread") and not named_band):
+            assert np.isnan(card.support)
+            continue
+        assert 0 <= card.support <= 1
+        n_named += 1
+        if not named_band:
+            random = context.activity.random
+            channel = context.dataset.channel[random.sequence[card.id, random.token[card.id] >= 0]]
+            in_region = fits_region(place, channel, POSITIONS)
+            assert card.support == pytest.approx(in_region.mean())
+    assert n_named > 5
+
+
+def test_artefact_shares_of_the_top_examples(context):
+    for card in describe_all(context, range(0, 64, 8)):
+        top = [example for example in card.examples if example.group == "top"]
+        for hint, share in card.artefacts_top.items():
+            assert share == np.mean([hint in example.hints for example in top])
+        assert card.artefact_top == max(card.artefacts_top.values(), default=0)
 
 
 def test_shares_and_counts(context, feature):

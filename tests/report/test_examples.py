@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from minsae_jax.report import examples
-from minsae_jax.report.examples import EDGES, collect
+from minsae_jax.report.entries import EDGES, encode_batch, find_active
+from minsae_jax.report.examples import collect
+from minsae_jax.sae.member import SparseAutoencoder
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +76,8 @@ def test_counts_match_all_tokens(everything):
             np.histogram(np.clip(values, EDGES[0], EDGES[-1]), EDGES)[0],
         )
     together = (f > 0).astype(float).T @ (f > 0)
-    np.testing.assert_array_equal(
-        activity.together, together
-    )  # the store is smaller than the sample
+    # The store is smaller than the sample.
+    np.testing.assert_array_equal(activity.together.toarray(), together)
 
 
 def test_random_examples_are_a_uniform_sample_of_active_tokens(everything):
@@ -124,3 +125,45 @@ def test_shifted_recordings_are_left_out_of_channels(everything):
     assert activity.channel_tokens.sum() == others.sum()
     np.testing.assert_allclose(activity.by_channel.sum(1), f[others].sum(0), rtol=1e-4)
     np.testing.assert_array_equal(activity.active, (f > 0).sum(0))
+
+
+def test_batches_do_not_change_the_result(everything, monkeypatch):
+    """Neither the examples nor the random sample depend on how the store is cut."""
+    dataset, sae, *_ = everything
+    expected = collect(dataset, sae)
+    monkeypatch.setattr(examples, "BATCH_TOKENS", 50)
+    small = collect(dataset, sae)
+    for name in ("top", "random"):
+        for field in ("sequence", "token", "activation"):
+            np.testing.assert_array_equal(
+                getattr(getattr(small, name), field), getattr(getattr(expected, name), field)
+            )
+    np.testing.assert_array_equal(small.histogram, expected.histogram)
+
+
+def test_pairs_of_dense_features_are_counted_on_fewer_tokens(everything, monkeypatch):
+    dataset, sae, f, _, _ = everything
+    pairs = (np.count_nonzero(f, axis=1) ** 2).sum()
+    monkeypatch.setattr(examples, "COACTIVE_PAIRS", pairs // 3)
+    together = collect(dataset, sae).together.toarray()
+    step = -(-pairs // (pairs // 3))
+    is_active = (f[::step] > 0).astype(int)
+    np.testing.assert_array_equal(together, is_active.T @ is_active)
+
+
+def test_edges_of_the_histogram_belong_to_the_bin_above():
+    """Activations at an edge, and next to it on both sides, as float32 numbers."""
+    edges = EDGES.astype(np.float32)
+    values = np.concatenate([np.nextafter(edges, np.float32(0)), edges, np.nextafter(edges, 1e9)])
+    sae = SparseAutoencoder(
+        {
+            "W_enc": np.zeros((2, len(values))),
+            "b_enc": values,
+            "W_dec": np.zeros((len(values), 2)),
+            "b_dec": np.zeros(2),
+        }
+    )
+    entries = find_active(encode_batch(sae, 0, np.zeros((1, 1, 2), np.float32), sequences=1))
+    np.testing.assert_array_equal(entries.value, values)
+    expected = np.searchsorted(EDGES, values.astype(np.float64), "right") - 1
+    np.testing.assert_array_equal(entries.histogram_bin, np.clip(expected, 0, len(EDGES) - 2))

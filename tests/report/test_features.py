@@ -1,4 +1,7 @@
-"""Features as arrays and a table."""
+"""Features as arrays and tables."""
+
+import csv
+import io
 
 import numpy as np
 
@@ -18,7 +21,23 @@ def test_load_features(trained):
     assert density == sorted(density, reverse=True)
     assert features.activity.top.activation.shape == (64, 4)
     best = rows[0]["id"]
-    strongest = features.describe(best).examples[0].activation
+    examples = features.describe(best).examples
+    strongest = examples[0].activation
     assert rows[0]["max"] == features.activity.top.activation[best, 0] == strongest
     share = features.activity.active[best] / features.activity.n_tokens
     np.testing.assert_allclose(rows[0]["density"], share)
+    table = features.examples_table(best)
+    assert [row["activation"] for row in table] == [example.activation for example in examples]
+    for row, example in zip(table, examples, strict=True):
+        if example.patch:
+            assert (row["start"], row["stop"]) == example.patch
+        assert all(event.kind in row["events"] for event in example.events)
+        assert row["other_features"].count(";") == max(0, len(example.other_features) - 1)
+    # As CSV and back.
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, table[0])
+    writer.writeheader()
+    writer.writerows(table)
+    read = list(csv.DictReader(io.StringIO(file.getvalue())))
+    assert [float(row["activation"]) for row in read] == [row["activation"] for row in table]
+    assert {row["recording"] for row in read} <= set(features.context.dataset.recordings)

@@ -6,7 +6,13 @@ import pytest
 from minsae_jax import UserError
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.report.describe import DEFAULT_BANDS
-from minsae_jax.report.naming import read_labels, region, suggest_name
+from minsae_jax.report.naming import (
+    fits_region,
+    read_labels,
+    region,
+    suggest_name,
+    warn_of_other_member,
+)
 
 
 def test_suggestion_has_region_band_and_limits():
@@ -26,7 +32,9 @@ def test_suggestion_has_region_band_and_limits():
         (("FP1", "FP2"), "frontal"),
         (("T4",), "right temporal"),
         (("T3", "T3"), "left temporal"),
+        (("T3", "T4"), "temporal"),
         (("CZ",), "central"),
+        (("T6", "O2"), "right posterior"),
         (("F3", "FP1", "F7"), "left frontal"),
         ((), "widespread"),
     ],
@@ -36,6 +44,42 @@ def test_region_of_the_most_active_channels(channels, name):
     for channel in channels:
         ratio[CHANNELS.index(channel)] = 5.0
     assert region(ratio, POSITIONS) == name
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_the_strongest_channel_is_in_the_region(channel):
+    """Activity falls off with distance, as it does on the scalp."""
+    i = CHANNELS.index(channel)
+    ratio = 5 * np.exp(-((POSITIONS - POSITIONS[i]) ** 2).sum(1) / 0.3)
+    name = region(ratio, POSITIONS)
+    assert fits_region(name, np.array([i]), POSITIONS).all()
+    if channel in ("T3", "T4"):
+        assert name == ("left temporal" if channel == "T3" else "right temporal")
+
+
+def test_activity_everywhere_but_at_one_channel_is_widespread():
+    ratio = np.full(19, 2.0)
+    ratio[CHANNELS.index("CZ")] = 0.2
+    assert region(ratio, POSITIONS) == "widespread"
+
+
+def test_labels_of_another_member_are_left_out(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("member,feature,label,note\na,1,alpha,\nb,1,beta,\n,2,both,\n")
+    assert read_labels(path, "a") == {1: ("alpha", ""), 2: ("both", "")}
+    assert read_labels(path, "b") == {1: ("beta", ""), 2: ("both", "")}
+
+
+def test_labels_without_a_member_warn_if_the_member_changed(tmp_path):
+    path = tmp_path / "labels.csv"
+    warn_of_other_member(path, "a", "b")  # no file
+    path.write_text("feature,label,note\n1,alpha,\n")
+    warn_of_other_member(path, None, "b")
+    warn_of_other_member(path, "b", "b")
+    with pytest.warns(UserWarning, match="the report before was about a"):
+        warn_of_other_member(path, "a", "b")
+    path.write_text("feature,label,note,member\n1,alpha,,a\n")
+    warn_of_other_member(path, "a", "b")
 
 
 def test_labels(tmp_path):

@@ -1,6 +1,7 @@
 """The report as files."""
 
 import base64
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from minsae_jax.errors import UserError
-from minsae_jax.report.page import PAGE_FILES, write_pages
+from minsae_jax.report.budget import PAGE_BYTES, SAMPLE_BYTES
+from minsae_jax.report.describe import FeatureRow
+from minsae_jax.report.page import PACK, PAGE_FILES, read_member, write_pages
 from minsae_jax.report.pages import DetectedEvent
 from tests.report.made_up import (
     make_cards,
@@ -33,6 +36,19 @@ def read(script: Path):
     return json.loads(text[len("receive(") : -len(");\n")], parse_constant=fail)
 
 
+def read_cards(folder: Path) -> list[dict]:
+    """Return all cards in the order of the files."""
+    cards = []
+    for number, path in enumerate(sorted((folder / "data").iterdir())):
+        pack = read(path)
+        assert path.name == f"p{number:04d}.js"
+        assert pack["pack"] == number
+        content = gzip.decompress(base64.b64decode(pack["cards"])).decode()
+        assert "NaN" not in content
+        cards += json.loads(content)
+    return cards
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "report"
@@ -43,15 +59,13 @@ def report(tmp_path_factory) -> Path:
 def test_files(report):
     assert {p.name for p in report.iterdir()} == {*PAGE_FILES, "index_data.js", "data"}
     assert [p.name for p in report.parent.iterdir()] == ["report"]
-    assert {p.name for p in (report / "data").iterdir()} == {f"f{i:05d}.js" for i in range(N)}
+    assert [p.name for p in (report / "data").iterdir()] == ["p0000.js"]
     index = read(report / "index_data.js")
     assert len(index["meta"]["positions"]) == 19
-    for row, card in zip(index["rows"], make_cards(N, DEAD), strict=True):
-        data = read(report / f"data/f{card.id:05d}.js")
-        fields = [name for name in index["columns"] if name in data]
-        assert row[: len(fields)] == [data[name] for name in fields]
-        assert index["columns"][len(fields) :] == ["seeds", "event", "event_auc"]
-        assert row[len(fields) :] == [None, "", None]
+    cards = zip(index["rows"], make_cards(N, DEAD), read_cards(report), strict=True)
+    for row, card, data in cards:
+        assert index["columns"][-4:] == ["seeds", "event", "event_auc", "pack"]
+        assert row == [*(data[name] for name in index["columns"][:-4]), None, "", None, 0]
         assert len(data["examples"]) == len(card.examples)
         for written, example in zip(data["examples"], card.examples, strict=True):
             assert abs(written["start"] - example.start) < 0.006
@@ -79,9 +93,12 @@ def test_keys_of_the_data_files(report):
         "band",
         "patients",
         "artefact",
+        "artefact_top",
+        "support",
         "seeds",
         "event",
         "event_auc",
+        "pack",
     ]
     assert list(index["meta"]["members"][0]) == [
         "name",
@@ -92,11 +109,12 @@ def test_keys_of_the_data_files(report):
         "fvu",
         "recommended",
     ]
-    data = read(report / "data/f00000.js")
+    data = read_cards(report)[0]
     assert " ".join(data) == (
-        "id density mean max channel band patients patient_share artefact cls label note "
-        "suggestion examples histogram channel_ratio spectrum position patient_list nearest "
-        "coactive waveform artefacts stability explained events labels"
+        "id density mean max channel band patients patient_share artefact artefact_top cls "
+        "label note suggestion support examples histogram channel_ratio spectrum position "
+        "patient_list nearest coactive waveform artefacts artefacts_top stability explained "
+        "events labels"
     )
     assert " ".join(data["examples"][0]) == (
         "group activation recording patient channel start patch trace others strip strip_start "
@@ -111,7 +129,7 @@ def test_findings_of_the_evaluation(tmp_path):
     index = read(tmp_path / "report/index_data.js")
     for row, card in zip(index["rows"], cards, strict=True):
         best = max(card.events, key=lambda event: event.auc)
-        assert row[-3:] == [card.stability.found, best.kind, float(f"{best.auc:.4g}")]
+        assert row[-4:] == [card.stability.found, best.kind, float(f"{best.auc:.4g}"), 0]
     pages = index["meta"]["pages"]
     assert list(pages) == ["recommended", "members", "events", "event_means", "labels", "n_seeds"]
     assert pages["events"][0]["kind"] == "alpha"
@@ -135,9 +153,41 @@ def test_nothing_is_loaded_from_elsewhere(report):
             assert word not in (report / name).read_text()
 
 
-def test_a_thousand_features_take_under_60_mb(report):
-    size = sum(p.stat().st_size for p in (report / "data").iterdir())
-    assert size / (N - len(DEAD)) * 1024 < 60e6
+def test_sizes_are_as_planned(report):
+    """The plan of what fits into a report relies on these estimates."""
+    size = sum(p.stat().st_size for p in (report / "data").iterdir()) / (N - len(DEAD))
+    examples = next(make_cards(1)).examples
+    n_samples = sum(e.trace.size for e in examples)
+    n_samples += sum(e.others.size for e in examples if e.others is not None)
+    planned = PAGE_BYTES + SAMPLE_BYTES * n_samples
+    assert 0.7 * planned < size < planned
+
+
+def test_features_are_packed(tmp_path):
+    """In files of PACK features; those without a page are in the table only."""
+    cards = [make_dead_card(i, 1, density=0.5) for i in range(0, 400, 2)]
+    without = [
+        FeatureRow(i, "", "", 0.1, 1.0, np.nan, "", "", 1, np.nan, np.nan, np.nan)
+        for i in range(1, 400, 2)
+    ]
+    write_pages(tmp_path / "report", make_meta(), iter(cards), iter(without))
+    assert len(list((tmp_path / "report/data").iterdir())) == -(-200 // PACK)
+    assert [card["id"] for card in read_cards(tmp_path / "report")] == list(range(0, 400, 2))
+    rows = read(tmp_path / "report/index_data.js")["rows"]
+    assert [row[0] for row in rows] == list(range(400))
+    assert [row[-1] for row in rows[::2]] == [i // PACK for i in range(200)]
+    assert [row[-1] for row in rows[1::2]] == [None] * 200
+
+
+def test_the_same_cards_are_the_same_bytes(tmp_path, report):
+    write_pages(tmp_path / "report", make_meta(), make_cards(N, DEAD))
+    for path in (report / "data").iterdir():
+        assert (tmp_path / "report/data" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_member_of_a_report(tmp_path, report):
+    assert read_member(report) == "lambda=5"
+    assert read_member(tmp_path) is None
 
 
 def test_rewriting_keeps_other_files(tmp_path):
@@ -153,7 +203,7 @@ def test_rewriting_keeps_other_files(tmp_path):
     assert (folder / "labels.csv").read_text() == "feature,label,note\n3,spindle,\n"
     assert (folder / "labels.csv.backup").read_text() == "mine"
     assert (folder / "notes/a.txt").read_text() == "mine"
-    assert len(list((folder / "data").iterdir())) == 3
+    assert len(read_cards(folder)) == 3
     assert len(read(folder / "index_data.js")["rows"]) == 3
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
 

@@ -57,7 +57,8 @@ function facts(f) {
     ["dominant band", f.band],
     ["patients", `${number(f.patients)} of ${number(meta.n_patients)}, the largest with ${percent(f.patient_share)}`],
     ...(meta.has_cls ? [["on the CLS token", percent(f.cls)]] : []),
-    ["examples with artefact hints", percent(f.artefact)],
+    ["artefact hints", `${percent(f.artefact)} of sampled, ${percent(f.artefact_top)} of the strongest examples`],
+    ["examples that fit the suggestion", percent(f.support)],
   ];
   const row = ([key, value]) => html("div", {}, html("dt", {}, key), html("dd", {}, value || "–"));
   return html("dl", { class: "facts" }, rows.map(row));

@@ -110,11 +110,11 @@ function showEvent(kind) {
         "principal components count with both signs."),
       scoreTable([{ which: bestFeature(event), scores: event.scores }])),
     rankedFeatures(event), steeringSection(event), examples);
-  if (byId.get(event.feature)?.density) {
+  if (byId.get(event.feature)?.density && hasPage(event.feature)) {
     loadFeature(event.feature, (f) => {
       examples.replaceWith(showExamples(f, `Examples of feature ${f.id}`));
       redraw();
-    });
+    }, (words) => examples.replaceChildren(html("p", {}, words)));
   }
 }
 

@@ -9,7 +9,8 @@ let columns = []; // of the table, those that have data
 let shown = []; // filtered features, in the table's order
 let drawn = ""; // range of `shown` in the document
 let current = ""; // name of the open page: "index", "f", "event", "label" or "members"
-let awaited = null; // the feature whose data are being loaded: {id, use}
+let awaited = null; // the feature whose data are being loaded: {id, use, explain}
+let pack = { number: null, cards: new Map() }; // features of the data file that was loaded last
 let indexScroll = 0;
 let indexHash = "#"; // with the filters
 const view = { group: "top", montage: false }; // kept from feature to feature
@@ -18,21 +19,42 @@ const table = { sort: "id", down: false };
 const $ = (selector) => document.querySelector(selector);
 const some = (list) => !missing(list) && list.length > 0;
 
-/** Called by every data script: the index and the features. */
+/** Called by every data script: the index and packs of features. */
 function receive(data) {
   if (data.meta) start(data);
-  else if (data.id === awaited?.id) awaited.use(data);
+  else unpack(data.cards).then((cards) => {
+    pack = { number: data.pack, cards: new Map(cards.map((card) => [card.id, card])) };
+    if (pack.cards.has(awaited?.id)) awaited.use(pack.cards.get(awaited.id));
+  }, (error) => awaited?.explain(`The data of this feature cannot be read: ${error.message}.`));
 }
 
-/** Load the data of a feature and call `use` with them, unless another page is opened before. */
-function loadFeature(id, use) {
-  awaited = { id, use };
-  const src = `data/f${String(id).padStart(5, "0")}.js`;
+/** Return the value of gzipped JSON in base64. */
+async function unpack(base64) {
+  const bytes = Uint8Array.from(atob(base64), (byte) => byte.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text());
+}
+
+/**
+ * Load the data of a feature that has a page, and call `use` with them, unless another page is opened before.
+ *
+ * If that fails, `explain` is called with the reason.
+ */
+function loadFeature(id, use, explain) {
+  const { pack: number } = byId.get(id);
+  if (number === pack.number) {
+    use(pack.cards.get(id));
+    return;
+  }
+  awaited = { id, use, explain };
+  const src = `data/p${String(number).padStart(4, "0")}.js`;
   const script = html("script", { src });
   script.onload = () => script.remove();
-  script.onerror = () => $("main:not([hidden])").append(html("p", {}, `${src} is missing from the report.`));
+  script.onerror = () => explain(`${src} is missing from the report.`);
   document.head.append(script);
 }
+
+const hasPage = (id) => !missing(byId.get(id)?.pack);
 
 function start(data) {
   history.scrollRestoration = "manual";
@@ -99,13 +121,17 @@ function route() {
 
 function openFeature(value) {
   const id = Number(value);
-  if (byId.has(id)) {
-    setParameters(viewParameters());
-    loadFeature(id, showFeature);
-    return;
-  }
   document.title = `Feature ${value}`;
-  $("#feature").replaceChildren(featureBar(id), html("h1", {}, `There is no feature ${value}`));
+  const explain = (...content) => $("#feature").replaceChildren(featureBar(id), ...content);
+  if (!byId.has(id)) explain(html("h1", {}, `There is no feature ${value}`));
+  else if (hasPage(id)) {
+    setParameters(viewParameters());
+    loadFeature(id, showFeature, (words) => explain(html("p", {}, words)));
+  } else {
+    const { density } = byId.get(id);
+    explain(html("p", { class: "eyebrow" }, `Feature ${id}`), html("h1", {}, density ? "no page" : "never active"),
+      html("p", { class: "lead" }, density ? meta.pages_rule : `Never active on ${count(meta.n_tokens, "token")}.`));
+  }
 }
 
 /** Show a page that is not of a feature, with its navigation. */
@@ -188,6 +214,7 @@ function drawIndex() {
     $("#notes").append(html("li", { class: "warn" }, warning));
   }
   $("#notes").append(...(meta.notes ?? []).map((note) => html("li", {}, note)));
+  if (meta.pages_rule) $("#notes").append(html("li", {}, meta.pages_rule));
   drawRecommended();
   const silent = features.filter((f) => !f.density).length;
   const used = Object.keys(SPARSITY).filter((key) => meta.members.some((m) => !missing(m[key])));

@@ -1,0 +1,167 @@
+"""The active entries of a batch of features, as lists on the host.
+
+Few features are active on a token. The device sends one bit for each entry, and then the values of
+those that are not 0, so that the dense features [tokens, d_sae] never leave it.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from minsae_jax.parallel.mesh import on_cpu
+from minsae_jax.sae.kinds import Params, SAEKind
+from minsae_jax.sae.member import SparseAutoencoder
+
+WORD = 32  # bits
+ENCODE_TILE = 256  # tokens, a multiple of WORD; as TopK's
+EDGES = np.geomspace(1e-4, 1e4, 8 * 8 + 1)  # of the activation histogram
+# The smallest float32 numbers that are not below them.
+_EDGES_32 = EDGES.astype(np.float32)
+_EDGES_32 = np.where(_EDGES_32 < EDGES, np.nextafter(_EDGES_32, np.float32(np.inf)), _EDGES_32)
+
+
+@dataclass(frozen=True)
+class ActiveEntries:
+    """The entries of a batch's features [rows, d_sae] that are not 0; a row is a token."""
+
+    row: Int[np.ndarray, " n"]
+    feature: Int[np.ndarray, " n"]
+    value: Float[np.ndarray, " n"]
+    # Index of the bin between EDGES; the outer bins contain those beyond
+    histogram_bin: Int[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Features of sequences of tokens, on the device; rows and sequences at the end are padding."""
+
+    first: int  # sequence
+    n_sequences: int
+    n_tokens: int  # of a sequence
+    features: Float[Array, "rows d_sae"]
+    # Largest activation of each feature in each sequence
+    largest: Float[Array, "sequences d_sae"]
+    # A bit for each entry that is not 0, in words of WORD rows
+    bits: UInt32[Array, "words d_sae"]
+
+
+def encode_batch(
+    sae: SparseAutoencoder,
+    first: int,
+    x: Float[np.ndarray, "n n_tokens d_model"],
+    sequences: int,
+) -> EncodedBatch:
+    """Start to encode activations, padded to `sequences`, so that all batches have one shape."""
+    n_sequences, n_tokens, d_model = x.shape
+    n_rows = sequences * n_tokens
+    rows = np.zeros((n_rows + -n_rows % ENCODE_TILE, d_model), np.float32)
+    rows[: n_sequences * n_tokens] = x.reshape(-1, d_model)
+    with jax.default_matmul_precision("highest"):
+        features = _encode(sae.kind, sae.params, rows)
+    # A compilation of its own: XLA for CPU repeats the product for each sum that it is fused with.
+    largest, bits = _reduce(features, sequences, n_tokens)
+    return EncodedBatch(first, n_sequences, n_tokens, features, largest, bits)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(
+    kind: SAEKind, params: Params, rows: Float[Array, "rows d_model"]
+) -> Float[Array, "rows d_sae"]:
+    if not on_cpu():
+        return kind.encode(params, rows)
+    # Biases and thresholds are applied while a tile is in the cache: two thirds of the time.
+    tiles = rows.reshape(-1, ENCODE_TILE, rows.shape[1])
+    features = jax.lax.map(partial(kind.encode, params), tiles)
+    return features.reshape(len(rows), -1)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _reduce(
+    features: Float[Array, "rows d_sae"], sequences: int, n_tokens: int
+) -> tuple[Float[Array, "sequences d_sae"], UInt32[Array, "words d_sae"]]:
+    d_sae = features.shape[1]
+    of_sequences = features[: sequences * n_tokens].reshape(sequences, n_tokens, d_sae)
+    is_active = features.reshape(-1, WORD, d_sae) > 0
+    bit = jnp.left_shift(jnp.uint32(1), jnp.arange(WORD, dtype=jnp.uint32))
+    words = jnp.where(is_active, bit[None, :, None], jnp.uint32(0))
+    return of_sequences.max(axis=1), words.sum(axis=1, dtype=jnp.uint32)
+
+
+def find_active(batch: EncodedBatch) -> ActiveEntries:
+    """Return the entries of a batch that are not 0."""
+    bits = np.asarray(batch.bits)
+    d_sae = bits.shape[1]
+    words = bits.ravel()
+    place = np.flatnonzero(words)
+    words = words[place]
+    # Little-endian bytes, so that bits come in the order of their tokens.
+    flags = np.unpackbits(words.astype("<u4", copy=False).view(np.uint8), bitorder="little")
+    bit = np.flatnonzero(flags.view(bool)).astype(np.int32) & (WORD - 1)
+    word, feature = np.divmod(place.astype(np.int32), np.int32(d_sae))
+    counts = np.bitwise_count(words)
+    row = np.repeat(word * WORD, counts) + bit
+    feature = np.repeat(feature, counts)
+    is_token = np.flatnonzero(row < batch.n_sequences * batch.n_tokens)
+    row = row[is_token]
+    feature = feature[is_token]
+    # Padded to a power of two, so that batches share few compiled programs.
+    n_entries = len(row)
+    flat = np.zeros(1 << max(n_entries - 1, 0).bit_length(), np.int32)
+    flat[:n_entries] = row * np.int32(d_sae) + feature
+    value, histogram_bin = _take(batch.features, flat)
+    return ActiveEntries(
+        row, feature, np.asarray(value)[:n_entries], np.asarray(histogram_bin)[:n_entries]
+    )
+
+
+@jax.jit
+def _take(
+    features: Float[Array, "rows d_sae"], flat: Int[Array, " n"]
+) -> tuple[Float[Array, " n"], Int[Array, " n"]]:
+    """Return the features at places of the flat array, and their bins between EDGES."""
+    value = features.ravel()[flat]
+    # Without a loop over the edges, this is a single pass over the values.
+    n_reached = sum((value >= edge).astype(jnp.int32) for edge in _EDGES_32[1:-1])
+    return value, n_reached
+
+
+def largest_tokens(
+    batch: EncodedBatch, is_included: Bool[np.ndarray, " n_sequences"], count: int
+) -> tuple[Float[Array, "d_sae n"], Int[Array, "d_sae n"]]:
+    """Return the up to `count` largest activations of each feature, and their rows.
+
+    Of equal ones the earlier come first. Activations of sequences that are not included are 0.
+    """
+    # Padded sequences are not included.
+    included = np.zeros(len(batch.largest), np.float32)
+    included[: batch.n_sequences] = is_included
+    return _largest_tokens(batch.features, batch.largest, included, batch.n_tokens, count)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _largest_tokens(
+    features: Float[Array, "rows d_sae"],
+    largest: Float[Array, "sequences d_sae"],
+    included: Float[Array, " sequences"],
+    n_tokens: int,
+    count: int,
+) -> tuple[Float[Array, "d_sae n"], Int[Array, "d_sae n"]]:
+    """Search in the `count` sequences with the largest maxima, of equal ones the earlier.
+
+    They contain all that is looked for: a token elsewhere has at least one token of each of these
+    sequences before it.
+    """
+    sequences, d_sae = largest.shape
+    _, sequence = jax.lax.top_k(largest.T * included[None], min(count, sequences))
+    # In order of time: of equal numbers, top_k takes the first.
+    sequence = jnp.sort(sequence, axis=1)
+    row = sequence[:, :, None] * n_tokens + jnp.arange(n_tokens)[None, None]
+    row = row.reshape(d_sae, -1)
+    values = features[row, jnp.arange(d_sae)[:, None]]
+    values = values * jnp.repeat(included[sequence], n_tokens, axis=1)
+    values, place = jax.lax.top_k(values, min(count, row.shape[1]))
+    return values, jnp.take_along_axis(row, place, axis=1)
