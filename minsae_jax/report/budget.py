@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.report.describe import MONTAGE_EXAMPLES, RANDOM_EXAMPLES
+from minsae_jax.report.chosen import RANDOM_EXAMPLES
+from minsae_jax.report.context import MONTAGE_EXAMPLES
 from minsae_jax.report.examples import Activity
 from minsae_jax.report.excerpts import MONTAGE_RATE
 from minsae_jax.sae.member import SparseAutoencoder

@@ -1,25 +1,19 @@
 """The card of a feature: all that the report shows of it, as typed arrays and numbers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from minsae_jax.eeg.montage import BANDS
-from minsae_jax.encoder.base import BaseEncoder
-from minsae_jax.evaluation.config import Band
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.report.activations import ExampleActivations, measure_examples
+from minsae_jax.report.chosen import choose_all, choose_tokens
+from minsae_jax.report.context import Context
 from minsae_jax.report.entries import EDGES
-from minsae_jax.report.examples import Activity, Tokens
 from minsae_jax.report.excerpts import (
-    ChosenToken,
-    EventsByRecording,
     Example,
     cut_examples,
-    events_by_recording,
-    shown_samples,
 )
 from minsae_jax.report.naming import Label, fits_region, region, suggest_name
 from minsae_jax.report.neighbours import coactive_features, nearest_features
@@ -32,46 +26,15 @@ from minsae_jax.report.pages import (
 )
 from minsae_jax.report.spectra import (
     BROADBAND_RATIO,
-    BaseSpectra,
     SampleSpectra,
     Spectrum,
     band_ratio,
     channel_power_ratio,
     dominant_band,
-    measure_base_spectra,
     measure_spectrum,
 )
-from minsae_jax.sae.member import SparseAutoencoder
 
-DEFAULT_BANDS = tuple(Band(*band) for band in BANDS)
-MONTAGE_EXAMPLES = 8  # top examples with all channels
-RANDOM_EXAMPLES = 6
 LISTED_PATIENTS = 12
-
-
-@dataclass(frozen=True)
-class Context:
-    """Data that all feature cards share."""
-
-    dataset: Dataset
-    sae: SparseAutoencoder
-    activity: Activity
-    # None if only the store is at hand
-    encoder: BaseEncoder | None
-    # Patches shown before and after an example's patch
-    w: int
-    bands: Sequence[Band]
-    base: BaseSpectra
-    # Decoder rows
-    directions: Float[np.ndarray, "d_sae d_model"]
-    labels: Mapping[int, Label]
-    quantiles: Tokens
-    events: EventsByRecording
-    # Samples of EEG shown with an example
-    n_samples: int
-    # Top examples of a feature with all channels
-    montage_examples: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -180,41 +143,6 @@ class FeatureCard:
         return None if best is None else best.auc
 
 
-def make_context(
-    dataset: Dataset,
-    sae: SparseAutoencoder,
-    activity: Activity,
-    encoder: BaseEncoder | None,
-    w: int = 10,
-    bands: Sequence[Band] = DEFAULT_BANDS,
-    labels: Mapping[int, Label] | None = None,
-    seed: int = 0,
-    context_seconds: float | None = None,
-    montage_examples: int = MONTAGE_EXAMPLES,
-) -> Context:
-    """Compute the data that all cards share.
-
-    w: patches before and after an example's patch with activations. context_seconds: of EEG shown
-    with it, by default that of these patches.
-    """
-    return Context(
-        dataset=dataset,
-        sae=sae,
-        activity=activity,
-        encoder=encoder,
-        w=w,
-        bands=bands,
-        base=measure_base_spectra(dataset, w, seed, bands),
-        directions=sae.decoder_directions,
-        labels=labels or {},
-        quantiles=activity.quantiles(),
-        events=events_by_recording(dataset),
-        n_samples=shown_samples(dataset, w, context_seconds),
-        montage_examples=montage_examples,
-        seed=seed,
-    )
-
-
 def describe(context: Context, feature: int) -> FeatureCard:
     """Return the card of one feature."""
     return next(describe_all(context, [feature]))
@@ -223,7 +151,7 @@ def describe(context: Context, feature: int) -> FeatureCard:
 def describe_all(context: Context, features: Sequence[int] | None = None) -> Iterator[FeatureCard]:
     """Yield the cards of features by number, by default of all; the store is read once for them."""
     features = sorted(range(context.sae.d_sae) if features is None else features)
-    chosen = _choose_all(context, features)
+    chosen = choose_all(context, features)
     measured = measure_examples(
         context.dataset, context.sae, context.w, chosen.feature, chosen.sequence, chosen.token
     )
@@ -282,7 +210,7 @@ def _describe(
     is_located = dataset.tokens.first >= 0
     examples = cut_examples(
         dataset,
-        _choose_tokens(context, feature),
+        choose_tokens(context, feature),
         activations,
         context.events,
         context.w,
@@ -415,78 +343,6 @@ def _histogram(counts: Int[np.ndarray, " bins"]) -> Histogram:
     first = int(filled[0])
     stop = int(filled[-1]) + 1
     return Histogram(EDGES[first : stop + 1], counts[first:stop])
-
-
-@dataclass(frozen=True)
-class _ChosenTokens:
-    """The tokens that `_choose_tokens` returns for several features, as arrays."""
-
-    feature: Int[np.ndarray, " n"]
-    sequence: Int[np.ndarray, " n"]
-    token: Int[np.ndarray, " n"]
-
-
-def _choose_all(context: Context, features: Sequence[int]) -> _ChosenTokens:
-    counts = []
-    places: list[tuple[int, int]] = []
-    for feature in features:
-        chosen = _choose_tokens(context, feature)
-        counts.append(len(chosen))
-        places.extend((one.sequence, one.token) for one in chosen)
-    sequence, token = np.array(places, np.int64).reshape(-1, 2).T
-    return _ChosenTokens(np.repeat(np.asarray(features), counts), sequence, token)
-
-
-def _choose_tokens(context: Context, feature: int) -> list[ChosenToken]:
-    """Return the tokens of a feature to show as examples."""
-    activity = context.activity
-    quantiles = context.quantiles
-    n_quantiles = quantiles.token.shape[1]
-    n_random = min(RANDOM_EXAMPLES, activity.random.token.shape[1])
-    top_ranks = _without_duplicates(context, feature)
-    ranked = [("top", activity.top, rank) for rank in top_ranks]
-    ranked += [(f"q{rank + 1}", quantiles, rank) for rank in range(n_quantiles)]
-    ranked += [("random", activity.random, rank) for rank in range(n_random)]
-    with_montage = set(top_ranks[: context.montage_examples])
-    chosen = []
-    for group, tokens, rank in ranked:
-        token = int(tokens.token[feature, rank])
-        if token < 0:
-            continue
-        one = ChosenToken(
-            group=group,
-            sequence=int(tokens.sequence[feature, rank]),
-            token=token,
-            activation=float(tokens.activation[feature, rank]),
-            has_montage=group == "top" and rank in with_montage,
-        )
-        chosen.append(one)
-    return chosen
-
-
-def _without_duplicates(context: Context, feature: int) -> list[int]:
-    """Return the ranks of the top examples that overlap no stronger one.
-
-    Examples overlap if `w` patches around them share samples of the same channel.
-    """
-    dataset = context.dataset
-    top = context.activity.top
-    ranks = np.flatnonzero(top.token[feature] >= 0)
-    sequence = top.sequence[feature, ranks]
-    token = top.token[feature, ranks]
-    recording = dataset.recording[sequence]
-    channel = dataset.channels_of(sequence, token)
-    begin = dataset.first_samples(sequence, token)
-    # A CLS token is of its whole window.
-    is_patch = dataset.tokens.first[token] >= 0
-    length = np.where(is_patch, shown_samples(dataset, context.w), dataset.seq_len)
-    kept: list[int] = []
-    for i in range(len(ranks)):
-        is_same = (recording[kept] == recording[i]) & (channel[kept] == channel[i])
-        is_close = np.abs(begin[kept] - begin[i]) < np.minimum(length[kept], length[i])
-        if not (is_same & is_close).any():
-            kept.append(i)
-    return ranks[kept].tolist()
 
 
 def _waveform(context: Context, feature: int) -> Float[np.ndarray, " samples"] | None:

@@ -197,41 +197,45 @@ class _Counts:
         token = np.tile(np.arange(n_tokens), batch.n_sequences)
         recording = self.dataset.recording[sequence]
         self.n_tokens += len(token)
-        self.by_token += self._count(entries, token[entries.row], n_tokens)
+        _add(self.by_token, entries.feature, token[entries.row])
         self.total += np.bincount(entries.feature, entries.value, self.d_sae)
         largest = np.asarray(batch.largest)[: batch.n_sequences].max(axis=0)
         self.largest = np.maximum(self.largest, largest)
-        n_bins = len(EDGES) - 1
-        self.histogram += self._count(entries, entries.histogram_bin, n_bins)
+        _add(self.histogram, entries.feature, entries.histogram_bin)
         first = int(recording[0])
-        n_recordings = int(recording[-1]) + 1 - first
-        by_recording = self._count(entries, (recording - first)[entries.row], n_recordings)
-        self.by_recording[:, first : first + n_recordings] += by_recording
+        by_recording = np.zeros((self.d_sae, int(recording[-1]) + 1 - first), np.int64)
+        _add(by_recording, entries.feature, (recording - first)[entries.row])
+        self.by_recording[:, first : first + by_recording.shape[1]] += by_recording
         if self.dataset.has_channels:
             channel = self.dataset.channels_of(sequence, token)
             channel = np.where(self.dataset.shifted[recording], -1, channel)
             self._count_channels(entries, channel)
 
     def _count_channels(self, entries: ActiveEntries, channel: Int[np.ndarray, " rows"]) -> None:
+        of_entry = channel[entries.row]
+        has_channel = np.flatnonzero(of_entry >= 0)
+        feature = entries.feature[has_channel]
+        _add(self.by_channel, feature, of_entry[has_channel], entries.value[has_channel])
         n_vars = len(self.channel_tokens)
-        # Moved up by one, so that tokens without a channel have the index 0.
-        index = channel + 1
-        activation = self._count(entries, index[entries.row], n_vars + 1, entries.value)
-        self.by_channel += activation[:, 1:]
-        self.channel_tokens += np.bincount(index, minlength=n_vars + 1)[1:]
+        self.channel_tokens += np.bincount(channel[channel >= 0], minlength=n_vars)
 
-    def _count(
-        self,
-        entries: ActiveEntries,
-        category: Int[np.ndarray, " n"],
-        n_categories: int,
-        weights: Float[np.ndarray, " n"] | None = None,
-    ) -> np.ndarray:
-        """Return the entries, or the sum of their weights, by feature and category."""
-        # One bincount over pairs of feature and category; np.add.at is slower.
-        index = entries.feature * n_categories + category
-        counts = np.bincount(index, weights, self.d_sae * n_categories)
-        return counts.reshape(self.d_sae, n_categories)
+
+def _add(
+    table: np.ndarray,
+    feature: Int[np.ndarray, " n"],
+    category: Int[np.ndarray, " n"],
+    weights: Float[np.ndarray, " n"] | None = None,
+) -> None:
+    """Add entries, or their weights, to a table [d_sae, categories]."""
+    flat = table.reshape(-1)
+    index = feature.astype(np.int64) * table.shape[1] + category
+    # bincount is faster for each entry, but returns a whole table.
+    if len(index) > flat.size // 8:
+        flat += np.bincount(index, weights, flat.size).astype(table.dtype, copy=False)
+    elif weights is None:
+        np.add.at(flat, index, 1)
+    else:
+        np.add.at(flat, index, weights.astype(table.dtype))
 
 
 class _PairSample:

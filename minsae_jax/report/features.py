@@ -17,7 +17,8 @@ from pathlib import Path
 
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
-from minsae_jax.report.describe import Context, FeatureCard, describe, describe_all, make_context
+from minsae_jax.report.context import Context, make_context
+from minsae_jax.report.describe import FeatureCard, describe, describe_all
 from minsae_jax.report.examples import Activity, Tokens, collect
 from minsae_jax.report.excerpts import Example
 from minsae_jax.sae.member import load_sae

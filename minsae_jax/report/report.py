@@ -10,7 +10,8 @@ from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.inputs import Member
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation
 from minsae_jax.report.budget import choose_features, plan_pages
-from minsae_jax.report.describe import describe_all, feature_row, make_context
+from minsae_jax.report.context import make_context
+from minsae_jax.report.describe import describe_all, feature_row
 from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
 from minsae_jax.report.naming import LABELS_CSV, read_labels, warn_of_other_member

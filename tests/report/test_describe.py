@@ -8,7 +8,9 @@ import pytest
 
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.eeg.recordings import load_recording
-from minsae_jax.report.describe import _choose_tokens, describe, describe_all, make_context
+from minsae_jax.report.chosen import choose_tokens
+from minsae_jax.report.context import make_context
+from minsae_jax.report.describe import describe, describe_all
 from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import to_int8
 from minsae_jax.report.naming import Label, fits_region
@@ -92,7 +94,7 @@ def test_events_and_other_features_of_an_example(trained, context, feature):
     dataset = context.dataset
     n_events = 0
     examples = describe(context, feature).examples
-    for example, token in zip(examples, _choose_tokens(context, feature), strict=True):
+    for example, token in zip(examples, choose_tokens(context, feature), strict=True):
         stop = example.start + len(example.trace) / 100
         expected = [
             (row["event"], int(row["start"]) / 100, int(row["stop"]) / 100, row["channels"].split())

@@ -1,5 +1,6 @@
 """The pass over a store, compared with a search through all tokens at once."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -167,3 +168,33 @@ def test_edges_of_the_histogram_belong_to_the_bin_above():
     np.testing.assert_array_equal(entries.value, values)
     expected = np.searchsorted(EDGES, values.astype(np.float64), "right") - 1
     np.testing.assert_array_equal(entries.histogram_bin, np.clip(expected, 0, len(EDGES) - 2))
+
+
+def test_memory_does_not_grow_with_the_store(everything, monkeypatch):
+    dataset, sae, *_ = everything
+    monkeypatch.setattr(examples, "BATCH_TOKENS", 60)
+    monkeypatch.setattr(examples, "COACTIVE_TOKENS", 100)
+    collect(dataset, sae)  # compiles
+    peaks = []
+    for n in (len(dataset.recording) // 4, len(dataset.recording)):
+        first = replace(
+            dataset,
+            recording=dataset.recording[:n],
+            window=dataset.window[:n],
+            channel=dataset.channel[:n],
+        )
+        tracemalloc.start()
+        collect(first, sae)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.15 * peaks[0]
+
+
+def test_batches_of_many_features_are_small():
+    params = {
+        "W_enc": np.zeros((1, 131_072)),
+        "b_enc": np.zeros(131_072),
+        "W_dec": np.zeros((131_072, 1)),
+        "b_dec": np.zeros(1),
+    }
+    assert 4 * 131_072 * examples.batch_tokens(SparseAutoencoder(params)) <= 128 << 20

@@ -5,7 +5,7 @@ import pytest
 
 from minsae_jax import UserError
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
-from minsae_jax.report.describe import DEFAULT_BANDS
+from minsae_jax.report.context import DEFAULT_BANDS
 from minsae_jax.report.naming import (
     fits_region,
     read_labels,

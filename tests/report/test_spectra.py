@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from minsae_jax.report.describe import DEFAULT_BANDS
+from minsae_jax.report.context import DEFAULT_BANDS
 from minsae_jax.report.spectra import Spectrum, artefact_hints, dominant_band, relative_power
 
 HZ = np.fft.rfftfreq(500, 0.01)
