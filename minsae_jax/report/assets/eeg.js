@@ -24,20 +24,35 @@ function galleryGain(examples) {
   return { inUv, full: Math.max(usual, inUv ? 1 : 2), cuts: peaks.at(-1) > usual };
 }
 
-/** Return bands over the time of labelled events, and the bars that say on which channels they are. */
+/** Return spans [from, to] without overlaps. */
+function united(spans) {
+  const result = [];
+  for (const [from, to] of spans.toSorted((a, b) => a[0] - b[0])) {
+    const last = result.at(-1);
+    if (last && from <= last[1]) last[1] = Math.max(last[1], to);
+    else result.push([from, to]);
+  }
+  return result;
+}
+
+const isOn = (event, channel) => event.channels.includes(channel) || !event.channels.length;
+
+/** Return bands over the time of labelled events on a channel, and bars above them for events on any channel. */
 function eventBands(events, kinds, x, channel, box, floor) {
-  return events.map((event) => {
-    const [a, b] = [event.start, event.stop].map((second) => Math.min(Math.max(x(second), box.left), box.right));
-    const here = event.channels.includes(channel) || !event.channels.length;
-    const tip = svg("title", {}, `${event.kind}, ${fixed(event.start, 2)}–${fixed(event.stop, 2)} s, ${event.channels.join(" ")}`);
-    const colour = `${eventColour(event.kind)}${here ? "" : " elsewhere"}`;
-    const top = EVENT_BAR * kinds.indexOf(event.kind);
-    const width = Math.max(b - a, 1.5);
-    return [
-      here ? svg("rect", { class: `event-band ${colour}`, x: a, width, y: box.top, height: floor - box.top }) : null,
-      svg("rect", { class: `event-bar ${colour}`, x: a + 0.5, width: Math.max(width - 1, 1), y: top + 1, height: EVENT_BAR - 3, rx: 2 }, tip),
-    ];
+  const place = (event) => [event.start, event.stop].map((second) => Math.min(Math.max(x(second), box.left), box.right));
+  const bands = kinds.flatMap((kind) => {
+    const here = events.filter((event) => event.kind === kind && isOn(event, channel));
+    return united(here.map(place)).map(([a, b]) => svg("rect", { class: `event-band ${eventColour(kind)}`, x: a,
+      width: Math.max(b - a, 1.5), y: box.top, height: floor - box.top }));
   });
+  const bars = events.map((event) => {
+    const [a, b] = place(event);
+    const tip = svg("title", {}, `${event.kind}, ${fixed(event.start, 2)}–${fixed(event.stop, 2)} s, ${event.channels.join(" ")}`);
+    const kind = `event-bar ${eventColour(event.kind)}${isOn(event, channel) ? "" : " elsewhere"}`;
+    const top = EVENT_BAR * kinds.indexOf(event.kind) + 1;
+    return svg("rect", { class: kind, x: a + 0.5, width: Math.max(b - a - 1, 1), y: top, height: EVENT_BAR - 3, rx: 2 }, tip);
+  });
+  return [...bands, ...bars];
 }
 
 /**
@@ -57,7 +72,10 @@ function drawExample(example, { montage, gain, usual, largest, channels, rate, s
   const full = gain.inUv ? gain.full / example.uv_per_sd : gain.full; // SD
   const sd = montage ? gap / Math.max(2.2, usual / 2.5) : 43 / full; // px
   const events = example.events ?? [];
-  const kinds = [...new Set(events.map((event) => event.kind))];
+  const shownChannel = example.trace_channel ?? example.channel;
+  const here = new Set(events.filter((event) => isOn(event, shownChannel)).map((event) => event.kind));
+  // Those on the channel come last, which is nearest to its trace.
+  const kinds = [...new Set(events.map((event) => event.kind))].sort((a, b) => here.has(a) - here.has(b));
   return (width) => {
     const above = EVENT_BAR * kinds.length;
     const box = { left: montage ? 32 : 0, right: width - 44, top: (montage ? 8 : 2) + above };
@@ -70,7 +88,7 @@ function drawExample(example, { montage, gain, usual, largest, channels, rate, s
       const [a, b] = example.patch.map(x);
       root.append(svg("rect", { class: "patch", x: a, width: b - a, y: box.top, height: floor - box.top }));
     }
-    root.append(...eventBands(events, kinds, x, example.trace_channel ?? example.channel, box, floor).flat().filter((node) => node));
+    root.append(...eventBands(events, kinds, x, shownChannel, box, floor));
     // Peaks that are larger than the gain allows end at the border of this viewport.
     const window = svg("svg", { x: box.left, y: box.top, width: box.right - box.left, height: box.bottom - box.top });
     const course = (values, y, kind) => {
