@@ -257,12 +257,16 @@ def artefact_hints(
 
 
 def dominant_band(bands: Sequence[Band], spectrum: Spectrum | None) -> str:
-    """Return the band with the largest mean ratio, `broadband` if it is small, "" if unknown."""
+    """Return the band with the largest mean ratio, `broadband` if it is small, "" if unknown.
+
+    Only bands where the lower ends of the bootstrap interval are above 1 on average are considered.
+    """
     if spectrum is None:
         return ""
     means = {}
     for band in bands:
-        if is_inside(spectrum.hz, band).any():
+        has_band = is_inside(spectrum.hz, band).any()
+        if has_band and band_ratio(spectrum.hz, spectrum.low, band) > 1:
             means[band.name] = float(band_ratio(spectrum.hz, spectrum.ratio, band))
     if not means:
         return "broadband"

@@ -40,6 +40,11 @@ def test_dominant_band():
     assert dominant_band(DEFAULT_BANDS, make_spectrum(power * SHOWN.sum())) == "alpha"
     assert dominant_band(DEFAULT_BANDS, make_spectrum(np.ones(SHOWN.sum()))) == "broadband"
     assert dominant_band(DEFAULT_BANDS, None) == ""
+    # The largest mean ratio, but by few examples only.
+    ratio = np.where(HZ[SHOWN] > 25, 2.0, np.where(HZ[SHOWN] < 4, 1.5, 1.0))
+    uncertain = Spectrum(HZ[SHOWN], ratio, np.where(HZ[SHOWN] > 25, 0.8, ratio), ratio)
+    assert dominant_band(DEFAULT_BANDS, make_spectrum(ratio)) == "gamma"
+    assert dominant_band(DEFAULT_BANDS, uncertain) == "delta"
 
 
 def test_artefact_hints():
