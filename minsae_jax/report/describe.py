@@ -17,6 +17,13 @@ from minsae_jax.report.excerpts import (
 )
 from minsae_jax.report.naming import Label, fits_region, region, suggest_name
 from minsae_jax.report.neighbours import coactive_features, nearest_features
+from minsae_jax.report.pages import (
+    DetectedEvent,
+    DetectedLabel,
+    Explained,
+    SeedStability,
+    best_event,
+)
 from minsae_jax.report.spectra import (
     BROADBAND_RATIO,
     SampleSpectra,
@@ -54,6 +61,9 @@ class FeatureRow:
     artefact: float
     artefact_top: float
     support: float
+    seeds: int | None = None
+    event: str = ""
+    event_auc: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,31 @@ class FeatureCard:
     # Share of sampled examples with each artefact hint, and of the strongest examples
     artefacts: dict[str, float]
     artefacts_top: dict[str, float]
+    # None if no other member differs in the seed only
+    stability: SeedStability | None = None
+    # Share of the variance by position, channel, recording and patient
+    explained: Explained | None = None
+    # By AUC, the best first; empty without labelled events
+    events: Sequence[DetectedEvent] = ()
+    # By q, the smallest first; empty without labels of recordings
+    labels: Sequence[DetectedLabel] = ()
+
+    @property
+    def seeds(self) -> int | None:
+        """Number of seeds in which the feature is found."""
+        return None if self.stability is None else self.stability.found
+
+    @property
+    def event(self) -> str:
+        """The kind of event that the feature detects best; "" if it detects none."""
+        best = best_event(self.events)
+        return "" if best is None else best.kind
+
+    @property
+    def event_auc(self) -> float | None:
+        """AUC for `event`."""
+        best = best_event(self.events)
+        return None if best is None else best.auc
 
 
 def describe(context: Context, feature: int) -> FeatureCard:

@@ -1,4 +1,4 @@
-"""The report as a folder of static files; report.js and figures.js draw it in the browser.
+"""The report as a folder of static files; the scripts in assets/ draw it in the browser.
 
 A page opened from disk may not fetch files, but it may load scripts. So all data are small scripts
 that call `receive`: `index_data.js` for the first page, and `data/p0000.js`, `data/p0001.js` and so
@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,22 @@ from minsae_jax.evaluation.config import Band
 from minsae_jax.files import foreign_entries, replaced_folder
 from minsae_jax.report.describe import FeatureCard, FeatureRow
 from minsae_jax.report.naming import LABELS_CSV
+from minsae_jax.report.pages import Pages
 from minsae_jax.sae.hyper import SPARSITY, Hyper, sparsity, value_text
 
 ASSETS = Path(__file__).parent / "assets"
-PAGE_FILES = ("index.html", "report.css", "report.js", "figures.js")
+PAGE_FILES = (
+    "index.html",
+    "report.css",
+    "figures.js",
+    "eeg.js",
+    "tables.js",
+    "export.js",
+    "feature.js",
+    "pages.js",
+    "members.js",
+    "report.js",
+)
 WRITTEN = (*PAGE_FILES, "index_data.js", "data")
 PACK = 64  # features in a file
 # Fields of FeatureCard in the table of all features.
@@ -112,6 +124,8 @@ class ReportMeta:
     channel_tokens: bool = True
     # How features with a page were chosen, if not all have one
     pages_rule: str = ""
+    # Recommendation, members, events and labels; old reports have none
+    pages: Pages = field(default_factory=Pages)
 
 
 def write_pages(

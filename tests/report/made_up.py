@@ -1,6 +1,7 @@
 """Features such as an SAE has, made up without one: rhythms, blinks, and some that never fire."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,26 @@ from minsae_jax.evaluation.config import Band
 from minsae_jax.report.describe import FeatureCard, Histogram
 from minsae_jax.report.excerpts import EventSpan, Example
 from minsae_jax.report.page import EventRow, MemberRow, ReportMeta
+from minsae_jax.report.pages import (
+    DetectedEvent,
+    DetectedLabel,
+    Detection,
+    DetectionBySet,
+    EventPage,
+    Explained,
+    LabelledFeature,
+    LabelPage,
+    LabelProbe,
+    MemberMeasures,
+    Pages,
+    ProbeResult,
+    RankedFeature,
+    RecommendedMember,
+    SeedMatch,
+    SeedStability,
+    SteeringEffect,
+    SteeringResult,
+)
 from minsae_jax.report.spectra import Spectrum
 
 BANDS = (
@@ -30,6 +51,7 @@ KINDS = {  # suggested name: Hz, centre on the head
     "left temporal theta, 4–8 Hz": (6.0, (-1.0, 0.1)),
     "right temporal muscle, over 25 Hz": (30.0, (1.0, 0.0)),
 }
+EVENTS = ("alpha", "blink", "spindle", "spike", "muscle", "slow wave")
 
 
 def make_meta(**changes: Any) -> ReportMeta:
@@ -217,3 +239,200 @@ def _make_example(
         events=[EventSpan("spindle", start + 0.4, start + 1.3, [CHANNELS[top], "FP1"])],
         other_features=[(1, 2.5), (2, 0.5)],
     )
+
+
+def with_findings(card: FeatureCard) -> FeatureCard:
+    """Return a card with seeds, shares of variance, events and labels, as of a whole evaluation."""
+    rng = np.random.default_rng([1, card.id])
+    auc = np.clip(rng.normal(0.6, 0.06, len(EVENTS)), 0, 1)
+    auc[card.id % len(EVENTS)] = rng.uniform(0.85, 0.99)
+    events = [
+        DetectedEvent(
+            kind, float(auc[i]), float(0.8 * auc[i] ** 2), float(auc[i] ** 3), float(auc[i])
+        )
+        for i, kind in enumerate(EVENTS)
+    ]
+    events.sort(key=lambda event: -event.auc)
+    found = 1 + card.id % 3
+    matches = [
+        SeedMatch(
+            f"topk,k=8,seed={seed}", 7 * card.id % 40, 0.93 - 0.2 * i, 0.9 - 0.2 * i, i < found - 1
+        )
+        for i, seed in enumerate((1, 2))
+    ]
+    patient = 0.42 if card.id == 1 else 0.04
+    examples = [
+        replace(
+            example,
+            events=_event_spans(example, EVENTS[card.id % len(EVENTS)]),
+            other_features=[((card.id + 3 * k) % 40, 4.0 - k) for k in range(1, 4)],
+        )
+        for example in card.examples
+    ]
+    return replace(
+        card,
+        examples=examples,
+        stability=SeedStability(found, 3, matches),
+        explained=Explained(0.02, 0.21, patient + 0.05, patient, "demo007", 0.61),
+        events=events,
+        labels=[DetectedLabel("age", -0.41, 0.002, 0.03), DetectedLabel("sex", 0.1, 0.4, 0.81)],
+    )
+
+
+def _event_spans(example: Example, kind: str) -> list[EventSpan]:
+    """One event on the example's channel, and in part of the examples one on other channels."""
+    start = example.start + 0.7
+    spans = [EventSpan(kind, start, start + 0.8, [example.channel, "C3"])]
+    if example.group == "top" and int(example.start) % 2:
+        spans.append(EventSpan("blink", start - 0.4, start + 0.1, ["Fp1", "Fp2"]))
+    return spans
+
+
+def make_pages(n: int) -> Pages:
+    """Return pages of a sweep with two kinds of SAE and PCA, six kinds of event and two labels."""
+    scores = [_make_scores(0.99 - 0.03 * i) for i in range(len(EVENTS))]
+    events = [_make_event(i, kind, scores[i], n) for i, kind in enumerate(EVENTS)]
+    recommended = RecommendedMember(
+        member="topk,k=8",
+        reason=(
+            "topk,k=8 (97.1%, interval 95.8% to 98.0%) has the shortest description, 174 bits per "
+            "token with L0 8.0, of the 5 that recover 95% of the loss"
+        ),
+        rule="of the members that recover 95% of the loss, the one with the shortest description",
+        runners_up=("topk,k=16", "jumprelu,k=8"),
+        warnings=("12% of the features have a twin (decoder cosine above 0.9)",),
+    )
+    return Pages(
+        recommended=recommended,
+        members=_make_members(),
+        events=events,
+        event_means=_make_scores(0.92),
+        labels=[_make_label("age", "number", n), _make_label("sex", "categories", n)],
+        n_seeds=3,
+    )
+
+
+def _make_scores(auc: float) -> DetectionBySet:
+    def detection(auc: float) -> Detection:
+        return Detection(
+            auc=auc,
+            auc_interval=(auc - 0.03, min(auc + 0.02, 1.0)),
+            recall=auc**3,
+            recall_interval=(auc**3 - 0.1, auc**3),
+            token_auc=auc - 0.3,
+            precision=auc**2,
+            probe_2_auc=auc + 0.004,
+            probe_5_auc=auc + 0.008,
+        )
+
+    return DetectionBySet(detection(auc), detection(auc - 0.05), detection(0.93))
+
+
+def _make_event(i: int, kind: str, scores: DetectionBySet, n: int) -> EventPage:
+    ranked = [
+        RankedFeature(
+            feature=(i + len(EVENTS) * k) % n,
+            val_auc=0.98 - 0.02 * k,
+            auc=scores.sae.auc - 0.018 * k,
+            recall=0.9 - 0.05 * k,
+            precision=0.95 - 0.05 * k,
+            is_tied=i == 0 and k < 4,
+        )
+        for k in range(12)
+    ]
+    return EventPage(
+        kind=kind,
+        test_events=83 - 9 * i,
+        val_events=71 - 8 * i,
+        base_rate=0.021 * (i + 1),
+        feature=i,
+        n_ties=4 if i == 0 else 1,
+        ties_auc=(0.93, 0.99) if i == 0 else None,
+        pure_features=11 - i,
+        scores=scores,
+        features=ranked,
+        steering=_make_steering(i) if i < 3 else None,
+    )
+
+
+def _make_steering(target: int) -> SteeringResult:
+    t = np.arange(PATCH) / RATE
+    effects = []
+    for scale in (0.0, 2.0, 5.0):
+        changes = dict.fromkeys(EVENTS, 0.08 * (scale - 1))
+        changes[EVENTS[target]] = 0.9 * (scale - 1)
+        waveform = 0.3 * (scale - 1) * np.cos(2 * np.pi * 10 * t)
+        ratios = {band.name: 1 + 0.1 * scale * i for i, band in enumerate(BANDS)}
+        effects.append(SteeringEffect(scale, changes, 11.2, waveform, ratios))
+    return SteeringResult(target, "SD", 48_000, 1_912, effects)
+
+
+def _make_label(name: str, type: str, n: int) -> LabelPage:
+    is_number = type == "number"
+    features = [
+        LabelledFeature(
+            feature=(3 * k + 1) % n,
+            effect=(-1) ** k * (0.62 - 0.04 * k),
+            p=min(1e-5 * 3**k, 1.0),
+            q=min(1e-3 * 4**k, 1.0) if is_number else min(0.3 + 0.1 * k, 1.0),
+            patient_share=0.42 if (3 * k + 1) % n == 1 else 0.04,
+        )
+        for k in range(12)
+    ]
+    probe = LabelProbe(
+        score_name="Spearman's rho" if is_number else "AUC",
+        chance=0.0 if is_number else 0.5,
+        n_val=14,
+        n_test=16,
+        features=ProbeResult(0.61, 0.01, 0.02, (-0.42, 0.45))
+        if is_number
+        else ProbeResult(0.52, 0.44, 0.5, (0.24, 0.77)),
+        raw=ProbeResult(0.66, 0.005, -0.01, (-0.4, 0.44))
+        if is_number
+        else ProbeResult(0.61, 0.2, 0.5, (0.22, 0.76)),
+    )
+    return LabelPage(
+        name=name,
+        type=type,
+        patients=16,
+        recordings=48,
+        values="21 to 83, median 52" if is_number else "female 9, male 7",
+        effect_name="Spearman's rho" if is_number else "AUC",
+        effect_hint="" if is_number else "probability that a male patient has the larger value",
+        notes=() if is_number else ("2 patients without a value are left out",),
+        pooling="mean",
+        n_tested=n,
+        n_significant=sum(feature.q < 0.05 for feature in features),
+        features=features,
+        probe=probe,
+    )
+
+
+def _make_members() -> list[MemberMeasures]:
+    members = []
+    for kind, fvu in (("topk", 0.19), ("jumprelu", 0.17), ("pca", 0.28)):
+        for k in (4, 8, 16, 32):
+            is_sae = kind != "pca"
+            recovered = 1 - 0.25 / k
+            auc = (0.95 if is_sae else 0.92) - 0.002 * abs(k - 8)
+            is_best = (kind, k) == ("topk", 8)
+            member = MemberMeasures(
+                name=f"{kind},k={k}",
+                kind=kind,
+                setting=f"k = {k}",
+                l0=float(k),
+                fvu=fvu / k**0.8,
+                loss_recovered=recovered,
+                loss_recovered_interval=(recovered - 0.01, recovered + 0.008),
+                never_active=0.3 / k if is_sae else None,
+                stability=0.1 + 0.4 / k if is_sae else None,
+                pure_features=80 - k,
+                event_auc=auc,
+                event_auc_interval=(auc - 0.02, auc + 0.02),
+                twins=0.02 * k if is_sae else None,
+                description_bits=90 + 12.0 * k,
+                warnings=("12% of the features have a twin",) if is_best else (),
+                is_recommended=is_best,
+            )
+            members.append(member)
+    return members

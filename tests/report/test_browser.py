@@ -37,11 +37,7 @@ def page(chromium):
 def visit(page, folder, hash=""):
     page.get("about:blank")
     page.get(f"{(folder / 'index.html').as_uri()}{hash}")
-    wait(
-        page,
-        "return !document.querySelector('#index').hidden"
-        " || document.querySelector('#feature h1') !== null",
-    )
+    wait(page, "return document.querySelector('main:not([hidden]) h1') !== null")
 
 
 def wait(page, script):
@@ -222,7 +218,7 @@ def test_navigation(page, report):
     wait_for_feature(page, 3)
     body.send_keys(Keys.ESCAPE)
     wait(page, "return !document.querySelector('#index').hidden")
-    find(page, "#events tbody a")[1].click()
+    find(page, "#events td.which a")[1].click()
     wait_for_feature(page, 1)
 
 
@@ -323,7 +319,7 @@ def test_tokens_over_all_channels(page, tmp_path):
     for word in ("all channels", "shown: O1", "µV"):
         assert word in first
     notes = " ".join(texts(page, "#feature .note"))
-    assert "Amplitudes in µV." in notes
+    assert "Amplitudes in µV, with the same gain in all panels" in notes
     assert "over its base rate. Tokens are over all channels." in notes
     names = texts(page, "#feature text.channel")
     assert names == [name for i, name in enumerate(CHANNELS) if i != 3]
@@ -379,9 +375,9 @@ def test_events_and_other_features_of_an_example(page, report):
     visit(page, report, "#f=0")
     wait_for_feature(page, 0)
     first = find(page, "figure")[0]
-    assert len(first.find_elements(By.CSS_SELECTOR, "rect.event")) == 1
-    assert "spindle" in first.text
-    links = first.find_elements(By.CSS_SELECTOR, ".where a")
+    assert len(first.find_elements(By.CSS_SELECTOR, "rect.event-bar")) == 1
+    assert "spindle" in find(page, "#feature .legend")[0].text
+    links = first.find_elements(By.CSS_SELECTOR, ".also a")
     assert [link.text for link in links] == ["1", "2"]
     links[0].click()
     wait_for_feature(page, 1)

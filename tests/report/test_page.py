@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,15 @@ import pytest
 from minsae_jax.errors import UserError
 from minsae_jax.report.budget import PAGE_BYTES, SAMPLE_BYTES
 from minsae_jax.report.describe import FeatureRow
-from minsae_jax.report.page import PACK, read_member, write_pages
-from tests.report.made_up import make_cards, make_dead_card, make_meta
+from minsae_jax.report.page import PACK, PAGE_FILES, read_member, write_pages
+from minsae_jax.report.pages import DetectedEvent
+from tests.report.made_up import (
+    make_cards,
+    make_dead_card,
+    make_meta,
+    make_pages,
+    with_findings,
+)
 
 N = 40
 DEAD = (7, 13)
@@ -49,21 +57,15 @@ def report(tmp_path_factory) -> Path:
 
 
 def test_files(report):
-    assert {p.name for p in report.iterdir()} == {
-        "index.html",
-        "report.css",
-        "report.js",
-        "figures.js",
-        "index_data.js",
-        "data",
-    }
+    assert {p.name for p in report.iterdir()} == {*PAGE_FILES, "index_data.js", "data"}
     assert [p.name for p in report.parent.iterdir()] == ["report"]
     assert [p.name for p in (report / "data").iterdir()] == ["p0000.js"]
     index = read(report / "index_data.js")
     assert len(index["meta"]["positions"]) == 19
     cards = zip(index["rows"], make_cards(N, DEAD), read_cards(report), strict=True)
     for row, card, data in cards:
-        assert row == [*(data[name] for name in index["columns"][:-1]), 0]
+        assert index["columns"][-4:] == ["seeds", "event", "event_auc", "pack"]
+        assert row == [*(data[name] for name in index["columns"][:-4]), None, "", None, 0]
         assert len(data["examples"]) == len(card.examples)
         for written, example in zip(data["examples"], card.examples, strict=True):
             assert abs(written["start"] - example.start) < 0.006
@@ -93,6 +95,9 @@ def test_keys_of_the_data_files(report):
         "artefact",
         "artefact_top",
         "support",
+        "seeds",
+        "event",
+        "event_auc",
         "pack",
     ]
     assert list(index["meta"]["members"][0]) == [
@@ -108,7 +113,8 @@ def test_keys_of_the_data_files(report):
     assert " ".join(data) == (
         "id density mean max channel band patients patient_share artefact artefact_top cls "
         "label note suggestion support examples histogram channel_ratio spectrum position "
-        "patient_list nearest coactive waveform artefacts artefacts_top"
+        "patient_list nearest coactive waveform artefacts artefacts_top stability explained "
+        "events labels"
     )
     assert " ".join(data["examples"][0]) == (
         "group activation recording patient channel start patch trace others strip strip_start "
@@ -116,8 +122,33 @@ def test_keys_of_the_data_files(report):
     )
 
 
+def test_findings_of_the_evaluation(tmp_path):
+    """Columns of the table of features, and keys of the pages."""
+    cards = [with_findings(card) for card in make_cards(6)]
+    write_pages(tmp_path / "report", make_meta(pages=make_pages(6)), cards)
+    index = read(tmp_path / "report/index_data.js")
+    for row, card in zip(index["rows"], cards, strict=True):
+        best = max(card.events, key=lambda event: event.auc)
+        assert row[-4:] == [card.stability.found, best.kind, float(f"{best.auc:.4g}"), 0]
+    pages = index["meta"]["pages"]
+    assert list(pages) == ["recommended", "members", "events", "event_means", "labels", "n_seeds"]
+    assert pages["events"][0]["kind"] == "alpha"
+    assert pages["events"][0]["steering"]["effects"][1]["scale"] == 2
+    assert pages["members"][0]["loss_recovered_interval"] == [0.9275, 0.9455]
+
+
+def test_a_feature_that_separates_nothing_has_no_event():
+    (card,) = make_cards(1)
+    weak = [DetectedEvent("spike", 0.79), DetectedEvent("blink", float("nan"))]
+    assert replace(card, events=weak).event == ""
+    assert replace(card, events=weak).event_auc is None
+    strong = [*weak, DetectedEvent("alpha", 0.8)]
+    assert replace(card, events=strong[::-1]).event == "alpha"
+    assert replace(card, events=strong).event == "alpha"
+
+
 def test_nothing_is_loaded_from_elsewhere(report):
-    for name in ("index.html", "report.css", "report.js", "figures.js"):
+    for name in PAGE_FILES:
         for word in ("https:", "//cdn", "@import", "fetch(", "innerHTML"):
             assert word not in (report / name).read_text()
 

@@ -32,17 +32,21 @@ function number(value, digits = 3) {
   const plain = Number.isInteger(value) || Math.abs(value) >= 10 ** digits - 0.5;
   return (plain ? whole(value) : value.toPrecision(digits)).replaceAll("-", "−");
 }
+/** Format a number with a fixed number of decimals, so that columns are aligned. */
+const fixed = (value, decimals = 3) => (missing(value) ? "–" : value.toFixed(decimals).replaceAll("-", "−"));
 const percent = (value) => (missing(value) ? "–" : `${number(100 * value, 2)} %`);
 
-function figure(draw) {
+/** Return an element in which `draw(width)` draws; `name` is that of its file when it is saved. */
+function figure(draw, name = null) {
   const node = html("div", { class: "figure" });
-  node.draw = draw;
+  const save = html("button", { type: "button", class: "save", title: "Save this figure as SVG", onclick: () => saveFigure(node, name) }, "SVG");
+  node.draw = () => node.replaceChildren(draw(node.clientWidth), save);
   return node;
 }
 
 function redrawFigures() {
   for (const node of document.querySelectorAll(".figure")) {
-    if (node.clientWidth) node.replaceChildren(node.draw(node.clientWidth));
+    if (node.clientWidth) node.draw();
   }
 }
 
@@ -68,13 +72,13 @@ function ticks(from, to, log, n) {
   return values;
 }
 
-/** Return axes with a grid: the svg, both scales and the box. x and y: {from, to, label, log, format}. */
-function axes(width, height, x, y) {
-  const box = { left: 44, right: width - 16, top: 18, bottom: height - 34 };
+/** Return axes with a grid: the svg, both scales and the box. x and y: {from, to, label, log, format}; a y of no extent has no ticks. */
+function axes(width, height, x, y, left = 44) {
+  const box = { left, right: width - 16, top: 18, bottom: height - 34 };
   const sx = scale(x.from, x.to, box.left, box.right, x.log);
   const sy = scale(y.from, y.to, box.bottom, box.top, y.log);
   const root = svg("svg", { width, height, role: "img" });
-  for (const value of ticks(y.from, y.to, y.log, 4)) {
+  for (const value of y.to > y.from ? ticks(y.from, y.to, y.log, 4) : []) {
     root.append(svg("path", { class: "grid", d: `M${box.left} ${sy(value)}H${box.right}` }));
     root.append(text(box.left - 6, sy(value) + 3.5, "end", (y.format ?? short)(value)));
   }
@@ -107,8 +111,8 @@ function drawBars(edges, counts, x, y, describe, expected = null) {
 /** Draw the number of features by density, in half decades. */
 function drawDensities(densities) {
   const active = densities.filter((density) => density > 0).map((density) => Math.log10(density));
-  // Not Math.min(...): there may be more features than a call can have arguments.
-  const least = active.filter((power) => power > -8).reduce((a, b) => Math.min(a, b), -2);
+  // Not Math.min(...): the features may be too many for arguments of a function.
+  const least = active.reduce((smallest, power) => (power > -8 && power < smallest ? power : smallest), -2);
   const first = Math.floor(2 * least);
   const edges = Array.from({ length: 1 - first }, (_, i) => 10 ** ((first + i) / 2));
   const counts = Array.from({ length: -first }, () => 0);
@@ -143,12 +147,14 @@ function paretoAxis(label, least, most) {
   return { label, log, from: log ? 0.8 * least : 0, to: (log ? 1.5 : 1.12) * most };
 }
 
-function drawPareto(all) {
+/** Draw FVU against L0; `components` are PCA with several numbers of components. */
+function drawPareto(all, components = []) {
   const members = all.filter((m) => !missing(m.l0) && !missing(m.fvu));
   if (!members.length) return () => "";
-  const l0 = members.map((m) => m.l0);
+  const points = [...members, ...components];
+  const l0 = points.map((m) => m.l0);
   const [least, most] = [Math.min(...l0), Math.max(...l0)];
-  const fvu = members.map((m) => m.fvu);
+  const fvu = points.map((m) => m.fvu);
   const x = paretoAxis("L0: active features per token", least, most);
   const y = paretoAxis("FVU: fraction of variance unexplained", Math.min(...fvu), Math.max(...fvu));
   const kinds = [...new Set(members.map((m) => m.kind))];
@@ -160,10 +166,15 @@ function drawPareto(all) {
       const d = line(path.map((m) => [sx(m.l0), sy(m.fvu)]));
       root.append(svg("path", { class: `curve faint ${colour(path[0])}`, d }));
     }
-    if (kinds.length > 1) {
+    if (components.length) {
+      const path = components.toSorted((a, b) => a.l0 - b.l0);
+      root.append(svg("path", { class: "curve pca", d: line(path.map((m) => [sx(m.l0), sy(m.fvu)])) }));
+    }
+    if (kinds.length > 1 || components.length) {
       for (const [i, kind] of kinds.entries()) {
         root.append(text(box.right, box.top + 6 + 13 * i, "end", kind, colour({ kind })));
       }
+      if (components.length) root.append(text(box.right, box.top + 6 + 13 * kinds.length, "end", "PCA (dashed)"));
     }
     const labels = [];
     // The chosen member first, so that no other label takes its place.
@@ -210,14 +221,20 @@ function drawSpectrum({ hz, ratio, low, high }, bands) {
   };
 }
 
-function drawWaveform(values, rate) {
-  const most = 1.15 * Math.max(...values.map(Math.abs), 1e-9);
+/** Draw waveforms of a patch over each other: {values, kind, name}; names are the legend. */
+function drawWaveforms(waveforms, rate, unit = "") {
+  const most = 1.15 * Math.max(...waveforms.flatMap((w) => w.values.map(Math.abs)), 1e-9);
   const step = 1000 / rate;
+  const longest = Math.max(...waveforms.map((w) => w.values.length));
   return (width) => {
-    const x = { from: 0, to: Math.max(values.length - 1, 1) * step, label: "ms from the patch's start" };
-    const plot = axes(width, 190, x, { from: -most, to: most });
-    const points = values.map((value, i) => [plot.sx(i * step), plot.sy(value)]);
-    plot.root.append(level(plot, 0), svg("path", { class: "curve", d: line(points) }));
+    const x = { from: 0, to: Math.max(longest - 1, 1) * step, label: "ms from the patch's start" };
+    const plot = axes(width, 190, x, { from: -most, to: most, label: unit });
+    plot.root.append(level(plot, 0));
+    waveforms.forEach(({ values, kind, name }, i) => {
+      const points = values.map((value, k) => [plot.sx(k * step), plot.sy(value)]);
+      plot.root.append(svg("path", { class: `curve ${kind}`, d: line(points) }));
+      if (name) plot.root.append(text(plot.box.right, plot.box.top + 13 * i, "end", name, kind));
+    });
     return plot.root;
   };
 }
@@ -229,6 +246,20 @@ function bars(rows) {
     html("dt", { title: name.title || (typeof name === "string" ? name : null) }, name),
     html("dd", { style: `--fill:${(100 * Math.max(share, 0)) / most}%` }, value ?? percent(share)),
   ]));
+}
+
+/** Return a small plot of a value with an interval, for a cell of a table; `of` says what the interval is. */
+function track(value, { interval = null, from = 0.5, to = 1, kind = "", of = "95 % interval", width = 140 }) {
+  const [height, middle] = [20, 10];
+  const x = scale(from, to, 5, width - 5);
+  const inside = (v) => x(Math.min(Math.max(v, from), to));
+  const root = svg("svg", { width, height, class: `track ${kind}`, role: "img" }, svg("path", { class: "grid", d: `M${x(from)} ${middle}H${x(to)}` }));
+  if (missing(value)) return root;
+  const range = interval ? `, ${of} ${interval.map((v) => fixed(v)).join(" to ")}` : "";
+  root.append(svg("title", {}, `${fixed(value)}${range}`));
+  if (interval) root.append(svg("path", { class: "whisker", d: `M${inside(interval[0])} ${middle}H${inside(interval[1])}` }));
+  root.append(svg("circle", { cx: inside(value), cy: middle, r: 3.2 }));
+  return root;
 }
 
 // ---- the scalp
@@ -322,85 +353,6 @@ function drawScalp(allRatios, top, allChannels, allPositions, of) {
     for (const power of [most, 0, -most]) {
       const name = power < 0 ? `×1/${2 ** -power}` : `×${2 ** power}`;
       root.append(text(at + 14, cy - (power / most) * (tall / 2) + 3.5, "start", name));
-    }
-    return root;
-  };
-}
-
-// ---- EEG
-
-const decode = (base64) => Int8Array.from(atob(base64), (byte) => byte.charCodeAt(0)); // units of 0.1 SD
-const peak = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0) / 10;
-
-/**
- * Draw the EEG around a token: the channel's trace with the active patch, and below it the activation on each patch.
- *
- * Other channels are faint behind it or, in a montage, one below the other. `usual` [SD] and `largest` are the amplitude
- * and the activation drawn at full height.
- */
-function drawExample(example, { montage, usual, largest, channels, rate, seconds }) {
-  const trace = decode(example.trace);
-  const others = missing(example.others) ? null : decode(example.others);
-  const samples = others && others.length / channels.length;
-  const own = channels.indexOf(example.trace_channel ?? example.channel);
-  const end = example.start + trace.length / rate;
-  const gap = 15; // px between the rows of a montage
-  const sd = montage ? gap / Math.max(2.2, usual / 2.5) : 43 / usual; // px
-  return (width) => {
-    const box = { left: montage ? 32 : 0, right: width - 44, top: montage ? 8 : 2 };
-    box.bottom = box.top + (montage ? gap * (channels.length + 1) : 92);
-    const floor = box.bottom + 26;
-    const x = scale(example.start, end, box.left, box.right);
-    const middle = (i) => (montage ? box.top + gap * (i + 1) : (box.top + box.bottom) / 2);
-    const root = svg("svg", { width, height: floor + 18, role: "img" });
-    if (example.patch) {
-      const [a, b] = example.patch.map(x);
-      root.append(svg("rect", { class: "patch", x: a, width: b - a, y: box.top, height: floor - box.top }));
-    }
-    for (const event of example.events ?? []) {
-      const [a, b] = [event.start, event.stop].map((second) => x(Math.min(Math.max(second, example.start), end)));
-      const words = `${event.kind}, ${event.start.toFixed(2)}–${event.stop.toFixed(2)} s: ${event.channels.join(" ")}`;
-      const heard = event.channels.includes(example.trace_channel ?? example.channel);
-      root.append(svg("rect", { class: heard ? "event" : "event faint", x: a, width: Math.max(b - a, 1), y: box.top, height: 4 },
-        svg("title", {}, words)));
-      if (heard && b - a > 6 * event.kind.length) root.append(text(a + 2, box.top + 14, "start", event.kind, "label"));
-    }
-    const window = svg("svg", { x: box.left, width: box.right - box.left, height: box.bottom });
-    const course = (values, y, kind) => {
-      const step = (box.right - box.left) / values.length;
-      const points = Array.from(values, (value, k) => [(k + 0.5) * step, y - (value / 10) * sd]);
-      window.append(svg("path", { class: kind, d: line(points) }));
-    };
-    channels.forEach((name, i) => {
-      if (others && i !== own) {
-        course(others.subarray(i * samples, (i + 1) * samples), middle(i), montage ? "other" : "other faint");
-      }
-      if (montage) root.append(text(0, middle(i) + 3.5, "start", name, i === own ? "strong" : ""));
-    });
-    course(trace, middle(own), "trace");
-    root.append(window);
-
-    // In a montage the channels' µV differ, and so the bar is in SD.
-    const inUv = !montage && example.uv_per_sd > 0;
-    const [unit, px] = inUv ? ["µV", sd / example.uv_per_sd] : ["SD", sd];
-    const sizes = inUv ? [1000, 500, 200, 100, 50, 20, 10, 5, 2, 1] : [10, 5, 2, 1];
-    const bar = sizes.find((size) => size * px <= 46) ?? 0.5;
-    const [at, low] = [box.right + 7, (montage ? middle(1) : middle(0)) + (bar * px) / 2];
-    root.append(svg("path", { class: "axis", d: `M${at} ${low}v${-bar * px}` }));
-    root.append(text(at + 4, low - (bar * px) / 2 + 3.5, "start", `${bar} ${unit}`));
-    (example.strip ?? []).forEach((value, i) => {
-      const from = example.strip_start + i * seconds;
-      const [a, b] = [from, from + seconds].map((second) => x(Math.min(Math.max(second, example.start), end)));
-      if (!(value > 0) || b <= a) return;
-      const height = Math.max(1, (20 * value) / largest);
-      const place = { x: a + 0.5, width: Math.max(b - a - 1, 0.5), y: floor - height, height };
-      root.append(svg("rect", { class: "strip", ...place }, svg("title", {}, `activation ${number(value)}`)));
-    });
-    root.append(svg("path", { class: "axis", d: `M${box.left} ${floor}H${box.right}` }));
-    for (const second of ticks(example.start, end, false, 5)) {
-      root.append(svg("path", { class: "axis", d: `M${x(second)} ${floor}v3` }));
-      const anchor = x(second) < box.left + 16 ? "start" : x(second) > box.right - 12 ? "end" : "middle";
-      root.append(text(x(second), floor + 14, anchor, `${second.toFixed(1)} s`));
     }
     return root;
   };

@@ -1,16 +1,20 @@
-// The report's two views: all features (no hash) and one feature (#f=12), whose data are loaded as a script.
+// The report's overview, and the way from an address to a page: no hash is the overview, whose filters are in the hash
+// too; #f=12 is a feature, whose data are loaded as a script; #event=, #label= and #members are the other pages.
 "use strict";
 
 let meta; // from index_data.js
 let features = []; // rows of the table, as objects
 let byId = new Map();
+let columns = []; // of the table, those that have data
 let shown = []; // filtered features, in the table's order
 let drawn = ""; // range of `shown` in the document
-let current = null; // id of the open feature
+let current = ""; // name of the open page: "index", "f", "event", "label" or "members"
+let awaited = null; // the feature whose data are being loaded: {id, use, explain}
 let pack = { number: null, cards: new Map() }; // features of the data file that was loaded last
 let indexScroll = 0;
+let indexHash = "#"; // with the filters
 const view = { group: "top", montage: false }; // kept from feature to feature
-const table = { sort: "id", down: false, limits: {} };
+const table = { sort: "id", down: false };
 
 const $ = (selector) => document.querySelector(selector);
 const some = (list) => !missing(list) && list.length > 0;
@@ -20,8 +24,8 @@ function receive(data) {
   if (data.meta) start(data);
   else unpack(data.cards).then((cards) => {
     pack = { number: data.pack, cards: new Map(cards.map((card) => [card.id, card])) };
-    if (pack.cards.has(current)) showFeature(pack.cards.get(current));
-  }, (error) => explain(current, `The data of this feature cannot be read: ${error.message}.`));
+    if (pack.cards.has(awaited?.id)) awaited.use(pack.cards.get(awaited.id));
+  }, (error) => awaited?.explain(`The data of this feature cannot be read: ${error.message}.`));
 }
 
 /** Return the value of gzipped JSON in base64. */
@@ -31,15 +35,34 @@ async function unpack(base64) {
   return JSON.parse(await new Response(stream).text());
 }
 
-/** Show a text in the place of a feature. */
-const explain = (id, ...words) => $("#feature").replaceChildren(bar(id), ...words.map((one) => html("p", {}, one)));
+/**
+ * Load the data of a feature that has a page, and call `use` with them, unless another page is opened before.
+ *
+ * If that fails, `explain` is called with the reason.
+ */
+function loadFeature(id, use, explain) {
+  const { pack: number } = byId.get(id);
+  if (number === pack.number) {
+    use(pack.cards.get(id));
+    return;
+  }
+  awaited = { id, use, explain };
+  const src = `data/p${String(number).padStart(4, "0")}.js`;
+  const script = html("script", { src });
+  script.onload = () => script.remove();
+  script.onerror = () => explain(`${src} is missing from the report.`);
+  document.head.append(script);
+}
+
+const hasPage = (id) => !missing(byId.get(id)?.pack);
 
 function start(data) {
   history.scrollRestoration = "manual";
   meta = data.meta;
   features = data.rows.map((row) => Object.fromEntries(data.columns.map((name, i) => [name, row[i]])));
   byId = new Map(features.map((f) => [f.id, f]));
-  for (const f of features) f.words = [f.id, f.label, f.suggestion, f.channel, f.band].join(" ").toLowerCase();
+  for (const f of features) f.words = [f.id, f.label, f.suggestion, f.channel, f.band, f.event].join(" ").toLowerCase();
+  for (const { kind } of eventPages()) eventColour(kind);
   drawIndex();
   filter();
   route();
@@ -55,60 +78,94 @@ function redraw() {
   drawRows();
 }
 
+// ---- addresses
+
+const parameters = () => new URLSearchParams(location.hash.slice(1));
+const address = (page, name) => `#${page}=${encodeURIComponent(name)}`;
+
+/** Change parameters of the address without a step in the history; null removes one. */
+function setParameters(changes) {
+  const changed = parameters();
+  for (const [name, value] of Object.entries(changes)) {
+    if (missing(value)) changed.delete(name);
+    else changed.set(name, value);
+  }
+  const words = [...changed].map(([name, value]) => (value === "" ? name : `${name}=${encodeURIComponent(value)}`));
+  history.replaceState(null, "", words.length ? `#${words.join("&")}` : location.pathname + location.search);
+}
+
+const PAGES = { f: (value) => openFeature(value), event: showEvent, label: showLabel, members: showMembers };
+
 function route() {
-  const match = location.hash.match(/^#f=(\d+)$/);
-  const id = match ? Number(match[1]) : null;
-  if (current === null && id !== null) indexScroll = scrollY;
-  current = id;
-  $("#index").hidden = id !== null;
-  $("#feature").hidden = id === null;
-  if (id === null) {
+  const now = parameters();
+  const page = Object.keys(PAGES).find((name) => now.has(name)) ?? "index";
+  if (current === "index" && page !== "index") indexScroll = scrollY;
+  current = page;
+  awaited = null;
+  $("#index").hidden = page !== "index";
+  $("#feature").hidden = page !== "f";
+  $("#page").hidden = page === "index" || page === "f";
+  if (page === "index") {
     document.title = meta.title;
+    indexHash = location.hash || "#";
+    restoreFilters(now);
+    filter();
     redraw();
     scrollTo(0, indexScroll);
     return;
   }
-  if (!byId.has(id)) {
-    document.title = `Feature ${id}`;
-    $("#feature").replaceChildren(bar(id), html("h1", {}, `There is no feature ${id}`));
-    return;
+  if (now.has("show")) view.group = now.get("show");
+  if (now.has("montage")) view.montage = now.get("montage") === "1";
+  PAGES[page](now.get(page));
+}
+
+function openFeature(value) {
+  const id = Number(value);
+  document.title = `Feature ${value}`;
+  const explain = (...content) => $("#feature").replaceChildren(featureBar(id), ...content);
+  if (!byId.has(id)) explain(html("h1", {}, `There is no feature ${value}`));
+  else if (hasPage(id)) {
+    setParameters(viewParameters());
+    loadFeature(id, showFeature, (words) => explain(html("p", {}, words)));
+  } else {
+    const { density } = byId.get(id);
+    explain(html("p", { class: "eyebrow" }, `Feature ${id}`), html("h1", {}, density ? "no page" : "never active"),
+      html("p", { class: "lead" }, density ? meta.pages_rule : `Never active on ${count(meta.n_tokens, "token")}.`));
   }
-  const { pack: number } = byId.get(id);
-  if (missing(number)) {
-    document.title = `Feature ${id}`;
-    const reason = byId.get(id).density ? meta.pages_rule : `Never active on ${count(meta.n_tokens, "token")}.`;
-    $("#feature").replaceChildren(bar(id), html("p", { class: "eyebrow" }, `Feature ${id}`),
-      html("h1", {}, byId.get(id).density ? "no page" : "never active"), html("p", { class: "lead" }, reason));
-    return;
-  }
-  if (number === pack.number) {
-    showFeature(pack.cards.get(id));
-    return;
-  }
-  const src = `data/p${String(number).padStart(4, "0")}.js`;
-  const script = html("script", { src });
-  script.onload = () => script.remove();
-  script.onerror = () => explain(id, `${src} is missing from the report.`);
-  document.head.append(script);
+}
+
+/** Show a page that is not of a feature, with its navigation. */
+function showPage(title, ...content) {
+  document.title = title;
+  $("#page").replaceChildren(...content.filter((node) => node));
+  redraw();
+  scrollTo(0, 0);
+}
+
+/** Return a navigation bar: the way back, and links to the pages before and after. */
+function bar(back, previous = null, where = "", next = null) {
+  const step = (to, kind, name) =>
+    (to === null ? html("span", { class: "off" }, name) : html("a", { href: to, class: kind }, name));
+  const steps = where ? html("span", {}, step(previous, "previous", "‹ Previous"), html("span", { class: "off" }, where), step(next, "next", "Next ›")) : null;
+  return html("nav", {}, html("a", { href: indexHash, class: "back" }, back), steps);
 }
 
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.target.matches("input")) {
+  if (event.ctrlKey || event.metaKey || event.altKey || $("#help").open) return;
+  if (event.target.matches("input, select")) {
     if (event.key === "Escape") event.target.blur();
     return;
   }
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (current !== null && step) open(neighbour(current, step));
-  else if (current !== null && event.key === "Escape") location.hash = "";
-  else if (current === null && event.key === "/") {
+  const link = { ArrowLeft: ".previous", ArrowRight: ".next", Escape: ".back" }[event.key];
+  if (link) $(`main:not([hidden]) > nav ${link}`)?.click();
+  else if (event.key === "?") $("#help").showModal();
+  else if (event.key === "m") location.hash = "#members";
+  else if (event.key === "/") {
     event.preventDefault();
-    $("#search").focus();
+    if (current !== "index") location.hash = indexHash;
+    // Not before the overview is shown.
+    setTimeout(() => $("#search").focus());
   }
-}
-
-function open(id) {
-  if (id !== undefined) location.hash = `#f=${id}`;
 }
 
 /** Return the id of the previous or next feature, in the table's order; by id if the table does not show this one. */
@@ -140,8 +197,10 @@ const COLUMNS = [
   { name: "band", title: "Band", hint: "dominant frequency band", words: true },
   { name: "patients", title: "Patients", hint: "patients with any activation" },
   { name: "artefact", title: "Artefact", hint: "share of sampled examples with an artefact hint, in %", share: true },
+  { name: "seeds", title: "Seeds", hint: "seeds in which the same feature is found" },
+  { name: "event", title: "Event", hint: "kind of event that the feature detects best", words: true },
+  { name: "event_auc", title: "AUC", hint: "AUC for that kind of event, on test patients" },
 ];
-const SCORES = [["auc", "Feature"], ["probe_auc", "Linear probe"], ["pca_auc", "PCA"], ["raw_auc", "Raw signal"]];
 const ROW = 34; // px, as in report.css
 
 function drawIndex() {
@@ -156,80 +215,106 @@ function drawIndex() {
   }
   $("#notes").append(...(meta.notes ?? []).map((note) => html("li", {}, note)));
   if (meta.pages_rule) $("#notes").append(html("li", {}, meta.pages_rule));
+  drawRecommended();
   const silent = features.filter((f) => !f.density).length;
   const used = Object.keys(SPARSITY).filter((key) => meta.members.some((m) => !missing(m[key])));
   const symbols = used.map((key) => SPARSITY[key]).join(" or ");
   const summary = meta.summary.map(([key, value]) => [html("dt", {}, key), html("dd", {}, value)]);
   $("#overview").append(
     card("This autoencoder", null, html("dl", { class: "summary" }, summary)),
-    card("The sweep", `Each point is an autoencoder, labelled by its ${symbols}; the circled one is shown here.`,
-      figure(drawPareto(meta.members))),
+    card("The sweep", [`Each point is an autoencoder, labelled by its ${symbols}; the circled one is shown here. `,
+      html("a", { href: "#members" }, "Compare all members")],
+    figure(drawPareto(meta.members, memberList().filter(isPca)))),
     card("How often features are active", silent ? `${count(silent, "feature")} never active, not shown.` : null,
       figure(drawDensities(features.map((f) => f.density)))));
   drawEvents();
+  drawLabels();
+  columns = COLUMNS.filter((c) => ["id", "label", "density"].includes(c.name) || features.some((f) => !missing(f[c.name])));
   drawTableHead();
   $("#labels").textContent = decodeURIComponent(new URL("labels.csv", location.href).pathname);
   $("#version").textContent = `Written by ${meta.created_with}.`;
 }
 
-function drawEvents() {
-  const score = (value) => html("td", { class: "score", style: `--fill:${Math.max(0, 200 * (value ?? 0.5) - 100)}%` },
-    missing(value) ? "–" : value.toFixed(2));
-  const titles = ["Event", "Best feature", ...SCORES.map(([, title]) => title)];
-  $("#events thead").append(html("tr", {}, titles.map((title) => html("th", { scope: "col" }, title))));
-  $("#events tbody").append(...(meta.events ?? []).map((event) => html("tr", {}, html("td", {}, event.kind),
-    html("td", {}, byId.has(event.feature) ? named(event.feature) : "–"), SCORES.map(([key]) => score(event[key])))));
-  $("#events").hidden = !some(meta.events);
+/** Draw the recommendation: one sentence, the runners-up and the warnings. */
+function drawRecommended() {
+  const recommended = meta.pages?.recommended;
+  $("#recommended").hidden = !recommended;
+  if (!recommended) return;
+  const rows = [
+    recommended.member === meta.member ? [] : ["This report is about", meta.member],
+    some(recommended.runners_up) ? ["Runners-up", recommended.runners_up.join(" · ")] : [],
+    some(recommended.warnings) ? ["Warnings", recommended.warnings.join("; ")] : [],
+    recommended.rule ? ["Rule", recommended.rule] : [],
+  ].filter(some);
+  $("#recommended").append(html("h2", {}, "Recommended"), html("p", {}, recommended.reason),
+    html("dl", {}, rows.map(([key, value]) => [html("dt", {}, key), html("dd", {}, value)])));
 }
 
 function drawTableHead() {
   const input = (c, end) => html("input", { placeholder: end, inputmode: "decimal", "aria-label": `${c.title}: ${end}`,
-    oninput: (event) => limit(c, end, event.target.value) });
+    name: `${c.name}.${end}`, oninput: filter });
   const numeric = (c) => !c.words && c.name !== "id";
-  $("#titles").append(...COLUMNS.map((c) => html("th", { scope: "col", class: c.name, title: c.hint },
+  $("#titles").append(...columns.map((c) => html("th", { scope: "col", class: c.name, title: c.hint },
     html("button", { type: "button", onclick: () => sortBy(c) }, c.title))));
-  $("#filters").append(...COLUMNS.map((c) =>
+  $("#filters").append(...columns.map((c) =>
     html("td", { class: c.name }, numeric(c) ? [input(c, "min"), input(c, "max")] : [])));
   for (const control of [$("#search"), $("#active")]) control.addEventListener("input", filter);
+  // The address follows when an input is left: browsers limit how often it changes.
+  $("#features").addEventListener("change", saveFilters);
   $("#clear").addEventListener("click", () => {
-    for (const field of document.querySelectorAll("#filters input, #search")) field.value = "";
-    $("#active").checked = false;
-    table.limits = {};
+    restoreFilters(new URLSearchParams());
     filter();
+    saveFilters();
   });
+}
+
+const filterInputs = () => [$("#search"), ...document.querySelectorAll("#filters input")];
+
+/** Set search, filters and order from the parameters of an address. */
+function restoreFilters(now) {
+  for (const input of filterInputs()) input.value = now.get(input.name) ?? "";
+  $("#active").checked = now.has("active");
+  const sort = now.get("sort") ?? "id";
+  Object.assign(table, { sort: sort.replace(/^-/, ""), down: sort.startsWith("-") });
+}
+
+function saveFilters() {
+  const changes = Object.fromEntries(filterInputs().map((input) => [input.name, input.value.trim()]));
+  const isDefault = table.sort === "id" && !table.down;
+  setParameters({ ...changes, active: $("#active").checked ? "1" : null, sort: isDefault ? null : `${table.down ? "-" : ""}${table.sort}` });
+  indexHash = location.hash || "#";
 }
 
 function sortBy(column) {
   const down = table.sort === column.name ? !table.down : !column.words && column.name !== "id";
   Object.assign(table, { sort: column.name, down });
   filter();
+  saveFilters();
 }
 
-function limit(column, end, typed) {
-  const value = typed.trim() === "" ? NaN : Number(typed.replace(",", "."));
-  const key = `${column.name} ${end}`;
-  if (Number.isNaN(value)) delete table.limits[key];
-  else table.limits[key] = column.share ? value / 100 : value;
-  filter();
+/** Return the limits that are typed into the filters: {name, end, value}. */
+function typedLimits() {
+  const limits = [...document.querySelectorAll("#filters input")].map((input) => {
+    const [name, end] = input.name.split(".");
+    const typed = input.value.trim() === "" ? NaN : Number(input.value.replace(",", "."));
+    return { name, end, value: COLUMNS.find((c) => c.name === name).share ? typed / 100 : typed };
+  });
+  return limits.filter(({ value }) => !Number.isNaN(value));
 }
 
 /** Update `shown`: filtered and sorted features, those without a value last. */
 function filter() {
   const words = $("#search").value.toLowerCase().split(/\s+/).filter((word) => word);
-  const limits = Object.entries(table.limits).map(([key, value]) => [...key.split(" "), value]);
+  const limits = typedLimits();
   const within = (f) =>
-    limits.every(([name, end, value]) => !missing(f[name]) && (end === "min" ? f[name] >= value : f[name] <= value));
+    limits.every(({ name, end, value }) => !missing(f[name]) && (end === "min" ? f[name] >= value : f[name] <= value));
   const matches = (f) => (f.density > 0 || !$("#active").checked) && words.every((word) => f.words.includes(word));
   const value = table.sort === "label" ? (f) => (f.label || f.suggestion)?.toLowerCase() : (f) => f[table.sort];
-  shown = features.filter((f) => matches(f) && within(f)).sort((a, b) => {
-    const [u, v] = [value(a), value(b)];
-    if (missing(u) || missing(v)) return missing(u) - missing(v) || a.id - b.id;
-    return (u < v ? -1 : u > v ? 1 : 0) * (table.down ? -1 : 1) || a.id - b.id;
-  });
+  shown = sortRows(features.filter((f) => matches(f) && within(f)), value, table.down);
   const all = shown.length === features.length;
   $("#count").textContent = `${all ? "" : `${whole(shown.length)} of `}${count(features.length, "feature")}`;
   $("#clear").hidden = all;
-  COLUMNS.forEach((c, i) => {
+  columns.forEach((c, i) => {
     const order = c.name !== table.sort ? "none" : table.down ? "descending" : "ascending";
     $("#titles").children[i].setAttribute("aria-sort", order);
   });
@@ -239,7 +324,7 @@ function filter() {
 
 /** Put the visible rows into the document, between two spacers. */
 function drawRows() {
-  if (current !== null) return;
+  if (current !== "index") return;
   const above = Math.floor(-$("#rows").getBoundingClientRect().top / ROW) - 10;
   const first = Math.max(0, Math.min(above, shown.length - 1));
   const last = Math.min(shown.length, first + Math.ceil(innerHeight / ROW) + 20);
@@ -257,158 +342,13 @@ function tableRow(f) {
   const cell = (c) => {
     if (c.name === "id") return html("a", { href: `#f=${f.id}` }, String(f.id));
     if (c.name === "label") return html("span", { class: f.label ? "" : "suggestion", title: name }, name);
+    if (c.name === "seeds") return seedDots(f.seeds, meta.pages.n_seeds);
+    if (c.name === "event_auc") return fixed(f.event_auc);
+    if (c.name === "event" && f.event) return [html("span", { class: `swatch ${eventColour(f.event)}` }), f.event];
     return c.words ? f[c.name] || "–" : c.share ? percent(f[c.name]) : number(f[c.name]);
   };
   const filled = f.density > 0 ? Math.max(2, 100 + 20 * Math.log10(f.density)) : 0; // five decades
   const style = (c) => (c.name === "density" ? `--fill:${filled}%` : null);
-  return html("tr", { class: f.density ? "" : "dead", onclick: () => open(f.id) },
-    COLUMNS.map((c) => html("td", { class: c.name, style: style(c) }, cell(c))));
-}
-
-// ---- one feature
-
-/** Return the navigation bar of a feature. */
-function bar(id) {
-  const step = (by, name) => {
-    const to = neighbour(id, by);
-    return to === undefined ? html("span", { class: "off" }, name) : html("a", { href: `#f=${to}` }, name);
-  };
-  const place = shown.findIndex((f) => f.id === id) + 1;
-  const where = place ? `${whole(place)} of ${whole(shown.length)}` : "not in the filtered table";
-  return html("nav", {}, html("a", { href: "#" }, "← All features"),
-    html("span", {}, step(-1, "‹ Previous"), html("span", { class: "off" }, where), step(1, "Next ›")));
-}
-
-function showFeature(f) {
-  const name = f.label || f.suggestion;
-  document.title = `Feature ${f.id}${name ? `: ${name}` : ""}`;
-  const active = f.density > 0;
-  const header = html("header", {},
-    html("p", { class: "eyebrow" }, `Feature ${f.id}`),
-    html("h1", { class: f.label ? "" : "suggestion" }, name || (active ? "no label" : "never active")),
-    f.label && f.suggestion ? html("p", { class: "lead suggestion" }, f.suggestion) : null,
-    f.note ? html("p", { class: "lead" }, f.note) : null,
-    active ? facts(f) : html("p", { class: "lead" }, `Never active on ${count(meta.n_tokens, "token")}.`));
-  const where = [scalpCard(f), spectrumCard(f)];
-  const body = active ? [html("div", { class: "split" }, showExamples(f), html("aside", {}, where))] : [];
-  $("#feature").replaceChildren(bar(f.id), header, ...body, html("div", { class: "columns" }, otherCards(f, active)));
-  redraw();
-  scrollTo(0, 0);
-}
-
-function facts(f) {
-  const rows = [
-    ["active on", `${percent(f.density)} of tokens`],
-    ["mean, max when active", `${number(f.mean)}, ${number(f.max)}`],
-    ["top channel", f.channel],
-    ["dominant band", f.band],
-    ["patients", `${number(f.patients)} of ${number(meta.n_patients)}, the largest with ${percent(f.patient_share)}`],
-    ...(meta.has_cls ? [["on the CLS token", percent(f.cls)]] : []),
-    ["artefact hints", `${percent(f.artefact)} of sampled, ${percent(f.artefact_top)} of the strongest examples`],
-    ["examples that fit the suggestion", percent(f.support)],
-  ];
-  const row = ([key, value]) => html("div", {}, html("dt", {}, key), html("dd", {}, value || "–"));
-  return html("dl", { class: "facts" }, rows.map(row));
-}
-
-const GROUPS = [
-  ["top", "Strongest", "The largest activations, largest first."],
-  ["q", "Weak to strong", "One from each tenth of the activations, largest first."],
-  ["random", "Random", "A random sample of all activations."],
-];
-
-function showExamples(f) {
-  const section = html("section", { class: "examples" }, html("h2", {}, "Examples"));
-  const groups = GROUPS.map(([key, ...words]) => [key, ...words, f.examples.filter((e) => e.group[0] === key[0])])
-    .filter(([, , , members]) => members.length);
-  if (!groups.length) {
-    section.append(html("p", { class: "empty" }, "No examples."));
-    return section;
-  }
-  const [key, , words, members] = groups.find(([name]) => name === view.group) ?? groups[0];
-  const examples = key === "q" ? [...members].sort((a, b) => b.activation - a.activation) : members;
-  const possible = examples.some((e) => !missing(e.others));
-  // Of all examples, so that the gain is the same on the whole page.
-  const peaks = f.examples.map((e) => peak(decode(e.trace))).sort((a, b) => a - b);
-  const look = {
-    montage: view.montage && possible,
-    usual: Math.max(2, peaks[Math.floor(0.75 * (peaks.length - 1))]),
-    largest: Math.max(f.max ?? 0, ...examples.map((e) => e.activation)),
-    channels: meta.channels, rate: meta.sampling_rate, seconds: meta.patch_seconds,
-  };
-  const choose = (change) => () => {
-    Object.assign(view, change);
-    section.replaceWith(showExamples(f));
-    redraw();
-  };
-  const tab = (name, pressed, change) =>
-    html("button", { type: "button", "aria-pressed": String(pressed), onclick: choose(change) }, name);
-  const tabs = groups.map(([name, title, , all]) => tab(`${title} ${all.length}`, name === key, { group: name }));
-  const layouts = [["One channel", false], ["All channels", true]]
-    .map(([name, montage]) => tab(name, look.montage === montage, { montage }));
-  section.append(
-    html("div", { class: "controls" },
-      html("div", { class: "tabs" }, tabs), possible ? html("div", { class: "tabs" }, layouts) : null),
-    html("p", { class: "note" }, `${words} Shaded: the active patch. Bars: the activation on each patch. ` +
-      (examples.some((e) => e.uv_per_sd) && !look.montage ? "Amplitudes in µV." : "Amplitudes in SD of the recording's channel.")),
-    html("div", { class: "gallery" }, examples.map((e) => showExample(e, look))));
-  return section;
-}
-
-function showExample(example, look) {
-  const montage = look.montage && !missing(example.others);
-  const seconds = example.patch?.map((second) => second.toFixed(2)).join("–");
-  const when = seconds ? `${seconds} s` : "CLS token, the whole window";
-  const tenth = example.group[0] === "q" ? html("span", { class: "chip" }, `decile ${example.group.slice(1)}`) : null;
-  const shown = missing(example.trace_channel) ? null : html("span", {}, `shown: ${example.trace_channel}`);
-  const hints = (example.hints ?? []).map((hint) => html("span", { class: "chip warn" }, hint));
-  return html("figure", {},
-    html("figcaption", {},
-      html("div", {}, html("b", {}, example.channel), html("span", {}, when), shown, tenth, hints,
-        html("span", { class: "value", title: "activation" }, number(example.activation))),
-      html("div", { class: "where", title: `${example.recording}, patient ${example.patient}` }, example.recording),
-      some(example.other_features) ? html("div", { class: "where" }, "also active: ",
-        example.other_features.map(([id, value], i) => [i ? ", " : "", html("a", { href: `#f=${id}`,
-          title: `${byId.get(id)?.label || byId.get(id)?.suggestion || ""} ${number(value)}` }, String(id))])) : null),
-    figure(drawExample(example, { ...look, montage })));
-}
-
-function scalpCard(f) {
-  if (!some(f.channel_ratio) || f.channel_ratio.length < 4) return null;
-  const [note, of] = meta.channel_tokens
-    ? ["Mean activation on each channel over the mean on all channels.", "the mean of all channels"]
-    : ["Power of the EEG on each channel during active tokens, over its base rate. Tokens are over all channels.", "its base rate"];
-  if (meta.positions.filter((p) => !missing(p[0])).length >= 4) {
-    return card("Channels", note, figure(drawScalp(f.channel_ratio, f.channel, meta.channels, meta.positions, of)));
-  }
-  const rows = f.channel_ratio.map((ratio, i) => [meta.channels[i], ratio, number(ratio)]);
-  return card("Channels", note, bars(rows.sort((a, b) => b[1] - a[1]).slice(0, 12)));
-}
-
-function spectrumCard(f) {
-  const note = "Power of the EEG around active tokens over the base rate of the same channels (dotted: equal), with a 95 % interval.";
-  return f.spectrum ? card("Spectrum", note, figure(drawSpectrum(f.spectrum, meta.bands))) : null;
-}
-
-function otherCards(f, active) {
-  const related = (list) => bars(list.map(([id, share]) => [named(id), share, number(share, 2)]));
-  const left = 1 - (f.patient_list ?? []).reduce((sum, [, share]) => sum + share, 0);
-  const patients = [...(f.patient_list ?? []), ...(left > 0.002 ? [["all others", left]] : [])];
-  const exact = meta.waveform_exact ? ""
-    : " It is exact only after the last layer; this autoencoder is of an earlier one.";
-  const cards = [
-    [active && some(f.histogram?.counts), "Activations", "Number of active tokens by activation.",
-      () => figure(drawHistogram(f.histogram))],
-    [active && some(f.patient_list), "Patients", "Share of active tokens by patient.", () => bars(patients)],
-    [active && some(f.position), "Position in the window", "Share of active tokens by patch (dotted: uniform).",
-      () => figure(drawPosition(f.position, meta.patch_seconds))],
-    [some(f.nearest), "Nearest features", "Cosine between decoder directions.", () => related(f.nearest)],
-    [active && some(f.coactive), "Active together", "Jaccard index: tokens with both active over tokens with either.",
-      () => related(f.coactive)],
-    [some(f.waveform), "Waveform", `The feature's direction through the pretraining head.${exact}`,
-      () => figure(drawWaveform(f.waveform, meta.sampling_rate))],
-    [active && f.artefacts, "Artefact hints", "Share of sampled examples with each hint; a hint is not proof.",
-      () => bars(Object.entries(f.artefacts))],
-  ];
-  return cards.filter(([there]) => there).map(([, title, note, content]) => card(title, note, content()));
+  return html("tr", { class: f.density ? "" : "dead", onclick: () => { location.hash = `#f=${f.id}`; } },
+    columns.map((c) => html("td", { class: c.name, style: style(c) }, cell(c))));
 }

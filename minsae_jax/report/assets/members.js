@@ -1,0 +1,172 @@
+// The comparison of the sweep's members and of PCA (#members).
+"use strict";
+
+// Axes from 0, or logarithmic ones, say so; the others span the values.
+const MEMBER_MEASURES = [
+  { key: "l0", title: "L0", hint: "active features per token", axis: "log", format: (v) => number(v) },
+  { key: "fvu", title: "FVU", hint: "fraction of variance unexplained", axis: "log", format: (v) => number(v) },
+  { key: "loss_recovered", title: "Loss recovered", interval: "loss_recovered_interval", format: (v) => fixed(100 * v, 1), unit: "%" },
+  { key: "description_bits", title: "Bits", hint: "description length per token", axis: "zero", format: (v) => whole(v) },
+  { key: "event_auc", title: "Event AUC", hint: "of the best feature, mean over kinds of event", interval: "event_auc_interval", format: (v) => fixed(v) },
+  { key: "pure_features", title: "Pure", hint: "features whose strongest tokens nearly all touch one kind of event", axis: "zero", format: (v) => whole(v) },
+  { key: "stability", title: "Stability", hint: "share of the live features found again with other seeds", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
+  { key: "never_active", title: "Never active", hint: "share of the features, on the test patients", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
+  { key: "twins", title: "Twins", hint: "share of decoder rows with a cosine above 0.9 with another", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
+];
+const measureTitle = ({ title, unit }) => (unit ? `${title}, ${unit}` : title);
+const isPca = (m) => m.kind === "pca";
+
+/** Return the members and PCA; from reports of older versions the members' L0 and FVU only. */
+function memberList() {
+  if (some(meta.pages?.members)) return meta.pages.members;
+  return (meta.members ?? []).map((old) => {
+    const setting = Object.keys(SPARSITY).find((key) => !missing(old[key]));
+    return { ...old, setting: setting ? `${SPARSITY[setting]} = ${short(old[setting])}` : "", is_recommended: old.recommended };
+  });
+}
+
+function showMembers() {
+  const members = memberList();
+  const scatter = html("div", {});
+  const drawScatter = () => {
+    scatter.replaceChildren(memberScatter(members, drawScatter));
+    redraw();
+  };
+  showPage("Members of the sweep", bar("← Overview"),
+    html("header", {}, html("p", { class: "eyebrow" }, meta.run), html("h1", {}, "Members of the sweep"),
+      html("p", { class: "lead" }, "All on the same test patients. PCA keeps the principal components of largest magnitude of every token.")),
+    html("div", { class: "pair" }, scatter, sideBySide(members)),
+    html("section", {}, html("h2", {}, "All members"), memberTable(members)));
+  drawScatter();
+}
+
+/** Return a member's name and warnings, marked if it is recommended or if this report is about it. */
+function memberName(m) {
+  const chip = m.is_recommended ? html("span", { class: "chip fire" }, "recommended") : null;
+  const here = m.name === meta.member ? html("a", { class: "chip", href: "#" }, "this report") : null;
+  const warnings = some(m.warnings) ? html("span", { class: "remark" }, m.warnings.join("; ")) : null;
+  return [m.name, " ", chip, " ", here, warnings];
+}
+
+function memberTable(members) {
+  const measures = MEMBER_MEASURES.map((measure) => ({
+    name: measure.key, title: measureTitle(measure), hint: measure.hint, value: (m) => m[measure.key],
+    cell: (m) => withInterval(m[measure.key], m[measure.interval], (v) => (missing(v) ? "–" : measure.format(v))),
+  }));
+  const name = { name: "name", title: "Member", words: true, value: (m) => m.name, cell: memberName };
+  return dataTable([name, ...measures], members, "", (m) => m.is_recommended);
+}
+
+// ---- the scatter plot
+
+function memberScatter(members, change) {
+  const known = MEMBER_MEASURES.filter(({ key }) => members.filter((m) => !missing(m[key])).length > 1);
+  const address = parameters();
+  const of = (name, other) => known.find(({ key }) => key === (address.get(name) ?? other)) ?? known[0];
+  const [x, y] = [of("x", "l0"), of("y", some(known.filter(({ key }) => key === "event_auc")) ? "event_auc" : "fvu")];
+  const choose = (name, chosen) => html("label", {}, `${name} `, html("select", {
+    "data-axis": name,
+    onchange: (event) => {
+      setParameters({ [name]: event.target.value });
+      change();
+    },
+  }, known.map((m) => html("option", { value: m.key, selected: m === chosen ? "" : null }, m.title))));
+  return html("section", { class: "card" },
+    html("div", { class: "controls" }, html("h3", {}, "Trade-offs"), choose("x", x), choose("y", y)),
+    figure(drawMembers(members, x, y), `members ${x.title} ${y.title}`),
+    html("p", { class: "note" }, "Lines join members that differ in sparsity alone, and PCA (dashed). Whiskers: 95 % intervals. Ringed: recommended."));
+}
+
+/** Return the axis of a measure that spans its values and intervals. */
+function memberAxis(measure, members, width) {
+  const values = members.flatMap((m) => [m[measure.key], ...(m[measure.interval] ?? [])]).filter((v) => !missing(v));
+  const [least, most] = [Math.min(...values), Math.max(...values)];
+  const format = measure.unit ? (v) => short(100 * v) : short;
+  const explained = `${measureTitle(measure)}: ${measure.hint}`;
+  const label = measure.hint && 6 * explained.length < width - 60 ? explained : measureTitle(measure);
+  if (measure.axis === "log") return { ...paretoAxis(label, least, most), format };
+  if (measure.axis === "zero") return { label, format, from: 0, to: 1.12 * (most || 1) };
+  const room = 0.1 * (most - least || 0.1);
+  return { label, format, from: least - room, to: most + room };
+}
+
+/** Return what members of the same line have in common. */
+const lineOf = (m) => [m.kind, m.line ?? m.name.replace(m.setting.replaceAll(" ", ""), "")].join("|");
+
+/** Return places of words one after the other, in rows of a width: {x, row}. */
+function flow(words, left, width) {
+  let [x, row] = [left, 0];
+  return words.map((word) => {
+    const wide = 6.2 * word.length + 32;
+    if (x + wide > width && x > left) [x, row] = [left, row + 1];
+    const place = { x, row };
+    x += wide;
+    return place;
+  });
+}
+
+function drawMembers(all, xMeasure, yMeasure) {
+  const members = all.filter((m) => !missing(m[xMeasure.key]) && !missing(m[yMeasure.key]));
+  const kinds = [...new Set(members.filter((m) => !isPca(m)).map((m) => m.kind))];
+  const colour = (m) => (isPca(m) ? "pca" : `kind-${kinds.indexOf(m.kind) % N_COLOURS}`);
+  return (width) => {
+    const names = [...kinds.map((kind) => [kind, colour({ kind })]), ...(members.some(isPca) ? [["PCA, dashed", "pca"]] : [])];
+    const places = flow(names.map(([name]) => name), 44, width);
+    const [x, y] = [xMeasure, yMeasure].map((measure) => memberAxis(measure, members, width));
+    const { root, sx, sy, box } = axes(width, 340, x, y);
+    const at = (m) => [sx(m[xMeasure.key]), sy(m[yMeasure.key])];
+    for (const name of new Set(members.map(lineOf))) {
+      const path = members.filter((m) => lineOf(m) === name).sort((a, b) => a.l0 - b.l0);
+      root.append(svg("path", { class: `curve ${isPca(path[0]) ? "" : "faint"} ${colour(path[0])}`, d: line(path.map(at)) }));
+    }
+    const labels = [];
+    for (const m of members.toSorted((a, b) => (b.is_recommended ?? 0) - (a.is_recommended ?? 0))) {
+      const [cx, cy] = at(m);
+      const [across, up] = [m[xMeasure.interval], m[yMeasure.interval]];
+      if (across) root.append(svg("path", { class: `whisker ${colour(m)}`, d: `M${sx(across[0])} ${cy}H${sx(across[1])}` }));
+      if (up) root.append(svg("path", { class: `whisker ${colour(m)}`, d: `M${cx} ${sy(up[0])}V${sy(up[1])}` }));
+      if (m.is_recommended) root.append(svg("circle", { cx, cy, r: 8.5, class: "ring" }));
+      const tip = `${m.name}: ${xMeasure.title} ${xMeasure.format(m[xMeasure.key])}, ${yMeasure.title} ${yMeasure.format(m[yMeasure.key])}`;
+      root.append(svg("circle", { cx, cy, r: 4.5, class: `point ${colour(m)}` }, svg("title", {}, tip)));
+      if (labels.some((l) => Math.abs(l.cx - cx) < 40 && Math.abs(l.cy - cy) < 12)) continue;
+      labels.push({ cx, cy });
+      const anchor = cx > box.right - 50 ? "end" : "start";
+      root.append(text(cx + (anchor === "end" ? -10 : 10), cy - 6, anchor, m.setting, m.is_recommended ? "halo strong" : "halo"));
+    }
+    for (const [i, [name, kind]] of names.entries()) {
+      const [x, y] = [places[i].x, 340 + 16 * (places[i].row + 1)];
+      root.append(svg("circle", { class: `point ${kind}`, cx: x + 4, cy: y - 4, r: 4 }), text(x + 13, y, "start", name));
+    }
+    root.setAttribute("height", 340 + 16 * (places.at(-1).row + 1) + 8);
+    return root;
+  };
+}
+
+// ---- two members side by side
+
+function sideBySide(members) {
+  const byName = new Map(members.map((m) => [m.name, m]));
+  const address = parameters();
+  const first = byName.get(address.get("a")) ?? byName.get(meta.member) ?? members[0];
+  const rival = meta.pages?.recommended?.runners_up?.find((name) => name !== first.name);
+  const second = byName.get(address.get("b")) ?? byName.get(rival) ?? members.find((m) => m !== first) ?? first;
+  const choose = (name, chosen) => html("select", {
+    "aria-label": name === "a" ? "first member" : "second member", "data-member": name,
+    onchange: (event) => {
+      setParameters({ [name]: event.target.value });
+      section.replaceWith(sideBySide(members));
+    },
+  }, members.map((m) => html("option", { value: m.name, selected: m === chosen ? "" : null }, m.name)));
+  const known = MEMBER_MEASURES.filter(({ key }) => !missing(first[key]) || !missing(second[key]));
+  const cell = (m, { key, interval, format }) =>
+    html("td", { class: "num" }, missing(m[key]) ? "–" : withInterval(m[key], m[interval], format));
+  const row = (measure) => html("tr", {}, html("th", { scope: "row", title: measure.hint ?? null }, measureTitle(measure)),
+    cell(first, measure), cell(second, measure));
+  const remarks = [first, second].map((m) => html("td", { class: "remark" }, (m.warnings ?? []).join("; ") || "–"));
+  const warned = [first, second].some((m) => some(m.warnings));
+  const section = html("section", { class: "card" }, html("h3", {}, "Side by side"),
+    html("div", { class: "scroll" }, html("table", { class: "data compact two" },
+      html("thead", {}, html("tr", {}, html("th", {}), html("th", { class: "num" }, choose("a", first)), html("th", { class: "num" }, choose("b", second)))),
+      html("tbody", {}, known.map(row), warned ? html("tr", {}, html("th", { scope: "row" }, "Warnings"), remarks) : null))));
+  return section;
+}
