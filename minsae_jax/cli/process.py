@@ -3,8 +3,10 @@
 import contextlib
 import faulthandler
 import io
+import logging
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -26,6 +28,8 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     warnings.showwarning = _print_warning
+    if not debug:
+        _silence_libraries()
     # If native code crashes, print where Python was; needs a real stderr.
     with contextlib.suppress(io.UnsupportedOperation, AttributeError):
         faulthandler.enable()
@@ -52,6 +56,21 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
             raise
         print(f"error: {message or brief(e)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _silence_libraries() -> None:
+    """Turn off what libraries print about errors that they also raise.
+
+    Orbax and asyncio log them with tracebacks, and threads and destructors print them, also while
+    the interpreter exits.
+    """
+    logging.disable()
+    threading.excepthook = _ignore
+    sys.unraisablehook = _ignore
+
+
+def _ignore(_: object) -> None:
+    pass
 
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:

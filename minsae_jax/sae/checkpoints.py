@@ -1,6 +1,7 @@
 """Checkpoints of a sweep by Orbax: the state and the progress of the run, saved during training."""
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,12 +12,14 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from minsae_jax.errors import UserError, brief
+from minsae_jax.files import flush, flush_tree
+from minsae_jax.parallel.processes import process_index
 from minsae_jax.sae.run import Metrics
 from minsae_jax.sae.step import MemberState, SweepState, TokenMoments
 from minsae_jax.settings import JsonObject
 
-# Orbax warns about leftovers of a killed process, which are never read.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs, with tracebacks, errors that it also raises, and leftovers of a killed process.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 Tree = dict[str, Any]  # nested dicts and lists of arrays, as Orbax stores them
 
@@ -60,11 +63,28 @@ def _from_json(step: int, notes: JsonObject) -> Progress:
     )
 
 
+class _FlushedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """The folder of a step in writing. Orbax itself flushes the arrays, but no JSON and no name."""
+
+    async def finalize(self) -> None:
+        flush_tree(Path(self.get()))
+        # Writes two more files and renames the folder.
+        await super().finalize()
+        folder = Path(self.get_final())
+        flush_tree(folder)
+        flush([folder.parent])
+
+
 class Checkpoints:
     """The folder `checkpoints/` of a run. Interrupted saves are ignored."""
 
     def __init__(self, folder: Path, max_to_keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep,
+            # Of a process that was killed while it saved.
+            cleanup_tmp_directories=True,
+            temporary_path_class=_FlushedStep,
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -74,9 +94,18 @@ class Checkpoints:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.wait()
-        finally:
-            self._manager.close()
+            with self._write_errors():
+                self._manager.close()
+        except UserError:
+            self._remove_unfinished()
+            # The first error is the one to report.
+            if error is None:
+                raise
+
+    def _remove_unfinished(self) -> None:
+        if process_index() == 0:
+            for path in Path(self._manager.directory).glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def wait(self) -> None:
         """Wait until everything saved is on disk."""

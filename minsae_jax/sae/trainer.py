@@ -271,6 +271,8 @@ class Trainer:
                 self.logger.log_held_out(self.progress)
 
     def _save(self) -> None:
+        with barrier("write metrics"):
+            self.logger.flush()
         state = self.sweep.portable(self.state)
         self.checkpoints.save(self.progress, state, self.data.stream.get_state())
         self.saved_at = time.monotonic()

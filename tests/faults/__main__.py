@@ -1,0 +1,36 @@
+"""Command line of the fault injection, see the package."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.faults import io_errors
+from tests.faults.process import Server
+from tests.faults.verbs import VERBS, Workshop
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults")
+    parser.add_argument("faults", choices=["errors", "power"])
+    parser.add_argument("verbs", nargs="*", metavar="VERB", help=f"of {', '.join(VERBS)}")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th call")
+    parser.add_argument("--all_errors", action="store_true", help="each call with each error")
+    parser.add_argument("--part", default="0/1", help="i/n for one of n processes")
+    args = parser.parse_args()
+    cases = []
+    with Server() as server, tempfile.TemporaryDirectory(prefix="faults") as folder:
+        workshop = Workshop(server, Path(folder))
+        for name in args.verbs or VERBS:
+            for case in io_errors.sweep(
+                workshop, VERBS[name], args.every, args.all_errors, args.part
+            ):
+                cases.append(case)
+                if not case.is_good:
+                    print(case, case.stderr[:2000], sep="\n", flush=True)
+    print(io_errors.table(cases))
+    sys.exit(0 if all(case.is_good for case in cases) else 1)
+
+
+if __name__ == "__main__":
+    main()
