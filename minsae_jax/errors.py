@@ -1,5 +1,8 @@
 """Errors that the command line reports as one line, without a traceback."""
 
+import os
+import re
+
 
 class UserError(Exception):
     """An error that the user can fix. The message is one line: problem, place, remedy.
@@ -26,3 +29,19 @@ def brief(error: BaseException, limit: int = 200) -> str:
     'two lines'
     """
     return " ".join(str(error).split())[:limit]
+
+
+def system_reason(error: BaseException) -> str:
+    """Return why a file could not be written, such as "No space left on device".
+
+    TensorStore raises several types, with the system's error at the end of a long message.
+
+    >>> system_reason(ValueError("RESOURCE_EXHAUSTED: Error writing … [os_error_code='28']"))
+    'No space left on device'
+    """
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return brief(error)

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from pathlib import Path
 from minsae_jax.errors import UserError
 
 FLUSH_THREADS = 8
+
 
 @contextmanager
 def atomic_write(path: Path, shared: bool = False, durable: bool = True) -> Iterator[Path]:
@@ -69,7 +71,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         temporary.rename(folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise
@@ -87,6 +89,18 @@ def _named_errors(path: Path) -> Iterator[None]:
         if e.errno is not None and e.filename is None:
             e.filename = str(path)
         raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder after an error, if possible.
+
+    Threads of Orbax may still write to it: they are given a second to end.
+    """
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+        if not folder.exists():
+            return
 
 
 def make_folder(folder: Path) -> None:

@@ -214,6 +214,7 @@ class Trainer:
         is_late = minutes > self.config.checkpoint_minutes
         if process_count() > 1 and not ends_interval:
             return False, False
+        self.checkpoints.is_saving()
         return any_process(stop, is_late)
 
     def _log_interval(self, device_metrics: DeviceMetrics, bar: Bar) -> None:

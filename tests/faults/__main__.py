@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.faults import io_errors
+from tests.faults import io_errors, power_cuts
 from tests.faults.process import Server
 from tests.faults.verbs import VERBS, Workshop
 
@@ -18,17 +18,21 @@ def main() -> None:
     parser.add_argument("--all_errors", action="store_true", help="each call with each error")
     parser.add_argument("--part", default="0/1", help="i/n for one of n processes")
     args = parser.parse_args()
-    cases = []
+    cases: list = []
     with Server() as server, tempfile.TemporaryDirectory(prefix="faults") as folder:
         workshop = Workshop(server, Path(folder))
         for name in args.verbs or VERBS:
-            for case in io_errors.sweep(
-                workshop, VERBS[name], args.every, args.all_errors, args.part
-            ):
+            verb = VERBS[name]
+            if args.faults == "errors":
+                sweep = io_errors.sweep(workshop, verb, args.every, args.all_errors, args.part)
+            else:
+                sweep = power_cuts.sweep(workshop, verb, args.every, args.part)
+            for case in sweep:
                 cases.append(case)
-                if not case.is_good:
+                if not case.is_good or case.outcome == "advice":
                     print(case, case.stderr[:2000], sep="\n", flush=True)
-    print(io_errors.table(cases))
+    module = io_errors if args.faults == "errors" else power_cuts
+    print(module.table(cases))
     sys.exit(0 if all(case.is_good for case in cases) else 1)
 
 

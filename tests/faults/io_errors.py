@@ -81,13 +81,18 @@ def judge(result: Result, folder: Path, expected: dict[str, str], fault: Fault) 
         return "hangs"
     if result.code != 2:
         return f"exit code {result.code}"
-    lines = [line for line in result.stderr.splitlines() if not PROGRESS.match(line)]
-    lines = [line for line in lines if not line.startswith("warning: ")]
+    lines = error_lines(result.stderr)
     if len(lines) != 1 or not lines[0].startswith("error: "):
         return f"{len(lines)} lines instead of one"
     if fault.kind != "unlink" and temporary_files(folder):
         return f"left behind: {temporary_files(folder)}"
     return "error"
+
+
+def error_lines(stderr: str) -> list[str]:
+    """Return the lines that are neither progress nor a warning."""
+    lines = [line for line in stderr.splitlines() if not PROGRESS.match(line)]
+    return [line for line in lines if not line.startswith("warning: ")]
 
 
 def differing(folder: Path, expected: dict[str, str]) -> list[str]:

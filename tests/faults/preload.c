@@ -203,6 +203,25 @@ ssize_t pwritev(int fd, const struct iovec *parts, int n, off_t offset) {
 }
 ssize_t pwritev64(int fd, const struct iovec *parts, int n, off_t offset) { return pwritev(fd, parts, n, offset); }
 
+/* NumPy writes arrays by this. Inside libc it does not call `write` above. */
+size_t fwrite(const void *data, size_t size, size_t n, FILE *file) {
+  REAL(fwrite);
+  char path[PATH_MAX];
+  if (!size || !n || !watched_fd(fileno(file), path)) return real(data, size, n, file);
+  int error = fault(WRITE);
+  if (error > 0) { errno = error; return 0; }
+  if (error == SHORT_WRITE) n = shorter(n);
+  if (record_fd < 0) return real(data, size, n, file);
+  pthread_mutex_lock(&recording);
+  fflush(file);
+  off_t offset = lseek(fileno(file), 0, SEEK_CUR);
+  size_t result = real(data, size, n, file);
+  fflush(file);
+  record('w', path, "", offset, data, result * size);
+  pthread_mutex_unlock(&recording);
+  return result;
+}
+
 /* Python then copies by write. */
 ssize_t sendfile(int out, int in, off_t *offset, size_t size) {
   REAL(sendfile);
