@@ -31,6 +31,12 @@ def brief(error: BaseException, limit: int = 200) -> str:
     return " ".join(str(error).split())[:limit]
 
 
+def is_system_error(error: BaseException) -> bool:
+    """Return whether the system failed to read an existing file, which need not be damaged."""
+    is_missing = isinstance(error, FileNotFoundError)
+    return isinstance(error, OSError) and error.errno is not None and not is_missing
+
+
 def system_reason(error: BaseException) -> str:
     """Return why a file could not be written, such as "No space left on device".
 

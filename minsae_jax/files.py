@@ -94,13 +94,17 @@ def _named_errors(path: Path) -> Iterator[None]:
 def remove_folder(folder: Path) -> None:
     """Remove a folder after an error, if possible.
 
-    Threads of Orbax may still write to it: they are given a second to end.
+    Threads of Orbax may still write to it, and make it again: it must be gone for a second.
     """
-    for _ in range(20):
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.05)
-        if not folder.exists():
+    checks_without = 0
+    for _ in range(200):
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            checks_without = 0
+        checks_without += 1
+        if checks_without == 20:
             return
+        time.sleep(0.05)
 
 
 def make_folder(folder: Path) -> None:

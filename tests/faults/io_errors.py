@@ -2,7 +2,6 @@
 
 import errno
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -36,14 +36,21 @@ class Result:
     failed: bool  # whether the fault has happened
 
 
+def compiler() -> str | None:
+    """Return the path of a C compiler for Linux, if there is one."""
+    if sys.platform != "linux":
+        return None
+    return shutil.which("cc") or shutil.which("gcc")
+
+
 def build(folder: Path) -> Path:
     """Compile the library. Raises RuntimeError if there is no compiler or it fails."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or sys.platform != "linux":
+    program = compiler()
+    if program is None:
         raise RuntimeError("fault injection requires Linux and a C compiler")
     library = folder / "preload.so"
     flags = ("-O1", "-shared", "-fPIC", "-Wall", "-Wno-nonnull-compare", "-U_FORTIFY_SOURCE")
-    command = [compiler, *flags, "-o", str(library), str(SOURCE), "-ldl", "-lpthread"]
+    command = [program, *flags, "-o", str(library), str(SOURCE), "-ldl", "-lpthread"]
     subprocess.run(command, check=True)
     return library
 

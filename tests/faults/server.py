@@ -26,7 +26,7 @@ import minsae_jax.__main__
 import minsae_jax.eeg.prepare.prepare
 import minsae_jax.encoder.extract
 import minsae_jax.report.report
-import minsae_jax.sae.trainer  # noqa: F401
+import minsae_jax.sae.trainer
 from minsae_jax import cli
 
 PROGRAMS = {"minsae": minsae_jax.__main__.main, "convert": convert.__main__.main}

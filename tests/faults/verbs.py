@@ -24,6 +24,12 @@ class Verb:
     inputs: tuple[str, ...] = ()  # verbs whose folders are copied, or files of the repository
 
 
+DEMO = ("demo", "--root_path", "data", "--patients", "10", "--minutes", ".5")
+EDF = ("demo", "--root_path", "source", "--patients", "10", "--minutes", ".5", "--edf")
+PREPARE = ("prepare", "source", "--out", "recordings", "--reference", "none")
+ENCODER = ("encoder", "checkpoint.pth", "--out", "encoder")
+EVALUATE = ("evaluate", "--run", "run", "--root_path", "data")
+SAE = ("sae", "run/members/lambda=1", "--to", "saelens", "--out", "sae")
 EXTRACT = (
     *("extract", "--root_path", "data", "--checkpoint_path", "encoder", "--out", "store"),
     *("--split", "train", "val", "test", "--batch_size", "4", "--max_batches", "6"),
@@ -37,17 +43,17 @@ TRAIN = (
 VERBS = {
     verb.name: verb
     for verb in (
-        Verb("demo", "minsae", ("demo", "--root_path", "data", "--patients", "10", "--minutes", ".5")),
-        Verb("edf", "minsae", ("demo", "--root_path", "source", "--patients", "10", "--minutes", ".5", "--edf")),
-        Verb("prepare", "minsae", ("prepare", "source", "--out", "recordings", "--reference", "none"), ("edf",)),
-        Verb("convert encoder", "convert", ("encoder", "checkpoint.pth", "--out", "encoder"), ("checkpoint.pth",)),
+        Verb("demo", "minsae", DEMO),
+        Verb("edf", "minsae", EDF),
+        Verb("prepare", "minsae", PREPARE, ("edf",)),
+        Verb("convert encoder", "convert", ENCODER, ("checkpoint.pth",)),
         Verb("extract", "minsae", EXTRACT, ("demo", "convert encoder")),
         Verb("train", "minsae", TRAIN, ("convert encoder", "extract")),
-        Verb("evaluate", "minsae", ("evaluate", "--run", "run", "--root_path", "data"), ("train",)),
+        Verb("evaluate", "minsae", EVALUATE, ("train",)),
         Verb("plot", "minsae", ("plot", "--run", "run"), ("train",)),
-        Verb("convert sae", "convert", ("sae", "run/members/lambda=1", "--to", "saelens", "--out", "sae"), ("train",)),
+        Verb("convert sae", "convert", SAE, ("train",)),
     )
-}  # fmt: skip
+}
 
 
 class Workshop:
