@@ -109,6 +109,9 @@ def remove_folder(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Create a folder and its missing parents, which survive a power cut."""
+    if folder.exists() and not folder.is_dir():
+        # The system would say that it exists.
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     missing = []
     for path in (folder, *folder.parents):
         if path.exists():
