@@ -78,7 +78,7 @@ class _FlushedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
         # Writes two more files and renames the folder.
         await super().finalize()
         folder = Path(self.get_final())
-        flush_tree(folder)
+        flush([folder, *folder.iterdir()])
         flush([folder.parent])
 
 

@@ -13,6 +13,7 @@ import pytest
 from minsae_jax.sae.trainer import train
 from tests.cluster import ROOT, Cluster, minsae, wait_until
 from tests.conftest import write_small_store
+from tests.faults.io_errors import error_lines
 from tests.interrupt import train_until
 
 FLAGS = (
@@ -144,7 +145,7 @@ def test_checkpoint_that_fails_in_one_process_ends_both(small_store, tmp_path, f
     commands[full] = limited
     for result in Cluster(*commands).wait():
         assert result.returncode == 2, result.stderr
-        lines = [line for line in result.stderr.splitlines() if not line.startswith("train ")]
+        lines = error_lines(result.stderr)
         assert len(lines) == 1, result.stderr
         assert "could not write a checkpoint" in lines[0]
 
