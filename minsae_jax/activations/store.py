@@ -322,7 +322,9 @@ def _provenance_damage(path: Path, manifest: Manifest) -> str | None:
     try:
         with np.load(path, allow_pickle=False) as provenance:
             n_sequences = len(provenance["recording"])
-    except Exception:  # zipfile and NumPy raise many types
+    except Exception as e:  # zipfile and NumPy raise many types
+        if is_system_error(e):
+            raise
         return f"{path} is damaged: remove it"
     if n_sequences != manifest.n_sequences:
         return f"{path} is of another store: remove it"

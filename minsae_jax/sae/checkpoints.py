@@ -11,7 +11,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from minsae_jax.errors import UserError, system_reason
+from minsae_jax.errors import UserError, is_system_error, system_reason
 from minsae_jax.files import flush, flush_tree, remove_folder
 from minsae_jax.parallel.processes import (
     any_process,
@@ -197,6 +197,11 @@ class Checkpoints:
             return _from_tree(restored["state"]), progress, restored["notes"]["stream"]
         # Orbax and TensorStore raise many types on damaged files.
         except Exception as e:
+            if is_system_error(e):
+                raise UserError(
+                    f"checkpoint {step} in {self._directory} could not be read "
+                    f"({system_reason(e)}); rerun the same command"
+                ) from e
             raise UserError(
                 f"checkpoint {step} in {self._directory} is damaged ({type(e).__name__}); "
                 "remove that folder to resume from the one before it, or use --overwrite"

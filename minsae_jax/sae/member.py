@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from safetensors.numpy import load_file, save
 
-from minsae_jax.errors import UserError, brief
+from minsae_jax.errors import UserError, brief, is_system_error
 from minsae_jax.files import atomic_write, flush, make_folder
 from minsae_jax.sae.kinds import KINDS, Params, SAEKind
 from minsae_jax.settings import JsonObject
@@ -152,6 +152,8 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r} in {CONFIG}")
     except Exception as e:
+        if is_system_error(e):
+            raise
         raise UserError(f"{folder} contains a damaged autoencoder ({brief(e)})") from e
     check_params(KINDS[kind], params, str(folder / WEIGHTS))
     return SparseAutoencoder(params, config)

@@ -18,7 +18,18 @@ def main() -> None:
     parser.add_argument("--all_errors", action="store_true", help="each call with each error")
     parser.add_argument("--part", default="0/1", help="i/n for one of n processes")
     args = parser.parse_args()
+    module = io_errors if args.faults == "errors" else power_cuts
     cases: list = []
+    try:
+        run(args, cases)
+    finally:
+        # Also after Ctrl-C.
+        print(module.table(cases))
+    sys.exit(0 if all(case.is_good for case in cases) else 1)
+
+
+def run(args: argparse.Namespace, cases: list) -> None:
+    """Add all cases to the list, and print those that are not as promised."""
     with Server() as server, tempfile.TemporaryDirectory(prefix="faults") as folder:
         workshop = Workshop(server, Path(folder))
         for name in args.verbs or VERBS:
@@ -31,9 +42,6 @@ def main() -> None:
                 cases.append(case)
                 if not case.is_good or case.outcome == "advice":
                     print(case, case.stderr[:2000], sep="\n", flush=True)
-    module = io_errors if args.faults == "errors" else power_cuts
-    print(module.table(cases))
-    sys.exit(0 if all(case.is_good for case in cases) else 1)
 
 
 if __name__ == "__main__":

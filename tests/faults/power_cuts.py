@@ -129,8 +129,8 @@ class Disk:
         return state
 
 
-def restore(state: State, folder: Path) -> None:
-    """Write a state into an empty folder."""
+def restore(state: State, folder: Path, inputs: Path) -> None:
+    """Write a state into an empty folder; inputs keep their times, which `prepare` compares."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in sorted(state.items()):
@@ -140,6 +140,8 @@ def restore(state: State, folder: Path) -> None:
             path.mkdir(exist_ok=True)
         else:
             path.write_bytes(content)
+            if (inputs / name).is_file():
+                shutil.copystat(inputs / name, path)
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def cut(
 ) -> Cut:
     """Run the command on what survived, and judge it."""
     folder = workshop.folder
-    restore(state, folder)
+    restore(state, folder, workshop.inputs(verb))
     expected = contents(workshop.finished(verb))
     if is_last and contents(folder) != expected:
         outcome = f"lost after the end: {differing(folder, expected)}"
