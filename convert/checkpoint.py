@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from minsae_jax.errors import UserError, brief
-from minsae_jax.files import atomic_write, sha256_of
+from minsae_jax.files import atomic_write, make_folder, sha256_of
 from minsae_jax.settings import JsonObject
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def save_torch(path: Path, content: Any) -> None:
     # torch.save to a file raises other types than OSError when the disk is full.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_write(path, shared=True) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 

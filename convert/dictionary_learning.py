@@ -24,7 +24,7 @@ from convert.autoencoder import (
 )
 from convert.checkpoint import Tensors, load_json, load_torch, save_torch, shown, to_numpy
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write
+from minsae_jax.files import atomic_write, flush, make_folder
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import check_params
 from minsae_jax.settings import JsonObject
@@ -271,11 +271,12 @@ def _write_config(path: Path, config: JsonObject) -> None:
         raise UserError(
             f"{config_path} exists without {STATE_FILE}; remove it or choose another --out"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_write(config_path) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
         # An old state dict must never be seen with the new config.
         path.unlink(missing_ok=True)
+        flush([path.parent])
 
 
 def _save(path: Path, state: Tensors) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from convert import dictionary_learning, saelens
 from convert.autoencoder import Autoencoder
-from convert.checkpoint import load_torch
+from convert.checkpoint import load_json, load_torch
 from convert.dictionary_learning import (
     read_dictionary_learning,
     read_minsae,
@@ -23,7 +23,8 @@ from convert.dictionary_learning import (
 )
 from convert.saelens import read_saelens, write_saelens
 from minsae_jax.errors import UserError
-from minsae_jax.sae.member import WEIGHTS, load_sae, save_member
+from minsae_jax.files import foreign_entries
+from minsae_jax.sae.member import CONFIG, WEIGHTS, load_sae, save_member
 
 Format = Literal["member", "minsae", "saelens", "dictionary_learning"]
 FOLDER_FORMATS = ("member", "saelens")
@@ -79,11 +80,11 @@ def format_of(path: Path) -> Format:
 
 
 def _check_replaceable(out: Path, to: Format) -> None:
-    """Raise UserError unless `out` is missing, an empty folder, or an SAE of this format."""
+    """Raise UserError unless `out` is missing, an SAE of this format, or part of one."""
     if not out.exists():
         return
     is_folder_format = to in FOLDER_FORMATS
-    if out.is_dir() and is_folder_format and not any(out.iterdir()):
+    if out.is_dir() and is_folder_format and _is_interrupted(out, to):
         return
     try:
         if out.is_dir() == is_folder_format:
@@ -95,6 +96,17 @@ def _check_replaceable(out: Path, to: Format) -> None:
     raise UserError(
         f"{out} exists and is not an autoencoder of format {to}; choose another --out, {expected}"
     )
+
+
+def _is_interrupted(out: Path, to: Format) -> bool:
+    """Return whether a folder is empty or contains only the beginnings of this format."""
+    first = {"member": CONFIG, "saelens": saelens.WEIGHTS}[to]
+    unknown = set(foreign_entries(out, ["*.tmp"])) - {first}
+    if unknown:
+        return False
+    # Any program may have a config.json.
+    path = out / CONFIG
+    return not path.exists() or "d_sae" in load_json(path)
 
 
 def read_member(path: Path) -> Autoencoder:

@@ -23,7 +23,7 @@ from convert.autoencoder import (
 )
 from convert.checkpoint import HALVES, Tensors, load_json, load_safetensors, shown
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write
+from minsae_jax.files import atomic_write, flush, make_folder
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import check_params
 from minsae_jax.settings import JsonObject
@@ -165,7 +165,7 @@ def write_saelens(path: Path, sae: Autoencoder) -> None:
     if architecture == "jumprelu":
         tensors["threshold"] = np.broadcast_to(tensors["threshold"], d_sae)
     cfg["metadata"] = {"sae_lens_version": VERSION, "minsae_jax": sae.config}
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     # Context managers exit in reverse: the config is renamed last, and without it there is no SAE.
     with atomic_write(path / CONFIG) as config, atomic_write(path / WEIGHTS) as weights:
         config.write_text(json.dumps(cfg, indent=2) + "\n")
@@ -173,3 +173,4 @@ def write_saelens(path: Path, sae: Autoencoder) -> None:
             save({name: np.array(tensor, order="C") for name, tensor in tensors.items()})
         )
         (path / CONFIG).unlink(missing_ok=True)
+        flush([path])

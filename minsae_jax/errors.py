@@ -1,5 +1,9 @@
 """Errors that the command line reports as one line, without a traceback."""
 
+import errno
+import os
+import re
+
 
 class UserError(Exception):
     """An error that the user can fix. The message is one line: problem, place, remedy.
@@ -26,3 +30,27 @@ def brief(error: BaseException, limit: int = 200) -> str:
     'two lines'
     """
     return " ".join(str(error).split())[:limit]
+
+
+def is_system_error(error: BaseException) -> bool:
+    """Return whether the system failed to read an existing file, which need not be damaged."""
+    return _error_number(error) not in (None, errno.ENOENT)
+
+
+def system_reason(error: BaseException) -> str:
+    """Return why a file could not be read or written, such as "No space left on device".
+
+    >>> system_reason(ValueError("RESOURCE_EXHAUSTED: Error writing … [os_error_code='28']"))
+    'No space left on device'
+    """
+    number = _error_number(error)
+    return brief(error) if number is None else os.strerror(number)
+
+
+def _error_number(error: BaseException) -> int | None:
+    """Return the number of the system's error, if it is one."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    # TensorStore raises several types, with the number at the end of a long message.
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else None

@@ -1,30 +1,49 @@
-"""Atomic writes, folder replacement and locks: no half-written file ever looks complete."""
+"""Atomic writes, folder replacement and locks: no half-written file ever looks complete.
 
+What is written here also survives a power cut: contents are flushed to the disk before a file or
+folder gets its name, and the names after that.
+"""
+
+import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
 from minsae_jax.errors import UserError
 
+FLUSH_THREADS = 8
+
 
 @contextmanager
-def atomic_write(path: Path, shared: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, shared: bool = False, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path that is renamed to `path` on success and removed on error.
 
     shared: several processes may write this file at once, so the temporary name is unique.
+    durable: the file survives a power cut once the block has ended. Without it the caller flushes,
+    which is quicker for many files.
     """
     suffix = f".tmp{os.getpid()}" if shared else ".tmp"
     temporary = path.with_name(path.name + suffix)
     try:
-        yield temporary
+        with _named_errors(path):
+            yield temporary
+        if durable:
+            # Before the renaming: a power cut must not leave the new name without its content.
+            flush([temporary])
         # Atomic within one file system, so the temporary file is in the same folder.
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        flush([path.parent])
 
 
 @contextmanager
@@ -32,7 +51,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder that takes the place of `folder` on success.
 
     On an error `folder` stays as it was. A process killed between the two renames leaves
-    `.NAME.old`, which the next call restores.
+    `.NAME.old`, which the next call restores. The new folder survives a power cut.
     """
     # A folder cannot be renamed over one with files, so the old one is moved away first.
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -42,16 +61,100 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     for leftover in (temporary, old):
         if leftover.exists():
             shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
+    make_folder(folder.parent)
+    temporary.mkdir()
     try:
-        yield temporary
+        with _named_errors(folder):
+            yield temporary
+        flush_tree(temporary)
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
-        # The new folder is complete; the next call removes any leftover of the old one.
-        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        remove_folder(temporary)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    flush([folder.parent])
+    # The new folder is complete; the next call removes any leftover of the old one.
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Add the path to errors of the system that have none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno is not None and e.filename is None:
+            e.filename = str(path)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder after an error, if possible.
+
+    Threads of Orbax may still write to it, and make it again: it must be gone for a second.
+    """
+    checks_without = 0
+    for _ in range(200):
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            checks_without = 0
+        checks_without += 1
+        if checks_without == 20:
+            return
+        time.sleep(0.05)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its missing parents, which survive a power cut."""
+    if folder.exists() and not folder.is_dir():
+        # The system would say that it exists.
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    missing = []
+    for path in (folder, *folder.parents):
+        if path.exists():
+            break
+        missing.append(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    flush([path.parent for path in missing])
+
+
+def flush(paths: Collection[Path]) -> None:
+    """Write files to the disk that are in memory only; of a folder, the list of its entries.
+
+    A power cut loses what is not flushed. Raises OSError if the disk fails.
+    """
+    if len(paths) <= 1:
+        for path in paths:
+            _flush(path)
+        return
+    # Together, since a file system writes its journal once for all that wait: 14 times as fast.
+    with ThreadPoolExecutor(min(len(paths), FLUSH_THREADS)) as pool:
+        for _ in pool.map(_flush, paths):
+            pass
+
+
+def flush_tree(folder: Path) -> None:
+    """Flush a folder with everything in it."""
+    flush([folder, *(path for path in folder.rglob("*") if not path.is_symlink())])
+
+
+def _flush(path: Path) -> None:
+    # Windows flushes files only, and only those that are open for writing.
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        with _named_errors(path):
+            os.fsync(descriptor)
+    except OSError as e:
+        # Some network file systems cannot flush folders.
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
 
 
 def foreign_entries(folder: Path, owned: Collection[str]) -> list[str]:

@@ -123,7 +123,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         is_newer = isinstance(version, int) and version > FORMAT_VERSION
         if not is_newer:
             return _parse_manifest(content)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{path} is damaged; rerun `extract` with --overwrite to write the store again"
         ) from None

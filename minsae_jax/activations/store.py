@@ -30,7 +30,7 @@ from minsae_jax.activations.manifest import (
     read_manifest,
     shard_number,
 )
-from minsae_jax.errors import UserError, brief
+from minsae_jax.errors import UserError, brief, is_system_error
 from minsae_jax.files import sha256_of
 from minsae_jax.monitor import progress
 
@@ -351,7 +351,9 @@ def _provenance_damage(path: Path, manifest: Manifest) -> str | None:
     try:
         with np.load(path, allow_pickle=False) as provenance:
             n_sequences = len(provenance["recording"])
-    except Exception:  # zipfile and NumPy raise many types
+    except Exception as e:  # zipfile and NumPy raise many types
+        if is_system_error(e):
+            raise
         return f"{path} is damaged: remove it"
     if n_sequences != manifest.n_sequences:
         return f"{path} is of another store: remove it"
@@ -380,6 +382,8 @@ def _open_header(path: Path) -> np.memmap:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as e:  # NumPy raises many types on damaged files
+        if is_system_error(e):
+            raise
         raise UserError(f"{path} is not a .npy array, or is damaged ({brief(e)})") from e
     # Tokens are read by their byte offset, which is valid in C order only. A renamed .npz file is
     # opened as an NpzFile.

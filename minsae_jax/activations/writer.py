@@ -1,14 +1,16 @@
 """Crash-safe, resumable writer of a store.
 
-Files appear by renaming, so a file with its final name is complete. The manifest is rewritten after
-every shard; shards that it does not list are written again.
+Files appear by renaming, so a file with its final name is complete. The manifest lists shards once
+they are flushed to the disk, and is rewritten every few seconds; shards that it does not list are
+written again.
 """
 
 import hashlib
 import io
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -28,10 +30,18 @@ from minsae_jax.activations.manifest import (
 from minsae_jax.activations.store import PROVENANCE, find_damage, shard_damage, shard_files
 from minsae_jax.activations.tokens import TOKENS, TokenGrid
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write, foreign_entries, lock_folder, sha256_of
+from minsae_jax.files import (
+    atomic_write,
+    flush,
+    foreign_entries,
+    lock_folder,
+    make_folder,
+    sha256_of,
+)
 from minsae_jax.parallel.processes import barrier, process_index
 from minsae_jax.settings import JsonObject
 
+MANIFEST_SECONDS = 5.0  # from one manifest to the next; a killed process loses the shards since
 BLOCK = 1 << 20  # bytes that are hashed and then written while they are in the cache
 PARTIAL_MANIFESTS = "manifest.*.json"  # of processes other than the first
 # Digits are counted, since a pattern like b[0-9]*.npy also matches names of other programs.
@@ -62,15 +72,20 @@ class StoreWriter:
         self.done: set[int] = set()  # numbers of complete shards
         self._shards: tuple[ShardEntry, ...] = ()  # those that this process lists
         self._manifest = Manifest.of(identity)
+        self._unlisted: list[ShardEntry] = []  # shards that are not in the manifest yet
+        self._listed_at = -MANIFEST_SECONDS
         self._lock = ExitStack()
 
     def __enter__(self) -> "StoreWriter":
         if self.process == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._lock.enter_context(lock_folder(self.folder))
         return self
 
     def __exit__(self, *_: object) -> None:
+        # After an error, such as that of a full disk, which is raised already.
+        with suppress(OSError):
+            self._list_shards()
         self._lock.close()
 
     def begin(self) -> None:
@@ -153,8 +168,9 @@ class StoreWriter:
         """
         path = self.folder / f"b{number:04d}.npy"
         try:
-            self._shards = (*self._shards, _write_shard(path, pieces))
-            self._write_manifest(complete=False)
+            self._unlisted.append(_write_shard(path, pieces))
+            if time.monotonic() - self._listed_at > MANIFEST_SECONDS:
+                self._list_shards()
         except OSError as e:
             raise UserError(
                 f"{path} could not be written ({e.strerror or e}); free some space and rerun the "
@@ -167,6 +183,8 @@ class StoreWriter:
 
         tokens: places of the tokens of a sequence.
         """
+        with barrier(f"list the shards of {self.folder}"):
+            self._list_shards()
         with barrier(f"finish {self.folder}"):
             if self.process == 0:
                 path = self.folder / PROVENANCE
@@ -176,6 +194,16 @@ class StoreWriter:
                 self._shards = self._merged_shards()
                 self._write_manifest(complete=True)
                 self._remove_partial_manifests()
+
+    def _list_shards(self) -> None:
+        """Write the manifest with the shards written since the last time, all flushed before."""
+        if not self._unlisted:
+            return
+        flush([self.folder])
+        self._shards = (*self._shards, *self._unlisted)
+        self._unlisted = []
+        self._write_manifest(complete=False)
+        self._listed_at = time.monotonic()
 
     def _write_manifest(self, complete: bool) -> None:
         name = MANIFEST
@@ -251,11 +279,14 @@ def _write_shard(path: Path, pieces: Sequence[np.ndarray]) -> ShardEntry:
     digest = hashlib.sha256()
     n_bytes = 0
     # Blocks are large already, so a buffer would not save system calls.
-    with atomic_write(path) as temporary, temporary.open("wb", buffering=0) as file:
-        for block in _blocks(arrays, shape):
-            digest.update(block)
-            _write_all(file, block)
-            n_bytes += len(block)
+    # The folder is flushed once for many shards, before the manifest lists them.
+    with atomic_write(path, durable=False) as temporary:
+        with temporary.open("wb", buffering=0) as file:
+            for block in _blocks(arrays, shape):
+                digest.update(block)
+                _write_all(file, block)
+                n_bytes += len(block)
+        flush([temporary])
     return ShardEntry(path.name, shape, n_bytes, digest.hexdigest())
 
 

@@ -3,8 +3,10 @@
 import contextlib
 import faulthandler
 import io
+import logging
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -26,6 +28,8 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     warnings.showwarning = _print_warning
+    if not debug:
+        _silence_libraries()
     # If native code crashes, print where Python was; needs a real stderr.
     with contextlib.suppress(io.UnsupportedOperation, AttributeError):
         faulthandler.enable()
@@ -51,7 +55,44 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         elif message is None:
             raise
         print(f"error: {message or brief(e)}", file=sys.stderr)
+        _leave_cluster(e)
         sys.exit(2)
+
+
+def _silence_libraries() -> None:
+    """Turn off what libraries print about errors that they also raise.
+
+    Orbax and asyncio log them with tracebacks, and threads and destructors print them, also while
+    the interpreter exits.
+    """
+    logging.disable()
+    # XLA's own, which it reads when it is loaded.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    threading.excepthook = _ignore
+    sys.unraisablehook = _ignore
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+def _leave_cluster(error: Exception) -> None:
+    """End a process of a cluster after an error, in which threads may wait for other processes."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not _is_lost_peer(error):
+        # Waits for the other processes, so that they can print their errors too.
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
+    os._exit(2)
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    # Gloo is XLA's library for CPUs.
+    return isinstance(error, RuntimeError) and "Gloo" in str(error)
 
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -65,6 +106,8 @@ def _user_message(error: Exception) -> str | None:
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{place}"
+    if _is_lost_peer(error):
+        return "another process of the cluster has ended; see its message, then rerun"
     # XLA's errors are RuntimeErrors that begin with a status code.
     if "RESOURCE_EXHAUSTED" in str(error):
         advice = "try a smaller --batch_size, --feature_dim_factor or sweep"

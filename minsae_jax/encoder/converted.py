@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from minsae_jax.encoder.base import NativeEncoder, Params
 from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
 from minsae_jax.encoder.patchtst.encoder import Encoder
-from minsae_jax.errors import UserError, brief
+from minsae_jax.errors import UserError, brief, system_reason
 from minsae_jax.files import foreign_entries, replaced_folder
 from minsae_jax.settings import from_dict
 
@@ -74,7 +74,7 @@ def save_encoder(
     # Orbax raises all three when a write fails.
     except (OSError, ValueError, RuntimeError) as e:
         raise UserError(
-            f"the encoder could not be written to {folder} ({brief(e)}); "
+            f"the encoder could not be written to {folder} ({system_reason(e)}); "
             "free some space or choose another --out"
         ) from e
 

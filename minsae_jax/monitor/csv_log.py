@@ -11,6 +11,7 @@ class Csv:
     """A CSV file that rows are appended to."""
 
     def __init__(self, path: Path):
+        self.path = path
         self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from minsae_jax.files import make_folder
 from minsae_jax.monitor.csv_log import open_csv
-from minsae_jax.monitor.tensorboard import COMPARED, open_board, write_hparams
+from minsae_jax.monitor.tensorboard import COMPARED, event_files, open_board, write_hparams
 
 METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")
 
@@ -28,7 +29,8 @@ class MemberLog:
         tokens: int,
         held_out: Sequence[str] = (),
     ):
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        make_folder(folder)
         self.tokens = tokens
         features = [f"feat_{i}" for i in range(d_sae)]
         self._metrics = open_csv(folder / "metrics.csv", METRICS, last=step)
@@ -87,6 +89,13 @@ class MemberLog:
     def write_text(self, step: int, text: str) -> None:
         """Write to TensorBoard's Text tab."""
         self._board.add_text("status", text, step)
+
+    def files(self) -> list[Path]:
+        """Return the paths of all files, whose content is handed to the system."""
+        self._metrics.flush()
+        self._act_freqs.flush()
+        self._board.flush()
+        return [self._metrics.path, self._act_freqs.path, *event_files(self.folder), self.folder]
 
     def _add_scalars(self, prefix: str, metrics: Mapping[str, int | float], step: int) -> None:
         for name, value in metrics.items():

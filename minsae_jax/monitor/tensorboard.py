@@ -21,6 +21,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int, held_out: Sequence[str] = ()):
+        self.folder = folder
         self._board = open_board(folder, step)
         layout = {"training": _multiline_charts("train", COMPARED)}
         if held_out:
@@ -39,6 +40,11 @@ class RunLog:
         self._board.add_image(name, image, step, dataformats="HWC")
         self._board.flush()
 
+    def files(self) -> list[Path]:
+        """Return the paths of all files, whose content is handed to the system."""
+        self._board.flush()
+        return [*event_files(self.folder), self.folder]
+
     def close(self) -> None:
         self._board.close()
 
@@ -48,12 +54,17 @@ def _multiline_charts(prefix: str, names: Sequence[str]) -> dict[str, list[objec
     return {name: ["Multiline", [f"{prefix}/{name}$"]] for name in names}
 
 
+def event_files(folder: Path) -> list[Path]:
+    """Return the paths of TensorBoard's files in a folder."""
+    return list(folder.glob(f"{TFEVENTS_PREFIX}*"))
+
+
 def open_board(folder: Path, step: int) -> "SummaryWriter":
     """Return a writer of TensorBoard events that hides events of earlier files after `step`."""
     # Imports torch if it is installed, which takes a second that few verbs need.
     from tensorboardX import SummaryWriter
 
-    earlier = len(list(folder.glob(f"{TFEVENTS_PREFIX}*")))
+    earlier = len(event_files(folder))
     if not earlier:
         return SummaryWriter(str(folder), flush_secs=10)
     # File names contain the second of their creation; the suffix keeps two of one second apart.

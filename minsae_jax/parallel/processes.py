@@ -13,6 +13,8 @@ from minsae_jax.errors import UserError, brief
 
 # Each simulated device holds all weights and takes part in every sum of gradients.
 MAX_CPU_DEVICES = 8
+HEARTBEAT_SECONDS = 30  # without a sign of life, after which JAX takes a process for dead
+SHUTDOWN_SECONDS = 20  # that a process which ends waits for the others
 
 
 def start_jax(deterministic: bool = False, distributed: bool = False) -> None:
@@ -51,7 +53,11 @@ def _join_cluster() -> None:
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            address, int(count) if count else None, int(index) if index else None
+            address,
+            int(count) if count else None,
+            int(index) if index else None,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (ValueError, RuntimeError) as e:
         raise UserError(

@@ -1,6 +1,7 @@
 """Checkpoints of a sweep by Orbax: the state and the progress of the run, saved during training."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,13 +11,22 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from minsae_jax.errors import UserError, brief
+from minsae_jax.errors import UserError, is_system_error, system_reason
+from minsae_jax.files import flush, flush_tree, remove_folder
+from minsae_jax.parallel.processes import (
+    any_process,
+    process_count,
+    process_index,
+    same_on_all_processes,
+)
 from minsae_jax.sae.run import Metrics
 from minsae_jax.sae.step import MemberState, SweepState, TokenMoments
 from minsae_jax.settings import JsonObject
 
-# Orbax warns about leftovers of a killed process, which are never read.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs, with tracebacks, errors that it also raises, and leftovers of a killed process.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+STUCK_SECONDS = 3.0  # all processes waiting, but at different barriers
 
 Tree = dict[str, Any]  # nested dicts and lists of arrays, as Orbax stores them
 
@@ -60,12 +70,34 @@ def _from_json(step: int, notes: JsonObject) -> Progress:
     )
 
 
+class _FlushedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """The folder of a step in writing. Orbax itself flushes the arrays, but no JSON and no name."""
+
+    async def finalize(self) -> None:
+        flush_tree(Path(self.get()))
+        # Writes two more files and renames the folder.
+        await super().finalize()
+        folder = Path(self.get_final())
+        flush([folder, *folder.iterdir()])
+        flush([folder.parent])
+
+
 class Checkpoints:
     """The folder `checkpoints/` of a run. Interrupted saves are ignored."""
 
     def __init__(self, folder: Path, max_to_keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._directory = folder.absolute()
+        self._barrier_key: str | None = None  # that a thread of Orbax waits at
+        self._may_be_saving = False  # in a cluster
+        self._agreed_at = 0.0  # when not all processes waited at different barriers
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max_to_keep,
+            # Of a process that was killed while it saved.
+            cleanup_tmp_directories=True,
+            temporary_path_class=_FlushedStep,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=self._wait_at_barrier),
+        )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -73,15 +105,61 @@ class Checkpoints:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and process_count() > 1:
+            # Closing would wait for the other processes, which may have ended.
+            return
         try:
-            self.wait()
+            with self._write_errors():
+                self._manager.close()
+        except UserError:
+            # The first error is the one to report.
+            if error is None:
+                raise
         finally:
-            self._manager.close()
+            # No save is running any more.
+            self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        if process_index() == 0:
+            for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                remove_folder(path)
 
     def wait(self) -> None:
-        """Wait until everything saved is on disk."""
+        """Wait until everything saved is on disk. Every process of a cluster must call this."""
+        while self.is_saving():
+            time.sleep(0.05)
         with self._write_errors():
             self._manager.wait_until_finished()
+
+    def is_saving(self) -> bool:
+        """Return whether a cluster is saving; False for a single process.
+
+        Every process of a cluster must call this. Raises UserError if one failed to save: Orbax
+        leaves out its next barrier then, at which the others wait for ten minutes.
+        """
+        if not self._may_be_saving:
+            return False
+        key = self._barrier_key
+        is_same_barrier = same_on_all_processes(key or "")
+        any_at_none, any_saving = any_process(key is None, self._manager.is_saving_in_progress())
+        if is_same_barrier or any_at_none:
+            self._agreed_at = time.monotonic()
+        is_stuck, _ = any_process(time.monotonic() - self._agreed_at > STUCK_SECONDS, False)
+        if is_stuck:
+            raise UserError(
+                f"a process of the cluster could not write a checkpoint to {self._directory}; free "
+                "some disk space, then rerun the same command"
+            )
+        self._may_be_saving = any_saving
+        return any_saving
+
+    def _wait_at_barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Wait for all processes, in a thread of Orbax."""
+        self._barrier_key = key
+        try:
+            ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+        finally:
+            self._barrier_key = None
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint."""
@@ -96,9 +174,13 @@ class Checkpoints:
             state=ocp.args.StandardSave(_to_tree(state)),
             notes=ocp.args.JsonSave(progress.to_json() | {"stream": stream}),
         )
+        # Before the next save Orbax waits for the last one.
+        self.wait()
         with self._write_errors():
             # The trainer decides when to save; `force` turns off Orbax's own policy.
             self._manager.save(progress.step, args=items, force=True)
+        self._may_be_saving = process_count() > 1
+        self._agreed_at = time.monotonic()
 
     def restore(self, step: int, abstract: SweepState) -> tuple[SweepState, Progress, JsonObject]:
         """Return the state, the progress and the position in the stream.
@@ -115,8 +197,13 @@ class Checkpoints:
             return _from_tree(restored["state"]), progress, restored["notes"]["stream"]
         # Orbax and TensorStore raise many types on damaged files.
         except Exception as e:
+            if is_system_error(e):
+                raise UserError(
+                    f"checkpoint {step} in {self._directory} could not be read "
+                    f"({system_reason(e)}); rerun the same command"
+                ) from e
             raise UserError(
-                f"checkpoint {step} in {self._manager.directory} is damaged ({type(e).__name__}); "
+                f"checkpoint {step} in {self._directory} is damaged ({type(e).__name__}); "
                 "remove that folder to resume from the one before it, or use --overwrite"
             ) from e
 
@@ -127,7 +214,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as e:
             raise UserError(
-                f"a checkpoint could not be written to {self._manager.directory} ({brief(e)}); "
+                f"a checkpoint could not be written to {self._directory} ({system_reason(e)}); "
                 "free some disk space, then rerun the same command"
             ) from e
 

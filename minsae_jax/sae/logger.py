@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 from minsae_jax.activations.stream import Source
+from minsae_jax.files import flush
 from minsae_jax.monitor import Csv, MemberLog, RunLog, Wandb, open_csv
 from minsae_jax.sae.checkpoints import Progress
 from minsae_jax.sae.config import TrainPlan
@@ -131,6 +132,21 @@ class RunLogger:
         if self._run_log:
             for name, image in measures.images.items():
                 self._run_log.add_image(name, image, step)
+
+    def flush(self) -> None:
+        """Flush everything logged so far to the disk.
+
+        Before a checkpoint: a resumed run appends to these files and does not write them again.
+        """
+        if not self._run_log:
+            return
+        paths = self._run_log.files()
+        for log in self._member_logs.values():
+            paths += log.files()
+        if self._held_out_csv:
+            self._held_out_csv.flush()
+            paths.append(self._held_out_csv.path)
+        flush(paths)
 
     def export(self, progress: Progress, store: Source, weights: Iterator[Params]) -> None:
         """Write every member's weights, for raw activations, then sweep.csv.

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from safetensors.numpy import load_file, save
 
-from minsae_jax.errors import UserError, brief
-from minsae_jax.files import atomic_write
+from minsae_jax.errors import UserError, brief, is_system_error
+from minsae_jax.files import atomic_write, flush, make_folder
 from minsae_jax.sae.kinds import KINDS, Params, SAEKind
 from minsae_jax.settings import JsonObject
 
@@ -119,15 +119,16 @@ def _decode(kind: SAEKind, params: Params, features: Array) -> Array:
 
 def save_member(folder: Path, params: Params, config: JsonObject) -> None:
     """Write config.json and sae.safetensors; the folder is a member once the latter exists."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     kind = KINDS[config.get("kind", "relu")]
     arrays = {name: np.asarray(params[name], np.float32, order="C") for name in kind.param_names}
     # Context managers exit in reverse order: the config is renamed before the weights.
     with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as about:
         weights.write_bytes(save(arrays))
         about.write_text(json.dumps(config, indent=2) + "\n")
-        # Old weights must never be seen with the new config.
+        # Old weights must never be seen with the new config, not even after a power cut.
         (folder / WEIGHTS).unlink(missing_ok=True)
+        flush([folder])
 
 
 def load_sae(folder: str | Path) -> SparseAutoencoder:
@@ -151,6 +152,8 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r} in {CONFIG}")
     except Exception as e:
+        if is_system_error(e):
+            raise
         raise UserError(f"{folder} contains a damaged autoencoder ({brief(e)})") from e
     check_params(KINDS[kind], params, str(folder / WEIGHTS))
     return SparseAutoencoder(params, config)

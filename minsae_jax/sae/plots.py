@@ -1,5 +1,6 @@
 """Plots of a run, by matplotlib: Pareto plots, and `minsae plot` for metrics over steps."""
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write
+from minsae_jax.files import atomic_write, make_folder
 from minsae_jax.sae.config import PlotConfig, load_run_config
 from minsae_jax.sae.history import Densities, MemberHistory, read_densities, read_histories
 from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, Hyper, sparsity, value_text, varied_names
@@ -300,7 +301,7 @@ def plot(settings: PlotConfig) -> PlotFiles:
     histories = read_histories(run)
     densities = read_densities(histories)
     out = Path(settings.out) if settings.out else run / "plots"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     files = PlotFiles(out / "mse_l1.png", out / "density.gif")
     _draw_metrics(files.metrics, histories, l1_title, run.resolve().name)
     _animate_densities(files.densities, histories, densities, run.resolve().name)
@@ -420,15 +421,18 @@ def _animate_densities(
         heading.set_text(f"{title}   step {step:,}   {tokens:,} tokens")
         images.append(_render(figure, images))
     durations = [FRAME_MILLISECONDS] * (len(images) - 1) + [LAST_FRAME_MILLISECONDS]
+    # Pillow itself ignores it if the system writes a part of a GIF only.
+    content = io.BytesIO()
+    images[0].save(
+        content,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=durations,
+        loop=0,
+    )
     with atomic_write(path) as temporary:
-        images[0].save(
-            temporary,
-            format="GIF",
-            save_all=True,
-            append_images=images[1:],
-            duration=durations,
-            loop=0,
-        )
+        temporary.write_bytes(content.getbuffer())
 
 
 def _frame_labels(histories: Sequence[MemberHistory], densities: Densities) -> list[list[str]]:

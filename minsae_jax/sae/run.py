@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write, foreign_entries, lock_folder
+from minsae_jax.files import atomic_write, foreign_entries, lock_folder, make_folder
 from minsae_jax.monitor import TFEVENTS_PREFIX, table
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
 from minsae_jax.sae.grid import HYPER_NAMES
@@ -150,7 +150,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Create the folder, or empty it with --overwrite, and hold its lock."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with lock_folder(self.folder):
             if self.config.overwrite:
                 _empty(self.folder)

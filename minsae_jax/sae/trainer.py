@@ -236,6 +236,7 @@ class Trainer:
         is_late = minutes > self.config.checkpoint_minutes
         if process_count() > 1 and not ends_interval:
             return False, False
+        self.checkpoints.is_saving()
         return any_process(stop, is_late)
 
     def _log_interval(self, device_metrics: DeviceMetrics, bar: Bar) -> None:
@@ -313,6 +314,8 @@ class Trainer:
                 self.logger.log_features(self.progress.step, measure_features(snapshots))
 
     def _save(self) -> None:
+        with barrier("write metrics"):
+            self.logger.flush()
         state = self.sweep.portable(self.state)
         self.checkpoints.save(self.progress, state, self.stream.get_state())
         self.saved_at = time.monotonic()

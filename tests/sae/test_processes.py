@@ -3,6 +3,7 @@
 import csv
 import signal
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from minsae_jax.sae.trainer import train
 from tests.cluster import ROOT, Cluster, minsae, wait_until
 from tests.conftest import write_small_store
+from tests.faults.io_errors import error_lines
 from tests.interrupt import train_until
 
 FLAGS = (
@@ -130,6 +132,36 @@ def test_signal_to_one_process_stops_both(small_store, tmp_path):
     assert second.stderr.splitlines()[-1] == message
     assert f"stopped at step {checkpoint_steps(run)[-1]}" in message
     assert "saved" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [0, 1])
+def test_checkpoint_that_fails_in_one_process_ends_both(small_store, tmp_path, full):
+    flags = ("--store", small_store, *FLAGS, "--num_steps", 100_000, "--feature_dim_factor", 64)
+    command = minsae("train", *flags, "--run_dir", tmp_path / "run", "--mesh", "1x4")
+    # Files are limited to 60 kB in one process, as if its disk were full.
+    limited = ["bash", "-c", 'ulimit -f 60; exec "$@"', "bash", *command]
+    commands = [command, command]
+    commands[full] = limited
+    for result in Cluster(*commands).wait():
+        assert result.returncode == 2, result.stderr
+        lines = error_lines(result.stderr)
+        assert len(lines) == 1, result.stderr
+        assert "could not write a checkpoint" in lines[0]
+
+
+@pytest.mark.slow
+def test_killed_process_is_noticed(small_store, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--store", small_store, *FLAGS, "--num_steps", 100_000, "--run_dir", run)
+    cluster = Cluster(minsae("train", *flags, "--mesh", "1x4"))
+    wait_until((run / "checkpoints/10").exists)
+    cluster.processes[1].kill()
+    killed_at = time.monotonic()
+    first, _ = cluster.wait()
+    assert time.monotonic() - killed_at < 60
+    assert first.returncode == 2, first.stderr
+    assert "another process of the cluster has ended" in first.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from minsae_jax.eeg.prepare.sources import Source, find_duplicates, find_sources
 from minsae_jax.eeg.recordings import LABELS, LENGTHS
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write, foreign_entries, lock_folder
+from minsae_jax.files import atomic_write, foreign_entries, lock_folder, make_folder
 from minsae_jax.monitor import progress, table
 
 TABLES = (DESCRIPTION, EVENTS, LABELS)  # written after LENGTHS is removed and before it is back
@@ -94,7 +94,7 @@ def prepare(config: PrepareConfig) -> Prepared:
     is_new_folder = not folder.exists()
     if not is_new_folder:
         _check_folder(folder)
-    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    make_folder(folder / RECORDS)
     try:
         with lock_folder(folder):
             return _prepare(config, plan, sources, labels, folder)

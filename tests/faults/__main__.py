@@ -1,0 +1,48 @@
+"""Command line of the fault injection, see the package."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.faults import io_errors, power_cuts
+from tests.faults.process import Server
+from tests.faults.verbs import VERBS, Workshop
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults")
+    parser.add_argument("faults", choices=["errors", "power"])
+    parser.add_argument("verbs", nargs="*", metavar="VERB", help=f"of {', '.join(VERBS)}")
+    parser.add_argument("--every", type=int, default=1, help="only every n-th call")
+    parser.add_argument("--all_errors", action="store_true", help="each call with each error")
+    parser.add_argument("--part", default="0/1", help="i/n for one of n processes")
+    args = parser.parse_args()
+    module = io_errors if args.faults == "errors" else power_cuts
+    cases: list = []
+    try:
+        run(args, cases)
+    finally:
+        # Also after Ctrl-C.
+        print(module.table(cases))
+    sys.exit(0 if all(case.is_good for case in cases) else 1)
+
+
+def run(args: argparse.Namespace, cases: list) -> None:
+    """Add all cases to the list, and print those that are not as promised."""
+    with Server() as server, tempfile.TemporaryDirectory(prefix="faults") as folder:
+        workshop = Workshop(server, Path(folder))
+        for name in args.verbs or VERBS:
+            verb = VERBS[name]
+            if args.faults == "errors":
+                sweep = io_errors.sweep(workshop, verb, args.every, args.all_errors, args.part)
+            else:
+                sweep = power_cuts.sweep(workshop, verb, args.every, args.part)
+            for case in sweep:
+                cases.append(case)
+                if not case.is_good or case.outcome == "advice":
+                    print(case, case.stderr[:2000], sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Errors of the system at every call on files: each ends in one line, and nothing is lost."""
+
+import errno
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.process import SHORT_WRITE, Fault, Result
+from tests.faults.verbs import Verb, Workshop, contents, temporary_files
+
+# A disk stays full; the other errors hit one call.
+ERRORS = {
+    "open": (errno.EMFILE, errno.EACCES, errno.EIO, errno.EINTR),
+    "write": (errno.ENOSPC, errno.EIO, SHORT_WRITE, errno.EINTR),
+    "flush": (errno.EIO, errno.ENOSPC),
+    "rename": (errno.EIO, errno.EACCES, errno.ENOSPC),
+    "unlink": (errno.EACCES, errno.EIO),
+    "stat": (errno.EIO, errno.EACCES),
+    "mkdir": (errno.ENOSPC, errno.EACCES),
+}
+PROGRESS = re.compile(r"[a-z]+( \w+)? +\d+%, ")  # a progress bar that is not on a terminal
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command with a fault, and what happened."""
+
+    verb: str
+    fault: Fault
+    outcome: str  # "error", "success" or "not reached" as promised, or what is wrong
+    stderr: str
+
+    @property
+    def is_good(self) -> bool:
+        return self.outcome in ("error", "success", "not reached")
+
+    def __str__(self) -> str:
+        error = "SHORT" if self.fault.error == SHORT_WRITE else errno.errorcode[self.fault.error]
+        return f"{self.verb}: {self.fault.kind} {self.fault.call} {error}: {self.outcome}"
+
+
+def faults(counts: dict[str, int], every: int, all_errors: bool) -> Iterator[Fault]:
+    """Yield a fault for every n-th call of each kind, with one of its errors in turn or all."""
+    for kind, errors in ERRORS.items():
+        for call in range(0, counts[kind], every):
+            chosen = errors if all_errors else [errors[(call // every) % len(errors)]]
+            for error in chosen:
+                yield Fault(kind, call, error, on=error == errno.ENOSPC)
+
+
+def inject(workshop: Workshop, verb: Verb, fault: Fault) -> Case:
+    """Run a command with a fault, then the same command without, and judge both."""
+    folder = workshop.fresh(verb)
+    expected = contents(workshop.finished(verb))
+    result = workshop.run(verb, fault=fault)
+    outcome = judge(result, folder, expected, fault)
+    if outcome == "error":
+        again = workshop.run(verb)
+        if again.code != 0:
+            outcome = f"the same command fails: {again.stderr.strip()}"
+        elif contents(folder) != expected:
+            outcome = f"other bytes after the same command: {differing(folder, expected)}"
+        elif temporary_files(folder):
+            outcome = f"left behind after the same command: {temporary_files(folder)}"
+    return Case(verb.name, fault, outcome, result.stderr)
+
+
+def judge(result: Result, folder: Path, expected: dict[str, str], fault: Fault) -> str:
+    """Return "error", "success" or "not reached", or what is wrong."""
+    if result.code == 0:
+        if contents(folder) != expected:
+            return f"success with other bytes: {differing(folder, expected)}"
+        # A file that cannot be removed stays.
+        if fault.kind != "unlink" and temporary_files(folder):
+            return f"success, but left behind: {temporary_files(folder)}"
+        return "success" if result.failed else "not reached"
+    if result.code is None:
+        return "hangs"
+    if result.code != 2:
+        return f"exit code {result.code}"
+    lines = error_lines(result.stderr)
+    if len(lines) != 1 or not lines[0].startswith("error: "):
+        return f"{len(lines)} lines instead of one"
+    if fault.kind != "unlink" and temporary_files(folder):
+        return f"left behind: {temporary_files(folder)}"
+    return "error"
+
+
+def error_lines(stderr: str) -> list[str]:
+    """Return the lines that are neither progress nor a warning."""
+    lines = [line for line in stderr.splitlines() if not PROGRESS.match(line)]
+    return [line for line in lines if not line.startswith("warning: ")]
+
+
+def differing(folder: Path, expected: dict[str, str]) -> list[str]:
+    """Return the names of missing, additional and changed files."""
+    actual = contents(folder)
+    names = sorted(expected.keys() | actual.keys())
+    return [name for name in names if expected.get(name) != actual.get(name)]
+
+
+def sweep(
+    workshop: Workshop, verb: Verb, every: int = 1, all_errors: bool = False, part: str = "0/1"
+) -> Iterator[Case]:
+    """Yield a case for every fault of a command; part: "i/n" for the i-th of n processes."""
+    workshop.finished(verb)
+    workshop.fresh(verb)
+    counts = workshop.run(verb).counts
+    index, parts = map(int, part.split("/"))
+    for i, fault in enumerate(faults(counts, every, all_errors)):
+        if i % parts == index:
+            yield inject(workshop, verb, fault)
+
+
+def table(cases: list[Case]) -> str:
+    """Return a line for each verb and kind of call: how many were tried and what happened."""
+    lines = []
+    for verb, kind in dict.fromkeys((case.verb, case.fault.kind) for case in cases):
+        of_kind = [case for case in cases if (case.verb, case.fault.kind) == (verb, kind)]
+        outcomes = Counter(case.outcome if case.is_good else "BAD" for case in of_kind)
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+        lines.append(f"{verb:16} {kind:7} {len(of_kind):5} tried: {counts}")
+    return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""A warm process that forks one child for each command, so that imports are paid once.
+
+It imports everything but uses no JAX device, since XLA's threads would not survive the fork. The
+child is a whole process: it leaves by the exit of the interpreter, as a command does.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import sys
+import time
+
+import matplotlib.pyplot  # noqa: F401
+import mne  # noqa: F401
+import orbax.checkpoint  # noqa: F401
+import tensorboardX  # noqa: F401
+import torch  # noqa: F401
+from tensorboard.plugins.hparams import summary_v2  # noqa: F401
+
+import convert.__main__
+import convert.braindecode
+import convert.encoder
+import minsae_jax.__main__
+import minsae_jax.eeg.prepare.prepare
+import minsae_jax.encoder.extract
+import minsae_jax.report.report
+import minsae_jax.sae.trainer
+from minsae_jax import cli
+
+PROGRAMS = {"minsae": minsae_jax.__main__.main, "convert": convert.__main__.main}
+KINDS = ("open", "write", "flush", "rename", "unlink", "stat", "mkdir")
+POLL_SECONDS = 0.005
+
+
+def serve() -> dict | None:
+    """Answer requests until stdin ends; in a child, return its request."""
+    library = ctypes.CDLL(None)
+    # Other than print, it cannot be redirected by what the imports did to stdout.
+    answers = os.fdopen(os.dup(1), "w")
+    gc.collect()
+    gc.freeze()
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        library.faults_reset()
+        child = os.fork()
+        if child == 0:
+            return request
+        counts = {}
+        code = wait(child, request["timeout"])
+        for i, kind in enumerate(KINDS):
+            counts[kind] = library.faults_count(i)
+        failed = bool(library.faults_count(len(KINDS)))
+        answer = {"code": code, "counts": counts, "failed": failed}
+        print(json.dumps(answer), file=answers, flush=True)
+    return None
+
+
+def wait(child: int, timeout: float) -> int | None:
+    """Return the exit code, negative after a signal, or None if the child hangs."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(POLL_SECONDS)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def prepare(request: dict) -> None:
+    """Give a child its folder, streams and fault."""
+    os.chdir(request["folder"])
+    streams = {0: os.devnull, 1: request["stdout"], 2: request["stderr"]}
+    for number, path in streams.items():
+        flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(path, flags, 0o600), number)
+    library = ctypes.CDLL(None)
+    library.faults_watch(os.getcwd().encode())
+    if request["record"]:
+        library.faults_record(request["record"].encode())
+    if request["fault"]:
+        kind, call, error, on = request["fault"]
+        library.faults_fail(KINDS.index(kind), call, error, on)
+
+
+if __name__ == "__main__":
+    request = serve()
+    if request is not None:
+        prepare(request)
+        cli.run(PROGRAMS[request["program"]], request["args"])
