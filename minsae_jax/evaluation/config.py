@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from minsae_jax.settings import AtLeastOne, NonNegative, Range, check_ranges, require
 
@@ -46,6 +46,9 @@ class MeasureConfig:
     """Number of windows for the loss-recovered measure."""
     mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.3
     """Share of patches masked for it, as in gPatchTST's pretraining."""
+    pooling: Literal["mean", "maximum", "active"] = "active"
+    """How activations are pooled over a recording to compare labels (labels.csv): their mean, their
+    maximum, or the share of tokens with the feature active."""
     seed: Annotated[int, NonNegative] = 0
     """Seed of masks, of spans without an event and of random examples."""
 

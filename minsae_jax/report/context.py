@@ -12,6 +12,7 @@ from minsae_jax.evaluation.config import Band
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.report.examples import Activity, Tokens
 from minsae_jax.report.excerpts import EventsByRecording, events_by_recording, shown_samples
+from minsae_jax.report.findings import Findings
 from minsae_jax.report.naming import Label
 from minsae_jax.report.spectra import BaseSpectra, measure_base_spectra
 from minsae_jax.sae.member import SparseAutoencoder
@@ -42,6 +43,8 @@ class Context:
     n_samples: int
     # Top examples of a feature with all channels
     montage_examples: int
+    # What evaluation found out; None without an evaluation
+    findings: Findings | None
     seed: int
 
 
@@ -56,6 +59,7 @@ def make_context(
     seed: int = 0,
     context_seconds: float | None = None,
     montage_examples: int = MONTAGE_EXAMPLES,
+    findings: Findings | None = None,
 ) -> Context:
     """Compute the data that all cards share.
 
@@ -76,5 +80,6 @@ def make_context(
         events=events_by_recording(dataset),
         n_samples=shown_samples(dataset, w, context_seconds),
         montage_examples=montage_examples,
+        findings=findings,
         seed=seed,
     )

@@ -172,6 +172,9 @@ def feature_row(context: Context, feature: int) -> FeatureRow:
     ratio = np.zeros(0)
     if context.dataset.has_channels:
         ratio = _channel_ratio(context, feature)
+    findings = context.findings
+    stability = None if findings is None else findings.stability_of(feature)
+    best = None if findings is None else best_event(findings.events_of(feature))
     return FeatureRow(
         id=feature,
         label=context.labels.get(feature, Label()).label,
@@ -185,6 +188,9 @@ def feature_row(context: Context, feature: int) -> FeatureRow:
         artefact=np.nan,
         artefact_top=np.nan,
         support=np.nan,
+        seeds=None if stability is None else stability.found,
+        event="" if best is None else best.kind,
+        event_auc=None if best is None else best.auc,
     )
 
 
@@ -231,6 +237,7 @@ def _describe(
         suggestion = suggest_name(context.bands, relative, band, positions)
         place = "" if positions is None else region(relative, positions)
         support = _support(context, feature, sample, place, band)
+    findings = context.findings
     return FeatureCard(
         id=feature,
         density=float(activity.density[feature]),
@@ -258,6 +265,10 @@ def _describe(
         waveform=_waveform(context, feature),
         artefacts=artefacts,
         artefacts_top=artefacts_top,
+        stability=None if findings is None else findings.stability_of(feature),
+        explained=None if findings is None else findings.explained_of(feature),
+        events=() if findings is None else findings.events_of(feature),
+        labels=() if findings is None else findings.labels_of(feature),
     )
 
 

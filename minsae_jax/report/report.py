@@ -6,16 +6,23 @@ from pathlib import Path
 
 import numpy as np
 
+from minsae_jax.evaluation.associations import measure_associations
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.inputs import Member
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation
+from minsae_jax.evaluation.steering.edit import can_steer
+from minsae_jax.evaluation.steering.results import Steering
+from minsae_jax.evaluation.steering.steer import steer_best
 from minsae_jax.report.budget import choose_features, plan_pages
 from minsae_jax.report.context import make_context
 from minsae_jax.report.describe import describe_all, feature_row
 from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
+from minsae_jax.report.fill_pages import best_features, fill_pages, shown_features
+from minsae_jax.report.findings import make_findings
 from minsae_jax.report.naming import LABELS_CSV, read_labels, warn_of_other_member
-from minsae_jax.report.page import EventRow, MemberRow, ReportMeta, read_member, write_pages
+from minsae_jax.report.page import MemberRow, ReportMeta, read_member, write_pages
+from minsae_jax.report.pages import Pages
 
 
 def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
@@ -34,6 +41,9 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     n_active = int((activity.active > 0).sum())
     n_samples = shown_samples(inputs.test, settings.w, settings.context_seconds)
     budget = plan_pages(inputs.test, n_samples, settings.top, n_active, settings.report_features)
+    associations = measure_associations(inputs, member, settings.pooling, settings.seed)
+    steering = _steer(settings, evaluation, member)
+    pages = fill_pages(evaluation, associations, steering)
     context = make_context(
         inputs.test,
         member.sae,
@@ -44,18 +54,20 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
         labels,
         context_seconds=settings.context_seconds,
         montage_examples=budget.montage_examples,
+        findings=make_findings(evaluation, associations),
     )
-    meta = _make_meta(settings, evaluation, member)
-    best = [row.feature for row in meta.events]
-    chosen = choose_features(member.sae, activity, [*labels, *best], budget.n_features)
+    meta = _make_meta(settings, evaluation, member, pages)
+    chosen = choose_features(
+        member.sae, activity, [*labels, *shown_features(pages)], budget.n_features
+    )
     if len(chosen) == n_active and settings.report_features is None:
         # The inactive ones too: their pages are short.
         chosen = list(range(member.sae.d_sae))
     else:
         rule = (
-            f"Pages were written for {len(chosen):,} features: labelled ones, the best of each "
-            "event, and those with the largest sum of activations times decoder norm. Set "
-            "--report_features for more."
+            f"Pages were written for {len(chosen):,} features: named ones, those in the tables of "
+            "events and labels, and those with the largest sum of activations times decoder norm. "
+            "Set --report_features for more."
         )
         meta = replace(meta, pages_rule=rule)
     others = sorted(set(range(member.sae.d_sae)) - set(chosen))
@@ -68,15 +80,24 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     return folder / "index.html"
 
 
-def _make_meta(settings: EvaluateConfig, evaluation: Evaluation, member: Member) -> ReportMeta:
+def _steer(settings: EvaluateConfig, evaluation: Evaluation, member: Member) -> dict[str, Steering]:
+    """Steer the best feature of each kind of event, if the encoder can run from a layer on."""
+    features = best_features(evaluation.find(member.name).event_evaluation)
+    inputs = evaluation.inputs
+    if not features or inputs.encoder is None or not can_steer(inputs.encoder, inputs.layer):
+        return {}
+    return steer_best(inputs, member, features, bands=settings.band_limits(), seed=settings.seed)
+
+
+def _make_meta(
+    settings: EvaluateConfig, evaluation: Evaluation, member: Member, pages: Pages
+) -> ReportMeta:
     inputs = evaluation.inputs
     test = inputs.test
     grid = test.tokens
     run = inputs.run.resolve()
     n_shifted = int(test.shifted.sum())
     notes = []
-    if not settings.member:
-        notes.append(f"recommended: {evaluation.rule}")
     if n_shifted:
         notes.append(f"recordings left out of the channels, since columns are shifted: {n_shifted}")
     sampling_rate = test.sampling_rate
@@ -105,7 +126,8 @@ def _make_meta(settings: EvaluateConfig, evaluation: Evaluation, member: Member)
         bands=settings.band_limits(),
         summary=_summary_rows(evaluation.find(member.name), member),
         members=_member_rows(evaluation),
-        events=_event_rows(evaluation, member.name),
+        events=(),
+        pages=pages,
         # The head, which makes the waveform, reads the last layer.
         waveform_exact=inputs.is_last_layer,
         shifted_recordings=n_shifted,
@@ -138,20 +160,3 @@ def _member_rows(evaluation: Evaluation) -> list[MemberRow]:
         )
         for m in evaluation.members
     ]
-
-
-def _event_rows(evaluation: Evaluation, name: str) -> list[EventRow]:
-    scores = evaluation.find(name).events or {}
-    rows = []
-    for kind, score in scores.items():
-        baseline = evaluation.baselines[kind]
-        row = EventRow(
-            kind=kind,
-            feature=score.feature,
-            auc=score.auc,
-            probe_auc=score.probe_auc,
-            raw_auc=baseline.raw_auc,
-            pca_auc=baseline.pca_auc,
-        )
-        rows.append(row)
-    return rows

@@ -62,6 +62,11 @@ class SteeredWindows(NamedTuple):
     patches: Float[np.ndarray, "windows variants sequences n_located patch_len"] | None
 
 
+def can_steer(encoder: BaseEncoder, layer: int) -> bool:
+    """Return whether the encoder can run from a layer on."""
+    return encoder.function_from(layer, lambda _, x: x[None]) is not None
+
+
 class SteeredEncoder:
     """The encoder with scaled features of one SAE at one layer, compiled once for each shape.
 

@@ -1,0 +1,77 @@
+"""What the features of one member are related to, beside events: groups of tokens, and labels.
+
+Activations are pooled once for each store. Labels are tested on the patients of the val and test
+splits together; probes are fitted on the val patients and scored on the test patients.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minsae_jax.evaluation.inputs import EvaluationInputs, Member
+from minsae_jax.evaluation.label_probes import LabelProbe, PooledSplits, probe_label
+from minsae_jax.evaluation.label_tests import LabelResult, compare_labels
+from minsae_jax.evaluation.labels import PatientLabel, read_labels
+from minsae_jax.evaluation.pooling import PatientValues, Pooled, Pooling, by_patient, pool
+from minsae_jax.evaluation.variance import VarianceShares, variance_shares
+
+
+@dataclass(frozen=True)
+class LabelAssociation:
+    """A label, its tests on all features, and the probes on few of them."""
+
+    label: PatientLabel
+    # None if there are too few patients; `tests.note` says so
+    tests: LabelResult
+    # A sentence if there is no probe
+    probe: LabelProbe | str
+
+
+@dataclass(frozen=True)
+class Associations:
+    """What else explains the features of a member, and the labels that they are related to."""
+
+    # On the test patients
+    variance: VarianceShares
+    # Empty without labels.csv
+    labels: tuple[LabelAssociation, ...]
+    pooling: Pooling
+    # Recordings in which labels were tested
+    n_recordings: int
+
+
+def measure_associations(
+    inputs: EvaluationInputs, member: Member, pooling: Pooling, seed: int
+) -> Associations:
+    """Return the associations of one member's features.
+
+    pooling: of activations over the tokens of a recording. seed: of the permuted labels. Raises
+    UserError if labels.csv is invalid.
+    """
+    pooled = pool(inputs.test, member.sae)
+    variance = variance_shares(pooled)
+    splits = [inputs.test] if inputs.val is None else [inputs.val, inputs.test]
+    recordings = [name for split in splits for name in split.recordings]
+    labels = read_labels(inputs.test.folder, recordings)
+    if not labels:
+        return Associations(variance, (), pooling, 0)
+    by_split = [pool(split, member.sae) for split in splits[:-1]] + [pooled]
+    pooled_recordings = [name for each in by_split for name in each.recordings]
+    values = np.concatenate([each.values(pooling) for each in by_split])
+    tests = compare_labels(by_patient(pooled_recordings, values), labels)
+    probes: list[LabelProbe | str]
+    if inputs.val is None:
+        probes = ["a probe requires a store of the val patients"] * len(labels)
+    else:
+        features = PooledSplits(*_patient_values(by_split, pooling))
+        raw = PooledSplits(*_patient_values([pool(split, None) for split in splits], pooling))
+        probes = [probe_label(label, features, raw, seed=seed) for label in labels]
+    associations = []
+    for label, test, probe in zip(labels, tests, probes, strict=True):
+        associations.append(LabelAssociation(label, test, probe))
+    return Associations(variance, tuple(associations), pooling, len(pooled_recordings))
+
+
+def _patient_values(pooled: Sequence[Pooled], pooling: Pooling) -> list[PatientValues]:
+    return [by_patient(each.recordings, each.values(pooling)) for each in pooled]

@@ -1,0 +1,103 @@
+"""What evaluation found out about each feature of the reported member, as its card shows it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from minsae_jax.evaluation.associations import Associations
+from minsae_jax.evaluation.results import Evaluation, FeatureEvents
+from minsae_jax.evaluation.stability import MIN_COSINE, Stability
+from minsae_jax.report.pages import (
+    SIGNIFICANT,
+    DetectedEvent,
+    DetectedLabel,
+    Explained,
+    SeedMatch,
+    SeedStability,
+)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Measures of every feature; a part is None or empty where nothing was measured."""
+
+    events: FeatureEvents | None
+    stability: Stability | None
+    associations: Associations
+
+    def events_of(self, feature: int) -> list[DetectedEvent]:
+        """Return how well the feature detects each kind of event, the best first."""
+        if self.events is None:
+            return []
+        found = []
+        for i, kind in enumerate(self.events.kinds):
+            event = DetectedEvent(
+                kind=kind,
+                auc=float(self.events.auc[i, feature]),
+                recall=float(self.events.recall[i, feature]),
+                precision=float(self.events.precision[i, feature]),
+                val_auc=float(self.events.val_auc[i, feature]),
+            )
+            found.append(event)
+        return sorted(found, key=lambda event: -event.auc)
+
+    def stability_of(self, feature: int) -> SeedStability | None:
+        """Return in how many seeds the feature is found, and its matches."""
+        stability = self.stability
+        if stability is None or not stability.is_live[feature]:
+            return None
+        matches = []
+        for i, member in enumerate(stability.others):
+            if stability.match[i, feature] >= 0:
+                cosine = float(stability.decoder_cosine[i, feature])
+                match = SeedMatch(
+                    member=member,
+                    feature=int(stability.match[i, feature]),
+                    encoder_cosine=float(stability.encoder_cosine[i, feature]),
+                    decoder_cosine=cosine,
+                    is_same=cosine > MIN_COSINE,
+                )
+                matches.append(match)
+        found = int(stability.seeds_with()[feature])
+        return SeedStability(found, stability.n_seeds, matches)
+
+    def explained_of(self, feature: int) -> Explained:
+        """Return which share of the feature's variance other things explain."""
+        variance = self.associations.variance
+        share = float(variance.top_patient_share[feature])
+        return Explained(
+            position=float(variance.position[feature]),
+            channel=float(variance.channel[feature]),
+            recording=float(variance.recording[feature]),
+            patient=float(variance.patient[feature]),
+            top_patient=variance.top_patient[feature],
+            top_patient_share=None if np.isnan(share) else share,
+        )
+
+    def labels_of(self, feature: int) -> Sequence[DetectedLabel]:
+        """Return the labels that the feature is related to, by q."""
+        found = []
+        for association in self.associations.labels:
+            test = association.tests.test
+            if test is not None and test.q[feature] <= SIGNIFICANT:
+                label = DetectedLabel(
+                    label=test.label,
+                    effect=float(test.effect[feature]),
+                    p=float(test.p[feature]),
+                    q=float(test.q[feature]),
+                )
+                found.append(label)
+        return sorted(found, key=lambda label: label.q)
+
+
+def make_findings(evaluation: Evaluation, associations: Associations) -> Findings:
+    """Return the findings about the features of the member that is reported."""
+    evaluated = evaluation.find(evaluation.selected)
+    events = evaluated.event_evaluation
+    stability = evaluated.stability
+    return Findings(
+        events=None if events is None else events.features,
+        stability=None if stability is None else stability.features,
+        associations=associations,
+    )
