@@ -14,6 +14,7 @@ from minsae_jax.activations.manifest import read_manifest
 from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.recordings import load_recording
 from tests.described import BURST, HZ, N_CHANNELS, RATE
+from tests.report.reading import read_cards, read_script
 
 WINDOW = 800
 PATCH = 100
@@ -81,15 +82,12 @@ def run(described, encoder, tmp_path_factory) -> Path:
     return base / "run"
 
 
-def read_script(path: Path):
-    return json.loads(path.read_text().removeprefix("receive(").removesuffix(");\n"))
-
-
 @pytest.fixture(scope="module")
 def card(run):
     """The report's data of the feature that finds the bursts."""
     member = json.loads((run / "evaluation.json").read_text())["members"][0]
-    return read_script(run / f"report/data/f{member['events']['burst']['feature']:05d}.js")
+    feature = member["events"]["burst"]["feature"]
+    return next(card for card in read_cards(run / "report") if card["id"] == feature)
 
 
 def test_store_describes_recordings_and_tokens(described, encoder, run):

@@ -23,6 +23,7 @@ from minsae_jax.eeg.events import EVENTS, split_channels
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_TOKENS = 8192  # encoded at a time
 
@@ -197,6 +198,16 @@ def max_over_spans(
     """Return the maximum over the tokens of each span; lengths: their tokens, span after span."""
     # reduceat takes the maximum from each span's first row to that of the next.
     return np.maximum.reduceat(values, np.cumsum(lengths) - lengths, axis=0)
+
+
+def span_maxima(sae: SparseAutoencoder, spans: SpanActivations) -> Float[np.ndarray, "spans d_sae"]:
+    """Return the largest activation of each feature in every span."""
+    maxima = []
+    for group in span_groups(spans.activations):
+        activations = [spans.activations[i] for i in group]
+        values = np.asarray(sae.encode(np.concatenate(activations)))
+        maxima.append(max_over_spans(values, np.array([len(x) for x in activations])))
+    return np.concatenate(maxima)
 
 
 def auc(

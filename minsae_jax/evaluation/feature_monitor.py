@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -23,9 +23,8 @@ from minsae_jax.evaluation.events import (
     auc,
     draw_spans,
     gather,
-    max_over_spans,
     read_events,
-    span_groups,
+    span_maxima,
 )
 from minsae_jax.evaluation.inputs import Member
 from minsae_jax.evaluation.stability import seed_stability
@@ -115,24 +114,13 @@ class FeatureMonitor:
 
 def best_feature(sae: SparseAutoencoder, spans: SpanActivations) -> BestFeature:
     """Return the feature with the largest AUC for events against spans without one."""
-    scores = _max_per_span(sae, spans)
+    scores = span_maxima(sae, spans)
     aucs = auc(scores, spans.is_event)
     feature = int(np.argmax(aucs))
     order = np.argsort(-scores[:, feature], kind="stable")
     n_events = int(spans.is_event.sum())
     precision = float(spans.is_event[order[:n_events]].mean())
     return BestFeature(feature, float(aucs[feature]), precision, order[:EXAMPLES])
-
-
-def _max_per_span(
-    sae: SparseAutoencoder, spans: SpanActivations
-) -> Float[np.ndarray, "spans d_sae"]:
-    scores = []
-    for group in span_groups(spans.activations):
-        activations = [spans.activations[i] for i in group]
-        values = np.asarray(sae.encode(np.concatenate(activations)))
-        scores.append(max_over_spans(values, np.array([len(x) for x in activations])))
-    return np.concatenate(scores)
 
 
 def _event_metrics(best: Mapping[str, BestFeature]) -> dict[str, float]:

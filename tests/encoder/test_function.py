@@ -11,7 +11,8 @@ from minsae_jax.eeg.recordings import load_recording
 from minsae_jax.encoder.live import open_live
 from minsae_jax.evaluation.dataset import open_dataset
 from minsae_jax.evaluation.events import Span, covered_tokens, read_events, tokens_of
-from minsae_jax.report.describe import describe, make_context
+from minsae_jax.report.context import make_context
+from minsae_jax.report.describe import describe
 from minsae_jax.report.examples import collect
 from tests.described import BURST, HZ, N_CHANNELS, RATE
 
@@ -143,8 +144,10 @@ def test_card_of_a_feature_is_of_its_channels(described, dataset):
         column = described.names.index(example.channel)
         expected = eeg[at : at + len(example.trace), column]
         np.testing.assert_allclose(example.trace / 10, expected, atol=0.051)
-        # The strip is of the patches on the example's channel.
-        spectrum = np.abs(np.fft.rfft(expected.reshape(-1, PATCH)))[:, 6]
+        # The strip is of the patches on the example's channel, inside its window.
+        first = round(RATE * (example.strip_start - example.start))
+        in_window = expected[first : first + len(example.strip) * PATCH]
+        spectrum = np.abs(np.fft.rfft(in_window.reshape(-1, PATCH)))[:, 6]
         np.testing.assert_allclose(example.strip, np.maximum(spectrum - 15, 0), atol=0.01)
 
 

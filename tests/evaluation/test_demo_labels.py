@@ -1,12 +1,11 @@
 """The demo's planted label, from recordings to q: who has more spindles is found, age is not."""
 
-import numpy as np
 import pytest
 
 import minsae_jax as ms
 from convert.encoder import convert_encoder
 from minsae_jax.evaluation.dataset import open_dataset
-from minsae_jax.evaluation.events import auc, draw_spans, gather, max_per_span, read_events
+from minsae_jax.evaluation.events import auc, draw_spans, gather, read_events, span_maxima
 from minsae_jax.evaluation.label_tests import compare_labels
 from minsae_jax.evaluation.labels import read_labels
 from minsae_jax.evaluation.pooling import by_patient, pool
@@ -44,7 +43,7 @@ def test_more_spindles_are_found_by_features_of_spindles(tmp_path):
     aucs = {}
     for kind, events in read_events(dataset.folder).items():
         spans = gather(dataset, draw_spans(dataset, events, 0))
-        scores = max_per_span(spans.activations, lambda x: np.asarray(sae.encode(x)))
+        scores = span_maxima(sae, spans)
         aucs[kind] = auc(scores, spans.is_event)
     found = tests["more_spindles"].significant()
     assert len(found) > 0

@@ -63,7 +63,7 @@ def planted(tmp_path_factory):
         eval_every=0,
     )
     ms.train(config)
-    members = open_members(folder / "run", None)
+    members = open_members(folder / "run")
     return Planted(members, dictionary, test, codes.reshape(-1, N_TRUE))
 
 

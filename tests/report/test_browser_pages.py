@@ -25,8 +25,8 @@ from tests.report.made_up import (
     make_pages,
     with_findings,
 )
+from tests.report.reading import read_script
 from tests.report.test_browser import HOSTILE, find, shown, texts, visit, wait, wait_for_feature
-from tests.report.test_page import read
 
 pytestmark = pytest.mark.slow
 N = 40
@@ -435,7 +435,7 @@ def test_131072_features_are_shown(page, tmp_path):
     write_pages(folder, make_meta(pages=make_pages(N)), [make_dead_card(0, 1)])
     n = 131_072
     density = 10 ** np.random.default_rng(0).uniform(-5, 0, n)
-    index = read(folder / "index_data.js")
+    index = read_script(folder / "index_data.js")
     row = dict(zip(index["columns"], index["rows"][0], strict=True))
     rows = [list((row | {"id": i, "density": float(x)}).values()) for i, x in enumerate(density)]
     (folder / "index_data.js").write_text(f"receive({json.dumps(index | {'rows': rows})});\n")

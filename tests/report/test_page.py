@@ -1,8 +1,6 @@
 """The report as files."""
 
 import base64
-import gzip
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,32 +19,10 @@ from tests.report.made_up import (
     make_pages,
     with_findings,
 )
+from tests.report.reading import read_cards, read_script
 
 N = 40
 DEAD = (7, 13)
-
-
-def read(script: Path):
-    def fail(constant):
-        raise ValueError(f"{script} has {constant}, which is not JSON")
-
-    text = script.read_text()
-    assert text.startswith("receive(")
-    assert text.endswith(");\n")
-    return json.loads(text[len("receive(") : -len(");\n")], parse_constant=fail)
-
-
-def read_cards(folder: Path) -> list[dict]:
-    """Return all cards in the order of the files."""
-    cards = []
-    for number, path in enumerate(sorted((folder / "data").iterdir())):
-        pack = read(path)
-        assert path.name == f"p{number:04d}.js"
-        assert pack["pack"] == number
-        content = gzip.decompress(base64.b64decode(pack["cards"])).decode()
-        assert "NaN" not in content
-        cards += json.loads(content)
-    return cards
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +36,7 @@ def test_files(report):
     assert {p.name for p in report.iterdir()} == {*PAGE_FILES, "index_data.js", "data"}
     assert [p.name for p in report.parent.iterdir()] == ["report"]
     assert [p.name for p in (report / "data").iterdir()] == ["p0000.js"]
-    index = read(report / "index_data.js")
+    index = read_script(report / "index_data.js")
     assert len(index["meta"]["positions"]) == 19
     cards = zip(index["rows"], make_cards(N, DEAD), read_cards(report), strict=True)
     for row, card, data in cards:
@@ -81,7 +57,7 @@ def test_files(report):
 
 def test_keys_of_the_data_files(report):
     """report.js and other programs read these."""
-    index = read(report / "index_data.js")
+    index = read_script(report / "index_data.js")
     assert index["columns"] == [
         "id",
         "label",
@@ -126,7 +102,7 @@ def test_findings_of_the_evaluation(tmp_path):
     """Columns of the table of features, and keys of the pages."""
     cards = [with_findings(card) for card in make_cards(6)]
     write_pages(tmp_path / "report", make_meta(pages=make_pages(6)), cards)
-    index = read(tmp_path / "report/index_data.js")
+    index = read_script(tmp_path / "report/index_data.js")
     for row, card in zip(index["rows"], cards, strict=True):
         best = max(card.events, key=lambda event: event.auc)
         assert row[-4:] == [card.stability.found, best.kind, float(f"{best.auc:.4g}"), 0]
@@ -173,7 +149,7 @@ def test_features_are_packed(tmp_path):
     write_pages(tmp_path / "report", make_meta(), iter(cards), iter(without))
     assert len(list((tmp_path / "report/data").iterdir())) == -(-200 // PACK)
     assert [card["id"] for card in read_cards(tmp_path / "report")] == list(range(0, 400, 2))
-    rows = read(tmp_path / "report/index_data.js")["rows"]
+    rows = read_script(tmp_path / "report/index_data.js")["rows"]
     assert [row[0] for row in rows] == list(range(400))
     assert [row[-1] for row in rows[::2]] == [i // PACK for i in range(200)]
     assert [row[-1] for row in rows[1::2]] == [None] * 200
@@ -204,7 +180,7 @@ def test_rewriting_keeps_other_files(tmp_path):
     assert (folder / "labels.csv.backup").read_text() == "mine"
     assert (folder / "notes/a.txt").read_text() == "mine"
     assert len(read_cards(folder)) == 3
-    assert len(read(folder / "index_data.js")["rows"]) == 3
+    assert len(read_script(folder / "index_data.js")["rows"]) == 3
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
 
 
@@ -218,7 +194,7 @@ def test_failure_leaves_the_older_report(tmp_path):
 
     with pytest.raises(RuntimeError, match="no memory"):
         write_pages(folder, make_meta(title="newer"), failing_cards())
-    assert read(folder / "index_data.js")["meta"]["title"] == "older"
+    assert read_script(folder / "index_data.js")["meta"]["title"] == "older"
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
 
 

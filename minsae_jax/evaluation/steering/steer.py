@@ -47,7 +47,7 @@ def steer(
     member_name = settings.member or _recommended(Path(settings.run))
     evaluate_settings = settings.inputs_of(member_name)
     inputs = open_inputs(evaluate_settings, encoder, train_config)
-    (member,) = inputs.members
+    member = next(m for m in inputs.members if m.name == member_name)
     features = settings.feature
     _check_features(member, features)
     steered = SteeredEncoder(encoder, inputs.test, inputs.layer, member.sae)

@@ -17,6 +17,7 @@ from minsae_jax import EvaluateConfig, TrainConfig, UserError, evaluate, load_sa
 from minsae_jax.sae import config
 from minsae_jax.sae.kinds import KINDS, SAEKind
 from tests.interrupt import train_until
+from tests.report.reading import read_cards
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def test_new_kind_goes_through_the_pipeline(new_kind, trained, tmp_path):
     (of_squared,) = evaluation.members
     assert of_squared.hyper["kind"] == "squared"
     assert 0 < of_squared.tokens.fvu < 0.9
-    assert len(list((run.folder / "report/data").iterdir())) == 32
+    assert len(read_cards(run.folder / "report")) == 32
 
     convert_sae(squared.folder, "member", tmp_path / "copy")
     again = load_file(tmp_path / "copy/sae.safetensors")
