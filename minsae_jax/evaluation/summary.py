@@ -23,13 +23,12 @@ if TYPE_CHECKING:  # results.py imports this module
     )
 
 EVENTS_NOTE = """\
-Means over the kinds of events, on test patients, with features chosen on val patients. AUC, recall
-(at 90 % precision) and 5-probe: a span with an event against one without. Token AUC and precision:
-single tokens, of which few are in an event. 5-probe: logistic regression on the best five features.
-x̂ probe: (AUC - 0.5) of a linear probe on the activations that is kept on x̂. TPP: by how much more
-the ablation of five features lowers the probe of their own kind than those of other kinds. pure:
-features whose strongest tokens nearly all touch one kind."""
+Means over the kinds of events, of the best feature for each, chosen on val patients and measured on
+test patients. AUC: a span with an event against one without. Token AUC and precision: single
+tokens, of which few are in an event. pure: features whose strongest tokens nearly all touch one
+kind. Recall, probes and ablations of features are in evaluation.csv."""
 KINDS_NOTE = """\
+Recall is at 90 % precision among spans; 5-probe: logistic regression on the best five features.
 ties: other features whose AUC on val is inside the 95 % interval of the best feature's, and the
 range of the AUC of all of them on test. chance: the precision of random tokens."""
 
@@ -67,7 +66,7 @@ def _members_table(evaluation: "Evaluation") -> str:
         columns.append("stability")
     n_measures = len(columns)
     if evaluation.baselines:
-        columns += ["AUC", "recall", "5-probe", "x̂ probe", "TPP", "token AUC", "precision", "pure"]
+        columns += ["AUC", "token AUC", "precision", "pure"]
     rows = []
     for member in evaluation.members:
         row = [
@@ -125,10 +124,6 @@ def _event_cells(events: "EventSummary | None") -> list[str]:
         return []
     return [
         f"{events.auc:.3f}{_range(events.auc_interval, '.3f')}",
-        f"{events.recall:.1%}",
-        f"{events.probe_auc:.3f}",
-        f"{events.probe_recovered:.1%}",
-        f"{events.tpp:.3f}",
         f"{events.token_auc:.3f}",
         f"{events.precision:.1%}",
         str(events.pure_features),
