@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def steer(config: SteerConfig) -> None:
-    """Scale features of an SAE in the encoder, and show what changes in its output and probes."""
+    """Scale features of an SAE in the encoder, and measure the change of its output and probes."""
     steering = api.steer(config)
     print(steering.summary())
     print(f"open {steering.folder / 'steering.png'}")

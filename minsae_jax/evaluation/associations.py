@@ -1,4 +1,4 @@
-"""What the features of one member are related to, beside events: groups of tokens, and labels.
+"""Relations of the features of one member to groups of tokens and to labels of patients.
 
 Activations are pooled once for each store. Labels are tested on the patients of the val and test
 splits together; probes are fitted on the val patients and scored on the test patients.
@@ -30,7 +30,7 @@ class LabelAssociation:
 
 @dataclass(frozen=True)
 class Associations:
-    """What else explains the features of a member, and the labels that they are related to."""
+    """Shares of variance and labels of the features of one member."""
 
     # On the test patients
     variance: VarianceShares

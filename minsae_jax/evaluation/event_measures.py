@@ -204,7 +204,7 @@ def measure_spans(
 
 
 class _EncodedSpans(NamedTuple):
-    """What one autoencoder makes of the spans of one kind."""
+    """The features of one autoencoder on the spans of one kind."""
 
     # Largest activation of each feature over the tokens of each span
     maxima: Float[np.ndarray, "spans d_sae"]

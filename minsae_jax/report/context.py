@@ -43,7 +43,7 @@ class Context:
     n_samples: int
     # Top examples of a feature with all channels
     montage_examples: int
-    # What evaluation found out; None without an evaluation
+    # Results of the evaluation; None without one
     findings: Findings | None
     seed: int
 

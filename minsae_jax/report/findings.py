@@ -1,4 +1,4 @@
-"""What evaluation found out about each feature of the reported member, as its card shows it."""
+"""Results of the evaluation for each feature of the reported member, as its card shows them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -235,7 +235,7 @@ class LabelPage:
     # By q, the smallest first
     features: Sequence[LabelledFeature] = ()
     probe: LabelProbe | None = None
-    # What was left out or not measured, and why
+    # Parts that were left out or not measured, with the reason
     notes: Sequence[str] = ()
 
 

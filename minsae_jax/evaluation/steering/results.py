@@ -47,7 +47,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Steering:
-    """What changes in an encoder when features of an SAE at one of its layers are scaled."""
+    """Changes in an encoder when features of an SAE at one of its layers are scaled."""
 
     # Folder of the run
     run: str
