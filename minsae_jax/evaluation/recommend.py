@@ -109,8 +109,13 @@ def _reason(best: MemberEvaluation, n_equal: int, n_eligible: int, is_better: bo
     )
     if n_equal == 1:
         return reason
-    choice = "its features are the most stable, or else it has most pure ones"
-    return f"{reason}; of {n_equal} within 5 %, {choice}"
+    if best.stability is not None:
+        choice = "the most stable features"
+    elif best.event_summary is not None:
+        choice = "the most pure features"
+    else:
+        choice = "the shortest one"
+    return f"{reason}; of the {n_equal} within 5 % of the shortest, it has {choice}"
 
 
 def dominating(member: MemberEvaluation, pca: Sequence[PCAEvaluation]) -> PCAEvaluation | None:
