@@ -14,12 +14,13 @@ from scipy.sparse import csr_array
 
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
+from minsae_jax.report.ahead import start_ahead
 from minsae_jax.report.entries import EDGES, ActiveEntries, EncodedBatch, encode_batch, find_active
 from minsae_jax.report.selection import LargestByFeature, StrongestExamples
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_TOKENS = 8192
-BATCH_FEATURES = 1 << 25  # 128 MB of features; two batches are in memory
+BATCH_FEATURES = 1 << 25  # 128 MB of features; two to five batches are in memory
 COACTIVE_TOKENS = 65_536  # sample for co-activity
 COACTIVE_PAIRS = 100_000_000  # at most, of active features of the sampled tokens
 
@@ -140,18 +141,15 @@ def collect(
 
 
 def _encode_all(dataset: Dataset, sae: SparseAutoencoder) -> Iterator[EncodedBatch]:
-    """Yield the features of all sequences; each batch is encoded while the last one is used."""
+    """Yield the features of all sequences; later batches are encoded while one is used."""
     n_sequences = len(dataset.recording)
     sequences = min(max(1, batch_tokens(sae) // dataset.n_tokens), n_sequences)
-    previous = None
-    for first in range(0, n_sequences, sequences):
+
+    def start(first: int) -> EncodedBatch:
         x = dataset.read(first, min(first + sequences, n_sequences))
-        batch = encode_batch(sae, first, x, sequences)
-        if previous is not None:
-            yield previous
-        previous = batch
-    if previous is not None:
-        yield previous
+        return encode_batch(sae, first, x, sequences)
+
+    return start_ahead(range(0, n_sequences, sequences), start)
 
 
 def batch_tokens(sae: SparseAutoencoder) -> int:
