@@ -17,7 +17,7 @@ from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
 
 WORD = 32  # bits
-ENCODE_TILE = 256  # tokens, a multiple of WORD; as TopK's
+ENCODE_TILE = 256  # tokens, a multiple of WORD
 EDGES = np.geomspace(1e-4, 1e4, 8 * 8 + 1)  # of the activation histogram
 # The smallest float32 numbers that are not below them.
 _EDGES_32 = EDGES.astype(np.float32)
