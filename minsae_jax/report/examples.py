@@ -21,6 +21,7 @@ from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_TOKENS = 8192
 BATCH_FEATURES = 1 << 25  # 128 MB of features; two to five batches are in memory
+CANDIDATES = 2  # times the number of top examples
 COACTIVE_TOKENS = 65_536  # sample for co-activity
 COACTIVE_PAIRS = 100_000_000  # at most, of active features of the sampled tokens
 
@@ -33,6 +34,10 @@ class Tokens:
     token: Int[np.ndarray, "d_sae n"]
     activation: Float[np.ndarray, "d_sae n"]
 
+    def first(self, count: int) -> "Tokens":
+        """Return the best `count` tokens of each feature."""
+        return Tokens(self.sequence[:, :count], self.token[:, :count], self.activation[:, :count])
+
 
 @dataclass(frozen=True)
 class Activity:
@@ -40,6 +45,8 @@ class Activity:
 
     n_tokens: int
     top: Tokens
+    # `top`, and as many after it, to replace those that overlap a stronger one
+    candidates: Tokens
     random: Tokens
     # Number of active tokens
     active: Int[np.ndarray, " d_sae"]
@@ -101,7 +108,7 @@ def collect(
 ) -> Activity:
     """Return the activity of every feature; memory grows with d_sae, not with the store."""
     n_tokens = dataset.n_tokens
-    strongest = StrongestExamples(sae.d_sae, top, per_recording)
+    strongest = StrongestExamples(sae.d_sae, CANDIDATES * top, per_recording)
     sample = LargestByFeature(sae.d_sae, random)
     counts = _Counts(dataset, sae.d_sae)
     n_sequences = len(dataset.recording)
@@ -124,9 +131,11 @@ def collect(
             counts.add(batch, entries)
             pairs.add(first_position, entries)
             bar.advance(batch.n_sequences)
+    candidates = _to_tokens(strongest.finish(), n_tokens)
     return Activity(
         n_tokens=counts.n_tokens,
-        top=_to_tokens(strongest.finish(), n_tokens),
+        top=candidates.first(top),
+        candidates=candidates,
         random=_to_tokens(sample, n_tokens),
         active=counts.by_token.sum(axis=1),
         total=counts.total,

@@ -24,8 +24,8 @@ from minsae_jax.sae.kinds.linear import Activated, LinearSAE, LinearSums, Vector
 from minsae_jax.sae.kinds.products import Weights, product
 from minsae_jax.sae.kinds.select import keep_largest
 
-# Tokens that `encode` selects from at once on CPU; fewer if their features are more than 4 MB, which
-# does not fit the cache.
+# Tokens that `encode` selects from at once on CPU, or fewer: features of over 4 MB do not fit the
+# cache.
 ENCODE_TILE = 256
 LEAST_TILE = 64
 TILE_FEATURES = 2**20
