@@ -1,25 +1,27 @@
 """The activations around examples, read in one pass over the store for all features.
 
-Examples are sorted by their place in the store, so that each shard is read once and in order.
+Examples are sorted by their place in the store, so that each shard is read once and in order. Where
+a feature depends on the others (TopK), each token that any example shows is encoded once.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
-from minsae_jax.report.examples import batch_tokens
-from minsae_jax.sae.kinds import Params, SAEKind
+from minsae_jax.report.ahead import start_ahead
+from minsae_jax.report.entries import ENCODE_TILE, encode_rows
+from minsae_jax.report.examples import BATCH_TOKENS, batch_tokens
 from minsae_jax.sae.member import SparseAutoencoder
 
-CHUNK = 256  # examples at a time, at most
+CHUNK = 256  # examples at a time, at most, where only their features are encoded
+MAX_EXAMPLES = 65_536  # at a time where all features are encoded, so that memory is bounded
 OTHER_FEATURES = 5  # listed with an example
 
 
@@ -82,32 +84,29 @@ def measure_examples(
     others = np.zeros((len(feature), OTHER_FEATURES), np.int32)
     activations = np.zeros((len(feature), OTHER_FEATURES), np.float32)
     order = np.argsort(sequence, kind="stable")
+    measure = _measure_some if sae.kind.independent else _measure_all
+
+    def start(examples: Int[np.ndarray, " chunk"]) -> tuple[_Chunk, _Measured]:
+        shown = [stretches[i].tokens for i in examples.tolist()]
+        chunk = _read_chunk(dataset, examples, shown, sequence[examples], token[examples])
+        return chunk, measure(sae, chunk, feature[examples])
+
     with progress("read examples", len(feature), "examples", delay=2.0) as bar:
-        for chunk in _chunks(order, lengths, batch_tokens(sae)):
-            x = _read(dataset, sequence[chunk])
-            rows = np.concatenate([x[i][stretches[j].tokens] for i, j in enumerate(chunk.tolist())])
-            # One shape for all chunks.
-            indices = np.zeros(CHUNK, np.int64)
-            indices[: len(chunk)] = feature[chunk]
-            encoded = sae.encode_features(rows, indices.tolist())
-            begin = 0
-            for i, j in enumerate(chunk.tolist()):
-                stop = begin + int(lengths[j])
-                values[ends[j] - lengths[j] : ends[j]] = encoded[begin:stop, i]
-                begin = stop
-            at_token = np.zeros((CHUNK, sae.d_model), np.float32)
-            at_token[: len(chunk)] = [x[i][token[j]] for i, j in enumerate(chunk.tolist())]
-            top = _strongest_others(sae, at_token, indices)
-            n_others = top[0].shape[1]
-            activations[chunk, :n_others] = top[0][: len(chunk)]
-            others[chunk, :n_others] = top[1][: len(chunk)]
-            bar.advance(len(chunk))
+        for chunk, measured in start_ahead(_chunks(dataset, sae, order, sequence, lengths), start):
+            examples = chunk.examples
+            n_shown = lengths[examples]
+            place = np.repeat((ends - lengths)[examples], n_shown) + _count_up(n_shown)
+            values[place] = np.asarray(measured.values)[: len(place)]
+            largest = np.asarray(measured.largest)[chunk.place]
+            index = np.asarray(measured.index)[chunk.place]
+            others[examples], activations[examples] = _without(feature[examples], index, largest)
+            bar.advance(len(examples))
     first = 0
     for count in np.unique(feature, return_counts=True)[1].tolist():
-        examples = range(first, first + count)
+        of_feature = range(first, first + count)
         yield ExampleActivations(
-            around=[values[ends[j] - lengths[j] : ends[j]] for j in examples],
-            others=[_pairs(others[j], activations[j]) for j in examples],
+            around=[values[ends[j] - lengths[j] : ends[j]] for j in of_feature],
+            others=[_pairs(others[j], activations[j]) for j in of_feature],
         )
         first += count
 
@@ -120,47 +119,164 @@ def _pairs(
 
 
 def _chunks(
-    order: Int[np.ndarray, " examples"], lengths: Int[np.ndarray, " examples"], max_tokens: int
+    dataset: Dataset,
+    sae: SparseAutoencoder,
+    order: Int[np.ndarray, " examples"],
+    sequence: Int[np.ndarray, " examples"],
+    lengths: Int[np.ndarray, " examples"],
 ) -> Iterator[Int[np.ndarray, " chunk"]]:
-    """Yield up to CHUNK examples with up to `max_tokens` tokens, or a single longer one."""
+    """Yield examples in order, with up to as many distinct tokens as are encoded at once.
+
+    A single example may have more.
+    """
+    max_examples = CHUNK if sae.kind.independent else MAX_EXAMPLES
+    max_tokens = BATCH_TOKENS if sae.kind.independent else batch_tokens(sae)
     chunk: list[int] = []
-    n_tokens = 0
+    n_before = 0  # distinct tokens of the sequences before the last one
+    n_shown = 0  # tokens of the last sequence, with repetitions
     for example in order.tolist():
-        length = int(lengths[example])
-        if chunk and (len(chunk) == CHUNK or n_tokens + length > max_tokens):
+        is_same = bool(chunk) and sequence[chunk[-1]] == sequence[example]
+        if not is_same:
+            n_before += min(n_shown, dataset.n_tokens)
+            n_shown = 0
+        # With its token, which is not shown if it is a CLS token.
+        n_shown += int(lengths[example]) + 1
+        n_distinct = n_before + min(n_shown, dataset.n_tokens)
+        if chunk and (len(chunk) == max_examples or n_distinct > max_tokens):
             yield np.array(chunk)
             chunk = []
-            n_tokens = 0
+            n_before = 0
+            n_shown = int(lengths[example]) + 1
         chunk.append(example)
-        n_tokens += length
     if chunk:
         yield np.array(chunk)
 
 
-def _read(
-    dataset: Dataset, sequence: Int[np.ndarray, " n"]
-) -> Sequence[Float[np.ndarray, "n_tokens d_model"]]:
-    """Return the activations of sorted sequences; successive ones are read at once."""
-    distinct, place = np.unique(sequence, return_inverse=True)
-    runs = np.split(distinct, np.flatnonzero(np.diff(distinct) > 1) + 1)
+@dataclass(frozen=True)
+class _Chunk:
+    """Examples of successive sequences, with the distinct tokens that they show."""
+
+    examples: Int[np.ndarray, " chunk"]
+    rows: Float[np.ndarray, "rows d_model"]
+    # Row of each token shown, and the index of its example in the chunk
+    row: Int[np.ndarray, " shown"]
+    of_example: Int[np.ndarray, " shown"]
+    # Rows of the distinct tokens in the middle, and which of these an example has
+    middle: Int[np.ndarray, " distinct"]
+    place: Int[np.ndarray, " chunk"]
+
+
+def _read_chunk(
+    dataset: Dataset,
+    examples: Int[np.ndarray, " chunk"],
+    shown: Sequence[np.ndarray],
+    sequence: Int[np.ndarray, " chunk"],
+    token: Int[np.ndarray, " chunk"],
+) -> _Chunk:
+    """Read the tokens of examples, whose sequences are sorted; successive ones are read at once."""
+    of_example = np.repeat(np.arange(len(examples)), [len(tokens) for tokens in shown])
+    around = sequence[of_example] * dataset.n_tokens + np.concatenate(shown)
+    middle, place = np.unique(sequence * dataset.n_tokens + token, return_inverse=True)
+    distinct = np.unique(np.concatenate([around, middle]))
+    of_row, token_of_row = np.divmod(distinct, dataset.n_tokens)
+    read = np.unique(of_row)
+    runs = np.split(read, np.flatnonzero(np.diff(read) > 1) + 1)
     x = np.concatenate([dataset.read(int(run[0]), int(run[-1]) + 1) for run in runs])
-    return [x[i] for i in place.tolist()]
+    return _Chunk(
+        examples=examples,
+        rows=x[np.searchsorted(read, of_row), token_of_row],
+        row=np.searchsorted(distinct, around),
+        of_example=of_example,
+        middle=np.searchsorted(distinct, middle),
+        place=place,
+    )
 
 
-def _strongest_others(
-    sae: SparseAutoencoder, x: Float[np.ndarray, "n d_model"], feature: Int[np.ndarray, " n"]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return activations and indices of the strongest features of each token but one."""
+@dataclass(frozen=True)
+class _Measured:
+    """Results for a chunk, perhaps padded and not yet computed."""
+
+    # Of each example's feature on the tokens that it shows
+    values: Array | np.ndarray
+    # The largest activations of each distinct token in the middle, and their features
+    largest: Array
+    index: Array
+
+
+def _measure_all(
+    sae: SparseAutoencoder, chunk: _Chunk, feature: Int[np.ndarray, " chunk"]
+) -> _Measured:
+    """Encode each distinct token with all features."""
+    rows = _pad(chunk.rows, least=ENCODE_TILE, most=batch_tokens(sae))
     with jax.default_matmul_precision("highest"):
-        largest, index = _top_others(sae.kind, sae.params, x, feature.astype(np.int32))
-    return np.asarray(largest), np.asarray(index)
+        features = encode_rows(sae.kind, sae.params, rows)
+    of_shown = feature[chunk.of_example].astype(np.int32)
+    values = _take(features, _pad(chunk.row.astype(np.int32)), _pad(of_shown))
+    return _Measured(values, *_strongest(features, _pad(chunk.middle.astype(np.int32))))
 
 
-@partial(jax.jit, static_argnums=0)
-def _top_others(
-    kind: SAEKind, params: Params, x: Float[Array, "n d_model"], feature: Int[Array, " n"]
-) -> tuple[Float[Array, "n others"], Int[Array, "n others"]]:
-    features = kind.encode(params, x)
-    features = features.at[jnp.arange(len(x)), feature].set(0)
-    largest, other = jax.lax.top_k(features, min(OTHER_FEATURES, features.shape[1]))
-    return largest, other
+def _measure_some(
+    sae: SparseAutoencoder, chunk: _Chunk, feature: Int[np.ndarray, " chunk"]
+) -> _Measured:
+    """Encode all features for the tokens in the middle, and the examples' features for others."""
+    # One shape for all chunks.
+    indices = np.zeros(CHUNK, np.int64)
+    indices[: len(feature)] = feature
+    encoded = sae.encode_features(chunk.rows, indices.tolist())
+    middle = _pad(chunk.rows[chunk.middle], least=ENCODE_TILE)
+    with jax.default_matmul_precision("highest"):
+        features = encode_rows(sae.kind, sae.params, middle)
+    values = encoded[chunk.row, chunk.of_example]
+    return _Measured(values, *_strongest(features, np.arange(len(middle), dtype=np.int32)))
+
+
+def _pad(array: np.ndarray, least: int = 1, most: int | None = None) -> np.ndarray:
+    """Return an array with zeros at its end, so that many lengths share few compiled programs.
+
+    The length is a power of two, or `most` if that is nearer, and a multiple of `least`.
+    """
+    n = len(array)
+    n_padded = 1 << max(n - 1, 0).bit_length()
+    if most is not None and n <= most:
+        n_padded = min(n_padded, most)
+    n_padded += -n_padded % least
+    padded = np.zeros((n_padded, *array.shape[1:]), array.dtype)
+    padded[:n] = array
+    return padded
+
+
+@jax.jit
+def _take(
+    features: Float[Array, "rows d_sae"], row: Int[Array, " n"], feature: Int[Array, " n"]
+) -> Float[Array, " n"]:
+    return features[row, feature]
+
+
+@jax.jit
+def _strongest(
+    features: Float[Array, "rows d_sae"], row: Int[Array, " n"]
+) -> tuple[Float[Array, "n largest"], Int[Array, "n largest"]]:
+    # With one more, which may be the example's feature.
+    largest, index = jax.lax.top_k(features[row], min(OTHER_FEATURES + 1, features.shape[1]))
+    return largest, index
+
+
+def _without(
+    feature: Int[np.ndarray, " n"],
+    index: Int[np.ndarray, "n largest"],
+    largest: Float[np.ndarray, "n largest"],
+) -> tuple[Int[np.ndarray, "n others"], Float[np.ndarray, "n others"]]:
+    """Return indices and activations without those of each example's feature."""
+    is_own = index == feature[:, None]
+    n_missing = max(0, OTHER_FEATURES - index.shape[1])
+    order = np.argsort(is_own, axis=1, kind="stable")[:, :OTHER_FEATURES]
+    others = np.take_along_axis(index, order, axis=1)
+    activations = np.take_along_axis(np.where(is_own, 0, largest), order, axis=1)
+    padding = ((0, 0), (0, n_missing))
+    return np.pad(others, padding), np.pad(activations, padding)
+
+
+def _count_up(lengths: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
+    """Return 0, 1, … up to each length, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)

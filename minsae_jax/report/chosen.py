@@ -40,7 +40,7 @@ def choose_tokens(context: Context, feature: int) -> list[ChosenToken]:
     n_quantiles = quantiles.token.shape[1]
     n_random = min(RANDOM_EXAMPLES, activity.random.token.shape[1])
     top_ranks = _without_duplicates(context, feature)
-    ranked = [("top", activity.top, rank) for rank in top_ranks]
+    ranked = [("top", activity.candidates, rank) for rank in top_ranks]
     ranked += [(f"q{rank + 1}", quantiles, rank) for rank in range(n_quantiles)]
     ranked += [("random", activity.random, rank) for rank in range(n_random)]
     with_montage = set(top_ranks[: context.montage_examples])
@@ -61,12 +61,14 @@ def choose_tokens(context: Context, feature: int) -> list[ChosenToken]:
 
 
 def _without_duplicates(context: Context, feature: int) -> list[int]:
-    """Return the ranks of the top examples that overlap no stronger one.
+    """Return the ranks of the top examples among the candidates, without overlaps.
 
-    Examples overlap if `w` patches around them share samples of the same channel.
+    A candidate that overlaps a stronger example is left out. Examples overlap if `w` patches around
+    them share samples of the same channel.
     """
     dataset = context.dataset
-    top = context.activity.top
+    top = context.activity.candidates
+    count = context.activity.top.token.shape[1]
     ranks = np.flatnonzero(top.token[feature] >= 0)
     sequence = top.sequence[feature, ranks]
     token = top.token[feature, ranks]
@@ -78,6 +80,8 @@ def _without_duplicates(context: Context, feature: int) -> list[int]:
     length = np.where(is_patch, shown_samples(dataset, context.w), dataset.seq_len)
     kept: list[int] = []
     for i in range(len(ranks)):
+        if len(kept) == count:
+            break
         is_same = (recording[kept] == recording[i]) & (channel[kept] == channel[i])
         is_close = np.abs(begin[kept] - begin[i]) < np.minimum(length[kept], length[i])
         if not (is_same & is_close).any():

@@ -17,7 +17,7 @@ from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
 
 WORD = 32  # bits
-ENCODE_TILE = 256  # tokens, a multiple of WORD; as TopK's
+ENCODE_TILE = 256  # tokens, a multiple of WORD
 EDGES = np.geomspace(1e-4, 1e4, 8 * 8 + 1)  # of the activation histogram
 # The smallest float32 numbers that are not below them.
 _EDGES_32 = EDGES.astype(np.float32)
@@ -61,16 +61,17 @@ def encode_batch(
     rows = np.zeros((n_rows + -n_rows % ENCODE_TILE, d_model), np.float32)
     rows[: n_sequences * n_tokens] = x.reshape(-1, d_model)
     with jax.default_matmul_precision("highest"):
-        features = _encode(sae.kind, sae.params, rows)
+        features = encode_rows(sae.kind, sae.params, rows)
     # A compilation of its own: XLA for CPU repeats the product for each sum that it is fused with.
     largest, bits = _reduce(features, sequences, n_tokens)
     return EncodedBatch(first, n_sequences, n_tokens, features, largest, bits)
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(
+def encode_rows(
     kind: SAEKind, params: Params, rows: Float[Array, "rows d_model"]
 ) -> Float[Array, "rows d_sae"]:
+    """Return the features of tokens, whose number is a multiple of ENCODE_TILE."""
     if not on_cpu():
         return kind.encode(params, rows)
     # Biases and thresholds are applied while a tile is in the cache: two thirds of the time.

@@ -14,12 +14,14 @@ from scipy.sparse import csr_array
 
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
+from minsae_jax.report.ahead import start_ahead
 from minsae_jax.report.entries import EDGES, ActiveEntries, EncodedBatch, encode_batch, find_active
 from minsae_jax.report.selection import LargestByFeature, StrongestExamples
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_TOKENS = 8192
-BATCH_FEATURES = 1 << 25  # 128 MB of features; two batches are in memory
+BATCH_FEATURES = 1 << 25  # 128 MB of features; two to five batches are in memory
+CANDIDATES = 2  # times the number of top examples
 COACTIVE_TOKENS = 65_536  # sample for co-activity
 COACTIVE_PAIRS = 100_000_000  # at most, of active features of the sampled tokens
 
@@ -32,6 +34,10 @@ class Tokens:
     token: Int[np.ndarray, "d_sae n"]
     activation: Float[np.ndarray, "d_sae n"]
 
+    def first(self, count: int) -> "Tokens":
+        """Return the best `count` tokens of each feature."""
+        return Tokens(self.sequence[:, :count], self.token[:, :count], self.activation[:, :count])
+
 
 @dataclass(frozen=True)
 class Activity:
@@ -39,6 +45,8 @@ class Activity:
 
     n_tokens: int
     top: Tokens
+    # `top`, and as many after it, to replace those that overlap a stronger one
+    candidates: Tokens
     random: Tokens
     # Number of active tokens
     active: Int[np.ndarray, " d_sae"]
@@ -100,7 +108,7 @@ def collect(
 ) -> Activity:
     """Return the activity of every feature; memory grows with d_sae, not with the store."""
     n_tokens = dataset.n_tokens
-    strongest = StrongestExamples(sae.d_sae, top, per_recording)
+    strongest = StrongestExamples(sae.d_sae, CANDIDATES * top, per_recording)
     sample = LargestByFeature(sae.d_sae, random)
     counts = _Counts(dataset, sae.d_sae)
     n_sequences = len(dataset.recording)
@@ -123,9 +131,11 @@ def collect(
             counts.add(batch, entries)
             pairs.add(first_position, entries)
             bar.advance(batch.n_sequences)
+    candidates = _to_tokens(strongest.finish(), n_tokens)
     return Activity(
         n_tokens=counts.n_tokens,
-        top=_to_tokens(strongest.finish(), n_tokens),
+        top=candidates.first(top),
+        candidates=candidates,
         random=_to_tokens(sample, n_tokens),
         active=counts.by_token.sum(axis=1),
         total=counts.total,
@@ -140,18 +150,15 @@ def collect(
 
 
 def _encode_all(dataset: Dataset, sae: SparseAutoencoder) -> Iterator[EncodedBatch]:
-    """Yield the features of all sequences; each batch is encoded while the last one is used."""
+    """Yield the features of all sequences; later batches are encoded while one is used."""
     n_sequences = len(dataset.recording)
     sequences = min(max(1, batch_tokens(sae) // dataset.n_tokens), n_sequences)
-    previous = None
-    for first in range(0, n_sequences, sequences):
+
+    def start(first: int) -> EncodedBatch:
         x = dataset.read(first, min(first + sequences, n_sequences))
-        batch = encode_batch(sae, first, x, sequences)
-        if previous is not None:
-            yield previous
-        previous = batch
-    if previous is not None:
-        yield previous
+        return encode_batch(sae, first, x, sequences)
+
+    return start_ahead(range(0, n_sequences, sequences), start)
 
 
 def batch_tokens(sae: SparseAutoencoder) -> int:

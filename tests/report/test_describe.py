@@ -11,7 +11,7 @@ from minsae_jax.eeg.recordings import load_recording
 from minsae_jax.report.chosen import choose_tokens
 from minsae_jax.report.context import make_context
 from minsae_jax.report.describe import describe, describe_all
-from minsae_jax.report.examples import collect
+from minsae_jax.report.examples import Tokens, collect
 from minsae_jax.report.excerpts import to_int8
 from minsae_jax.report.naming import Label, fits_region
 
@@ -77,7 +77,7 @@ def test_top_examples_do_not_overlap(context):
     n_dropped = 0
     for card in describe_all(context):
         top = [example for example in card.examples if example.group == "top"]
-        n_dropped += (context.activity.top.token[card.id] >= 0).sum() - len(top)
+        n_dropped += (context.activity.candidates.token[card.id] >= 0).sum() - len(top)
         for i, example in enumerate(top):
             for other in top[:i]:
                 is_same = (example.recording, example.channel) == (other.recording, other.channel)
@@ -86,6 +86,18 @@ def test_top_examples_do_not_overlap(context):
         if top:
             assert top[0].activation == card.max
     assert n_dropped
+
+
+def test_next_candidates_replace_examples_that_overlap(context):
+    """The first three sequences are channels of one window; tokens are a second apart."""
+    places = [(0, 2), (0, 3), (1, 2), (1, 9), (1, 8), (2, 5)]
+    sequence, token = np.array(places).T[:, None]
+    candidates = Tokens(sequence, token, np.arange(6, 0, -1, np.float32)[None])
+    for count, expected in ((1, [0]), (3, [0, 2, 3]), (4, [0, 2, 3, 5])):
+        activity = replace(context.activity, top=candidates.first(count), candidates=candidates)
+        chosen = choose_tokens(replace(context, activity=activity), 0)
+        top = [(one.sequence, one.token) for one in chosen if one.group == "top"]
+        assert top == [places[i] for i in expected]
 
 
 def test_events_and_other_features_of_an_example(trained, context, feature):

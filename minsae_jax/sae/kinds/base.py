@@ -92,6 +92,8 @@ class SAEKind:
     name: ClassVar[str]
     # Also the tensor names in sae.safetensors; W_dec and b_dec must be among them.
     param_names: ClassVar[tuple[str, ...]]
+    # Whether a feature does not depend on the other features of its token.
+    independent: ClassVar[bool] = False
     # Whether b_dec starts at the geometric median of the data.
     starts_at_median: ClassVar[bool] = False
 

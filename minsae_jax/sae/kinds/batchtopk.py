@@ -25,6 +25,7 @@ THRESHOLD_RATE = 0.01
 class BatchTopK(LinearSAE):
     name = "batchtopk"
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    independent = True
     starts_at_median = True
     unit_decoder = True
     uses_aux = True

@@ -40,6 +40,7 @@ class JumpReLU(LinearSAE):
 
     name = "jumprelu"
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    independent = True
     starts_at_median = True
 
     def for_run(self, config: TrainConfig, d_model: int) -> "JumpReLU":

@@ -38,6 +38,7 @@ class ReLUSums(NamedTuple):
 class ReLU(SAEKind):
     name = "relu"
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    independent = True
 
     @property
     def sparsity_name(self) -> str:

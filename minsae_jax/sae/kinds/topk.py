@@ -24,8 +24,19 @@ from minsae_jax.sae.kinds.linear import Activated, LinearSAE, LinearSums, Vector
 from minsae_jax.sae.kinds.products import Weights, product
 from minsae_jax.sae.kinds.select import keep_largest
 
-# Tokens that `encode` selects from at once on CPU, so that their features fit the cache.
+# Tokens that `encode` selects from at once on CPU, or fewer: features of over 4 MB do not fit the
+# cache.
 ENCODE_TILE = 256
+LEAST_TILE = 64
+TILE_FEATURES = 2**20
+
+
+def encode_tile_tokens(d_sae: int) -> int:
+    """Return how many tokens `encode` selects from at once on CPU, a divisor of ENCODE_TILE."""
+    tile = ENCODE_TILE
+    while tile > LEAST_TILE and tile * d_sae > TILE_FEATURES:
+        tile //= 2
+    return tile
 
 
 @dataclass(frozen=True)
@@ -70,10 +81,10 @@ class TopK(LinearSAE):
 
         tokens = x.reshape(-1, x.shape[-1])
         n_tokens = len(tokens)
-        tile = ENCODE_TILE if on_cpu() else max(n_tokens, 1)
+        d_sae = params["W_enc"].shape[1]
+        tile = encode_tile_tokens(d_sae) if on_cpu() else max(n_tokens, 1)
         padded = jnp.pad(tokens, ((0, -n_tokens % tile), (0, 0)))
         features = jax.lax.map(encode_tile, padded.reshape(-1, tile, x.shape[-1]))
-        d_sae = features.shape[-1]
         return features.reshape(-1, d_sae)[:n_tokens].reshape(*x.shape[:-1], d_sae)
 
     def activate(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minsae_jax.sae.kinds.select import keep_largest, kth_largest_of_batch
+from minsae_jax.sae.member import SparseAutoencoder
 
 
 def select_of_batch(pre, k, guess=0.0):
@@ -69,3 +70,23 @@ def test_members_select_with_their_own_k():
     results = jax.vmap(lambda k: keep_largest(jnp.asarray(features), k))(ks)
     for k, result in zip((1, 3, 8), results, strict=True):
         assert ((result > 0).sum(0) == np.minimum(k, (features > 0).sum(0))).all()
+
+
+@pytest.mark.parametrize("d_sae", [5000, 16_384])
+def test_topk_of_many_features_encodes_the_k_largest(d_sae):
+    """Many features are encoded in tiles of fewer tokens, which do not divide the batch here."""
+    rng = np.random.default_rng(0)
+    params = {
+        "W_enc": rng.normal(size=(8, d_sae)),
+        "b_enc": rng.normal(size=d_sae),
+        "W_dec": np.zeros((d_sae, 8)),
+        "b_dec": np.zeros(8),
+        "k": 5.0,
+    }
+    x = rng.normal(size=(300, 8))
+    features = np.asarray(SparseAutoencoder(params, {"kind": "topk"}).encode(x))
+    pre = x @ params["W_enc"] + params["b_enc"]
+    largest = np.argsort(-pre, axis=1)[:, :5]
+    expected = np.zeros_like(pre)
+    np.put_along_axis(expected, largest, np.take_along_axis(pre, largest, axis=1), axis=1)
+    np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-5)
