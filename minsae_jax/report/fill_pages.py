@@ -34,7 +34,7 @@ from minsae_jax.report.pages import (
     SteeringEffect,
     SteeringResult,
 )
-from minsae_jax.sae.hyper import SYMBOLS, sparsity, value_text
+from minsae_jax.sae.hyper import SYMBOLS, sparsity, value_text, varied_names
 from minsae_jax.sae.plots import PCA
 
 RANKED = 50  # features in the table of an event or a label
@@ -75,14 +75,15 @@ def fill_pages(
 
 
 def _members(evaluation: Evaluation) -> list[MemberMeasures]:
-    rows = [_member(evaluation, member) for member in evaluation.members]
+    has_seeds = "seed" in varied_names(member.hyper for member in evaluation.members)
+    rows = [_member(evaluation, member, has_seeds) for member in evaluation.members]
     return rows + [_principal_components(pca) for pca in evaluation.pca]
 
 
-def _member(evaluation: Evaluation, member: MemberEvaluation) -> MemberMeasures:
+def _member(evaluation: Evaluation, member: MemberEvaluation, has_seeds: bool) -> MemberMeasures:
     setting = sparsity(member.hyper)
     texts = [] if setting is None else [f"{SYMBOLS[setting[0]]} = {value_text(setting[1])}"]
-    if "seed" in member.hyper:
+    if has_seeds:
         texts.append(f"seed {member.hyper['seed']}")
     events = member.event_summary
     return MemberMeasures(
