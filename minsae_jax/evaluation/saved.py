@@ -7,13 +7,13 @@ labels, another encoder or a retrained member never meet old numbers.
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from minsae_jax.errors import is_system_error
 from minsae_jax.evaluation.inputs import Member
 from minsae_jax.files import atomic_write
 
@@ -49,7 +49,9 @@ def load_part(run: Path, name: str, part: str, key: str) -> Arrays | None:
             if str(content["key"]) != key:
                 return None
             return {array: content[array] for array in content.files}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except Exception as e:  # zipfile and NumPy raise many types on damaged files
+        if is_system_error(e):
+            raise
         return None
 
 
