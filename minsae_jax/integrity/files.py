@@ -7,6 +7,7 @@ format has checksums of its own (.npz, .png, TensorBoard's events) or the conten
 import csv
 import json
 import struct
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from minsae_jax.eeg.recordings import load_recording
+from minsae_jax.checksums import read_npz
+from minsae_jax.eeg.recordings import load_recording, recordings_folder
+from minsae_jax.eeg.splits import patient_of, read_splits
 from minsae_jax.errors import UserError, brief, is_system_error, system_reason
 from minsae_jax.files import sha256_of
 from minsae_jax.monitor import TFEVENTS_PREFIX
@@ -48,7 +51,7 @@ def unreadable(path: Path) -> str | None:
     return None
 
 
-def _reader_of(path: Path) -> Callable[[Path], None]:
+def _reader_of(path: Path) -> Callable[[Path], object]:
     if path.name.startswith(TFEVENTS_PREFIX):
         return _read_events
     return READERS.get(path.suffix, _read_bytes)
@@ -68,13 +71,6 @@ def _read_npy(path: Path) -> None:
     for start in range(0, len(array), BLOCK):
         if not np.isfinite(array[start : start + BLOCK]).all():
             raise ValueError("it contains NaN or infinity")
-
-
-def _read_npz(path: Path) -> None:
-    # zipfile compares the checksum of each array.
-    with np.load(path, allow_pickle=False) as arrays:
-        for name in arrays.files:
-            arrays[name]
 
 
 def _read_json(path: Path) -> None:
@@ -106,6 +102,15 @@ def _read_member(path: Path) -> None:
     load_sae(path.parent)
 
 
+def _read_splits(path: Path) -> None:
+    """Check that each patient with recordings is in one split."""
+    listed = Counter(patient for patients in read_splits(path).values() for patient in patients)
+    folder = recordings_folder(path.parent)
+    for name in sorted(each.name for each in folder.glob("*.npy")):
+        if listed[patient_of(name)] != 1:
+            raise ValueError(f"{patient_of(name)} is in {listed[patient_of(name)]} splits")
+
+
 def _read_events(path: Path) -> None:
     """Compare the checksums of TensorBoard's records; a killed process leaves half a record."""
     from tensorboardX.crc32c import crc32c
@@ -131,12 +136,13 @@ def _read_events(path: Path) -> None:
         start = end + 4
 
 
-READERS: dict[str, Callable[[Path], None]] = {
+READERS: dict[str, Callable[[Path], object]] = {
     ".npy": _read_npy,
-    ".npz": _read_npz,
+    ".npz": read_npz,
     ".json": _read_json,
     ".yaml": _read_yaml,
     ".csv": _read_csv,
     ".png": _read_image,
     ".safetensors": _read_member,
+    ".pkl": _read_splits,
 }

@@ -47,7 +47,10 @@ REMEDIES = {
         "*": f"{RESTORE}, or rerun `train` with --overwrite",
     },
     "member": {"*": f"{RESTORE}, or export the member again"},
-    "recordings": {"*": f"{RESTORE}, or remove it and write the recordings again"},
+    "recordings": {
+        "*tuh_patient_splits_*": f"{RESTORE}, or remove it to draw the same split again",
+        "*": f"{RESTORE}, or remove it and write the recordings again",
+    },
 }
 
 
@@ -85,7 +88,7 @@ class KnownFolder:
         """Return what to do if a file is damaged."""
         if path.name == SUMS:
             return "remove it, since nothing else needs it"
-        name = path.relative_to(self.folder).as_posix()
+        name = os.path.relpath(path, self.folder)
         patterns = REMEDIES[self.kind]
         return next(remedy for pattern, remedy in patterns.items() if fnmatch(name, pattern))
 
@@ -97,6 +100,8 @@ class KnownFolder:
             is_covered = self.kind == "encoder" and self.folder / PARAMS in path.parents
             if path.is_file() and not is_covered and path.suffix != ".tmp":
                 yield path
+        if self.folder.name == "tuhab_preprocessed":
+            yield from self.folder.parent.glob("tuh_patient_splits_*.pkl")
 
 
 def _shard_checks(folder: Path) -> Iterator[Check]:

@@ -76,8 +76,10 @@ class _FlushedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
     async def finalize(self) -> None:
         temporary = Path(self.get())
-        # Restored arrays have no checksums. Files of the step itself are written after this.
-        write_checksums(temporary, (name for name in files_below(temporary) if "/" in name))
+        # Orbax finalizes the step's folder after those in it, whose files have no checksums. The
+        # files directly in it are still to be written.
+        if Path(self.get_final()).name.isdecimal():
+            write_checksums(temporary, (name for name in files_below(temporary) if "/" in name))
         flush_tree(temporary)
         # Writes two more files and renames the folder.
         await super().finalize()
@@ -225,7 +227,7 @@ class Checkpoints:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise ValueError if a file of a checkpoint differs; those of earlier versions have no sums."""
+    """Raise ValueError if a file of a checkpoint differs from its checksum, if it has one."""
     for name, digest in read_checksums(folder).items():
         if sha256_of(folder / name) != digest:
             raise _DamagedFile(f"{name} differs from its checksum")
