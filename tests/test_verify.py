@@ -58,9 +58,9 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return the files that damage must be found in; parameters of encoders have a test below."""
+    """Return the files that damage must be found in."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
-    return [p for p in paths if "params" not in p.parts and p.name not in WITHOUT_EFFECT]
+    return [path for path in paths if path.name not in WITHOUT_EFFECT]
 
 
 def same_arrays(first: Path, second: Path) -> bool:
@@ -72,7 +72,8 @@ def same_arrays(first: Path, second: Path) -> bool:
     with np.load(second) as arrays:
         original = dict(arrays)
     same_names = changed.keys() == original.keys()
-    return same_names and all(np.array_equal(changed[n], original[n]) for n in original)
+    # As bytes, since NaN differs from itself.
+    return same_names and all(changed[n].tobytes() == original[n].tobytes() for n in original)
 
 
 def test_finished_files_are_fine(finished):
@@ -137,26 +138,6 @@ def test_files_of_earlier_versions_are_read_in_full(copy, finished):
         if path.suffix == ".npz" and same_arrays(path, finished / path.relative_to(copy)):
             continue
         assert [line for line in found if line.startswith(f"{path} ")], path
-
-
-def test_encoder_parameters_have_their_fingerprint(finished, copy):
-    rng = np.random.default_rng(1)
-    fingerprint = ms.load_encoder(finished / "encoder").fingerprint
-    n_found = 0
-    for path in sorted((copy / "encoder/params").rglob("*")):
-        if not path.is_file() or not path.stat().st_size:
-            continue
-        flip(path, int(rng.integers(path.stat().st_size)), int(rng.integers(8)))
-        found = problems(copy / "encoder")
-        if found:
-            assert len(found) == 1
-            assert str(copy / "encoder") in found[0]
-            assert "convert it again" in found[0]
-            n_found += 1
-        else:
-            assert ms.load_encoder(copy / "encoder").fingerprint == fingerprint
-        shutil.copyfile(finished / path.relative_to(copy), path)
-    assert n_found > 0
 
 
 def test_damaged_weights_are_not_loaded_and_are_exported_again(copy, trained):

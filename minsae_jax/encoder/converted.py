@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from minsae_jax.checksums import SUMS, write_checksums
+from minsae_jax.checksums import SUMS, files_below, write_checksums
 from minsae_jax.encoder.base import NativeEncoder, Params
 from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
 from minsae_jax.encoder.patchtst.encoder import Encoder
@@ -72,8 +72,7 @@ def save_encoder(
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(temporary / PARAMS, encoder.params)
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-            # The parameters have the fingerprint.
-            write_checksums(temporary, [CONFIG])
+            write_checksums(temporary, files_below(temporary))
     # Orbax raises all three when a write fails.
     except (OSError, ValueError, RuntimeError) as e:
         raise UserError(

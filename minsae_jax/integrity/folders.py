@@ -13,7 +13,7 @@ from minsae_jax.activations.tokens import TOKENS
 from minsae_jax.checksums import SUMS, read_checksums
 from minsae_jax.eeg.description import DESCRIPTION, read_description
 from minsae_jax.eeg.recordings import LENGTHS, read_lengths
-from minsae_jax.encoder.converted import PARAMS, is_encoder, load_encoder
+from minsae_jax.encoder.converted import is_encoder, load_encoder
 from minsae_jax.errors import UserError
 from minsae_jax.integrity.files import differs, unreadable
 from minsae_jax.sae.config import load_run_config
@@ -96,9 +96,7 @@ class KnownFolder:
         # A folder of recordings can contain the folders of other kinds.
         pattern = "*" if self.kind == "recordings" else "**/*"
         for path in self.folder.glob(pattern):
-            # The fingerprint of an encoder covers its parameters.
-            is_covered = self.kind == "encoder" and self.folder / PARAMS in path.parents
-            if path.is_file() and not is_covered and path.suffix != ".tmp":
+            if path.is_file() and path.suffix != ".tmp":
                 yield path
         if self.folder.name == "tuhab_preprocessed":
             yield from self.folder.parent.glob("tuh_patient_splits_*.pkl")
