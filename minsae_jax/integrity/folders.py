@@ -88,7 +88,7 @@ class KnownFolder:
         """Return what to do if a file is damaged."""
         if path.name == SUMS:
             return "remove it, since nothing else needs it"
-        name = os.path.relpath(path, self.folder)
+        name = Path(os.path.relpath(path, self.folder)).as_posix()
         patterns = REMEDIES[self.kind]
         return next(remedy for pattern, remedy in patterns.items() if fnmatch(name, pattern))
 

@@ -156,7 +156,9 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r} in {CONFIG}")
         # Members of earlier versions have no checksum.
-        if config.get("sha256", sha256_of(folder / WEIGHTS)) != sha256_of(folder / WEIGHTS):
+        # It is about the file, so that it does not stay in the config of a converted member.
+        digest = config.pop("sha256", None)
+        if digest is not None and digest != sha256_of(folder / WEIGHTS):
             raise ValueError(f"{WEIGHTS} differs from its checksum in {CONFIG}")
     except Exception as e:
         if is_system_error(e):

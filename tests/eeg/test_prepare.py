@@ -240,7 +240,7 @@ def test_resumed_and_repeated_runs_give_the_same_bytes(tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     run(tmp_path / "eeg", whole)
     expected = snapshot(whole)
-    assert len(expected) == 3 + 3
+    assert len(expected) == 3 + 4
     part = tmp_path / "part"
     run(tmp_path / "eeg/p1.edf", part)
     stamp = (part / "p1_s001_t000_preprocessed.npy").stat().st_mtime_ns
