@@ -171,6 +171,19 @@ def test_damaged_checkpoint_is_not_resumed(copy, trained):
         resume(copy, trained)
 
 
+def test_files_without_a_checksum_in_a_checkpoint_have_no_effect(copy, trained):
+    weights = copy / "run/members/lambda=1/sae.safetensors"
+    before = weights.read_bytes()
+    rng = np.random.default_rng(3)
+    for path in (copy / "run/checkpoints").glob("*/*"):
+        if path.name in WITHOUT_EFFECT:
+            flip(path, int(rng.integers(path.stat().st_size)), int(rng.integers(8)))
+    (copy / "run/sweep.csv").unlink()
+    weights.unlink()
+    resume(copy, trained)
+    assert weights.read_bytes() == before
+
+
 def test_remedies_of_a_store_write_the_same_bytes(copy, finished, trained):
     store = copy / "store/l-1"
     config = ms.ExtractConfig(
