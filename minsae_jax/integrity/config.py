@@ -8,7 +8,7 @@ from minsae_jax.cli import Flag
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Input"""
+    """Folders to verify."""
 
     path: Annotated[tuple[str, ...], Flag(positional=True)]
     """Folders of stores, encoders, runs, members or recordings, or folders that contain these."""
