@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         prepare,
         steer,
         train,
+        verify,
         write_demo,
     )
     from minsae_jax.eeg.prepare.config import PrepareConfig
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from minsae_jax.evaluation.results import Evaluation
     from minsae_jax.evaluation.steering.config import SteerConfig
     from minsae_jax.evaluation.steering.results import Steering
+    from minsae_jax.integrity.config import VerifyConfig
     from minsae_jax.report.features import load_features
     from minsae_jax.sae.config import PlotConfig, TrainConfig
     from minsae_jax.sae.member import SparseAutoencoder, load_sae
@@ -58,6 +60,7 @@ __all__ = [
     "TokenGrid",
     "TrainConfig",
     "UserError",
+    "VerifyConfig",
     "evaluate",
     "extract",
     "from_function",
@@ -71,6 +74,7 @@ __all__ = [
     "prepare",
     "steer",
     "train",
+    "verify",
     "write_demo",
     "write_store",
 ]
@@ -88,6 +92,7 @@ _NAMES_OF_MODULES = {
         "prepare",
         "steer",
         "train",
+        "verify",
         "write_demo",
     ),
     "eeg.prepare.config": ("PrepareConfig",),
@@ -101,6 +106,7 @@ _NAMES_OF_MODULES = {
     "evaluation.results": ("Evaluation",),
     "evaluation.steering.config": ("SteerConfig",),
     "evaluation.steering.results": ("Steering",),
+    "integrity.config": ("VerifyConfig",),
     "report.features": ("load_features",),
     "sae.config": ("PlotConfig", "TrainConfig"),
     "sae.member": ("SparseAutoencoder", "load_sae"),

@@ -3,6 +3,7 @@
 Each verb is parsed into its settings, calls its function in `api`, and prints the result.
 """
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.steering.config import SteerConfig
+from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.sae.config import PlotConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -106,6 +108,17 @@ def plot(config: PlotConfig) -> None:
     print(f"wrote {files.metrics} and {files.densities}")
 
 
+def verify(config: VerifyConfig) -> None:
+    """Read all files of stores, encoders, runs and recordings, and report damaged ones."""
+    verification = api.verify(config)
+    problems = verification.problems
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(verification.summary())
+    if problems:
+        sys.exit(2)
+
+
 VERBS = {
     "demo": cli.Verb(DemoConfig, demo),
     "prepare": cli.Verb(PrepareConfig, prepare),
@@ -114,6 +127,7 @@ VERBS = {
     "evaluate": cli.Verb(EvaluateConfig, evaluate),
     "steer": cli.Verb(SteerConfig, steer),
     "plot": cli.Verb(PlotConfig, plot),
+    "verify": cli.Verb(VerifyConfig, verify),
 }
 
 

@@ -19,6 +19,7 @@ from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig, EvaluationInputConfig
 from minsae_jax.evaluation.steering.config import SteerConfig
 from minsae_jax.files import lock_folder
+from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.settings import read_yaml
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from minsae_jax.evaluation.feature_monitor import FeatureMonitor
     from minsae_jax.evaluation.results import Evaluation
     from minsae_jax.evaluation.steering.results import Steering
+    from minsae_jax.integrity.verify import Verification
     from minsae_jax.sae.plots import PlotFiles
     from minsae_jax.sae.run import Run
 
@@ -268,3 +270,14 @@ def plot(config: PlotConfig) -> "PlotFiles":
     from minsae_jax.sae import plots
 
     return plots.plot(config)
+
+
+def verify(config: VerifyConfig) -> "Verification":
+    """Read all files of stores, encoders, runs, members and recordings, and find damaged ones.
+
+    Raises UserError if a folder contains none of these. Damage is no error: see `problems` of the
+    result.
+    """
+    from minsae_jax.integrity import verify as verification
+
+    return verification.verify(config)

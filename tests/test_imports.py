@@ -13,6 +13,7 @@ FLOORS = {  # a package may import from lower floors and from itself, never side
     "minsae_jax.errors": 0,
     "minsae_jax.settings": 1,
     "minsae_jax.files": 1,
+    "minsae_jax.checksums": 2,
     "minsae_jax.parallel": 1,
     "minsae_jax.cli": 2,
     "minsae_jax.monitor": 2,
@@ -23,6 +24,7 @@ FLOORS = {  # a package may import from lower floors and from itself, never side
     "minsae_jax.evaluation": 6,
     "convert": 6,
     "minsae_jax.report": 7,
+    "minsae_jax.integrity": 7,
     "minsae_jax.api": 8,
     "minsae_jax": 9,  # its __init__.py, the public names
     "minsae_jax.__main__": 10,

@@ -29,6 +29,7 @@ from minsae_jax.activations.manifest import (
 )
 from minsae_jax.activations.store import PROVENANCE, find_damage, shard_damage, shard_files
 from minsae_jax.activations.tokens import TOKENS, TokenGrid
+from minsae_jax.checksums import SUMS, write_checksums
 from minsae_jax.errors import UserError
 from minsae_jax.files import (
     atomic_write,
@@ -46,7 +47,7 @@ BLOCK = 1 << 20  # bytes that are hashed and then written while they are in the 
 PARTIAL_MANIFESTS = "manifest.*.json"  # of processes other than the first
 # Digits are counted, since a pattern like b[0-9]*.npy also matches names of other programs.
 _SHARDS = tuple(f"b{'[0-9]' * n_digits}.npy" for n_digits in range(1, 10))
-_NAMES = (*_SHARDS, MANIFEST, PARTIAL_MANIFESTS, PROVENANCE, TOKENS)
+_NAMES = (*_SHARDS, MANIFEST, PARTIAL_MANIFESTS, PROVENANCE, TOKENS, SUMS)
 OWNED_FILES = (*_NAMES, *(f"{name}.tmp" for name in _NAMES))
 
 
@@ -216,6 +217,11 @@ class StoreWriter:
             content = {"identity": self.identity.digest, "shards": shards}
         with atomic_write(self.folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
+            if complete:
+                # Before the manifest gets its name, which marks the store as complete. The shards'
+                # checksums are in the manifest.
+                digests = {MANIFEST: sha256_of(temporary)}
+                write_checksums(self.folder, (PROVENANCE, TOKENS), digests)
 
 
 def _check_replaceable(folder: Path, identity: StoreIdentity, overwrite: bool) -> None:

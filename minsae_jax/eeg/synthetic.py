@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from jaxtyping import Bool, Float
 
+from minsae_jax.checksums import SUMS, files_below, write_checksums
 from minsae_jax.eeg.events import EVENTS, Event, write_events
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.eeg.recordings import LABELS, LENGTHS, SAMPLING_RATE, read_lengths
@@ -31,6 +32,7 @@ OWNED_FILES = (
     EVENTS,
     LABELS,
     SETTINGS,
+    SUMS,
     "tuh_patient_splits_*",
 )
 MIN_SAMPLES = 400  # longer than every event
@@ -213,6 +215,7 @@ def write_demo(settings: DemoConfig) -> Demo:
     with replaced_folder(folder) as temporary:
         _write_recordings(temporary, settings)
         (temporary / SETTINGS).write_text(yaml.safe_dump(record))
+        write_checksums(temporary, files_below(temporary))
     return _open_demo(folder, settings.patients, is_new=True)
 
 

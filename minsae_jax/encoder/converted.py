@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from minsae_jax.checksums import SUMS, files_below, write_checksums
 from minsae_jax.encoder.base import NativeEncoder, Params
 from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
 from minsae_jax.encoder.patchtst.encoder import Encoder
@@ -28,7 +29,7 @@ FAMILIES: dict[str, type[NativeEncoder]] = {DEFAULT_FAMILY: Encoder, "cbramod": 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 PARAMS = "params"
-OWNED_FILES = (CONFIG, PARAMS, f"{PARAMS}.orbax-checkpoint-tmp*")
+OWNED_FILES = (CONFIG, SUMS, PARAMS, f"{PARAMS}.orbax-checkpoint-tmp*")
 ORBAX_OVERHEAD = 1 << 18  # bytes that Orbax writes in addition to the parameters
 
 
@@ -71,6 +72,7 @@ def save_encoder(
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(temporary / PARAMS, encoder.params)
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            write_checksums(temporary, files_below(temporary))
     # Orbax raises all three when a write fails.
     except (OSError, ValueError, RuntimeError) as e:
         raise UserError(

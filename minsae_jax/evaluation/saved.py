@@ -7,13 +7,14 @@ labels, another encoder or a retrained member never meet old numbers.
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from minsae_jax.checksums import read_npz
+from minsae_jax.errors import is_system_error
 from minsae_jax.evaluation.inputs import Member
 from minsae_jax.files import atomic_write
 
@@ -45,12 +46,13 @@ def load_part(run: Path, name: str, part: str, key: str) -> Arrays | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as content:
-            if str(content["key"]) != key:
-                return None
-            return {array: content[array] for array in content.files}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        arrays = read_npz(path)
+        saved_key = str(arrays.pop("key"))
+    except Exception as e:  # zipfile and NumPy raise many types on damaged files
+        if is_system_error(e):
+            raise
         return None
+    return arrays if saved_key == key else None
 
 
 def save_part(run: Path, name: str, part: str, key: str, arrays: Arrays) -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from minsae_jax.checksums import update_checksums
 from minsae_jax.evaluation.bootstrap import Interval
 from minsae_jax.evaluation.figure import draw_evaluation
 from minsae_jax.files import atomic_write
@@ -176,6 +177,7 @@ def write_files(evaluation: "Evaluation") -> None:
         writer.writeheader()
         writer.writerows(rows)
     draw_evaluation(run / "evaluation.png", evaluation)
+    update_checksums(run, ["evaluation.json", "evaluation.csv", "evaluation.png"])
 
 
 def _column_names(rows: Iterable[JsonObject]) -> list[str]:

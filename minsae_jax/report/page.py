@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from minsae_jax.checksums import SUMS, files_below, write_checksums
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band
 from minsae_jax.files import foreign_entries, replaced_folder
@@ -40,7 +41,7 @@ PAGE_FILES = (
     "members.js",
     "report.js",
 )
-WRITTEN = (*PAGE_FILES, "index_data.js", "data")
+WRITTEN = (*PAGE_FILES, "index_data.js", "data", SUMS)
 PACK = 64  # features in a file
 # Fields of FeatureCard in the table of all features.
 COLUMNS = tuple(field.name for field in fields(FeatureRow))
@@ -159,6 +160,7 @@ def write_pages(
         _write_script(temporary / "index_data.js", index)
         for name in PAGE_FILES:
             shutil.copyfile(ASSETS / name, temporary / name)
+        write_checksums(temporary, files_below(temporary))
         for name in foreign_entries(folder, WRITTEN):
             _copy(folder / name, temporary / name)
 

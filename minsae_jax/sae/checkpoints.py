@@ -11,8 +11,9 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from minsae_jax.checksums import files_below, read_checksums, write_checksums
 from minsae_jax.errors import UserError, is_system_error, system_reason
-from minsae_jax.files import flush, flush_tree, remove_folder
+from minsae_jax.files import flush, flush_tree, remove_folder, sha256_of
 from minsae_jax.parallel.processes import (
     any_process,
     process_count,
@@ -74,7 +75,12 @@ class _FlushedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """The folder of a step in writing. Orbax itself flushes the arrays, but no JSON and no name."""
 
     async def finalize(self) -> None:
-        flush_tree(Path(self.get()))
+        temporary = Path(self.get())
+        # Orbax finalizes the step's folder after those in it, whose files have no checksums. The
+        # files directly in it are still to be written.
+        if Path(self.get_final()).name.isdecimal():
+            write_checksums(temporary, (name for name in files_below(temporary) if "/" in name))
+        flush_tree(temporary)
         # Writes two more files and renames the folder.
         await super().finalize()
         folder = Path(self.get_final())
@@ -192,6 +198,7 @@ class Checkpoints:
             state=ocp.args.StandardRestore(_to_tree(abstract)), notes=ocp.args.JsonRestore()
         )
         try:
+            _check_files(self._directory / str(step))
             restored = self._manager.restore(step, args=items)
             progress = _from_json(step, restored["notes"])
             return _from_tree(restored["state"]), progress, restored["notes"]["stream"]
@@ -203,7 +210,7 @@ class Checkpoints:
                     f"({system_reason(e)}); rerun the same command"
                 ) from e
             raise UserError(
-                f"checkpoint {step} in {self._directory} is damaged ({type(e).__name__}); "
+                f"checkpoint {step} in {self._directory} is damaged ({_reason(e)}); "
                 "remove that folder to resume from the one before it, or use --overwrite"
             ) from e
 
@@ -217,6 +224,24 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self._directory} ({system_reason(e)}); "
                 "free some disk space, then rerun the same command"
             ) from e
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError if a file of a checkpoint differs from its checksum, if it has one."""
+    for name, digest in read_checksums(folder).items():
+        if sha256_of(folder / name) != digest:
+            raise _DamagedFile(f"{name} differs from its checksum")
+
+
+def _reason(error: Exception) -> str:
+    # Messages of Orbax and TensorStore are long.
+    if isinstance(error, _DamagedFile | UserError):
+        return str(error)
+    return type(error).__name__
+
+
+class _DamagedFile(ValueError):
+    """A file of a checkpoint that differs from its checksum."""
 
 
 # Names in the files, which are older than those in the code. They stay, so that old runs resume.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from safetensors.numpy import load_file, save
 
 from minsae_jax.errors import UserError, brief, is_system_error
-from minsae_jax.files import atomic_write, flush, make_folder
+from minsae_jax.files import atomic_write, flush, make_folder, sha256_of
 from minsae_jax.sae.kinds import KINDS, Params, SAEKind
 from minsae_jax.settings import JsonObject
 
@@ -118,13 +118,17 @@ def _decode(kind: SAEKind, params: Params, features: Array) -> Array:
 
 
 def save_member(folder: Path, params: Params, config: JsonObject) -> None:
-    """Write config.json and sae.safetensors; the folder is a member once the latter exists."""
+    """Write config.json and sae.safetensors; the folder is a member once the latter exists.
+
+    The SHA-256 of sae.safetensors is added to the config.
+    """
     make_folder(folder)
     kind = KINDS[config.get("kind", "relu")]
     arrays = {name: np.asarray(params[name], np.float32, order="C") for name in kind.param_names}
     # Context managers exit in reverse order: the config is renamed before the weights.
     with atomic_write(folder / WEIGHTS) as weights, atomic_write(folder / CONFIG) as about:
         weights.write_bytes(save(arrays))
+        config = {**config, "sha256": sha256_of(weights)}
         about.write_text(json.dumps(config, indent=2) + "\n")
         # Old weights must never be seen with the new config, not even after a power cut.
         (folder / WEIGHTS).unlink(missing_ok=True)
@@ -151,6 +155,11 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         kind = config.get("kind", "relu")
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r} in {CONFIG}")
+        # Members of earlier versions have no checksum.
+        # It is about the file, so that it does not stay in the config of a converted member.
+        digest = config.pop("sha256", None)
+        if digest is not None and digest != sha256_of(folder / WEIGHTS):
+            raise ValueError(f"{WEIGHTS} differs from its checksum in {CONFIG}")
     except Exception as e:
         if is_system_error(e):
             raise

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from minsae_jax.checksums import SUMS, files_below, write_checksums
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write, foreign_entries, lock_folder, make_folder
+from minsae_jax.files import atomic_write, foreign_entries, lock_folder, make_folder, sha256_of
 from minsae_jax.monitor import TFEVENTS_PREFIX, table
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
 from minsae_jax.sae.grid import HYPER_NAMES
@@ -35,6 +36,7 @@ _FILES = (
     "evaluation.json",
     "evaluation.csv",
     "evaluation.png",
+    SUMS,
 )
 # A report that was interrupted can leave .report.tmp or .report.old, see `replaced_folder`.
 _FOLDERS = (
@@ -168,6 +170,16 @@ class RunFolder:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
+            # Before sweep.csv gets its name.
+            file.flush()
+            write_checksums(self.folder, self._results(), {SWEEP_CSV: sha256_of(path)})
+
+    def _results(self) -> list[str]:
+        """Return the files that training does not change any more, other than sweep.csv."""
+        names = [f"members/{name}" for name in files_below(self.folder / "members")]
+        names += ["config.yaml", EVAL_CSV, self.pareto_png.name]
+        # TensorBoard's files are still open; their records have checksums of their own.
+        return [n for n in names if TFEVENTS_PREFIX not in n and (self.folder / n).is_file()]
 
 
 @dataclass(frozen=True)

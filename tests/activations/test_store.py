@@ -65,7 +65,8 @@ def folder(tmp_path):
 
 def test_writer_writes_shards_manifest_and_provenance(folder):
     assert sorted(p.name for p in folder.iterdir()) == [
-        "b0000.npy", "b0001.npy", "b0002.npy", "manifest.json", "provenance.npz", "tokens.npz",
+        "SHA256SUMS", "b0000.npy", "b0001.npy", "b0002.npy", "manifest.json", "provenance.npz",
+        "tokens.npz",
     ]  # fmt: skip
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["complete"]

@@ -234,13 +234,25 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+def test_recording_of_a_damaged_record_is_prepared_again(tmp_path):
+    write_file(make_raw(seed=0), tmp_path / "eeg/p0.edf")
+    run(tmp_path / "eeg", tmp_path / "out")
+    expected = snapshot(tmp_path / "out")
+    (record,) = (tmp_path / "out/.prepare").iterdir()
+    content = record.read_text()
+    record.write_text(content.replace("n_samples", "n_sampler"))
+    assert run(tmp_path / "eeg", tmp_path / "out").n_new == 1
+    assert snapshot(tmp_path / "out") == expected
+    assert record.read_text() == content
+
+
 def test_resumed_and_repeated_runs_give_the_same_bytes(tmp_path, monkeypatch):
     for patient in range(3):
         write_file(make_raw(seed=patient), tmp_path / f"eeg/p{patient}.edf")
     whole = tmp_path / "whole"
     run(tmp_path / "eeg", whole)
     expected = snapshot(whole)
-    assert len(expected) == 3 + 3
+    assert len(expected) == 3 + 4
     part = tmp_path / "part"
     run(tmp_path / "eeg/p1.edf", part)
     stamp = (part / "p1_s001_t000_preprocessed.npy").stat().st_mtime_ns

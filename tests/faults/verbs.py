@@ -10,7 +10,7 @@ from tests.faults.process import ROOT, Fault, Result, Server
 
 FIXTURE = ROOT / "tests/fixtures/tuhab_patch_100"
 # Names and times in these differ from run to run.
-VARYING = ("*/checkpoints/*", "*events.out.tfevents.*", "encoder/params/*")
+VARYING = ("*/checkpoints/*", "*events.out.tfevents.*", "encoder/params/*", "encoder/SHA256SUMS")
 TEMPORARY = ("*.tmp", "*.tmp[0-9]*", "*/.*.old", "*orbax-checkpoint-tmp*", "*.__lock", ".*.old")
 
 

@@ -33,7 +33,12 @@ def report(tmp_path_factory) -> Path:
 
 
 def test_files(report):
-    assert {p.name for p in report.iterdir()} == {*PAGE_FILES, "index_data.js", "data"}
+    assert {p.name for p in report.iterdir()} == {
+        *PAGE_FILES,
+        "index_data.js",
+        "data",
+        "SHA256SUMS",
+    }
     assert [p.name for p in report.parent.iterdir()] == ["report"]
     assert [p.name for p in (report / "data").iterdir()] == ["p0000.js"]
     index = read_script(report / "index_data.js")

@@ -91,7 +91,8 @@ def test_files_of_a_run(settings, tmp_path):
     result = train(settings)
     run = tmp_path / "run"
     left = sorted(p.name for p in run.iterdir() if not p.name.startswith("events.out.tfevents."))
-    assert left == ["checkpoints", "config.yaml", "members", "pareto.png", "sweep.csv"]
+    files = ["SHA256SUMS", "config.yaml", "pareto.png", "sweep.csv"]
+    assert left == sorted([*files, "checkpoints", "members"])
     names = ["lambda=0.1,d_sae=32", "lambda=0.1,d_sae=48", "lambda=3,d_sae=32", "lambda=3,d_sae=48"]
     assert sorted(p.name for p in (run / "members").iterdir()) == names
     assert sorted(member.name for member in result.members) == names

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+from minsae_jax.checksums import SUMS, write_checksums
 from minsae_jax.eeg.description import DESCRIPTION, Description, Preparation, write_description
 from minsae_jax.eeg.events import EVENTS, write_events
 from minsae_jax.eeg.prepare.config import PrepareConfig
@@ -34,6 +35,7 @@ OWNED_FILES = (
     "tuh_patient_splits_*",
     RECORDS,
     LENGTHS,
+    SUMS,
     *TABLES,
 )
 
@@ -252,6 +254,11 @@ def _write_tables(
     _write_csv(folder / LABELS, columns, rows)
     lengths = [(record.name, record.n_samples) for record in records]
     _write_csv(folder / LENGTHS, ("filename", "time_len"), lengths)
+    tables = [name for name in (LENGTHS, *TABLES) if (folder / name).is_file()]
+    small = [*tables, *(f"{RECORDS}/{record.name}.json" for record in records)]
+    # Recordings are not read again; those of earlier versions have no checksum.
+    digests = {record.name: record.sha256 for record in records if record.sha256}
+    write_checksums(folder, small, digests)
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple]) -> None:

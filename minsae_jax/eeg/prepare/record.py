@@ -6,6 +6,7 @@ A record has everything that the tables of the folder need, so that a rerun skip
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Record:
     events: tuple[Event, ...]
     findings: tuple[str, ...]
     unused_channels: tuple[str, ...]  # of the source
+    sha256: str = ""  # of the recording's file; empty if an earlier version wrote it
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,16 @@ def read_record(source: Source, plan: Plan, folder: Path) -> Record | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         size = (folder / source.name).stat().st_size
-    except (OSError, ValueError):
+        is_current = content["key"] == plan.key and content["stamp"] == stamp_of(source)
+        if not is_current or content["size"] != size:
+            return None
+        return _parse_record(content["record"])
+    # A damaged record is written again.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    is_current = content["key"] == plan.key and content["stamp"] == stamp_of(source)
-    if not is_current or content["size"] != size:
-        return None
-    values = content["record"]
+
+
+def _parse_record(values: Mapping[str, Any]) -> Record:
     description = {name: _tuple(value) for name, value in values["description"].items()}
     events = [{name: _tuple(value) for name, value in event.items()} for event in values["events"]]
     nested = {

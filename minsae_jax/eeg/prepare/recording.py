@@ -1,5 +1,6 @@
 """Prepares one recording: EEG file → .npy and its record."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
@@ -26,7 +27,7 @@ from minsae_jax.eeg.prepare.signals import (
     write_recording,
 )
 from minsae_jax.eeg.prepare.sources import Source
-from minsae_jax.files import atomic_write
+from minsae_jax.files import atomic_write, sha256_of
 
 
 def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Rejected:
@@ -77,6 +78,7 @@ def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamp: str
     path.unlink(missing_ok=True)
     with atomic_write(path) as temporary:
         write_recording(temporary, data, matrix, statistics, plan.unit)
+        record = replace(record, sha256=sha256_of(temporary))
         write_record(folder, record, plan.key, stamp, temporary.stat().st_size)
     return record
 

@@ -1,0 +1,14 @@
+"""Settings of `verify`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from minsae_jax.cli import Flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Folders to verify."""
+
+    path: Annotated[tuple[str, ...], Flag(positional=True)]
+    """Folders of stores, encoders, runs, members or recordings, or folders that contain these."""
