@@ -43,7 +43,7 @@ def recommend(
     # Sorting keeps the order of equal keys: the shorter description.
     equal.sort(key=lambda m: (-_stability(m), -_n_pure(m)))
     ordered = [*equal, *by_length[len(equal) :]]
-    reason = _reason(ordered[0], len(equal), len(eligible), bool(better))
+    reason = _reason(equal, len(eligible), bool(better))
     return _recommendation(ordered, reason, warnings)
 
 
@@ -96,7 +96,10 @@ def _describe(member: MemberEvaluation) -> str:
     return f"{text})"
 
 
-def _reason(best: MemberEvaluation, n_equal: int, n_eligible: int, is_better: bool) -> str:
+def _reason(equal: Sequence[MemberEvaluation], n_eligible: int, is_better: bool) -> str:
+    """Return why the first of `equal` is recommended; these are the shortest, best first."""
+    best = equal[0]
+    n_equal = len(equal)
     verb = "explain" if best.loss is None else "recover"
     what = "variance" if best.loss is None else "loss"
     share = MIN_EXPLAINED if best.loss is None else MIN_RECOVERED
@@ -109,12 +112,12 @@ def _reason(best: MemberEvaluation, n_equal: int, n_eligible: int, is_better: bo
     )
     if n_equal == 1:
         return reason
-    if best.stability is not None:
+    if _stability(best) > _stability(equal[1]):
         choice = "the most stable features"
-    elif best.event_summary is not None:
+    elif _n_pure(best) > _n_pure(equal[1]):
         choice = "the most pure features"
     else:
-        choice = "the shortest one"
+        choice = "the shortest description"
     return f"{reason}; of the {n_equal} within 5 % of the shortest, it has {choice}"
 
 

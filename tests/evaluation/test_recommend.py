@@ -95,10 +95,10 @@ def test_equal_lengths_are_decided_by_stability_then_purity():
     result = recommend([shortest, stable, pure, longer], [], D_MODEL)
     assert result.member == "pure"
     assert result.runners_up == ("stable", "shortest", "longer")
-    assert (
-        "of 3 within 5 %, its features are the most stable, or else it has most pure ones"
-        in result.reason
-    )
+    assert "of the 3 within 5 % of the shortest, it has the most pure features" in result.reason
+    by_stability = recommend([shortest, stable], [], D_MODEL)
+    assert by_stability.member == "stable"
+    assert by_stability.reason.endswith("it has the most stable features")
 
 
 def test_no_member_reaches_the_threshold():
