@@ -56,8 +56,8 @@ class BatchContext(NamedTuple):
     is_dead: Bool[Array, " d_sae"]
     # Whether any feature is dead: of this member, or of any member of the group.
     any_dead: Bool[Array, ""]
-    # Pre-activations from here on are active; None for kinds that look at one token at a time.
-    threshold: Float[Array, ""] | None = None
+    # Pre-activations from here on are active: in the whole batch, or in each token of a tile.
+    threshold: Float[Array, ""] | Float[Array, "1 tile"] | None = None
     # All pre-activations, where they were needed for the threshold already.
     pre: Float[Array, "tiles d_sae tile"] | None = None
 

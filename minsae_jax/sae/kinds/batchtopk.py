@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from minsae_jax.parallel.mesh import DATA, sum_devices
 from minsae_jax.sae.kinds.base import Batch, BatchContext, Hyper, Objective, Params
-from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors
+from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors, above_threshold
 from minsae_jax.sae.kinds.products import pre_activations, round_weights
 from minsae_jax.sae.kinds.select import kth_largest_of_batch
 
@@ -28,6 +28,7 @@ class BatchTopK(LinearSAE):
     independent = True
     starts_at_median = True
     unit_decoder = True
+    selects = True
     uses_aux = True
 
     @property
@@ -92,9 +93,7 @@ class BatchTopK(LinearSAE):
         hyper: Hyper,
         context: BatchContext,
     ) -> Activated:
-        assert context.threshold is not None
-        zeros = jnp.zeros(pre.shape[1])
-        return Activated(jnp.where(pre >= context.threshold, pre, 0), zeros, zeros)
+        return above_threshold(pre, context)
 
     def finish_update(self, params: Params, context: BatchContext) -> Params:
         params = super().finish_update(params, context)

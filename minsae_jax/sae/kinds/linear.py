@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds.auxk import aux_sums
 from minsae_jax.sae.kinds.base import (
     Batch,
@@ -26,9 +27,15 @@ from minsae_jax.sae.kinds.base import (
 )
 from minsae_jax.sae.kinds.products import (
     Weights,
+    count_active,
+    encoder_gradient,
+    kept,
+    kept_product,
     pre_activations,
     product,
     round_weights,
+    together,
+    written,
     zero_gradients,
 )
 
@@ -41,6 +48,19 @@ class Activated(NamedTuple):
     features: Float[Array, "d_sae tile"]
     penalty: Float[Array, " tile"]  # without its weight λ
     other: Float[Array, " tile"]  # further loss, with its weight
+
+
+def above_threshold(pre: Float[Array, "d_sae tile"], context: BatchContext) -> Activated:
+    """Return features that are the pre-activations from the context's threshold on."""
+    assert context.threshold is not None
+    zeros = jnp.zeros(pre.shape[1])
+    return Activated(jnp.where(pre >= context.threshold, pre, 0), zeros, zeros)
+
+
+def _select_active(features: Float[Array, "d_sae tile"], vectors: Vectors) -> Activated:
+    """Return the features of a kind that `selects`, from the features."""
+    zeros = jnp.zeros(features.shape[1])
+    return Activated(jax.nn.relu(features), zeros, zeros)
 
 
 class LinearSums(NamedTuple):
@@ -61,6 +81,9 @@ class LinearSAE(SAEKind):
 
     # Whether decoder rows have L2 norm 1 after every step.
     unit_decoder: ClassVar[bool] = False
+    # Whether a feature is its pre-activation where that reaches a threshold, which is above 0 and
+    # not differentiated, and there is no penalty.
+    selects: ClassVar[bool] = False
     # Whether dead features learn from the residual (AuxK).
     uses_aux: ClassVar[bool] = False
 
@@ -78,6 +101,12 @@ class LinearSAE(SAEKind):
     ) -> Activated:
         """Return the features of pre-activations in training, and the penalties of each token."""
         raise NotImplementedError
+
+    def tile_context(
+        self, pre: Float[Array, "d_sae tile"], hyper: Hyper, context: BatchContext
+    ) -> BatchContext:
+        """Return the context with what `activate` needs of the tile, not differentiated."""
+        return context
 
     def vectors(self, params: Params) -> Vectors:
         """Return the vectors that `activate` differentiates by.
@@ -119,8 +148,9 @@ class LinearSAE(SAEKind):
     ) -> tuple[Float[Array, ""], BatchSums]:
         """Return the loss summed over tokens, without AuxK, and its parts (without gradients)."""
         mask = jnp.ones(len(x)) if is_token is None else is_token
-        pre = self.pre_activations(params, x)
-        activated = self.activate(pre.T, self.vectors(params), hyper, context)
+        pre = self.pre_activations(params, x).T
+        context = self.tile_context(pre, hyper, context)
+        activated = self.activate(pre, self.vectors(params), hyper, context)
         features = activated.features.T
         d_sae, d_model = params["W_dec"].shape
         errors = []
@@ -215,11 +245,13 @@ class LinearSAE(SAEKind):
             pre_FxB = pre_activations(weights, tile.x, objective)
         else:
             pre_FxB = context.pre
+        context = self.tile_context(pre_FxB, hyper, context)
         activated, pull_back = jax.vjp(activate, pre_FxB, vectors)
         f_FxB = activated.features
         if tile.is_token is not None:
             f_FxB = f_FxB * mask[None]
-        rounded_f_FxB = round_factor(f_FxB)
+        kept_f_FxB = kept(f_FxB, objective)
+        rounded_f_FxB = round_factor(kept_f_FxB)
 
         # Features first to end - 1 of a segment are in its own prefix and in all longer ones.
         ends = self.prefixes(len(f_FxB))
@@ -227,7 +259,7 @@ class LinearSAE(SAEKind):
         x_hat_DxB = weights.b_dec[:, None]
         errors = []
         for segment in segments:
-            part = product(weights.w_dec_T[:, segment], rounded_f_FxB[segment])
+            part = written(product(weights.w_dec_T[:, segment], rounded_f_FxB[segment]))
             x_hat_DxB = x_hat_DxB + part
             error_DxB = x_hat_DxB - tile.x.T
             if tile.is_token is not None:
@@ -242,9 +274,17 @@ class LinearSAE(SAEKind):
         for segment, error_DxB in zip(reversed(segments), reversed(errors), strict=True):
             error_sum_DxB = error_sum_DxB + error_DxB
             rounded_error_DxB = round_factor(error_sum_DxB)
-            backward.append(product(weights.w_dec[segment], rounded_error_DxB))
+            backward.append(kept_product(weights.w_dec[segment], rounded_error_DxB))
             dec_gradients.append(product(rounded_f_FxB[segment], rounded_error_DxB.T))
-        backward_FxB = dloss_factor * jnp.concatenate(backward[::-1])
+        backward_FxB = jnp.concatenate(backward[::-1])
+        if not on_cpu():
+            # All that follows is one pass over two arrays, which computes the features again.
+            source_FxB = kept_f_FxB if self.selects else pre_FxB
+            source_FxB, backward_FxB = together(source_FxB, backward_FxB)
+            run = _select_active if self.selects else activate
+            activated, pull_back = jax.vjp(run, source_FxB.astype(jnp.float32), vectors)
+            f_FxB = activated.features if tile.is_token is None else activated.features * mask[None]
+        backward_FxB = dloss_factor * backward_FxB.astype(jnp.float32)
         zeros = jnp.zeros_like(mask)
         penalty_weight = self.penalty_weight(hyper)
         pre_gradient_FxB, vector_gradients = pull_back(
@@ -255,7 +295,7 @@ class LinearSAE(SAEKind):
             alone = Activated(jnp.zeros_like(f_FxB), mask, zeros)
             _, penalty_vectors = pull_back(alone)
         gradients = {
-            "W_enc": product(round_factor(pre_gradient_FxB), x_BxD),
+            "W_enc": encoder_gradient(round_factor(pre_gradient_FxB), x_BxD),
             "b_enc": pre_gradient_FxB.sum(1),
             "W_dec": dloss_factor * jnp.concatenate(dec_gradients[::-1]),
             "b_dec": dloss_factor * error_sum_DxB.sum(1),
@@ -269,7 +309,7 @@ class LinearSAE(SAEKind):
             residual=squares[-1],
             penalty=(activated.penalty * mask).sum(),
             other=(activated.other * mask).sum(),
-            active=(f_FxB > 0).sum(1, dtype=jnp.int32),
+            active=count_active(f_FxB),
         )
         return sums, errors[-1]
 

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from minsae_jax.parallel.mesh import DATA, after, sum_devices
+from minsae_jax.parallel.mesh import DATA, after, on_cpu, sum_devices
 
 # Bits of the smallest normal float32 number; processors may treat smaller ones as 0.
 SMALLEST = 0x00800000
+# Bits of the largest float32 number.
+LARGEST = 0x7F7FFFFF
 # Numbers counted as one integer with three counts of 10 bits.
 CHUNK = 512
 
@@ -52,18 +54,71 @@ def kth_largest(
     return _to_float(low)
 
 
-def keep_largest(
-    features: Float[Array, "d_sae tile"], k: Float[Array, ""]
-) -> Float[Array, "d_sae tile"]:
-    """Return features with all but the k largest of every token set to 0."""
+def token_thresholds(pre: Float[Array, "d_sae tile"], k: Float[Array, ""]) -> Float[Array, " tile"]:
+    """Return for every token the threshold that the k largest of its numbers reach.
+
+    If fewer than k are positive, it is that of all positive ones.
+    """
+    fixed = jax.lax.stop_gradient(pre)
 
     def count(threshold: Array) -> Array:
         return jnp.where(fixed >= threshold[None], 1.0, 0.0).sum(0)
 
-    fixed = jax.lax.stop_gradient(features)
-    rows = jnp.broadcast_to(k, features.shape[1:])
-    threshold = kth_largest(fixed.max(0), rows, count)
-    return jnp.where(fixed >= threshold[None], features, 0)
+    rows = jnp.broadcast_to(k, pre.shape[1:])
+    if on_cpu():
+        return kth_largest(fixed.max(0), rows, count)
+    return kth_largest_in_few_passes(fixed, rows)
+
+
+def keep_largest(
+    features: Float[Array, "d_sae tile"], k: Float[Array, ""]
+) -> Float[Array, "d_sae tile"]:
+    """Return features, at least 0, with all but the k largest of every token set to 0."""
+    return jnp.where(features >= token_thresholds(features, k)[None], features, 0)
+
+
+def kth_largest_in_few_passes(
+    numbers: Float[Array, "d_sae tile"], k: Float[Array, " tile"]
+) -> Float[Array, " tile"]:
+    """Return `kth_largest` of every column, on accelerators.
+
+    Each pass over memory counts at 6 thresholds, which leave a seventh of the bracket. The number
+    of passes is known, since the host waits for the device at every round of a loop whose end
+    depends on the numbers.
+    """
+    steps = []
+    width = LARGEST + 1 - SMALLEST
+    while width > 1:
+        width = -(-width // 7)
+        steps.append(width)
+
+    def narrow(low: Int[Array, " tile"], step: Int[Array, ""]) -> tuple[Int[Array, " tile"], None]:
+        thresholds = [jnp.minimum(low, LARGEST - j * step) + j * step for j in range(1, 7)]
+        for threshold, count in zip(thresholds, _count_columns(numbers, thresholds), strict=True):
+            low = jnp.where(count.astype(jnp.float32) >= k, threshold, low)
+        return low, None
+
+    start = jnp.full(k.shape, SMALLEST, jnp.int32)
+    low, _ = jax.lax.scan(narrow, start, jnp.array(steps, jnp.int32))
+    return _to_float(low)
+
+
+def _count_columns(
+    numbers: Float[Array, "d_sae tile"], thresholds: list[Int[Array, " tile"]]
+) -> list[Int[Array, " tile"]]:
+    """Return for each of 6 thresholds how many numbers of every column reach it, in one pass."""
+    # Filled up with 0, which reaches no threshold.
+    padded = jnp.pad(numbers, ((0, -len(numbers) % CHUNK), (0, 0)))
+    chunks = padded.reshape(-1, CHUNK, numbers.shape[1])
+    counts = []
+    for three in (thresholds[:3], thresholds[3:]):
+        packed = jnp.zeros((), jnp.int32)
+        for i, threshold in enumerate(three):
+            reaches = chunks >= _to_float(threshold)[None, None]
+            packed = packed + jnp.where(reaches, 1 << (10 * i), 0)
+        sums = packed.sum(1)
+        counts += [((sums >> (10 * i)) & 1023).sum(0) for i in range(3)]
+    return counts
 
 
 def kth_largest_of_batch(
@@ -73,10 +128,13 @@ def kth_largest_of_batch(
 ) -> Float[Array, ""]:
     """Return a threshold t > 0 that exactly the k largest of all numbers reach.
 
-    As `kth_largest`, over the numbers of all devices. Every round counts at three thresholds in one
-    pass over memory: two close to where log count, interpolated, is that of k, and the middle. A
+    As `kth_largest`, over the numbers of all devices. Every round counts at some thresholds in one
+    pass over memory: close to where log count, interpolated, is that of k, and in the middle. A
     good guess saves the first rounds; after them the bracket shrinks to a sixteenth in most.
     """
+    # On accelerators a round costs less than its start, so it has more thresholds.
+    around_guess = (0.97, 1.0, 1.03) if on_cpu() else (0.97, 0.995, 0.9995, 1.0005, 1.005, 1.03)
+    margins = (-1 / 32, 1 / 32) if on_cpu() else (-1 / 24, -1 / 256, 0, 1 / 256, 1 / 24)
 
     class Bracket(NamedTuple):
         low: Array  # bits; at least k numbers reach it
@@ -87,7 +145,7 @@ def kth_largest_of_batch(
     def is_open(bracket: Bracket) -> Array:
         return bracket.high - bracket.low > 1
 
-    def narrow(bracket: Bracket, thresholds: Int[Array, "3"]) -> Bracket:
+    def narrow(bracket: Bracket, thresholds: Int[Array, " n"]) -> Bracket:
         thresholds = jnp.clip(thresholds, bracket.low + 1, bracket.high - 1)
         counts = sum_devices(_count_reaching(pre, _to_float(thresholds)))
         enough = counts >= k
@@ -104,24 +162,33 @@ def kth_largest_of_batch(
         share = (log_low - jnp.log(k.astype(jnp.float32))) / (log_low - log_high)
         width = bracket.high - bracket.low
         likely = bracket.low + (share * width.astype(jnp.float32)).astype(jnp.int32)
-        margin = jnp.maximum(width // 32, 1)
-        middle = bracket.low + width // 2
-        return narrow(bracket, jnp.stack([likely - margin, likely + margin, middle]))
+        thresholds = [bracket.low + width // 2]
+        for margin in margins:
+            distance = jnp.maximum(width // round(1 / abs(margin)), 1) if margin else 0
+            thresholds.append(likely + distance if margin > 0 else likely - distance)
+        return narrow(bracket, jnp.stack(thresholds))
 
     n_numbers = jnp.int32(pre.size * jax.lax.axis_size(DATA))
-    top = jax.lax.pmax(after(pre.max(), k), DATA)
     low = jnp.int32(SMALLEST)
-    high = jnp.maximum(_to_bits(jnp.maximum(top, 0)), low) + 1
+    high = jnp.int32(LARGEST + 1)
+    if on_cpu():
+        top = jax.lax.pmax(after(pre.max(), k), DATA)
+        high = jnp.maximum(_to_bits(jnp.maximum(top, 0)), low) + 1
     bracket = Bracket(low, high, n_numbers, jnp.int32(0))
-    around = _to_bits(jnp.stack([0.97 * guess, guess, 1.03 * guess]))
-    bracket = jax.lax.while_loop(is_open, search, narrow(bracket, around))
+    around = _to_bits(jnp.stack([factor * guess for factor in around_guess]))
+    bracket = narrow(bracket, around)
+    if not on_cpu():
+        # These mostly suffice. The host waits for the device at every round of the loop below.
+        for _ in range(3):
+            bracket = search(bracket)
+    bracket = jax.lax.while_loop(is_open, search, bracket)
     return _to_float(bracket.low)
 
 
 def _count_reaching(
-    pre: Float[Array, "tiles d_sae tile"], thresholds: Float[Array, "3"]
-) -> Int[Array, "3"]:
-    """Return how many numbers are >= each threshold, in one pass.
+    pre: Float[Array, "tiles d_sae tile"], thresholds: Float[Array, " n"]
+) -> Int[Array, " n"]:
+    """Return how many numbers are >= each threshold, in one pass. n: a multiple of 3.
 
     The counts of a chunk take 10 bits each, so that three of them are added as one integer.
     """
@@ -129,15 +196,17 @@ def _count_reaching(
     def add_tile(counts: Array, tile: Array) -> tuple[Array, None]:
         # Filled up with 0, which reaches no threshold.
         chunks = jnp.pad(tile.ravel(), (0, -tile.size % CHUNK)).reshape(-1, CHUNK)
-        packed = jnp.zeros((), jnp.int32)
-        for i in range(3):
-            packed = packed + jnp.where(chunks >= thresholds[i], 1 << (10 * i), 0)
-        sums = packed.sum(1)
-        counts += jnp.stack([((sums >> (10 * i)) & 1023).sum() for i in range(3)])
-        return counts, None
+        added = []
+        for first in range(0, len(thresholds), 3):
+            packed = jnp.zeros((), jnp.int32)
+            for i in range(3):
+                packed = packed + jnp.where(chunks >= thresholds[first + i], 1 << (10 * i), 0)
+            sums = packed.sum(1)
+            added += [((sums >> (10 * i)) & 1023).sum() for i in range(3)]
+        return counts + jnp.stack(added), None
 
     # One tile after the other: XLA for CPU stores `packed`, which then fits the cache.
-    return jax.lax.scan(add_tile, jnp.zeros(3, jnp.int32), pre)[0]
+    return jax.lax.scan(add_tile, jnp.zeros(len(thresholds), jnp.int32), pre)[0]
 
 
 def _to_bits(x: Float[Array, "*rows"]) -> Int[Array, "*rows"]:

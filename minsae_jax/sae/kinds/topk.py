@@ -20,9 +20,15 @@ from jaxtyping import Array, Float
 from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.kinds.base import Batch, BatchContext, Hyper, Objective, Params
-from minsae_jax.sae.kinds.linear import Activated, LinearSAE, LinearSums, Vectors
+from minsae_jax.sae.kinds.linear import (
+    Activated,
+    LinearSAE,
+    LinearSums,
+    Vectors,
+    above_threshold,
+)
 from minsae_jax.sae.kinds.products import Weights, product
-from minsae_jax.sae.kinds.select import keep_largest
+from minsae_jax.sae.kinds.select import keep_largest, token_thresholds
 
 # Tokens that `encode` selects from at once on CPU, or fewer: features of over 4 MB do not fit the
 # cache.
@@ -52,6 +58,7 @@ class TopK(LinearSAE):
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec", "k")
     starts_at_median = True
     unit_decoder = True
+    selects = True
     uses_aux = True
 
     @property
@@ -87,6 +94,11 @@ class TopK(LinearSAE):
         features = jax.lax.map(encode_tile, padded.reshape(-1, tile, x.shape[-1]))
         return features.reshape(-1, d_sae)[:n_tokens].reshape(*x.shape[:-1], d_sae)
 
+    def tile_context(
+        self, pre: Float[Array, "d_sae tile"], hyper: Hyper, context: BatchContext
+    ) -> BatchContext:
+        return context._replace(threshold=token_thresholds(pre, hyper["k"])[None])
+
     def activate(
         self,
         pre: Float[Array, "d_sae tile"],
@@ -94,8 +106,7 @@ class TopK(LinearSAE):
         hyper: Hyper,
         context: BatchContext,
     ) -> Activated:
-        zeros = jnp.zeros(pre.shape[1])
-        return Activated(keep_largest(jax.nn.relu(pre), hyper["k"]), zeros, zeros)
+        return above_threshold(pre, context)
 
     def add_tile(
         self,

@@ -23,6 +23,8 @@ from minsae_jax.sae.kinds import (
 )
 from minsae_jax.sae.kinds.topk import TopK
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 D, F, TOKENS = 12, 40, 60
 OBJECTIVE = Objective(mean_over_d_model=False)
 

@@ -8,6 +8,8 @@ import pytest
 from minsae_jax.sae.kinds.select import keep_largest, kth_largest_of_batch
 from minsae_jax.sae.member import SparseAutoencoder
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def select_of_batch(pre, k, guess=0.0):
     """Select on as many devices as `pre` has tiles."""
