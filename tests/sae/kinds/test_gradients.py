@@ -123,7 +123,7 @@ def test_zero_decoder_row_has_a_finite_gradient(params, x):
     ("factors", "backend"), [("bfloat16", "cpu"), ("rounded", "cpu"), ("bfloat16", "gpu")]
 )
 def test_bfloat16_gradients_have_eight_bits(factors, backend, monkeypatch):
-    """Sizes for which every XLA has bfloat16 products; the code for GPUs keeps features in bfloat16."""
+    """Sizes for which every XLA has bfloat16 products."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     params = RELU.init_torch(jax.random.key(0), 128, 256)
     x = jax.random.normal(jax.random.key(1), (512, 128))
