@@ -6,6 +6,7 @@ Weights are replicated along `data`.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -132,15 +133,76 @@ def put_batch(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
 
     Every device of `data` gets the same number of rows, a multiple of `multiple`.
     """
-    n_padding = -len(x) % (mesh.shape[DATA] * multiple)
-    if n_padding:
-        padding = np.zeros((n_padding, *x.shape[1:]), x.dtype)
-        x = np.concatenate([x, padding])
+    x = _pad_rows(x, mesh.shape[DATA] * multiple)
     sharding = batch_sharding(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     # Every process has the whole batch and puts the rows for its devices.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _pad_rows(x: np.ndarray, multiple: int) -> np.ndarray:
+    n_padding = -len(x) % multiple
+    if n_padding == 0:
+        return x
+    padding = np.zeros((n_padding, *x.shape[1:]), x.dtype)
+    return np.concatenate([x, padding])
+
+
+def put_shares(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
+    """Put a batch of which each process has some rows, and zeros for the others, on the devices.
+
+    The result is that of `put_batch` for the whole batch, to the bit. Every process of a cluster
+    must call this.
+    """
+    if len({device.process_index for device in mesh.devices.flat}) == 1:
+        return put_batch(mesh, x, multiple)
+    x = _pad_rows(x, mesh.shape[DATA] * multiple)
+    # One summand for each device, so that any mesh of any processes can add them.
+    summand = x[None]
+    first, *others = mesh.local_devices
+    summands = [jax.device_put(summand, first)]
+    summands += [_zeros(summand.shape, summand.dtype, device) for device in others]
+    shape = (mesh.size, *x.shape)
+    sharding = NamedSharding(mesh, P((SWEEP, DATA)))
+    return _add_shares(mesh)(jax.make_array_from_single_device_arrays(shape, sharding, summands))
+
+
+@lru_cache
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.Array:
+    return jnp.zeros(shape, dtype, device=device)
+
+
+@lru_cache
+def _add_shares(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Return the compiled [devices, rows, ...] -> [rows, ...], the sum over devices."""
+
+    def on_one_device(summand: Array) -> Array:
+        return scatter_sum(summand[0], over_sweep=True)
+
+    sharded = jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=P((SWEEP, DATA)),
+        out_specs=P(DATA),
+        check_vma=False,
+    )
+    return jax.jit(sharded)
+
+
+def scatter_sum(x: Array, over_sweep: bool = False) -> Array:
+    """Return a device's share of the rows of the sum of x over `data`, inside a shard_map.
+
+    At most one device has a row that is not 0, so that the sum has the bits of that row, be it -0
+    or NaN. over_sweep: sum over `sweep` too.
+    """
+    bits_dtype = jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16
+    # Sums are not available for 16 bits on GPUs.
+    bits = jax.lax.bitcast_convert_type(x, bits_dtype).astype(jnp.uint32)
+    bits = jax.lax.psum_scatter(bits, DATA, tiled=True)
+    if over_sweep:
+        bits = jax.lax.psum(bits, SWEEP)
+    return jax.lax.bitcast_convert_type(bits.astype(bits_dtype), x.dtype)
 
 
 def put_replicated(mesh: Mesh, x: np.ndarray) -> jax.Array:

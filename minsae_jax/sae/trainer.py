@@ -26,7 +26,13 @@ from minsae_jax.parallel.processes import (
 )
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
 from minsae_jax.sae.config import TrainConfig, TrainPlan
-from minsae_jax.sae.data import TrainData, held_out_batches, open_stream, open_train_data
+from minsae_jax.sae.data import (
+    TrainData,
+    held_out_batches,
+    measure_start,
+    open_stream,
+    open_train_data,
+)
 from minsae_jax.sae.logger import RunLogger, interval_metrics
 from minsae_jax.sae.measures import Measures, measure
 from minsae_jax.sae.member import SparseAutoencoder
@@ -65,11 +71,14 @@ def train(
             store = open_store(plan.config.store, plan.config.cache_layer)
         else:
             store = open_live()
-        data = open_train_data(plan, store, encoder_fingerprint, folder.is_new())
+        is_new = folder.is_new()
+        data = open_train_data(plan, store, encoder_fingerprint, is_new)
         measure_features = None
         if open_monitor is not None and data.held_out is not None:
             measure_features = open_monitor()
     _check_processes_agree(folder, data)
+    if is_new:
+        data = measure_start(plan, data)
     with ExitStack() as stack:
         with barrier(f"create {folder.folder}"):
             if process_index() == 0:
