@@ -137,7 +137,8 @@ def sum_over_processes(x: np.ndarray) -> np.ndarray:
     """Return the sum of all processes' arrays, of equal shapes. Every process must call this."""
     if process_count() == 1:
         return x
-    return multihost_utils.process_allgather(x).sum(0)
+    # NumPy would sum small integers as 64 bits.
+    return multihost_utils.process_allgather(x).sum(0, dtype=x.dtype)
 
 
 def same_on_all_processes(text: str) -> bool:

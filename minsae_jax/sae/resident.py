@@ -21,7 +21,13 @@ from minsae_jax.activations.store import Origin, Store
 from minsae_jax.activations.stream import Source
 from minsae_jax.errors import UserError
 from minsae_jax.monitor import progress
-from minsae_jax.parallel.mesh import DATA, batch_sharding, put_replicated, scatter_sum
+from minsae_jax.parallel.mesh import (
+    DATA,
+    batch_sharding,
+    from_bits,
+    put_replicated,
+    to_bits,
+)
 from minsae_jax.parallel.processes import WHOLE, Share, any_process
 
 PIECE_TOKENS = 65_536  # copied to a device at a time
@@ -115,7 +121,10 @@ class ResidentStore:
         is_here = (rows >= 0) & (place >= 0) & (place < self.rows_per_device)
         values = tokens[jnp.clip(place, 0, self.rows_per_device - 1)]
         # Exactly one device has each row.
-        return scatter_sum(jnp.where(is_here[:, None], values, jnp.zeros_like(values)))
+        bits = to_bits(values)
+        bits = jnp.where(is_here[:, None], bits, jnp.zeros_like(bits))
+        bits = jax.lax.psum_scatter(bits, DATA, tiled=True)
+        return from_bits(bits, values.dtype)
 
 
 def open_resident(

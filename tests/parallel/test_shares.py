@@ -15,9 +15,10 @@ from tests.sae.test_processes import assert_same_metrics
 
 
 @pytest.mark.slow
-def test_shared_batches_are_those_of_one_process(small_store):
-    results = Cluster([sys.executable, "-m", "tests.parallel.shares", str(small_store / "l-1")])
-    for result in results.wait():
+@pytest.mark.parametrize("n_devices", [2, 3])  # 3 on each: on a mesh of 3x2 the middle row is split
+def test_shared_batches_are_those_of_one_process(small_store, n_devices):
+    command = [sys.executable, "-m", "tests.parallel.shares", str(small_store / "l-1")]
+    for result in Cluster(command, n_devices=n_devices).wait():
         assert result.returncode == 0, result.stderr
         assert result.stdout.splitlines()[-1] == "equal"
 
