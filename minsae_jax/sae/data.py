@@ -1,7 +1,7 @@
 """The inputs of a run, opened and checked once, before its folder is created."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from warnings import warn
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from minsae_jax.activations.store import Store, open_store, sibling_store
 from minsae_jax.activations.stream import (
+    OnError,
     ShuffleBuffers,
     Source,
     TokenStream,
@@ -22,6 +23,7 @@ from minsae_jax.parallel.processes import (
     Share,
     barrier,
     own_share,
+    process_count,
     sum_over_processes,
 )
 from minsae_jax.sae.config import FileBatches, TrainConfig, TrainPlan
@@ -46,6 +48,8 @@ class TrainData:
     scale: float | None = None  # factor of the activations in training
     # Geometric median of the scaled tokens; None if no kind starts there.
     median: Float[np.ndarray, " d_model"] | None = None
+    # In a cluster, errors of the stream, whose batches then lack the tokens.
+    read_errors: list[Exception] = field(default_factory=list)
 
 
 def open_train_data(
@@ -67,7 +71,9 @@ def open_train_data(
         )
     groups = make_groups(plan, store.d_model)
     start = _load_start(config, groups, store.d_model)
-    stream = open_stream(plan, store, own_share())
+    read_errors: list[Exception] = []
+    on_error = read_errors.append if process_count() > 1 else None
+    stream = open_stream(plan, store, own_share(), on_error)
     interval_tokens = config.eval_window * _max_tokens_per_step(plan, store)
     # Feature counts of a log interval are int32.
     if interval_tokens >= 2**31:
@@ -80,7 +86,7 @@ def open_train_data(
         store.verify(own_share())
         if held_out:
             held_out.verify(own_share())
-    return TrainData(store, held_out, stream, groups, start)
+    return TrainData(store, held_out, stream, groups, start, read_errors=read_errors)
 
 
 def measure_start(plan: TrainPlan, data: TrainData) -> TrainData:
@@ -123,11 +129,14 @@ def _max_tokens_per_step(plan: TrainPlan, store: Source) -> int:
     return plan.batches.batch_size
 
 
-def open_stream(plan: TrainPlan, store: Source, share: Share = WHOLE) -> TokenStream:
+def open_stream(
+    plan: TrainPlan, store: Source, share: Share = WHOLE, on_error: OnError = None
+) -> TokenStream:
     """Return the recipe's endless batches, from the first; tokens not in the share are 0."""
     if isinstance(plan.batches, FileBatches):
-        return files_in_order(store, plan.batches.number_of_arrays, share)
-    return shuffled_tokens(store, plan.batches.batch_size, plan.batches.shuffle_seed, share)
+        return files_in_order(store, plan.batches.number_of_arrays, share, on_error)
+    batches = plan.batches
+    return shuffled_tokens(store, batches.batch_size, batches.shuffle_seed, share, on_error)
 
 
 def open_held_out(config: TrainConfig, store: Source) -> Store | None:

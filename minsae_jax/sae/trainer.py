@@ -86,7 +86,10 @@ def train(
         checkpoints = Checkpoints(folder.checkpoints, plan.config.max_to_keep)
         stack.enter_context(checkpoints)
         trainer = Trainer(plan, folder, data, checkpoints, on_step, measure_features)
-        with trainer.logger.opened(trainer.progress):
+        with ExitStack() as logs:
+            # One process opens them. Gloo ends a first sum that the others start 30 s earlier.
+            with barrier("open the logs"):
+                logs.enter_context(trainer.logger.opened(trainer.progress))
             trainer.run_steps()
         trainer.export()
     return load_run(folder.folder)
@@ -252,6 +255,7 @@ class Trainer:
         """Fetch and write the metrics of the log interval that ended at the current step."""
         progress = self.progress
         with barrier("write metrics"):
+            self._raise_read_error()
             groups = read_metrics(device_metrics)
             if groups is None:
                 raise UserError(
@@ -300,6 +304,7 @@ class Trainer:
                     values["dead_fraction"] = float(dead[i])
                     self.progress.held_out[member.name] = values
             with barrier("write metrics on held-out tokens"):
+                self._raise_read_error()
                 self.logger.log_held_out(self.progress)
             if self.measure_features:
                 self._measure_features(self.measure_features, measures)
@@ -322,8 +327,14 @@ class Trainer:
             if process_index() == 0:
                 self.logger.log_features(self.progress.step, measure_features(snapshots))
 
+    def _raise_read_error(self) -> None:
+        """Raise an error of the stream, before anything is written of steps without its tokens."""
+        if self.data.read_errors:
+            raise self.data.read_errors[0]
+
     def _save(self) -> None:
         with barrier("write metrics"):
+            self._raise_read_error()
             self.logger.flush()
         state = self.sweep.portable(self.state)
         self.checkpoints.save(self.progress, state, self.stream.get_state())

@@ -71,7 +71,7 @@ def test_file_that_one_process_cannot_read_ends_both(tmp_path):
     run = tmp_path / "run"
     flags = ("--store", store, "--num_steps", 1_000_000, "--batch_size", 32, "--eval_window", 8)
     cluster = Cluster(minsae("train", *flags, "--checkpoint_every", 10, "--run_dir", run))
-    wait_until((run / "checkpoints/10").exists)
+    wait_until((run / "checkpoints/10").exists, seconds=180)
     with (store / "b0001.npy").open("r+b") as file:
         file.truncate(1000)
     results = cluster.wait()
