@@ -1,4 +1,4 @@
-"""Run one command in two processes at once, as on two machines, with two simulated devices each."""
+"""Run one command in two processes at once, as on two machines, with simulated devices."""
 
 import os
 import subprocess
@@ -15,7 +15,9 @@ TIMEOUT = 200  # seconds
 class Cluster:
     """A command with `--distributed` in two processes; `second` replaces it in the second one."""
 
-    def __init__(self, command: Sequence[str], second: Sequence[str] | None = None):
+    def __init__(
+        self, command: Sequence[str], second: Sequence[str] | None = None, n_devices: int = 2
+    ):
         with socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -23,7 +25,7 @@ class Cluster:
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": "2",
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_NUM_CPU_DEVICES": str(n_devices),
         }
         del self.environment["XLA_FLAGS"]  # the number of devices that tests simulate in process
         self.processes = [

@@ -33,6 +33,7 @@ from minsae_jax.activations.manifest import (
 from minsae_jax.errors import UserError, brief, is_system_error
 from minsae_jax.files import sha256_of
 from minsae_jax.monitor import progress
+from minsae_jax.parallel.processes import WHOLE, Share
 
 PROVENANCE = "provenance.npz"
 CHUNK_TOKENS = 256  # consecutive tokens per read; single tokens are a hundred times slower
@@ -182,6 +183,10 @@ class Store:
             total += stop - start
         return total
 
+    def tokens_in_chunk(self, chunk: int) -> int:
+        _, start, stop = self._place_of_chunk(chunk)
+        return stop - start
+
     def rows_of_chunk(self, chunk: int) -> tuple[int, int]:
         """Return the number of a chunk's first token in the store, and that after its last."""
         shard, start, stop = self._place_of_chunk(chunk)
@@ -220,9 +225,13 @@ class Store:
             # The assignment converts the dtype.
             out[:] = target
 
-    def verify(self) -> None:
-        """Read every shard and compare its checksum. Raises UserError listing those that differ."""
-        shards = [shard for shard in self.shards if shard.sha256]
+    def verify(self, share: Share = WHOLE) -> None:
+        """Read a share of the shards and compare their checksums.
+
+        Raises UserError listing those that differ.
+        """
+        start, stop = share.bounds(len(self.shards))
+        shards = [shard for shard in self.shards[start:stop] if shard.sha256]
         paths = [shard.path for shard in shards]
         failed = []
         with (

@@ -2,10 +2,16 @@
 
 Both streams are endless iterators of [tokens, d_model] in the source's dtype. Their position is
 plain JSON. The next batch depends on the source, the seed and the position alone.
+
+The processes of a cluster share the reading: each gets the same batches with zeros in place of the
+tokens that others read, and the sum over processes is the batch of a single process. Shares are
+whole chunks, so that reads are as long as without a cluster. The tokens of a batch are scattered
+over a whole shuffle buffer: reading just those of some devices would take 20 times the time, and
+nearly all pages of the files.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -16,7 +22,12 @@ from jaxtyping import Shaped
 
 from minsae_jax.activations.store import Origin
 from minsae_jax.errors import UserError
+from minsae_jax.parallel.processes import WHOLE, Share
 from minsae_jax.settings import JsonObject
+
+# Called in a thread with an error of reading, if given; the tokens are 0 then. So a process of a
+# cluster takes part in the next steps, until it can tell the others.
+OnError = Callable[[Exception], None] | None
 
 SHUFFLE_BUFFER_TOKENS = 65_536  # tokens shuffled together, from chunks all over the source
 
@@ -44,18 +55,21 @@ class Source(Protocol):
     def d_model(self) -> int: ...
     @property
     def dtype(self) -> np.dtype: ...  # after reading
-    def verify(self) -> None: ...  # raises UserError if checksums differ
+    def verify(self, share: Share = WHOLE) -> None: ...  # raises UserError if checksums differ
 
     # Shards: the parts of the source in order, as minSAE reads them.
     @property
     def tokens_per_shard(self) -> Sequence[int]: ...
-    def read(self, shard: int) -> Shaped[np.ndarray, "tokens d_model"]: ...
+    def read(
+        self, shard: int, start: int = 0, stop: int | None = None
+    ) -> Shaped[np.ndarray, "tokens d_model"]: ...
 
     # Chunks: short runs of consecutive tokens, in any order, for shuffling.
     @property
     def n_chunks(self) -> int: ...
     @property
     def tokens_per_chunk(self) -> int: ...  # maximum
+    def tokens_in_chunk(self, chunk: int) -> int: ...
     def read_chunks(
         self, chunks: Sequence[int], out: Shaped[np.ndarray, "capacity d_model"]
     ) -> int: ...  # fills the start of `out` and returns the number of tokens
@@ -64,6 +78,38 @@ class Source(Protocol):
 def chunks_per_buffer(source: Source) -> int:
     """Return the maximum number of chunks that are read into one shuffle buffer."""
     return min(source.n_chunks, max(1, SHUFFLE_BUFFER_TOKENS // source.tokens_per_chunk))
+
+
+def read_share(
+    source: Source,
+    share: Share,
+    chunks: Sequence[int],
+    out: Shaped[np.ndarray, "capacity d_model"],
+    on_error: OnError = None,
+) -> int:
+    """Fill the start of `out` with the tokens of some chunks and return their number.
+
+    Chunks that are not in the share are not read; their tokens are 0.
+    """
+    first, end = share.bounds(len(chunks))
+    start = sum(map(source.tokens_in_chunk, chunks[:first]))
+    stop = start
+    if first < end:
+        # Of the same size for every shuffle buffer: live activations are compiled for it.
+        most_chunks = -(-(len(out) // source.tokens_per_chunk) // share.count)
+        own = out[start : start + most_chunks * source.tokens_per_chunk]
+        try:
+            stop += source.read_chunks(chunks[first:end], own)
+        except Exception as e:
+            if on_error is None:
+                raise
+            on_error(e)
+            stop += sum(map(source.tokens_in_chunk, chunks[first:end]))
+            out[start:stop] = 0
+    n_tokens = stop + sum(map(source.tokens_in_chunk, chunks[end:]))
+    out[:start] = 0
+    out[stop:n_tokens] = 0
+    return n_tokens
 
 
 def read_chunks(source: Source, chunks: Sequence[int]) -> Shaped[np.ndarray, "tokens d_model"]:
@@ -77,7 +123,7 @@ def read_chunks(source: Source, chunks: Sequence[int]) -> Shaped[np.ndarray, "to
 class ShardGroups:
     """Groups of `size` whole shards in order; shards that do not fill a last group are not used."""
 
-    def __init__(self, source: Source, size: int):
+    def __init__(self, source: Source, size: int, share: Share = WHOLE, on_error: OnError = None):
         n_shards = len(source.tokens_per_shard)
         if size > n_shards:
             raise UserError(
@@ -85,6 +131,8 @@ class ShardGroups:
             )
         self.source = source
         self.size = size
+        self.share = share
+        self.on_error = on_error
         self.n_shards = n_shards
 
     def __len__(self) -> int:
@@ -92,7 +140,22 @@ class ShardGroups:
 
     def __getitem__(self, index: int) -> Shaped[np.ndarray, "tokens d_model"]:
         first = index * self.size
-        return np.concatenate([self.source.read(i) for i in range(first, first + self.size)])
+        return np.concatenate([self._read(i) for i in range(first, first + self.size)])
+
+    def _read(self, shard: int) -> Shaped[np.ndarray, "tokens d_model"]:
+        if self.share == WHOLE:
+            return self.source.read(shard)
+        n_tokens = self.source.tokens_per_shard[shard]
+        tokens = np.zeros((n_tokens, self.source.d_model), self.source.dtype)
+        start, stop = self.share.bounds(n_tokens)
+        try:
+            if start < stop:
+                tokens[start:stop] = self.source.read(shard, start, stop)
+        except Exception as e:
+            if self.on_error is None:
+                raise
+            self.on_error(e)
+        return tokens
 
 
 class ShuffleBuffers:
@@ -103,9 +166,11 @@ class ShuffleBuffers:
     (Grain's own shuffle needs milliseconds per element if there are few elements.)
     """
 
-    def __init__(self, source: Source, seed: int):
+    def __init__(self, source: Source, seed: int, share: Share = WHOLE, on_error: OnError = None):
         self.source = source
         self.seed = seed
+        self.share = share
+        self.on_error = on_error
         self.chunks_per_buffer = chunks_per_buffer(source)
         # -(-a // b) is a / b rounded up, here and elsewhere.
         self.buffers_per_epoch = -(-source.n_chunks // self.chunks_per_buffer)
@@ -129,15 +194,25 @@ class ShuffleBuffers:
         if not hasattr(self._memory, "tokens"):
             capacity = self.chunks_per_buffer * self.source.tokens_per_chunk
             self._memory.tokens = np.empty((capacity, self.source.d_model), self.source.dtype)
-        n_tokens = self.source.read_chunks(chunks, self._memory.tokens)
+        tokens = self._memory.tokens
+        n_tokens = read_share(self.source, self.share, chunks, tokens, self.on_error)
         order = np.random.default_rng([self.seed, epoch, buffer]).permutation(n_tokens)
         # All indices are valid; without "clip", take checks them in a slower loop.
-        return self._memory.tokens.take(order, axis=0, mode="clip")
+        return tokens.take(order, axis=0, mode="clip")
 
 
-def shuffled_tokens(source: Source, batch_size: int, shuffle_seed: int) -> TokenStream:
-    """Return batches of `batch_size` shuffled tokens, across the ends of buffers and epochs."""
-    buffers = grain.MapDataset.source(ShuffleBuffers(source, shuffle_seed))
+def shuffled_tokens(
+    source: Source,
+    batch_size: int,
+    shuffle_seed: int,
+    share: Share = WHOLE,
+    on_error: OnError = None,
+) -> TokenStream:
+    """Return batches of `batch_size` shuffled tokens, across the ends of buffers and epochs.
+
+    Tokens that are not in the share are 0. on_error: see `OnError`.
+    """
+    buffers = grain.MapDataset.source(ShuffleBuffers(source, shuffle_seed, share, on_error))
     # An element is a whole shuffle buffer, so two in advance are enough.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     prefetched = buffers.to_iter_dataset(options)
@@ -146,10 +221,14 @@ def shuffled_tokens(source: Source, batch_size: int, shuffle_seed: int) -> Token
     return iter(grain.experimental.RebatchIterDataset(prefetched, batch_size, drop_remainder=True))
 
 
-def files_in_order(source: Source, number_of_arrays: int) -> TokenStream:
+def files_in_order(
+    source: Source, number_of_arrays: int, share: Share = WHOLE, on_error: OnError = None
+) -> TokenStream:
     """Return minSAE's batches: `number_of_arrays` whole shards in order, repeated forever.
 
-    Raises UserError if the source has fewer shards.
+    Tokens that are not in the share are 0. on_error: see `OnError`. Raises UserError if the source
+    has fewer shards.
     """
-    groups = grain.MapDataset.source(ShardGroups(source, number_of_arrays)).repeat()
+    shards = ShardGroups(source, number_of_arrays, share, on_error)
+    groups = grain.MapDataset.source(shards).repeat()
     return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))

@@ -23,6 +23,7 @@ from minsae_jax.eeg.recordings import (
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, check_recordings
 from minsae_jax.encoder.compute import Activations
 from minsae_jax.errors import UserError
+from minsae_jax.parallel.processes import WHOLE, Share
 from minsae_jax.settings import JsonObject
 
 
@@ -64,7 +65,7 @@ class LiveStore:
         if recordings.description is not TUH:
             self._description["sampling_rate"] = recordings.description.sampling_rate
             self._description["channels"] = list(recordings.description.channels)
-        # Every process computes the whole stream, on its own devices.
+        # Every process computes its share of the stream, on its own devices.
         self._compute = Activations(encoder, (index,), options=options)
 
     @property
@@ -85,10 +86,26 @@ class LiveStore:
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()
 
-    def read(self, shard: int) -> Float[np.ndarray, "rows d_model"]:
-        """Return the tokens of one shard."""
-        start = shard * self.batch_size
-        return self._activations(self.windows.read(start, start + self.batch_size), self.batch_size)
+    def read(
+        self, shard: int, start: int = 0, stop: int | None = None
+    ) -> Float[np.ndarray, "rows d_model"]:
+        """Return consecutive tokens of one shard."""
+        start, stop, _ = slice(start, stop).indices(self.tokens_per_shard[shard])
+        # The windows that contain the tokens.
+        first = start // self.tokens_per_chunk
+        end = -(-stop // self.tokens_per_chunk)
+        n_padded = end - first
+        # A shorter last shard needs no compilation.
+        if start == 0 and stop == self.tokens_per_shard[shard]:
+            n_padded = self.batch_size
+        base = shard * self.batch_size
+        rows = self._activations(self.windows.read(base + first, base + end), n_padded)
+        skipped = first * self.tokens_per_chunk
+        return rows[start - skipped : stop - skipped]
+
+    def tokens_in_chunk(self, chunk: int) -> int:
+        """Return the number of tokens of a window, which all windows share."""
+        return self.tokens_per_chunk
 
     def read_chunks(self, chunks: Sequence[int], out: Float[np.ndarray, "most d_model"]) -> int:
         """Write the tokens of some windows into `out` and return their number."""
@@ -99,7 +116,7 @@ class LiveStore:
         out[: len(rows)] = rows
         return len(rows)
 
-    def verify(self) -> None:
+    def verify(self, share: Share = WHOLE) -> None:
         """Do nothing: `open_recordings` has checked all samples."""
 
     def _activations(

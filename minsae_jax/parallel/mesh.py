@@ -6,6 +6,7 @@ Weights are replicated along `data`.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from minsae_jax.errors import UserError
-from minsae_jax.parallel.processes import process_count
+from minsae_jax.parallel.processes import process_count, sum_over_processes
 
 SWEEP = "sweep"
 DATA = "data"
@@ -132,15 +133,104 @@ def put_batch(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
 
     Every device of `data` gets the same number of rows, a multiple of `multiple`.
     """
-    n_padding = -len(x) % (mesh.shape[DATA] * multiple)
-    if n_padding:
-        padding = np.zeros((n_padding, *x.shape[1:]), x.dtype)
-        x = np.concatenate([x, padding])
+    x = _pad_rows(x, mesh.shape[DATA] * multiple)
     sharding = batch_sharding(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     # Every process has the whole batch and puts the rows for its devices.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _pad_rows(x: np.ndarray, multiple: int) -> np.ndarray:
+    n_padding = -len(x) % multiple
+    if n_padding == 0:
+        return x
+    padding = np.zeros((n_padding, *x.shape[1:]), x.dtype)
+    return np.concatenate([x, padding])
+
+
+def put_shares(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
+    """Put a batch of which each process has some rows, and zeros for the others, on the devices.
+
+    The result is that of `put_batch` for the whole batch, to the bit. x: [rows, width]. Every
+    process of a cluster must call this.
+    """
+    if batch_sharding(mesh).is_fully_addressable:
+        return put_batch(mesh, x, multiple)
+    blocks = _process_blocks(mesh)
+    if blocks is None:
+        bits_dtype = np.dtype(f"u{x.dtype.itemsize}")
+        return put_batch(mesh, sum_over_processes(x.view(bits_dtype)).view(x.dtype), multiple)
+    x = _pad_rows(x, mesh.shape[DATA] * multiple)
+    # Each device of a process gets an equal part of the rows that it adds for the devices at its
+    # place along `data`; parts of devices along `sweep`, which need the same rows, differ.
+    parts = x.reshape(mesh.shape[DATA], -1, x.shape[1])
+    share = parts.shape[1]
+    n_padding = -share % blocks.shape["in_sweep"]
+    parts = np.pad(parts, ((0, 0), (0, n_padding), (0, 0)))
+    shape = (blocks.shape["data"], blocks.shape["in_data"], blocks.shape["in_sweep"], -1)
+    parts = parts.reshape(1, 1, *shape, x.shape[1])
+    spec = P("sweep", "data", None, "in_data", "in_sweep")
+    summands = jax.make_array_from_process_local_data(NamedSharding(blocks, spec), parts)
+    return _add_shares(mesh, blocks, spec, share)(summands)
+
+
+@lru_cache
+def _process_blocks(mesh: Mesh) -> Mesh | None:
+    """Return the mesh with four axes: blocks of the devices of a process, and devices in a block.
+
+    Returns None if the devices of the processes are not equal blocks.
+    """
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    in_sweep = int((owners[:, 0] == owners[0, 0]).sum())
+    in_data = int((owners[0] == owners[0, 0]).sum())
+    n_sweep, n_data = owners.shape
+    if n_sweep % in_sweep or n_data % in_data:
+        return None
+    shape = (n_sweep // in_sweep, in_sweep, n_data // in_data, in_data)
+    of_blocks = owners.reshape(shape)
+    first_owners = of_blocks[:, :1, :, :1]
+    if (of_blocks != first_owners).any() or len(np.unique(first_owners)) < first_owners.size:
+        return None
+    names = ("sweep", "in_sweep", "data", "in_data")
+    return Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * 4)
+
+
+@lru_cache
+def _add_shares(mesh: Mesh, blocks: Mesh, spec: P, share: int) -> Callable[[jax.Array], jax.Array]:
+    """Return the compiled sum over processes; share: rows of a device in the result."""
+
+    def on_one_device(part: Array) -> Array:
+        bits = to_bits(part.reshape(-1, part.shape[-1]))
+        bits = jax.lax.psum_scatter(bits, "data", tiled=True)
+        bits = jax.lax.psum(bits, "sweep")
+        bits = jax.lax.all_gather(bits, "in_sweep", tiled=True)
+        return from_bits(bits[:share], part.dtype)
+
+    sharded = jax.shard_map(
+        on_one_device,
+        mesh=blocks,
+        in_specs=spec,
+        out_specs=P(("data", "in_data")),
+        check_vma=False,
+    )
+    return jax.jit(sharded, out_shardings=batch_sharding(mesh))
+
+
+def to_bits(x: Array) -> Array:
+    """Return the bits of x as uint32.
+
+    The sum of arrays of which at most one is not 0 then has the bits of that one, be it -0 or NaN.
+    GPUs have no sums of 16 bits over devices.
+    """
+    bits_dtype = jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16
+    return jax.lax.bitcast_convert_type(x, bits_dtype).astype(jnp.uint32)
+
+
+def from_bits(bits: Array, dtype: jnp.dtype) -> Array:
+    """Undo `to_bits`."""
+    bits_dtype = jnp.uint32 if dtype.itemsize == 4 else jnp.uint16
+    return jax.lax.bitcast_convert_type(bits.astype(bits_dtype), dtype)
 
 
 def put_replicated(mesh: Mesh, x: np.ndarray) -> jax.Array:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -78,6 +79,30 @@ def process_count() -> int:
     return jax.process_count()
 
 
+@dataclass(frozen=True)
+class Share:
+    """One of `count` nearly equal parts of some work, numbered from 0."""
+
+    index: int
+    count: int
+
+    def bounds(self, n: int) -> tuple[int, int]:
+        """Return the first of n items in this part, and the one after its last.
+
+        >>> [Share(i, 3).bounds(8) for i in range(3)]
+        [(0, 2), (2, 5), (5, 8)]
+        """
+        return self.index * n // self.count, (self.index + 1) * n // self.count
+
+
+WHOLE = Share(0, 1)
+
+
+def own_share() -> Share:
+    """Return this process's part of the work."""
+    return Share(process_index(), process_count())
+
+
 @contextlib.contextmanager
 def barrier(what: str) -> Iterator[None]:
     """Barrier: if any process raises inside the block, all raise.
@@ -106,6 +131,14 @@ def any_process(first: bool, second: bool) -> tuple[bool, bool]:
         return first, second
     flags = multihost_utils.process_allgather(np.array([first, second]))
     return bool(flags[:, 0].any()), bool(flags[:, 1].any())
+
+
+def sum_over_processes(x: np.ndarray) -> np.ndarray:
+    """Return the sum of all processes' arrays, of equal shapes. Every process must call this."""
+    if process_count() == 1:
+        return x
+    # NumPy would sum small integers as 64 bits.
+    return multihost_utils.process_allgather(x).sum(0, dtype=x.dtype)
 
 
 def same_on_all_processes(text: str) -> bool:

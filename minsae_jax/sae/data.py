@@ -1,7 +1,7 @@
 """The inputs of a run, opened and checked once, before its folder is created."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from warnings import warn
 
@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from minsae_jax.activations.store import Store, open_store, sibling_store
 from minsae_jax.activations.stream import (
+    OnError,
     ShuffleBuffers,
     Source,
     TokenStream,
@@ -17,7 +18,14 @@ from minsae_jax.activations.stream import (
     shuffled_tokens,
 )
 from minsae_jax.errors import UserError
-from minsae_jax.parallel.processes import process_index
+from minsae_jax.parallel.processes import (
+    WHOLE,
+    Share,
+    barrier,
+    own_share,
+    process_count,
+    sum_over_processes,
+)
 from minsae_jax.sae.config import FileBatches, TrainConfig, TrainPlan
 from minsae_jax.sae.grid import Group, make_groups
 from minsae_jax.sae.kinds import Params
@@ -33,13 +41,15 @@ class TrainData:
 
     store: Source
     held_out: Store | None
-    stream: TokenStream
+    stream: TokenStream  # in a cluster, this process's share of the tokens
     groups: tuple[Group, ...]
-    # A resumed run has both of these in its checkpoint, so they are None there.
     start: Params | None  # weights of --init, for raw activations
-    scale: float | None  # factor of the activations in training
+    # A resumed run has both of these in its checkpoint, so they are None there.
+    scale: float | None = None  # factor of the activations in training
     # Geometric median of the scaled tokens; None if no kind starts there.
-    median: Float[np.ndarray, " d_model"] | None
+    median: Float[np.ndarray, " d_model"] | None = None
+    # In a cluster, errors of the stream, whose batches then lack the tokens.
+    read_errors: list[Exception] = field(default_factory=list)
 
 
 def open_train_data(
@@ -47,8 +57,9 @@ def open_train_data(
 ) -> TrainData:
     """Open and check everything that a run reads.
 
-    A new run reads the whole stores once, to compare them with their checksums. Raises UserError
-    if stores, members, encoder and initial weights do not fit one another.
+    A new run reads the whole stores once, to compare them with their checksums; the processes of a
+    cluster share this. Raises UserError if stores, members, encoder and initial weights do not fit
+    one another.
     """
     config = plan.config
     store_encoder = store.origin.encoder
@@ -60,7 +71,9 @@ def open_train_data(
         )
     groups = make_groups(plan, store.d_model)
     start = _load_start(config, groups, store.d_model)
-    stream = open_stream(plan, store)
+    read_errors: list[Exception] = []
+    on_error = read_errors.append if process_count() > 1 else None
+    stream = open_stream(plan, store, own_share(), on_error)
     interval_tokens = config.eval_window * _max_tokens_per_step(plan, store)
     # Feature counts of a log interval are int32.
     if interval_tokens >= 2**31:
@@ -69,18 +82,25 @@ def open_train_data(
             f"it must be below {2**31:,}"
         )
     held_out = open_held_out(config, store)
-    if not is_new:
-        return TrainData(store, held_out, stream, groups, start=None, scale=None, median=None)
-    if process_index() == 0:
-        store.verify()
+    if is_new:
+        store.verify(own_share())
         if held_out:
-            held_out.verify()
-    scale = measure_scale(plan, store)
+            held_out.verify(own_share())
+    return TrainData(store, held_out, stream, groups, start, read_errors=read_errors)
+
+
+def measure_start(plan: TrainPlan, data: TrainData) -> TrainData:
+    """Measure the scale and the median that a new run starts with, and add them to its inputs.
+
+    Every process of a cluster must call this. Raises UserError if tokens are not finite, or all 0.
+    """
+    scale = measure_scale(plan, data.store)
     median = None
-    if any(group[0].kind.starts_at_median for group in groups) and start is None:
-        tokens = np.concatenate(list(first_tokens(plan, store, MEDIAN_TOKENS)))
-        median = scale * geometric_median(tokens)
-    return TrainData(store, held_out, stream, groups, start, scale, median)
+    if any(group[0].kind.starts_at_median for group in data.groups) and data.start is None:
+        with barrier("read the store"):
+            tokens = np.concatenate(list(first_tokens(plan, data.store, MEDIAN_TOKENS)))
+        median = scale * geometric_median(sum_over_processes(tokens))
+    return replace(data, scale=scale, median=median)
 
 
 def _load_start(config: TrainConfig, groups: tuple[Group, ...], d_model: int) -> Params | None:
@@ -109,11 +129,14 @@ def _max_tokens_per_step(plan: TrainPlan, store: Source) -> int:
     return plan.batches.batch_size
 
 
-def open_stream(plan: TrainPlan, store: Source) -> TokenStream:
-    """Return the recipe's endless batches, from the first."""
+def open_stream(
+    plan: TrainPlan, store: Source, share: Share = WHOLE, on_error: OnError = None
+) -> TokenStream:
+    """Return the recipe's endless batches, from the first; tokens not in the share are 0."""
     if isinstance(plan.batches, FileBatches):
-        return files_in_order(store, plan.batches.number_of_arrays)
-    return shuffled_tokens(store, plan.batches.batch_size, plan.batches.shuffle_seed)
+        return files_in_order(store, plan.batches.number_of_arrays, share, on_error)
+    batches = plan.batches
+    return shuffled_tokens(store, batches.batch_size, batches.shuffle_seed, share, on_error)
 
 
 def open_held_out(config: TrainConfig, store: Source) -> Store | None:
@@ -187,10 +210,13 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
     """
     if not plan.scale_tokens:
         return 1.0
+    # An error of one process must come before the sums over processes.
+    with barrier("read the store"):
+        batches = first_tokens(plan, store, plan.scale_tokens)
+        own_norms = [np.linalg.norm(tokens, axis=1) for tokens in batches]
     n_tokens = 0
     total = 0.0
-    for tokens in first_tokens(plan, store, plan.scale_tokens):
-        norms = np.linalg.norm(tokens, axis=1)
+    for norms in map(sum_over_processes, own_norms):
         total += norms.sum(dtype=np.float64)
         n_tokens += len(norms)
     if not np.isfinite(total) or total == 0:
@@ -204,8 +230,11 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
 def first_tokens(
     plan: TrainPlan, store: Source, n_tokens: int
 ) -> Iterator[Float[np.ndarray, "tokens d_model"]]:
-    """Yield the first n_tokens of the stream in batches, or one epoch if that is less."""
-    stream = open_stream(plan, store)
+    """Yield the first n_tokens of the stream in batches, or one epoch if that is less.
+
+    In a cluster, tokens that other processes read are 0.
+    """
+    stream = open_stream(plan, store, own_share())
     n_missing = min(n_tokens, sum(store.tokens_per_shard))
     while n_missing:
         tokens = next(stream)[:n_missing].astype(np.float32, copy=False)

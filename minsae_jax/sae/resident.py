@@ -21,8 +21,14 @@ from minsae_jax.activations.store import Origin, Store
 from minsae_jax.activations.stream import Source
 from minsae_jax.errors import UserError
 from minsae_jax.monitor import progress
-from minsae_jax.parallel.mesh import DATA, batch_sharding, put_replicated
-from minsae_jax.parallel.processes import any_process
+from minsae_jax.parallel.mesh import (
+    DATA,
+    batch_sharding,
+    from_bits,
+    put_replicated,
+    to_bits,
+)
+from minsae_jax.parallel.processes import WHOLE, Share, any_process
 
 PIECE_TOKENS = 65_536  # copied to a device at a time
 # Share of a device's free memory that a store may take; a step needs the rest.
@@ -52,16 +58,22 @@ class RowNumbers:
     def fingerprint(self) -> str:
         return self.store.fingerprint
 
-    def verify(self) -> None:
-        self.store.verify()
+    def verify(self, share: Share = WHOLE) -> None:
+        self.store.verify(share)
 
     @cached_property
     def _shard_ends(self) -> list[int]:
         return list(accumulate(self.tokens_per_shard))
 
-    def read(self, shard: int) -> Int[np.ndarray, "tokens 1"]:
+    def read(
+        self, shard: int, start: int = 0, stop: int | None = None
+    ) -> Int[np.ndarray, "tokens 1"]:
         end = self._shard_ends[shard]
-        return np.arange(end - self.tokens_per_shard[shard], end, dtype=np.int32)[:, None]
+        rows = np.arange(end - self.tokens_per_shard[shard], end, dtype=np.int32)
+        return rows[start:stop, None]
+
+    def tokens_in_chunk(self, chunk: int) -> int:
+        return self.store.tokens_in_chunk(chunk)
 
     def read_chunks(self, chunks: Sequence[int], out: Int[np.ndarray, "capacity 1"]) -> int:
         total = 0
@@ -108,12 +120,11 @@ class ResidentStore:
         # Row -1 is nowhere.
         is_here = (rows >= 0) & (place >= 0) & (place < self.rows_per_device)
         values = tokens[jnp.clip(place, 0, self.rows_per_device - 1)]
-        # Exactly one device has each row, and zeros do not change its bits in a sum of integers.
-        bits_dtype = jnp.uint32 if values.dtype.itemsize == 4 else jnp.uint16
-        bits = jax.lax.bitcast_convert_type(values, bits_dtype)
-        bits = jnp.where(is_here[:, None], bits, jnp.zeros_like(bits)).astype(jnp.uint32)
+        # Exactly one device has each row.
+        bits = to_bits(values)
+        bits = jnp.where(is_here[:, None], bits, jnp.zeros_like(bits))
         bits = jax.lax.psum_scatter(bits, DATA, tiled=True)
-        return jax.lax.bitcast_convert_type(bits.astype(bits_dtype), values.dtype)
+        return from_bits(bits, values.dtype)
 
 
 def open_resident(

@@ -20,7 +20,7 @@ from minsae_jax.parallel.mesh import (
     SWEEP,
     make_mesh,
     members_sharding,
-    put_batch,
+    put_shares,
     replicated,
     tile_batch,
 )
@@ -123,9 +123,12 @@ class Sweep:
         return initialise(start, median, self.hyper)
 
     def put(self, x: Float[np.ndarray, "tokens d_model"]) -> Float[Array, "rows d_model"]:
-        """Put a batch on the devices, padded if it does not divide evenly."""
+        """Put a batch on the devices, padded if it does not divide evenly.
+
+        In a cluster, x is this process's share of the batch, with zeros for the other tokens.
+        """
         n_tiles, tile = tile_batch(self.mesh, len(x), self._n_features)
-        return put_batch(self.mesh, x, n_tiles * tile)
+        return put_shares(self.mesh, x, n_tiles * tile)
 
     def gather(
         self, resident: ResidentStore, rows: Int[np.ndarray, " tokens"]

@@ -26,7 +26,13 @@ from minsae_jax.parallel.processes import (
 )
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
 from minsae_jax.sae.config import TrainConfig, TrainPlan
-from minsae_jax.sae.data import TrainData, held_out_batches, open_stream, open_train_data
+from minsae_jax.sae.data import (
+    TrainData,
+    held_out_batches,
+    measure_start,
+    open_stream,
+    open_train_data,
+)
 from minsae_jax.sae.logger import RunLogger, interval_metrics
 from minsae_jax.sae.measures import Measures, measure
 from minsae_jax.sae.member import SparseAutoencoder
@@ -65,11 +71,14 @@ def train(
             store = open_store(plan.config.store, plan.config.cache_layer)
         else:
             store = open_live()
-        data = open_train_data(plan, store, encoder_fingerprint, folder.is_new())
+        is_new = folder.is_new()
+        data = open_train_data(plan, store, encoder_fingerprint, is_new)
         measure_features = None
         if open_monitor is not None and data.held_out is not None:
             measure_features = open_monitor()
     _check_processes_agree(folder, data)
+    if is_new:
+        data = measure_start(plan, data)
     with ExitStack() as stack:
         with barrier(f"create {folder.folder}"):
             if process_index() == 0:
@@ -77,7 +86,10 @@ def train(
         checkpoints = Checkpoints(folder.checkpoints, plan.config.max_to_keep)
         stack.enter_context(checkpoints)
         trainer = Trainer(plan, folder, data, checkpoints, on_step, measure_features)
-        with trainer.logger.opened(trainer.progress):
+        with ExitStack() as logs:
+            # One process opens them. Gloo ends a first sum that the others start 30 s earlier.
+            with barrier("open the logs"):
+                logs.enter_context(trainer.logger.opened(trainer.progress))
             trainer.run_steps()
         trainer.export()
     return load_run(folder.folder)
@@ -243,6 +255,7 @@ class Trainer:
         """Fetch and write the metrics of the log interval that ended at the current step."""
         progress = self.progress
         with barrier("write metrics"):
+            self._raise_read_error()
             groups = read_metrics(device_metrics)
             if groups is None:
                 raise UserError(
@@ -291,6 +304,7 @@ class Trainer:
                     values["dead_fraction"] = float(dead[i])
                     self.progress.held_out[member.name] = values
             with barrier("write metrics on held-out tokens"):
+                self._raise_read_error()
                 self.logger.log_held_out(self.progress)
             if self.measure_features:
                 self._measure_features(self.measure_features, measures)
@@ -313,8 +327,14 @@ class Trainer:
             if process_index() == 0:
                 self.logger.log_features(self.progress.step, measure_features(snapshots))
 
+    def _raise_read_error(self) -> None:
+        """Raise an error of the stream, before anything is written of steps without its tokens."""
+        if self.data.read_errors:
+            raise self.data.read_errors[0]
+
     def _save(self) -> None:
         with barrier("write metrics"):
+            self._raise_read_error()
             self.logger.flush()
         state = self.sweep.portable(self.state)
         self.checkpoints.save(self.progress, state, self.stream.get_state())

@@ -18,6 +18,7 @@ from minsae_jax.activations.manifest import StoreIdentity
 from minsae_jax.activations.store import open_store, sibling_store, store_folder
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.activations.writer import StoreWriter
+from minsae_jax.parallel.processes import Share
 
 IDENTITY = StoreIdentity(
     layer=-1,
@@ -177,6 +178,15 @@ def test_shards_without_manifest_require_overwrite(tmp_path):
     assert opened(tmp_path, overwrite=True) == (False, set())
 
 
+def fails(folder, share):
+    """Return whether a file that this process of a cluster reads differs from its checksum."""
+    try:
+        open_store(folder).verify(share)
+    except UserError:
+        return True
+    return False
+
+
 def test_damage_is_reported(folder):
     np.save(folder / "b0007.npy", arrays()[0])
     with pytest.raises(UserError, match=r"b0007.npy is not in the manifest"):
@@ -189,6 +199,8 @@ def test_damage_is_reported(folder):
     (folder / "b0001.npy").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(UserError, match=r"b0001.npy fails its checksum"):
         open_store(folder).verify()
+    shares = [Share(i, 3) for i in range(3)]
+    assert [share for share in shares if fails(folder, share)] == [shares[1]]
     (folder / "b0001.npy").unlink()
     with pytest.raises(UserError, match=r"b0001.npy is missing"):
         open_store(folder)

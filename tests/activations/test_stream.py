@@ -8,6 +8,7 @@ import pytest
 from minsae_jax import UserError
 from minsae_jax.activations import stream
 from minsae_jax.activations.store import open_store
+from minsae_jax.parallel.processes import WHOLE, Share
 
 
 @pytest.fixture
@@ -76,6 +77,43 @@ def test_restored_position_continues_with_the_same_batches(numbered, monkeypatch
     fresh.set_state(state)
     for batch in expected:
         np.testing.assert_array_equal(next(fresh), batch)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16])  # 16: more processes than chunks
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s, share: stream.shuffled_tokens(s, 300, 0, share),
+        lambda s, share: stream.files_in_order(s, 2, share),
+    ],
+)
+def test_shares_add_up_to_the_batches(numbered, monkeypatch, make, count):
+    monkeypatch.setattr(stream, "SHUFFLE_BUFFER_TOKENS", 256 * 4)
+    whole = make(numbered, WHOLE)
+    shares = [make(numbered, Share(i, count)) for i in range(count)]
+    for _ in range(25):
+        expected = next(whole)
+        parts = np.stack([next(share) for share in shares])
+        # Token 0 is 0 itself; every other one is in a single share.
+        is_read = (parts != 0).any(2)
+        assert is_read.sum(0).tolist() == expected.any(1).astype(int).tolist()
+        np.testing.assert_array_equal(parts.sum(0), expected)
+
+
+def test_position_is_the_same_for_any_number_of_processes(numbered, monkeypatch):
+    monkeypatch.setattr(stream, "SHUFFLE_BUFFER_TOKENS", 256 * 4)
+    it = stream.shuffled_tokens(numbered, 300, 0, Share(1, 2))
+    for _ in range(7):
+        next(it)
+    whole = stream.shuffled_tokens(numbered, 300, 0)
+    for _ in range(7):
+        next(whole)
+    assert it.get_state() == whole.get_state()
+    resumed = [stream.shuffled_tokens(numbered, 300, 0, Share(i, 3)) for i in range(3)]
+    for share in resumed:
+        share.set_state(it.get_state())
+    for _ in range(10):
+        np.testing.assert_array_equal(sum(map(next, resumed)), next(whole))
 
 
 def test_files_in_order_yields_whole_shards(numbered):

@@ -91,6 +91,8 @@ def test_live_tokens_equal_those_of_a_store(encoder, settings, tmp_path, few_mix
     np.testing.assert_allclose(
         np.concatenate([source.read(i) for i in range(len(store.shards))]), whole, atol=1e-5
     )
+    for start, stop in ((0, 209), (5, 400), (700, 836)):
+        np.testing.assert_allclose(source.read(0, start, stop), whole[start:stop], atol=1e-5)
     windows = whole.reshape(source.n_chunks, source.tokens_per_chunk, -1)
     for chunks in ([0], [5, 0, 2], [source.n_chunks - 1, 1]):
         np.testing.assert_allclose(
