@@ -93,25 +93,40 @@ class ResidentStore:
         self.row_numbers = RowNumbers(store)
         self.rows_per_device = -(-store.total_tokens // mesh.shape[DATA])
         self.tokens = _load(mesh, store, self.rows_per_device)
-        on_devices = jax.shard_map(
-            self._gather_on_one_device,
-            mesh=mesh,
-            in_specs=(P(DATA), P()),
-            out_specs=P(DATA),
-            check_vma=False,
-        )
-        self._gather = jax.jit(on_devices)
+        self._gather = jax.jit(self._traced_gather, static_argnames="n_batches")
 
     def gather(
-        self, rows: Int[np.ndarray, " tokens"], n_padded: int
-    ) -> Float[Array, "n_padded d_model"]:
-        """Return tokens of the store as a batch on the devices, with zeros after the last.
+        self, rows: Int[np.ndarray, "*batches tokens"], n_padded: int
+    ) -> Float[Array, "*batches n_padded d_model"]:
+        """Return tokens of the store as a batch, or several, with zeros after the last token.
 
-        n_padded: rows of the batch, a multiple of the devices along `data`.
+        n_padded: rows of a batch, a multiple of the devices along `data`.
         """
-        padded = np.full(n_padded, -1, np.int32)
-        padded[: len(rows)] = rows
-        return self._gather(self.tokens, put_replicated(self.mesh, padded))
+        padded = np.full((*rows.shape[:-1], n_padded), -1, np.int32)
+        padded[..., : rows.shape[-1]] = rows
+        n_batches = None
+        if rows.ndim == 2:
+            # A device's parts of all batches, one after the other.
+            n_batches = len(rows)
+            parts = padded.reshape(n_batches, self.mesh.shape[DATA], -1)
+            padded = parts.swapaxes(0, 1).reshape(-1)
+        return self._gather(self.tokens, put_replicated(self.mesh, padded), n_batches=n_batches)
+
+    def _traced_gather(
+        self, tokens: Float[Array, "rows d_model"], rows: Int[Array, " n"], n_batches: int | None
+    ) -> Float[Array, "*batches n_padded d_model"]:
+        def on_one_device(tokens: Array, rows: Array) -> Array:
+            x = self._gather_on_one_device(tokens, rows)
+            return x if n_batches is None else x.reshape(n_batches, -1, x.shape[1])
+
+        run = jax.shard_map(
+            on_one_device,
+            mesh=self.mesh,
+            in_specs=(P(DATA), P()),
+            out_specs=P(DATA) if n_batches is None else P(None, DATA),
+            check_vma=False,
+        )
+        return run(tokens, rows)
 
     def _gather_on_one_device(
         self, tokens: Float[Array, "share d_model"], rows: Int[Array, " n_padded"]

@@ -166,19 +166,36 @@ def _update_member(
     return jax.tree.map(partial(jnp.where, moves), moved, state._replace(frozen=~moves))
 
 
-def sweep_step(
+def sweep_steps(
     program: StepProgram,
     state: SweepState,
     hyper: tuple[Hyper, ...],
-    x: Float[Array, "rows d_model"],
+    x: Float[Array, "*steps rows d_model"],
     scale: Float[Array, ""],
     *,
     n_tokens: int,
 ) -> tuple[SweepState, Array]:
-    """Make one step of all members on scale * x, of which the first n_tokens rows are tokens.
+    """Make one step of all members on a batch, or a step on each of several batches.
 
-    Wait for the second result to wait for the step.
+    Members are trained on scale * x, of which the first n_tokens rows of a batch are tokens. Wait
+    for the second result to wait for the steps.
     """
+    step = partial(sweep_step, program, hyper, scale, n_tokens)
+    if x.ndim == 2:
+        return step(state, x)
+    state, done = jax.lax.scan(step, state, x)
+    return state, done[-1]
+
+
+def sweep_step(
+    program: StepProgram,
+    hyper: tuple[Hyper, ...],
+    scale: Float[Array, ""],
+    n_tokens: int,
+    state: SweepState,
+    x: Float[Array, "rows d_model"],
+) -> tuple[SweepState, Array]:
+    """Make one step of all members, see `sweep_steps`."""
     tiling = tile_batch(program.mesh, n_tokens, program.n_features)
     # With bfloat16 this runs a small program while the step is traced, to see what XLA supports.
     objectives = []

@@ -20,6 +20,7 @@ from minsae_jax.parallel.mesh import (
     SWEEP,
     make_mesh,
     members_sharding,
+    put_batches,
     put_shares,
     replicated,
     tile_batch,
@@ -35,7 +36,7 @@ from minsae_jax.sae.step import (
     TokenMoments,
     make_optimizer,
     make_schedules,
-    sweep_step,
+    sweep_steps,
 )
 
 
@@ -69,7 +70,7 @@ class DeviceMetrics(NamedTuple):
 
 class Sweep:
     """The program of a sweep: `init`, then for each batch
-    `step(state, hyper, put(x), scale, n_tokens=len(x))`, which is `sweep_step` under jit.
+    `step(state, hyper, put(x), scale, n_tokens=len(x))`, which is `sweep_steps` under jit.
     """
 
     def __init__(self, plan: TrainPlan, groups: tuple[Group, ...], d_model: int):
@@ -99,7 +100,7 @@ class Sweep:
             self._portable_shardings = self.shardings._replace(groups=(whole,) * len(groups))
         # The state is donated: its memory is used for the new one.
         self.step = jax.jit(
-            partial(sweep_step, self._make_program()),
+            partial(sweep_steps, self._make_program()),
             donate_argnums=0,
             # n_tokens determines the tiling, thus the shapes in the program.
             static_argnames="n_tokens",
@@ -122,19 +123,22 @@ class Sweep:
         initialise = jax.jit(self._traced_init, out_shardings=self.shardings)
         return initialise(start, median, self.hyper)
 
-    def put(self, x: Float[np.ndarray, "tokens d_model"]) -> Float[Array, "rows d_model"]:
-        """Put a batch on the devices, padded if it does not divide evenly.
+    def put(
+        self, x: Float[np.ndarray, "*steps tokens d_model"]
+    ) -> Float[Array, "*steps rows d_model"]:
+        """Put a batch, or several, on the devices, padded if it does not divide evenly.
 
-        In a cluster, x is this process's share of the batch, with zeros for the other tokens.
+        In a cluster, x is this process's share of one batch, with zeros for the other tokens.
         """
-        n_tiles, tile = tile_batch(self.mesh, len(x), self._n_features)
-        return put_shares(self.mesh, x, n_tiles * tile)
+        n_tiles, tile = tile_batch(self.mesh, x.shape[-2], self._n_features)
+        put = put_shares if x.ndim == 2 else put_batches
+        return put(self.mesh, x, n_tiles * tile)
 
     def gather(
-        self, resident: ResidentStore, rows: Int[np.ndarray, " tokens"]
-    ) -> Float[Array, "rows d_model"]:
-        """Return the same batch as `put` from a store on the devices; rows: numbers of tokens."""
-        n_tiles, tile = tile_batch(self.mesh, len(rows), self._n_features)
+        self, resident: ResidentStore, rows: Int[np.ndarray, "*steps tokens"]
+    ) -> Float[Array, "*steps rows d_model"]:
+        """Return the same as `put` from a store on the devices; rows: numbers of tokens."""
+        n_tiles, tile = tile_batch(self.mesh, rows.shape[-1], self._n_features)
         return resident.gather(rows, self.mesh.shape[DATA] * n_tiles * tile)
 
     def take_metrics(self, state: SweepState) -> tuple[SweepState, DeviceMetrics]:

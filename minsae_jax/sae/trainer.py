@@ -17,6 +17,7 @@ from minsae_jax.activations.stream import Source
 from minsae_jax.errors import Stopped, UserError
 from minsae_jax.monitor import Bar
 from minsae_jax.monitor import progress as progress_bar
+from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.parallel.processes import (
     any_process,
     barrier,
@@ -25,7 +26,7 @@ from minsae_jax.parallel.processes import (
     same_on_all_processes,
 )
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
-from minsae_jax.sae.config import TrainConfig, TrainPlan
+from minsae_jax.sae.config import FileBatches, TrainConfig, TrainPlan
 from minsae_jax.sae.data import (
     TrainData,
     held_out_batches,
@@ -41,8 +42,13 @@ from minsae_jax.sae.run import HELD_OUT_METRICS, Run, RunFolder, load_run
 from minsae_jax.sae.snapshot import MeasureFeatures, Snapshot
 from minsae_jax.sae.sweep import DeviceMetrics, Sweep, read_metrics
 
-# Steps queued on the devices before the host waits.
-STEPS_IN_FLIGHT = 2
+# Calls queued on the devices before the host waits.
+CALLS_IN_FLIGHT = 2
+# Steps that an accelerator makes in one call, since a call costs the host as much as a step costs
+# the accelerator: on an H200, 0.39 ms where a step of 8 members of 1,024 features takes 0.30 ms.
+STEPS_PER_CALL = 10
+# Batches of one call are this large at most, in bytes.
+CALL_BYTES = 2**28
 
 
 def train(
@@ -105,6 +111,15 @@ def _check_processes_agree(folder: RunFolder, data: TrainData) -> None:
         )
 
 
+def steps_per_call(plan: TrainPlan, d_model: int) -> int:
+    """Return how many steps a call may make."""
+    # minSAE's batches are whole files, which may differ in size.
+    if on_cpu() or process_count() > 1 or isinstance(plan.batches, FileBatches):
+        return 1
+    call_bytes = STEPS_PER_CALL * plan.batches.batch_size * d_model * 4
+    return STEPS_PER_CALL if call_bytes <= CALL_BYTES else 1
+
+
 class Trainer:
     """A run from its last checkpoint, or from its start, to its end."""
 
@@ -138,6 +153,7 @@ class Trainer:
         self.stream = data.stream
         if self.resident is not None:
             self.stream = open_stream(plan, self.resident.row_numbers)
+        self.steps_per_call = steps_per_call(plan, data.store.d_model)
         latest = checkpoints.latest()
         if latest is None:
             self._start()
@@ -188,27 +204,29 @@ class Trainer:
     def run_steps(self) -> None:
         """Make the remaining steps."""
         scale = np.float32(self.progress.scale)
-        steps_in_flight: deque[jax.Array] = deque()
+        calls_in_flight: deque[jax.Array] = deque()
         unlogged: DeviceMetrics | None = None
         with progress_bar("train", self.num_steps, "steps") as bar, stop_signals() as signals:
             bar.start_at(self.progress.step)
             while self.progress.step < self.num_steps:
+                n_steps = self._steps_in_call()
                 with self.throughput.waiting():
-                    x = next(self.stream)
+                    x = self._next_batches(n_steps)
+                n_tokens = x.shape[-2]
                 on_device = self._put(x)
-                self.state, step_done = self.sweep.step(
-                    self.state, self.sweep.hyper, on_device, scale, n_tokens=len(x)
+                self.state, call_done = self.sweep.step(
+                    self.state, self.sweep.hyper, on_device, scale, n_tokens=n_tokens
                 )
-                steps_in_flight.append(step_done)
-                if len(steps_in_flight) > STEPS_IN_FLIGHT:
-                    steps_in_flight.popleft().block_until_ready()
+                calls_in_flight.append(call_done)
+                if len(calls_in_flight) > CALLS_IN_FLIGHT:
+                    calls_in_flight.popleft().block_until_ready()
                 # Metrics are fetched one step late, while the devices work on this one.
                 if unlogged is not None:
                     self._log_interval(unlogged, bar)
                     unlogged = None
-                self.progress.step += 1
-                self.progress.tokens += len(x)
-                bar.advance(1)
+                self.progress.step += n_steps
+                self.progress.tokens += n_steps * n_tokens
+                bar.advance(n_steps)
 
                 step = self.progress.step
                 is_last = step == self.num_steps
@@ -231,13 +249,38 @@ class Trainer:
                         "resume",
                     )
                 if self.on_step:
-                    self.on_step(step)
+                    for finished in range(step - n_steps + 1, step + 1):
+                        self.on_step(finished)
 
-    def _put(self, x: Shaped[np.ndarray, "tokens width"]) -> jax.Array:
-        """Put a batch of the stream on the devices."""
+    def _steps_in_call(self) -> int:
+        """Return how many steps to make in the next call: 1 or `steps_per_call`.
+
+        It depends on the step's number and the settings alone, so that a resumed run makes the same
+        calls: calls of several steps start at multiples of their number, and end where something
+        else is to be done.
+        """
+        n_steps = self.steps_per_call
+        first = self.progress.step
+        last = first + n_steps - 1
+        intervals = [self.config.eval_window, self.config.checkpoint_every]
+        if self.data.held_out:
+            intervals.append(self.config.eval_every)
+        is_interrupted = any(last // interval > first // interval for interval in intervals)
+        if first % n_steps or last >= self.num_steps or is_interrupted:
+            return 1
+        return n_steps
+
+    def _next_batches(self, n_steps: int) -> Shaped[np.ndarray, "*steps tokens width"]:
+        """Return the stream's next batch, or several, stacked."""
+        if n_steps == 1:
+            return next(self.stream)
+        return np.stack([next(self.stream) for _ in range(n_steps)])
+
+    def _put(self, x: Shaped[np.ndarray, "*steps tokens width"]) -> jax.Array:
+        """Put batches of the stream on the devices."""
         if self.resident is None:
             return self.sweep.put(x)
-        return self.sweep.gather(self.resident, x[:, 0])
+        return self.sweep.gather(self.resident, x[..., 0])
 
     def _agree_on_stop_or_save(self, stop: bool, ends_interval: bool) -> tuple[bool, bool]:
         """Return whether a process was asked to stop, and whether a checkpoint is overdue.

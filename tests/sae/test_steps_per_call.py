@@ -1,0 +1,85 @@
+"""Several steps in one call, as accelerators make them, give the results of single steps."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from minsae_jax import load_sae
+from minsae_jax.sae import trainer
+from minsae_jax.sae.trainer import train
+from tests.interrupt import train_until
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Make the trainer call for 4 steps at once; returns how many steps each call made."""
+    made = []
+    steps_in_call = trainer.Trainer._steps_in_call
+
+    def count(self):
+        made.append(steps_in_call(self))
+        return made[-1]
+
+    monkeypatch.setattr(trainer, "on_cpu", lambda: False)
+    monkeypatch.setattr(trainer, "STEPS_PER_CALL", 4)
+    monkeypatch.setattr(trainer.Trainer, "_steps_in_call", count)
+    return made
+
+
+def weights(run):
+    paths = sorted(run.rglob("sae.safetensors"))
+    return [load_sae(path.parent).params for path in paths]
+
+
+@pytest.mark.parametrize("resident", ["on", "off"])
+@pytest.mark.parametrize("mesh", ["1x1", "2x4"])
+def test_calls_of_several_steps_train_as_single_steps_do(
+    settings, tmp_path, request, mesh, resident
+):
+    settings = replace(
+        settings, mesh=mesh, resident=resident, num_steps=23, eval_window=10, eval_every=6
+    )
+    train(replace(settings, run_dir=str(tmp_path / "single")))
+    calls = request.getfixturevalue("calls")
+    train(replace(settings, run_dir=str(tmp_path / "several")))
+    assert sum(calls) == 23
+    assert calls.count(4) >= 2
+    singles, several = weights(tmp_path / "single"), weights(tmp_path / "several")
+    assert len(singles) == len(several) > 1
+    for expected, found in zip(singles, several, strict=True):
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_skipped_within_a_call(settings, tmp_path, calls):
+    """Log intervals, measures and checkpoints fall at the ends of calls."""
+    steps = []
+    settings = replace(
+        settings,
+        num_steps=24,
+        eval_window=6,
+        checkpoint_every=9,
+        run_dir=str(tmp_path / "run"),
+    )
+    train(settings, on_step=steps.append)
+    assert steps == list(range(1, 25))
+    ends = np.cumsum(calls)
+    assert set(range(6, 25, 6)) <= set(ends)
+    assert set(range(9, 25, 9)) <= set(ends)
+    # Calls of four steps start at multiples of four.
+    assert {int(end - 4) for end, n in zip(ends, calls, strict=True) if n == 4} == {0, 12, 20}
+
+
+def test_a_resumed_run_makes_the_same_calls(settings, tmp_path, calls):
+    settings = replace(settings, num_steps=24, eval_window=12)
+    whole = replace(settings, run_dir=str(tmp_path / "whole"))
+    train(whole)
+    resumed = replace(settings, run_dir=str(tmp_path / "resumed"))
+    train_until(resumed, 8)
+    train(resumed)
+    for path in sorted((tmp_path / "whole").rglob("*.csv")) + sorted(
+        (tmp_path / "whole").rglob("sae.safetensors")
+    ):
+        other = tmp_path / "resumed" / path.relative_to(tmp_path / "whole")
+        assert other.read_bytes() == path.read_bytes(), path
