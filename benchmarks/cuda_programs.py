@@ -118,42 +118,47 @@ def as_on_gpu() -> AbstractContextManager:
 
 
 def all_programs() -> Iterator[Program]:
-    """Yield every program, the smallest first."""
-    for d_sae in SIZES:
-        for kind, settings in SPARSITY_SETTINGS.items():
-            for setting in settings:
-                yield from _steps(kind, setting, d_sae)
+    """Yield every program, large sizes last."""
+    yield from _steps(SIZES[0])
     for precision in PRECISIONS:
         step = _step("relu", "lambda_sparsity", SIZES[0], precision, "1x1")
         yield replace(step, cublas=True)
     for layer in (0, -1):
         for precision in ("float32", "bfloat16"):
-            name = f"extraction, layer {layer}"
-            yield Program(
-                name, None, precision, "1x1", partial(_lower_extraction, layer, precision)
-            )
+            lower = partial(_lower_extraction, layer, precision)
+            yield Program(f"extraction, layer {layer}", None, precision, "1x1", lower)
     for kind in KINDS:
-        for mesh in ("1x1", "4x1"):
-            lower = partial(_lower_measures, kind, SIZES[0], mesh)
-            yield Program(f"held-out measures, {kind}", SIZES[0], "float32", mesh, lower)
-        lower = partial(_lower_features, kind, SIZES[0])
-        yield Program(f"features of test tokens, {kind}", SIZES[0], "float32", "1x1", lower)
-        lower = partial(_lower_pooling, kind, SIZES[0])
-        yield Program(f"pooling, {kind}", SIZES[0], "float32", "1x1", lower)
+        yield from _measurements(kind, SIZES[0])
+    for d_sae in SIZES[1:]:
+        yield from _steps(d_sae)
 
 
 def smallest_program() -> Program:
     return _step("relu", "lambda_sparsity", 256, "bfloat16", "1x1")
 
 
-def _steps(kind: str, setting: str, d_sae: int) -> Iterator[Program]:
-    # By default four cards share the members.
+def _steps(d_sae: int) -> Iterator[Program]:
+    """Yield the training steps of all kinds that can be trained."""
+    for kind, settings in SPARSITY_SETTINGS.items():
+        for setting in settings:
+            # By default four cards share the members.
+            for mesh in ("1x1", "4x1"):
+                for precision in PRECISIONS:
+                    yield _step(kind, setting, d_sae, precision, mesh)
+            if d_sae == SIZES[0]:
+                # Here they share the tokens, and gradients are summed over the cards.
+                yield _step(kind, setting, d_sae, "bfloat16", "1x4")
+
+
+def _measurements(kind: str, d_sae: int) -> Iterator[Program]:
+    """Yield held-out measures, and evaluation's two passes over the test store."""
     for mesh in ("1x1", "4x1"):
-        for precision in PRECISIONS:
-            yield _step(kind, setting, d_sae, precision, mesh)
-    if d_sae == SIZES[0]:
-        # Here they share the tokens, and gradients are summed over the cards.
-        yield _step(kind, setting, d_sae, "bfloat16", "1x4")
+        lower = partial(_lower_measures, kind, d_sae, mesh)
+        yield Program(f"held-out measures, {kind}", d_sae, "float32", mesh, lower)
+    lower = partial(_lower_features, kind, d_sae)
+    yield Program(f"features of test tokens, {kind}", d_sae, "float32", "1x1", lower)
+    lower = partial(_lower_pooling, kind, d_sae)
+    yield Program(f"pooling, {kind}", d_sae, "float32", "1x1", lower)
 
 
 def _step(kind: str, setting: str, d_sae: int, precision: str, mesh: str) -> Program:
