@@ -29,10 +29,6 @@ MAX_CARDS = 4
 # Factors of a product on tensor cores are at least this wide.
 TENSOR_CORE_TILE = 16
 ON_TENSOR_CORES = ("bf16", "f16", "tf32")
-COLUMNS = (
-    *("program", "d_sae", "precision", "cards", "launches", "GB in", "GB out", "per round"),
-    *("temporary MB", "products", "TFLOP", "compiled in s", "H100 ms", "H200 ms", "of peak"),
-)
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,12 @@ class Card:
 
 H100 = Card("H100", 3.35e12, bf16=989e12, tf32=494e12, f32=67e12)
 H200 = Card("H200", 4.8e12, bf16=989e12, tf32=494e12, f32=67e12)
+COLUMNS = (
+    *("program", "d_sae", "precision", "cards", "launches", "GB in", "GB out", "per round"),
+    *("temporary MB", "products", "TFLOP", "compiled in s"),
+    *(f"{card.name} ms" for card in (H100, H200)),
+    "of peak",
+)
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,8 @@ def main() -> None:
     with as_on_gpu():
         programs = [smallest_program()] if args.quick else list(all_programs())
         programs = [program for program in programs if args.only in str(program)]
+        if not programs:
+            parser.error(f"no program has {args.only!r} in its name")
         head = f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|"
         print(head, flush=True)
         rows, failures = check(programs, args.largest)
