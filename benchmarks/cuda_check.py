@@ -148,19 +148,21 @@ def largest(launches: list[hlo.Launch], n: int) -> list[str]:
 
 
 def check(programs: Iterable[Program], n_largest: int) -> tuple[list[str], list[str]]:
-    """Compile programs and print their rows; return the rows and the failures."""
+    """Compile programs, print their rows and failures, and return both."""
     rows = []
-    failures = []
+    failures: list[str] = []
     for program in programs:
         try:
             compiled = compile_program(program)
+            new_failures = compiled.failures()
+            rows.append(f"| {' | '.join(compiled.row())} |")
+            print("\n".join([rows[-1], *largest(compiled.launches, n_largest)]), flush=True)
         # XLA raises many types, and the other programs are to be compiled all the same.
         except Exception as e:
-            failures.append(f"{program}: does not compile: {brief(e)}")
-            continue
-        failures += compiled.failures()
-        rows.append(f"| {' | '.join(compiled.row())} |")
-        print("\n".join([rows[-1], *largest(compiled.launches, n_largest)]), flush=True)
+            new_failures = [f"{program}: does not compile: {brief(e)}"]
+        for failure in new_failures:
+            print(failure, file=sys.stderr, flush=True)
+        failures += new_failures
     return rows, failures
 
 
@@ -191,8 +193,6 @@ def main() -> None:
         rows, failures = check(programs, args.largest)
     if not args.quick and not args.only:
         write_table("\n".join([head, *rows]))
-    for failure in failures:
-        print(failure, file=sys.stderr)
     sys.exit(1 if failures else 0)
 
 
