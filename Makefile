@@ -11,6 +11,9 @@ SETUP   = .venv/.installed$(if $(EXTRA),-$(EXTRA))
 # Only the slow tests need Braindecode, which takes a minute to install.
 BRAINDECODE = .venv/.installed-braindecode
 
+# JAX for CUDA only, without torch: nothing else uses this environment.
+CUDA = .venv-cuda
+
 # Inputs of the demo. Any other CONFIG names its own recordings and encoder.
 CHECKPOINT ?= configs/demo/encoder.pth
 CHECKPOINT_YAML ?= $(if $(filter configs/demo/encoder.pth,$(CHECKPOINT)),configs/demo/encoder.yaml)
@@ -23,7 +26,7 @@ INPUTS = $(if $(filter configs/demo.yaml,$(CONFIG)),$(DEMO_DATA)) \
 # One pytest worker per core; a worker that runs out of tests takes some of another's.
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo prepare convert extract train evaluate tensorboard test test-all check bench bench-train bench-stream bench-extract clean
+.PHONY: help setup demo prepare convert extract train evaluate tensorboard test test-all check bench bench-train bench-stream bench-extract cuda-check clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # train reads the store that extract writes
 
@@ -96,6 +99,14 @@ bench-stream: $(SETUP) ## measure how fast a store is read, and how well it is s
 
 bench-extract: $(SETUP) ## measure extraction against PyTorch
 	@$(BIN)/python -m benchmarks.extract
+
+cuda-check: $(CUDA)/.installed ## compile all GPU programs without a GPU (installs 6 GB in .venv-cuda)
+	@$(CUDA)/bin/python -m benchmarks.cuda_check
+
+$(CUDA)/.installed: pyproject.toml
+	@test -x $(CUDA)/bin/python || $(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[cuda12]"
+	@touch $@
 
 clean: ## remove the demo's files and all caches (stores in embeddings/ stay: they may be yours)
 	rm -rf data/demo data/edf checkpoints/demo runs/demo runs/edf .pytest_cache .mypy_cache .ruff_cache .jax_cache

@@ -133,9 +133,9 @@ def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
     n_channels = int(dataset.channel.max(initial=-1)) + 1
     totals = _Totals(len(dataset.recordings), dataset.n_tokens, n_channels + 1, n_features)
     if sae is None:
-        batch_sums = _batch_program(None, n_channels + 1)
+        batch_sums = batch_program(None, n_channels + 1)
     else:
-        batch_sums = _batch_program(sae.kind, n_channels + 1)
+        batch_sums = batch_program(sae.kind, n_channels + 1)
     params: Params = {} if sae is None else sae.params
     n_sequences = BATCH_VALUES // (dataset.n_tokens * n_features)
     n_sequences = min(max(n_sequences, 1), MAX_BATCH_SEQUENCES)
@@ -229,7 +229,7 @@ def _padded(x: np.ndarray, rows: int) -> np.ndarray:
 
 
 @lru_cache
-def _batch_program(kind: SAEKind | None, n_channels: int) -> Callable[..., BatchSums]:
+def batch_program(kind: SAEKind | None, n_channels: int) -> Callable[..., BatchSums]:
     """Return the jitted (params, x, channel of each sequence, n_sequences) -> BatchSums.
 
     Without a kind the features are x. The first n_sequences are not padding.

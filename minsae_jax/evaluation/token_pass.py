@@ -135,7 +135,7 @@ class _Pass:
         """Add the first n_valid sequences of x, which begin at sequence `start`."""
         places = np.array([start, n_valid], np.int32)
         with jax.default_matmul_precision("highest"):
-            sums, self.top, chosen = _add_batch(
+            sums, self.top, chosen = add_batch(
                 self.sae.kind, self.sae.params, self.top, x, places, located, self.chosen
             )
         self.sums += np.asarray(sums, np.float64)
@@ -154,7 +154,7 @@ class _Pass:
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _add_batch(
+def add_batch(
     kind: SAEKind,
     params: Params,
     top: TopTokens,

@@ -102,7 +102,7 @@ def measure(
             # All batches are padded to the shape of the first, so that there is one compilation.
             tiling = tile_batch(mesh, len(x), n_features)
         rows = put_batch(mesh, x, tiling[0] * tiling[1])
-        run = _batch_program(mesh, tuple(kinds), tiling[0])
+        run = batch_program(mesh, tuple(kinds), tiling[0])
         device_sums = run(list(groups), rows, np.float32(scale), np.int32(len(x)))
         host_sums = jax.device_get(device_sums)
         token_sums, member_sums = jax.tree.map(lambda a: np.asarray(a, np.float64), host_sums)
@@ -143,7 +143,7 @@ def _means(token_sums: TokenSums, sums: MemberSums) -> Measures:
 
 
 @lru_cache
-def _batch_program(mesh: Mesh, kinds: tuple[SAEKind, ...], n_tiles: int) -> Callable:
+def batch_program(mesh: Mesh, kinds: tuple[SAEKind, ...], n_tiles: int) -> Callable:
     """Return the jitted (groups, rows, scale, n_tokens) -> (TokenSums, [MemberSums]).
 
     The first n_tokens of the rows are tokens.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds import KINDS, Batch, BatchContext, Objective
 
 
@@ -24,9 +25,11 @@ def with_bfloat16(
 
     XLA's CPU runtime lacks bfloat16 products for some shapes, among them those of a single tile;
     there factors are rounded to bfloat16 and multiplied in float32. It reports this only when a
-    program runs, so a small one is tried, that of ReLU, whose products all kinds have.
+    program runs, so on CPU a small one is tried, that of ReLU, whose products all kinds have.
     """
     low = replace(objective, factors="bfloat16")
+    if not on_cpu():
+        return low
     n_tiles, tile = tiling
     relu = KINDS["relu"]
     shapes = relu.shapes(d_model, d_sae)

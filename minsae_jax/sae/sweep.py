@@ -98,9 +98,10 @@ class Sweep:
         self._portable_shardings = self.shardings
         if self._is_padded:
             self._portable_shardings = self.shardings._replace(groups=(whole,) * len(groups))
+        self.program = self._make_program()
         # The state is donated: its memory is used for the new one.
         self.step = jax.jit(
-            partial(sweep_steps, self._make_program()),
+            partial(sweep_steps, self.program),
             donate_argnums=0,
             # n_tokens determines the tiling, thus the shapes in the program.
             static_argnames="n_tokens",
