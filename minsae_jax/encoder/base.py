@@ -30,7 +30,7 @@ from minsae_jax.eeg.montage import canonical
 from minsae_jax.errors import UserError
 
 Params = Any  # a pytree of arrays, for native encoders nested dicts and lists of float32
-Precision = Literal["float32", "bfloat16"]  # of the products in the layers
+Precision = Literal["float32", "tf32", "bfloat16"]  # of the products in the layers
 # (params, windows [batch, seq_len, n_vars]) -> the activations of each requested layer.
 HiddenFunction = Callable[[Params, Any], tuple[Any, ...]]
 # (parameters of the substitutes, tokens of a sequence) -> the tokens of every variant
@@ -218,7 +218,9 @@ class BaseEncoder(ABC):
     def check_options(self, options: ComputeOptions) -> None:
         """Raise UserError if the encoder cannot compute with these options."""
         if options.precision != "float32":
-            raise UserError("this encoder cannot be extracted with --precision bfloat16")
+            raise UserError(
+                f"this encoder cannot be extracted with --precision {options.precision}"
+            )
         if options.force_revin:
             raise UserError("--force_revin requires a PatchTST encoder")
 

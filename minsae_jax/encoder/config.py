@@ -64,8 +64,8 @@ class ExtractCompute(ClusterConfig):
 
     batch_size: Annotated[int, AtLeastOne] = 128
     """Windows per batch; every batch becomes one shard."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the layers' products; sums and norms stay float32. bfloat16 is for GPUs."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Precision of the layers' products; sums and norms stay float32. tf32, bfloat16: for GPUs."""
 
 
 # Bases in reverse order: dataclasses list the fields of the last base first.
