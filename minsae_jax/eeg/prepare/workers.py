@@ -1,8 +1,8 @@
 """Processes of `prepare --jobs`: how they start, and how they end with the main process.
 
-Importing MNE and what it needs takes a second, as long as preparing five recordings. On Linux, one
-process, the fork server, imports them while the main process finds the recordings, and the workers
-are forks of it. The main process is not forked itself, since it may run threads of JAX.
+Importing MNE and its dependencies takes a second, as long as preparing five recordings. On Linux,
+one process, the fork server, imports them while the main process finds the recordings, and the
+workers are forks of it. The main process is not forked itself, since it may run threads of JAX.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ HAS_FORK_SERVER = sys.platform == "linux"
 
 
 def start_imports() -> None:
-    """Start to import what workers need, in another process, and return at once."""
+    """Start importing the modules of workers in another process, and return at once."""
     if not HAS_FORK_SERVER:
         return
     forkserver.set_forkserver_preload(MODULES)
