@@ -1,6 +1,6 @@
 """Preparing EDF files against MNE's own functions, called one after the other.
 
-    python -m benchmarks.prepare [--quick]
+    python -m benchmarks.prepare [--quick | NUMBER_OF_FILES]
 
 The files have 19 channels at 256 Hz for 30 minutes (--quick: one minute). MNE reads a file, and
 filters, references, resamples and z-scores it as a whole; `prepare` does the same and also checks
@@ -22,7 +22,7 @@ from benchmarks.timing import alternate, machine
 from minsae_jax import PrepareConfig, prepare
 from minsae_jax.eeg.montage import CHANNELS
 
-FILES = 16
+N_FILES = 16
 RATE = 256.0
 FILTERS = {"l_freq": 0.5, "h_freq": 45.0, "notch": (60.0,)}
 
@@ -64,16 +64,16 @@ def run_command(source: Path, has_filters: bool, jobs: int) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def main(quick: bool) -> None:
+def main(n_files: int, quick: bool) -> None:
     seconds = 60 if quick else 1800
     rounds = 1 if quick else 3
-    print(f"{machine()}, mne {mne.__version__}: {FILES} files of {seconds} s\n")
+    print(f"{machine()}, mne {mne.__version__}: {n_files} files of {seconds} s\n")
     print("| | MNE, s | prepare, s | command --jobs 1, s | command --jobs 2, s |")
     print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
         source.mkdir()
-        for seed in range(FILES):
+        for seed in range(n_files):
             write_file(source / f"p{seed}.edf", seconds, seed)
         for name, has_filters in (("resampling", False), ("band-pass, notch, resampling", True)):
             contestants = {
@@ -87,4 +87,5 @@ def main(quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    numbers = [int(word) for word in sys.argv[1:] if word.isdecimal()]
+    main(*(numbers or [N_FILES]), quick="--quick" in sys.argv)

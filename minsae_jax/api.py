@@ -127,6 +127,11 @@ def prepare(config: PrepareConfig) -> "Prepared":
     """
     if find_spec("mne") is None or find_spec("threadpoolctl") is None:
         raise UserError('prepare requires MNE: pip install "minsae_jax[eeg]"')
+    from minsae_jax.eeg.prepare import workers
+
+    if config.jobs > 1:
+        workers.start_imports()
+    # After the line above, since this imports MNE too.
     from minsae_jax.eeg.prepare import prepare as preparation
 
     return preparation.prepare(config)

@@ -1,14 +1,20 @@
 """Extraction: right numbers in the right order, each with its origin, and nothing done twice."""
 
+import csv
+import random
 import shutil
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from convert import plain_torch
+from convert.encoder import read_source
 from minsae_jax import UserError
 from minsae_jax.activations import writer
 from minsae_jax.activations.store import open_store
@@ -16,6 +22,7 @@ from minsae_jax.eeg.recordings import open_windows
 from minsae_jax.encoder import extract as extraction
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.files import lock_folder
+from tests.conftest import FIXTURES
 from tests.encoder.extraction import contents, extract
 
 
@@ -50,6 +57,41 @@ def test_store_contains_the_activations_of_every_window(encoder, settings, tmp_p
         )
     assert store.manifest.encoder == encoder.fingerprint
     assert (store.manifest.layer, store.manifest.layer_index) == (layer, layer % 3)
+
+
+def test_shards_of_the_tuh_layout_are_those_of_a_pytorch_loop(encoder, settings, tmp_path):
+    """Splits, files, windows, rows and numbers, from the .npy files and plain torch alone."""
+    extract(encoder, settings, "train")
+    windows = tuh_windows(Path(settings.root_path))
+    tensors = read_source(FIXTURES / "tuhab_patch_100/checkpoint.pth").checkpoint.tensors
+    state = {key: torch.tensor(tensor) for key, tensor in tensors.items()}
+    starts = range(0, len(windows), settings.batch_size)
+    shards = sorted((tmp_path / "store" / "l-1").glob("b*.npy"))
+    assert [path.name for path in shards] == [f"b{i:04d}.npy" for i in range(len(starts))]
+    for path, start in zip(shards, starts, strict=True):
+        batch = torch.from_numpy(windows[start : start + settings.batch_size])
+        with torch.inference_mode():
+            hidden, _ = plain_torch.forward(encoder.architecture, state, batch)
+        shard = np.load(path)
+        assert shard.dtype == np.float32
+        expected = hidden[-1].flatten(0, 1).numpy()
+        np.testing.assert_allclose(shard, expected, atol=1e-4, rtol=0, err_msg=path.name)
+
+
+def tuh_windows(folder):
+    """Return the training windows of 1,000 samples, in the order of gPatchTST's data set."""
+    with (folder / "file_lengths_map.csv").open(newline="") as file:
+        lengths = {row["filename"]: int(row["time_len"]) for row in csv.DictReader(file)}
+    patients = list(dict.fromkeys(name.split("_")[0] for name in sorted(lengths)))
+    random.Random(42).shuffle(patients)
+    windows = []
+    for patient in patients[: int(len(patients) * 0.7)]:
+        for name in sorted(name for name in lengths if name.startswith(f"{patient}_")):
+            recording = np.load(folder / name)
+            # Each window reserves the samples of a patch, which a prediction head would need.
+            count = lengths[name] // (1000 + 100)
+            windows.append(recording[: count * 1000].reshape(count, 1000, 19))
+    return np.concatenate(windows)
 
 
 def test_interrupted_store_is_completed_with_the_same_bytes(

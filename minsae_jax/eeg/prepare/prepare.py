@@ -2,13 +2,9 @@
 
 import csv
 import json
-import multiprocessing
-import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +17,8 @@ from minsae_jax.eeg.prepare.labels import read_labels
 from minsae_jax.eeg.prepare.plan import Plan, make_plan, versions
 from minsae_jax.eeg.prepare.record import RECORDS, Record, Rejected, read_record, record_path
 from minsae_jax.eeg.prepare.recording import prepare_recording
-from minsae_jax.eeg.prepare.sources import Source, find_duplicates, find_sources
+from minsae_jax.eeg.prepare.sources import Source, files_of, find_duplicates, find_sources
+from minsae_jax.eeg.prepare.workers import worker_pool
 from minsae_jax.eeg.recordings import LABELS, LENGTHS
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.errors import UserError
@@ -146,10 +143,10 @@ def _prepare(
             else:
                 rejected.append(outcome)
             bar.advance(1)
+    rejected.sort(key=lambda each: each.source.path.as_posix())
     _check_outcomes(rejected, len(records), config)
     ordered = tuple(records[name] for name in sorted(records))
     _write_tables(folder, config, plan, ordered, labels)
-    rejected.sort(key=lambda each: each.source.path.as_posix())
     n_new = sum(source.name in records for source in missing)
     return Prepared(folder, ordered, n_new, tuple(rejected))
 
@@ -185,11 +182,11 @@ def _outcomes(
         for source in sources:
             yield prepare_recording(source, plan, folder)
         return
-    pool = ProcessPoolExecutor(
-        min(jobs, len(sources)), multiprocessing.get_context("spawn"), _start_worker
-    )
+    # With a long recording at the end, one process would be busy and the others idle.
+    longest_first = sorted(sources, key=_n_bytes, reverse=True)
+    pool = worker_pool(min(jobs, len(sources)))
     try:
-        futures = [pool.submit(prepare_recording, source, plan, folder) for source in sources]
+        futures = [pool.submit(prepare_recording, each, plan, folder) for each in longest_first]
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
@@ -200,18 +197,8 @@ def _outcomes(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    # On Ctrl-C, the main process lets recordings that were started finish.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A worker whose main process was killed would wait for work for ever.
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _n_bytes(source: Source) -> int:
+    return sum(file.stat().st_size for file in files_of(source.path))
 
 
 def _check_outcomes(rejected: Sequence[Rejected], n_good: int, config: PrepareConfig) -> None:
