@@ -13,15 +13,15 @@ from minsae_jax.errors import UserError
 from minsae_jax.files import (
     atomic_write,
     foreign_entries,
-    lock_folder,
     replaced_folder,
     sha256_of,
 )
+from minsae_jax.locks import lock_folder
 
 LOCK_AND_WAIT = """
 import sys
 from pathlib import Path
-from minsae_jax.files import lock_folder
+from minsae_jax.locks import lock_folder
 
 import filelock
 if sys.argv[2] == "windows":

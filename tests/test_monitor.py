@@ -21,7 +21,7 @@ def write(log, step):
 
 
 def open_log(folder, step=0):
-    return MemberLog(folder, HPARAMS, 4, step, 100 * step, ("fvu",))
+    return MemberLog(folder, HPARAMS, 4, step, 100 * step, 10, 3, ("fvu",))
 
 
 def test_tensorboard(tmp_path):
