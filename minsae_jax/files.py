@@ -67,11 +67,11 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         empty_folder(temporary)
         is_new = not folder.exists()
-        if not is_new:
-            # Refused before the work rather than after it.
-            with lock_folder(folder):
-                pass
         try:
+            if not is_new:
+                # Refused before the work rather than after it.
+                with lock_folder(folder):
+                    pass
             with _named_errors(folder):
                 yield temporary
             flush_tree(temporary)
