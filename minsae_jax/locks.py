@@ -17,6 +17,7 @@ from minsae_jax.errors import UserError, system_reason
 if TYPE_CHECKING:
     import filelock
 
+READER_SECONDS = 0.5  # to wait for another reader
 # File systems on which a lock of a folder does not reach other machines: their drivers in Linux
 # have no function for it, so that the kernel locks its own copy.
 REMOTE = ("nfs", "nfs4", "cifs", "smb3")
@@ -33,30 +34,42 @@ def lock_folder(folder: Path, shared: bool = False, named: Path | None = None) -
     named = named or folder
     try:
         # Windows does not have this module.
-        import fcntl
+        import fcntl  # noqa: F401
     except ImportError:
         with _lock_file(folder, shared, named, by_system=True):
             yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        is_locked = False
-        if not _is_remote(descriptor):
-            wanted = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            # Some file systems report all failures as errors of another kind: no locks there.
-            with suppress(OSError):
-                is_locked = _flock(descriptor, wanted)
-                if not is_locked:
-                    raise _in_use(named, is_read=_flock(descriptor, fcntl.LOCK_SH))
-        if is_locked:
-            if not _is_same(folder, descriptor):
-                raise _in_use(named)
+        if _lock_by_kernel(folder, descriptor, shared, named):
             yield
         else:
             with _lock_file(folder, shared, named, by_system=False):
                 yield
     finally:
+        # Also releases the lock.
         os.close(descriptor)
+
+
+def _lock_by_kernel(folder: Path, descriptor: int, shared: bool, named: Path) -> bool:
+    """Lock an open folder. Return False where there are no locks, or none that others see.
+
+    Raises UserError if another process has the lock, or has replaced the folder.
+    """
+    import fcntl
+
+    if _is_remote(descriptor):
+        return False
+    is_read = False
+    try:
+        is_locked = _flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        if not is_locked:
+            is_read = _flock(descriptor, fcntl.LOCK_SH)
+    except OSError:
+        return False
+    if not is_locked or not _is_same(folder, descriptor):
+        raise _in_use(named, is_read)
+    return True
 
 
 def _flock(descriptor: int, operation: int) -> bool:
@@ -93,7 +106,7 @@ def _is_remote(descriptor: int) -> bool:
 
 @contextmanager
 def _lock_file(folder: Path, shared: bool, named: Path, by_system: bool) -> Iterator[None]:
-    """Hold a lock file beside the folder; a reader releases it at once.
+    """Hold a lock file beside the folder; a reader only looks whether another process does.
 
     by_system: the system locks the file, until the process ends. Otherwise its existence is the
     lock, and it contains host and process; that of a dead process on this host is taken over.
@@ -107,8 +120,12 @@ def _lock_file(folder: Path, shared: bool, named: Path, by_system: bool) -> Iter
     path = folder.with_name(f".{folder.name.lstrip('.')}.lock")
     lock_class = filelock.FileLock if by_system else filelock.MarkerSoftFileLock
     lock = lock_class(path)
+    if shared and not path.exists():
+        yield
+        return
     try:
-        lock.acquire(timeout=0)
+        # One that is left by a dead process is taken over, perhaps by several readers at once.
+        lock.acquire(timeout=READER_SECONDS if shared else 0)
     except filelock.Timeout:  # a subclass of OSError
         raise _held(lock, path, named) from None
     except (OSError, NotImplementedError) as e:

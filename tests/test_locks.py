@@ -141,6 +141,14 @@ def test_folder_that_was_replaced_while_it_was_locked_is_refused(folder, monkeyp
         pass
 
 
+def test_many_readers_start_at_once_without_flock(folder, monkeypatch):
+    """They leave no lock file that would be in the way of each other."""
+    without_flock(monkeypatch, errno.ENOLCK)
+    with lock_folder(folder, shared=True):
+        assert names(folder.parent) == ["demo"]
+        assert_free(folder)
+
+
 # A lock file with host and process, where the kernel has no locks.
 
 
