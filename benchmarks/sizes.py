@@ -162,24 +162,24 @@ def measure_features(folder: Path) -> None:
         checkpoint_every=N_INTERVALS,
     )
     stride = frequencies.interval_stride(N_FEATURES, N_INTERVALS)
-    for name, limit in (("act_freqs.npy", None), ("act_freqs.csv", 2**62)):
+    for name, max_csv in (("act_freqs.npy", frequencies.MAX_CSV_NUMBERS), ("act_freqs.csv", 2**62)):
         run = folder / name
-        with mock.patch.object(
-            frequencies, "MAX_CSV_NUMBERS", limit or frequencies.MAX_CSV_NUMBERS
-        ):
+        with mock.patch.object(frequencies, "MAX_CSV_NUMBERS", max_csv):
             run_until_stopped(replace(settings, run_dir=str(run)))
         member = next((run / "members").iterdir())
-        size = (member / name).stat().st_size
-        rows = STEPS - 1  # metrics are fetched one step late
-        per_row = size / rows
-        total = per_row * N_INTERVALS
+        with (member / name).open("rb") as file:
+            n_header = len(file.readline())
+            size = file.seek(0, os.SEEK_END)
+        # Metrics are fetched one step late.
+        n_rows, n_all_rows = STEPS - 1, N_INTERVALS
         if name == "act_freqs.npy":
-            per_row = 8 + 4 * N_FEATURES
-            total = per_row * -(-N_INTERVALS // stride)
-        events = sum(path.stat().st_size for path in member.glob("*tfevents*")) / rows
+            # Of the first intervals, only one has a row.
+            n_rows, n_all_rows = 1, -(-N_INTERVALS // stride)
+        per_row = (size - n_header) / n_rows
+        total = (n_header + n_all_rows * per_row) / 1e9
         print(
-            f"{name}: {size:,} bytes after {rows} log intervals, {per_row:,.0f} per row, "
-            f"{total / 1e9:.2f} GB after {N_INTERVALS:,}; TensorBoard {events:,.0f} per interval"
+            f"{name}: {size:,} bytes after {STEPS - 1} log intervals, {per_row:,.0f} per row, "
+            f"{n_all_rows:,} rows or {total:.2f} GB after {N_INTERVALS:,}"
         )
 
 

@@ -101,6 +101,7 @@ class Place:
             root_path=self.path("data"),
             checkpoint_path=self.path("encoder"),
             substitution_windows=4,
+            report=False,
         )
         ms.evaluate(config)
 
