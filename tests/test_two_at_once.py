@@ -98,6 +98,7 @@ class Place:
         config = ms.EvaluateConfig(
             run=self.path(run),
             store=self.path("store_test"),
+            val_store=self.path("store_val"),
             root_path=self.path("data"),
             checkpoint_path=self.path("encoder"),
             substitution_windows=4,
@@ -108,6 +109,8 @@ class Place:
     def steer(self):
         config = ms.SteerConfig(
             run=self.path("run"),
+            store=self.path("store_test"),
+            val_store=self.path("store_val"),
             root_path=self.path("data"),
             checkpoint_path=self.path("encoder"),
             member="lambda=0.1",
@@ -256,7 +259,6 @@ def test_second_command_during_training(place):
     """The store may be read but not replaced; plots are drawn of a run that is being written."""
     seconds: dict[str, str | None] = {
         "train": WRITTEN,
-        "train_anew": None,
         "evaluate_new_run": "is not a finished run",
         "verify_new_run": WRITTEN,
         "extract": None,

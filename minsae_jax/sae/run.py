@@ -50,6 +50,7 @@ _FOLDERS = (
     "members",
     "plots",
     "evaluation",
+    "steering",
     "report",
     ".report.tmp",
     ".report.old",
