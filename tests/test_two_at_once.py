@@ -259,7 +259,7 @@ def test_second_command_during_training(place):
     """The store may be read but not replaced; plots are drawn of a run that is being written."""
     seconds: dict[str, str | None] = {
         "train": WRITTEN,
-        "evaluate_new_run": "is not a finished run",
+        "evaluate_new_run": WRITTEN,
         "verify_new_run": WRITTEN,
         "extract": None,
         "extract_anew": READ,
