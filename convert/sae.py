@@ -5,7 +5,8 @@ subtract the decoder's bias first, relu((x - b_dec) W_enc + b), which equals rel
 with b = b_enc + b_dec W_enc.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,8 @@ from convert.dictionary_learning import (
 )
 from convert.saelens import read_saelens, write_saelens
 from minsae_jax.errors import UserError
-from minsae_jax.files import foreign_entries
+from minsae_jax.files import foreign_entries, make_folder
+from minsae_jax.locks import lock_folder
 from minsae_jax.sae.member import CONFIG, WEIGHTS, load_sae, save_member
 
 Format = Literal["member", "minsae", "saelens", "dictionary_learning"]
@@ -53,9 +55,22 @@ def convert_sae(path: str | Path, to: Format, out: str | Path) -> ConvertedSae:
     source_format = format_of(path)
     sae = READERS[source_format](path)
     _check_replaceable(out, to)
-    WRITERS[to](out, sae)
+    with _locked(out, to):
+        WRITERS[to](out, sae)
     d_model, d_sae = sae.params["W_enc"].shape
     return ConvertedSae(sae.kind, source_format, to, out, d_model, d_sae)
+
+
+@contextmanager
+def _locked(out: Path, to: Format) -> Iterator[None]:
+    """Lock the folder in which several files are written; a single one has a temporary name."""
+    if to == "minsae":
+        yield
+        return
+    folder = out if to in FOLDER_FORMATS else out.parent
+    make_folder(folder)
+    with lock_folder(folder):
+        yield
 
 
 def format_of(path: Path) -> Format:

@@ -18,8 +18,8 @@ from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig, EvaluationInputConfig
 from minsae_jax.evaluation.steering.config import SteerConfig
-from minsae_jax.files import lock_folder
 from minsae_jax.integrity.config import VerifyConfig
+from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.settings import read_yaml
 
@@ -228,7 +228,8 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
     with lock_folder(run):
         result = evaluation.evaluate(config, encoder, trained)
         if config.report:
-            write_report(config, result)
+            with result.inputs.locked():
+                write_report(config, result)
     return result
 
 

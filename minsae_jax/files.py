@@ -1,4 +1,4 @@
-"""Atomic writes, folder replacement and locks: no half-written file ever looks complete.
+"""Atomic writes and folder replacement: no half-written file ever looks complete.
 
 What is written here also survives a power cut: contents are flushed to the disk before a file or
 folder gets its name, and the names after that.
@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from minsae_jax.errors import UserError
+from minsae_jax.locks import lock_folder
 
 FLUSH_THREADS = 8
 
@@ -51,33 +52,52 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder that takes the place of `folder` on success.
 
     On an error `folder` stays as it was. A process killed between the two renames leaves
-    `.NAME.old`, which the next call restores. The new folder survives a power cut.
+    `.NAME.old`, which the next call restores. The new folder survives a power cut. Raises UserError
+    if another process writes the folder, or reads it under a lock.
     """
     # A folder cannot be renamed over one with files, so the old one is moved away first.
     temporary = folder.with_name(f".{folder.name}.tmp")
     old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for leftover in (temporary, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
     make_folder(folder.parent)
-    temporary.mkdir()
-    try:
-        with _named_errors(folder):
-            yield temporary
-        flush_tree(temporary)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    except BaseException:
-        remove_folder(temporary)
+    temporary.mkdir(exist_ok=True)
+    with lock_folder(temporary, named=folder):
         if old.exists() and not folder.exists():
             old.rename(folder)
-        raise
-    flush([folder.parent])
+        if old.exists():
+            shutil.rmtree(old)
+        empty_folder(temporary)
+        is_new = not folder.exists()
+        try:
+            if not is_new:
+                # Refused before the work rather than after it.
+                with lock_folder(folder):
+                    pass
+            with _named_errors(folder):
+                yield temporary
+            flush_tree(temporary)
+            if folder.exists():
+                if is_new:
+                    raise UserError(f"{folder} has been written by another process meanwhile")
+                with lock_folder(folder):
+                    folder.rename(old)
+            temporary.rename(folder)
+        except BaseException:
+            remove_folder(temporary)
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
+        flush([folder.parent])
     # The new folder is complete; the next call removes any leftover of the old one.
     shutil.rmtree(old, ignore_errors=True)
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove everything in a folder."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextmanager
@@ -172,58 +192,3 @@ def sha256_of(path: Path) -> str:
     """Return the hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock `folder` exclusively until the block ends or the process does.
-
-    Raises UserError if another process has the lock. On file systems without locks the block runs
-    without one. The lock leaves no file in the folder: POSIX locks the folder itself, while Windows
-    needs a lock file, which is in the parent folder.
-    """
-    try:
-        # Windows does not have this module.
-        import fcntl
-    except ImportError:
-        with _lock_file_in_parent(folder):
-            yield
-        return
-    # The kernel releases the lock when the descriptor is closed, also that of a killed process.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems cannot lock folders.
-        with suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise _locked(folder) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _lock_file_in_parent(folder: Path) -> Iterator[None]:
-    import filelock
-
-    if not folder.is_dir():
-        raise FileNotFoundError(2, "No such file or directory", str(folder))
-    # A folder and a link to it must have the same lock file.
-    folder = folder.resolve()
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-    with suppress(OSError, NotImplementedError):
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:  # a subclass of OSError
-            raise _locked(folder) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _locked(folder: Path) -> UserError:
-    return UserError(
-        f"{folder} is being written by another process; wait for it or choose another folder"
-    )

@@ -1,4 +1,4 @@
-"""Atomic writes, folder replacement and locks, also of processes that are killed."""
+"""Atomic writes and folder replacement, also of processes that are killed."""
 
 import hashlib
 import os
@@ -13,23 +13,10 @@ from minsae_jax.errors import UserError
 from minsae_jax.files import (
     atomic_write,
     foreign_entries,
-    lock_folder,
     replaced_folder,
     sha256_of,
 )
-
-LOCK_AND_WAIT = """
-import sys
-from pathlib import Path
-from minsae_jax.files import lock_folder
-
-import filelock
-if sys.argv[2] == "windows":
-    sys.modules["fcntl"] = None
-with lock_folder(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
+from minsae_jax.locks import lock_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -137,47 +124,30 @@ def test_sha256(tmp_path):
     assert sha256_of(tmp_path / "x") == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
-@pytest.fixture(params=["posix", "windows"])
-def system(request, monkeypatch):
-    """Lock as this system does, or with a lock file as Windows does."""
-    if request.param == "windows":
-        import filelock  # noqa: F401  (before fcntl is hidden, of which it makes use here)
-
-        monkeypatch.setitem(sys.modules, "fcntl", None)
-    return request.param
-
-
-def test_lock_leaves_nothing_in_the_folder(tmp_path, system):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for _ in range(2):
-        with lock_folder(folder):
-            assert names(folder) == []
-    assert names(folder) == []
-
-
-def test_lock_of_missing_folder_fails(tmp_path, system):
-    with pytest.raises(FileNotFoundError), lock_folder(tmp_path / "nowhere"):
-        pass
-
-
-def test_error_inside_the_lock_is_passed_on(tmp_path, system):
-    with pytest.raises(OSError, match="disk full"), lock_folder(tmp_path):
-        raise OSError("disk full")
-    with lock_folder(tmp_path):  # released
-        pass
-
-
-def test_killed_process_releases_its_lock(tmp_path, system):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    command = [sys.executable, "-c", LOCK_AND_WAIT, str(folder), system]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"locked\n"
-        in_use = pytest.raises(UserError, match="is being written by another process")
-        with in_use, lock_folder(folder):
+def test_folder_that_another_process_replaces_is_refused(tmp_path):
+    folder = tmp_path / "folder"
+    with replaced_folder(folder) as temporary:
+        (temporary / "first").touch()
+        written = pytest.raises(UserError, match="folder is being written by another process")
+        with written, replaced_folder(folder):
             pass
-        process.kill()
-        process.wait()
-    with lock_folder(folder):
+        assert names(temporary) == ["first"]
+    assert names(folder) == ["first"]
+
+
+def test_folder_that_another_process_reads_or_made_stays(tmp_path):
+    folder = tmp_path / "folder"
+
+    def replace_while_it_appears():
+        with replaced_folder(folder) as temporary:
+            (temporary / "new").touch()
+            folder.mkdir()
+            (folder / "of another command").touch()
+
+    with pytest.raises(UserError, match="meanwhile"):
+        replace_while_it_appears()
+    read = pytest.raises(UserError, match="is being read by another process")
+    with lock_folder(folder, shared=True), read, replaced_folder(folder):
         pass
+    assert names(folder) == ["of another command"]
+    assert names(tmp_path) == ["folder"]

@@ -1,6 +1,8 @@
 """Contents of TensorBoard events, W&B and CSV files, and lines of progress."""
 
 import sys
+import threading
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -21,7 +23,7 @@ def write(log, step):
 
 
 def open_log(folder, step=0):
-    return MemberLog(folder, HPARAMS, 4, step, 100 * step, ("fvu",))
+    return MemberLog(folder, HPARAMS, 4, step, 100 * step, 10, 3, ("fvu",))
 
 
 def test_tensorboard(tmp_path):
@@ -71,6 +73,20 @@ def test_resume_drops_rows_after_the_checkpoint(tmp_path):
     events = EventAccumulator(str(tmp_path / "m"))
     events.Reload()
     assert [e.step for e in events.Scalars("train/mse")] == [10, 20, 30]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="requires Linux")
+def test_logs_keep_no_file_open(tmp_path):
+    """A run can have hundreds of members."""
+    write(open_log(tmp_path / "first"), 10)  # imports
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    n_threads = threading.active_count()
+    logs = [open_log(tmp_path / str(i)) for i in range(10)]
+    for log in logs:
+        write(log, 10)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert threading.active_count() == n_threads
+    assert len((tmp_path / "9/metrics.csv").read_text().splitlines()) == 2
 
 
 def test_new_log_replaces_an_old_one(tmp_path):

@@ -8,15 +8,18 @@ can be read too.
 
 import bisect
 import hashlib
+import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +40,7 @@ from minsae_jax.parallel.processes import WHOLE, Share
 
 PROVENANCE = "provenance.npz"
 CHUNK_TOKENS = 256  # consecutive tokens per read; single tokens are a hundred times slower
+NPY_START_BYTES = 128  # of which most headers consist
 LAYER_FOLDER = re.compile(r"l-?\d+")
 RERUN = "rerun `extract` to write the missing files"
 
@@ -303,7 +307,7 @@ def open_store(path: str | Path, layer: int | None = None) -> Store:
     shards = []
     for entry in manifest.shards:
         file = folder / entry.file
-        shards.append(Shard(file, entry.total_tokens, _open_header(file).offset, entry.sha256))
+        shards.append(Shard(file, entry.total_tokens, _read_header(file).offset, entry.sha256))
     return Store(folder, tuple(shards), manifest.d_model, manifest.dtype, manifest)
 
 
@@ -317,20 +321,19 @@ def _open_without_manifest(folder: Path, layer: int | None) -> Store:
     shards = []
     kinds = set()
     for path in files:
-        array = _open_header(path)
-        if array.ndim < 2 or array.dtype.kind != "f" or array.size == 0:
+        shape, dtype, offset = _read_header(path)
+        if len(shape) < 2 or dtype.kind != "f" or 0 in shape:
             raise UserError(
-                f"{path} must be [sequences, n_tokens, d_model] floats, but is "
-                f"{array.dtype}{list(array.shape)}"
+                f"{path} must be [sequences, n_tokens, d_model] floats, but is {dtype}{list(shape)}"
             )
-        shards.append(Shard(path, array.size // array.shape[-1], array.offset, None))
-        kinds.add((array.shape[-1], str(array.dtype)))
+        shards.append(Shard(path, math.prod(shape[:-1]), offset, None))
+        kinds.add((shape[-1], str(dtype)))
     if len(kinds) > 1:
         raise UserError(
             f"the shards in {folder} do not belong together: (d_model, dtype) is {sorted(kinds)}"
         )
-    d_model, dtype = kinds.pop()
-    return Store(folder, tuple(shards), d_model, dtype, None)
+    d_model, dtype_name = kinds.pop()
+    return Store(folder, tuple(shards), d_model, dtype_name, None)
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -377,25 +380,55 @@ def shard_damage(path: Path, entry: ShardEntry, dtype: str) -> str | None:
     if size != entry.n_bytes:
         return f"{path} has {size} bytes instead of {entry.n_bytes}: remove it"
     try:
-        array = _open_header(path)
+        header = _read_header(path)
     except UserError as e:
         return f"{e}: remove it"
-    if array.shape != entry.shape or str(array.dtype) != ON_DISK[dtype]:
+    if header.shape != entry.shape or str(header.dtype) != ON_DISK[dtype]:
         expected = f"{dtype}{list(entry.shape)}"
-        return f"{path} is {array.dtype}{list(array.shape)}, not {expected}: remove it"
+        return f"{path} is {header.dtype}{list(header.shape)}, not {expected}: remove it"
     return None
 
 
-def _open_header(path: Path) -> np.memmap:
-    """Return a shard as a memory map, for its shape, dtype and offset."""
+class _Header(NamedTuple):
+    """The header of a .npy file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int  # bytes before the first number
+
+
+def _read_header(path: Path) -> _Header:
+    """Return the header of a shard. Raises UserError if it is damaged or the file is too short."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        with path.open("rb") as file:
+            start = file.read(NPY_START_BYTES)
+            # Versions differ in the number of bytes for the length of the rest.
+            n_bytes = 2 if start[6:7] == b"\x01" else 4
+            length = int.from_bytes(start[8 : 8 + n_bytes], "little")
+            header = _parse_header(start + file.read(8 + n_bytes + length - len(start)))
+            size = file.seek(0, os.SEEK_END)
+        if size < header.offset + math.prod(header.shape) * header.dtype.itemsize:
+            raise ValueError(f"it has only {size} bytes")
     except Exception as e:  # NumPy raises many types on damaged files
         if is_system_error(e):
             raise
         raise UserError(f"{path} is not a .npy array, or is damaged ({brief(e)})") from e
-    # Tokens are read by their byte offset, which is valid in C order only. A renamed .npz file is
-    # opened as an NpzFile.
-    if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
-        raise UserError(f"{path} is not a .npy array in C order")
-    return array
+    return header
+
+
+# Most shards of a store have the same header, which takes NumPy longer to parse than to read.
+@lru_cache(maxsize=16)
+def _parse_header(content: bytes) -> _Header:
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        parsed = np.lib.format.read_array_header_1_0(file)
+    else:
+        parsed = np.lib.format.read_array_header_2_0(file)
+    shape, is_fortran, dtype = parsed
+    # Tokens are read by their byte offset, which is valid in C order only.
+    if is_fortran and len(shape) > 1:
+        raise ValueError("it is not in C order")
+    if dtype.hasobject:
+        raise ValueError("it contains Python objects")
+    return _Header(shape, dtype, file.tell())

@@ -35,10 +35,10 @@ from minsae_jax.files import (
     atomic_write,
     flush,
     foreign_entries,
-    lock_folder,
     make_folder,
     sha256_of,
 )
+from minsae_jax.locks import lock_folder
 from minsae_jax.parallel.processes import barrier, process_index
 from minsae_jax.settings import JsonObject
 
@@ -80,7 +80,14 @@ class StoreWriter:
     def __enter__(self) -> "StoreWriter":
         if self.process == 0:
             make_folder(self.folder)
-            self._lock.enter_context(lock_folder(self.folder))
+            try:
+                self._lock.enter_context(lock_folder(self.folder))
+            except UserError:
+                self._lock.enter_context(lock_folder(self.folder, shared=True))
+                # Others may read a store that is complete, since it will not change.
+                if self.overwrite or not self._is_complete(read_manifest(self.folder)):
+                    self._lock.close()
+                    raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,7 +119,7 @@ class StoreWriter:
         manifest = None
         if not self.overwrite:
             manifest = read_manifest(self.folder)
-        if manifest and manifest.complete and not any(find_damage(self.folder, manifest)):
+        if self._is_complete(manifest):
             self._remove_partial_manifests()
             return
         self._manifest = manifest or Manifest.of(self.identity)
@@ -125,6 +132,12 @@ class StoreWriter:
         for path in self.folder.iterdir():
             if path.name not in protected:
                 path.unlink()
+
+    def _is_complete(self, manifest: Manifest | None) -> bool:
+        """Return whether nothing is left to do for a store with this manifest."""
+        if manifest is None or not manifest.complete:
+            return False
+        return not any(find_damage(self.folder, manifest))
 
     def _is_intact(self, entry: ShardEntry) -> bool:
         path = self.folder / entry.file

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+from minsae_jax.cli.memory import advice, memory_limit, run_in_child
 from minsae_jax.errors import Stopped, UserError, brief
 
 
@@ -23,6 +24,9 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
     if args is None:
         args = sys.argv[1:]
     debug = "--debug" in args
+    limit = memory_limit()
+    if limit is not None and not debug:
+        run_in_child(limit)
     for stream in (sys.stdout, sys.stderr):
         # Some terminals cannot print λ; in tests these are other streams.
         if isinstance(stream, io.TextIOWrapper):
@@ -30,9 +34,10 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
     warnings.showwarning = _print_warning
     if not debug:
         _silence_libraries()
-    # If native code crashes, print where Python was; needs a real stderr.
-    with contextlib.suppress(io.UnsupportedOperation, AttributeError):
-        faulthandler.enable()
+    if limit is None or debug:
+        # If native code crashes, print where Python was; needs a real stderr.
+        with contextlib.suppress(io.UnsupportedOperation, AttributeError):
+            faulthandler.enable()
     try:
         main([argument for argument in args if argument != "--debug"])
         # Flushed here, so that a closed pipe raises inside this block.
@@ -50,6 +55,10 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         sys.exit(130)
     except Exception as e:
         message = _user_message(e)
+        if message is None and limit is not None:
+            # Imports fail in many ways without memory.
+            reason = f"{type(e).__name__}: {brief(e, 150)}"
+            message = f"{reason}, perhaps for lack of memory, {advice(limit)}"
         if debug:
             traceback.print_exc()
         elif message is None:
@@ -108,8 +117,10 @@ def _user_message(error: Exception) -> str | None:
         return f"{error.strerror or error}{place}"
     if _is_lost_peer(error):
         return "another process of the cluster has ended; see its message, then rerun"
-    # XLA's errors are RuntimeErrors that begin with a status code.
-    if "RESOURCE_EXHAUSTED" in str(error):
+    # XLA's errors are RuntimeErrors that begin with a status code, or the C++ error's name.
+    is_out_of_memory = isinstance(error, MemoryError) or "std::bad_alloc" in str(error)
+    if is_out_of_memory or "RESOURCE_EXHAUSTED" in str(error):
         advice = "try a smaller --batch_size, --feature_dim_factor or sweep"
-        return f"out of memory ({brief(error, 150)}); {advice}"
+        reason = brief(error, 150) or type(error).__name__
+        return f"out of memory ({reason}); {advice}"
     return None

@@ -33,6 +33,7 @@ from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, EncoderSpec, ch
 from minsae_jax.encoder.compute import DTYPES, Activations, Output
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
+from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import Bar, progress
 from minsae_jax.parallel.processes import barrier, process_count, process_index
 from minsae_jax.settings import JsonObject
@@ -61,12 +62,14 @@ def extract(encoder: BaseEncoder, config: ExtractConfig) -> list[ExtractedStore]
     """
     options = ComputeOptions(config.precision, config.force_revin)
     encoder.check_options(options)
-    plans = plan_extraction(encoder, config, options)
-    _check_free_space(encoder.spec, config, plans)
-    compute = Activations(encoder, plans[0].layers, config.dtype, options)
     stores = []
-    # All folders are locked before the first write, since another process could start one of them.
     with ExitStack() as locks:
+        recordings = recordings_folder(Path(config.root_path))
+        locks.enter_context(lock_folder(recordings, shared=True))
+        plans = plan_extraction(encoder, config, options)
+        _check_free_space(encoder.spec, config, plans)
+        compute = Activations(encoder, plans[0].layers, config.dtype, options)
+        # All are locked before the first write, since another process could start one of them.
         for plan in plans:
             for writer in plan.writers:
                 locks.enter_context(writer)

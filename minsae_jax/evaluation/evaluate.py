@@ -57,6 +57,12 @@ def evaluate(
     UserError if run, stores, encoder and recordings do not belong together.
     """
     inputs = open_inputs(settings, encoder, train_config)
+    with inputs.locked():
+        return _evaluate(settings, inputs)
+
+
+def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
+    """Evaluate the members of a run on inputs that nobody changes."""
     pca = _fit_pca(inputs)
     components = _pca_members(pca)
     sources = _Sources(settings, inputs)

@@ -1,7 +1,8 @@
 """Inputs of an evaluation: the members of a run, its settings and the stores, each opened once."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
+from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import TrainConfig, load_run_config
 from minsae_jax.sae.hyper import Hyper, member_hyper, sort_key
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
@@ -52,6 +54,20 @@ class EvaluationInputs:
     def is_last_layer(self) -> bool:
         """Whether the layer is the encoder's last; False without an encoder."""
         return self.encoder is not None and self.layer == self.encoder.spec.layers[-1]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock stores and recordings, so that no other command replaces them while they are read.
+
+        Raises UserError if one does so already.
+        """
+        datasets = [self.test] if self.val is None else [self.test, self.val]
+        folders = {dataset.folder for dataset in datasets}
+        folders |= {dataset.store.folder for dataset in datasets}
+        with ExitStack() as stack:
+            for folder in sorted(folders):
+                stack.enter_context(lock_folder(folder, shared=True))
+            yield
 
 
 def open_inputs(

@@ -20,7 +20,7 @@ from minsae_jax.eeg.recordings import load_recording, recordings_folder
 from minsae_jax.eeg.splits import patient_of, read_splits
 from minsae_jax.errors import UserError, brief, is_system_error, system_reason
 from minsae_jax.files import sha256_of
-from minsae_jax.monitor import TFEVENTS_PREFIX
+from minsae_jax.monitor import ACT_FREQS_NPY, TFEVENTS_PREFIX, open_table
 from minsae_jax.sae.member import load_sae
 
 BLOCK = 100_000  # rows of an array that are read at once
@@ -54,6 +54,8 @@ def unreadable(path: Path) -> str | None:
 def _reader_of(path: Path) -> Callable[[Path], object]:
     if path.name.startswith(TFEVENTS_PREFIX):
         return _read_events
+    if path.name == ACT_FREQS_NPY:
+        return open_table
     return READERS.get(path.suffix, _read_bytes)
 
 

@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from minsae_jax.errors import UserError
 from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.integrity.folders import Check, KnownFolder, find_folders
-from minsae_jax.monitor import progress, table
+from minsae_jax.locks import lock_folder
+from minsae_jax.monitor import Bar, progress, table
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Verified:
     n_files: int
     without_checksum: tuple[Path, ...]  # only read, so that not every change is found
     problems: tuple[str, ...]  # a line each, with the file and the remedy
+    is_in_use: bool = False  # another command writes it, so that it was not read
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Verification:
             n_files = f"{verified.n_files:,}"
             n_without = f"{len(verified.without_checksum):,}"
             status = "damaged" if verified.problems else "fine"
+            if verified.is_in_use:
+                status = "in use"
             rows.append([str(verified.folder), verified.kind, n_files, n_without, status])
         return table(["folder", "kind", "files", "no checksum", "status"], rows)
 
@@ -48,7 +53,8 @@ class Verification:
 def verify(config: VerifyConfig) -> Verification:
     """Read all files of the known folders in the given ones, and compare their checksums.
 
-    Files that a command is writing can look damaged. Raises UserError if there is no such folder.
+    A folder that another command writes is not read, but reported. Raises UserError if there is no
+    folder of these kinds.
     """
     folders = [known for path in config.path for known in find_folders(Path(path))]
     checks = [known.checks() for known in folders]
@@ -60,17 +66,24 @@ def verify(config: VerifyConfig) -> Verification:
     ):
         verified = []
         for known, of_folder in zip(folders, checks, strict=True):
-            problems = []
-            found = pool.map(lambda check: check.find_problem(), of_folder)
-            for check, problem in zip(of_folder, found, strict=True):
-                bar.advance(1)
-                if problem is not None:
-                    problems.append(f"{check.path} {problem}: {known.remedy(check.path)}")
-            verified.append(_result(known, of_folder, problems))
+            with ExitStack() as lock:
+                try:
+                    lock.enter_context(lock_folder(known.folder, shared=True))
+                except UserError as e:
+                    verified.append(Verified(known.folder, known.kind, 0, (), (str(e),), True))
+                    bar.advance(len(of_folder))
+                    continue
+                verified.append(_verify(known, of_folder, pool, bar))
     return Verification(tuple(verified))
 
 
-def _result(known: KnownFolder, checks: Sequence[Check], problems: list[str]) -> Verified:
+def _verify(known: KnownFolder, checks: Sequence[Check], pool: Executor, bar: Bar) -> Verified:
+    problems = []
+    found = pool.map(lambda check: check.find_problem(), checks)
+    for check, problem in zip(checks, found, strict=True):
+        bar.advance(1)
+        if problem is not None:
+            problems.append(f"{check.path} {problem}: {known.remedy(check.path)}")
     # Otherwise it would report the same file again.
     if not problems:
         try:

@@ -1,6 +1,13 @@
 """Progress bars, tables, CSV files, TensorBoard and W&B."""
 
 from minsae_jax.monitor.csv_log import Csv, open_csv
+from minsae_jax.monitor.frequencies import (
+    ACT_FREQS_CSV,
+    ACT_FREQS_NPY,
+    FrequencyTable,
+    damaged,
+    open_table,
+)
 from minsae_jax.monitor.member_log import METRICS, MemberLog
 from minsae_jax.monitor.progress_bar import Bar, progress
 from minsae_jax.monitor.tables import table
@@ -8,14 +15,19 @@ from minsae_jax.monitor.tensorboard import TFEVENTS_PREFIX, RunLog
 from minsae_jax.monitor.wandb_log import Wandb
 
 __all__ = [
+    "ACT_FREQS_CSV",
+    "ACT_FREQS_NPY",
     "METRICS",
     "TFEVENTS_PREFIX",
     "Bar",
     "Csv",
+    "FrequencyTable",
     "MemberLog",
     "RunLog",
     "Wandb",
+    "damaged",
     "open_csv",
+    "open_table",
     "progress",
     "table",
 ]

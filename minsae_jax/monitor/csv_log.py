@@ -1,6 +1,7 @@
 """CSV files that grow by rows and can be resumed at a checkpoint."""
 
 import csv
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,21 +9,31 @@ from minsae_jax.files import atomic_write
 
 
 class Csv:
-    """A CSV file that rows are appended to."""
+    """A CSV file that rows are appended to by `flush` and `close`; it is open only then."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = path.open("a", newline="")
-        self._writer = csv.writer(self._file)
+        self._new_buffer()
+
+    def _new_buffer(self) -> None:
+        self._rows = io.StringIO(newline="")
+        self._writer = csv.writer(self._rows)
 
     def writerow(self, row: Iterable[object]) -> None:
         self._writer.writerow(row)
 
     def flush(self) -> None:
-        self._file.flush()
+        """Write the rows since the last time."""
+        text = self._rows.getvalue()
+        if not text:
+            return
+        # Not a second time, should this fail.
+        self._new_buffer()
+        with self.path.open("a", newline="") as file:
+            file.write(text)
 
     def close(self) -> None:
-        self._file.close()
+        self.flush()
 
 
 def open_csv(path: Path, header: tuple[str, ...], last: int) -> Csv:

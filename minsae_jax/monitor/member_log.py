@@ -1,4 +1,4 @@
-"""Metrics of one member: metrics.csv, act_freqs.csv and TensorBoard events."""
+"""Metrics of one member: metrics.csv, feature frequencies and TensorBoard events."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,8 @@ from jaxtyping import Int
 
 from minsae_jax.files import make_folder
 from minsae_jax.monitor.csv_log import open_csv
-from minsae_jax.monitor.tensorboard import COMPARED, event_files, open_board, write_hparams
+from minsae_jax.monitor.frequencies import open_frequencies
+from minsae_jax.monitor.tensorboard import COMPARED, Board, event_files, write_hparams
 
 METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")
 
@@ -17,7 +18,8 @@ class MemberLog:
     """Metrics of one member, a row for each log interval.
 
     On resume at `step` and `tokens`, rows and events after that checkpoint are dropped.
-    held_out: names of the metrics on held-out tokens that `write_held_out` will get.
+    eval_window: steps of a log interval; n_intervals: log intervals of the whole run. held_out:
+    names of the metrics on held-out tokens that `write_held_out` will get.
     """
 
     def __init__(
@@ -27,16 +29,17 @@ class MemberLog:
         d_sae: int,
         step: int,
         tokens: int,
+        eval_window: int,
+        n_intervals: int,
         held_out: Sequence[str] = (),
     ):
         self.folder = folder
         make_folder(folder)
         self.tokens = tokens
-        features = [f"feat_{i}" for i in range(d_sae)]
+        self.eval_window = eval_window
         self._metrics = open_csv(folder / "metrics.csv", METRICS, last=step)
-        # Its column `step` counts tokens, as in the PyTorch minSAE.
-        self._act_freqs = open_csv(folder / "act_freqs.csv", ("step", *features), last=tokens)
-        self._board = open_board(folder, step)
+        self._frequencies = open_frequencies(folder, d_sae, n_intervals, tokens)
+        self._board = Board(folder, step)
         if not step:
             # With the run's name, since TensorBoard averages members of one name over runs.
             name = f"{folder.resolve().parent.parent.name}/{folder.name}"
@@ -64,10 +67,10 @@ class MemberLog:
         tokens_in_interval = int(row["tokens"]) - self.tokens
         self.tokens = int(row["tokens"])
         self._metrics.writerow([row[name] for name in METRICS])
-        self._act_freqs.writerow([self.tokens, *active.tolist()])
-        self._metrics.flush()
-        self._act_freqs.flush()
         step = int(row["step"])
+        self._frequencies.write(step // self.eval_window - 1, self.tokens, active)
+        self._metrics.flush()
+        self._frequencies.flush()
         self._add_scalars("train", {name: row[name] for name in METRICS[2:]}, step)
         self._add_scalars("speed", speed, step)
         # Without silent features, whose logarithm is infinite.
@@ -93,9 +96,9 @@ class MemberLog:
     def files(self) -> list[Path]:
         """Return the paths of all files, whose content is handed to the system."""
         self._metrics.flush()
-        self._act_freqs.flush()
+        self._frequencies.flush()
         self._board.flush()
-        return [self._metrics.path, self._act_freqs.path, *event_files(self.folder), self.folder]
+        return [self._metrics.path, self._frequencies.path, *event_files(self.folder), self.folder]
 
     def _add_scalars(self, prefix: str, metrics: Mapping[str, int | float], step: int) -> None:
         for name, value in metrics.items():
@@ -105,5 +108,5 @@ class MemberLog:
 
     def close(self) -> None:
         self._metrics.close()
-        self._act_freqs.close()
+        self._frequencies.flush()
         self._board.close()

@@ -177,7 +177,7 @@ class LogFlags:
     """Metrics"""
 
     eval_window: Annotated[int, AtLeastOne] = 50
-    """Log metrics every N steps (metrics.csv, act_freqs.csv, TensorBoard)."""
+    """Log metrics every N steps (metrics.csv, act_freqs.csv or .npy, TensorBoard)."""
     val_store: str | None = None
     """Store of held-out activations (default: store_val next to the train store, if it exists)."""
     eval_every: Annotated[int, Range(min=0)] = 1000

@@ -1,4 +1,4 @@
-"""The history of a run's members, read from their metrics.csv and act_freqs.csv, finished or not.
+"""The history of a run's members, from metrics.csv and act_freqs.csv or .npy, finished or not.
 
 While a run is being written, the last line of a file may be incomplete, and one member may have a
 row more than another: incomplete lines are ignored, and all members are cut to the shortest.
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from minsae_jax.errors import UserError
+from minsae_jax.monitor import ACT_FREQS_CSV, ACT_FREQS_NPY, damaged, open_table
 from minsae_jax.sae.config import TrainConfig, load_run_config
 from minsae_jax.sae.grid import make_groups
 from minsae_jax.sae.hyper import Hyper, sort_key
@@ -36,7 +36,7 @@ class MemberHistory:
     tokens: Int[np.ndarray, " intervals"]
     mse: Float[np.ndarray, " intervals"]
     l1: Float[np.ndarray, " intervals"]
-    act_freqs: Path
+    frequencies: Path  # act_freqs.csv or act_freqs.npy
 
     @property
     def tokens_per_interval(self) -> Int[np.ndarray, " intervals"]:
@@ -66,7 +66,7 @@ def read_histories(run: Path) -> list[MemberHistory]:
     intervals = min((len(rows) for rows in metrics.values()), default=0)
     if intervals == 0:
         raise UserError(f"{run} has no metrics yet; wait for the first --eval_window steps")
-    d_saes = {_count_features(folder / "act_freqs.csv") for folder in folders}
+    d_saes = {_count_features(_frequencies_of(folder)) for folder in folders}
     hypers = _member_hypers(load_run_config(run), d_saes)
     if metrics.keys() != hypers.keys():
         name = min(metrics.keys() ^ hypers.keys())
@@ -80,7 +80,7 @@ def read_histories(run: Path) -> list[MemberHistory]:
             tokens=tokens.astype(int),
             mse=mse,
             l1=l1,
-            act_freqs=run / "members" / name / "act_freqs.csv",
+            frequencies=_frequencies_of(run / "members" / name),
         )
         histories.append(history)
     return histories
@@ -99,13 +99,21 @@ def _member_hypers(settings: TrainConfig, d_saes: set[int]) -> dict[str, Hyper]:
         if {int(f * d_model) for f in settings.feature_dim_factor} == d_saes:
             groups = make_groups(settings.plan(), d_model)
             return {m.name: m.hyper for group in groups for m in group}
-    raise UserError(f"act_freqs.csv has {max(d_saes)} features, which config.yaml does not allow")
+    raise UserError(f"the members have {max(d_saes)} features, which config.yaml does not allow")
 
 
 def read_densities(histories: list[MemberHistory]) -> Densities:
-    """Return densities at up to MAX_FRAMES evenly spaced log intervals, the last one included."""
-    last = len(histories[0].step) - 1
-    intervals = np.unique(np.linspace(0, last, MAX_FRAMES).round().astype(int))
+    """Return densities at up to MAX_FRAMES evenly spaced log intervals, with the last one.
+
+    Of large members, only some log intervals have frequencies.
+    """
+    written = np.arange(len(histories[0].step))
+    for history in histories:
+        written = np.intersect1d(written, _written_intervals(history))
+    if not len(written):
+        raise damaged(histories[0].frequencies, "it has no rows")
+    chosen = np.linspace(0, len(written) - 1, MAX_FRAMES).round().astype(int)
+    intervals = written[np.unique(chosen)]
     longest = max(int(history.tokens_per_interval.max()) for history in histories)
     # From below the density of a feature active on one token to above 1.
     first_bin = -np.ceil(np.log10(longest) / BIN_WIDTH) - 3
@@ -140,14 +148,42 @@ def _read_metrics(path: Path) -> Float[np.ndarray, "intervals 4"]:
     names = header.split(",")
     for name in METRICS:
         if name not in names:
-            _raise_damaged(path, f"it has no column {name}")
+            raise damaged(path, f"it has no column {name}")
     table = _parse_rows(path, list(lines), len(names))
     rows = table[:, [names.index(name) for name in METRICS]]
     counters = [(0.0, 0.0), *rows[:, :2]]
     for (step, tokens), (next_step, next_tokens) in pairwise(counters):
         if not (step < next_step and tokens < next_tokens):
-            _raise_damaged(path, "its steps or tokens do not increase")
+            raise damaged(path, "its steps or tokens do not increase")
     return rows
+
+
+def _frequencies_of(folder: Path) -> Path:
+    """Return the file of a member's feature frequencies."""
+    table = folder / ACT_FREQS_NPY
+    return table if table.exists() else folder / ACT_FREQS_CSV
+
+
+def _written_intervals(history: MemberHistory) -> Int[np.ndarray, " rows"]:
+    """Return the indices of the log intervals with a row; all for a CSV, which may lack the last.
+
+    Raises UserError if rows of a .npy file are missing, or do not belong to the log intervals.
+    """
+    n_intervals = len(history.tokens)
+    path = history.frequencies
+    if path.suffix == ".csv":
+        return np.arange(n_intervals)
+    # The run may have gone on since metrics.csv was read.
+    steps = open_table(path).steps()
+    steps = steps[steps <= history.tokens[-1]]
+    intervals = np.searchsorted(history.tokens, steps)
+    stride = int(intervals[1]) if len(steps) > 1 else n_intervals
+    is_regular = (intervals == stride * np.arange(len(steps))).all()
+    if not is_regular or not (history.tokens[intervals] == steps).all():
+        raise damaged(path, "its steps are not those of metrics.csv")
+    if len(steps) * stride < n_intervals - 1:
+        raise damaged(path, f"it has {len(steps)} rows, metrics.csv has {n_intervals}")
+    return intervals
 
 
 def _read_density(
@@ -155,7 +191,35 @@ def _read_density(
     intervals: Int[np.ndarray, " frames"],
 ) -> Float[np.ndarray, "written d_sae"]:
     """Return every feature's density in those log intervals whose rows are written."""
-    path = history.act_freqs
+    if history.frequencies.suffix == ".csv":
+        tokens, active = _read_csv_rows(history, intervals)
+    else:
+        tokens, active = _read_table_rows(history, intervals)
+    intervals = intervals[: len(tokens)]
+    limit = history.tokens_per_interval[intervals]
+    is_valid = (tokens == history.tokens[intervals]) & (active.min(axis=1) >= 0)
+    is_valid &= active.max(axis=1) <= limit
+    if not is_valid.all():
+        row = int(intervals[np.argmin(is_valid)])
+        raise damaged(history.frequencies, f"row {row + 1} does not match metrics.csv")
+    return active / limit[:, None]
+
+
+def _read_table_rows(
+    history: MemberHistory, intervals: Int[np.ndarray, " frames"]
+) -> tuple[Int[np.ndarray, " frames"], Int[np.ndarray, "frames d_sae"]]:
+    """Return the columns `step` and `active` of some log intervals, from act_freqs.npy."""
+    table = open_table(history.frequencies)
+    steps = table.steps()
+    rows = np.searchsorted(steps, history.tokens[intervals])
+    return steps[rows], np.stack([table.read(int(row)) for row in rows])
+
+
+def _read_csv_rows(
+    history: MemberHistory, intervals: Int[np.ndarray, " frames"]
+) -> tuple[Float[np.ndarray, " written"], Float[np.ndarray, "written d_sae"]]:
+    """Return the column `step` and the others of some log intervals, from act_freqs.csv."""
+    path = history.frequencies
     lines = _complete_lines(path)
     n_features = next(lines, "").count(",")
     # Only these rows are parsed: with large d_sae the whole table does not fit into memory.
@@ -167,24 +231,17 @@ def _read_density(
             texts.append(line)
         n_rows += 1
     if n_rows < max(len(history.tokens) - 1, 1):
-        _raise_damaged(path, f"it has {n_rows} rows, metrics.csv has {len(history.tokens)}")
+        raise damaged(path, f"it has {n_rows} rows, metrics.csv has {len(history.tokens)}")
     table = _parse_rows(path, texts, 1 + n_features)
-    tokens = table[:, 0]
-    active = table[:, 1:]
-    intervals = intervals[: len(table)]
-    limit = history.tokens_per_interval[intervals]
-    is_valid = (tokens == history.tokens[intervals]) & (active.min(axis=1) >= 0)
-    is_valid &= active.max(axis=1) <= limit
-    if not is_valid.all():
-        row = int(intervals[np.argmin(is_valid)])
-        _raise_damaged(path, f"row {row + 1} does not match metrics.csv")
-    return active / limit[:, None]
+    return table[:, 0], table[:, 1:]
 
 
 def _count_features(path: Path) -> int:
+    if path.suffix == ".npy":
+        return open_table(path).d_sae
     n_features = next(_complete_lines(path), "").count(",")
     if n_features == 0:
-        _raise_damaged(path, "it has no header")
+        raise damaged(path, "it has no header")
     return n_features
 
 
@@ -202,11 +259,7 @@ def _parse_rows(path: Path, lines: list[str], n_columns: int) -> Float[np.ndarra
     try:
         table = np.loadtxt(lines, delimiter=",", ndmin=2, comments=None)
     except (ValueError, OverflowError) as error:
-        _raise_damaged(path, error)
+        raise damaged(path, error) from error
     if table.shape != (len(lines), n_columns):
-        _raise_damaged(path, f"expected {n_columns} columns, got {table.shape[1]}")
+        raise damaged(path, f"expected {n_columns} columns, got {table.shape[1]}")
     return table
-
-
-def _raise_damaged(path: Path, reason: object) -> NoReturn:
-    raise UserError(f"{path} is damaged ({reason}); restore the file or train the run again")

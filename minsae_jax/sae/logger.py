@@ -58,6 +58,8 @@ class RunLogger:
                     member.d_sae,
                     step,
                     progress.tokens,
+                    self.plan.config.eval_window,
+                    self.plan.optimizer.num_steps // self.plan.config.eval_window,
                     self._held_out_names,
                 )
                 self._member_logs[member.name] = stack.enter_context(log)

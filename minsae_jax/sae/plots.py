@@ -10,6 +10,7 @@ import numpy as np
 
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, make_folder
+from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import PlotConfig, load_run_config
 from minsae_jax.sae.history import Densities, MemberHistory, read_densities, read_histories
 from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, Hyper, sparsity, value_text, varied_names
@@ -303,8 +304,9 @@ def plot(settings: PlotConfig) -> PlotFiles:
     out = Path(settings.out) if settings.out else run / "plots"
     make_folder(out)
     files = PlotFiles(out / "mse_l1.png", out / "density.gif")
-    _draw_metrics(files.metrics, histories, l1_title, run.resolve().name)
-    _animate_densities(files.densities, histories, densities, run.resolve().name)
+    with lock_folder(out):
+        _draw_metrics(files.metrics, histories, l1_title, run.resolve().name)
+        _animate_densities(files.densities, histories, densities, run.resolve().name)
     return files
 
 

@@ -6,7 +6,6 @@ finished, sweep.csv; plots/, report/ and wandb/ on request.
 """
 
 import csv
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,14 @@ import yaml
 
 from minsae_jax.checksums import SUMS, files_below, write_checksums
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write, foreign_entries, lock_folder, make_folder, sha256_of
+from minsae_jax.files import (
+    atomic_write,
+    empty_folder,
+    foreign_entries,
+    make_folder,
+    sha256_of,
+)
+from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import TFEVENTS_PREFIX, table
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
 from minsae_jax.sae.grid import HYPER_NAMES
@@ -44,13 +50,22 @@ _FOLDERS = (
     "members",
     "plots",
     "evaluation",
+    "steering",
     "report",
     ".report.tmp",
     ".report.old",
     "wandb",
 )
+# Lock files of plots/ and report/, where the file system has no locks, see `lock_folder`.
+_LOCKS = (".plots.lock", ".report.tmp.lock")
 # Names, and patterns of names, that a run may have in its folder.
-RUN_ENTRIES = (*_FILES, *(f"{name}.tmp" for name in _FILES), *_FOLDERS, f"{TFEVENTS_PREFIX}*")
+RUN_ENTRIES = (
+    *_FILES,
+    *(f"{name}.tmp" for name in _FILES),
+    *_FOLDERS,
+    *_LOCKS,
+    f"{TFEVENTS_PREFIX}*",
+)
 # Settings that do not change the result; they may differ when a run resumes.
 _CHANGEABLE = (
     "run_dir",
@@ -155,7 +170,7 @@ class RunFolder:
         make_folder(self.folder)
         with lock_folder(self.folder):
             if self.config.overwrite:
-                _empty(self.folder)
+                empty_folder(self.folder)
             # Also on resume, since the settings in _CHANGEABLE may be others now.
             with atomic_write(self.folder / "config.yaml") as file:
                 content = {"train": self.saved_settings()}
@@ -303,11 +318,3 @@ def _differs(name: str, before: Any, now: Any) -> bool:
     if name in _PATHS and before and now:
         return Path(before).resolve() != Path(now).resolve()
     return name not in _CHANGEABLE and before != now
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

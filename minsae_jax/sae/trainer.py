@@ -15,6 +15,7 @@ from jaxtyping import Shaped
 from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import Source
 from minsae_jax.errors import Stopped, UserError
+from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import Bar
 from minsae_jax.monitor import progress as progress_bar
 from minsae_jax.parallel.mesh import on_cpu
@@ -68,24 +69,28 @@ def train(
     """
     plan = config.plan()
     folder = RunFolder(plan)
-    with barrier(f"open the inputs of {folder.folder}"):
-        folder.check()
-        if folder.is_finished():
-            return load_run(folder.folder, was_finished=True)
-        store: Source
-        if open_live is None:
-            store = open_store(plan.config.store, plan.config.cache_layer)
-        else:
-            store = open_live()
-        is_new = folder.is_new()
-        data = open_train_data(plan, store, encoder_fingerprint, is_new)
-        measure_features = None
-        if open_monitor is not None and data.held_out is not None:
-            measure_features = open_monitor()
-    _check_processes_agree(folder, data)
-    if is_new:
-        data = measure_start(plan, data)
     with ExitStack() as stack:
+        with barrier(f"open the inputs of {folder.folder}"):
+            folder.check()
+            if folder.is_finished():
+                return load_run(folder.folder, was_finished=True)
+            store: Source
+            if open_live is None:
+                store = open_store(plan.config.store, plan.config.cache_layer)
+            else:
+                store = open_live()
+            # Until the end, so that no other command replaces what the stream reads.
+            stack.enter_context(lock_folder(store.folder, shared=True))
+            is_new = folder.is_new()
+            data = open_train_data(plan, store, encoder_fingerprint, is_new)
+            if data.held_out is not None:
+                stack.enter_context(lock_folder(data.held_out.folder, shared=True))
+            measure_features = None
+            if open_monitor is not None and data.held_out is not None:
+                measure_features = open_monitor()
+        _check_processes_agree(folder, data)
+        if is_new:
+            data = measure_start(plan, data)
         with barrier(f"create {folder.folder}"):
             if process_index() == 0:
                 stack.enter_context(folder.locked())

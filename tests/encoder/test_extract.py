@@ -21,7 +21,7 @@ from minsae_jax.activations.store import open_store
 from minsae_jax.eeg.recordings import open_windows
 from minsae_jax.encoder import extract as extraction
 from minsae_jax.encoder.converted import Encoder
-from minsae_jax.files import lock_folder
+from minsae_jax.locks import lock_folder
 from tests.conftest import FIXTURES
 from tests.encoder.extraction import contents, extract
 

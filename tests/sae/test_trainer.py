@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from convert.sae import convert_sae
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
-from minsae_jax.files import lock_folder
+from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.sae.data import measure_scale
 from minsae_jax.sae.grid import make_groups

@@ -22,7 +22,8 @@ from minsae_jax.eeg.prepare.workers import worker_pool
 from minsae_jax.eeg.recordings import LABELS, LENGTHS
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write, foreign_entries, lock_folder, make_folder
+from minsae_jax.files import atomic_write, foreign_entries, make_folder
+from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import progress, table
 
 TABLES = (DESCRIPTION, EVENTS, LABELS)  # written after LENGTHS is removed and before it is back
@@ -94,14 +95,14 @@ def prepare(config: PrepareConfig) -> Prepared:
     if not is_new_folder:
         _check_folder(folder)
     make_folder(folder / RECORDS)
-    try:
-        with lock_folder(folder):
+    with lock_folder(folder):
+        try:
             return _prepare(config, plan, sources, labels, folder)
-    finally:
-        # Nothing was written.
-        if is_new_folder and not any((folder / RECORDS).iterdir()):
-            (folder / RECORDS).rmdir()
-            folder.rmdir()
+        finally:
+            # Nothing was written.
+            if is_new_folder and not any((folder / RECORDS).iterdir()):
+                (folder / RECORDS).rmdir()
+                folder.rmdir()
 
 
 def _check_folder(folder: Path) -> None:

@@ -47,6 +47,14 @@ def steer(
     member_name = settings.member or _recommended(Path(settings.run))
     evaluate_settings = settings.inputs_of(member_name)
     inputs = open_inputs(evaluate_settings, encoder, train_config)
+    with inputs.locked():
+        return _steer(settings, encoder, inputs, member_name)
+
+
+def _steer(
+    settings: SteerConfig, encoder: BaseEncoder, inputs: EvaluationInputs, member_name: str
+) -> Steering:
+    """Steer features on inputs that nobody changes."""
     member = next(m for m in inputs.members if m.name == member_name)
     features = settings.feature
     _check_features(member, features)
@@ -54,7 +62,7 @@ def steer(
     places = _choose_places(settings, steered)
     # A variant for each scale, which is that of all features.
     scales = np.outer(settings.scale, np.ones(len(features)))
-    bands = evaluate_settings.band_limits()
+    bands = settings.inputs_of(member_name).band_limits()
     changes = measure_windows(steered, places, features, scales, bands)
     probes = make_probes(inputs, steered, features, settings.seed)
     target = None

@@ -1,0 +1,59 @@
+"""Commands under a limit of memory (`ulimit -v`), where native code ends the process.
+
+XLA and the C library abort, with stack traces or messages of their own, where Python would raise
+MemoryError. Under a limit, a command therefore runs in a child process without native output, and
+its parent says in one line what happened.
+"""
+
+import os
+import signal
+import sys
+
+# How native code ends a process that gets no memory; 127 is the dynamic loader.
+FAILURES = (-signal.SIGABRT, -signal.SIGSEGV, -getattr(signal, "SIGBUS", 0), 127)
+
+
+def memory_limit() -> float | None:
+    """Return the limit of this process's memory in GB, or None if there is none."""
+    try:
+        # Windows does not have this module.
+        import resource
+    except ImportError:
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit / 1e9
+
+
+def run_in_child(limit: float) -> None:
+    """Return in a new process; this one waits for it and exits with its code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        _silence_native_code()
+        return
+    # Ctrl-C reaches the child by itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code in FAILURES:
+        message = f"error: native code crashed, probably for lack of memory, {advice(limit)}"
+        print(message, file=sys.stderr, flush=True)
+        os._exit(2)
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def advice(limit: float) -> str:
+    """Return what to do about the limit."""
+    return (
+        f"which is limited to {limit:.1f} GB; raise the limit (ulimit -v), or try a smaller "
+        "--batch_size, --feature_dim_factor or sweep"
+    )
+
+
+def _silence_native_code() -> None:
+    """Let native code, which writes to descriptor 2, write nowhere; Python's stderr stays."""
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.stderr = open(stderr, "w", buffering=1, errors="replace")  # noqa: SIM115
