@@ -11,23 +11,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # a package may import from lower floors and from itself, never sideways or up
     "minsae_jax.errors": 0,
-    "minsae_jax.settings": 1,
     "minsae_jax.files": 1,
+    "minsae_jax.settings": 2,
     "minsae_jax.checksums": 2,
-    "minsae_jax.parallel": 1,
-    "minsae_jax.cli": 2,
-    "minsae_jax.monitor": 2,
-    "minsae_jax.eeg": 3,
-    "minsae_jax.activations": 4,
-    "minsae_jax.encoder": 5,
-    "minsae_jax.sae": 5,
-    "minsae_jax.evaluation": 6,
-    "convert": 6,
-    "minsae_jax.report": 7,
-    "minsae_jax.integrity": 7,
-    "minsae_jax.api": 8,
-    "minsae_jax": 9,  # its __init__.py, the public names
-    "minsae_jax.__main__": 10,
+    "minsae_jax.parallel": 2,
+    "minsae_jax.cli": 3,
+    "minsae_jax.monitor": 3,
+    "minsae_jax.eeg": 4,
+    "minsae_jax.activations": 5,
+    "minsae_jax.encoder": 6,
+    "minsae_jax.sae": 6,
+    "minsae_jax.evaluation": 7,
+    "convert": 7,
+    "minsae_jax.report": 8,
+    "minsae_jax.integrity": 8,
+    "minsae_jax.api": 9,
+    "minsae_jax": 10,  # its __init__.py, the public names
+    "minsae_jax.__main__": 11,
 }
 POSIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios"}
 FILES = sorted([*(ROOT / "minsae_jax").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])

@@ -30,8 +30,9 @@ from minsae_jax.activations.manifest import (
     read_manifest,
     shard_number,
 )
+from minsae_jax.checksums import read_npz
 from minsae_jax.errors import UserError, brief, is_system_error
-from minsae_jax.files import sha256_of
+from minsae_jax.files import regular_file, sha256_of
 from minsae_jax.monitor import progress
 
 PROVENANCE = "provenance.npz"
@@ -306,7 +307,6 @@ def _open_without_manifest(folder: Path, layer: int | None) -> Store:
         content = ", ".join(layers) or "no b0000.npy"
         raise UserError(f"there is no store of layer {layer} in {folder}: it contains {content}")
     shards = []
-    kinds = set()
     for path in files:
         array = _open_header(path)
         if array.ndim < 2 or array.dtype.kind != "f" or array.size == 0:
@@ -314,13 +314,15 @@ def _open_without_manifest(folder: Path, layer: int | None) -> Store:
                 f"{path} must be [sequences, n_tokens, d_model] floats, but is "
                 f"{array.dtype}{list(array.shape)}"
             )
+        kind = (array.shape[-1], str(array.dtype))
+        if not shards:
+            d_model, dtype = kind
+        if kind != (d_model, dtype):
+            raise UserError(
+                f"{path} has d_model {kind[0]} and dtype {kind[1]}, but {files[0].name} has "
+                f"d_model {d_model} and dtype {dtype}; remove the shards of another store"
+            )
         shards.append(Shard(path, array.size // array.shape[-1], array.offset, None))
-        kinds.add((array.shape[-1], str(array.dtype)))
-    if len(kinds) > 1:
-        raise UserError(
-            f"the shards in {folder} do not belong together: (d_model, dtype) is {sorted(kinds)}"
-        )
-    d_model, dtype = kinds.pop()
     return Store(folder, tuple(shards), d_model, dtype, None)
 
 
@@ -349,8 +351,7 @@ def _provenance_damage(path: Path, manifest: Manifest) -> str | None:
     if not path.is_file():
         return f"{path} is missing"
     try:
-        with np.load(path, allow_pickle=False) as provenance:
-            n_sequences = len(provenance["recording"])
+        n_sequences = len(read_npz(path)["recording"])
     except Exception as e:  # zipfile and NumPy raise many types
         if is_system_error(e):
             raise
@@ -380,7 +381,7 @@ def shard_damage(path: Path, entry: ShardEntry, dtype: str) -> str | None:
 def _open_header(path: Path) -> np.memmap:
     """Return a shard as a memory map, for its shape, dtype and offset."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(regular_file(path), mmap_mode="r", allow_pickle=False)
     except Exception as e:  # NumPy raises many types on damaged files
         if is_system_error(e):
             raise

@@ -37,6 +37,7 @@ from minsae_jax.files import (
     foreign_entries,
     lock_folder,
     make_folder,
+    regular_file,
     sha256_of,
 )
 from minsae_jax.parallel.processes import barrier, process_index
@@ -149,11 +150,11 @@ class StoreWriter:
         """
         sequence_shape = [self.identity.n_tokens, self.identity.d_model]
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(regular_file(path).read_text(encoding="utf-8"))
             if content["identity"] != self.identity.digest:
                 return []
             return [parse_shard_entry(entry, sequence_shape) for entry in content["shards"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return []
 
     def _remove_partial_manifests(self) -> None:

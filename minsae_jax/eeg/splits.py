@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write
+from minsae_jax.files import atomic_write, regular_file
 
 Split = Literal["train", "val", "test", "all"]
 Splits = dict[str, list[str]]  # train, val, test -> patients
@@ -104,7 +104,7 @@ def read_splits(path: Path) -> Splits:
     Raises UserError if it is not a dict of three lists of patients.
     """
     try:
-        with path.open("rb") as file:
+        with regular_file(path).open("rb") as file:
             splits = _PlainUnpickler(file).load()
     except Exception as e:  # a damaged pickle can raise almost anything
         raise UserError(

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from minsae_jax.files import atomic_write
+from minsae_jax.files import atomic_write, regular_file
 
 
 class Csv:
@@ -12,7 +12,7 @@ class Csv:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = path.open("a", newline="")
+        self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
 
     def writerow(self, row: Iterable[object]) -> None:
@@ -33,7 +33,9 @@ def open_csv(path: Path, header: tuple[str, ...], last: int) -> Csv:
     """
     lines = [",".join(header)]
     if last and path.exists():
-        for line in path.read_text(errors="replace").splitlines()[1:]:
+        for line in (
+            regular_file(path).read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+        ):
             first = line.split(",", 1)[0]
             if _cell_count(line) == len(header) and first.isdecimal() and int(first) <= last:
                 lines.append(line)
