@@ -170,7 +170,9 @@ def read_yaml(path: str | Path) -> Values:
         n_bytes = regular_file(path).stat().st_size
     except FileNotFoundError:
         raise UserError(f"file {path} does not exist") from None
-    require(n_bytes <= MAX_YAML_BYTES, f"{path} is too large for settings: {n_bytes:,} bytes")
+    require(
+        n_bytes <= MAX_YAML_BYTES, f"{path} is too large for a YAML of settings: {n_bytes:,} bytes"
+    )
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except Exception as e:  # PyYAML's constructors raise all kinds of errors on invalid values

@@ -193,8 +193,8 @@ def parse_shard_entry(content: Mapping[str, Any], sequence_shape: list[int]) -> 
         SHARD_NAME.fullmatch(content["file"])
         and SHA256.fullmatch(content["sha256"])
         and type(content["bytes"]) is int
-        and type(content["shape"][0]) is int
         and content["shape"][1:] == sequence_shape
+        and type(content["shape"][0]) is int
         and content["rows"] == content["shape"][0] * content["shape"][1] > 0
     )
     if not is_valid:

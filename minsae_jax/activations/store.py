@@ -306,7 +306,7 @@ def _open_without_manifest(folder: Path, layer: int | None) -> Store:
         layers = sorted(name for name in folders if LAYER_FOLDER.fullmatch(name))
         content = ", ".join(layers) or "no b0000.npy"
         raise UserError(f"there is no store of layer {layer} in {folder}: it contains {content}")
-    shards = []
+    shards: list[Shard] = []
     for path in files:
         array = _open_header(path)
         if array.ndim < 2 or array.dtype.kind != "f" or array.size == 0:

@@ -33,6 +33,7 @@ from minsae_jax.eeg.splits import (
 from minsae_jax.errors import UserError, brief
 from minsae_jax.files import regular_file
 from minsae_jax.monitor import progress
+from minsae_jax.settings import shown
 
 OnBadRecording = Literal["error", "skip"]
 
@@ -431,7 +432,9 @@ def _parse_length(text: str | None, path: Path, line: int) -> int:
             return int(value)
     except (ValueError, OverflowError):
         pass
-    raise UserError(f"{path}, line {line}: time_len must be a number of samples, but is {text!r}")
+    raise UserError(
+        f"{path}, line {line}: time_len must be a number of samples, but is {shown(text)}"
+    )
 
 
 def file_stamp(path: Path) -> tuple[int, int]:

@@ -152,7 +152,7 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
             config = read_json(folder / CONFIG)
         kind = config.get("kind", "relu")
         if not isinstance(kind, str) or kind not in KINDS:
-            raise ValueError(f"unknown kind {shown(kind)} in {CONFIG}")
+            raise ValueError(f"{CONFIG} has the unknown kind {shown(kind)}")
         # Members of earlier versions have no checksum.
         # It is about the file, so that it does not stay in the config of a converted member.
         digest = config.pop("sha256", None)

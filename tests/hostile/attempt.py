@@ -15,6 +15,7 @@ SECONDS = 10.0  # a case that takes longer hangs
 MESSAGE_LENGTH = (15, 2000)  # characters
 # What reading a file must not do, as Python's audit events.
 FORBIDDEN = ("os.", "subprocess.", "socket.", "pickle.find_class", "ctypes.", "shutil.", "exec")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 ALLOWED = ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
 
 
@@ -44,9 +45,8 @@ def _watch(event: str, args: tuple[object, ...]) -> None:
         return
     if event.startswith(FORBIDDEN):
         _events.append(f"{event} {str(args)[:80]}")
-    elif event == "open" and isinstance(args[2], int):
-        if args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            _events.append(f"writes {args[0]}")
+    elif event == "open" and isinstance(args[2], int) and args[2] & WRITING:
+        _events.append(f"writes {args[0]}")
 
 
 sys.addaudithook(_watch)

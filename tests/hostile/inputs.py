@@ -232,6 +232,7 @@ INPUTS: dict[str, Input | Flags] = {
         _encoder_yaml,
         lambda content: mutations.yaml_files(content, {"data": {"n_vars": 2}, "model": {}}),
         _read_encoder,
+        "YAML",  # a command has one of an encoder
     ),
     "flags": Flags(),
     "file_lengths_map.csv": Input(
