@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import reprlib
 import types
@@ -343,7 +344,17 @@ def _coerce(value: Any, hint: Any, name: str, words: Sequence[str] = ()) -> Any:
         raise UserError(
             f"{name} must be {expected}, got {shown(value)}{did_you_mean(value, words)}"
         )
+    if hint is str and not _can_be_path(value):
+        raise UserError(f"{name} contains characters that no path can have: {shown(value)}")
     return value
+
+
+def _can_be_path(text: str) -> bool:
+    """Return whether the system takes a text: YAML can contain NUL and half of a character."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _coerce_union(value: Any, options: tuple[Any, ...], name: str) -> Any:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from minsae_jax.files import (
     atomic_write,
     foreign_entries,
     lock_folder,
+    regular_file,
     replaced_folder,
     sha256_of,
 )
@@ -181,3 +183,23 @@ def test_killed_process_releases_its_lock(tmp_path, system):
         process.wait()
     with lock_folder(folder):
         pass
+
+
+def test_only_regular_files_are_read(tmp_path):
+    """Opening a named pipe waits for ever; a device may never end."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as unix_socket:
+        unix_socket.bind(str(tmp_path / "socket"))
+    for name in ("file", "link"):
+        assert regular_file(tmp_path / name) == tmp_path / name
+    for name in ("pipe", "device", "socket"):
+        with pytest.raises(OSError, match=f"not a regular file.*{name}"):
+            regular_file(tmp_path / name)
+    with pytest.raises(OSError, match=r"symbolic links.*loop"):
+        regular_file(tmp_path / "loop")
+    with pytest.raises(FileNotFoundError):
+        regular_file(tmp_path / "nothing")

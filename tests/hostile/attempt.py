@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from minsae_jax.errors import UserError
 
-SECONDS = 10.0  # a case that takes longer hangs
+CPU_SECONDS = 10.0  # a case that takes longer hangs
+WAIT_SECONDS = 120.0  # likewise, if it waits; other programs may keep the processor busy
 MESSAGE_LENGTH = (15, 2000)  # characters
 # What reading a file must not do, as Python's audit events.
 FORBIDDEN = ("os.", "subprocess.", "socket.", "pickle.find_class", "ctypes.", "shutil.", "exec")
@@ -29,7 +31,7 @@ class Tally:
 
     accepted: int = 0
     refused: int = 0
-    slowest: float = 0.0  # seconds
+    slowest: float = 0.0  # seconds of CPU time
     messages: set[str] = field(default_factory=set)
 
     @property
@@ -69,21 +71,27 @@ def _limited_time() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    timers = (
+        (signal.SIGPROF, signal.ITIMER_PROF, CPU_SECONDS),
+        (signal.SIGALRM, signal.ITIMER_REAL, WAIT_SECONDS),
+    )
+    for number, timer, seconds in timers:
+        signal.signal(number, stop)
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, timer, _ in timers:
+            signal.setitimer(timer, 0)
+            signal.signal(number, signal.SIG_DFL)
 
 
 def attempt(read: Callable[[], object], names: str, tally: Tally) -> None:
     """Read hostile input: it is accepted, or refused in one short line with `names` in it.
 
-    Anything else fails: other errors, warnings of libraries, more than SECONDS, code that runs.
+    Anything else fails: other errors, warnings of libraries, a case that hangs, code that runs.
     """
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         with warnings.catch_warnings(), _limited_time(), _audited():
             warnings.simplefilter("error")
@@ -98,4 +106,17 @@ def attempt(read: Callable[[], object], names: str, tally: Tally) -> None:
         assert names in message, message
         tally.refused += 1
         tally.messages.add(message)
-    tally.slowest = max(tally.slowest, time.perf_counter() - started)
+    tally.slowest = max(tally.slowest, time.process_time() - started)
+
+
+def reset_peak_memory() -> int:
+    """Return the memory of this process in bytes, from which its peak is measured anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
+def peak_memory() -> int:
+    """Return the largest memory of this process since the last reset, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = [line for line in lines if line.startswith("VmHWM")]
+    return int(peak.split()[1]) << 10

@@ -1,9 +1,6 @@
-"""All verbs on small data in one process, in the folder given as the first argument.
+"""All verbs on small data in one process: a program that `surroundings` starts."""
 
-It is a program of its own, so that tests can start it in odd surroundings. A second argument is a
-file for what would be printed; "jumping" as the third lets the clock jump.
-"""
-
+import argparse
 import sys
 import time
 import traceback
@@ -16,15 +13,14 @@ sys.path.insert(0, str(ROOT))
 
 
 def jumping(clock: Callable[[], float]) -> Callable[[], float]:
-    """Return a clock that goes five minutes back at every third look, and then forth again.
+    """Return a clock that goes back by an hour at every 40th look.
 
-    Orbax gives up a save that seems to take over ten minutes, in one line.
+    Not forth: Orbax gives up a save that seems to take many minutes.
     """
     looks = count()
 
     def read() -> float:
-        late = next(looks) % 3 == 0
-        return clock() - 300 * late
+        return clock() - 3600 * (next(looks) // 40)
 
     return read
 
@@ -69,21 +65,28 @@ def commands(folder: Path) -> list[tuple[str, ...]]:
 
 
 def main() -> None:
-    folder, log, *clock = sys.argv[1:]
-    if clock:
+    parser = argparse.ArgumentParser(prog="tests/hostile/chain.py", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("log", type=Path, help="file for the traceback of an error")
+    parser.add_argument("--jumping", action="store_true", help="let the clock jump")
+    parser.add_argument("--verbs", nargs="+", help="only these")
+    args = parser.parse_args()
+    if args.jumping:
         time.time = jumping(time.time)
     try:
         import convert.__main__
         from minsae_jax import cli
         from minsae_jax.__main__ import main as minsae
 
-        for words in commands(Path(folder)):
+        for words in commands(args.folder):
+            if args.verbs and words[0] not in args.verbs:
+                continue
             if words[0] == "convert":
                 cli.run(convert.__main__.main, list(words[1:]))
             else:
                 cli.run(minsae, list(words))
     except BaseException:
-        Path(log).write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
+        args.log.write_text(traceback.format_exc(), encoding="utf-8", errors="replace")
         raise
 
 

@@ -1,4 +1,4 @@
-"""Recordings, labels and events with odd names and texts reach a store and its data set unchanged."""
+"""Odd names and texts of recordings, labels and events reach the data set unchanged."""
 
 import csv
 import os
