@@ -32,7 +32,7 @@ Values = dict[str, Any]  # settings as YAML has them: name -> number, text, bool
 
 FLOAT32_LIMIT = 1e38  # just below the largest float32
 MAX_MERGED_KEYS = 10_000  # of one YAML mapping, with all that its merge keys (<<) bring in
-MAX_YAML_BYTES = 100_000  # PyYAML reads some texts at 50 kB per second
+MAX_YAML_BYTES = 50_000  # PyYAML reads some texts at 50 kB per second
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
