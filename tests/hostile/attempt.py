@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from minsae_jax.errors import UserError
@@ -32,7 +32,7 @@ class Tally:
     accepted: int = 0
     refused: int = 0
     slowest: float = 0.0  # seconds of CPU time
-    messages: set[str] = field(default_factory=set)
+    memory: int = 0  # most additional bytes while one case was read
 
     @property
     def tried(self) -> int:
@@ -92,6 +92,7 @@ def attempt(read: Callable[[], object], names: str, tally: Tally) -> None:
     Anything else fails: other errors, warnings of libraries, a case that hangs, code that runs.
     """
     started = time.process_time()
+    memory = reset_peak_memory()
     try:
         with warnings.catch_warnings(), _limited_time(), _audited():
             warnings.simplefilter("error")
@@ -105,7 +106,7 @@ def attempt(read: Callable[[], object], names: str, tally: Tally) -> None:
         assert MESSAGE_LENGTH[0] <= len(message) <= MESSAGE_LENGTH[1], message[:3000]
         assert names in message, message
         tally.refused += 1
-        tally.messages.add(message)
+    tally.memory = max(tally.memory, peak_memory() - memory)
     tally.slowest = max(tally.slowest, time.process_time() - started)
 
 
