@@ -6,7 +6,6 @@ may be larger than the file that contains it, and the memory for reading is limi
 
 import contextlib
 import io
-import json
 import pickle
 import reprlib
 import warnings
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from minsae_jax.errors import UserError, brief
-from minsae_jax.files import atomic_write, make_folder, sha256_of
+from minsae_jax.files import atomic_write, make_folder, regular_file, sha256_of
 from minsae_jax.settings import JsonObject
 
 if TYPE_CHECKING:
@@ -228,22 +227,11 @@ def _numpy_array(tensor: "torch.Tensor") -> np.ndarray:
 def load_safetensors(path: Path) -> Tensors:
     """Return the tensors of a safetensors file, in their own dtype. Raises UserError if damaged."""
     try:
-        return load_file(path)
+        return load_file(regular_file(path))
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as e:
         raise UserError(
             f"{path} is not a safetensors file, or it is damaged ({brief(e, 150)})"
         ) from e
-
-
-def load_json(path: Path) -> JsonObject:
-    """Return the mapping in a JSON file. Raises UserError if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read as JSON ({brief(e, 150)})") from e
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not contain a JSON mapping")
-    return content
 
 
 def shown(value: Any) -> str:

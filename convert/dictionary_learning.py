@@ -22,12 +22,12 @@ from convert.autoencoder import (
     topk_k,
     whole_k,
 )
-from convert.checkpoint import Tensors, load_json, load_torch, save_torch, shown, to_numpy
+from convert.checkpoint import Tensors, load_torch, save_torch, shown, to_numpy
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, flush, make_folder
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import check_params
-from minsae_jax.settings import JsonObject
+from minsae_jax.settings import JsonObject, read_json
 
 STATE_FILE = "ae.pt"
 CONFIG_FILE = "config.json"
@@ -187,7 +187,7 @@ def _trainer_config(path: Path) -> JsonObject:
     config_path = path.with_name(CONFIG_FILE)
     if path.name != STATE_FILE or not config_path.is_file():
         return {}
-    return load_json(config_path)
+    return read_json(config_path)
 
 
 def _candidates(state: dict[str, Any]) -> list[str]:
@@ -267,7 +267,7 @@ def _write_config(path: Path, config: JsonObject) -> None:
     Raises UserError if config.json belongs to something else, such as a training run.
     """
     config_path = path.with_name(CONFIG_FILE)
-    if config_path.exists() and not path.exists() and "minsae_jax" not in load_json(config_path):
+    if config_path.exists() and not path.exists() and "minsae_jax" not in read_json(config_path):
         raise UserError(
             f"{config_path} exists without {STATE_FILE}; remove it or choose another --out"
         )

@@ -15,7 +15,6 @@ from convert.cbramod import is_cbramod
 from convert.checkpoint import (
     Checkpoint,
     Tensors,
-    load_json,
     load_safetensors,
     load_torch,
     make_checkpoint,
@@ -23,7 +22,7 @@ from convert.checkpoint import (
     to_numpy,
 )
 from minsae_jax.errors import UserError
-from minsae_jax.settings import JsonObject
+from minsae_jax.settings import JsonObject, read_json
 
 _SOURCE_LAYER = r"encoder\.layers\.(\d+)"
 _LAYER = r"backbone.encoder.layers.\1"
@@ -74,7 +73,7 @@ SCALERS = {"std": ("mean_sd", 1e-5), "mean": ("mean_abs", 1e-10), True: ("mean_a
 
 def load_huggingface(folder: Path, without_head: bool) -> Checkpoint:
     """Read the model in a folder. Raises UserError with the reason if it cannot be converted."""
-    config = load_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("model_type", "patchtst") != "patchtst":
         raise UserError(
             f"{folder} contains a model of type {shown(config['model_type'])}, not a patchtst"

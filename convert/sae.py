@@ -15,7 +15,7 @@ import numpy as np
 
 from convert import dictionary_learning, saelens
 from convert.autoencoder import Autoencoder
-from convert.checkpoint import load_json, load_torch
+from convert.checkpoint import load_torch
 from convert.dictionary_learning import (
     read_dictionary_learning,
     read_minsae,
@@ -27,6 +27,7 @@ from minsae_jax.errors import UserError
 from minsae_jax.files import foreign_entries, make_folder
 from minsae_jax.locks import lock_folder
 from minsae_jax.sae.member import CONFIG, WEIGHTS, load_sae, save_member
+from minsae_jax.settings import read_json
 
 Format = Literal["member", "minsae", "saelens", "dictionary_learning"]
 FOLDER_FORMATS = ("member", "saelens")
@@ -121,7 +122,7 @@ def _is_interrupted(out: Path, to: Format) -> bool:
         return False
     # Any program may have a config.json.
     path = out / CONFIG
-    return not path.exists() or "d_sae" in load_json(path)
+    return not path.exists() or "d_sae" in read_json(path)
 
 
 def read_member(path: Path) -> Autoencoder:

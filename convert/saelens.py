@@ -21,12 +21,12 @@ from convert.autoencoder import (
     topk_k,
     whole_k,
 )
-from convert.checkpoint import HALVES, Tensors, load_json, load_safetensors, shown
+from convert.checkpoint import HALVES, Tensors, load_safetensors, shown
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, flush, make_folder
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import check_params
-from minsae_jax.settings import JsonObject
+from minsae_jax.settings import JsonObject, read_json
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -57,7 +57,7 @@ def read_saelens(path: Path) -> Autoencoder:
     Raises UserError if a member cannot represent it: another architecture, inputs that are
     normalised or reshaped, activations that were scaled after training.
     """
-    cfg = load_json(path / CONFIG)
+    cfg = read_json(path / CONFIG)
     tensors = load_safetensors(path / WEIGHTS)
     kinds = _kinds_of(cfg, path)
     for key, supported in SUPPORTED.items():

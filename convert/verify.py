@@ -1,7 +1,6 @@
 """Comparison of a converted encoder with plain torch: `python -m convert encoder … --verify`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from convert import cbramod
 from convert.checkpoint import Tensors
 from minsae_jax.encoder.base import NativeEncoder
 from minsae_jax.errors import UserError, brief
+from minsae_jax.files import regular_file
 from minsae_jax.monitor import table
 
 # Numbers of one layer for all windows: plain torch keeps several such tensors in memory.
@@ -109,7 +109,7 @@ def _largest_tensor(a: Any) -> int:
 def _load_samples(recording: str, a: Any) -> np.ndarray:
     """Return a recording [time, n_vars], mapped from disk."""
     try:
-        samples = np.load(Path(recording), allow_pickle=False, mmap_mode="r")
+        samples = np.load(regular_file(recording), allow_pickle=False, mmap_mode="r")
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{recording} cannot be read as a recording ({brief(e, 150)})") from e
     if not isinstance(samples, np.ndarray):

@@ -23,18 +23,19 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + signal_number
 
 
-def brief(error: BaseException, limit: int = 200) -> str:
-    """Return the error's message on one line, cut after `limit` characters.
+def brief(text: object, limit: int = 200) -> str:
+    """Return a text, such as an error's message, on one line, cut after `limit` characters.
 
     >>> brief(ValueError("two\\n  lines"))
     'two lines'
     """
-    return " ".join(str(error).split())[:limit]
+    return " ".join(str(text).split())[:limit]
 
 
 def is_system_error(error: BaseException) -> bool:
     """Return whether the system failed to read an existing file, which need not be damaged."""
-    return _error_number(error) not in (None, errno.ENOENT)
+    # EINVAL: a seek before the start of a damaged archive, or a file that is not a regular one.
+    return _error_number(error) not in (None, errno.ENOENT, errno.EINVAL)
 
 
 def system_reason(error: BaseException) -> str:
@@ -43,6 +44,8 @@ def system_reason(error: BaseException) -> str:
     >>> system_reason(ValueError("RESOURCE_EXHAUSTED: Error writing … [os_error_code='28']"))
     'No space left on device'
     """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     number = _error_number(error)
     return brief(error) if number is None else os.strerror(number)
 

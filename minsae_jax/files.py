@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -177,6 +178,18 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def regular_file(path: str | Path) -> Path:
+    """Return the path of a file that is about to be read.
+
+    Raises OSError if there is none, or if it is a named pipe, a socket or a device: reading from
+    those can wait for ever or never end. Opening a folder fails by itself.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return Path(path)
+
+
 def foreign_entries(folder: Path, owned: Collection[str]) -> list[str]:
     """Return the sorted names in `folder` that match none of the `owned` patterns.
 
@@ -190,5 +203,5 @@ def foreign_entries(folder: Path, owned: Collection[str]) -> list[str]:
 
 def sha256_of(path: Path) -> str:
     """Return the hex SHA-256 of a file."""
-    with path.open("rb") as file:
+    with regular_file(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,9 @@ A file given by `--config` has one section for each verb, whose keys are the fla
 
 import dataclasses
 import difflib
+import json
 import math
+import os
 import re
 import reprlib
 import types
@@ -22,6 +24,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from minsae_jax.errors import UserError, brief
+from minsae_jax.files import regular_file
 
 Settings = TypeVar("Settings")
 JsonObject = dict[str, Any]  # content of a JSON file: any keys and values
@@ -29,6 +32,7 @@ Values = dict[str, Any]  # settings as YAML has them: name -> number, text, bool
 
 FLOAT32_LIMIT = 1e38  # just below the largest float32
 MAX_MERGED_KEYS = 10_000  # of one YAML mapping, with all that its merge keys (<<) bring in
+MAX_YAML_BYTES = 50_000  # PyYAML reads some texts at 50 kB per second
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
@@ -164,13 +168,29 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: str | Path) -> Values:
     """Return the mapping in a YAML file. Raises UserError if there is none."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        n_bytes = regular_file(path).stat().st_size
     except FileNotFoundError:
         raise UserError(f"file {path} does not exist") from None
+    require(
+        n_bytes <= MAX_YAML_BYTES, f"{path} is too large for a YAML of settings: {n_bytes:,} bytes"
+    )
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except Exception as e:  # PyYAML's constructors raise all kinds of errors on invalid values
         raise UserError(f"{path} is not valid YAML: {brief(e, 300)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} does not contain a YAML mapping")
+    return content
+
+
+def read_json(path: Path) -> JsonObject:
+    """Return the mapping in a JSON file. Raises UserError if there is none."""
+    try:
+        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read as JSON ({brief(e, 150)})") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not contain a JSON mapping")
     return content
 
 
@@ -324,7 +344,17 @@ def _coerce(value: Any, hint: Any, name: str, words: Sequence[str] = ()) -> Any:
         raise UserError(
             f"{name} must be {expected}, got {shown(value)}{did_you_mean(value, words)}"
         )
+    if hint is str and not _can_be_path(value):
+        raise UserError(f"{name} contains characters that no path can have: {shown(value)}")
     return value
+
+
+def _can_be_path(text: str) -> bool:
+    """Return whether the system takes a text: YAML can contain NUL and half of a character."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _coerce_union(value: Any, options: tuple[Any, ...], name: str) -> Any:

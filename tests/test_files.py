@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from minsae_jax.errors import UserError
 from minsae_jax.files import (
     atomic_write,
     foreign_entries,
+    regular_file,
     replaced_folder,
     sha256_of,
 )
@@ -151,3 +153,23 @@ def test_folder_that_another_process_reads_or_made_stays(tmp_path):
         pass
     assert names(folder) == ["of another command"]
     assert names(tmp_path) == ["folder"]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    """Opening a named pipe waits for ever; a device may never end."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as unix_socket:
+        unix_socket.bind(str(tmp_path / "socket"))
+    for name in ("file", "link"):
+        assert regular_file(tmp_path / name) == tmp_path / name
+    for name in ("pipe", "device", "socket"):
+        with pytest.raises(OSError, match=f"not a regular file.*{name}"):
+            regular_file(tmp_path / name)
+    with pytest.raises(OSError, match=r"symbolic links.*loop"):
+        regular_file(tmp_path / "loop")
+    with pytest.raises(FileNotFoundError):
+        regular_file(tmp_path / "nothing")

@@ -11,24 +11,24 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # a package may import from lower floors and from itself, never sideways or up
     "minsae_jax.errors": 0,
-    "minsae_jax.settings": 1,
     "minsae_jax.locks": 1,
     "minsae_jax.files": 2,
+    "minsae_jax.settings": 3,
     "minsae_jax.checksums": 3,
-    "minsae_jax.parallel": 1,
-    "minsae_jax.cli": 2,
-    "minsae_jax.monitor": 3,
-    "minsae_jax.eeg": 4,
-    "minsae_jax.activations": 5,
-    "minsae_jax.encoder": 6,
-    "minsae_jax.sae": 6,
-    "minsae_jax.evaluation": 7,
-    "convert": 7,
-    "minsae_jax.report": 8,
-    "minsae_jax.integrity": 8,
-    "minsae_jax.api": 9,
-    "minsae_jax": 10,  # its __init__.py, the public names
-    "minsae_jax.__main__": 11,
+    "minsae_jax.parallel": 4,
+    "minsae_jax.cli": 4,
+    "minsae_jax.monitor": 5,
+    "minsae_jax.eeg": 6,
+    "minsae_jax.activations": 7,
+    "minsae_jax.encoder": 8,
+    "minsae_jax.sae": 8,
+    "minsae_jax.evaluation": 9,
+    "convert": 9,
+    "minsae_jax.report": 10,
+    "minsae_jax.integrity": 10,
+    "minsae_jax.api": 11,
+    "minsae_jax": 12,  # its __init__.py, the public names
+    "minsae_jax.__main__": 13,
 }
 POSIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios"}
 FILES = sorted([*(ROOT / "minsae_jax").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])

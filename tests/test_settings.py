@@ -98,6 +98,19 @@ def test_anchors_and_merges(load):
     assert load("extract: &x {batch_size: 5}\ntrain: {<<: *x, lr: 1}").batch_size == 5
 
 
+def test_too_large_yaml_is_refused(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("#" * 1_000_000)
+    with pytest.raises(UserError, match=r"x\.yaml is too large .*: 1,000,000 bytes"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("text", [r"a\0b", r"\ud800"])
+def test_text_that_no_path_can_have_is_refused(load, text):
+    with pytest.raises(UserError, match="store contains characters that no path can have"):
+        load(f'train: {{store: "{text}"}}')
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
         load_values(tmp_path / "nowhere.yaml", SECTIONS)

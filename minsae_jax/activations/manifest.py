@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from minsae_jax.errors import UserError
+from minsae_jax.files import regular_file
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SHARD_NAME = re.compile(r"b(\d+)\.npy")
+SHARD_NAME = re.compile(r"b([0-9]{1,9})\.npy")
 SHA256 = re.compile("[0-9a-f]{64}")
 # dtype of the activations -> dtype of the .npy file, which has no bfloat16.
 ON_DISK = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
@@ -117,7 +118,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
         # The version comes first, since a newer format may have other keys.
         version = content["format_version"]
         is_newer = isinstance(version, int) and version > FORMAT_VERSION
@@ -144,12 +145,35 @@ _TYPES: dict[str, type] = {
 }
 
 
+# Entries of `data` that others read; not all versions and programs write all of them.
+_DATA_TYPES: dict[str, type | tuple[type, ...]] = {
+    "split": str,
+    "seq_len": int,
+    "revin": bool,
+    "sampling_rate": (int, float),
+    "channels": list,
+}
+
+
+def _check_data(data: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError on invalid entries that others read."""
+    for name, value in data.items():
+        if name in _DATA_TYPES and not isinstance(value, _DATA_TYPES[name]):
+            raise TypeError(name)
+    if not all(isinstance(name, str) for name in data.get("channels", [])):
+        raise TypeError("channels")
+    for name in ("seq_len", "sampling_rate"):
+        if not 0 < data.get(name, 1) < 2**53:
+            raise ValueError(name)
+
+
 def _parse_manifest(content: Mapping[str, Any]) -> Manifest:
     """Raises ValueError, KeyError or TypeError on invalid content."""
     known = {name: content[name] for name in _TYPES}
     for name, value in known.items():
         if type(value) is not _TYPES[name]:  # bool is a subclass of int
             raise TypeError(name)
+    _check_data(known["data"])
     if known["dtype"] not in ON_DISK:
         raise ValueError("dtype")
     # A split without windows is an error of `extract`, so no complete store is empty.
@@ -157,6 +181,8 @@ def _parse_manifest(content: Mapping[str, Any]) -> Manifest:
         raise ValueError("shards")
     sequence_shape = [known["n_tokens"], known["d_model"]]
     shards = tuple(parse_shard_entry(entry, sequence_shape) for entry in known.pop("shards"))
+    if len({entry.file for entry in shards}) < len(shards):
+        raise ValueError("shards")
     unknown = {name: value for name, value in content.items() if name not in _TYPES}
     return Manifest(**known, shards=shards, unknown=unknown)
 
@@ -168,6 +194,7 @@ def parse_shard_entry(content: Mapping[str, Any], sequence_shape: list[int]) -> 
         and SHA256.fullmatch(content["sha256"])
         and type(content["bytes"]) is int
         and content["shape"][1:] == sequence_shape
+        and type(content["shape"][0]) is int
         and content["rows"] == content["shape"][0] * content["shape"][1] > 0
     )
     if not is_valid:

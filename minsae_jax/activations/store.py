@@ -33,8 +33,9 @@ from minsae_jax.activations.manifest import (
     read_manifest,
     shard_number,
 )
+from minsae_jax.checksums import read_npz
 from minsae_jax.errors import UserError, brief, is_system_error
-from minsae_jax.files import sha256_of
+from minsae_jax.files import regular_file, sha256_of
 from minsae_jax.monitor import progress
 from minsae_jax.parallel.processes import WHOLE, Share
 
@@ -318,21 +319,22 @@ def _open_without_manifest(folder: Path, layer: int | None) -> Store:
         layers = sorted(name for name in folders if LAYER_FOLDER.fullmatch(name))
         content = ", ".join(layers) or "no b0000.npy"
         raise UserError(f"there is no store of layer {layer} in {folder}: it contains {content}")
-    shards = []
-    kinds = set()
+    shards: list[Shard] = []
     for path in files:
         shape, dtype, offset = _read_header(path)
         if len(shape) < 2 or dtype.kind != "f" or 0 in shape:
             raise UserError(
                 f"{path} must be [sequences, n_tokens, d_model] floats, but is {dtype}{list(shape)}"
             )
+        kind = (shape[-1], str(dtype))
+        if not shards:
+            d_model, dtype_name = kind
+        if kind != (d_model, dtype_name):
+            raise UserError(
+                f"{path} has d_model {kind[0]} and dtype {kind[1]}, but {files[0].name} has "
+                f"d_model {d_model} and dtype {dtype_name}; remove the shards of another store"
+            )
         shards.append(Shard(path, math.prod(shape[:-1]), offset, None))
-        kinds.add((shape[-1], str(dtype)))
-    if len(kinds) > 1:
-        raise UserError(
-            f"the shards in {folder} do not belong together: (d_model, dtype) is {sorted(kinds)}"
-        )
-    d_model, dtype_name = kinds.pop()
     return Store(folder, tuple(shards), d_model, dtype_name, None)
 
 
@@ -361,8 +363,7 @@ def _provenance_damage(path: Path, manifest: Manifest) -> str | None:
     if not path.is_file():
         return f"{path} is missing"
     try:
-        with np.load(path, allow_pickle=False) as provenance:
-            n_sequences = len(provenance["recording"])
+        n_sequences = len(read_npz(path)["recording"])
     except Exception as e:  # zipfile and NumPy raise many types
         if is_system_error(e):
             raise
@@ -400,7 +401,7 @@ class _Header(NamedTuple):
 def _read_header(path: Path) -> _Header:
     """Return the header of a shard. Raises UserError if it is damaged or the file is too short."""
     try:
-        with path.open("rb") as file:
+        with regular_file(path).open("rb") as file:
             start = file.read(NPY_START_BYTES)
             # Versions differ in the number of bytes for the length of the rest.
             n_bytes = 2 if start[6:7] == b"\x01" else 4

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from minsae_jax.checksums import read_npz
 from minsae_jax.errors import UserError, brief
 from minsae_jax.files import atomic_write
 
@@ -145,8 +146,8 @@ def read_tokens(folder: Path) -> TokenGrid | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return TokenGrid(*(arrays[name].astype(int) for name in ("channel", "first", "last")))
+        arrays = read_npz(path)
+        return TokenGrid(*(arrays[name].astype(int) for name in ("channel", "first", "last")))
     except Exception as e:  # zipfile and NumPy raise many types
         raise UserError(
             f"{path} is damaged ({brief(e)}); remove the store and write it again"

@@ -36,6 +36,7 @@ from minsae_jax.files import (
     flush,
     foreign_entries,
     make_folder,
+    regular_file,
     sha256_of,
 )
 from minsae_jax.locks import lock_folder
@@ -162,11 +163,11 @@ class StoreWriter:
         """
         sequence_shape = [self.identity.n_tokens, self.identity.d_model]
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(regular_file(path).read_text(encoding="utf-8"))
             if content["identity"] != self.identity.digest:
                 return []
             return [parse_shard_entry(entry, sequence_shape) for entry in content["shards"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return []
 
     def _remove_partial_manifests(self) -> None:

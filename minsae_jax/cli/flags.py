@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from minsae_jax.cli.help_text import texts_with_defaults, topics
-from minsae_jax.errors import UserError
+from minsae_jax.errors import UserError, brief
 from minsae_jax.settings import (
     Settings,
     Values,
@@ -25,6 +25,7 @@ from minsae_jax.settings import (
     from_dict,
     load_values,
     missing_settings,
+    shown,
 )
 
 
@@ -182,10 +183,10 @@ def _normalised(word: str) -> str:
 
 def _unknown_argument(word: str, cls: type) -> str:
     if not word.startswith("-"):
-        return f"unexpected argument {word!r}"
+        return f"unexpected argument {shown(word)}"
     name = word.partition("=")[0]
     known = [f"--{field.name}" for field in dataclasses.fields(cls)]
-    return f"unknown flag {name}{did_you_mean(name, known)}"
+    return f"unknown flag {brief(name)}{did_you_mean(name, known)}"
 
 
 class _Parser(argparse.ArgumentParser):

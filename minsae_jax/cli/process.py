@@ -24,6 +24,7 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
     if args is None:
         args = sys.argv[1:]
     debug = "--debug" in args
+    _open_missing_streams()
     limit = memory_limit()
     if limit is not None and not debug:
         run_in_child(limit)
@@ -66,6 +67,18 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         print(f"error: {message or brief(e)}", file=sys.stderr)
         _leave_cluster(e)
         sys.exit(2)
+
+
+def _open_missing_streams() -> None:
+    """Replace streams that are closed, as of a service, by ones to nowhere.
+
+    Otherwise files get the numbers of these streams, and what native code prints ends up in them.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest free number is that of the stream.
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(descriptor, mode))
 
 
 def _silence_libraries() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from minsae_jax.cli.flags import parse
 from minsae_jax.errors import UserError
-from minsae_jax.settings import did_you_mean
+from minsae_jax.settings import did_you_mean, shown
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def parse_verb(
     name = args[0]
     if name not in verbs:
         hint = did_you_mean(name, verbs) or f"; choose from {', '.join(verbs)}"
-        raise UserError(f"unknown verb {name!r}{hint} (see {prog} --help)")
+        raise UserError(f"unknown verb {shown(name)}{hint} (see {prog} --help)")
     verb = verbs[name]
     sections: dict[str, type] = {}
     if has_config:

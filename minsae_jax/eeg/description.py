@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from minsae_jax.eeg.montage import CHANNELS, HEAD_POSITIONS_MM
 from minsae_jax.errors import UserError, brief
-from minsae_jax.files import atomic_write
+from minsae_jax.files import atomic_write, regular_file
 from minsae_jax.settings import Values
 
 DESCRIPTION = "dataset.json"
@@ -93,7 +93,7 @@ def read_description(folder: str | Path) -> Description:
     """
     path = Path(folder) / DESCRIPTION
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(regular_file(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return TUH
     except (OSError, ValueError, RecursionError) as e:

@@ -47,8 +47,9 @@ BANDS = (
 NEW_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
 PREFIX = re.compile(r"^(EEG|POL)[ _:-]+")
 # References that all channels of a recording share. A1, A2, M1 and M2 alone are not among them:
-# F3-A2 beside F4-A1 has two references, which no average over the channels can remove.
-REFERENCE = re.compile(r"[ _:-]+(REF|LE|AR|AVG|AVE|A1A2|M1M2|A1\+A2|M1\+M2|LM|CAR|G2)$")
+# F3-A2 beside F4-A1 has two references, which no average over the channels can remove. With the
+# lookbehind, the time grows with the length of a name and not with its square.
+REFERENCE = re.compile(r"(?<![ _:-])[ _:-]+(REF|LE|AR|AVG|AVE|A1A2|M1M2|A1\+A2|M1\+M2|LM|CAR|G2)$")
 
 
 def canonical(name: str) -> str:

@@ -31,7 +31,9 @@ from minsae_jax.eeg.splits import (
     splits_path,
 )
 from minsae_jax.errors import UserError, brief
+from minsae_jax.files import regular_file
 from minsae_jax.monitor import progress
+from minsae_jax.settings import shown
 
 OnBadRecording = Literal["error", "skip"]
 
@@ -403,13 +405,14 @@ def read_lengths(path: Path) -> dict[str, int]:
     """Return file name -> length in samples, from a CSV with columns filename and time_len."""
     try:
         # Spreadsheets write a byte order mark, which plain UTF-8 would add to a column's name.
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             columns = rows.fieldnames or []
             missing = [column for column in ("filename", "time_len") if column not in columns]
             if missing:
                 raise UserError(
-                    f"{path} lacks the column {' and '.join(missing)}; it has {', '.join(columns)}"
+                    f"{path} lacks the column {' and '.join(missing)}; it has "
+                    f"{brief(', '.join(columns))}"
                 )
             lengths = {}
             for row in rows:
@@ -429,7 +432,9 @@ def _parse_length(text: str | None, path: Path, line: int) -> int:
             return int(value)
     except (ValueError, OverflowError):
         pass
-    raise UserError(f"{path}, line {line}: time_len must be a number of samples, but is {text!r}")
+    raise UserError(
+        f"{path}, line {line}: time_len must be a number of samples, but is {shown(text)}"
+    )
 
 
 def file_stamp(path: Path) -> tuple[int, int]:
@@ -441,7 +446,7 @@ def file_stamp(path: Path) -> tuple[int, int]:
 def load_recording(path: Path) -> np.ndarray:
     """Return a recording [time, channels] as a memory map."""
     with _header_lock:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        mapped = np.load(regular_file(path), mmap_mode="r", allow_pickle=False)
     if not isinstance(mapped, np.ndarray):
         raise ValueError("it is an archive of arrays")
     # Slices of np.memmap are slow to make, those of an ndarray are not.

@@ -3,16 +3,18 @@
 The root folder of the recordings keeps them in `tuh_patient_splits_seed_{seed}.pkl`.
 """
 
+import io
 import os
 import pickle
+import pickletools
 import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write
+from minsae_jax.errors import UserError, brief
+from minsae_jax.files import atomic_write, regular_file
 
 Split = Literal["train", "val", "test", "all"]
 Splits = dict[str, list[str]]  # train, val, test -> patients
@@ -104,11 +106,15 @@ def read_splits(path: Path) -> Splits:
     Raises UserError if it is not a dict of three lists of patients.
     """
     try:
-        with path.open("rb") as file:
-            splits = _PlainUnpickler(file).load()
+        content = regular_file(path).read_bytes()
+        # CPython prints an error of its own when a damaged pickle contains one of these.
+        if any(opcode.name == "BYTEARRAY8" for opcode, _, _ in pickletools.genops(content)):
+            raise pickle.UnpicklingError("it contains a bytearray")
+        splits = _PlainUnpickler(io.BytesIO(content)).load()
     except Exception as e:  # a damaged pickle can raise almost anything
         raise UserError(
-            f"{path} is not a pickle of lists of patients ({e}); remove it to draw a new split"
+            f"{path} is not a pickle of lists of patients ({brief(e)}); remove it to draw a new "
+            "split"
         ) from e
     names = ("train", "val", "test")
     if not isinstance(splits, dict) or not all(_is_patient_list(splits.get(n)) for n in names):

@@ -20,7 +20,7 @@ from minsae_jax.encoder.base import NativeEncoder, Params
 from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
 from minsae_jax.encoder.patchtst.encoder import Encoder
 from minsae_jax.errors import UserError, brief, system_reason
-from minsae_jax.files import foreign_entries, replaced_folder
+from minsae_jax.files import foreign_entries, regular_file, replaced_folder
 from minsae_jax.settings import from_dict
 
 # The first family's folders do not name it.
@@ -105,7 +105,7 @@ def _can_be_replaced(folder: Path) -> bool:
     if not config.exists():
         return True
     try:
-        return "fingerprint" in json.loads(config.read_text())
+        return "fingerprint" in json.loads(regular_file(config).read_text())
     except (OSError, ValueError, RecursionError, TypeError):
         return False
 
@@ -115,7 +115,7 @@ def load_source(folder: str | Path) -> EncoderSource:
 
     Raises UserError if the values within an entry have a wrong type: the file can be edited.
     """
-    config = json.loads((Path(folder) / CONFIG).read_text())
+    config = json.loads(regular_file(Path(folder) / CONFIG).read_text())
     default = EncoderSource()
     entries = {}
     for setting in dataclasses.fields(EncoderSource):
@@ -150,7 +150,7 @@ def load_encoder(folder: str | Path) -> NativeEncoder:
 
 
 def _load(folder: Path) -> NativeEncoder:
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads(regular_file(folder / CONFIG).read_text())
     version = config["format_version"]
     if version > FORMAT_VERSION:
         raise UserError(
@@ -159,6 +159,9 @@ def _load(folder: Path) -> NativeEncoder:
     family = FAMILIES[config.get("family", DEFAULT_FAMILY)]
     architecture: Any = from_dict(family.architecture_type, config["architecture"])
     abstract_params = family.abstract_params(architecture)
+    # Orbax would wait for a named pipe.
+    for path in (folder / PARAMS).rglob("*"):
+        regular_file(path)
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore((folder / PARAMS).absolute(), abstract_params)
     encoder = family(architecture, params)

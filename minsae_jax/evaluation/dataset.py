@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from minsae_jax.activations.manifest import Manifest
+from minsae_jax.activations.manifest import MANIFEST, Manifest
 from minsae_jax.activations.store import PROVENANCE, Store, open_store
 from minsae_jax.activations.tokens import TokenGrid, read_tokens
+from minsae_jax.checksums import read_npz
 from minsae_jax.eeg.description import TUH, Description, read_description
 from minsae_jax.eeg.montage import POSITIONS, scalp_positions
 from minsae_jax.eeg.recordings import load_recording, patient_of, recordings_folder
 from minsae_jax.encoder.base import BaseEncoder
-from minsae_jax.errors import UserError
+from minsae_jax.errors import UserError, brief, is_system_error
 
 MAX_OPEN_RECORDINGS = 64
 
@@ -155,7 +156,7 @@ class Dataset:
     def _load_recording(self) -> Callable[[int], np.ndarray]:
         @lru_cache(MAX_OPEN_RECORDINGS)
         def load(recording: int) -> np.ndarray:
-            return load_recording(self.folder / self.recordings[recording])
+            return open_recording(self.folder / self.recordings[recording])
 
         return load
 
@@ -221,9 +222,13 @@ def open_dataset(
         raise UserError(
             f"{store.folder} does not record where its tokens are from; extract it with minsae"
         )
+    missing = [name for name in ("seq_len", "revin") if name not in manifest.data]
+    if missing:
+        raise UserError(
+            f"{store.folder / MANIFEST} lacks {' and '.join(missing)}; extract it again"
+        )
     tokens = _tokens_of(store, manifest, encoder)
-    with np.load(store.folder / PROVENANCE, allow_pickle=False) as provenance:
-        arrays = dict(provenance)
+    arrays = _read_provenance(store.folder / PROVENANCE, manifest.n_sequences)
     names = tuple(str(name) for name in arrays["recordings"])
     folder = recordings_folder(Path(root_path))
     for name in names:
@@ -238,7 +243,7 @@ def open_dataset(
         store=store,
         tokens=tokens,
         seq_len=manifest.data["seq_len"],
-        n_vars=load_recording(folder / names[0]).shape[1],
+        n_vars=open_recording(folder / names[0]).shape[1],
         description=description,
         folder=folder,
         recordings=names,
@@ -247,6 +252,39 @@ def open_dataset(
         window=arrays["window"],
         channel=arrays["channel"],
     )
+
+
+def open_recording(path: Path) -> Float[np.ndarray, "time n_vars"]:
+    """Return a recording as a memory map. Raises UserError if it is damaged."""
+    try:
+        recording = load_recording(path)
+    except Exception as e:  # NumPy raises many types on damaged files
+        if is_system_error(e):
+            raise
+        raise UserError(f"{path} cannot be read ({brief(e)})") from None
+    if recording.ndim != 2 or recording.dtype.kind != "f":
+        raise UserError(f"{path} must be floats [time, channels], but is {recording.dtype}")
+    return recording
+
+
+def _read_provenance(path: Path, n_sequences: int) -> dict[str, np.ndarray]:
+    """Return the arrays of a provenance.npz. Raises UserError if it is damaged."""
+    try:
+        arrays = read_npz(path)
+        recording = arrays["recording"]
+        n_recordings = len(arrays["recordings"])
+        are_valid = len(arrays["shifted"]) == n_recordings > 0
+        for name in ("recording", "window", "channel"):
+            is_integer = arrays[name].dtype.kind == "i"
+            are_valid &= is_integer and arrays[name].shape == (n_sequences,)
+        are_valid &= 0 <= recording.min() <= recording.max() < n_recordings
+    except Exception as e:  # zipfile and NumPy raise many types on damaged files
+        if is_system_error(e):
+            raise
+        raise UserError(f"{path} is damaged ({brief(e)}); extract the store again") from None
+    if not are_valid:
+        raise UserError(f"{path} is damaged; extract the store again")
+    return arrays
 
 
 def _tokens_of(store: Store, manifest: Manifest, encoder: BaseEncoder | None) -> TokenGrid:

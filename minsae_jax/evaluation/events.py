@@ -8,7 +8,7 @@ patients, and scored on the test patients.
 """
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +21,9 @@ from scipy.stats import rankdata
 from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.events import EVENTS, split_channels
 from minsae_jax.eeg.montage import canonical
-from minsae_jax.errors import UserError
+from minsae_jax.errors import UserError, brief
 from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.files import regular_file
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_TOKENS = 8192  # encoded at a time
@@ -79,23 +80,29 @@ def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
     names = [canonical(name) for name in read_description(folder).channels]
     events: dict[str, list[LabelledEvent]] = {}
     path = folder / EVENTS
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            try:
-                in_cell = split_channels(row["channels"])
-                channels = tuple(names.index(canonical(name)) for name in in_cell)
-                event = LabelledEvent(
-                    row["recording"], int(row["start"]), int(row["stop"]), channels
-                )
-                if not (0 <= event.start < event.stop and channels):
-                    raise ValueError("the event is empty")
-                events.setdefault(row["event"], []).append(event)
-            except (KeyError, TypeError, ValueError, AttributeError) as e:
-                raise UserError(
-                    f"{path}, line {number}: expected recording, event, start, stop and channels "
-                    f"({e})"
-                ) from None
+    # Spreadsheets write a byte order mark.
+    with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        try:
+            for row in rows:
+                events.setdefault(row["event"], []).append(_parse_event(row, names))
+        except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as e:
+            raise UserError(
+                f"{path}, line {rows.line_num}: expected recording, event, start, stop and "
+                f"channels ({brief(e)})"
+            ) from None
     return events
+
+
+def _parse_event(row: Mapping[str, str], channel_names: list[str]) -> LabelledEvent:
+    """Raises KeyError, TypeError, ValueError, AttributeError or csv.Error on an invalid row."""
+    in_cell = split_channels(row["channels"])
+    channels = tuple(channel_names.index(canonical(name)) for name in in_cell)
+    start = int(row["start"])
+    stop = int(row["stop"])
+    if not (0 <= start < stop < 2**53 and channels):
+        raise ValueError("the event is empty")
+    return LabelledEvent(row["recording"], start, stop, channels)
 
 
 def draw_spans(dataset: Dataset, events: list[LabelledEvent], seed: int) -> list[Span]:

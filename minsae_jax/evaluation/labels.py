@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from minsae_jax.eeg.recordings import LABELS, LENGTHS, read_lengths
 from minsae_jax.eeg.splits import patient_of
-from minsae_jax.errors import UserError
+from minsae_jax.errors import UserError, brief
 
 MISSING = ("", "n/a", "na", "nan")  # in lower case
 KEYS = ("recording", "patient")
@@ -75,6 +75,8 @@ def read_labels(folder: Path, recordings: Sequence[str]) -> tuple[PatientLabel, 
         return ()
     rows = _read_rows(path)
     names = list(read_lengths(folder / LENGTHS))
+    if not names:
+        raise UserError(f"{folder / LENGTHS} lists no recordings")
     if not any(_row_of(rows, name) for name in names):
         raise UserError(
             f"{path} has no row for any recording in its folder; recordings are named like "
@@ -95,12 +97,13 @@ def _read_rows(path: Path) -> dict[tuple[str, str], dict[str, str]]:
         raise UserError(f"{path} cannot be read as CSV: {e}") from None
     if not any(key in columns for key in KEYS):
         raise UserError(
-            f"{path} requires a column recording or patient, got {', '.join(columns) or 'none'}"
+            f"{path} requires a column recording or patient, got "
+            f"{brief(', '.join(columns)) or 'none'}"
         )
     if len(set(columns)) < len(columns) or "" in columns:
         raise UserError(f"{path} must have a different name for every column")
     if not set(columns) - set(KEYS):
-        raise UserError(f"{path} has no column of labels besides {' and '.join(columns)}")
+        raise UserError(f"{path} has no column of labels besides {brief(' and '.join(columns))}")
     by_key: dict[tuple[str, str], dict[str, str]] = {}
     for line, row in enumerate(rows, start=2):
         if None in row or None in row.values():
@@ -109,7 +112,7 @@ def _read_rows(path: Path) -> dict[tuple[str, str], dict[str, str]]:
         if not key[1]:
             raise UserError(f"{path}, row {line} has neither a recording nor a patient")
         if key in by_key:
-            raise UserError(f"{path}, row {line}: a second row for the {key[0]} {key[1]}")
+            raise UserError(f"{path}, row {line}: a second row for the {key[0]} {brief(key[1])}")
         by_key[key] = {column: value.strip() for column, value in row.items()}
     if not by_key:
         raise UserError(f"{path} has no rows")

@@ -171,7 +171,7 @@ def write_files(evaluation: "Evaluation") -> None:
     rows += [components.to_row() for components in evaluation.pca]
     with (
         atomic_write(run / "evaluation.csv") as temporary,
-        temporary.open("w", newline="") as file,
+        temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, _column_names(rows))
         writer.writeheader()

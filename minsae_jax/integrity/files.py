@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from PIL import Image
+from safetensors.numpy import load_file
 
 from minsae_jax.checksums import read_npz
 from minsae_jax.eeg.recordings import load_recording, recordings_folder
@@ -21,7 +22,7 @@ from minsae_jax.eeg.splits import patient_of, read_splits
 from minsae_jax.errors import UserError, brief, is_system_error, system_reason
 from minsae_jax.files import sha256_of
 from minsae_jax.monitor import ACT_FREQS_NPY, TFEVENTS_PREFIX, open_table
-from minsae_jax.sae.member import load_sae
+from minsae_jax.sae.member import WEIGHTS, load_sae
 
 BLOCK = 100_000  # rows of an array that are read at once
 HEADER_BYTES = 12  # of a TensorBoard record: its length in 8 bytes and their checksum in 4
@@ -100,8 +101,11 @@ def _read_image(path: Path) -> None:
         image.verify()
 
 
-def _read_member(path: Path) -> None:
-    load_sae(path.parent)
+def _read_safetensors(path: Path) -> None:
+    if path.name == WEIGHTS:
+        load_sae(path.parent)
+    else:  # of another program
+        load_file(path)
 
 
 def _read_splits(path: Path) -> None:
@@ -145,6 +149,6 @@ READERS: dict[str, Callable[[Path], object]] = {
     ".yaml": _read_yaml,
     ".csv": _read_csv,
     ".png": _read_image,
-    ".safetensors": _read_member,
+    ".safetensors": _read_safetensors,
     ".pkl": _read_splits,
 }

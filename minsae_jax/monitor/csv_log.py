@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from minsae_jax.files import atomic_write
+from minsae_jax.files import atomic_write, regular_file
 
 
 class Csv:
@@ -29,7 +29,7 @@ class Csv:
             return
         # Not a second time, should this fail.
         self._new_buffer()
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             file.write(text)
 
     def close(self) -> None:
@@ -44,7 +44,9 @@ def open_csv(path: Path, header: tuple[str, ...], last: int) -> Csv:
     """
     lines = [",".join(header)]
     if last and path.exists():
-        for line in path.read_text(errors="replace").splitlines()[1:]:
+        for line in (
+            regular_file(path).read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+        ):
             first = line.split(",", 1)[0]
             if _cell_count(line) == len(header) and first.isdecimal() and int(first) <= last:
                 lines.append(line)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from minsae_jax.errors import brief
+from minsae_jax.files import regular_file
 
 
 class Wandb:
@@ -67,5 +68,5 @@ class Wandb:
 def _read_or_make_id(path: Path) -> str:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:8])
-    return path.read_text()
+        path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return regular_file(path).read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band
+from minsae_jax.files import regular_file
 
 LABELS_CSV = "labels.csv"
 WIDESPREAD_EXCESS = 0.3  # below it no channel is much more active than the others
@@ -120,7 +121,7 @@ def read_labels(path: Path, member: str | None = None) -> dict[int, Label]:
         return {}
     labels = {}
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
                 is_other = row.get("member") and member and row["member"] != member
                 feature = int(row["feature"])
@@ -138,7 +139,7 @@ def warn_of_other_member(path: Path, before: str | None, member: str) -> None:
     """Warn if labels.csv says nothing of members and the older report was about another one."""
     if before in (None, member) or not path.exists():
         return
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
         columns = csv.DictReader(file).fieldnames or []
     if "member" not in columns:
         warnings.warn(

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from minsae_jax.checksums import SUMS, files_below, write_checksums
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band
-from minsae_jax.files import foreign_entries, replaced_folder
+from minsae_jax.files import foreign_entries, regular_file, replaced_folder
 from minsae_jax.report.describe import FeatureCard, FeatureRow
 from minsae_jax.report.naming import LABELS_CSV
 from minsae_jax.report.pages import Pages
@@ -170,7 +170,7 @@ def read_member(folder: Path) -> str | None:
     path = folder / "index_data.js"
     if not path.exists():
         return None
-    text = path.read_text().removeprefix("receive(").removesuffix(");\n")
+    text = regular_file(path).read_text().removeprefix("receive(").removesuffix(");\n")
     try:
         return str(json.loads(text)["meta"]["member"])
     except (ValueError, KeyError, TypeError):  # a damaged report is written anew

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minsae_jax.errors import UserError
+from minsae_jax.files import regular_file
 from minsae_jax.monitor import ACT_FREQS_CSV, ACT_FREQS_NPY, damaged, open_table
 from minsae_jax.sae.config import TrainConfig, load_run_config
 from minsae_jax.sae.grid import make_groups
@@ -247,7 +248,7 @@ def _count_features(path: Path) -> int:
 
 def _complete_lines(path: Path) -> Iterator[str]:
     """Yield the lines that end with a line break."""
-    with path.open(errors="replace") as file:
+    with regular_file(path).open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if line.endswith("\n"):
                 yield line.rstrip("\n")

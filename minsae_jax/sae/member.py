@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save
 from minsae_jax.errors import UserError, brief, is_system_error
 from minsae_jax.files import atomic_write, flush, make_folder, sha256_of
 from minsae_jax.sae.kinds import KINDS, Params, SAEKind
-from minsae_jax.settings import JsonObject
+from minsae_jax.settings import JsonObject, read_json, shown
 
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
@@ -146,15 +146,13 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
             f"{folder} has no {WEIGHTS}; choose a member's folder, runs/NAME/members/MEMBER"
         )
     try:
-        params = load_file(folder / WEIGHTS)
+        params = _load_weights(folder / WEIGHTS)
         config = {}
-        if (folder / CONFIG).is_file():
-            config = json.loads((folder / CONFIG).read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"{CONFIG} is not a mapping")
+        if (folder / CONFIG).exists():
+            config = read_json(folder / CONFIG)
         kind = config.get("kind", "relu")
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind {kind!r} in {CONFIG}")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ValueError(f"{CONFIG} has the unknown kind {shown(kind)}")
         # Members of earlier versions have no checksum.
         # It is about the file, so that it does not stay in the config of a converted member.
         digest = config.pop("sha256", None)
@@ -166,6 +164,16 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         raise UserError(f"{folder} contains a damaged autoencoder ({brief(e)})") from e
     check_params(KINDS[kind], params, str(folder / WEIGHTS))
     return SparseAutoencoder(params, config)
+
+
+def _load_weights(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a safetensors file. Raises ValueError naming it if it is damaged."""
+    try:
+        return load_file(path)
+    except Exception as e:  # safetensors raises many types
+        if is_system_error(e):
+            raise
+        raise ValueError(f"{path.name}: {brief(e)}") from e
 
 
 def check_params(kind: SAEKind, params: dict[str, np.ndarray], where: str) -> None:

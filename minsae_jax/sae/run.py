@@ -22,6 +22,7 @@ from minsae_jax.files import (
     empty_folder,
     foreign_entries,
     make_folder,
+    regular_file,
     sha256_of,
 )
 from minsae_jax.locks import lock_folder
@@ -264,11 +265,11 @@ def load_run(folder: str | Path, was_finished: bool = False) -> Run:
     if not path.is_file():
         raise UserError(f"{folder} is not a finished run; rerun its train command")
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         held_out = read_held_out(folder)
         members = tuple(_read_member(folder, row, held_out) for row in rows)
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(
             f"{SWEEP_CSV} or {EVAL_CSV} in {folder} is damaged ({e}); use --overwrite to train anew"
         ) from e
@@ -302,7 +303,7 @@ def read_held_out(folder: Path) -> dict[str, Metrics]:
     path = folder / EVAL_CSV
     if not path.exists():
         return {}
-    with path.open(newline="") as file:
+    with regular_file(path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     # Later rows of a member replace earlier ones.
     return {row["member"]: {name: float(row[name]) for name in HELD_OUT_METRICS} for row in rows}

@@ -1,5 +1,7 @@
 """Channel names are matched through their aliases, and positions projected onto the head."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -47,3 +49,11 @@ def test_projection_is_equidistant_along_meridians():
     flat = scalp_positions([*map(tuple, xyz.tolist()), None])
     np.testing.assert_allclose(flat[:3], [[0, 0], [0.5, 0], [1, 0]], atol=1e-9)
     assert np.isnan(flat[3]).all()
+
+
+@pytest.mark.parametrize("name", ["- " * 100_000, "-" * 200_000 + "x", "EEG " * 50_000])
+def test_long_names_take_little_time(name):
+    """With time proportional to the square of the length, these took minutes."""
+    started = time.process_time()
+    canonical(name)
+    assert time.process_time() - started < 5

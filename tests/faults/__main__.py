@@ -5,26 +5,27 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.faults import io_errors, power_cuts
+from tests.faults import io_errors, power_cuts, special_files
 from tests.faults.process import Server
 from tests.faults.verbs import VERBS, Workshop
+
+MODULES = {"errors": io_errors, "power": power_cuts, "files": special_files}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
-    parser.add_argument("faults", choices=["errors", "power"])
+    parser.add_argument("faults", choices=list(MODULES))
     parser.add_argument("verbs", nargs="*", metavar="VERB", help=f"of {', '.join(VERBS)}")
     parser.add_argument("--every", type=int, default=1, help="only every n-th call")
     parser.add_argument("--all_errors", action="store_true", help="each call with each error")
     parser.add_argument("--part", default="0/1", help="i/n for one of n processes")
     args = parser.parse_args()
-    module = io_errors if args.faults == "errors" else power_cuts
     cases: list = []
     try:
         run(args, cases)
     finally:
         # Also after Ctrl-C.
-        print(module.table(cases))
+        print(MODULES[args.faults].table(cases))
     sys.exit(0 if all(case.is_good for case in cases) else 1)
 
 
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace, cases: list) -> None:
             verb = VERBS[name]
             if args.faults == "errors":
                 sweep = io_errors.sweep(workshop, verb, args.every, args.all_errors, args.part)
+            elif args.faults == "files":
+                sweep = special_files.sweep(workshop, verb, args.every, args.part)
             else:
                 sweep = power_cuts.sweep(workshop, verb, args.every, args.part)
             for case in sweep:

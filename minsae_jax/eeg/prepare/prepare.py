@@ -22,7 +22,7 @@ from minsae_jax.eeg.prepare.workers import worker_pool
 from minsae_jax.eeg.recordings import LABELS, LENGTHS
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write, foreign_entries, make_folder
+from minsae_jax.files import atomic_write, foreign_entries, make_folder, regular_file
 from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import progress, table
 
@@ -158,8 +158,8 @@ def _remove_stale(folder: Path, plan: Plan, names: set[str], overwrite: bool) ->
     for path in sorted((folder / RECORDS).glob("*.json")):
         name = path.name.removesuffix(".json")
         try:
-            key = json.loads(path.read_text(encoding="utf-8"))["key"]
-        except (ValueError, KeyError, TypeError):
+            key = json.loads(regular_file(path).read_text(encoding="utf-8"))["key"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             key = None
         if key != plan.key or name not in names:
             stale.append(name)

@@ -1,6 +1,7 @@
 """Reads EEG files with MNE: the channels that are needed, in microvolts, and the annotations."""
 
 import csv
+import glob
 import re
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.sources import bids_sidecar
 from minsae_jax.errors import brief
+from minsae_jax.files import regular_file
 
 # Annotations that MNE adds itself, or that mark the start of a file.
 IGNORED = re.compile(r"^(EDGE boundary|BAD boundary|New Segment/.*)$")
@@ -53,6 +55,9 @@ def open_file(path: Path) -> EegFile:
     Raises BadRecordingError if MNE cannot read it or its BIDS tables are invalid.
     """
     try:
+        # MNE would wait for a named pipe, also beside the file, as .eeg is beside .vhdr.
+        for each in (path, *path.parent.glob(f"{glob.escape(path.stem)}.*")):
+            regular_file(each)
         # Warnings can contain parts of the header, so they are not shown.
         with warnings.catch_warnings(), mne.utils.catch_logging() as log:
             warnings.simplefilter("ignore")
@@ -162,7 +167,7 @@ def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows of a CSV or TSV file. Raises BadRecordingError if it is invalid."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, delimiter=delimiter)
             rows = list(reader)
             columns = reader.fieldnames or []

@@ -15,7 +15,7 @@ from minsae_jax.eeg.description import RecordingDescription
 from minsae_jax.eeg.events import Event
 from minsae_jax.eeg.prepare.plan import Plan
 from minsae_jax.eeg.prepare.sources import Source, files_of
-from minsae_jax.files import atomic_write
+from minsae_jax.files import atomic_write, regular_file
 
 RECORDS = ".prepare"
 
@@ -47,7 +47,7 @@ def read_record(source: Source, plan: Plan, folder: Path) -> Record | None:
     """Return the record of a recording that is complete and up to date, or None."""
     path = record_path(folder, source.name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
         size = (folder / source.name).stat().st_size
         is_current = content["key"] == plan.key and content["stamp"] == stamp_of(source)
         if not is_current or content["size"] != size:

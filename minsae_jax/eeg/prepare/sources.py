@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.errors import UserError, brief
-from minsae_jax.files import sha256_of
+from minsae_jax.files import regular_file, sha256_of
 
 # Endings of the files that start a recording; a file of any other format can be given by name.
 SUFFIXES = (
@@ -150,7 +150,7 @@ def _size_and_end(path: Path) -> tuple[int, bytes]:
     size = path.stat().st_size
     if path.is_dir():
         return size, b""
-    with path.open("rb") as file:
+    with regular_file(path).open("rb") as file:
         file.seek(max(size - END_BYTES, 0))
         return size, file.read()
 
@@ -189,7 +189,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 def _check_bids(path: Path) -> None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(regular_file(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} cannot be read as JSON: {brief(e)}") from None
     if not isinstance(content, dict):

@@ -15,10 +15,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from minsae_jax.eeg.recordings import load_recording
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, Downstream
 from minsae_jax.errors import UserError
-from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.dataset import Dataset, open_recording
 from minsae_jax.parallel.mesh import (
     fetch_batch,
     make_local_mesh,
@@ -136,7 +135,7 @@ class SteeredEncoder:
     def read_window(self, place: Place) -> Float[np.ndarray, "seq_len n_vars"]:
         """Return the EEG of a window in the recording's unit, float32."""
         seq_len = self.dataset.seq_len
-        recording = load_recording(self.dataset.folder / place.recording)
+        recording = open_recording(self.dataset.folder / place.recording)
         start = place.window * seq_len
         return np.asarray(recording[start : start + seq_len], np.float32)
 

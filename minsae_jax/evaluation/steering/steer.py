@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.eeg.recordings import load_recording
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band
-from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.dataset import Dataset, open_recording
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member, open_inputs
 from minsae_jax.evaluation.steering.config import SteerConfig
 from minsae_jax.evaluation.steering.edit import Place, SteeredEncoder
@@ -234,7 +233,7 @@ def _places_of(name: str, windows: Sequence[int], dataset: Dataset) -> list[Plac
         raise UserError(
             f"there is no recording {name} in {dataset.folder}" + did_you_mean(name, known)
         )
-    recording = load_recording(path)
+    recording = open_recording(path)
     if recording.shape[1] != dataset.n_vars:
         raise UserError(
             f"{name} has {recording.shape[1]} channels, but the encoder expects {dataset.n_vars}"
