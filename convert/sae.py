@@ -6,7 +6,7 @@ with b = b_enc + b_dec W_enc.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -69,9 +69,17 @@ def _locked(out: Path, to: Format) -> Iterator[None]:
         yield
         return
     folder = out if to in FOLDER_FORMATS else out.parent
+    is_new = not folder.exists()
     make_folder(folder)
-    with lock_folder(folder):
-        yield
+    try:
+        with lock_folder(folder):
+            yield
+    except BaseException:
+        # Nothing stays of an SAE that the format cannot represent.
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def format_of(path: Path) -> Format:
