@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from tests.faults.process import ROOT, Fault, Result, Server
+from tests.faults.process import ROOT, TIMEOUT, Fault, Result, Server
 
 FIXTURE = ROOT / "tests/fixtures/tuhab_patch_100"
 # Names and times in these differ from run to run.
@@ -73,9 +73,15 @@ class Workshop:
         shutil.rmtree(self.folder, ignore_errors=True)
         return Path(shutil.copytree(inputs, self.folder))
 
-    def run(self, verb: Verb, fault: Fault | None = None, record: Path | None = None) -> Result:
-        """Run a command in the folder."""
-        return self.server.run(verb.program, verb.args, self.folder, fault, record)
+    def run(
+        self,
+        verb: Verb,
+        fault: Fault | None = None,
+        record: Path | None = None,
+        timeout: float = TIMEOUT,
+    ) -> Result:
+        """Run a command in the folder; it is killed after `timeout` seconds."""
+        return self.server.run(verb.program, verb.args, self.folder, fault, record, timeout)
 
     def inputs(self, verb: Verb) -> Path:
         """Return a folder as it is before a command."""
