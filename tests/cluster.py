@@ -43,11 +43,13 @@ class Cluster:
 
     def wait(self) -> list[subprocess.CompletedProcess[str]]:
         """Return both processes' exit codes and output when they have ended."""
-        results = []
-        for process in self.processes:
-            out, err = process.communicate(timeout=TIMEOUT)
-            results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-        return results
+        return [self.wait_for(index) for index in range(len(self.processes))]
+
+    def wait_for(self, index: int) -> subprocess.CompletedProcess[str]:
+        """Return a process's exit code and output when it has ended."""
+        process = self.processes[index]
+        out, err = process.communicate(timeout=TIMEOUT)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def kill(self) -> None:
         for process in self.processes:
@@ -59,7 +61,7 @@ def minsae(verb: str, *flags: object) -> list[str]:
     return [sys.executable, "-m", "minsae_jax", verb, *map(str, flags)]
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 180) -> None:
     """Poll `condition` until it is true; fail after some seconds."""
     end = time.monotonic() + seconds
     while not condition():

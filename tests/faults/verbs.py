@@ -66,6 +66,7 @@ class Workshop:
         self.server = server
         self.base = base
         self.folder = base / "work"
+        self.counts: dict[str, dict[str, int]] = {}  # verb -> calls of each kind, when it finished
 
     def fresh(self, verb: Verb) -> Path:
         """Return the folder with the inputs of a command only."""
@@ -103,6 +104,7 @@ class Workshop:
             self.fresh(verb)
             result = self.run(verb)
             assert result.code == 0, result.stderr
+            self.counts[verb.name] = result.counts
             shutil.copytree(self.folder, folder)
         return folder
 

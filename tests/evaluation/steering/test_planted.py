@@ -36,9 +36,10 @@ def best(tmp_path_factory):
         kind=("matryoshka",),
         lambda_sparsity=(),
         k=(4.0,),
+        feature_dim_factor=(2.0,),
         lr=(1e-2,),
-        num_steps=800,
-        batch_size=1024,
+        num_steps=400,
+        batch_size=512,
         eval_every=0,
     )
     train(train_settings, encoder.fingerprint)
