@@ -9,7 +9,7 @@ from pathlib import Path
 from socket import socket
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 200  # seconds
+TIMEOUT = 400  # seconds
 
 
 class Cluster:
@@ -48,7 +48,11 @@ class Cluster:
     def wait_for(self, index: int) -> subprocess.CompletedProcess[str]:
         """Return a process's exit code and output when it has ended."""
         process = self.processes[index]
-        out, err = process.communicate(timeout=TIMEOUT)
+        try:
+            out, err = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def kill(self) -> None:

@@ -20,8 +20,8 @@ MAX_BYTES = 1_000_000  # of native messages that are read
 
 # Python's own handlers run in the main thread, and not before a native call in it returns. This one
 # runs in the thread that aborts.
-_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_handlers: list[_Handler] = []  # must outlive the call that installs them
+Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_handlers: list[object] = []  # must outlive the call that installs them
 _ending = threading.Lock()  # taken by the first thread with an error, and never released
 
 
@@ -46,10 +46,10 @@ def watch() -> None:
         os.write(stderr, messages.encode())
         faulthandler.dump_traceback()
 
-    handler = _Handler(on_abort)
+    handler = Handler(on_abort)
     _handlers.append(handler)
     install = ctypes.CDLL(None).signal
-    install.argtypes = (ctypes.c_int, _Handler)
+    install.argtypes = (ctypes.c_int, Handler)
     install(signal.SIGABRT, handler)
 
 

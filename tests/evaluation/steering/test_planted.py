@@ -23,7 +23,7 @@ BANDS = tuple(Band(*band) for band in montage.BANDS)
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory):
-    """Steering of the best feature of each kind of event: kind -> Steering."""
+    """Steering of the best feature of alpha: kind -> Steering."""
     folder = tmp_path_factory.mktemp("planted")
     root_path = str(folder / "tuhab_preprocessed")
     write_demo(DemoConfig(root_path=root_path, patients=16, minutes=2.0))
@@ -47,7 +47,7 @@ def best(tmp_path_factory):
         run=str(folder / "run"), root_path=root_path, substitution_windows=4, report=False
     )
     evaluation = evaluate(settings, encoder)
-    features = {kind: score.feature for kind, score in evaluation.members[0].events.items()}
+    features = {"alpha": evaluation.members[0].events["alpha"].feature}
     (member,) = evaluation.inputs.members
     return steer_best(evaluation.inputs, member, features, SCALES, bands=BANDS)
 
