@@ -35,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COPIED = ("minsae_jax", "convert", "configs", "Makefile", "pyproject.toml")
 SHORT_TRAINING = "--num_steps 30 --batch_size 256 --eval_window 10 --feature_dim_factor 1"
+SHORT_EVALUATION = "--substitution_windows 4"
 DEMO_RUN = FIXTURES / "demo_run"  # what a full run of configs/demo.yaml wrote
 TARGETS = """
 help setup demo prepare convert extract train evaluate tensorboard test test-all check
@@ -111,8 +112,11 @@ def test_readme(tmp_path, demo_folder, run_here, capsys):
     run_here("minsae demo --edf --root_path eeg --patients 10 --minutes 0.5")
     assert len(commands()) == 12
     for command in commands():
+        # A later flag overrides an earlier one.
         if command.startswith("minsae train"):
-            command += f" {SHORT_TRAINING}"  # a later flag overrides an earlier one
+            command += f" {SHORT_TRAINING} --lambda_sparsity 5"
+        if command.startswith("minsae evaluate"):
+            command += f" {SHORT_EVALUATION}"
         if not command.startswith("tensorboard"):  # see test_tensorboard_starts
             run_here(command)
     for split in ("", "_val", "_test"):
@@ -120,7 +124,7 @@ def test_readme(tmp_path, demo_folder, run_here, capsys):
     assert (tmp_path / "runs/mine/report/index.html").is_file()
 
     evaluate_prepared = re.search(r"`(minsae evaluate --run runs/edf \S+ \S+)`", README)[1]
-    assert "spindle" in run_here(evaluate_prepared)
+    assert "spindle" in run_here(f"{evaluate_prepared} {SHORT_EVALUATION}")
     assert (tmp_path / "runs/edf/report/index.html").is_file()
     # Annotations of the EDF files are the events of the evaluation.
     evaluation = json.loads((tmp_path / "runs/edf/evaluation.json").read_text())
@@ -145,7 +149,7 @@ def test_readme(tmp_path, demo_folder, run_here, capsys):
     assert "(128, 16)" in out
 
     start_from_member = re.search(r"`(minsae train --init \S+)`", README)[1]
-    flags = f"--store stores/mine --lambda_sparsity 1 {SHORT_TRAINING} --run_dir runs/two"
+    flags = f"--store stores/mine {SHORT_TRAINING} --lambda_sparsity 1 --run_dir runs/two"
     assert "lambda=1" in run_here(f"{start_from_member} {flags}")
 
 
