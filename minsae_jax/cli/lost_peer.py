@@ -31,7 +31,7 @@ def watch() -> None:
     What native code prints to stderr goes to a temporary file, and appears only where the process
     aborts for another reason. With --debug nothing changes.
     """
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "3":  # set by `cli.run`, except for --debug
+    if "--debug" in sys.argv:
         return
     stderr = os.dup(2)
     native = tempfile.TemporaryFile()  # noqa: SIM115
