@@ -58,6 +58,8 @@ def prepare(config: PrepareConfig) -> None:
 
 def extract(config: ExtractConfig) -> None:
     """Run recordings through the encoder and write the activations of its layers to disk."""
+    if config.distributed:
+        cli.watch_cluster()
     # A cluster must be joined before the encoder's parameters are put on a device.
     api.start(distributed=config.distributed)
     encoder = _load_encoder(config)
@@ -82,6 +84,8 @@ def _load_encoder(config: ExtractConfig) -> "BaseEncoder":
 
 def train(config: TrainConfig) -> None:
     """Train a sweep of sparse autoencoders, one for each combination of λ, lr, seed and size."""
+    if config.distributed:
+        cli.watch_cluster()
     run = api.train(config)
     status = "already finished" if run.was_finished else "finished"
     print(f"the run {run.folder} is {status}\n{run.summary()}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from socket import socket
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 200  # seconds
+TIMEOUT = 400  # seconds
 
 
 class Cluster:
@@ -45,11 +45,17 @@ class Cluster:
 
     def wait(self) -> list[subprocess.CompletedProcess[str]]:
         """Return both processes' exit codes and output when they have ended."""
-        results = []
-        for process in self.processes:
+        return [self.wait_for(index) for index in range(len(self.processes))]
+
+    def wait_for(self, index: int) -> subprocess.CompletedProcess[str]:
+        """Return a process's exit code and output when it has ended."""
+        process = self.processes[index]
+        try:
             out, err = process.communicate(timeout=TIMEOUT)
-            results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-        return results
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def kill(self) -> None:
         for process in self.processes:
@@ -61,7 +67,7 @@ def minsae(verb: str, *flags: object) -> list[str]:
     return [sys.executable, "-m", "minsae_jax", verb, *map(str, flags)]
 
 
-def wait_until(condition, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 180) -> None:
     """Poll `condition` until it is true; fail after some seconds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -1,7 +1,7 @@
 """The whole pipeline as a user runs it: the README's commands, and `make extract train` in a copy.
 
-Most tests here start interpreters, and so are slow; the tests of the packages cover the same code
-in process.
+Most tests here start interpreters, and so are slow. Where the process is not the point, commands
+run in this one.
 """
 
 import csv
@@ -14,12 +14,16 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
 
+import convert.__main__
+import minsae_jax.__main__
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.grid import make_groups
 from minsae_jax.settings import from_dict, read_yaml
@@ -30,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COPIED = ("minsae_jax", "convert", "configs", "Makefile", "pyproject.toml")
 SHORT_TRAINING = "--num_steps 30 --batch_size 256 --eval_window 10 --feature_dim_factor 1"
+SHORT_EVALUATION = "--substitution_windows 4"
 DEMO_RUN = FIXTURES / "demo_run"  # what a full run of configs/demo.yaml wrote
 TARGETS = """
 help setup demo prepare convert extract train evaluate tensorboard test test-all check
@@ -75,27 +80,57 @@ def run(command: str | list[str], cwd: Path, environment: dict[str, str]) -> str
     return done.stdout
 
 
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """run_here(command) -> its output, in this process, in tmp_path and on two devices."""
+    monkeypatch.chdir(tmp_path)
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+
+    def run_here(command: str) -> str:
+        words = shlex.split(command)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.simplefilter("error", DeprecationWarning)
+            if words[0] == "minsae":
+                minsae_jax.__main__.main(words[1:])
+            else:
+                assert words[:3] == ["python", "-m", "convert"]
+                convert.__main__.main(words[3:])
+        return capsys.readouterr().out
+
+    return run_here
+
+
 @pytest.mark.slow
-def test_readme(tmp_path, demo_folder, environment):
+def test_readme(tmp_path, demo_folder, run_here, environment):
     """Every command and the Python of the README, in order, where its files are."""
     shutil.copytree(demo_folder, tmp_path / "tuhab_preprocessed")
     for name in ("checkpoint.pth", "config.yaml"):
         shutil.copy(FIXTURES / "tuhab_patch_100" / name, tmp_path)
-    run("minsae demo --edf --root_path eeg --patients 10 --minutes 0.5", tmp_path, environment)
+    run_here("minsae demo --edf --root_path eeg --patients 10 --minutes 0.5")
     assert len(commands()) == 12
     for command in commands():
+        # A later flag overrides an earlier one.
         if command.startswith("minsae train"):
-            command += f" {SHORT_TRAINING}"  # a later flag overrides an earlier one
+            command += f" {SHORT_TRAINING} --lambda_sparsity 5"
+        if command.startswith("minsae evaluate"):
+            command += f" {SHORT_EVALUATION}"
         if not command.startswith("tensorboard"):  # see test_tensorboard_starts
-            run(command, tmp_path, environment)
+            run_here(command)
     for split in ("", "_val", "_test"):
         assert (tmp_path / f"stores/mine{split}/l-1/manifest.json").exists()
     assert (tmp_path / "runs/mine/report/index.html").is_file()
 
     evaluate_prepared = re.search(r"`(minsae evaluate --run runs/edf \S+ \S+)`", README)[1]
-    out = run(evaluate_prepared, tmp_path, environment)
-    assert "spindle" in out
+    assert "spindle" in run_here(f"{evaluate_prepared} {SHORT_EVALUATION}")
     assert (tmp_path / "runs/edf/report/index.html").is_file()
+    # Annotations of the EDF files are the events of the evaluation.
+    evaluation = json.loads((tmp_path / "runs/edf/evaluation.json").read_text())
+    scored = set(evaluation["members"][0]["events"])
+    planted = {row["event"] for row in read_csv(tmp_path / "eeg/events.csv")}
+    assert scored
+    assert scored <= planted
 
     encode, train, report = blocks("python")
     assert "num_steps=1000" in train
@@ -107,13 +142,14 @@ def test_readme(tmp_path, demo_folder, environment):
         report,
         "assert len(features.table()) == 128",
     ]
+    # Integers for floats, which the type checker of the tests would refuse in this process.
     out = run([sys.executable, "-c", "\n".join(script)], tmp_path, environment)
     assert "lambda=2" in out
     assert "(128, 16)" in out
 
     start_from_member = re.search(r"`(minsae train --init \S+)`", README)[1]
-    flags = f"--store stores/mine --lambda_sparsity 1 {SHORT_TRAINING} --run_dir runs/two"
-    assert "lambda=1" in run(f"{start_from_member} {flags}", tmp_path, environment)
+    flags = f"--store stores/mine {SHORT_TRAINING} --lambda_sparsity 1 --run_dir runs/two"
+    assert "lambda=1" in run_here(f"{start_from_member} {flags}")
 
 
 @pytest.mark.slow
@@ -187,17 +223,11 @@ def test_make_runs_the_demo_once(checkout, environment):
 
 
 @pytest.mark.slow
-def test_make_goes_from_edf_files_to_a_report(checkout, environment):
-    """Annotations of the EDF files are the events of the evaluation."""
-    targets = ("prepare", "extract", "train", "evaluate")
-    out = run(make(*targets, "CONFIG=configs/edf.yaml"), checkout, environment)
-    report = re.search(r"^open (\S+)", out, re.M)[1]
-    assert (checkout / report).is_file()
-    evaluation = json.loads((checkout / "runs/edf/evaluation.json").read_text())
-    scored = set(evaluation["members"][0]["events"])
-    planted = {row["event"] for row in read_csv(checkout / "data/edf/source/events.csv")}
-    assert scored
-    assert scored <= planted
+def test_make_goes_from_edf_files_to_a_run(checkout, environment):
+    """`test_readme` evaluates one, and `test_make_runs_the_demo_once` runs `make evaluate`."""
+    targets = ("prepare", "extract", "train")
+    run(make(*targets, "CONFIG=configs/edf.yaml"), checkout, environment)
+    assert (checkout / "runs/edf/sweep.csv").is_file()
     again = run(make("prepare", "CONFIG=configs/edf.yaml"), checkout, environment)
     assert re.search(r"^data/edf/recordings +15 +0 ", again, re.M)
 
@@ -206,9 +236,9 @@ def test_make_goes_from_edf_files_to_a_report(checkout, environment):
 def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, environment):
     """SIGKILL between checkpoints, then SIGTERM and Ctrl-C, which save first."""
     command = (
-        f"minsae train --store {small_store} --kind relu topk batchtopk jumprelu matryoshka "
+        f"minsae train --store {small_store} --kind relu batchtopk jumprelu "
         "--lambda_sparsity 0.1 1 --k 4 --feature_dim_factor 2 --aux_dead_after 500 --lr 1e-3 "
-        "--num_steps 2000 --batch_size 64 --checkpoint_every 100 --eval_window 130 --run_dir "
+        "--num_steps 800 --batch_size 64 --checkpoint_every 40 --eval_window 52 --run_dir "
     )
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
@@ -218,7 +248,7 @@ def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, enviro
         names = [path.name for path in killed.glob("checkpoints/*")]
         return max((int(name) for name in names if name.isdigit()), default=0)
 
-    for step, number in ((100, signal.SIGKILL), (500, signal.SIGTERM), (900, signal.SIGINT)):
+    for step, number in ((40, signal.SIGKILL), (200, signal.SIGTERM), (360, signal.SIGINT)):
         with subprocess.Popen(
             shlex.split(command + "killed"),
             cwd=tmp_path,
@@ -238,7 +268,7 @@ def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, enviro
     run(command + "killed", tmp_path, environment)
 
     paths = [path for path in whole.rglob("*") if path.suffix in (".csv", ".safetensors")]
-    assert len(paths) == 3 * 7 + 1
+    assert len(paths) == 3 * 5 + 1
     for path in paths:
         name = path.relative_to(whole)
         assert path.read_bytes() == (killed / name).read_bytes(), name
@@ -333,19 +363,20 @@ from minsae_jax.sae.config import TrainConfig
 from minsae_jax.settings import from_dict, read_yaml
 
 config = from_dict(TrainConfig, read_yaml("configs/demo.yaml")["train"])
-train_until(config, step=110)
+train_until(config, step=52)
 """
 
 
 @pytest.mark.slow
-def test_demo_reproduces_its_first_steps(tmp_path, environment):
+def test_demo_reproduces_its_first_steps(tmp_path, run_here, environment):
     """The full demo, unlike the small one of test_make, up to its step 50."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     demo = "configs/demo.yaml"
     encoder = "configs/demo/encoder.pth --config_path configs/demo/encoder.yaml"
-    run(f"minsae demo --config {demo}", tmp_path, environment)
-    run(f"python -m convert encoder {encoder} --out checkpoints/demo", tmp_path, environment)
-    run(f"minsae extract --config {demo} --split train", tmp_path, environment)
+    run_here(f"minsae demo --config {demo}")
+    run_here(f"python -m convert encoder {encoder} --out checkpoints/demo")
+    run_here(f"minsae extract --config {demo} --split train")
+    # Its end writes the rows that it has logged.
     path = environment | {"PYTHONPATH": str(ROOT)}
     run([sys.executable, "-c", DEMO_STEPS], tmp_path, path)
     for expected in sorted(DEMO_RUN.glob("members/*/metrics.csv")):

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
+from minsae_jax.cli import lost_peer
 from minsae_jax.cli.memory import advice, memory_limit, run_in_child
 from minsae_jax.errors import Stopped, UserError, brief
 
@@ -55,17 +56,19 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         print("interrupted; rerun the same command to resume", file=sys.stderr)
         sys.exit(130)
     except Exception as e:
+        if debug:
+            traceback.print_exc()
+        if lost_peer.is_lost(e):
+            lost_peer.end("another process")
         message = _user_message(e)
         if message is None and limit is not None:
             # Imports fail in many ways without memory.
             reason = f"{type(e).__name__}: {brief(e, 150)}"
             message = f"{reason}, perhaps for lack of memory, {advice(limit)}"
-        if debug:
-            traceback.print_exc()
-        elif message is None:
+        if message is None and not debug:
             raise
-        print(f"error: {message or brief(e)}", file=sys.stderr)
-        _leave_cluster(e)
+        lost_peer.print_error(message or brief(e))
+        _leave_cluster()
         sys.exit(2)
 
 
@@ -98,23 +101,17 @@ def _ignore(_: object) -> None:
     pass
 
 
-def _leave_cluster(error: Exception) -> None:
+def _leave_cluster() -> None:
     """End a process of a cluster after an error, in which threads may wait for other processes."""
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized():
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    if not _is_lost_peer(error):
-        # Waits for the other processes, so that they can print their errors too.
-        with contextlib.suppress(Exception):
-            jax.distributed.shutdown()
+    # Waits for the other processes, so that they can print their errors too.
+    with contextlib.suppress(Exception):
+        jax.distributed.shutdown()
     os._exit(2)
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    # Gloo is XLA's library for CPUs.
-    return isinstance(error, RuntimeError) and "Gloo" in str(error)
 
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -128,8 +125,6 @@ def _user_message(error: Exception) -> str | None:
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{place}"
-    if _is_lost_peer(error):
-        return "another process of the cluster has ended; see its message, then rerun"
     # XLA's errors are RuntimeErrors that begin with a status code, or the C++ error's name.
     is_out_of_memory = isinstance(error, MemoryError) or "std::bad_alloc" in str(error)
     if is_out_of_memory or "RESOURCE_EXHAUSTED" in str(error):

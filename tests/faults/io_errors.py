@@ -1,6 +1,7 @@
 """Errors of the system at every call on files: each ends in one line, and nothing is lost."""
 
 import errno
+import random
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -106,12 +107,21 @@ def sweep(
 ) -> Iterator[Case]:
     """Yield a case for every fault of a command; part: "i/n" for the i-th of n processes."""
     workshop.finished(verb)
-    workshop.fresh(verb)
-    counts = workshop.run(verb).counts
+    counts = workshop.counts[verb.name]
     index, parts = map(int, part.split("/"))
     for i, fault in enumerate(faults(counts, every, all_errors)):
         if i % parts == index:
             yield inject(workshop, verb, fault)
+
+
+def sample(workshop: Workshop, verb: Verb, kinds: tuple[str, ...]) -> Iterator[Case]:
+    """Yield a case for one call of each kind, with one of its errors; the same in every run."""
+    workshop.finished(verb)
+    rng = random.Random(verb.name)
+    for kind in kinds:
+        call = rng.randrange(workshop.counts[verb.name][kind])
+        error = rng.choice(ERRORS[kind])
+        yield inject(workshop, verb, Fault(kind, call, error, on=error == errno.ENOSPC))
 
 
 def table(cases: list[Case]) -> str:

@@ -27,7 +27,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended; code: None if it hung."""
+    """How a command ended; code: None if it was killed after its time."""
 
     code: int | None
     stdout: str
@@ -101,10 +101,12 @@ class Server:
         folder: Path,
         fault: Fault | None = None,
         record: Path | None = None,
+        timeout: float = TIMEOUT,
     ) -> Result:
         """Run a command in `folder` and wait for it.
 
         record: file for the writes of the command, see `power_cuts.read_record`.
+        timeout: seconds after which it is killed.
         """
         out = self.folder / "stdout"
         err = self.folder / "stderr"
@@ -116,7 +118,7 @@ class Server:
             "stderr": str(err),
             "fault": list(asdict(fault).values()) if fault else None,
             "record": str(record) if record else None,
-            "timeout": TIMEOUT,
+            "timeout": timeout,
         }
         assert self._process.stdin
         print(json.dumps(request), file=self._process.stdin, flush=True)

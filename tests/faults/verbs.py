@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from tests.faults.process import ROOT, Fault, Result, Server
+from tests.faults.process import ROOT, TIMEOUT, Fault, Result, Server
 
 FIXTURE = ROOT / "tests/fixtures/tuhab_patch_100"
 # Names and times in these differ from run to run.
@@ -66,6 +66,7 @@ class Workshop:
         self.server = server
         self.base = base
         self.folder = base / "work"
+        self.counts: dict[str, dict[str, int]] = {}  # verb -> calls of each kind, when it finished
 
     def fresh(self, verb: Verb) -> Path:
         """Return the folder with the inputs of a command only."""
@@ -73,9 +74,15 @@ class Workshop:
         shutil.rmtree(self.folder, ignore_errors=True)
         return Path(shutil.copytree(inputs, self.folder))
 
-    def run(self, verb: Verb, fault: Fault | None = None, record: Path | None = None) -> Result:
-        """Run a command in the folder."""
-        return self.server.run(verb.program, verb.args, self.folder, fault, record)
+    def run(
+        self,
+        verb: Verb,
+        fault: Fault | None = None,
+        record: Path | None = None,
+        timeout: float = TIMEOUT,
+    ) -> Result:
+        """Run a command in the folder; it is killed after `timeout` seconds."""
+        return self.server.run(verb.program, verb.args, self.folder, fault, record, timeout)
 
     def inputs(self, verb: Verb) -> Path:
         """Return a folder as it is before a command."""
@@ -97,6 +104,7 @@ class Workshop:
             self.fresh(verb)
             result = self.run(verb)
             assert result.code == 0, result.stderr
+            self.counts[verb.name] = result.counts
             shutil.copytree(self.folder, folder)
         return folder
 

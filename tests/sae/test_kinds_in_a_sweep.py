@@ -89,8 +89,7 @@ def test_run_of_all_kinds_resumes_to_the_same_bytes(mixed, tmp_path):
     run = train(mixed)
     assert sorted(member.name for member in run.members) == NAMES
     other = replace(mixed, run_dir=str(tmp_path / "other"))
-    for step in (13, 26):
-        train_until(other, step)
+    train_until(other, 26)
     train(other)
     assert member_files(tmp_path / "other") == member_files(tmp_path / "run")
 
@@ -174,6 +173,10 @@ def losses(settings, n_tokens):
 def test_eight_devices_select_the_same_features(mixed, n_tokens):
     # Adam turns rounding errors of gradients near 0 into steps of up to lr.
     settings = replace(mixed, lr=(1e-3,))
+    if n_tokens == 48:
+        # Of the others, the padding of 45 tokens proves more.
+        selecting = ("batchtopk", "jumprelu", "matryoshka")
+        settings = replace(settings, kind=selecting, lambda_sparsity=(), k=(2.0,))
     eight = losses(replace(settings, mesh="1x8"), n_tokens)
     one = losses(replace(settings, mesh="1x1"), n_tokens)
     assert len(jax.devices()) == 8

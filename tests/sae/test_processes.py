@@ -1,6 +1,7 @@
 """Training on another mesh and by two processes: the same losses, and the files of one run."""
 
 import csv
+import re
 import signal
 import subprocess
 import time
@@ -22,7 +23,7 @@ FLAGS = (
     *("--eval_window", 8),
     *("--checkpoint_every", 10),
     *("--eval_every", 20),
-    *("--feature_dim_factor", 2, 3),
+    *("--feature_dim_factor", 2),
 )
 
 
@@ -65,29 +66,24 @@ def test_checkpoints_follow_steps_or_the_clock(settings, tmp_path):
     assert checkpoint_steps(tmp_path / "other") == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> tuple[tuple[object, ...], Path]:
-    """The flags of a sweep, and its run by a single process."""
-    folder = tmp_path_factory.mktemp("one_process")
-    store = write_small_store(folder / "store", seed=0)
-    write_small_store(folder / "store_val", seed=1)
-    sweep = ("--lambda_sparsity", 0.1, 1, 3, "--num_steps", 40)
-    flags = ("--store", store, *FLAGS, *sweep)
-    command = minsae("train", *flags, "--run_dir", folder / "run")
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    assert "lambda=0.1,d_sae=32" in done.stdout
-    return flags, folder / "run"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["2x2", "1x4"])  # members on each process, tokens on each process
-def test_two_processes_train_like_one(one_process, tmp_path, mesh):
-    flags, one = one_process
+def test_two_processes_train_like_one(small_store, tmp_path):
+    """With members on each process; tokens are on each in the next test."""
+    write_small_store(tmp_path / "store_val", seed=1)
+    sweep = ("--lambda_sparsity", 0.1, 1, 3, "--feature_dim_factor", 2, 3, "--num_steps", 40)
+    flags = ("--store", small_store, *FLAGS, *sweep)
+    one = tmp_path / "one"
     two = tmp_path / "two"
-    first, second = Cluster(minsae("train", *flags, "--run_dir", two, "--mesh", mesh)).wait()
+    command = minsae("train", *flags, "--run_dir", one)
+    subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    first, second = Cluster(minsae("train", *flags, "--run_dir", two, "--mesh", "2x2")).wait()
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "lambda=0.1,d_sae=32" in first.stdout
     assert_same_metrics(one, two)
+    assert_same_held_out(one, two)
+
+
+def assert_same_held_out(one: Path, two: Path) -> None:
     with (one / "eval.csv").open() as f:
         expected_rows = list(csv.DictReader(f))
     with (two / "eval.csv").open() as f:
@@ -100,8 +96,9 @@ def test_two_processes_train_like_one(one_process, tmp_path, mesh):
 
 @pytest.mark.slow
 def test_two_processes_select_the_same_features(small_store, tmp_path):
-    """Kinds that select over the whole batch, of which each process has a part."""
-    kinds = ("--kind", "relu", "topk", "batchtopk", "jumprelu", "matryoshka")
+    """ReLU, and kinds that select over the whole batch, of which each process has a part."""
+    write_small_store(tmp_path / "store_val", seed=1)
+    kinds = ("--kind", "relu", "batchtopk", "jumprelu", "matryoshka")
     sparsity = ("--lambda_sparsity", 1, "--k", 3, "--target_l0", 3, "--aux_dead_after", 62)
     steps = ("--num_steps", 8, "--batch_size", 31, "--eval_window", 2, "--lr", 1e-3)
     flags = ("--store", small_store, *kinds, *sparsity, *steps, "--feature_dim_factor", 2)
@@ -113,8 +110,9 @@ def test_two_processes_select_the_same_features(small_store, tmp_path):
     for result in results:
         assert result.returncode == 0, result.stderr
     assert_same_metrics(one, two)
+    assert_same_held_out(one, two)
     paths = sorted(one.rglob("act_freqs.csv"))
-    assert len(paths) == 5
+    assert len(paths) == 4
     for path in paths:
         assert path.read_bytes() == (two / path.relative_to(one)).read_bytes(), path
 
@@ -151,17 +149,27 @@ def test_checkpoint_that_fails_in_one_process_ends_both(small_store, tmp_path, f
 
 
 @pytest.mark.slow
-def test_killed_process_is_noticed(small_store, tmp_path):
+@pytest.mark.parametrize(
+    ("lost", "signal_number", "named"),
+    [
+        (0, signal.SIGKILL, "(process 0|another process)"),
+        (1, signal.SIGKILL, "(process 1|another process)"),
+        (1, signal.SIGSTOP, "process 1"),  # as if its machine had vanished
+    ],
+)
+def test_lost_process_ends_the_other_in_one_line(small_store, tmp_path, lost, signal_number, named):
     run = tmp_path / "run"
     flags = ("--store", small_store, *FLAGS, "--num_steps", 100_000, "--run_dir", run)
     cluster = Cluster(minsae("train", *flags, "--mesh", "1x4"))
     wait_until((run / "checkpoints/10").exists)
-    cluster.processes[1].kill()
-    killed_at = time.monotonic()
-    first, _ = cluster.wait()
-    assert time.monotonic() - killed_at < 60
-    assert first.returncode == 2, first.stderr
-    assert "another process of the cluster has ended" in first.stderr.splitlines()[-1]
+    cluster.processes[lost].send_signal(signal_number)
+    lost_at = time.monotonic()
+    other = cluster.wait_for(1 - lost)
+    assert time.monotonic() - lost_at < 60
+    cluster.kill()
+    lines = error_lines(other.stderr)
+    assert (other.returncode, len(lines)) == (2, 1), other.stderr
+    assert re.fullmatch(f"error: {named} of the cluster has ended; .*", lines[0])
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.extract import extract
 from minsae_jax.evaluation.config import Band, EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate
+from minsae_jax.evaluation.steering.results import Steering
 from minsae_jax.evaluation.steering.steer import steer_best
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.trainer import train
@@ -23,8 +25,14 @@ BANDS = tuple(Band(*band) for band in montage.BANDS)
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory):
-    """Steering of the best feature of each kind of event: kind -> Steering."""
-    folder = tmp_path_factory.mktemp("planted")
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda: devices)
+        return steer_alpha(tmp_path_factory.mktemp("planted"))
+
+
+def steer_alpha(folder: Path) -> dict[str, Steering]:
+    """Steering of the best feature of alpha: kind -> Steering."""
     root_path = str(folder / "tuhab_preprocessed")
     write_demo(DemoConfig(root_path=root_path, patients=16, minutes=2.0))
     encoder, _ = convert_encoder(DEMO / "encoder.pth", DEMO / "encoder.yaml")
@@ -36,9 +44,10 @@ def best(tmp_path_factory):
         kind=("matryoshka",),
         lambda_sparsity=(),
         k=(4.0,),
+        feature_dim_factor=(2.0,),
         lr=(1e-2,),
-        num_steps=800,
-        batch_size=1024,
+        num_steps=400,
+        batch_size=512,
         eval_every=0,
     )
     train(train_settings, encoder.fingerprint)
@@ -46,7 +55,7 @@ def best(tmp_path_factory):
         run=str(folder / "run"), root_path=root_path, substitution_windows=4, report=False
     )
     evaluation = evaluate(settings, encoder)
-    features = {kind: score.feature for kind, score in evaluation.members[0].events.items()}
+    features = {"alpha": evaluation.members[0].events["alpha"].feature}
     (member,) = evaluation.inputs.members
     return steer_best(evaluation.inputs, member, features, SCALES, bands=BANDS)
 
