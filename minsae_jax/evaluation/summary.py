@@ -27,7 +27,8 @@ EVENTS_NOTE = """\
 Means over the kinds of events, of the best feature for each, chosen on val patients and measured on
 test patients. AUC: a span with an event against one without. Token AUC and precision: single
 tokens, of which few are in an event. pure: features whose strongest tokens nearly all touch one
-kind. Recall, probes and ablations of features are in evaluation.csv."""
+kind. TPP: by how much more the ablation of five features lowers the AUC of their own kind's probe
+than that of the others. [ ]: 95 % intervals over recordings."""
 KINDS_NOTE = """\
 Recall is at 90 % precision among spans; 5-probe: logistic regression on the best five features.
 ties: other features whose AUC on val is inside the 95 % interval of the best feature's, and the
@@ -67,7 +68,7 @@ def _members_table(evaluation: "Evaluation") -> str:
         columns.append("stability")
     n_measures = len(columns)
     if evaluation.baselines:
-        columns += ["AUC", "token AUC", "precision", "pure"]
+        columns += ["AUC", "token AUC", "precision", "pure", "TPP"]
     rows = []
     for member in evaluation.members:
         row = [
@@ -128,6 +129,7 @@ def _event_cells(events: "EventSummary | None") -> list[str]:
         f"{events.token_auc:.3f}",
         f"{events.precision:.1%}",
         str(events.pure_features),
+        f"{events.tpp:.2f}{_range(events.tpp_interval, '.2f')}",
     ]
 
 
@@ -154,7 +156,7 @@ def _score_cells(score: "EventScore") -> list[str]:
         f"{score.auc:.3f}{_range(score.auc_interval, '.3f')}",
         ties,
         f"{score.recall:.1%}",
-        f"{score.probe_auc:.3f}",
+        f"{score.probe_auc:.3f}{_range(score.probe_auc_interval, '.3f')}",
         "" if score.token_auc is None else f"{score.token_auc:.3f}",
         "" if score.precision is None else f"{score.precision:.0%}",
         "" if score.token_base_rate is None else f"{score.token_base_rate:.1%}",

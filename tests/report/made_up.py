@@ -322,7 +322,9 @@ def _make_scores(auc: float) -> DetectionBySet:
             token_auc=auc - 0.3,
             precision=auc**2,
             probe_2_auc=auc + 0.004,
+            probe_2_auc_interval=(auc - 0.02, auc + 0.01),
             probe_5_auc=auc + 0.008,
+            probe_5_auc_interval=(auc - 0.01, auc + 0.02),
         )
 
     return DetectionBySet(detection(auc), detection(auc - 0.05), detection(0.93))
@@ -429,6 +431,8 @@ def _make_members() -> list[MemberMeasures]:
                 pure_features=80 - k,
                 event_auc=auc,
                 event_auc_interval=(auc - 0.02, auc + 0.02),
+                tpp=0.3 - 0.02 * k,
+                tpp_interval=(0.25 - 0.02 * k, 0.34 - 0.02 * k),
                 twins=0.02 * k if is_sae else None,
                 description_bits=90 + 12.0 * k,
                 warnings=("12% of the features have a twin",) if is_best else (),
