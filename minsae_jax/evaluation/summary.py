@@ -165,21 +165,21 @@ def _score_cells(score: "EventScore") -> list[str]:
 
 
 def write_files(evaluation: "Evaluation") -> None:
-    """Write evaluation.json, evaluation.csv and evaluation.png into the run."""
-    run = evaluation.inputs.run
-    with atomic_write(run / "evaluation.json") as temporary:
+    """Write evaluation.json, evaluation.csv and evaluation.png into the output folder."""
+    out = evaluation.inputs.out
+    with atomic_write(out / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(evaluation.to_record(), indent=2) + "\n")
     rows = [member.to_row() for member in evaluation.members]
     rows += [components.to_row() for components in evaluation.pca]
     with (
-        atomic_write(run / "evaluation.csv") as temporary,
+        atomic_write(out / "evaluation.csv") as temporary,
         temporary.open("w", newline="") as file,
     ):
         writer = csv.DictWriter(file, _column_names(rows))
         writer.writeheader()
         writer.writerows(rows)
-    draw_evaluation(run / "evaluation.png", evaluation)
-    update_checksums(run, ["evaluation.json", "evaluation.csv", "evaluation.png"])
+    draw_evaluation(out / "evaluation.png", evaluation)
+    update_checksums(out, ["evaluation.json", "evaluation.csv", "evaluation.png"])
 
 
 def _column_names(rows: Iterable[JsonObject]) -> list[str]:

@@ -32,7 +32,7 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     """
     inputs = evaluation.inputs
     member = next(m for m in inputs.members if m.name == evaluation.selected)
-    folder = inputs.run / "report"
+    folder = inputs.out / "report"
     warn_of_other_member(folder / LABELS_CSV, read_member(folder), member.name)
     labels = read_labels(folder / LABELS_CSV, member.name)
     activity = collect(
