@@ -3,7 +3,7 @@
 from minsae_jax.monitor.csv_log import Csv, open_csv
 from minsae_jax.monitor.member_log import METRICS, MemberLog
 from minsae_jax.monitor.progress_bar import Bar, progress
-from minsae_jax.monitor.tables import table
+from minsae_jax.monitor.tables import percent, table
 from minsae_jax.monitor.tensorboard import TFEVENTS_PREFIX, RunLog
 from minsae_jax.monitor.wandb_log import Wandb
 
@@ -16,6 +16,7 @@ __all__ = [
     "RunLog",
     "Wandb",
     "open_csv",
+    "percent",
     "progress",
     "table",
 ]
