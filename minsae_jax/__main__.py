@@ -4,7 +4,6 @@ Each verb is parsed into its settings, calls its function in `api`, and prints t
 """
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import minsae_jax
@@ -96,7 +95,7 @@ def evaluate(config: EvaluateConfig) -> None:
     evaluation = api.evaluate(config)
     print(evaluation.summary())
     if config.report:
-        print(f"open {Path(config.run) / 'report' / 'index.html'}")
+        print(f"open {evaluation.inputs.out / 'report' / 'index.html'}")
 
 
 def steer(config: SteerConfig) -> None:

@@ -12,12 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minsae_jax.checksums import SUMS
 from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.synthetic import Demo, DemoConfig
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig, EvaluationInputConfig
 from minsae_jax.evaluation.steering.config import SteerConfig
+from minsae_jax.files import foreign_entries
 from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
@@ -224,13 +226,28 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
             "no encoder is given, so loss recovered is not measured; set --checkpoint_path",
             stacklevel=2,
         )
+    out = run
+    if config.out is not None:
+        out = Path(config.out)
+        _check_evaluation_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
     # Two evaluations of one run would write the same files.
-    with lock_folder(run):
+    with lock_folder(out):
         result = evaluation.evaluate(config, encoder, trained)
         if config.report:
             with result.inputs.locked():
                 write_report(config, result)
     return result
+
+
+def _check_evaluation_folder(out: Path) -> None:
+    """Raise UserError if a folder contains anything else than an evaluation."""
+    owned = ("evaluation", "evaluation.*", "report", SUMS)
+    foreign = foreign_entries(out, owned)
+    if foreign:
+        raise UserError(
+            f"{out} contains {foreign[0]}, which is not part of an evaluation; choose another --out"
+        )
 
 
 def steer(config: SteerConfig, encoder: "BaseEncoder | None" = None) -> "Steering":

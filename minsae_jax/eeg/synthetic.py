@@ -7,7 +7,7 @@ on recordings of this generator.
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -157,8 +157,10 @@ def recording(
 ) -> tuple[Float[np.ndarray, "samples 19"], list[Event]]:
     """Return a recording, z-scored per channel, and its events in order of time.
 
-    spindle_factor: times the usual number of spindles. The same seed gives the same recording: the
-    order of the random draws must not change.
+    spindle_factor: times the usual number of spindles. The others are added after the z-score, so
+    that nothing else differs from the recording without them: with a z-score over everything,
+    more spindles would make all other waves of the recording smaller. The same seed gives the same
+    recording: the order of the random draws must not change.
     """
     rng = np.random.default_rng(seed)
     # Short recordings are cut out of a longer one, which every event fits into.
@@ -173,24 +175,37 @@ def recording(
 
     alpha_hz = rng.uniform(8.5, 11.5)
     spindle_hz = rng.uniform(12, 14)
+    kinds = _event_kinds(alpha_hz, spindle_hz)
     events = []
-    for kind in _event_kinds(alpha_hz, spindle_hz):
-        is_strong = kind.weights >= kind.weights.max() / 2
-        # Those with at least half of the largest amplitude
-        channels = tuple(np.array(CHANNELS)[is_strong].tolist())
-        expected = EVENTS_PER_MINUTE * n / SAMPLING_RATE / 60
-        if kind.name == "spindle":
-            expected *= spindle_factor
-        count = rng.poisson(expected)
-        for start in rng.integers(0, n - kind.length, count).tolist():
-            stop = start + kind.length
-            x[:, start:stop] += np.outer(kind.weights, kind.wave(kind.length, rng))
-            if start < samples:
-                events.append(Event(kind.name, start, min(stop, samples), channels))
+    for kind in kinds:
+        events += _plant(x, kind, 1.0, rng)
+    mean = x[:, :samples].mean(1, keepdims=True)
+    sd = x[:, :samples].std(1, keepdims=True)
+    if spindle_factor > 1:
+        spindles = next(kind for kind in kinds if kind.name == "spindle")
+        events += _plant(x, spindles, spindle_factor - 1, rng)
 
-    x = x[:, :samples]
-    x = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
-    return x.T.astype(np.float32), sorted(events, key=lambda event: event.start)
+    x = (x[:, :samples] - mean) / sd
+    inside = [event for event in events if event.start < samples]
+    cut = [replace(event, stop=min(event.stop, samples)) for event in inside]
+    return x.T.astype(np.float32), sorted(cut, key=lambda event: event.start)
+
+
+def _plant(
+    x: Float[np.ndarray, "19 n"], kind: EventKind, rate: float, rng: np.random.Generator
+) -> list[Event]:
+    """Add events of a kind to x, `rate` times the usual number, and return them."""
+    is_strong = kind.weights >= kind.weights.max() / 2
+    # Those with at least half of the largest amplitude
+    channels = tuple(np.array(CHANNELS)[is_strong].tolist())
+    n = x.shape[1]
+    count = rng.poisson(rate * EVENTS_PER_MINUTE * n / SAMPLING_RATE / 60)
+    events = []
+    for start in rng.integers(0, n - kind.length, count).tolist():
+        stop = start + kind.length
+        x[:, start:stop] += np.outer(kind.weights, kind.wave(kind.length, rng))
+        events.append(Event(kind.name, start, stop, channels))
+    return events
 
 
 def write_demo(settings: DemoConfig) -> Demo:

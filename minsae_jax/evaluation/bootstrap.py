@@ -8,7 +8,7 @@ of a resample use the same weights, so that differences and means of measures ha
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 RESAMPLES = 1000
 COVERAGE = 95  # % of the resamples inside an interval
@@ -45,50 +45,50 @@ def interval(replicates: Float[np.ndarray, " resamples"]) -> Interval | None:
     return Interval(float(low), float(high))
 
 
-class RankedSpans(NamedTuple):
-    """Weights of events and others, summed over equal scores, by increasing score."""
-
-    events: Float[np.ndarray, "resamples scores"]
-    others: Float[np.ndarray, "resamples scores"]
-
-
-def rank(
+def weighted_auc(
     scores: Float[np.ndarray, " n"],
     is_event: Bool[np.ndarray, " n"],
-    weights: Float[np.ndarray, "resamples n"],
-) -> RankedSpans:
-    """Return the weights by score, for `weighted_auc` and `weighted_recall`."""
-    order = np.argsort(scores, kind="stable")
-    _, first_of_equal = np.unique(scores[order], return_index=True)
-    sorted_weights = weights[:, order]
-    events = np.add.reduceat(sorted_weights * is_event[order], first_of_equal, axis=1)
-    others = np.add.reduceat(sorted_weights * ~is_event[order], first_of_equal, axis=1)
-    return RankedSpans(events, others)
-
-
-def weighted_auc(ranked: RankedSpans) -> Float[np.ndarray, " resamples"]:
+    recording: Int[np.ndarray, " n"],
+    weights: Float[np.ndarray, "resamples recordings"],
+) -> Float[np.ndarray, " resamples"]:
     """Return the area under the ROC curve of each resample; NaN without events or others.
 
     It is the weight of the pairs (event, other) in which the event scores higher, where equal
-    scores count half, over that of all pairs.
+    scores count half, over that of all pairs. The weight of a pair is the product of those of its
+    recordings, so that pairs are counted once by recordings, for all resamples.
     """
-    below = np.cumsum(ranked.others, axis=1) - ranked.others
-    above = (ranked.events * (below + ranked.others / 2)).sum(axis=1)
-    pairs = ranked.events.sum(axis=1) * ranked.others.sum(axis=1)
+    _, place = np.unique(scores, return_inverse=True)
+    counts = np.zeros((2, len(scores), weights.shape[1]))  # by side, place and recording
+    np.add.at(counts, (is_event.astype(int), place, recording), 1)
+    others, events = counts
+    below = np.cumsum(others, axis=0) - others / 2
+    higher = events.T @ below  # [recordings of events, recordings of others]
+    above = (weights @ higher * weights).sum(axis=1)
+    pairs = (weights @ events.sum(axis=0)) * (weights @ others.sum(axis=0))
     return np.divide(above, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
 
 
-def weighted_recall(ranked: RankedSpans) -> Float[np.ndarray, " resamples"]:
+def weighted_recall(
+    scores: Float[np.ndarray, " n"],
+    is_event: Bool[np.ndarray, " n"],
+    recording: Int[np.ndarray, " n"],
+    weights: Float[np.ndarray, "resamples recordings"],
+) -> Float[np.ndarray, " resamples"]:
     """Return the largest recall at a precision of at least 90 % of each resample.
 
     It is 0 if no threshold is that precise, and NaN without events.
     """
     # By decreasing score: everything from a score on is detected.
-    detected = np.cumsum(ranked.events[:, ::-1], axis=1)
-    false = np.cumsum(ranked.others[:, ::-1], axis=1)
+    order = np.argsort(-scores, kind="stable")
+    _, first_of_equal = np.unique(-scores[order], return_index=True)
+    of_spans = weights[:, recording[order]]
+    events = np.add.reduceat(of_spans * is_event[order], first_of_equal, axis=1)
+    others = np.add.reduceat(of_spans * ~is_event[order], first_of_equal, axis=1)
+    detected = np.cumsum(events, axis=1)
+    false = np.cumsum(others, axis=1)
     is_precise = detected >= MIN_PRECISION * (detected + false)
     most = (detected * is_precise).max(axis=1)
-    n_events = ranked.events.sum(axis=1)
+    n_events = events.sum(axis=1)
     return np.divide(most, n_events, out=np.full(len(most), np.nan), where=n_events > 0)
 
 

@@ -30,6 +30,8 @@ class EvaluationInputConfig:
     val_store: str | None = None
     """Store of the val patients, for principal components and to choose features for events
     (default: store_val)."""
+    val_root_path: str | None = None
+    """Folder of the recordings of the val store, with their events.csv (default: --root_path)."""
     checkpoint_path: str | None = None
     """Encoder that the members were trained on (default: the one in the run's config.yaml)."""
     config_path: str | None = None
@@ -42,6 +44,9 @@ class MeasureConfig:
 
     member: str | None = None
     """Evaluate and report only this member (default: evaluate all, report the recommended)."""
+    out: str | None = None
+    """Folder for measures and report (default: the run). With a folder of their own, recordings
+    other than the test patients' leave the evaluation in the run as it is."""
     substitution_windows: Annotated[int, AtLeastOne] = 64
     """Number of windows for the loss-recovered measure."""
     mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.3

@@ -235,7 +235,8 @@ def open_dataset(
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder} does not contain {name}, which the store {store.folder} was extracted "
-                "from; choose the recordings' folder with --root_path"
+                "from; choose the recordings' folder with --root_path (that of a val store with "
+                "--val_root_path)"
             )
     description = read_description(folder)
     _check_description(store, manifest, description)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.events import EVENTS
 from minsae_jax.evaluation.feature_measures import FeatureResult, measure_features
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member, open_inputs
 from minsae_jax.evaluation.loss_recovered import (
@@ -145,12 +144,13 @@ class _Sources:
 
     def __init__(self, settings: EvaluateConfig, inputs: EvaluationInputs):
         self.run = inputs.run
+        self.out = inputs.out
         self.has_loss = inputs.encoder is not None and inputs.encoder.reconstruction is not None
         val = None if inputs.val is None else _fingerprint(inputs.val)
         test = _fingerprint(inputs.test)
         encoder = None if inputs.encoder is None else inputs.encoder.fingerprint
         windows = [settings.substitution_windows, settings.mask_ratio, settings.seed]
-        events = sha256_of(inputs.test.folder / EVENTS) if inputs.has_events else None
+        events = [sha256_of(path) for path in inputs.event_files]
         self.tokens = [test]
         self.loss = [test, encoder, *windows]
         self.features = [test, val, events, settings.seed]
@@ -176,7 +176,7 @@ class _Sources:
         parts = ["tokens", "features"]
         if self.has_loss:
             parts.append("loss")
-        return all(load_part(self.run, keys.name, p, getattr(keys, p)) is not None for p in parts)
+        return all(load_part(self.out, keys.name, p, getattr(keys, p)) is not None for p in parts)
 
 
 def _fingerprint(dataset: Dataset) -> str:
@@ -188,11 +188,11 @@ def _fit_pca(inputs: EvaluationInputs) -> PCA | None:
     if inputs.val is None:
         return None
     key = make_key("pca", _fingerprint(inputs.val))
-    saved = load_part(inputs.run, COMPONENTS, "fit", key)
+    saved = load_part(inputs.out, COMPONENTS, "fit", key)
     if saved is not None:
         return PCA(saved["mean"], saved["directions"])
     pca = fit_pca(x.reshape(-1, x.shape[-1]) for _, x in inputs.val.batches(BATCH_SEQUENCES))
-    save_part(inputs.run, COMPONENTS, "fit", key, pca._asdict())
+    save_part(inputs.out, COMPONENTS, "fit", key, pca._asdict())
     return pca
 
 
@@ -230,7 +230,7 @@ def _substitute(
         return {member.name: errors.of_member(i) for i, member in enumerate(missing)}
 
     return saved_or_measured(
-        inputs.run,
+        inputs.out,
         "loss",
         members,
         keys,

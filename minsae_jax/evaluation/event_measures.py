@@ -8,17 +8,14 @@ parts.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from minsae_jax.evaluation.bootstrap import (
     Interval,
     interval,
-    rank,
     recall_at_precision,
     weighted_auc,
     weighted_recall,
@@ -29,9 +26,8 @@ from minsae_jax.evaluation.events import (
     auc,
     fit_probe,
     max_over_spans,
-    span_groups,
 )
-from minsae_jax.sae.kinds import Params, SAEKind
+from minsae_jax.evaluation.span_features import EncodedSpans, encode_spans
 from minsae_jax.sae.member import SparseAutoencoder
 
 PROBE_FEATURES = (1, 2, 5)  # k of the sparse probes
@@ -50,8 +46,8 @@ class EventKind:
     test: SpanActivations
     # Fitted on the tokens of the val spans
     probe: LinearProbe
-    # AUC of the probe on x, on the test spans
-    x_probe_auc: float
+    # Its largest logit on x in each test span
+    x_logits: Float[np.ndarray, " test_spans"]
     # Which test tokens touch an event on their channel, and which are in one for half of it
     touched: Bool[np.ndarray, "sequences n_located"]
     covered: Bool[np.ndarray, "sequences n_located"]
@@ -61,10 +57,21 @@ class EventKind:
         """Share of the test tokens that touch an event: the precision of random tokens."""
         return float(self.touched.mean())
 
+    def test_auc(
+        self,
+        scores: Float[np.ndarray, " test_spans"],
+        weights: Float[np.ndarray, "resamples recordings"],
+    ) -> Float[np.ndarray, " resamples"]:
+        """Return the AUC of a score of the test spans in each resample of their recordings."""
+        return weighted_auc(scores, self.test.is_event, self.test.recording, weights)
+
 
 @dataclass(frozen=True)
 class EventScore:
-    """How well features of one set separate one kind of events; on test patients unless said."""
+    """How well features of one set separate one kind of events; on test patients unless said.
+
+    Intervals are over recordings; features, probes and ties are those chosen on val.
+    """
 
     # Events in the val and test spans; each has a span without an event, if there is room
     val_events: int
@@ -86,14 +93,19 @@ class EventScore:
     best_five: tuple[int, ...]
     # AUC of logistic regressions on the best two and the best five
     probe_2_auc: float
+    probe_2_auc_interval: Interval | None
     probe_auc: float
+    probe_auc_interval: Interval | None
     # AUC of a linear probe that was fitted on x, on x and on x̂
     x_probe_auc: float
     x_hat_probe_auc: float
+    x_hat_probe_auc_interval: Interval | None
     # Drop of that AUC when the five most relevant features for this kind are ablated, and the mean
     # drop of the other kinds' probes; None with a single kind
     ablation_drop: float
+    ablation_drop_interval: Interval | None
     ablation_drop_others: float | None
+    ablation_drop_others_interval: Interval | None
     # AUC of `feature` over single tokens; None if all of them are covered, or none
     token_auc: float | None = None
     # Share of the test tokens that touch an event
@@ -106,6 +118,16 @@ class EventScore:
     pure_features: int = 0
 
 
+class MeanIntervals(NamedTuple):
+    """Intervals of means over kinds, all from the same resamples; see `EventSummary`."""
+
+    auc: Interval | None
+    recall: Interval | None
+    probe_auc: Interval | None
+    tpp: Interval | None
+    probe_recovered: Interval | None
+
+
 @dataclass(frozen=True)
 class SpanMeasures:
     """Measures of one autoencoder on the spans of all kinds, in the order of the kinds."""
@@ -115,9 +137,7 @@ class SpanMeasures:
     val_auc: Float[np.ndarray, "kinds d_sae"]
     auc: Float[np.ndarray, "kinds d_sae"]
     recall: Float[np.ndarray, "kinds d_sae"]
-    # Intervals of the means over kinds, all from the same resamples
-    mean_auc_interval: Interval | None
-    mean_recall_interval: Interval | None
+    intervals: MeanIntervals
 
 
 def make_kind(
@@ -134,9 +154,8 @@ def make_kind(
     probe = fit_probe(x.astype(np.float64), is_event)
     lengths = np.array([len(x) for x in test.activations])
     logits = probe(np.concatenate(test.activations))
-    scores = max_over_spans(logits[:, None], lengths)
-    x_probe_auc = float(auc(scores, test.is_event)[0])
-    return EventKind(name, val, test, probe, x_probe_auc, share > 0, share >= 0.5)
+    x_logits = max_over_spans(logits[:, None], lengths)[:, 0]
+    return EventKind(name, val, test, probe, x_logits, share > 0, share >= 0.5)
 
 
 def measure_spans(
@@ -146,15 +165,17 @@ def measure_spans(
     test_weights: Float[np.ndarray, "resamples test_recordings"],
 ) -> SpanMeasures:
     """Score an autoencoder's features on all kinds of events; weights: see `draw_weights`."""
+    # The first row is of the recordings as they are.
+    weights = np.insert(test_weights, 0, 1, axis=0)
     probes = np.stack([kind.probe.weights for kind in kinds], axis=1).astype(np.float32)
-    val = [_encode_spans(sae, kind.val, probes, np.zeros(0, np.int32)) for kind in kinds]
+    val = [encode_spans(sae, kind.val, probes, np.zeros(0, np.int32)) for kind in kinds]
     relevant = [_most_relevant(sae, kind.probe, one) for kind, one in zip(kinds, val, strict=True)]
     ablated = np.stack(relevant).astype(np.int32)
-    test = [_encode_spans(sae, kind.test, probes, ablated.reshape(-1)) for kind in kinds]
-    drops = _ablation_drops(sae, kinds, test, ablated, probes)
+    test = [encode_spans(sae, kind.test, probes, ablated.reshape(-1)) for kind in kinds]
+    drops = _ablation_drops(sae, kinds, test, ablated, probes, weights)
     scores = []
     columns: dict[str, list[np.ndarray]] = {"val_auc": [], "auc": [], "recall": []}
-    replicates = []
+    resampled = []
     for i, kind in enumerate(kinds):
         val_auc = _by_columns(auc, val[i].maxima, kind.val.is_event)
         test_auc = _by_columns(auc, test[i].maxima, kind.test.is_event)
@@ -162,113 +183,102 @@ def measure_spans(
         for column, values in zip(columns.values(), (val_auc, test_auc, recall), strict=True):
             column.append(values)
         best = np.argsort(-val_auc, kind="stable")[:MOST]
-        ranked = rank(
-            test[i].maxima[:, best[0]],
-            kind.test.is_event,
-            test_weights[:, kind.test.recording],
-        )
-        of_kind = (weighted_auc(ranked), weighted_recall(ranked))
-        replicates.append(of_kind)
         ties = _ties(val[i].maxima[:, best[0]], val_auc, kind.val, val_weights)
-        others = np.delete(drops[i], i)
-        score = EventScore(
-            val_events=int(kind.val.is_event.sum()),
-            test_events=int(kind.test.is_event.sum()),
-            feature=int(best[0]),
-            auc=float(test_auc[best[0]]),
-            auc_interval=interval(of_kind[0]),
-            val_auc=float(val_auc[best[0]]),
-            n_ties=len(ties),
-            ties=tuple(ties[:MAX_TIES].tolist()),
-            ties_auc=(float(test_auc[ties].min()), float(test_auc[ties].max())),
-            recall=float(recall[best[0]]),
-            recall_interval=interval(of_kind[1]),
-            best_five=tuple(best.tolist()),
-            probe_2_auc=_sparse_probe(val[i].maxima, test[i].maxima, kind, best[:2]),
-            probe_auc=_sparse_probe(val[i].maxima, test[i].maxima, kind, best),
-            x_probe_auc=kind.x_probe_auc,
-            x_hat_probe_auc=_probe_auc(test[i], test[i].logits[:, i], kind),
-            ablation_drop=float(drops[i, i]),
-            ablation_drop_others=float(others.mean()) if len(others) else None,
+        of_best = test[i].maxima[:, best[0]]
+        recalls = weighted_recall(of_best, kind.test.is_event, kind.test.recording, weights)
+        of_kind = _Resampled(
+            auc=kind.test_auc(of_best, weights),
+            recall=recalls,
+            probe_2=_sparse_probe(val[i].maxima, test[i].maxima, kind, best[:2], weights),
+            probe_5=_sparse_probe(val[i].maxima, test[i].maxima, kind, best, weights),
+            x_probe=kind.test_auc(kind.x_logits, weights),
+            x_hat_probe=_probe_auc(test[i], test[i].logits[:, i], kind, weights),
+            drop=drops[i, i],
+            drop_others=_mean_without(drops[i], i),
         )
-        scores.append(score)
-    mean_auc, mean_recall = np.mean(replicates, axis=0)
+        resampled.append(of_kind)
+        scores.append(_score(kind, of_kind, best, val_auc, test_auc, ties))
     return SpanMeasures(
         scores,
         val_auc=np.stack(columns["val_auc"]),
         auc=np.stack(columns["auc"]),
         recall=np.stack(columns["recall"]),
-        mean_auc_interval=interval(mean_auc),
-        mean_recall_interval=interval(mean_recall),
+        intervals=_mean_intervals(resampled),
     )
 
 
-class _EncodedSpans(NamedTuple):
-    """The features of one autoencoder on the spans of one kind."""
+class _Resampled(NamedTuple):
+    """Measures of one kind: first on the recordings as they are, then on each resample."""
 
-    # Largest activation of each feature over the tokens of each span
-    maxima: Float[np.ndarray, "spans d_sae"]
-    # Tokens of each span
-    lengths: Int[np.ndarray, " spans"]
-    # Mean activations over the tokens of events, and of other spans
-    means: Float[np.ndarray, "2 d_sae"]
-    # Of every kind's probe on x̂, without bias
-    logits: Float[np.ndarray, "tokens kinds"]
-    some: Float[np.ndarray, "tokens chosen"]
+    auc: Float[np.ndarray, " n"]
+    recall: Float[np.ndarray, " n"]
+    probe_2: Float[np.ndarray, " n"]
+    probe_5: Float[np.ndarray, " n"]
+    x_probe: Float[np.ndarray, " n"]
+    x_hat_probe: Float[np.ndarray, " n"]
+    drop: Float[np.ndarray, " n"]
+    # NaN with a single kind
+    drop_others: Float[np.ndarray, " n"]
 
 
-def _encode_spans(
-    sae: SparseAutoencoder,
-    spans: SpanActivations,
-    probes: Float[np.ndarray, "d_model kinds"],
-    chosen: Int[np.ndarray, " chosen"],
-) -> _EncodedSpans:
-    lengths = np.array([len(x) for x in spans.activations])
-    maxima = []
-    logits = []
-    some = []
-    sums = np.zeros((2, sae.d_sae))
-    for group in span_groups(spans.activations):
-        x = np.concatenate([spans.activations[i] for i in group])
-        side = np.repeat(spans.is_event[group], lengths[group])
-        # Padded to a power of two, so that groups share few compiled programs.
-        n_padded = 1 << max(len(x) - 1, 0).bit_length()
-        padded = np.zeros((n_padded, sae.d_model), np.float32)
-        padded[: len(x)] = x
-        sides = np.zeros((2, n_padded), np.float32)
-        sides[0, : len(x)] = side
-        sides[1, : len(x)] = ~side
-        with jax.default_matmul_precision("highest"):
-            encoded = _encode(sae.kind, sae.params, padded, sides, probes, chosen)
-        features, side_sums, group_logits, group_some = map(np.asarray, encoded)
-        maxima.append(max_over_spans(features[: len(x)], lengths[group]))
-        logits.append(group_logits[: len(x)])
-        some.append(group_some[: len(x)])
-        sums += side_sums
-    is_event = np.repeat(spans.is_event, lengths)
-    counts = np.array([is_event.sum(), (~is_event).sum()])
-    return _EncodedSpans(
-        np.concatenate(maxima),
-        lengths,
-        sums / counts[:, None],
-        np.concatenate(logits),
-        np.concatenate(some),
+def _score(
+    kind: EventKind,
+    resampled: _Resampled,
+    best: Int[np.ndarray, " 5"],
+    val_auc: Float[np.ndarray, " d_sae"],
+    test_auc: Float[np.ndarray, " d_sae"],
+    ties: Int[np.ndarray, " ties"],
+) -> EventScore:
+    """Return the scores of a kind; those on single tokens are filled in later."""
+    value = {name: float(values[0]) for name, values in resampled._asdict().items()}
+    within = {name: interval(values[1:]) for name, values in resampled._asdict().items()}
+    drop_others = value["drop_others"]
+    return EventScore(
+        val_events=int(kind.val.is_event.sum()),
+        test_events=int(kind.test.is_event.sum()),
+        feature=int(best[0]),
+        auc=value["auc"],
+        auc_interval=within["auc"],
+        val_auc=float(val_auc[best[0]]),
+        n_ties=len(ties),
+        ties=tuple(ties[:MAX_TIES].tolist()),
+        ties_auc=(float(test_auc[ties].min()), float(test_auc[ties].max())),
+        recall=value["recall"],
+        recall_interval=within["recall"],
+        best_five=tuple(best.tolist()),
+        probe_2_auc=value["probe_2"],
+        probe_2_auc_interval=within["probe_2"],
+        probe_auc=value["probe_5"],
+        probe_auc_interval=within["probe_5"],
+        x_probe_auc=value["x_probe"],
+        x_hat_probe_auc=value["x_hat_probe"],
+        x_hat_probe_auc_interval=within["x_hat_probe"],
+        ablation_drop=value["drop"],
+        ablation_drop_interval=within["drop"],
+        ablation_drop_others=None if np.isnan(drop_others) else drop_others,
+        ablation_drop_others_interval=within["drop_others"],
     )
 
 
-@partial(jax.jit, static_argnums=0)
-def _encode(
-    kind: SAEKind,
-    params: Params,
-    x: Float[Array, "tokens d_model"],
-    sides: Float[Array, "2 tokens"],
-    probes: Float[Array, "d_model kinds"],
-    chosen: Int[Array, " chosen"],
-) -> tuple[Array, Array, Array, Array]:
-    """Return features, their sums over each side, the probes on x̂, and the chosen features."""
-    features = kind.encode(params, x)
-    logits = kind.decode(params, features) @ probes
-    return features, sides @ features, logits, features[:, chosen]
+def _mean_intervals(resampled: Sequence[_Resampled]) -> MeanIntervals:
+    """Return the intervals of the means over kinds and of what is computed from them."""
+    means = _Resampled(*(np.mean(measure, axis=0)[1:] for measure in zip(*resampled, strict=True)))
+    x = means.x_probe - 0.5
+    x_hat = means.x_hat_probe - 0.5
+    recovered = np.divide(x_hat, x, out=np.full(len(x), np.nan), where=x > 0)
+    return MeanIntervals(
+        auc=interval(means.auc),
+        recall=interval(means.recall),
+        probe_auc=interval(means.probe_5),
+        tpp=interval(means.drop - means.drop_others),
+        probe_recovered=interval(recovered),
+    )
+
+
+def _mean_without(values: Float[np.ndarray, "kinds n"], i: int) -> Float[np.ndarray, " n"]:
+    """Return the mean of the other rows than i; NaN if there are none."""
+    others = np.delete(values, i, axis=0)
+    return others.mean(axis=0) if len(others) else np.full(values.shape[1], np.nan)
 
 
 def _tokens(
@@ -296,8 +306,7 @@ def _ties(
     weights: Float[np.ndarray, "resamples recordings"],
 ) -> Int[np.ndarray, " ties"]:
     """Return the features whose AUC is inside the interval of the best, the best first."""
-    ranked = rank(best, spans.is_event, weights[:, spans.recording])
-    of_best = interval(weighted_auc(ranked))
+    of_best = interval(weighted_auc(best, spans.is_event, spans.recording, weights))
     lowest = val_auc.max() if of_best is None else min(of_best.low, val_auc.max())
     by_auc = np.argsort(-val_auc, kind="stable")
     return by_auc[: int((val_auc >= lowest).sum())]
@@ -308,21 +317,25 @@ def _sparse_probe(
     test: Float[np.ndarray, "test_spans d_sae"],
     kind: EventKind,
     features: Int[np.ndarray, " k"],
-) -> float:
+    weights: Float[np.ndarray, "resamples recordings"],
+) -> Float[np.ndarray, " resamples"]:
     """Return the test AUC of a probe on some features, fitted on val."""
     probe = fit_probe(val[:, features].astype(np.float64), kind.val.is_event)
-    return float(auc(probe(test[:, features])[:, None], kind.test.is_event)[0])
+    return kind.test_auc(probe(test[:, features]), weights)
 
 
 def _probe_auc(
-    spans: _EncodedSpans, logits: Float[np.ndarray, " tokens"], kind: EventKind
-) -> float:
+    spans: EncodedSpans,
+    logits: Float[np.ndarray, " tokens"],
+    kind: EventKind,
+    weights: Float[np.ndarray, "resamples recordings"],
+) -> Float[np.ndarray, " resamples"]:
     """Return the AUC of a span's largest logit."""
-    return float(auc(max_over_spans(logits[:, None], spans.lengths), kind.test.is_event)[0])
+    return kind.test_auc(max_over_spans(logits[:, None], spans.lengths)[:, 0], weights)
 
 
 def _most_relevant(
-    sae: SparseAutoencoder, probe: LinearProbe, spans: _EncodedSpans
+    sae: SparseAutoencoder, probe: LinearProbe, spans: EncodedSpans
 ) -> Int[np.ndarray, " 5"]:
     """Return the features whose ablation lowers the probe's logit most on events.
 
@@ -336,21 +349,22 @@ def _most_relevant(
 def _ablation_drops(
     sae: SparseAutoencoder,
     kinds: Sequence[EventKind],
-    test: Sequence[_EncodedSpans],
+    test: Sequence[EncodedSpans],
     ablated: Int[np.ndarray, "kinds 5"],
     probes: Float[np.ndarray, "d_model kinds"],
-) -> Float[np.ndarray, "kinds kinds"]:
+    weights: Float[np.ndarray, "resamples recordings"],
+) -> Float[np.ndarray, "kinds kinds resamples"]:
     """Return the drop of each kind's probe AUC on x̂ (columns) by the ablation for each (rows)."""
     # The probe is linear: without feature i its logit is lower by f_i (W_dec,i · w).
     on_probes = sae.decoder_directions[ablated] @ probes
-    drops = np.zeros((len(kinds), len(kinds)))
+    drops = np.zeros((len(kinds), len(kinds), len(weights)))
     for j, (kind, spans) in enumerate(zip(kinds, test, strict=True)):
         logits = spans.logits[:, j]
-        complete = _probe_auc(spans, logits, kind)
+        complete = _probe_auc(spans, logits, kind, weights)
         features = spans.some.reshape(len(logits), *ablated.shape)
         for i in range(len(kinds)):
             without = logits - features[:, i] @ on_probes[i, :, j]
-            drops[i, j] = complete - _probe_auc(spans, without, kind)
+            drops[i, j] = complete - _probe_auc(spans, without, kind, weights)
     return drops
 
 

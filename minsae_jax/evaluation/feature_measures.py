@@ -19,7 +19,7 @@ from minsae_jax.evaluation.event_measures import (
     make_kind,
     measure_spans,
 )
-from minsae_jax.evaluation.events import draw_spans, event_share, gather, read_events
+from minsae_jax.evaluation.events import draw_spans, event_share, gather
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member
 from minsae_jax.evaluation.results import (
     EventEvaluation,
@@ -100,7 +100,7 @@ def measure_features(
     """Return the measures of all members, by name; what is saved is not measured again."""
     variance = next(iter(tokens.values())).variance
     return saved_or_measured(
-        inputs.run,
+        inputs.out,
         "features",
         members,
         keys,
@@ -156,10 +156,11 @@ def _event_kinds(settings: EvaluateConfig, inputs: EvaluationInputs) -> list[Eve
     if val is None or not inputs.has_events:
         return []
     kinds = []
-    for name, events in sorted(read_events(test.folder).items()):
+    val_events, test_events = inputs.read_events()
+    for name, events in sorted(test_events.items()):
         # Features are chosen on val patients and scored on test patients, so that the best of
         # many features does not win by chance.
-        val_spans = gather(val, draw_spans(val, events, settings.seed))
+        val_spans = gather(val, draw_spans(val, val_events[name], settings.seed))
         test_spans = gather(test, draw_spans(test, events, settings.seed))
         if val_spans.has_both and test_spans.has_both:
             kinds.append(make_kind(name, val_spans, test_spans, event_share(test, events)))

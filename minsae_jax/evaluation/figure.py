@@ -168,7 +168,7 @@ def _read_tpp(
     evaluated: "MemberEvaluation | PCAEvaluation",
 ) -> tuple[float, Interval | None] | None:
     events = evaluated.event_evaluation
-    return None if events is None else (events.summary.tpp, None)
+    return None if events is None else (events.summary.tpp, events.summary.tpp_interval)
 
 
 def _read_fvu(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from minsae_jax.activations.store import sibling_store
 from minsae_jax.eeg.events import EVENTS
@@ -13,6 +13,7 @@ from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
+from minsae_jax.evaluation.events import LabelledEvent, read_events
 from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import TrainConfig, load_run_config
 from minsae_jax.sae.hyper import Hyper, member_hyper, sort_key
@@ -31,11 +32,20 @@ class Member:
         return member_hyper(self.sae.config)
 
 
+class SplitEvents(NamedTuple):
+    """Labelled events by kind; both have the same kinds."""
+
+    val: dict[str, list[LabelledEvent]]
+    test: dict[str, list[LabelledEvent]]
+
+
 @dataclass(frozen=True)
 class EvaluationInputs:
     """Everything that `evaluate` reads; the report uses the same objects."""
 
     run: Path
+    # Where measures and report are written: the run, or another folder
+    out: Path
     # None if only the store is at hand
     encoder: BaseEncoder | None
     # Sorted by hyper-parameters
@@ -49,6 +59,25 @@ class EvaluationInputs:
     def layer(self) -> int:
         """Index of the encoder's layer, from 0."""
         return self.test.store.require_manifest().layer_index
+
+    @property
+    def event_files(self) -> list[Path]:
+        """events.csv of the val and of the test recordings; empty without events."""
+        if self.val is None or not self.has_events:
+            return []
+        return [self.val.folder / EVENTS, self.test.folder / EVENTS]
+
+    def read_events(self) -> "SplitEvents":
+        """Return the events of the kinds that val and test recordings have."""
+        assert self.val is not None  # see `open_inputs`
+        test = read_events(self.test.folder)
+        if self.val.folder == self.test.folder:
+            return SplitEvents(test, test)
+        val = read_events(self.val.folder)
+        kinds = sorted(val.keys() & test.keys())
+        return SplitEvents(
+            {kind: val[kind] for kind in kinds}, {kind: test[kind] for kind in kinds}
+        )
 
     @property
     def is_last_layer(self) -> bool:
@@ -103,7 +132,12 @@ def open_inputs(
             f"{test.folder} has {EVENTS}, which requires a store of the val patients to "
             "choose features on; set --val_store, or run extract with --split val"
         )
-    return EvaluationInputs(run, encoder, members, test, val, has_events)
+    if has_events and val is not None and not (val.folder / EVENTS).exists():
+        raise UserError(
+            f"{test.folder} has {EVENTS}, but {val.folder} has none to choose features on; add one"
+        )
+    out = Path(settings.out or run)
+    return EvaluationInputs(run, out, encoder, members, test, val, has_events)
 
 
 def open_members(run: Path) -> tuple[Member, ...]:
@@ -175,7 +209,10 @@ def _open_split(
     if not named and not path.is_dir():
         return None
     layer = train_config.cache_layer
-    dataset = open_dataset(path, layer, encoder, settings.root_path)
+    root_path = settings.root_path
+    if split == "val" and settings.val_root_path is not None:
+        root_path = settings.val_root_path
+    dataset = open_dataset(path, layer, encoder, root_path)
     if encoder is None:
         return dataset
     manifest = dataset.store.require_manifest()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from minsae_jax.evaluation.results import MemberEvaluation, PCAEvaluation, Recommendation
+from minsae_jax.monitor import percent
 
 MIN_RECOVERED = 0.95
 MIN_EXPLAINED = 0.85
@@ -13,9 +14,9 @@ MANY_TWINS = 0.1
 MANY_INACTIVE = 0.2
 DENSE = 0.5  # L0 as a share of d_model
 RULE = (
-    f"of the members that recover {MIN_RECOVERED:.0%} of the loss (the interval reaches it; "
-    f"without a pretrain head: explain {MIN_EXPLAINED:.0%} of the variance) and that PCA does not "
-    "dominate, the one with the shortest description; of those up to 5 % longer, the one whose "
+    f"of the members that recover {percent(MIN_RECOVERED)} of the loss (the interval reaches it; "
+    f"without a pretrain head: explain {percent(MIN_EXPLAINED)} of the variance) and that PCA does "
+    "not dominate, the one with the shortest description; of those up to 5 % longer, the one whose "
     "features are most stable over seeds, then the one with most pure features"
 )
 
@@ -64,8 +65,8 @@ def _quality(member: MemberEvaluation) -> float:
 
 def _threshold(member: MemberEvaluation) -> str:
     if member.loss is None:
-        return f"{MIN_EXPLAINED:.0%} of explained variance"
-    return f"{MIN_RECOVERED:.0%} of loss recovered"
+        return f"{percent(MIN_EXPLAINED)} of explained variance"
+    return f"{percent(MIN_RECOVERED)} of loss recovered"
 
 
 def _is_sufficient(member: MemberEvaluation) -> bool:
@@ -89,10 +90,11 @@ def _n_pure(member: MemberEvaluation) -> int:
 
 def _describe(member: MemberEvaluation) -> str:
     if member.loss is None:
-        return f"{member.member} ({member.tokens.explained_variance:.1%})"
-    text = f"{member.member} ({member.loss.loss_recovered:.1%}"
+        return f"{member.member} ({percent(member.tokens.explained_variance, 1)})"
+    text = f"{member.member} ({percent(member.loss.loss_recovered, 1)}"
     if member.loss.interval is not None:
-        text += f", interval {member.loss.interval.low:.1%} to {member.loss.interval.high:.1%}"
+        low, high = member.loss.interval
+        text += f", interval {percent(low, 1)} to {percent(high, 1)}"
     return f"{text})"
 
 
@@ -107,7 +109,7 @@ def _reason(equal: Sequence[MemberEvaluation], n_eligible: int, is_better: bool)
     place = "the shortest description" if n_equal == 1 else "one of the shortest descriptions"
     reason = (
         f"{_describe(best)} has {place}, {best.description_bits:.0f} bits per token (L0 "
-        f"{best.tokens.l0:.1f}), of the {n_eligible} that {verb} {share:.0%} of the "
+        f"{best.tokens.l0:.1f}), of the {n_eligible} that {verb} {percent(share)} of the "
         f"{what}{dominated}"
     )
     if n_equal == 1:
@@ -141,10 +143,10 @@ def member_warnings(
     if better is not None:
         warnings.append(f"{better.k} principal components explain more variance")
     if member.decoder.over_0_9 > MANY_TWINS:
-        share = f"{member.decoder.over_0_9:.0%}"
+        share = percent(member.decoder.over_0_9)
         warnings.append(f"{share} of the features have a twin (decoder cosine above 0.9)")
     if tokens.l0 > DENSE * d_model:
         warnings.append(f"L0 {tokens.l0:.0f} is close to the {d_model} dimensions")
     if tokens.never_active_fraction > MANY_INACTIVE:
-        warnings.append(f"{tokens.never_active_fraction:.0%} of the features are never active")
+        warnings.append(f"{percent(tokens.never_active_fraction)} of the features are never active")
     return tuple(warnings)

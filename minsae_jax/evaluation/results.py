@@ -28,8 +28,10 @@ CSV_SCORES = (
     "precision",
     "token_auc",
     "probe_auc",
+    "probe_auc_interval",
     "x_hat_probe_auc",
     "ablation_drop",
+    "ablation_drop_interval",
     "ablation_drop_others",
     "pure_features",
 )
@@ -112,12 +114,15 @@ class EventSummary:
     token_auc: float
     # Logistic regression on the best five
     probe_auc: float
+    probe_auc_interval: Interval | None
     # Features that are pure for at least one kind
     pure_features: int
     # Drop of the target kind's probe AUC by ablation of its features, less that of other kinds'
     tpp: float
+    tpp_interval: Interval | None
     # (AUC - 0.5) of the probes fitted on x, on x̂ over that on x, each a mean over kinds
     probe_recovered: float
+    probe_recovered_interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -137,17 +142,21 @@ def summarise_events(
     x_hat = mean_over_kinds(scores, "x_hat_probe_auc") - 0.5
     x = mean_over_kinds(scores, "x_probe_auc") - 0.5
     tpp = mean_over_kinds(scores, "ablation_drop") - mean_over_kinds(scores, "ablation_drop_others")
+    intervals = measures.intervals
     return EventSummary(
         auc=mean_over_kinds(scores, "auc"),
-        auc_interval=measures.mean_auc_interval,
+        auc_interval=intervals.auc,
         recall=mean_over_kinds(scores, "recall"),
-        recall_interval=measures.mean_recall_interval,
+        recall_interval=intervals.recall,
         precision=mean_over_kinds(scores, "precision"),
         token_auc=mean_over_kinds(scores, "token_auc"),
         probe_auc=mean_over_kinds(scores, "probe_auc"),
+        probe_auc_interval=intervals.probe_auc,
         pure_features=int(features.is_pure.any(axis=0).sum()),
         tpp=tpp,
+        tpp_interval=intervals.tpp,
         probe_recovered=x_hat / x if x > 0 else float("nan"),
+        probe_recovered_interval=intervals.probe_recovered,
     )
 
 
@@ -280,25 +289,27 @@ def _shared_record(evaluated: MemberEvaluation | PCAEvaluation) -> JsonObject:
 def _row(record: JsonObject, events: EventEvaluation | None) -> JsonObject:
     """Return an entry as a row of a CSV, whose cells cannot contain histograms or intervals."""
     row = {name: value for name, value in record.items() if not isinstance(value, dict)}
-    _split_interval(row, "loss_recovered_interval")
-    if events is None:
-        return row
-    for name, value in asdict(events.summary).items():
-        row[f"events_{name}"] = value
-    for name in ("events_auc_interval", "events_recall_interval"):
-        _split_interval(row, name)
-    for kind, score in events.scores.items():
-        for name in CSV_SCORES:
-            row[f"{kind}_{name}"] = getattr(score, name)
-        _split_interval(row, f"{kind}_auc_interval")
-    return row
+    if events is not None:
+        for name, value in asdict(events.summary).items():
+            row[f"events_{name}"] = value
+        for kind, score in events.scores.items():
+            for name in CSV_SCORES:
+                row[f"{kind}_{name}"] = getattr(score, name)
+    return _split_intervals(row)
 
 
-def _split_interval(row: JsonObject, name: str) -> None:
-    """Replace an interval by columns for its ends, such as auc_low and auc_high."""
-    limits = row.pop(name, None) or ("", "")
-    measure = name.removesuffix("_interval")
-    row[f"{measure}_low"], row[f"{measure}_high"] = limits
+def _split_intervals(row: JsonObject) -> JsonObject:
+    """Replace intervals by columns for their ends, such as auc_low and auc_high."""
+    cells: JsonObject = {}
+    for name, value in row.items():
+        if name.endswith("_interval"):
+            low, high = value or ("", "")
+            measure = name.removesuffix("_interval")
+            cells[f"{measure}_low"] = low
+            cells[f"{measure}_high"] = high
+        else:
+            cells[name] = value
+    return cells
 
 
 @dataclass(frozen=True)

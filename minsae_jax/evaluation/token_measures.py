@@ -51,7 +51,7 @@ def measure_tokens(
 ) -> dict[str, TokenResult]:
     """Return the measures of all members, by name; what is saved is not measured again."""
     return saved_or_measured(
-        inputs.run,
+        inputs.out,
         "tokens",
         members,
         keys,

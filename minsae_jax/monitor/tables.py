@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables for the terminal, and percentages in sentences."""
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -11,6 +11,15 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, *rows]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(_line(cells, widths) for cells in lines)
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """Return a share for a sentence; columns of tables have no space before the sign.
+
+    >>> percent(0.95)
+    '95 %'
+    """
+    return f"{100 * share:.{digits}f} %"
 
 
 def _line(cells: list[str], widths: list[int]) -> str:

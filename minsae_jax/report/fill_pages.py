@@ -99,6 +99,8 @@ def _member(evaluation: Evaluation, member: MemberEvaluation, has_seeds: bool) -
         pure_features=None if events is None else events.pure_features,
         event_auc=None if events is None else events.auc,
         event_auc_interval=None if events is None else events.auc_interval,
+        tpp=None if events is None else events.tpp,
+        tpp_interval=None if events is None else events.tpp_interval,
         twins=member.decoder.over_0_9,
         description_bits=member.description_bits,
         warnings=evaluation.recommendation.warnings.get(member.member, ()),
@@ -119,6 +121,8 @@ def _principal_components(pca: PCAEvaluation) -> MemberMeasures:
         pure_features=None if events is None else events.pure_features,
         event_auc=None if events is None else events.auc,
         event_auc_interval=None if events is None else events.auc_interval,
+        tpp=None if events is None else events.tpp,
+        tpp_interval=None if events is None else events.tpp_interval,
         description_bits=pca.description_bits,
     )
 
@@ -160,7 +164,9 @@ def _detection(score: EventScore) -> Detection:
         token_auc=score.token_auc,
         precision=score.precision,
         probe_2_auc=score.probe_2_auc,
+        probe_2_auc_interval=score.probe_2_auc_interval,
         probe_5_auc=score.probe_auc,
+        probe_5_auc_interval=score.probe_auc_interval,
     )
 
 
@@ -183,6 +189,7 @@ def _mean_detection(summary: EventSummary) -> Detection:
         token_auc=summary.token_auc,
         precision=summary.precision,
         probe_5_auc=summary.probe_auc,
+        probe_5_auc_interval=summary.probe_auc_interval,
     )
 
 

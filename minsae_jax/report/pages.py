@@ -99,7 +99,9 @@ class Detection:
     precision: float | None = None
     # AUC of logistic regressions on the best two and the best five
     probe_2_auc: float | None = None
+    probe_2_auc_interval: Interval | None = None
     probe_5_auc: float | None = None
+    probe_5_auc_interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,9 @@ class MemberMeasures:
     # Mean over kinds of event
     event_auc: float | None = None
     event_auc_interval: Interval | None = None
+    # Targeted probe perturbation, mean over kinds of event
+    tpp: float | None = None
+    tpp_interval: Interval | None = None
     # Share of decoder rows with a cosine above 0.9 with another
     twins: float | None = None
     # Bits per token

@@ -13,6 +13,7 @@ from minsae_jax.evaluation.results import Evaluation, MemberEvaluation
 from minsae_jax.evaluation.steering.edit import can_steer
 from minsae_jax.evaluation.steering.results import Steering
 from minsae_jax.evaluation.steering.steer import steer_best
+from minsae_jax.monitor import percent
 from minsae_jax.report.budget import choose_features, plan_pages
 from minsae_jax.report.context import make_context
 from minsae_jax.report.describe import describe_all, feature_row
@@ -32,7 +33,7 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     """
     inputs = evaluation.inputs
     member = next(m for m in inputs.members if m.name == evaluation.selected)
-    folder = inputs.run / "report"
+    folder = inputs.out / "report"
     warn_of_other_member(folder / LABELS_CSV, read_member(folder), member.name)
     labels = read_labels(folder / LABELS_CSV, member.name)
     activity = collect(
@@ -141,11 +142,11 @@ def _summary_rows(evaluated: MemberEvaluation, member: Member) -> list[tuple[str
         ("features", f"{member.sae.d_sae:,}"),
         ("active per token (L0)", f"{tokens.l0:.1f}"),
         ("variance unexplained (FVU)", f"{tokens.fvu:.3f}"),
-        ("never active on these tokens", f"{tokens.never_active_fraction:.1%}"),
-        ("active on over 10 % of tokens", f"{tokens.dense_fraction:.1%}"),
+        ("never active on these tokens", percent(tokens.never_active_fraction, 1)),
+        ("active on over 10 % of tokens", percent(tokens.dense_fraction, 1)),
     ]
     if evaluated.loss is not None:
-        rows.append(("loss recovered", f"{evaluated.loss.loss_recovered:.1%}"))
+        rows.append(("loss recovered", percent(evaluated.loss.loss_recovered, 1)))
     return rows
 
 

@@ -58,6 +58,23 @@ def test_alpha_is_posterior_and_in_its_band():
     assert 8 <= hz[4:][power[4:].argmax()] <= 12
 
 
+def test_more_spindles_change_nothing_else():
+    """The recording with more spindles is the one without them outside the added ones."""
+    x, events = recording(3, 30_000)
+    more, all_events = recording(3, 30_000, spindle_factor=3.0)
+    added = [event for event in all_events if event not in events]
+    assert {event.kind for event in added} == {"spindle"}
+    n_spindles = sum(event.kind == "spindle" for event in events)
+    assert 1 < len(added) / n_spindles < 3
+    assert sorted(all_events, key=str) == sorted(events + added, key=str)
+    is_added = np.zeros(len(x), bool)
+    for event in added:
+        is_added[event.start : event.stop] = True
+    np.testing.assert_array_equal(more[~is_added], x[~is_added])
+    difference = more - x
+    assert np.abs(difference[is_added]).max() > 1
+
+
 def test_demo_folder_is_valid(tmp_path):
     folder = tmp_path / "data" / "tuhab_preprocessed"
     settings = DemoConfig(root_path=str(folder), patients=10, minutes=0.5)

@@ -8,7 +8,6 @@ from minsae_jax.evaluation.bootstrap import (
     MIN_PRECISION,
     draw_weights,
     interval,
-    rank,
     recall_at_precision,
     weighted_auc,
     weighted_recall,
@@ -43,9 +42,8 @@ def test_a_weight_is_a_number_of_copies(spans):
     scores, is_event, recording = spans
     weights = draw_weights(5, seed=1, resamples=20)
     assert (weights.sum(axis=1) == 5).all()
-    ranked = rank(scores, is_event, weights[:, recording])
-    aucs = weighted_auc(ranked)
-    recalls = weighted_recall(ranked)
+    aucs = weighted_auc(scores, is_event, recording, weights)
+    recalls = weighted_recall(scores, is_event, recording, weights)
     for i, counts in enumerate(weights[:, recording].astype(int)):
         copies = np.repeat(scores, counts)
         are_events = np.repeat(is_event, counts)
@@ -64,9 +62,9 @@ def test_recall_at_precision_tries_every_threshold(spans):
 def test_resamples_without_events_have_no_value():
     is_event = np.array([True, False, False])
     weights = np.array([[0.0, 1, 2], [1.0, 1, 1]])
-    ranked = rank(np.array([3.0, 2, 1]), is_event, weights)
-    np.testing.assert_array_equal(weighted_auc(ranked), [np.nan, 1])
-    np.testing.assert_array_equal(weighted_recall(ranked), [np.nan, 1])
+    spans = (np.array([3.0, 2, 1]), is_event, np.arange(3))
+    np.testing.assert_array_equal(weighted_auc(*spans, weights), [np.nan, 1])
+    np.testing.assert_array_equal(weighted_recall(*spans, weights), [np.nan, 1])
 
 
 def test_interval_of_a_mean_has_the_normal_width():

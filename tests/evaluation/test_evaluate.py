@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
+import minsae_jax as ms
 from minsae_jax import UserError
 from minsae_jax.evaluation import inputs, saved
 from minsae_jax.evaluation.config import EvaluateConfig
@@ -166,6 +167,61 @@ def test_summary(evaluation):
     for member in evaluation.members:
         low, high = member.loss.interval
         assert f"{member.loss.loss_recovered:.1%} [{low:.1%}, {high:.1%}]" in text
+
+
+@pytest.fixture(scope="module")
+def new_recordings(trained, tmp_path_factory):
+    """Copies of the test recordings with other names, too few patients for a split, extracted."""
+    folder = tmp_path_factory.mktemp("new")
+    recordings = folder / "recordings"
+    recordings.mkdir()
+    names = {
+        name: f"new_{i}_preprocessed.npy"
+        for i, name in enumerate(trained.dataset("test").recordings)
+    }
+    for table in ("file_lengths_map.csv", "events.csv"):
+        head, *rows = (trained.recordings / table).read_text().splitlines()
+        renamed = [row.replace(row.split(",")[0], names.get(row.split(",")[0], "")) for row in rows]
+        kept = [row for row in renamed if row.startswith("new_")]
+        (recordings / table).write_text("\n".join([head, *kept]) + "\n")
+    for name, copy in names.items():
+        shutil.copy(trained.recordings / name, recordings / copy)
+    extract_config = ms.ExtractConfig(
+        root_path=str(recordings), batch_size=4, out=str(folder / "store"), split=("all",)
+    )
+    ms.extract(trained.encoder, extract_config)
+    return folder
+
+
+def test_other_recordings_have_an_evaluation_of_their_own(
+    trained, settings, evaluation, new_recordings
+):
+    """That of copies of the test recordings is equal, with features chosen on the val patients."""
+    before = (trained.run / "evaluation.json").read_bytes()
+    out = new_recordings / "evaluation of new"
+    config = replace(
+        settings,
+        root_path=str(new_recordings / "recordings"),
+        store=str(new_recordings / "store"),
+        val_root_path=str(trained.recordings),
+        out=str(out),
+        report=False,
+    )
+    result = ms.evaluate(config, trained.encoder)
+    assert (trained.run / "evaluation.json").read_bytes() == before
+    assert json.loads((out / "evaluation.json").read_text())["recommended"] == result.recommended
+    for member, expected in zip(result.members, evaluation.members, strict=True):
+        assert member.tokens.fvu == pytest.approx(expected.tokens.fvu, rel=1e-4)
+        assert member.events.keys() == expected.events.keys()
+        for kind, score in member.events.items():
+            assert score.feature == expected.events[kind].feature
+            assert score.val_auc == expected.events[kind].val_auc
+            assert score.test_events == expected.events[kind].test_events
+    with pytest.raises(UserError, match="that of a val store with --val_root_path"):
+        ms.evaluate(replace(config, val_root_path=None), trained.encoder)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"contains notes\.txt"):
+        ms.evaluate(config, trained.encoder)
 
 
 @pytest.fixture(scope="module")

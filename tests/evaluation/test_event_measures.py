@@ -8,7 +8,7 @@ from scipy.stats import mannwhitneyu
 from minsae_jax import SparseAutoencoder
 from minsae_jax.evaluation.bootstrap import draw_weights
 from minsae_jax.evaluation.event_measures import make_kind, measure_spans
-from minsae_jax.evaluation.events import Span, SpanActivations
+from minsae_jax.evaluation.events import Span, SpanActivations, fit_probe
 from minsae_jax.evaluation.pca import raw_autoencoder
 
 D_MODEL = 16
@@ -120,32 +120,39 @@ def test_every_feature_by_brute_force(directions, kinds):
         assert measures.scores[i].probe_auc == pytest.approx(expected, abs=2e-3)
 
 
+def relevant_features(sae, kind):
+    """The five features that raise the probe on events more than on others, in val."""
+    tokens = np.concatenate(kind.val.activations)
+    is_event = np.repeat(kind.val.is_event, [len(x) for x in kind.val.activations])
+    f = np.asarray(sae.encode(tokens))
+    difference = f[is_event].mean(0) - f[~is_event].mean(0)
+    return np.argsort(-difference * (sae.decoder_directions @ kind.probe.weights))[:5]
+
+
+def probe_scores(sae, kind, ablated):
+    """The largest logit of the kind's probe on x̂ in each test span, with features set to 0."""
+    scores = []
+    for x in kind.test.activations:
+        f = np.array(sae.encode(x))
+        f[:, ablated] = 0
+        scores.append(kind.probe(np.asarray(sae.decode(f))).max())
+    return np.array(scores)
+
+
 def test_ablation_runs_the_probe_without_the_features(directions, kinds):
     """The drops against an autoencoder in which the features are set to 0."""
     sae = autoencoder(directions)
     measures = score(sae, kinds)
     for i, kind in enumerate(kinds):
-        # The features that raise the probe on events more than on others, in val.
-        tokens = np.concatenate(kind.val.activations)
-        is_event = np.repeat(kind.val.is_event, [len(x) for x in kind.val.activations])
-        f = np.asarray(sae.encode(tokens))
-        difference = f[is_event].mean(0) - f[~is_event].mean(0)
-        features = np.argsort(-difference * (sae.decoder_directions @ kind.probe.weights))[:5]
+        features = relevant_features(sae, kind)
 
-        def probe_auc(other, ablated):
-            scores = []
-            for x in other.test.activations:
-                f = np.array(sae.encode(x))
-                f[:, ablated] = 0
-                scores.append(other.probe(np.asarray(sae.decode(f))).max())
-            return pairs_auc(other.test.is_event, scores)
+        def drop(of, features=features):
+            complete, without = probe_scores(sae, of, []), probe_scores(sae, of, features)
+            return pairs_auc(of.test.is_event, complete) - pairs_auc(of.test.is_event, without)
 
-        def drop(other, features=features, probe_auc=probe_auc):
-            return probe_auc(other, []) - probe_auc(other, features)
-
-        other = kinds[1 - i]
         assert measures.scores[i].ablation_drop == pytest.approx(drop(kind), abs=2e-3)
-        assert measures.scores[i].ablation_drop_others == pytest.approx(drop(other), abs=2e-3)
+        of_other = drop(kinds[1 - i])
+        assert measures.scores[i].ablation_drop_others == pytest.approx(of_other, abs=2e-3)
 
 
 def test_copies_of_a_feature_are_ties(directions, kinds):
@@ -160,14 +167,49 @@ def test_copies_of_a_feature_are_ties(directions, kinds):
     assert first.ties_auc == (first.auc, first.auc)
 
 
+def resampled_aucs(scores, spans):
+    """The AUC on copies of the spans, as often as each resample has their recording."""
+    aucs = []
+    for counts in draw_weights(N_RECORDINGS, seed=0).astype(int):
+        copies = np.repeat(np.arange(len(scores)), counts[spans.recording])
+        aucs.append(pairs_auc(spans.is_event[copies], scores[copies]))
+    return np.array(aucs)
+
+
+def limits(values):
+    return pytest.approx(tuple(np.percentile(values, [2.5, 97.5])), abs=1e-6)
+
+
 def test_intervals_are_of_resampled_recordings(directions, kinds):
     sae = autoencoder(directions)
-    test = kinds[0].test
-    weights = draw_weights(N_RECORDINGS, seed=0)
-    maxima = span_maxima(sae, test)[:, 0]
-    aucs = []
-    for counts in weights.astype(int):
-        copies = np.repeat(np.arange(len(maxima)), counts[test.recording])
-        aucs.append(pairs_auc(test.is_event[copies], maxima[copies]))
-    low, high = score(sae, kinds).scores[0].auc_interval
-    assert (low, high) == pytest.approx(tuple(np.percentile(aucs, [2.5, 97.5])), abs=1e-6)
+    maxima = span_maxima(sae, kinds[0].test)[:, 0]
+    expected = limits(resampled_aucs(maxima, kinds[0].test))
+    assert tuple(score(sae, kinds).scores[0].auc_interval) == expected
+
+
+def test_interval_of_a_sparse_probe_keeps_the_probe(directions, kinds):
+    sae = autoencoder(directions)
+    found = score(sae, kinds).scores[0]
+    five = list(found.best_five)
+    val, test = span_maxima(sae, kinds[0].val), span_maxima(sae, kinds[0].test)
+    probe = fit_probe(val[:, five].astype(np.float64), kinds[0].val.is_event)
+    aucs = resampled_aucs(probe(test[:, five]), kinds[0].test)
+    assert tuple(found.probe_auc_interval) == limits(aucs)
+    low, high = found.probe_auc_interval
+    assert low < found.probe_auc < high
+
+
+def test_interval_of_targeted_perturbation_is_of_differences(directions, kinds):
+    """Drop of the own probe less that of the other, in the same resamples; mean over kinds."""
+    sae = autoencoder(directions)
+    differences = []
+    for i, kind in enumerate(kinds):
+        features = relevant_features(sae, kind)
+        drops = []
+        for of in (kind, kinds[1 - i]):
+            complete = resampled_aucs(probe_scores(sae, of, []), of.test)
+            drops.append(complete - resampled_aucs(probe_scores(sae, of, features), of.test))
+        differences.append(drops[0] - drops[1])
+    low, high = np.percentile(np.mean(differences, axis=0), [2.5, 97.5])
+    assert tuple(score(sae, kinds).intervals.tpp) == pytest.approx((low, high), abs=2e-3)
+    assert high - low > 0.02

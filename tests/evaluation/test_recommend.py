@@ -23,6 +23,24 @@ NOTHING = np.zeros((0, 0))
 NO_FEATURES = FeatureEvents((), NOTHING, NOTHING, NOTHING, NOTHING, np.zeros(0, int), np.zeros(0))
 
 
+def summary(pure):
+    return EventSummary(
+        auc=0.9,
+        auc_interval=None,
+        recall=0.5,
+        recall_interval=None,
+        precision=0.5,
+        token_auc=0.5,
+        probe_auc=0.9,
+        probe_auc_interval=None,
+        pure_features=pure,
+        tpp=0.0,
+        tpp_interval=None,
+        probe_recovered=1.0,
+        probe_recovered_interval=None,
+    )
+
+
 def member(
     name,
     bits,
@@ -44,9 +62,7 @@ def member(
         loss = LossRecovered(0.1, recovered, recovered, limits)
     events = None
     if pure is not None:
-        events = EventEvaluation(
-            {}, EventSummary(0.9, None, 0.5, None, 0.5, 0.5, 0.9, pure, 0.0, 1.0), NO_FEATURES
-        )
+        events = EventEvaluation({}, summary(pure), NO_FEATURES)
     found_again = None
     if stability is not None:
         found_again = StabilitySummary(stability, stability, 0.0, None)
@@ -69,8 +85,10 @@ def test_the_shortest_description_among_those_that_reach_95_percent():
     assert result.member == "nearly"
     assert result.interval == pytest.approx((0.935, 0.955))
     assert result.runners_up == ("dense",)
-    assert "nearly (94.5%, interval 93.5% to 95.5%) has the shortest description" in result.reason
-    assert "60 bits per token (L0 8.0), of the 2 that recover 95% of the loss" in result.reason
+    assert (
+        "nearly (94.5 %, interval 93.5 % to 95.5 %) has the shortest description" in result.reason
+    )
+    assert "60 bits per token (L0 8.0), of the 2 that recover 95 % of the loss" in result.reason
 
 
 def test_members_that_pca_dominates_come_last():
@@ -104,7 +122,7 @@ def test_equal_lengths_are_decided_by_stability_then_purity():
 def test_no_member_reaches_the_threshold():
     result = recommend([member("a", 10, 0.5), member("b", 900, 0.8)], [], D_MODEL)
     assert result.member == "b"
-    assert result.reason.startswith("no member reaches 95% of loss recovered; b (80.0%")
+    assert result.reason.startswith("no member reaches 95 % of loss recovered; b (80.0 %")
 
 
 def test_diverged_members_are_recommended_only_if_all_are():
@@ -121,15 +139,15 @@ def test_without_a_head_the_explained_variance_decides():
     result = recommend([a, b], [], D_MODEL)
     assert result.member == "b"
     assert result.interval is None
-    assert "explain 85% of the variance" in result.reason
+    assert "explain 85 % of the variance" in result.reason
 
 
 def test_warnings():
     bad = member("bad", 10, 0.99, l0=109.0, fvu=0.015, twins=0.77, inactive=0.29)
     assert member_warnings(bad, [pca(32, 0.005)], D_MODEL) == (
         "32 principal components explain more variance",
-        "77% of the features have a twin (decoder cosine above 0.9)",
+        "77 % of the features have a twin (decoder cosine above 0.9)",
         "L0 109 is close to the 128 dimensions",
-        "29% of the features are never active",
+        "29 % of the features are never active",
     )
     assert member_warnings(member("good", 10, 0.99), [pca(4, 0.07)], D_MODEL) == ()

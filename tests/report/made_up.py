@@ -295,12 +295,12 @@ def make_pages(n: int) -> Pages:
     recommended = RecommendedMember(
         member="topk,k=8",
         reason=(
-            "topk,k=8 (97.1%, interval 95.8% to 98.0%) has the shortest description, 174 bits per "
-            "token with L0 8.0, of the 5 that recover 95% of the loss"
+            "topk,k=8 (97.1 %, interval 95.8 % to 98.0 %) has the shortest description, 174 bits "
+            "per token with L0 8.0, of the 5 that recover 95 % of the loss"
         ),
-        rule="of the members that recover 95% of the loss, the one with the shortest description",
+        rule="of the members that recover 95 % of the loss, the one with the shortest description",
         runners_up=("topk,k=16", "jumprelu,k=8"),
-        warnings=("12% of the features have a twin (decoder cosine above 0.9)",),
+        warnings=("12 % of the features have a twin (decoder cosine above 0.9)",),
     )
     return Pages(
         recommended=recommended,
@@ -322,7 +322,9 @@ def _make_scores(auc: float) -> DetectionBySet:
             token_auc=auc - 0.3,
             precision=auc**2,
             probe_2_auc=auc + 0.004,
+            probe_2_auc_interval=(auc - 0.02, auc + 0.01),
             probe_5_auc=auc + 0.008,
+            probe_5_auc_interval=(auc - 0.01, auc + 0.02),
         )
 
     return DetectionBySet(detection(auc), detection(auc - 0.05), detection(0.93))
@@ -429,9 +431,11 @@ def _make_members() -> list[MemberMeasures]:
                 pure_features=80 - k,
                 event_auc=auc,
                 event_auc_interval=(auc - 0.02, auc + 0.02),
+                tpp=0.3 - 0.02 * k,
+                tpp_interval=(0.25 - 0.02 * k, 0.34 - 0.02 * k),
                 twins=0.02 * k if is_sae else None,
                 description_bits=90 + 12.0 * k,
-                warnings=("12% of the features have a twin",) if is_best else (),
+                warnings=("12 % of the features have a twin",) if is_best else (),
                 is_recommended=is_best,
             )
             members.append(member)

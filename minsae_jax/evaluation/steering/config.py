@@ -59,6 +59,7 @@ class SteerConfig(EditConfig, EvaluationInputConfig):
             root_path=self.root_path,
             store=self.store,
             val_store=self.val_store,
+            val_root_path=self.val_root_path,
             checkpoint_path=self.checkpoint_path,
             config_path=self.config_path,
             member=member,

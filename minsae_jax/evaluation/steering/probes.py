@@ -21,7 +21,6 @@ from minsae_jax.evaluation.events import (
     auc,
     draw_spans,
     fit_probe,
-    read_events,
     tokens_of,
 )
 from minsae_jax.evaluation.inputs import EvaluationInputs
@@ -116,13 +115,13 @@ def make_probes(
     """
     if inputs.val is None or not inputs.has_events:
         return None
-    events = read_events(inputs.test.folder)
-    val = _locate_spans(inputs.val, events, seed)
-    test = _locate_spans(inputs.test, events, seed)
+    events = inputs.read_events()
+    val = _locate_spans(inputs.val, events.val, seed)
+    test = _locate_spans(inputs.test, events.test, seed)
     no_scales = np.ones((0, len(features)))
     values = read_spans(steered, val, features, no_scales)
     probes = []
-    for number, kind in enumerate(sorted(events)):
+    for number, kind in enumerate(sorted(events.test)):
         if not (val.has_both(number) and test.has_both(number)):
             continue
         of_kind = val.kind == number

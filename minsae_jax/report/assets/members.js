@@ -8,6 +8,7 @@ const MEMBER_MEASURES = [
   { key: "loss_recovered", title: "Loss recovered", interval: "loss_recovered_interval", format: (v) => fixed(100 * v, 1), unit: "%" },
   { key: "description_bits", title: "Bits", hint: "description length per token", axis: "zero", format: (v) => whole(v) },
   { key: "event_auc", title: "Event AUC", hint: "of the best feature, mean over kinds of event", interval: "event_auc_interval", format: (v) => fixed(v) },
+  { key: "tpp", title: "TPP", hint: "targeted probe perturbation: drop of the AUC of a kind's probe when its five features are ablated, less that of the other kinds", interval: "tpp_interval", format: (v) => fixed(v, 2) },
   { key: "pure_features", title: "Pure", hint: "features whose strongest tokens nearly all touch one kind of event", axis: "zero", format: (v) => whole(v) },
   { key: "stability", title: "Stability", hint: "share of the live features found again with other seeds", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
   { key: "never_active", title: "Never active", hint: "share of the features, on the test patients", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },

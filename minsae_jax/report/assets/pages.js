@@ -22,8 +22,8 @@ const MEASURES = [
   { key: "recall", title: "Recall", hint: "share of the events found at a precision of 90 %", format: percent },
   { key: "token_auc", title: "Token AUC", hint: "AUC over single tokens instead of spans" },
   { key: "precision", title: "Precision", hint: "share of the strongest tokens that touch an event", format: percent },
-  { key: "probe_2_auc", title: "Probe, 2", hint: "AUC of a logistic regression on the best two of the set, chosen on val" },
-  { key: "probe_5_auc", title: "Probe, 5", hint: "AUC of a logistic regression on the best five of the set, chosen on val" },
+  { key: "probe_2_auc", title: "Probe, 2", hint: "AUC of a logistic regression on the best two of the set, chosen on val", interval: "probe_2_auc_interval" },
+  { key: "probe_5_auc", title: "Probe, 5", hint: "AUC of a logistic regression on the best five of the set, chosen on val", interval: "probe_5_auc_interval" },
 ];
 
 /** Return a table of scores, with the rows of each group together: {first, which, scores}. */
@@ -39,7 +39,7 @@ function scoreTable(groups, firstTitle = null) {
     return html("tr", { class: `${key}${i ? "" : " first"}` }, first, html("td", {}, title), html("td", { class: "which" }, key === "sae" ? group.which : null),
       html("td", { class: `num ${isLargest ? "strong" : ""}` }, withInterval(scores.auc, scores.auc_interval)),
       html("td", { class: "plot" }, track(scores.auc, { interval: scores.auc_interval, kind: key })),
-      measures.map((m) => html("td", { class: "num" }, (m.format ?? fixed)(scores[m.key]))));
+      measures.map((m) => html("td", { class: "num" }, withInterval(scores[m.key], scores[m.interval], m.format))));
   };
   const body = groups.flatMap((group) => {
     const rows = SETS.filter(([key]) => group.scores[key]);

@@ -1,0 +1,82 @@
+"""The features of an autoencoder on the spans of one kind of events, for `measure_spans`."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from minsae_jax.evaluation.events import SpanActivations, max_over_spans, span_groups
+from minsae_jax.sae.kinds import Params, SAEKind
+from minsae_jax.sae.member import SparseAutoencoder
+
+
+class EncodedSpans(NamedTuple):
+    """The features of one autoencoder on the spans of one kind."""
+
+    # Largest activation of each feature over the tokens of each span
+    maxima: Float[np.ndarray, "spans d_sae"]
+    # Tokens of each span
+    lengths: Int[np.ndarray, " spans"]
+    # Mean activations over the tokens of events, and of other spans
+    means: Float[np.ndarray, "2 d_sae"]
+    # Of every kind's probe on x̂, without bias
+    logits: Float[np.ndarray, "tokens kinds"]
+    # Of the chosen features
+    some: Float[np.ndarray, "tokens chosen"]
+
+
+def encode_spans(
+    sae: SparseAutoencoder,
+    spans: SpanActivations,
+    probes: Float[np.ndarray, "d_model kinds"],
+    chosen: Int[np.ndarray, " chosen"],
+) -> EncodedSpans:
+    """Encode spans; probes: weights of every kind's, chosen: features to return of every token."""
+    lengths = np.array([len(x) for x in spans.activations])
+    maxima = []
+    logits = []
+    some = []
+    sums = np.zeros((2, sae.d_sae))
+    for group in span_groups(spans.activations):
+        x = np.concatenate([spans.activations[i] for i in group])
+        side = np.repeat(spans.is_event[group], lengths[group])
+        # Padded to a power of two, so that groups share few compiled programs.
+        n_padded = 1 << max(len(x) - 1, 0).bit_length()
+        padded = np.zeros((n_padded, sae.d_model), np.float32)
+        padded[: len(x)] = x
+        sides = np.zeros((2, n_padded), np.float32)
+        sides[0, : len(x)] = side
+        sides[1, : len(x)] = ~side
+        with jax.default_matmul_precision("highest"):
+            encoded = _encode(sae.kind, sae.params, padded, sides, probes, chosen)
+        features, side_sums, group_logits, group_some = map(np.asarray, encoded)
+        maxima.append(max_over_spans(features[: len(x)], lengths[group]))
+        logits.append(group_logits[: len(x)])
+        some.append(group_some[: len(x)])
+        sums += side_sums
+    is_event = np.repeat(spans.is_event, lengths)
+    counts = np.array([is_event.sum(), (~is_event).sum()])
+    return EncodedSpans(
+        np.concatenate(maxima),
+        lengths,
+        sums / counts[:, None],
+        np.concatenate(logits),
+        np.concatenate(some),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(
+    kind: SAEKind,
+    params: Params,
+    x: Float[Array, "tokens d_model"],
+    sides: Float[Array, "2 tokens"],
+    probes: Float[Array, "d_model kinds"],
+    chosen: Int[Array, " chosen"],
+) -> tuple[Array, Array, Array, Array]:
+    """Return features, their sums over each side, the probes on x̂, and the chosen features."""
+    features = kind.encode(params, x)
+    logits = kind.decode(params, features) @ probes
+    return features, sides @ features, logits, features[:, chosen]
