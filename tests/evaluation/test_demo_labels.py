@@ -13,7 +13,7 @@ from tests.conftest import FIXTURES
 
 
 @pytest.mark.slow
-def test_more_spindles_are_found_by_features_of_spindles(tmp_path, one_device):
+def test_more_spindles_are_found_by_features_of_spindles(tmp_path):
     root_path = str(tmp_path / "tuhab_preprocessed")
     ms.write_demo(ms.DemoConfig(root_path=root_path, patients=60, minutes=3.0, labels=True))
     encoder, _ = convert_encoder(FIXTURES / "tuhab_patch_100/checkpoint.pth")
