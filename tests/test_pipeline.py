@@ -38,7 +38,7 @@ SHORT_EVALUATION = "--substitution_windows 4"
 DEMO_RUN = FIXTURES / "demo_run"  # what a full run of configs/demo.yaml wrote
 TARGETS = """
 help setup demo prepare convert extract train evaluate tensorboard test test-all check
-bench bench-train bench-stream bench-extract clean
+bench bench-train bench-stream bench-extract cuda-check clean
 """
 
 

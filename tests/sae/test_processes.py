@@ -166,7 +166,8 @@ def test_lost_process_ends_the_other_in_one_line(small_store, tmp_path, lost, si
     lost_at = time.monotonic()
     other = cluster.wait_for(1 - lost)
     assert time.monotonic() - lost_at < 60
-    cluster.kill()
+    cluster.processes[lost].kill()
+    cluster.wait_for(lost)
     lines = error_lines(other.stderr)
     assert (other.returncode, len(lines)) == (2, 1), other.stderr
     assert re.fullmatch(f"error: {named} of the cluster has ended; .*", lines[0])

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,7 +12,6 @@ from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.extract import extract
 from minsae_jax.evaluation.config import Band, EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate
-from minsae_jax.evaluation.steering.results import Steering
 from minsae_jax.evaluation.steering.steer import steer_best
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.trainer import train
@@ -25,14 +23,8 @@ BANDS = tuple(Band(*band) for band in montage.BANDS)
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        devices = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda: devices)
-        return steer_alpha(tmp_path_factory.mktemp("planted"))
-
-
-def steer_alpha(folder: Path) -> dict[str, Steering]:
     """Steering of the best feature of alpha: kind -> Steering."""
+    folder = tmp_path_factory.mktemp("planted")
     root_path = str(folder / "tuhab_preprocessed")
     write_demo(DemoConfig(root_path=root_path, patients=16, minutes=2.0))
     encoder, _ = convert_encoder(DEMO / "encoder.pth", DEMO / "encoder.yaml")
