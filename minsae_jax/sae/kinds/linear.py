@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Num
 
 from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds.auxk import aux_sums
@@ -48,6 +48,14 @@ class Activated(NamedTuple):
     features: Float[Array, "d_sae tile"]
     penalty: Float[Array, " tile"]  # without its weight λ
     other: Float[Array, " tile"]  # further loss, with its weight
+
+
+class BackProjected(NamedTuple):
+    """Errors, summed over the prefixes that contain a feature, on the way back."""
+
+    backward: Num[Array, "d_sae tile"]  # W_dec error
+    decoder: Float[Array, "d_sae d_model"]  # features errorᵀ
+    error_sum: Float[Array, "d_model tile"]  # over all prefixes
 
 
 def above_threshold(pre: Float[Array, "d_sae tile"], context: BatchContext) -> Activated:
@@ -253,30 +261,11 @@ class LinearSAE(SAEKind):
         kept_f_FxB = kept(f_FxB, objective)
         rounded_f_FxB = round_factor(kept_f_FxB)
 
-        # Features first to end - 1 of a segment are in its own prefix and in all longer ones.
-        ends = self.prefixes(len(f_FxB))
-        segments = [slice(first, end) for first, end in zip((0, *ends[:-1]), ends, strict=True)]
-        x_hat_DxB = weights.b_dec[:, None]
-        errors = []
-        for segment in segments:
-            part = written(product(weights.w_dec_T[:, segment], rounded_f_FxB[segment]))
-            x_hat_DxB = x_hat_DxB + part
-            error_DxB = x_hat_DxB - tile.x.T
-            if tile.is_token is not None:
-                error_DxB = error_DxB * mask[None]
-            errors.append(error_DxB)
-
+        errors = self._errors(weights, tile, rounded_f_FxB)
         # dloss/dx̂ = dloss_factor * error for each prefix.
         dloss_factor = 2 * objective.recon_weight * objective.mse_factor(d_model) / len(errors)
-        error_sum_DxB = jnp.zeros_like(errors[-1])
-        backward = []
-        dec_gradients = []
-        for segment, error_DxB in zip(reversed(segments), reversed(errors), strict=True):
-            error_sum_DxB = error_sum_DxB + error_DxB
-            rounded_error_DxB = round_factor(error_sum_DxB)
-            backward.append(kept_product(weights.w_dec[segment], rounded_error_DxB))
-            dec_gradients.append(product(rounded_f_FxB[segment], rounded_error_DxB.T))
-        backward_FxB = jnp.concatenate(backward[::-1])
+        back = self._back_project(weights, rounded_f_FxB, errors, objective)
+        backward_FxB = back.backward
         if not on_cpu():
             # All that follows is one pass over two arrays, which computes the features again.
             source_FxB = kept_f_FxB if self.selects else pre_FxB
@@ -297,8 +286,8 @@ class LinearSAE(SAEKind):
         gradients = {
             "W_enc": encoder_gradient(round_factor(pre_gradient_FxB), x_BxD),
             "b_enc": pre_gradient_FxB.sum(1),
-            "W_dec": dloss_factor * jnp.concatenate(dec_gradients[::-1]),
-            "b_dec": dloss_factor * error_sum_DxB.sum(1),
+            "W_dec": dloss_factor * back.decoder,
+            "b_dec": dloss_factor * back.error_sum.sum(1),
         }
         squares = [jnp.square(error).sum() for error in errors]
         sums = LinearSums(
@@ -312,6 +301,48 @@ class LinearSAE(SAEKind):
             active=count_active(f_FxB),
         )
         return sums, errors[-1]
+
+    def _segments(self, d_sae: int) -> list[slice]:
+        """Return the features by which each prefix is longer than the one before it."""
+        ends = self.prefixes(d_sae)
+        return [slice(first, end) for first, end in zip((0, *ends[:-1]), ends, strict=True)]
+
+    def _errors(
+        self, weights: Weights, tile: Batch, features: Num[Array, "d_sae tile"]
+    ) -> list[Float[Array, "d_model tile"]]:
+        """Return x̂ - x for each prefix, 0 for padding. features: rounded."""
+        x_hat_DxB = weights.b_dec[:, None]
+        errors = []
+        for segment in self._segments(len(features)):
+            part = written(product(weights.w_dec_T[:, segment], features[segment]))
+            x_hat_DxB = x_hat_DxB + part
+            error_DxB = x_hat_DxB - tile.x.T
+            if tile.is_token is not None:
+                error_DxB = error_DxB * tile.is_token[None]
+            errors.append(error_DxB)
+        return errors
+
+    def _back_project(
+        self,
+        weights: Weights,
+        features: Num[Array, "d_sae tile"],
+        errors: list[Float[Array, "d_model tile"]],
+        objective: Objective,
+    ) -> BackProjected:
+        """Project the errors of all prefixes back to the features. features: rounded."""
+        error_sum_DxB = jnp.zeros_like(errors[-1])
+        backward = []
+        decoder = []
+        segments = self._segments(len(features))
+        # Features of a segment are in its own prefix and in all longer ones.
+        for segment, error_DxB in zip(reversed(segments), reversed(errors), strict=True):
+            error_sum_DxB = error_sum_DxB + error_DxB
+            rounded_error_DxB = objective.round_factor(error_sum_DxB)
+            backward.append(kept_product(weights.w_dec[segment], rounded_error_DxB))
+            decoder.append(product(features[segment], rounded_error_DxB.T))
+        return BackProjected(
+            jnp.concatenate(backward[::-1]), jnp.concatenate(decoder[::-1]), error_sum_DxB
+        )
 
     def gradients(
         self, params: Params, sums: LinearSums, n_tokens: int, hyper: Hyper, objective: Objective
