@@ -381,7 +381,7 @@ def test_demo_reproduces_its_first_steps(tmp_path, run_here, environment):
     run([sys.executable, "-c", DEMO_STEPS], tmp_path, path)
     for expected in sorted(DEMO_RUN.glob("members/*/metrics.csv")):
         actual = tmp_path / "runs/demo" / expected.relative_to(DEMO_RUN)
-        columns = np.genfromtxt(actual, delimiter=",", names=True)
+        columns = np.genfromtxt(actual, delimiter=",", names=True, ndmin=1)
         expected_columns = np.genfromtxt(expected, delimiter=",", names=True)
         for name in ("step", "tokens", "loss", "mse", "l1", "l0"):
             # The first log interval: training amplifies rounding, by step 100 to up to 10 %.
