@@ -61,7 +61,7 @@ def _audited() -> Iterator[None]:
     _events = []
     try:
         yield
-        assert _events == []
+        assert not _events, _events
     finally:
         _events = None
 

@@ -138,6 +138,7 @@ def test_bfloat16_gradients_have_eight_bits(factors, backend, monkeypatch):
 
 
 def test_products_that_xla_lacks_are_of_rounded_numbers(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     objective = OBJECTIVES["april2024"]
     assert with_bfloat16(objective, 128, 256, (2, 256)).factors == "bfloat16"
 
