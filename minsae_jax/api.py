@@ -7,7 +7,7 @@ functions here join them.
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -232,8 +232,12 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
         out = Path(config.out)
         _check_evaluation_folder(out)
         out.mkdir(parents=True, exist_ok=True)
-    # Two evaluations of one run would write the same files; one elsewhere reads the run.
-    with lock_folder(run, shared=out != run), lock_folder(out) if out != run else nullcontext():
+    with ExitStack() as locks:
+        # Two evaluations of one run would write the same files; one elsewhere only reads the run.
+        is_elsewhere = out != run
+        locks.enter_context(lock_folder(run, shared=is_elsewhere))
+        if is_elsewhere:
+            locks.enter_context(lock_folder(out))
         result = evaluation.evaluate(config, encoder, trained)
         if config.report:
             with result.inputs.locked():
