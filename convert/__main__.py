@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from convert import verify
-from convert.encoder import convert, describe, read_source, write_pytorch
+from convert.encoder import convert, describe, read_source
+from convert.patchtst import write_pytorch
 from convert.sae import Format, convert_sae
 from minsae_jax import cli
 from minsae_jax.encoder.converted import (

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.checkpoint import Checkpoint, Program, Tensors
+from convert.checkpoint import Checkpoint, Program
 from convert.infer import infer_settings
 from convert.settings import (
     FIELD_TYPES,
@@ -27,6 +27,7 @@ from convert.settings import (
     read_settings,
     spelling,
 )
+from convert.torch_files import Tensors
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.errors import UserError
 from minsae_jax.settings import JsonObject

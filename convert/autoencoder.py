@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Tensors, shown
+from convert.torch_files import Tensors, shown
 from minsae_jax.errors import UserError
 from minsae_jax.sae.kinds import KINDS, Matryoshka
 from minsae_jax.sae.member import check_params

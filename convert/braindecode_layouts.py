@@ -34,9 +34,9 @@ class Layout:
     """How to run a model, and the places of its tokens.
 
     stages: the embedded tokens, then the stream after each layer. seq_len, n_vars: samples and
-    channels of a window. unit: of the EEG in pretraining. channels: their names, where the model
-    depends on them. divides_by_quantile: pretraining divides each channel of a window by the 95 %
-    quantile of its absolute values. arguments: further ones of its forward.
+    channels of a window. unit: of the EEG in pretraining. channels: their names as the model spells
+    them, where it depends on them. divides_by_quantile: pretraining divides each channel of a
+    window by the 95 % quantile of its absolute values. arguments: further ones of its forward.
     """
 
     stages: tuple[Stage, ...]
@@ -64,11 +64,11 @@ def _labram(model: Any, channels: Channels | None) -> Layout:
     return Layout(
         stages=_behind_each(model.blocks),
         seq_len=n_patches * model.patch_size,
-        tokens=TokenGrid.patches(n_patches, model.patch_size, n_channels=len(names), n_cls=1),
-        n_vars=len(names),
+        tokens=TokenGrid.patches(n_patches, model.patch_size, n_channels=len(known), n_cls=1),
+        n_vars=len(known),
         sampling_rate=_stated(model, "sfreq", 200.0),
         unit="100 uV",
-        channels=names,
+        channels=tuple(known),
         arguments={"ch_names": known},
     )
 
@@ -119,11 +119,11 @@ def _reve(model: Any, channels: Channels | None) -> Layout:
     return Layout(
         stages=_in_front_of_each(model.transformer.layers, model.transformer),
         seq_len=model.n_times,
-        tokens=TokenGrid.patches(n_patches, model.patch_size, stride, n_channels=len(names)),
-        n_vars=len(names),
+        tokens=TokenGrid.patches(n_patches, model.patch_size, stride, n_channels=len(known)),
+        n_vars=len(known),
         sampling_rate=_stated(model, "sfreq", 200.0),
         unit="SD",
-        channels=names,
+        channels=tuple(known),
     )
 
 
@@ -205,7 +205,7 @@ def _names_in_model(names: Channels, known: Iterable[str], model: str) -> list[s
     spelling = {name.upper(): name for name in known}
     # As spelled first: some models know both T3 and T7, which are one electrode.
     spelled = [spelling.get(name.upper(), spelling.get(canonical(name))) for name in names]
-    unknown = [name for name, found in zip(names, spelled, strict=True) if found is None]
+    unknown = [name for name, in_model in zip(names, spelled, strict=True) if in_model is None]
     if unknown:
         raise UserError(
             f"{model} does not know the channels {', '.join(unknown)}; leave them out of the "

@@ -4,14 +4,15 @@ Both have the same names. Fine-tuned models of the authors' code keep the encode
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint, Tensors, shown
+from convert.checkpoint import Checkpoint, Source
 from convert.infer import count_distinct, tensor_of
 from convert.rules import Rule, fill, linear_rules, norm_rules
+from convert.torch_files import Tensors, shown
 from minsae_jax.encoder.base import Params
 from minsae_jax.encoder.cbramod.architecture import (
     NORM_GROUPS,
@@ -52,19 +53,14 @@ def encoder_tensors(tensors: Tensors, without_head: bool) -> Tensors:
     return {key: tensor for key, tensor in names.items() if not key.startswith(left_out)}
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """An architecture, and the source of each of its settings."""
+def read_source(checkpoint: Checkpoint, flags: Mapping[str, Any], without_head: bool) -> Source:
+    """Return a checkpoint with its architecture.
 
-    architecture: Architecture
-    sources: dict[str, str]
-
-
-def read_architecture(checkpoint: Checkpoint, flags: Mapping[str, Any]) -> Resolved:
-    """Return the architecture, from the tensors, else flags, config or the published model.
-
-    Raises UserError if these contradict each other or do not make a CBraMod.
+    The settings are those of the tensors, else of flags, config or the published model. Raises
+    UserError if these contradict each other or do not make a CBraMod.
     """
+    tensors = encoder_tensors(checkpoint.tensors, without_head)
+    checkpoint = replace(checkpoint, program="cbramod", tensors=tensors)
     unused = [name for name in flags if name not in PUBLISHED]
     if unused:
         raise UserError(f"--{unused[0]} does not apply to CBraMod")
@@ -84,7 +80,7 @@ def read_architecture(checkpoint: Checkpoint, flags: Mapping[str, Any]) -> Resol
         else:
             raise UserError("this CBraMod has another size than the published one: add --n_heads")
     _check_sizes(settings)
-    return Resolved(Architecture(**settings), sources)
+    return Source(checkpoint, Architecture(**settings), sources)
 
 
 def _inferred(tensors: Tensors) -> dict[str, Any]:
@@ -147,12 +143,12 @@ def to_flax(a: Architecture, tensors: Tensors) -> Params:
     return fill(abstract_params(a), rules(), tensors)
 
 
-def describe(a: Architecture, name: str) -> list[str]:
+def describe(a: Architecture, checkpoint: Checkpoint) -> list[str]:
     """Return the first lines of the summary of a conversion."""
     head = "reconstruction head" if a.has_head else "no head"
     return [
-        f"CBraMod from {name}: {a.n_layers} layers, d_model {a.d_model}, {a.n_heads} heads, "
-        f"d_ff {a.d_ff}, {head}",
+        f"CBraMod from {checkpoint.path.name}: {a.n_layers} layers, d_model {a.d_model}, "
+        f"{a.n_heads} heads, d_ff {a.d_ff}, {head}",
         f"windows of {a.seq_len} samples x {a.n_vars} channels in µV / 100 at "
         f"{SAMPLING_RATE:g} Hz -> {a.n_vars * a.n_patches} tokens, one per channel and patch of "
         f"{a.patch_len} samples",

@@ -22,7 +22,7 @@ from convert.autoencoder import (
     topk_k,
     whole_k,
 )
-from convert.checkpoint import Tensors, load_torch, save_torch, shown, to_numpy
+from convert.torch_files import Tensors, load_torch, save_torch, shown, to_numpy
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, flush, make_folder
 from minsae_jax.sae.kinds import KINDS

@@ -12,15 +12,8 @@ from typing import Any
 import numpy as np
 
 from convert.cbramod import is_cbramod
-from convert.checkpoint import (
-    Checkpoint,
-    Tensors,
-    load_safetensors,
-    load_torch,
-    make_checkpoint,
-    shown,
-    to_numpy,
-)
+from convert.checkpoint import Checkpoint, make_checkpoint
+from convert.torch_files import Tensors, load_safetensors, load_torch, shown, to_numpy
 from minsae_jax.errors import UserError
 from minsae_jax.settings import JsonObject, read_json
 
@@ -73,6 +66,11 @@ SCALERS = {"std": ("mean_sd", 1e-5), "mean": ("mean_abs", 1e-10), True: ("mean_a
 
 def load_huggingface(folder: Path, without_head: bool) -> Checkpoint:
     """Read the model in a folder. Raises UserError with the reason if it cannot be converted."""
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"there is no config.json in {folder}, so that it is not a folder of transformers or "
+            "Braindecode"
+        )
     config = read_json(folder / "config.json")
     if config.get("model_type", "patchtst") != "patchtst":
         raise UserError(
@@ -208,7 +206,7 @@ def _gpatchtst_name(name: str) -> str:
         match = re.fullmatch(pattern, name.removeprefix("model."))
         if match:
             return match.expand(template)
-    # apply_rules lists unknown keys in its error.
+    # `rules.fill` lists unknown keys in its error.
     return name
 
 

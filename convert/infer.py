@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint, Tensors
+from convert.checkpoint import Checkpoint
 from convert.settings import Setting, Settings
+from convert.torch_files import Tensors
 from minsae_jax.errors import UserError
 from minsae_jax.settings import JsonObject
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from convert.checkpoint import Tensors
+from convert.torch_files import Tensors
 from minsae_jax.encoder.base import Params, parameter_path
 from minsae_jax.errors import UserError
 

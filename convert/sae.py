@@ -15,7 +15,6 @@ import numpy as np
 
 from convert import dictionary_learning, saelens
 from convert.autoencoder import Autoencoder
-from convert.checkpoint import load_torch
 from convert.dictionary_learning import (
     read_dictionary_learning,
     read_minsae,
@@ -23,6 +22,7 @@ from convert.dictionary_learning import (
     write_minsae,
 )
 from convert.saelens import read_saelens, write_saelens
+from convert.torch_files import load_torch
 from minsae_jax.errors import UserError
 from minsae_jax.files import foreign_entries, make_folder
 from minsae_jax.locks import lock_folder

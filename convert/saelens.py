@@ -21,7 +21,8 @@ from convert.autoencoder import (
     topk_k,
     whole_k,
 )
-from convert.checkpoint import HALVES, Tensors, load_safetensors, shown
+from convert.checkpoint import HALVES
+from convert.torch_files import Tensors, load_safetensors, shown
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, flush, make_folder
 from minsae_jax.sae.kinds import KINDS

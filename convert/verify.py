@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from convert import cbramod
-from convert.checkpoint import Tensors
+from convert.torch_files import Tensors
 from minsae_jax.encoder.base import NativeEncoder
 from minsae_jax.errors import UserError, brief
 from minsae_jax.files import regular_file

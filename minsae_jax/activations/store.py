@@ -8,40 +8,29 @@ can be read too.
 
 import bisect
 import hashlib
-import io
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.activations.manifest import (
-    ON_DISK,
-    SHARD_NAME,
-    Manifest,
-    ShardEntry,
-    read_manifest,
-    shard_number,
-)
-from minsae_jax.checksums import read_npz
-from minsae_jax.errors import UserError, brief, is_system_error
-from minsae_jax.files import regular_file, sha256_of
+from minsae_jax.activations.manifest import Manifest, read_manifest
+from minsae_jax.activations.shards import find_damage, read_bytes, read_header, shard_files
+from minsae_jax.errors import UserError
+from minsae_jax.files import sha256_of
 from minsae_jax.monitor import progress
 from minsae_jax.parallel.processes import WHOLE, Share
 
-PROVENANCE = "provenance.npz"
 CHUNK_TOKENS = 256  # consecutive tokens per read; single tokens are a hundred times slower
-NPY_START_BYTES = 128  # of which most headers consist
 LAYER_FOLDER = re.compile(r"l-?\d+")
 RERUN = "rerun `extract` to write the missing files"
 
@@ -225,7 +214,7 @@ class Store:
             target = np.empty(out.shape, self._file_dtype)
         offset = self.shards[shard].offset + start * self.d_model * self._file_dtype.itemsize
         # As bytes, since a memoryview cannot have the dtype bfloat16.
-        _read_exactly(self.shards[shard].path, target.view(np.uint8).data.cast("B"), offset)
+        read_bytes(self.shards[shard].path, target.view(np.uint8).data.cast("B"), offset)
         if target is not out:
             # The assignment converts the dtype.
             out[:] = target
@@ -250,37 +239,6 @@ class Store:
                     failed.append(str(shard.path))
         if failed:
             raise UserError(f"{', '.join(failed[:5])} fails its checksum: remove it, then {RERUN}")
-
-
-def _read_exactly(path: Path, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` from a file. Raises UserError if the file is too short.
-
-    The file is opened for every read, so that open files do not grow with the store. Measured on
-    two cores, 256 random chunks (32 MB, cached by the system): preadv 5.5 ms, seek and readinto
-    5.9 ms. Memory maps take 3.5 ms once all pages were touched, 5.8 ms before, and 29 ms with 400
-    shards and 64 open maps; and reading from the map of a truncated file kills the process.
-    """
-    # Without O_BINARY, Windows translates line breaks.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
-        while buffer:
-            count = _read_some(descriptor, buffer, offset)
-            if count == 0:
-                raise UserError(f"{path} has become shorter since the store was opened")
-            buffer = buffer[count:]
-            offset += count
-    finally:
-        os.close(descriptor)
-
-
-def _read_some(descriptor: int, buffer: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [buffer], offset)
-    # Windows.
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    content = os.read(descriptor, len(buffer))
-    buffer[: len(content)] = content
-    return len(content)
 
 
 def open_store(path: str | Path, layer: int | None = None) -> Store:
@@ -308,7 +266,7 @@ def open_store(path: str | Path, layer: int | None = None) -> Store:
     shards = []
     for entry in manifest.shards:
         file = folder / entry.file
-        shards.append(Shard(file, entry.total_tokens, _read_header(file).offset, entry.sha256))
+        shards.append(Shard(file, entry.total_tokens, read_header(file).offset, entry.sha256))
     return Store(folder, tuple(shards), manifest.d_model, manifest.dtype, manifest)
 
 
@@ -321,7 +279,7 @@ def _open_without_manifest(folder: Path, layer: int | None) -> Store:
         raise UserError(f"there is no store of layer {layer} in {folder}: it contains {content}")
     shards: list[Shard] = []
     for path in files:
-        shape, dtype, offset = _read_header(path)
+        shape, dtype, offset = read_header(path)
         if len(shape) < 2 or dtype.kind != "f" or 0 in shape:
             raise UserError(
                 f"{path} must be [sequences, n_tokens, d_model] floats, but is {dtype}{list(shape)}"
@@ -336,100 +294,3 @@ def _open_without_manifest(folder: Path, layer: int | None) -> Store:
             )
         shards.append(Shard(path, math.prod(shape[:-1]), offset, None))
     return Store(folder, tuple(shards), d_model, dtype_name, None)
-
-
-def shard_files(folder: Path) -> list[Path]:
-    """Return the shards in a folder, in the order of their numbers."""
-    shards = [path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name)]
-    return sorted(shards, key=lambda path: shard_number(path.name))
-
-
-def find_damage(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield a message per mismatch of manifest and files, from names, sizes and headers."""
-    listed = {entry.file for entry in manifest.shards}
-    for path in shard_files(folder):
-        if path.name not in listed:
-            yield f"{path} is not in the manifest of its store: remove it"
-    problem = _provenance_damage(folder / PROVENANCE, manifest)
-    if problem:
-        yield problem
-    for entry in manifest.shards:
-        problem = shard_damage(folder / entry.file, entry, manifest.dtype)
-        if problem:
-            yield problem
-
-
-def _provenance_damage(path: Path, manifest: Manifest) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    try:
-        n_sequences = len(read_npz(path)["recording"])
-    except Exception as e:  # zipfile and NumPy raise many types
-        if is_system_error(e):
-            raise
-        return f"{path} is damaged: remove it"
-    if n_sequences != manifest.n_sequences:
-        return f"{path} is of another store: remove it"
-    return None
-
-
-def shard_damage(path: Path, entry: ShardEntry, dtype: str) -> str | None:
-    """Return how a file differs from its entry in the manifest, from size and header."""
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != entry.n_bytes:
-        return f"{path} has {size} bytes instead of {entry.n_bytes}: remove it"
-    try:
-        header = _read_header(path)
-    except UserError as e:
-        return f"{e}: remove it"
-    if header.shape != entry.shape or str(header.dtype) != ON_DISK[dtype]:
-        expected = f"{dtype}{list(entry.shape)}"
-        return f"{path} is {header.dtype}{list(header.shape)}, not {expected}: remove it"
-    return None
-
-
-class _Header(NamedTuple):
-    """The header of a .npy file."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int  # bytes before the first number
-
-
-def _read_header(path: Path) -> _Header:
-    """Return the header of a shard. Raises UserError if it is damaged or the file is too short."""
-    try:
-        with regular_file(path).open("rb") as file:
-            start = file.read(NPY_START_BYTES)
-            # Versions differ in the number of bytes for the length of the rest.
-            n_bytes = 2 if start[6:7] == b"\x01" else 4
-            length = int.from_bytes(start[8 : 8 + n_bytes], "little")
-            header = _parse_header(start + file.read(8 + n_bytes + length - len(start)))
-            size = file.seek(0, os.SEEK_END)
-        if size < header.offset + math.prod(header.shape) * header.dtype.itemsize:
-            raise ValueError(f"it has only {size} bytes")
-    except Exception as e:  # NumPy raises many types on damaged files
-        if is_system_error(e):
-            raise
-        raise UserError(f"{path} is not a .npy array, or is damaged ({brief(e)})") from e
-    return header
-
-
-# Most shards of a store have the same header, which takes NumPy longer to parse than to read.
-@lru_cache(maxsize=16)
-def _parse_header(content: bytes) -> _Header:
-    file = io.BytesIO(content)
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        parsed = np.lib.format.read_array_header_1_0(file)
-    else:
-        parsed = np.lib.format.read_array_header_2_0(file)
-    shape, is_fortran, dtype = parsed
-    # Tokens are read by their byte offset, which is valid in C order only.
-    if is_fortran and len(shape) > 1:
-        raise ValueError("it is not in C order")
-    if dtype.hasobject:
-        raise ValueError("it contains Python objects")
-    return _Header(shape, dtype, file.tell())

@@ -27,7 +27,7 @@ from minsae_jax.activations.manifest import (
     parse_shard_entry,
     read_manifest,
 )
-from minsae_jax.activations.store import PROVENANCE, find_damage, shard_damage, shard_files
+from minsae_jax.activations.shards import PROVENANCE, find_damage, shard_damage, shard_files
 from minsae_jax.activations.tokens import TOKENS, TokenGrid
 from minsae_jax.checksums import SUMS, write_checksums
 from minsae_jax.errors import UserError

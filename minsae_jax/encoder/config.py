@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from minsae_jax.cli import Flag
 from minsae_jax.eeg.config import RecordingChecks
-from minsae_jax.eeg.recordings import Split
+from minsae_jax.eeg.splits import Split
 from minsae_jax.parallel.config import ClusterConfig
 from minsae_jax.settings import AtLeastOne, check_no_duplicates, check_ranges, require
 

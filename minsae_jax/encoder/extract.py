@@ -21,14 +21,9 @@ from minsae_jax.activations.manifest import StoreIdentity
 from minsae_jax.activations.store import Store, open_store
 from minsae_jax.activations.writer import StoreWriter
 from minsae_jax.eeg.description import TUH, read_description
-from minsae_jax.eeg.recordings import (
-    Recordings,
-    Split,
-    Windows,
-    open_recordings,
-    recordings_folder,
-    warn_of,
-)
+from minsae_jax.eeg.recordings import Windows, recordings_folder
+from minsae_jax.eeg.scan import Recordings, open_recordings, warn_of
+from minsae_jax.eeg.splits import Split
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, EncoderSpec, check_recordings
 from minsae_jax.encoder.compute import DTYPES, Activations, Output
 from minsae_jax.encoder.config import ExtractConfig

@@ -12,14 +12,9 @@ from jaxtyping import Float
 from minsae_jax.activations.store import Origin
 from minsae_jax.activations.stream import read_chunks
 from minsae_jax.eeg.description import TUH, read_description
-from minsae_jax.eeg.recordings import (
-    OnBadRecording,
-    Recordings,
-    Split,
-    open_recordings,
-    recordings_folder,
-    warn_of,
-)
+from minsae_jax.eeg.recordings import OnBadRecording, recordings_folder
+from minsae_jax.eeg.scan import Recordings, open_recordings, warn_of
+from minsae_jax.eeg.splits import Split
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, check_recordings
 from minsae_jax.encoder.compute import Activations
 from minsae_jax.errors import UserError

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from minsae_jax.activations.manifest import MANIFEST, Manifest
-from minsae_jax.activations.store import PROVENANCE, Store, open_store
+from minsae_jax.activations.shards import PROVENANCE
+from minsae_jax.activations.store import Store, open_store
 from minsae_jax.activations.tokens import TokenGrid, read_tokens
 from minsae_jax.checksums import read_npz
 from minsae_jax.eeg.description import TUH, Description, read_description

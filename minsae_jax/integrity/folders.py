@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from minsae_jax.activations.manifest import MANIFEST, read_manifest
-from minsae_jax.activations.store import PROVENANCE, open_store, shard_files
+from minsae_jax.activations.shards import PROVENANCE, shard_files
+from minsae_jax.activations.store import open_store
 from minsae_jax.activations.tokens import TOKENS
 from minsae_jax.checksums import SUMS, read_checksums
 from minsae_jax.eeg.description import DESCRIPTION, read_description

@@ -213,8 +213,18 @@ def test_names_of_channels_matter_where_the_model_reads_them(make, x):
     straight = BraindecodeEncoder(labram, CHANNELS)
     swapped = BraindecodeEncoder(labram, (CHANNELS[1], CHANNELS[0], *CHANNELS[2:]))
     assert np.abs(straight.embedding(x) - swapped.embedding(x)).max() > 1e-3
-    assert straight.spec.channels == CHANNELS
+    assert straight.fingerprint != swapped.fingerprint
+    assert straight.spec.channels == ("FP1", "C3", "CZ", "O2")
     assert BraindecodeEncoder(make("CBraMod"), CHANNELS).spec.channels is None
+
+
+@pytest.mark.parametrize("name", ["Labram", "REVE"])
+def test_another_spelling_of_channels_is_the_same_encoder(make, x, name):
+    model = make(name)
+    encoder = BraindecodeEncoder(model, CHANNELS)
+    other = BraindecodeEncoder(model, ("EEG FP1-REF", "c3", "CZ", "o2"))
+    np.testing.assert_array_equal(encoder.embedding(x), other.embedding(x))
+    assert encoder.fingerprint == other.fingerprint
 
 
 def test_command_extracts_what_the_native_encoder_extracts(models, tmp_path):

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from convert import verify
-from convert.encoder import convert, read_source, settings_of
+from convert.encoder import convert, read_source
+from convert.patchtst import settings_of
 from minsae_jax import UserError
 from tests.conftest import FIXTURES
 from tests.random_encoder import BASE, random_state_dict

@@ -10,7 +10,8 @@ import pytest
 
 from minsae_jax import UserError
 from minsae_jax.eeg.description import Description, write_description
-from minsae_jax.eeg.recordings import open_recordings, open_windows, warn_of
+from minsae_jax.eeg.recordings import open_windows
+from minsae_jax.eeg.scan import open_recordings, scan_windows, warn_of
 from tests.conftest import FIXTURES
 
 EXPECTED = json.loads((FIXTURES / "tuh_layout/expected.json").read_text())
@@ -96,7 +97,7 @@ def test_scan_detects_shifted_columns(data):
     array[:, -1] = 0
     np.save(data / name, array)
     windows = open_windows(data, "test", 42, *SIZES)
-    assert [f for f, scan in windows.scan().items() if scan.shifted] == [name]
+    assert [f for f, scan in scan_windows(windows).items() if scan.shifted] == [name]
 
 
 def test_checksum_covers_every_sample_of_the_windows(data):

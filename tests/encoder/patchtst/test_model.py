@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from convert.encoder import apply_rules, convert_encoder
+from convert.encoder import convert_encoder
+from convert.patchtst import to_flax
 from convert.plain_torch import forward
 from minsae_jax import UserError
 from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder
@@ -85,7 +86,7 @@ def test_variant_equals_plain_torch(name):
     # Torch in float64, so that the difference is Flax's rounding alone.
     hidden, output = forward(a, {k: v.double() for k, v in state.items()}, x.double())
     tensors = {k: v.numpy() for k, v in state.items()}
-    encoder = Encoder(a, apply_rules(a, tensors))
+    encoder = Encoder(a, to_flax(a, tensors))
     for layer, expected in enumerate(hidden):
         assert 0.1 < expected.std() < 5
         np.testing.assert_allclose(
@@ -112,7 +113,7 @@ def test_variants_differ():
     """Otherwise the tests above would not test a variant."""
     x = np.random.default_rng(0).normal(size=(1, 50, 3)).astype(np.float32)
     tensors = {k: v.numpy() for k, v in random_state_dict(BASE).items()}
-    params = apply_rules(BASE, tensors)
+    params = to_flax(BASE, tensors)
     outputs = [
         np.asarray(Encoder(replace(BASE, **change), params).activations(x))
         for change in (
