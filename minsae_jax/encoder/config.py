@@ -5,24 +5,34 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from minsae_jax.cli import Flag
-from minsae_jax.eeg.config import RecordingChecks
+from minsae_jax.eeg.recordings import OnBadRecording
 from minsae_jax.eeg.splits import Split
 from minsae_jax.parallel.config import ClusterConfig
-from minsae_jax.settings import AtLeastOne, check_no_duplicates, check_ranges, require
+from minsae_jax.settings import (
+    AtLeastOne,
+    NonNegative,
+    check_no_duplicates,
+    check_ranges,
+    require,
+)
 
 DEFAULT_OUT = "embeddings/store"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordingsChoice(RecordingChecks):
+class RecordingsChoice:
     """Recordings"""
 
     root_path: str
     """Folder of the recordings and of file_lengths_map.csv."""
     split: tuple[Split, ...] = ("train",)
     """Patients to read; several splits make several stores."""
+    split_seed: Annotated[int, NonNegative] = 42
+    """Seed of the patient split, as in tuh_patient_splits_seed_{seed}.pkl."""
     max_batches: Annotated[int | None, AtLeastOne] = None
     """Stop after this many batches of each split."""
+    on_bad_recording: OnBadRecording = "error"
+    """Recordings that cannot be used: list them all and stop (error), or leave them out (skip)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +48,7 @@ class EncoderChoice:
     config_path: str | None = None
     """The encoder's YAML: most .pth files need it; a converted encoder is checked against it."""
     allow_mismatch: bool = False
-    """Accept recordings of another sampling rate or other channels than the encoder's."""
+    """Accept recordings with another sampling rate, unit or channel names than the encoder's."""
     force_revin: bool = False
     """Apply RevIN even if the encoder's settings disable it, as the reference's embed.py does."""
     cache_layer: Annotated[tuple[int | Literal["all"], ...], Flag(alias="layer")] = (-1,)
@@ -50,8 +60,8 @@ class StoreOutput:
     """Output"""
 
     out: str | None = None
-    """Folder of l{layer}/; if it is left out, embeddings/store for train and
-    embeddings/store_{split} for other splits. With several splits, the same suffixes are added."""
+    """Folder of the stores, in which each layer has a folder l{layer} (default: embeddings/store).
+    Splits other than train add _{split} to it, unless --out is given for a single split."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format on disk; readers convert to float32."""
     overwrite: bool = False

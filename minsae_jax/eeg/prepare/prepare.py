@@ -19,7 +19,7 @@ from minsae_jax.eeg.prepare.record import RECORDS, Record, Rejected, read_record
 from minsae_jax.eeg.prepare.recording import prepare_recording
 from minsae_jax.eeg.prepare.sources import Source, files_of, find_duplicates, find_sources
 from minsae_jax.eeg.prepare.workers import worker_pool
-from minsae_jax.eeg.recordings import LABELS, LENGTHS
+from minsae_jax.eeg.recordings import LABELS, LENGTHS, check_usable, list_bad
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, foreign_entries, make_folder, regular_file
@@ -203,16 +203,11 @@ def _n_bytes(source: Source) -> int:
 
 
 def _check_outcomes(rejected: Sequence[Rejected], n_good: int, config: PrepareConfig) -> None:
-    bad = [each for each in rejected if each.is_bad]
-    if bad and config.on_bad_recording == "error":
-        reasons = [f"recording {each.source.path} {each.reason}" for each in bad]
-        raise UserError(
-            f"{join_some(reasons, '; ', limit=50)}: repair or remove them, or skip them with "
-            "--on_bad_recording skip"
-        )
+    if config.on_bad_recording == "error":
+        check_usable({str(each.source.path): each.reason for each in rejected if each.is_bad})
     if n_good == 0:
-        reasons = [f"{each.source.path} {each.reason}" for each in rejected]
-        raise UserError(f"none of the recordings can be used: {join_some(reasons, '; ', limit=5)}")
+        reasons = {str(each.source.path): each.reason for each in rejected}
+        raise UserError(f"none of the recordings can be used: {list_bad(reasons)}")
 
 
 def _write_tables(

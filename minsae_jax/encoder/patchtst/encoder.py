@@ -89,12 +89,14 @@ class Encoder(NativeEncoder):
 
 
 def _spec(a: Architecture) -> EncoderSpec:
-    # The settings of PatchTST contain neither: its encoders are those of the TUH corpus.
+    # The settings of PatchTST contain none of these: its encoders are those of the TUH corpus.
     channels = CHANNELS if a.n_vars == len(CHANNELS) else None
     return EncoderSpec(
         seq_len=a.seq_len,
         n_vars=a.n_vars,
         sampling_rate=float(SAMPLING_RATE),
+        # RevIN removes the unit.
+        unit=None if a.revin else "SD",
         channels=channels,
         layers=tuple(range(a.n_layers)),
         d_model=a.d_model,
