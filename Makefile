@@ -31,7 +31,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 .NOTPARALLEL: # train reads the store that extract writes
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
 	@echo; echo "  CONFIG=my.yaml runs extract, train and evaluate on your own data; GPU=1 installs JAX for CUDA."
 
 setup: $(SETUP) ## create .venv and install the project in it (GPU=1, or EXTRA=cuda12 or cuda13, for CUDA)
@@ -39,6 +39,7 @@ setup: $(SETUP) ## create .venv and install the project in it (GPU=1, or EXTRA=c
 $(SETUP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("minsae_jax requires Python 3.11 or newer, got " + sys.version.split()[0] + "; choose another with PYTHON=...") if sys.version_info < (3, 11) else 0'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv; this takes minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[torch,dev$(if $(EXTRA),$(comma)$(EXTRA))]"
 	@touch $@
 

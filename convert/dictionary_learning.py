@@ -134,10 +134,10 @@ def read_dictionary_learning(path: Path) -> Autoencoder:
 
 
 def write_dictionary_learning(path: Path, sae: Autoencoder) -> None:
-    """Write a state dict of dictionary_learning; under the name ae.pt with config.json beside it.
+    """Write a state dict of dictionary_learning, and for the name ae.pt also config.json.
 
-    Raises UserError if dictionary_learning does not have the kind, or if its class can only be
-    told from config.json, so that the file must be named ae.pt.
+    Raises UserError if dictionary_learning does not have the kind, or if only config.json shows the
+    class, so that the file must be named ae.pt.
     """
     matches = [name for name, c in CLASSES.items() if c.kind == sae.kind]
     if not matches:
@@ -172,8 +172,8 @@ def write_dictionary_learning(path: Path, sae: Autoencoder) -> None:
         _write_config(path, config)
     elif len(_candidates(state)) > 1:
         raise UserError(
-            f"{path} must be named {STATE_FILE}: the class {class_name} can only be told from "
-            f"{CONFIG_FILE} beside it"
+            f"{path} must be named {STATE_FILE}: the class {class_name} can only be read from the "
+            f"{CONFIG_FILE} that is written with it"
         )
     _save(path, state)
 
@@ -262,7 +262,7 @@ def _batch_k(sae: Autoencoder) -> int:
 
 
 def _write_config(path: Path, config: JsonObject) -> None:
-    """Write config.json beside a state dict, and remove the old state dict.
+    """Write the config.json of a state dict, and remove the old state dict.
 
     Raises UserError if config.json belongs to something else, such as a training run.
     """

@@ -1,6 +1,7 @@
 """Comparison of a converted encoder with plain torch: `python -m convert encoder … --verify`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,9 @@ from jaxtyping import Float
 
 from convert import cbramod
 from convert.torch_files import Tensors
+from minsae_jax.eeg.recordings import load_recording
 from minsae_jax.encoder.base import NativeEncoder
 from minsae_jax.errors import UserError, brief
-from minsae_jax.files import regular_file
 from minsae_jax.monitor import table
 
 # Numbers of one layer for all windows: plain torch keeps several such tensors in memory.
@@ -109,13 +110,9 @@ def _largest_tensor(a: Any) -> int:
 def _load_samples(recording: str, a: Any) -> np.ndarray:
     """Return a recording [time, n_vars], mapped from disk."""
     try:
-        samples = np.load(regular_file(recording), allow_pickle=False, mmap_mode="r")
+        samples = load_recording(Path(recording))
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"{recording} cannot be read as a recording ({brief(e, 150)})") from e
-    if not isinstance(samples, np.ndarray):
-        raise UserError(f"{recording} is an archive of arrays, not one recording")
-    if samples.ndim == 1:
-        samples = samples[:, None]
     is_matrix = samples.ndim == 2 and samples.dtype.kind == "f"
     if not is_matrix or samples.shape[1] != a.n_vars or len(samples) < a.seq_len:
         raise UserError(

@@ -1,8 +1,8 @@
-"""Locks on folders, so that no two commands write the same files, or write what another one reads.
+"""Locks on folders, so that commands do not write files that another one writes or reads.
 
 The kernel locks the folder itself (`flock`), which leaves no file and ends with the process. Where
-that fails, or where such a lock is known to one machine only, as on NFS, a lock file beside the
-folder names the host and the process. On Windows, the system locks a file beside the folder.
+that fails, or where other machines cannot see the lock, as on NFS, a lock file next to the folder
+names the host and the process. On Windows, the system locks a file next to the folder.
 """
 
 import os
@@ -92,7 +92,7 @@ def _is_same(folder: Path, descriptor: int) -> bool:
 
 
 def _is_remote(descriptor: int) -> bool:
-    """Return whether an open folder is on another machine, as far as Linux says so."""
+    """Return whether an open folder is on another machine; only Linux is asked."""
     device = os.fstat(descriptor).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     with suppress(OSError):
@@ -106,7 +106,7 @@ def _is_remote(descriptor: int) -> bool:
 
 @contextmanager
 def _lock_file(folder: Path, shared: bool, named: Path, by_system: bool) -> Iterator[None]:
-    """Hold a lock file beside the folder; a reader only looks whether another process does.
+    """Lock a file next to the folder; a reader only checks that no other process has.
 
     by_system: the system locks the file, until the process ends. Otherwise its existence is the
     lock, and it contains host and process; that of a dead process on this host is taken over.

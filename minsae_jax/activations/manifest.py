@@ -67,7 +67,7 @@ class StoreIdentity:
 
     @property
     def digest(self) -> str:
-        return _sha256_of_json(self.to_json())
+        return sha256_of_json(self.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Manifest(StoreIdentity):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the whole manifest."""
-        return _sha256_of_json(self.to_json())
+        return sha256_of_json(self.to_json())
 
     @property
     def n_sequences(self) -> int:
@@ -202,6 +202,6 @@ def parse_shard_entry(content: Mapping[str, Any], sequence_shape: list[int]) -> 
     return ShardEntry(content["file"], tuple(content["shape"]), content["bytes"], content["sha256"])
 
 
-def _sha256_of_json(content: Mapping[str, Any]) -> str:
-    # Sorted, so that a fingerprint does not depend on the order of the keys.
+def sha256_of_json(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a JSON object, which does not depend on the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -26,7 +26,7 @@ from minsae_jax.parallel.processes import WHOLE, Share
 from minsae_jax.settings import JsonObject
 
 # Called in a thread with an error of reading, if given; the tokens are 0 then. So a process of a
-# cluster takes part in the next steps, until it can tell the others.
+# cluster takes part in the next steps, until the error can be reported to the others.
 OnError = Callable[[Exception], None] | None
 
 SHUFFLE_BUFFER_TOKENS = 65_536  # tokens shuffled together, from chunks all over the source
@@ -96,10 +96,10 @@ def read_share(
     stop = start
     if first < end:
         # Of the same size for every shuffle buffer: live activations are compiled for it.
-        most_chunks = -(-(len(out) // source.tokens_per_chunk) // share.count)
-        own = out[start : start + most_chunks * source.tokens_per_chunk]
+        max_chunks = -(-(len(out) // source.tokens_per_chunk) // share.count)
+        target = out[start : start + max_chunks * source.tokens_per_chunk]
         try:
-            stop += source.read_chunks(chunks[first:end], own)
+            stop += source.read_chunks(chunks[first:end], target)
         except Exception as e:
             if on_error is None:
                 raise

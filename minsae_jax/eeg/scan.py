@@ -28,6 +28,7 @@ from minsae_jax.eeg.recordings import (
 from minsae_jax.eeg.splits import Split, join_some
 from minsae_jax.errors import UserError
 from minsae_jax.monitor import progress
+from minsae_jax.settings import JsonObject
 
 SCAN_BLOCK = 100_000  # samples
 # Limits of the median root mean square of the channels
@@ -92,6 +93,18 @@ class Recordings:
     shifted: np.ndarray  # [files] bool, see Scan
     skipped: dict[str, str]  # file name -> reason
     rms: Float[np.ndarray, "files n_vars"]  # of each channel, in the unit of the recordings
+
+    def described(self) -> JsonObject:
+        """Return sampling rate and channels, which are part of a store's identity.
+
+        {} without dataset.json, as in stores from before it existed.
+        """
+        if self.description is TUH:
+            return {}
+        return {
+            "sampling_rate": self.description.sampling_rate,
+            "channels": list(self.description.channels),
+        }
 
 
 def open_recordings(

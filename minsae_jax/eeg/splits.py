@@ -107,7 +107,7 @@ def read_splits(path: Path) -> Splits:
     """
     try:
         content = regular_file(path).read_bytes()
-        # CPython prints an error of its own when a damaged pickle contains one of these.
+        # CPython itself prints an error when a damaged pickle contains one of these.
         if any(opcode.name == "BYTEARRAY8" for opcode, _, _ in pickletools.genops(content)):
             raise pickle.UnpicklingError("it contains a bytearray")
         splits = _PlainUnpickler(io.BytesIO(content)).load()

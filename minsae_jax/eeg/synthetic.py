@@ -314,7 +314,7 @@ def _write_recordings(folder: Path, settings: DemoConfig) -> None:
 
 def _write_labels(path: Path, settings: DemoConfig) -> Bool[np.ndarray, " patients"]:
     """Write the labels of patients; return which have more spindles."""
-    # A generator of its own, so that recordings do not depend on whether there are labels.
+    # A separate generator, so that recordings do not depend on whether there are labels.
     rng = np.random.default_rng([settings.seed, settings.patients])
     has_more_spindles = rng.permutation(np.arange(settings.patients) % 2 == 1)
     age = rng.integers(20, 81, settings.patients)

@@ -38,7 +38,7 @@ Substitutes = Callable[[Any, Float[Array, "T d_model"]], Float[Array, "variants 
 
 
 class Downstream(NamedTuple):
-    """What a model computes where a layer's output is replaced by each of its variants."""
+    """Outputs of a model in which a layer's output is replaced by each of its variants."""
 
     # The layer's output before it is replaced
     hidden: Float[Array, "batch sequences n_tokens d_model"]

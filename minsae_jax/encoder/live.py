@@ -1,7 +1,5 @@
 """Activations computed from recordings while training reads them: `minsae train --live`."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from minsae_jax.activations.manifest import sha256_of_json
 from minsae_jax.activations.store import Origin
 from minsae_jax.activations.stream import read_chunks
-from minsae_jax.eeg.description import TUH, read_description
+from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.recordings import OnBadRecording, recordings_folder
 from minsae_jax.eeg.scan import Recordings, open_recordings, warn_of
 from minsae_jax.eeg.splits import Split
@@ -56,10 +55,8 @@ class LiveStore:
             "batch_size": batch_size,
             "revin": encoder.applies_revin(options),
             "skipped": recordings.skipped,
+            **recordings.described(),
         }
-        if recordings.description is not TUH:
-            self._description["sampling_rate"] = recordings.description.sampling_rate
-            self._description["channels"] = list(recordings.description.channels)
         # Every process computes its share of the stream, on its own devices.
         self._compute = Activations(encoder, (index,), options=options)
 
@@ -79,7 +76,7 @@ class LiveStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self._description, sort_keys=True).encode()).hexdigest()
+        return sha256_of_json(self._description)
 
     def read(
         self, shard: int, start: int = 0, stop: int | None = None

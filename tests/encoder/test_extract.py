@@ -20,7 +20,7 @@ from minsae_jax.activations import writer
 from minsae_jax.activations.store import open_store
 from minsae_jax.eeg.description import TUH
 from minsae_jax.eeg.recordings import open_windows
-from minsae_jax.encoder import extract as extraction
+from minsae_jax.encoder import plan
 from minsae_jax.encoder.base import check_recordings
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.locks import lock_folder
@@ -179,9 +179,7 @@ def test_full_disk_is_reported_before_anything_is_written(encoder, settings, tmp
     both = replace(settings, cache_layer=(0, 1), dtype="float16")
 
     def free(bytes_free):
-        monkeypatch.setattr(
-            extraction.shutil, "disk_usage", lambda _: SimpleNamespace(free=bytes_free)
-        )
+        monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=bytes_free))
 
     free(needed - 1)
     with pytest.raises(

@@ -164,7 +164,7 @@ def _files_in(source: str) -> list[Path]:
     matches = sorted(Path(match) for match in glob.glob(source, recursive=True))
     if not matches:
         raise UserError(f"there is no file, folder or match of {source}")
-    # A glob may match data files, such as .eeg beside .vhdr.
+    # A glob may match data files too, such as .eeg of a .vhdr.
     files = [match for match in matches if _starts_a_recording(match)]
     files += [file for match in matches if match.is_dir() for file in _search(match)]
     if not files:
