@@ -9,7 +9,8 @@ import pytest
 from minsae_jax import UserError
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.eeg.recordings import SAMPLING_RATE, open_windows, read_lengths
-from minsae_jax.eeg.synthetic import DemoConfig, recording, write_demo
+from minsae_jax.eeg.synthetic import DemoConfig, write_demo
+from minsae_jax.eeg.synthetic_signals import recording
 
 GOLDEN_SAMPLES = [1.91393, 0.69934, -1.446]
 GOLDEN_EVENTS = [("alpha", 90), ("spindle", 534), ("spike", 541)]

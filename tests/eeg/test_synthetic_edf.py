@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from minsae_jax import DemoConfig, PrepareConfig, prepare, write_demo
-from minsae_jax.eeg.synthetic import recording
+from minsae_jax.eeg.synthetic_signals import recording
 
 
 def rows(path: Path) -> list[list[str]]:
