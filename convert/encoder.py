@@ -21,6 +21,7 @@ from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
 from minsae_jax.encoder.converted import EncoderSource
 from minsae_jax.encoder.patchtst.encoder import Encoder
 from minsae_jax.errors import UserError
+from minsae_jax.settings import read_yaml
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def read_source(
     flags: settings that precede those of the YAML at `config_path`. program: guessed if it is None.
     Raises UserError if file, settings or tensors are not those of a PatchTST or CBraMod.
     """
+    yaml = read_yaml(config_path) if config_path else {}
     flags = flags or {}
     path = Path(path)
     checkpoint = load_huggingface(path, without_head) if path.is_dir() else load_checkpoint(path)
@@ -61,7 +63,7 @@ def read_source(
         if config_path is not None or program is not None:
             raise UserError("--config_path and --program do not apply to CBraMod")
         return cbramod.read_source(checkpoint, flags, without_head)
-    return patchtst.read_source(checkpoint, config_path, flags, program, without_head)
+    return patchtst.read_source(checkpoint, yaml, flags, program, without_head)
 
 
 class Converted(NamedTuple):

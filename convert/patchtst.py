@@ -22,7 +22,7 @@ from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.encoder.patchtst.encoder import Encoder
 from minsae_jax.encoder.patchtst.pure import abstract_params
 from minsae_jax.errors import UserError
-from minsae_jax.settings import JsonObject, read_yaml
+from minsae_jax.settings import JsonObject
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +37,12 @@ PROGRAM_NAMES = {
 
 def read_source(
     checkpoint: Checkpoint,
-    config_path: str | Path | None,
+    yaml: Mapping[str, Any],
     flags: Mapping[str, Any],
     program: Program | None,
     without_head: bool,
 ) -> Source:
     """Return a checkpoint with its resolved architecture; see `encoder.read_source`."""
-    yaml = read_yaml(config_path) if config_path else {}
     if program is not None:
         if checkpoint.program == "transformers":
             raise UserError(
