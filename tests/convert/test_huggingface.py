@@ -218,7 +218,7 @@ def test_wrong_config_is_refused(change, message, tmp_path):
 
 
 def test_damaged_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no config.json in"):
+    with pytest.raises(UserError, match=r"there is no config\.json in"):
         convert_encoder(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match="does not contain a JSON mapping"):
