@@ -78,9 +78,16 @@ Seed = Range(min=0, max=2**32 - 1)
 
 
 def check_ranges(settings: Any) -> None:
-    """Raise UserError naming the first setting whose value is out of its Range."""
+    """Raise UserError naming the first setting whose value is out of its Range.
+
+    So does a single value in the place of several, as in `split="train"`, whose letters would be
+    taken for splits.
+    """
+    types = get_type_hints(type(settings))
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         values = getattr(settings, name)
+        is_single = get_origin(types[name]) is tuple and isinstance(values, str | int | float)
+        require(not is_single, f"{name} must be a tuple such as ({values!r},), got {values!r}")
         if not isinstance(values, tuple):
             values = (values,)
         numbers = [value for value in values if isinstance(value, int | float)]

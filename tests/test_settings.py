@@ -238,6 +238,14 @@ def test_range_message_says_limit_and_value(values, message):
     assert str(e.value).startswith(message)
 
 
+def test_single_value_is_refused_where_there_can_be_several():
+    """From Python, where annotations are not checked as they are in these tests."""
+    config = ExtractConfig(root_path="x")
+    object.__setattr__(config, "split", "train")
+    with pytest.raises(UserError, match=r"split must be a tuple such as \('train',\), got 'train'"):
+        check_ranges(config)
+
+
 def test_ranges_include_their_limits():
     largest = {"share": 1, "seed": 2**32 - 1, "limit": 1, "layers": [1, "all"]}
     assert from_dict(Ranges, largest).share == 1.0

@@ -187,6 +187,17 @@ class BaseEncoder(ABC):
     reconstruction: Reconstruction | None = None
     reconstruction_note: str = "the encoder has no reconstruction head"
 
+    def __repr__(self) -> str:
+        spec = self.spec
+        tokens = f"{spec.tokens.n_tokens} tokens"
+        if spec.per_channel:
+            tokens += " per channel"
+        return (
+            f"{type(self).__name__}({spec.seq_len} samples x {spec.n_vars} channels -> {tokens}, "
+            f"d_model {spec.d_model}, layers {spec.layers[0]} to {spec.layers[-1]}, fingerprint "
+            f"{self.fingerprint[:12]})"
+        )
+
     @abstractmethod
     def function(
         self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS

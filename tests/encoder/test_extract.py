@@ -18,10 +18,8 @@ from convert.encoder import read_source
 from minsae_jax import UserError
 from minsae_jax.activations import writer
 from minsae_jax.activations.store import open_store
-from minsae_jax.eeg.description import TUH
 from minsae_jax.eeg.recordings import open_windows
 from minsae_jax.encoder import plan
-from minsae_jax.encoder.base import check_recordings
 from minsae_jax.encoder.converted import Encoder
 from minsae_jax.locks import lock_folder
 from tests.conftest import FIXTURES
@@ -59,15 +57,6 @@ def test_store_contains_the_activations_of_every_window(encoder, settings, tmp_p
         )
     assert store.manifest.encoder == encoder.fingerprint
     assert (store.manifest.layer, store.manifest.layer_index) == (layer, layer % 3)
-
-
-def test_unit_matters_without_revin(encoder):
-    """RevIN brings every window to a mean of 0 and an SD of 1; without it, µV are refused."""
-    in_microvolts = replace(TUH, unit="uV")
-    with pytest.raises(UserError, match="expects EEG in SD, but the recordings are in uV"):
-        check_recordings(encoder.spec, in_microvolts, allow_mismatch=False)
-    with_revin = Encoder(replace(encoder.architecture, revin=True), encoder.params)
-    check_recordings(with_revin.spec, in_microvolts, allow_mismatch=False)
 
 
 def test_shards_of_the_tuh_layout_are_those_of_a_pytorch_loop(encoder, settings, tmp_path):
