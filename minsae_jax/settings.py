@@ -80,8 +80,8 @@ Seed = Range(min=0, max=2**32 - 1)
 def check_ranges(settings: Any) -> None:
     """Raise UserError naming the first setting whose value is out of its Range.
 
-    So does a single value in the place of several, as in `split="train"`, whose letters would be
-    taken for splits.
+    Also for a single value where there can be several: with `split="train"`, each letter would be
+    read as a split.
     """
     types = get_type_hints(type(settings))
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
