@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from minsae_jax.eeg.splits import (
     MIN_PATIENTS,
     Split,
+    Splits,
     join_some,
     patient_of,
     patient_splits,
@@ -200,9 +201,7 @@ def find_windows(
     return windows, bad
 
 
-def _no_patients(
-    split: Split, splits: Mapping[str, list[str]], folder: Path, path: Path
-) -> UserError:
+def _no_patients(split: Split, splits: Splits, folder: Path, path: Path) -> UserError:
     counts = ", ".join(f"{len(members)} {name}" for name, members in splits.items())
     advice = f"add recordings: {MIN_PATIENTS} patients are enough for all three"
     if path.exists():
@@ -220,8 +219,8 @@ def recordings_folder(root: Path) -> Path:
             f"there is no folder {root}; --root_path must contain recordings and {LENGTHS}"
         )
     raise UserError(
-        f"there is no {LENGTHS} in {root}, so it is not a folder of recordings; make one from EEG "
-        "files with `minsae prepare`"
+        f"there is no {LENGTHS} in {root}, which must list the recordings and their lengths; "
+        "`minsae prepare` makes recordings and this file from EEG files"
     )
 
 
