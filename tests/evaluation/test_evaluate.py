@@ -388,7 +388,7 @@ def test_inputs_that_do_not_belong_together_are_errors(trained, settings, tmp_pa
     check("lambda=1 was trained on another encoder", run=str(other))
 
 
-def test_events_require_a_val_store(trained, settings, tmp_path):
+def test_without_a_val_store_events_are_not_evaluated(trained, settings, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
     config = run / "config.yaml"
@@ -396,9 +396,25 @@ def test_events_require_a_val_store(trained, settings, tmp_path):
     moved = tmp_path / "store"
     config.write_text(config.read_text().replace(f"store: {store}\n", f"store: {moved}\n"))
     test_store = store.with_name(f"{store.name}_test")
-    changes = {"run": str(run), "store": str(test_store)}
-    with pytest.raises(UserError, match=r"has events.csv, which requires a store of the val"):
-        evaluate(replace(settings, **changes), trained.encoder)
+    changed = replace(settings, run=str(run), store=str(test_store), report=True)
+    with pytest.warns(UserWarning, match=r"events.csv are not evaluated, since there is no store"):
+        result = ms.evaluate(changed, trained.encoder)
+    assert result.members[0].events is None
+    assert (result.pca, result.baselines) == ((), {})
+    assert np.isfinite(result.members[0].loss.loss_recovered)
+    assert (run / "report/index.html").exists()
+
+
+def test_without_events_of_val_patients_events_are_not_evaluated(trained, settings, tmp_path):
+    val_recordings = tmp_path / "recordings"
+    shutil.copytree(trained.recordings, val_recordings)
+    (val_recordings / "events.csv").unlink()
+    (tmp_path / "out").mkdir()
+    changed = replace(settings, val_root_path=str(val_recordings), out=str(tmp_path / "out"))
+    with pytest.warns(UserWarning, match=r"has no events.csv to choose features on"):
+        result = evaluate(changed, trained.encoder)
+    assert result.members[0].events is None
+    assert result.pca
 
 
 def test_without_events_there_are_no_scores(trained, settings, monkeypatch):
