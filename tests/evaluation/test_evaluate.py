@@ -81,6 +81,24 @@ def test_files_contain_the_evaluation(trained, evaluation):
     assert (trained.run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_nan_is_null_in_evaluation_json(evaluation, tmp_path):
+    """As targeted probe perturbation of a single kind of events."""
+    member = evaluation.members[0]
+    of_events = replace(
+        member.event_evaluation, summary=replace(member.event_summary, tpp=float("nan"))
+    )
+    changed = replace(
+        evaluation,
+        inputs=replace(evaluation.inputs, out=tmp_path),
+        members=(replace(member, event_evaluation=of_events),),
+        selected=member.member,
+    )
+    changed.write()
+    text = (tmp_path / "evaluation.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["members"][0]["event_summary"]["tpp"] is None
+
+
 def test_keys_of_evaluation_json(evaluation):
     """Other programs read these."""
     record = evaluation.to_record()
