@@ -12,8 +12,8 @@ from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.loss_recovered import LossRecovered, SubstitutionErrors
 from minsae_jax.evaluation.stability import Stability
 from minsae_jax.evaluation.summary import summary, write_files
+from minsae_jax.sae.figures import PCA
 from minsae_jax.sae.hyper import Hyper
-from minsae_jax.sae.plots import PCA
 from minsae_jax.settings import JsonObject
 
 PURE = 0.9  # precision above chance of a pure feature

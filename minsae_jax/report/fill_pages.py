@@ -34,8 +34,8 @@ from minsae_jax.report.pages import (
     SteeringEffect,
     SteeringResult,
 )
+from minsae_jax.sae.figures import PCA
 from minsae_jax.sae.hyper import SYMBOLS, sparsity, value_text, varied_names
-from minsae_jax.sae.plots import PCA
 
 RANKED = 50  # features in the table of an event or a label
 SCORE_NAMES = {"AUC": ("AUC", 0.5), "rho": ("Spearman's rho", 0.0)}
