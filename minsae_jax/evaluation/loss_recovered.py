@@ -76,8 +76,7 @@ def summarise(errors: SubstitutionErrors, seed: int) -> LossRecovered:
     weights = draw_weights(errors.windows, seed) / errors.windows
     resampled = weights @ errors.by_window.T
     ablation = resampled[:, 1] - resampled[:, 0]
-    recovered = np.full(len(resampled), np.nan)
-    np.divide(resampled[:, 1] - resampled[:, 3], ablation, out=recovered, where=ablation != 0)
+    recovered = (resampled[:, 1] - resampled[:, 3]) / np.where(ablation != 0, ablation, np.nan)
     return LossRecovered(
         masked_error=member,
         loss_recovered=loss_recovered(by_mean, member, untouched),

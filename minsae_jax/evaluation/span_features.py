@@ -24,7 +24,7 @@ class EncodedSpans(NamedTuple):
     # Of every kind's probe on x̂, without bias
     logits: Float[np.ndarray, "tokens kinds"]
     # Of the chosen features
-    some: Float[np.ndarray, "tokens chosen"]
+    chosen: Float[np.ndarray, "tokens chosen"]
 
 
 def encode_spans(
@@ -34,10 +34,10 @@ def encode_spans(
     chosen: Int[np.ndarray, " chosen"],
 ) -> EncodedSpans:
     """Encode spans; probes: weights of every kind's, chosen: features to return of every token."""
-    lengths = np.array([len(x) for x in spans.activations])
+    lengths = spans.lengths
     maxima = []
     logits = []
-    some = []
+    of_chosen = []
     sums = np.zeros((2, sae.d_sae))
     for group in span_groups(spans.activations):
         x = np.concatenate([spans.activations[i] for i in group])
@@ -51,19 +51,19 @@ def encode_spans(
         sides[1, : len(x)] = ~side
         with jax.default_matmul_precision("highest"):
             encoded = _encode(sae.kind, sae.params, padded, sides, probes, chosen)
-        features, side_sums, group_logits, group_some = map(np.asarray, encoded)
+        features, side_sums, group_logits, group_chosen = map(np.asarray, encoded)
         maxima.append(max_over_spans(features[: len(x)], lengths[group]))
         logits.append(group_logits[: len(x)])
-        some.append(group_some[: len(x)])
+        of_chosen.append(group_chosen[: len(x)])
         sums += side_sums
     is_event = np.repeat(spans.is_event, lengths)
     counts = np.array([is_event.sum(), (~is_event).sum()])
     return EncodedSpans(
-        np.concatenate(maxima),
-        lengths,
-        sums / counts[:, None],
-        np.concatenate(logits),
-        np.concatenate(some),
+        maxima=np.concatenate(maxima),
+        lengths=lengths,
+        means=sums / counts[:, None],
+        logits=np.concatenate(logits),
+        chosen=np.concatenate(of_chosen),
     )
 
 

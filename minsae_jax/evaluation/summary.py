@@ -15,10 +15,9 @@ from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.settings import JsonObject
 
 if TYPE_CHECKING:  # results.py imports this module
-    from minsae_jax.evaluation.event_measures import EventScore
+    from minsae_jax.evaluation.event_results import EventScore, EventSummary
     from minsae_jax.evaluation.results import (
         Evaluation,
-        EventSummary,
         LossRecovered,
         MemberEvaluation,
         PCAEvaluation,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minsae_jax.evaluation.bootstrap import Interval, interval
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.events import auc
+from minsae_jax.evaluation.ranking import auc
 from minsae_jax.monitor import progress
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
@@ -78,10 +78,8 @@ class FeatureTokens:
         hits = is_inside[sequence, self.token[feature, : len(sequence)]]
         of_examples = weights[:, recording[sequence]]
         total = of_examples.sum(axis=1)
-        share = np.divide(
-            of_examples @ hits, total, out=np.full(len(total), np.nan), where=total > 0
-        )
-        return interval(share)
+        # NaN in resamples without any of the tokens.
+        return interval(of_examples @ hits / np.where(total > 0, total, np.nan))
 
 
 def read_features(

@@ -56,9 +56,7 @@ def variance_shares(pooled: Pooled) -> VarianceShares:
         recording=_share(pooled.n_tokens, recordings, overall, total),
         patient=_share(patient_tokens, patient_means, overall, total),
         top_patient=tuple(patients[i] for i in top),
-        top_patient_share=np.divide(
-            of_top, of_all, out=np.full_like(of_all, np.nan), where=of_all != 0
-        ),
+        top_patient_share=of_top / np.where(of_all != 0, of_all, np.nan),
     )
 
 
@@ -70,8 +68,7 @@ def _share(
 ) -> Float[np.ndarray, " features"]:
     between = n_tokens @ np.square(means - overall)
     # A feature that never varies has no variance to explain.
-    varies = total_squares > 0
-    share = np.divide(between, total_squares, out=np.zeros_like(between), where=varies)
+    share = between / np.where(total_squares > 0, total_squares, np.inf)
     # Means are rounded, so that a share of 1 can come out above it.
     return np.minimum(share, 1)
 

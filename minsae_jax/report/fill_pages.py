@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from minsae_jax.evaluation.associations import Associations, LabelAssociation
-from minsae_jax.evaluation.event_measures import EventScore
+from minsae_jax.evaluation.event_results import EventEvaluation, EventScore, EventSummary
 from minsae_jax.evaluation.label_probes import LabelProbe as MeasuredProbe
 from minsae_jax.evaluation.label_probes import ProbeScore
 from minsae_jax.evaluation.label_tests import LEVEL, LabelTest
 from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.results import (
     Evaluation,
-    EventEvaluation,
-    EventSummary,
     MemberEvaluation,
     PCAEvaluation,
 )

@@ -14,7 +14,7 @@ from minsae_jax import UserError
 from minsae_jax.evaluation import inputs, saved
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate
-from minsae_jax.evaluation.event_measures import EventScore
+from minsae_jax.evaluation.event_results import EventScore
 from minsae_jax.evaluation.loss_recovered import substitution_errors
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.member import load_sae, save_member
