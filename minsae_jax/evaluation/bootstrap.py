@@ -12,6 +12,8 @@ from jaxtyping import Float
 
 RESAMPLES = 1000
 COVERAGE = 95  # % of the resamples inside an interval
+# How often each recording, or other unit, is drawn
+Weights = Float[np.ndarray, "resamples recordings"]
 
 
 class Interval(NamedTuple):
@@ -21,9 +23,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def draw_weights(
-    n_units: int, seed: int, resamples: int = RESAMPLES
-) -> Float[np.ndarray, "resamples n_units"]:
+def draw_weights(n_units: int, seed: int, resamples: int = RESAMPLES) -> Weights:
     """Return for each resample how often each recording, or other unit, is drawn."""
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=resamples)

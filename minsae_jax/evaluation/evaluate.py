@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.event_results import EventEvaluation
 from minsae_jax.evaluation.feature_measures import FeatureResult, measure_features
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member, open_inputs
 from minsae_jax.evaluation.loss_recovered import (
@@ -81,6 +82,7 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
         baselines = [Member(RAW, raw_autoencoder(pca.mean)), Member(COMPONENTS, everything)]
         keys |= sources.keys(baselines)
     features = measure_features(settings, inputs, [*measured, *baselines], keys, tokens)
+    losses = {name: summarise(of_one, settings.seed) for name, of_one in errors.items()}
     stability = seed_stability(members, {name: t.density > 0 for name, t in tokens.items()})
     evaluations = []
     for member in members:
@@ -92,7 +94,7 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
             decoder=decoder_cosines(member.sae),
             description_bits=features[member.name].description_bits,
             stability=_summarise_stability(stability, member, features),
-            loss=None if errors is None else summarise(errors[member.name], settings.seed),
+            loss=losses.get(member.name),
             event_evaluation=features[member.name].events,
         )
         evaluations.append(evaluated)
@@ -104,7 +106,7 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
             fvu=measures.fvu,
             explained_variance=measures.explained_variance,
             description_bits=features[member.name].description_bits,
-            loss=None if errors is None else summarise(errors[member.name], settings.seed),
+            loss=losses.get(member.name),
             event_evaluation=features[member.name].events,
         )
         pca_evaluations.append(pca_evaluation)
@@ -116,13 +118,18 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
         recommendation=recommendation,
         rule=RULE,
         selected=settings.member or recommendation.member,
-        substitution=None if errors is None else next(iter(errors.values())),
+        substitution=next(iter(errors.values()), None),
         mask_ratio=settings.mask_ratio,
-        raw_events=features[RAW].events if baselines else None,
-        pca_events=features[COMPONENTS].events if baselines else None,
+        raw_events=_events_of(features, RAW),
+        pca_events=_events_of(features, COMPONENTS),
     )
     evaluation.write()
     return evaluation
+
+
+def _events_of(features: Mapping[str, FeatureResult], baseline: str) -> EventEvaluation | None:
+    result = features.get(baseline)
+    return None if result is None else result.events
 
 
 def _summarise_stability(
@@ -210,11 +217,11 @@ def _substitute(
     members: Sequence[Member],
     keys: Mapping[str, Keys],
     tokens: Mapping[str, TokenResult],
-) -> dict[str, SubstitutionErrors] | None:
-    """Return the pretraining errors on each member's x̂, or None if there is no such task."""
+) -> dict[str, SubstitutionErrors]:
+    """Return the pretraining errors on each member's x̂, by name; none if there is no such task."""
     encoder = inputs.encoder
     if encoder is None or encoder.reconstruction is None:
-        return None
+        return {}
 
     def measure_missing(missing: list[Member]) -> dict[str, SubstitutionErrors]:
         errors = substitution_errors(

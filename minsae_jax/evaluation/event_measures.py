@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from minsae_jax.evaluation.bootstrap import interval
+from minsae_jax.evaluation.bootstrap import Weights, interval
 from minsae_jax.evaluation.event_results import EventScore, MeanIntervals
 from minsae_jax.evaluation.events import SpanActivations, max_over_spans
 from minsae_jax.evaluation.linear_probe import LinearProbe, fit_probe
@@ -55,7 +55,7 @@ class EventKind:
     def test_auc(
         self,
         scores: Float[np.ndarray, " test_spans"],
-        weights: Float[np.ndarray, "resamples recordings"],
+        weights: Weights,
     ) -> Float[np.ndarray, " resamples"]:
         """Return the AUC of a score of the test spans in each resample of their recordings."""
         return weighted_auc(scores, self.test.is_event, self.test.recording, weights)
@@ -240,7 +240,7 @@ def _ties(
     best: Float[np.ndarray, " spans"],
     val_auc: Float[np.ndarray, " d_sae"],
     spans: SpanActivations,
-    weights: Float[np.ndarray, "resamples recordings"],
+    weights: Weights,
 ) -> Int[np.ndarray, " ties"]:
     """Return the features whose AUC is inside the interval of the best, the best first."""
     lowest = val_auc.max()
@@ -256,7 +256,7 @@ def _sparse_probe(
     test: Float[np.ndarray, "test_spans d_sae"],
     kind: EventKind,
     features: Int[np.ndarray, " k"],
-    weights: Float[np.ndarray, "resamples recordings"],
+    weights: Weights,
 ) -> Float[np.ndarray, " resamples"]:
     """Return the test AUC of a probe on some features, fitted on val."""
     probe = fit_probe(val[:, features].astype(np.float64), kind.val.is_event)
@@ -267,7 +267,7 @@ def _probe_auc(
     spans: EncodedSpans,
     logits: Float[np.ndarray, " tokens"],
     kind: EventKind,
-    weights: Float[np.ndarray, "resamples recordings"],
+    weights: Weights,
 ) -> Float[np.ndarray, " resamples"]:
     """Return the AUC of a span's largest logit."""
     largest = max_over_spans(logits[:, None], spans.lengths)[:, 0]
@@ -292,7 +292,7 @@ def _ablation_drops(
     test: Sequence[EncodedSpans],
     ablated: Int[np.ndarray, "kinds best"],
     probes: Float[np.ndarray, "d_model kinds"],
-    weights: Float[np.ndarray, "resamples recordings"],
+    weights: Weights,
 ) -> Float[np.ndarray, "kinds kinds resamples"]:
     """Return the drop of each kind's probe AUC on x̂ (columns) by the ablation for each (rows)."""
     # The probe is linear: without feature i its logit is lower by f_i (W_dec,i · w).

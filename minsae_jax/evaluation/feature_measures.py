@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.evaluation.bootstrap import Interval, draw_weights
+from minsae_jax.evaluation.bootstrap import Interval, Weights, draw_weights
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.description_length import description_length
@@ -165,7 +165,7 @@ def _score_tokens(
     kinds: Sequence[EventKind],
     spans: SpanMeasures,
     features: FeatureTokens,
-    weights: Float[np.ndarray, "resamples recordings"],
+    weights: Weights,
 ) -> EventEvaluation:
     """Return the scores on spans with those over tokens."""
     precision = np.stack([features.precision(kind.touched) for kind in kinds])

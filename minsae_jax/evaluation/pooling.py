@@ -129,21 +129,23 @@ def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
 
     Products and the sums within a batch are float32, sums over batches are float64.
     """
-    n_features = dataset.store.d_model if sae is None else sae.d_sae
+    kind = None
+    params: Params = {}
+    n_features = dataset.store.d_model
+    if sae is not None:
+        kind = sae.kind
+        params = sae.params
+        n_features = sae.d_sae
     n_channels = int(dataset.channel.max(initial=-1)) + 1
     totals = _Totals(len(dataset.recordings), dataset.n_tokens, n_channels + 1, n_features)
-    if sae is None:
-        batch_sums = batch_program(None, n_channels + 1)
-    else:
-        batch_sums = batch_program(sae.kind, n_channels + 1)
-    params: Params = {} if sae is None else sae.params
+    batch_sums = batch_program(kind, n_channels + 1)
     n_sequences = BATCH_VALUES // (dataset.n_tokens * n_features)
     n_sequences = min(max(n_sequences, 1), MAX_BATCH_SEQUENCES)
     with progress("pool features", len(dataset.recording), "sequences", delay=2.0) as bar:
         for first, x in dataset.batches(n_sequences):
             # The channel -1 of whole windows is the last group.
             channel = dataset.channel[first : first + len(x)] % (n_channels + 1)
-            rows = (_padded(x, n_sequences), _padded(channel, n_sequences))
+            rows = (padded(x, n_sequences), padded(channel, n_sequences))
             batch = jax.device_get(batch_sums(params, *rows, np.int32(len(x))))
             totals.add(int(dataset.recording[first]), len(x) * dataset.n_tokens, batch)
             bar.advance(len(x))
@@ -221,11 +223,12 @@ def by_patient(
     return PatientValues(tuple(patients), total / n_recordings[:, None])
 
 
-def _padded(x: np.ndarray, rows: int) -> np.ndarray:
+def padded(x: np.ndarray, rows: int) -> np.ndarray:
     """Return x with zeros after its last row, so that all batches share one compiled program."""
     if len(x) == rows:
         return x
-    return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
+    zeros = np.zeros((rows - len(x), *x.shape[1:]), x.dtype)
+    return np.concatenate([x, zeros])
 
 
 @lru_cache

@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 
+from minsae_jax.evaluation.bootstrap import Weights
+
 MIN_PRECISION = 0.9  # of recall_at_precision
 
 
@@ -35,7 +37,7 @@ def weighted_auc(
     scores: Float[np.ndarray, " n"],
     is_event: Bool[np.ndarray, " n"],
     recording: Int[np.ndarray, " n"],
-    weights: Float[np.ndarray, "resamples recordings"],
+    weights: Weights,
 ) -> Float[np.ndarray, " resamples"]:
     """Return the area under the ROC curve of each resample; NaN without events or others.
 
@@ -82,7 +84,7 @@ def weighted_recall(
     scores: Float[np.ndarray, " n"],
     is_event: Bool[np.ndarray, " n"],
     recording: Int[np.ndarray, " n"],
-    weights: Float[np.ndarray, "resamples recordings"],
+    weights: Weights,
 ) -> Float[np.ndarray, " resamples"]:
     """Return the largest recall at a precision of at least 90 % of each resample.
 

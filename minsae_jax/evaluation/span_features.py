@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minsae_jax.evaluation.events import SpanActivations, max_over_spans, span_groups
+from minsae_jax.evaluation.pooling import padded
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
 
@@ -43,14 +44,11 @@ def encode_spans(
         x = np.concatenate([spans.activations[i] for i in group])
         side = np.repeat(spans.is_event[group], lengths[group])
         # Padded to a power of two, so that groups share few compiled programs.
-        n_padded = 1 << max(len(x) - 1, 0).bit_length()
-        padded = np.zeros((n_padded, sae.d_model), np.float32)
-        padded[: len(x)] = x
-        sides = np.zeros((2, n_padded), np.float32)
-        sides[0, : len(x)] = side
-        sides[1, : len(x)] = ~side
+        n_rows = 1 << (len(x) - 1).bit_length()
+        sides = np.stack([side, ~side], axis=1).astype(np.float32)
+        rows = (padded(x, n_rows), padded(sides, n_rows).T)
         with jax.default_matmul_precision("highest"):
-            encoded = _encode(sae.kind, sae.params, padded, sides, probes, chosen)
+            encoded = _encode(sae.kind, sae.params, *rows, probes, chosen)
         features, side_sums, group_logits, group_chosen = map(np.asarray, encoded)
         maxima.append(max_over_spans(features[: len(x)], lengths[group]))
         logits.append(group_logits[: len(x)])
