@@ -123,7 +123,7 @@ def _score(
 ) -> ProbeScore:
     mean = fit.values.mean(axis=0)
     sd = fit.values.std(axis=0)
-    # A feature that never varies on val cannot be chosen, whatever it is divided by.
+    # A feature that never varies on val has weight 0, whatever it is divided by.
     sd = np.where(sd > 0, sd, 1)
     z = (fit.values - mean) / sd
     z_held_out = (held_out.values - mean) / sd
