@@ -83,7 +83,8 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
         keys |= sources.keys(baselines)
     features = measure_features(settings, inputs, [*measured, *baselines], keys, tokens)
     losses = {name: summarise(of_one, settings.seed) for name, of_one in errors.items()}
-    stability = seed_stability(members, {name: t.density > 0 for name, t in tokens.items()})
+    is_live = {name: result.density > 0 for name, result in tokens.items()}
+    stability = seed_stability(members, is_live)
     evaluations = []
     for member in members:
         evaluated = MemberEvaluation(
@@ -183,7 +184,8 @@ class _Sources:
         parts = ["tokens", "features"]
         if self.has_loss:
             parts.append("loss")
-        return all(load_part(self.out, keys.name, p, getattr(keys, p)) is not None for p in parts)
+        saved = [load_part(self.out, keys.name, part, getattr(keys, part)) for part in parts]
+        return all(arrays is not None for arrays in saved)
 
 
 def _fingerprint(dataset: Dataset) -> str:
@@ -198,7 +200,8 @@ def _fit_pca(inputs: EvaluationInputs) -> PCA | None:
     saved = load_part(inputs.out, COMPONENTS, "fit", key)
     if saved is not None:
         return PCA(saved["mean"], saved["directions"])
-    pca = fit_pca(x.reshape(-1, x.shape[-1]) for _, x in inputs.val.batches(BATCH_SEQUENCES))
+    batches = inputs.val.batches(BATCH_SEQUENCES)
+    pca = fit_pca(x.reshape(-1, x.shape[-1]) for _, x in batches)
     save_part(inputs.out, COMPONENTS, "fit", key, pca._asdict())
     return pca
 

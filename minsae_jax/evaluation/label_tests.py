@@ -101,7 +101,8 @@ def usable_label(
     and two different values.
     """
     among = set(patients)
-    label = label.select(np.array([patient in among for patient in label.patients], bool))
+    is_among = [patient in among for patient in label.patients]
+    label = label.select(np.array(is_among, bool))
     if label.is_number:
         if len(label.patients) >= min_patients and len(set(label.values)) > 1:
             return label, ""
@@ -116,7 +117,8 @@ def usable_label(
     if not is_large.all():
         small = [sizes[i] for i in np.flatnonzero(~is_large)]
         note = f"categories with fewer than {min_patients} patients left out: {join_some(small)}"
-    return label.only([label.categories[i] for i in np.flatnonzero(is_large)]), note
+    large = [label.categories[i] for i in np.flatnonzero(is_large)]
+    return label.only(large), note
 
 
 def _test(label: PatientLabel, values: Float[np.ndarray, "patients features"]) -> LabelTest:
@@ -199,8 +201,8 @@ def spearman(
     deviation = rankdata(values, axis=0) - (n + 1) / 2
     of_label = rankdata(label) - (n + 1) / 2
     products = of_label @ deviation
-    norms = np.sqrt(np.square(deviation).sum(axis=0) * np.square(of_label).sum())
-    rho = np.clip(products / norms, -1, 1)
+    squares = np.square(deviation).sum(axis=0) * np.square(of_label).sum()
+    rho = np.clip(products / np.sqrt(squares), -1, 1)
     if n <= MAX_EXACT:
         return rho, _exact_p(deviation, of_label, products)
     with np.errstate(divide="ignore"):  # infinite at rho = ±1, where p is 0
@@ -235,4 +237,5 @@ def regression_slope(
 ) -> Float[np.ndarray, " features"]:
     """Return the slope of the linear regression of each column on the label."""
     deviation = label - label.mean()
-    return deviation @ (values - values.mean(axis=0)) / np.square(deviation).sum()
+    covariance = deviation @ (values - values.mean(axis=0))
+    return covariance / np.square(deviation).sum()

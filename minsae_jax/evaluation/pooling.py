@@ -214,13 +214,20 @@ def by_patient(
     recordings: Sequence[str], values: Float[np.ndarray, "recordings features"]
 ) -> PatientValues:
     """Return the mean over the recordings of each patient, which count equally, in float64."""
-    names = [patient_of(recording) for recording in recordings]
-    patients = list(dict.fromkeys(names))
-    index = np.array([patients.index(name) for name in names], int)
+    patients, patient = group_by_patient(recordings)
     total = np.zeros((len(patients), values.shape[1]))
-    np.add.at(total, index, values)
-    n_recordings = np.bincount(index, minlength=len(patients))
-    return PatientValues(tuple(patients), total / n_recordings[:, None])
+    np.add.at(total, patient, values)
+    n_recordings = np.bincount(patient, minlength=len(patients))
+    return PatientValues(patients, total / n_recordings[:, None])
+
+
+def group_by_patient(
+    recordings: Sequence[str],
+) -> tuple[tuple[str, ...], Int[np.ndarray, " recordings"]]:
+    """Return the patients by their first recordings, and the index of each recording's patient."""
+    names = [patient_of(recording) for recording in recordings]
+    index = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return tuple(index), np.array([index[name] for name in names], np.int64)
 
 
 def padded(x: np.ndarray, rows: int) -> np.ndarray:

@@ -185,7 +185,11 @@ def add_batch(
         sequence.T,
         index_of[strongest & lowest].T,
     )
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=1), top, batch)
+    both = TopTokens(
+        jnp.concatenate([top.value, batch.value], axis=1),
+        jnp.concatenate([top.sequence, batch.sequence], axis=1),
+        jnp.concatenate([top.token, batch.token], axis=1),
+    )
     value, order = jax.lax.top_k(both.value, TOP)
     merged = TopTokens(
         value,
