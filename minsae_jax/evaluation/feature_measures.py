@@ -61,8 +61,8 @@ def _feature_result(saved: Arrays) -> FeatureResult:
     record = json.loads(str(saved["record"]))
     scores = {kind: _score(score) for kind, score in record["scores"].items()}
     summary = EventSummary(**_with_intervals(record["summary"]))
-    arrays = {field.name: saved[field.name] for field in fields(FeatureEvents)}
-    features = FeatureEvents(**arrays | {"kinds": tuple(scores)})
+    names = [field.name for field in fields(FeatureEvents) if field.name != "kinds"]
+    features = FeatureEvents(tuple(scores), **{name: saved[name] for name in names})
     events = EventEvaluation(scores, summary, features)
     return FeatureResult(bits, saved["contribution"], events)
 
