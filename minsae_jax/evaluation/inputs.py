@@ -127,6 +127,8 @@ def open_inputs(
     if encoder is None:
         _check_stores(members, [test] if val is None else [test, val])
     _warn_of_training_patients(Path(train_config.store), test)
+    if val is not None:
+        _warn_of_val_patients(val, test)
     has_events = _can_use_events(test, val)
     out = Path(settings.out or run)
     return EvaluationInputs(run, out, encoder, members, test, val, has_events)
@@ -176,6 +178,16 @@ def _warn_of_training_patients(train_store: Path, test: Dataset) -> None:
         warnings.warn(
             f"{test.store.folder} contains the patients that the members were trained on; the "
             "measures are not those of held-out patients",
+            stacklevel=2,
+        )
+
+
+def _warn_of_val_patients(val: Dataset, test: Dataset) -> None:
+    """Warn if features are chosen and measured on the same recordings, as with --split all."""
+    if val.folder == test.folder and not set(val.recordings).isdisjoint(test.recordings):
+        warnings.warn(
+            f"{test.store.folder} contains recordings of {val.store.folder}, on which features and "
+            "probes are chosen; the measures of events and labels are too high",
             stacklevel=2,
         )
 

@@ -369,6 +369,12 @@ def test_evaluation_on_training_patients_warns(trained, settings, tmp_path):
         evaluate(replace(settings, run=str(run), store=str(trained.stores)), trained.encoder)
 
 
+def test_evaluation_on_val_patients_warns(trained, settings):
+    val = trained.stores.with_name(f"{trained.stores.name}_val")
+    with pytest.warns(UserWarning, match="on which features and probes are chosen"):
+        inputs.open_inputs(replace(settings, store=str(val)), trained.encoder)
+
+
 def test_each_input_is_opened_once(trained, settings, monkeypatch):
     opened = []
 
