@@ -192,7 +192,7 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
 
 
 def _open_feature_monitor(config: TrainConfig, encoder: "BaseEncoder | None") -> "FeatureMonitor":
-    """Return what measures features during training: their stability, and events if there are any.
+    """Return the monitor of features during training: stability, and events with --events_path.
 
     Raises UserError if --events_path has no events, or does not belong to the held-out store.
     """
@@ -210,10 +210,10 @@ def _open_feature_monitor(config: TrainConfig, encoder: "BaseEncoder | None") ->
 def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "Evaluation":
     """Measure a finished run on held-out recordings; with `config.report`, also write its report.
 
-    encoder: that at `config.checkpoint_path`, or else the run's, unless passed. Without any, what
-    requires the model is left out, with a warning. Models of --model offer nothing of that kind, so
-    the run's is not loaded.
-    Raises UserError if there is no such run, encoder or store, or they do not belong together.
+    encoder: that at `config.checkpoint_path`, or else the run's, unless passed. Without any, loss
+    recovered is not measured, with a warning. A model of --model has no head to measure it by, so
+    it is not loaded. Raises UserError if there is no such run, encoder or store, or they do not
+    belong together.
     """
     from minsae_jax.evaluation import evaluate as evaluation
     from minsae_jax.report.report import write_report

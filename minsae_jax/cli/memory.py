@@ -11,6 +11,7 @@ import sys
 
 # How native code ends a process that gets no memory; 127 is the dynamic loader.
 FAILURES = (-signal.SIGABRT, -signal.SIGSEGV, -getattr(signal, "SIGBUS", 0), 127)
+SMALLER = "try a smaller --batch_size, --feature_dim_factor or sweep"
 
 
 def memory_limit() -> float | None:
@@ -46,10 +47,7 @@ def run_in_child(limit: float) -> None:
 
 def advice(limit: float) -> str:
     """Return what to do about the limit."""
-    return (
-        f"which is limited to {limit:.1f} GB; raise the limit (ulimit -v), or try a smaller "
-        "--batch_size, --feature_dim_factor or sweep"
-    )
+    return f"which is limited to {limit:.1f} GB; raise the limit (ulimit -v), or {SMALLER}"
 
 
 def _silence_native_code() -> None:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 
 from minsae_jax.cli import lost_peer
-from minsae_jax.cli.memory import advice, memory_limit, run_in_child
+from minsae_jax.cli.memory import SMALLER, advice, memory_limit, run_in_child
 from minsae_jax.errors import Stopped, UserError, brief
 
 
@@ -128,7 +128,6 @@ def _user_message(error: Exception) -> str | None:
     # XLA's errors are RuntimeErrors that begin with a status code, or the C++ error's name.
     is_out_of_memory = isinstance(error, MemoryError) or "std::bad_alloc" in str(error)
     if is_out_of_memory or "RESOURCE_EXHAUSTED" in str(error):
-        advice = "try a smaller --batch_size, --feature_dim_factor or sweep"
         reason = brief(error, 150) or type(error).__name__
-        return f"out of memory ({reason}); {advice}"
+        return f"out of memory ({reason}); {SMALLER}"
     return None

@@ -16,6 +16,8 @@ from minsae_jax.evaluation.labels import PatientLabel, read_labels
 from minsae_jax.evaluation.pooling import PatientValues, Pooled, Pooling, by_patient, pool
 from minsae_jax.evaluation.variance import VarianceShares, variance_shares
 
+NO_PROBE = "a probe requires a store of val patients with labels"
+
 
 @dataclass(frozen=True)
 class LabelAssociation:
@@ -49,28 +51,29 @@ def measure_associations(
     pooling: of activations over the tokens of a recording. seed: of the permuted labels. Raises
     UserError if labels.csv is invalid.
     """
-    pooled = pool(inputs.test, member.sae)
+    test = inputs.test
+    pooled = pool(test, member.sae)
     variance = variance_shares(pooled)
-    splits = [inputs.test] if inputs.val is None else [inputs.val, inputs.test]
-    recordings = [name for split in splits for name in split.recordings]
-    labels = read_labels(inputs.test.folder, recordings)
+    splits = [test]
+    # labels.csv is about the patients in its folder; those of another one may have equal names.
+    if inputs.val is not None and inputs.val.folder == test.folder:
+        splits.insert(0, inputs.val)
+    labels = read_labels(test.folder, [name for split in splits for name in split.recordings])
     if not labels:
         return Associations(variance, (), pooling, 0)
     by_split = [pool(split, member.sae) for split in splits[:-1]] + [pooled]
-    pooled_recordings = [name for each in by_split for name in each.recordings]
+    recordings = [name for each in by_split for name in each.recordings]
     values = np.concatenate([each.values(pooling) for each in by_split])
-    tests = compare_labels(by_patient(pooled_recordings, values), labels)
+    tests = compare_labels(by_patient(recordings, values), labels)
     probes: list[LabelProbe | str]
-    if inputs.val is None:
-        probes = ["a probe requires a store of the val patients"] * len(labels)
+    if len(splits) == 1:
+        probes = [NO_PROBE] * len(labels)
     else:
         features = PooledSplits(*_patient_values(by_split, pooling))
         raw = PooledSplits(*_patient_values([pool(split, None) for split in splits], pooling))
         probes = [probe_label(label, features, raw, seed=seed) for label in labels]
-    associations = []
-    for label, test, probe in zip(labels, tests, probes, strict=True):
-        associations.append(LabelAssociation(label, test, probe))
-    return Associations(variance, tuple(associations), pooling, len(pooled_recordings))
+    associations = tuple(map(LabelAssociation, labels, tests, probes))
+    return Associations(variance, associations, pooling, len(recordings))
 
 
 def _patient_values(pooled: Sequence[Pooled], pooling: Pooling) -> list[PatientValues]:

@@ -41,4 +41,5 @@ def description_length(
     step_squared = 12 * ROUNDING_FVU * variance / max(p.sum(), 1e-12)
     spread = np.maximum(mean_square - mean**2, 0) / step_squared
     value = np.log2(2 * np.pi * np.e * (spread + 1 / 12)) / 2
-    return float((which + np.where(active > 0, p * value, 0)).sum())
+    of_feature = which + np.where(active > 0, p * value, 0)
+    return float(of_feature.sum())

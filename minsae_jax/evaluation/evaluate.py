@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.event_results import EventEvaluation
 from minsae_jax.evaluation.feature_measures import FeatureResult, measure_features
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member, open_inputs
 from minsae_jax.evaluation.loss_recovered import (
@@ -81,7 +82,9 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
         baselines = [Member(RAW, raw_autoencoder(pca.mean)), Member(COMPONENTS, everything)]
         keys |= sources.keys(baselines)
     features = measure_features(settings, inputs, [*measured, *baselines], keys, tokens)
-    stability = seed_stability(members, {name: t.density > 0 for name, t in tokens.items()})
+    losses = {name: summarise(of_one, settings.seed) for name, of_one in errors.items()}
+    is_live = {name: result.density > 0 for name, result in tokens.items()}
+    stability = seed_stability(members, is_live)
     evaluations = []
     for member in members:
         evaluated = MemberEvaluation(
@@ -92,7 +95,7 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
             decoder=decoder_cosines(member.sae),
             description_bits=features[member.name].description_bits,
             stability=_summarise_stability(stability, member, features),
-            loss=None if errors is None else summarise(errors[member.name], settings.seed),
+            loss=losses.get(member.name),
             event_evaluation=features[member.name].events,
         )
         evaluations.append(evaluated)
@@ -104,7 +107,7 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
             fvu=measures.fvu,
             explained_variance=measures.explained_variance,
             description_bits=features[member.name].description_bits,
-            loss=None if errors is None else summarise(errors[member.name], settings.seed),
+            loss=losses.get(member.name),
             event_evaluation=features[member.name].events,
         )
         pca_evaluations.append(pca_evaluation)
@@ -116,13 +119,18 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
         recommendation=recommendation,
         rule=RULE,
         selected=settings.member or recommendation.member,
-        substitution=None if errors is None else next(iter(errors.values())),
+        substitution=next(iter(errors.values()), None),
         mask_ratio=settings.mask_ratio,
-        raw_events=features[RAW].events if baselines else None,
-        pca_events=features[COMPONENTS].events if baselines else None,
+        raw_events=_events_of(features, RAW),
+        pca_events=_events_of(features, COMPONENTS),
     )
     evaluation.write()
     return evaluation
+
+
+def _events_of(features: Mapping[str, FeatureResult], baseline: str) -> EventEvaluation | None:
+    result = features.get(baseline)
+    return None if result is None else result.events
 
 
 def _summarise_stability(
@@ -176,7 +184,8 @@ class _Sources:
         parts = ["tokens", "features"]
         if self.has_loss:
             parts.append("loss")
-        return all(load_part(self.out, keys.name, p, getattr(keys, p)) is not None for p in parts)
+        saved = [load_part(self.out, keys.name, part, getattr(keys, part)) for part in parts]
+        return all(arrays is not None for arrays in saved)
 
 
 def _fingerprint(dataset: Dataset) -> str:
@@ -191,7 +200,8 @@ def _fit_pca(inputs: EvaluationInputs) -> PCA | None:
     saved = load_part(inputs.out, COMPONENTS, "fit", key)
     if saved is not None:
         return PCA(saved["mean"], saved["directions"])
-    pca = fit_pca(x.reshape(-1, x.shape[-1]) for _, x in inputs.val.batches(BATCH_SEQUENCES))
+    batches = inputs.val.batches(BATCH_SEQUENCES)
+    pca = fit_pca(x.reshape(-1, x.shape[-1]) for _, x in batches)
     save_part(inputs.out, COMPONENTS, "fit", key, pca._asdict())
     return pca
 
@@ -210,11 +220,11 @@ def _substitute(
     members: Sequence[Member],
     keys: Mapping[str, Keys],
     tokens: Mapping[str, TokenResult],
-) -> dict[str, SubstitutionErrors] | None:
-    """Return the pretraining errors on each member's x̂, or None if there is no such task."""
+) -> dict[str, SubstitutionErrors]:
+    """Return the pretraining errors on each member's x̂, by name; none if there is no such task."""
     encoder = inputs.encoder
     if encoder is None or encoder.reconstruction is None:
-        return None
+        return {}
 
     def measure_missing(missing: list[Member]) -> dict[str, SubstitutionErrors]:
         errors = substitution_errors(

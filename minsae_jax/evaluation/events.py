@@ -1,22 +1,19 @@
-"""How well single features separate labelled EEG events from spans without an event.
+"""Labelled events, spans of EEG with and without them, and the tokens that they touch.
 
-`events.csv` (see minsae_jax/eeg/events.py) is in the folder of the recordings. The score of an
-event is the largest activation of a feature over the tokens of its channels that it touches. Each
-event is compared with a random span of the same length, on the same channels of the same recording,
-that touches no event of its kind. The best features for a kind are chosen by their AUC on the val
-patients, and scored on the test patients.
+`events.csv` (see minsae_jax/eeg/events.py) is in the folder of the recordings. Each event is
+compared with a random span of the same length, on the same channels of the same recording, that
+touches no event of its kind. The score of a span is the largest activation of a feature over the
+tokens of its channels that it touches.
 """
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import minimize
-from scipy.stats import rankdata
 
 from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.events import EVENTS, split_channels
@@ -60,11 +57,16 @@ class SpanActivations:
     # [tokens, d_model] of each span
     activations: list[np.ndarray]
 
-    @property
+    @cached_property
     def is_event(self) -> Bool[np.ndarray, " spans"]:
         return np.array([span.is_event for span in self.spans], bool)
 
-    @property
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, " spans"]:
+        """Number of tokens of each span."""
+        return np.array([len(x) for x in self.activations], np.int64)
+
+    @cached_property
     def recording(self) -> Int[np.ndarray, " spans"]:
         """The recording of each span, as an index into the dataset's."""
         return np.array([span.recording for span in self.spans], np.int64)
@@ -72,7 +74,7 @@ class SpanActivations:
     @property
     def has_both(self) -> bool:
         """Whether there are spans with and without an event."""
-        return len({span.is_event for span in self.spans}) == 2
+        return bool(self.is_event.any() and not self.is_event.all())
 
 
 def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
@@ -167,7 +169,8 @@ def tokens_of(dataset: Dataset, span: Span) -> tuple[Int[np.ndarray, " n"], Int[
 
 def gather(dataset: Dataset, spans: list[Span]) -> SpanActivations:
     """Return the spans that touch at least one token, by recording, with their activations."""
-    gathered = SpanActivations([], [])
+    touching = []
+    activations = []
     for recording in sorted({span.recording for span in spans}):
         first, last = dataset.sequences_of(recording)
         x = dataset.read(first, last)
@@ -176,9 +179,9 @@ def gather(dataset: Dataset, spans: list[Span]) -> SpanActivations:
                 continue
             sequences, tokens = tokens_of(dataset, span)
             if len(sequences):
-                gathered.spans.append(span)
-                gathered.activations.append(x[sequences - first, tokens])
-    return gathered
+                touching.append(span)
+                activations.append(x[sequences - first, tokens])
+    return SpanActivations(touching, activations)
 
 
 def span_groups(activations: Sequence[np.ndarray]) -> Iterator[Int[np.ndarray, " spans"]]:
@@ -211,69 +214,10 @@ def span_maxima(sae: SparseAutoencoder, spans: SpanActivations) -> Float[np.ndar
     """Return the largest activation of each feature in every span."""
     maxima = []
     for group in span_groups(spans.activations):
-        activations = [spans.activations[i] for i in group]
-        values = np.asarray(sae.encode(np.concatenate(activations)))
-        maxima.append(max_over_spans(values, np.array([len(x) for x in activations])))
+        x = np.concatenate([spans.activations[i] for i in group])
+        features = np.asarray(sae.encode(x))
+        maxima.append(max_over_spans(features, spans.lengths[group]))
     return np.concatenate(maxima)
-
-
-def auc(
-    scores: Float[np.ndarray, "n features"],
-    is_event: Bool[np.ndarray, " n"],
-) -> Float[np.ndarray, " features"]:
-    """Return each column's area under the ROC curve.
-
-    It is the probability that an event scores higher than a span without one, where ties count
-    half; computed from ranks as the Mann-Whitney U.
-
-    >>> auc(np.array([[1.0], [2.0], [2.0], [3.0]]), np.array([False, False, True, True])).tolist()
-    [0.875]
-    """
-    # U is the number of pairs (event, other) in which the event scores higher. An event of rank r
-    # is above r - 1 scores; summed over events, n (n - 1) / 2 of these are other events.
-    ranks = rankdata(scores, axis=0)
-    n_events = int(is_event.sum())
-    n_others = len(is_event) - n_events
-    u = ranks[is_event].sum(axis=0) - n_events * (n_events + 1) / 2
-    return u / (n_events * n_others)
-
-
-class LinearProbe(NamedTuple):
-    """A linear function of features, or of activations, that is positive for events."""
-
-    weights: Float[np.ndarray, " features"]
-    bias: float
-
-    def __call__(self, x: Float[np.ndarray, "n features"]) -> Float[np.ndarray, " n"]:
-        """Return logits."""
-        return x @ self.weights + self.bias
-
-
-def fit_probe(x: Float[np.ndarray, "n features"], is_event: Bool[np.ndarray, " n"]) -> LinearProbe:
-    """Fit a logistic regression on standardised features.
-
-    Minimises mean_i log(1 + exp(-margin_i)) + 5e-4 ‖w‖², where margin_i = ±(w·z_i + bias) is
-    positive if i is classified correctly. The bias is not penalised.
-    """
-    mean = x.mean(axis=0)
-    sd = x.std(axis=0) + 1e-9
-    z = (x - mean) / sd
-    sign = np.where(is_event, 1.0, -1.0)
-
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        bias = parameters[0]
-        w = parameters[1:]
-        margin = sign * (z @ w + bias)
-        value = np.logaddexp(0, -margin).mean() + 5e-4 * (w**2).sum()
-        # d/dm log(1 + exp(-m)) = -1 / (1 + exp(m)); the clip avoids an overflow.
-        d_margin = -1 / (1 + np.exp(np.clip(margin, -500, 500)))
-        d_logit = sign * d_margin / len(z)
-        d_w = z.T @ d_logit + 1e-3 * w
-        return float(value), np.concatenate([[d_logit.sum()], d_w])
-
-    fit = minimize(loss, np.zeros(z.shape[1] + 1), jac=True, method="L-BFGS-B").x
-    weights = fit[1:] / sd
-    return LinearProbe(weights, float(fit[0] - mean @ weights))
 
 
 def event_share(
@@ -303,10 +247,3 @@ def event_share(
         n_inside = n_before[channel, begin + length] - n_before[channel, begin]
         share[first:last] = n_inside / length
     return share
-
-
-def covered_tokens(
-    dataset: Dataset, events: list[LabelledEvent]
-) -> Bool[np.ndarray, "sequences n_located"]:
-    """Return which tokens have at least half of their samples in an event; see `event_share`."""
-    return event_share(dataset, events) >= 0.5

@@ -2,31 +2,31 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.evaluation.bootstrap import Interval, draw_weights
+from minsae_jax.evaluation.bootstrap import Interval, Weights, draw_weights
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.description_length import description_length
 from minsae_jax.evaluation.event_measures import (
     EventKind,
-    EventScore,
     SpanMeasures,
     make_kind,
     measure_spans,
 )
-from minsae_jax.evaluation.events import draw_spans, event_share, gather
-from minsae_jax.evaluation.inputs import EvaluationInputs, Member
-from minsae_jax.evaluation.results import (
+from minsae_jax.evaluation.event_results import (
     EventEvaluation,
+    EventScore,
     EventSummary,
     FeatureEvents,
     summarise_events,
 )
+from minsae_jax.evaluation.events import draw_spans, event_share, gather
+from minsae_jax.evaluation.inputs import EvaluationInputs, Member
 from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
 from minsae_jax.evaluation.token_measures import TokenResult
 from minsae_jax.evaluation.token_pass import FeatureTokens, read_features, token_aucs
@@ -61,15 +61,8 @@ def _feature_result(saved: Arrays) -> FeatureResult:
     record = json.loads(str(saved["record"]))
     scores = {kind: _score(score) for kind, score in record["scores"].items()}
     summary = EventSummary(**_with_intervals(record["summary"]))
-    features = FeatureEvents(
-        kinds=tuple(scores),
-        val_auc=saved["val_auc"],
-        auc=saved["auc"],
-        recall=saved["recall"],
-        precision=saved["precision"],
-        examples=saved["examples"],
-        base_rate=saved["base_rate"],
-    )
+    names = [field.name for field in fields(FeatureEvents) if field.name != "kinds"]
+    features = FeatureEvents(tuple(scores), **{name: saved[name] for name in names})
     events = EventEvaluation(scores, summary, features)
     return FeatureResult(bits, saved["contribution"], events)
 
@@ -172,7 +165,7 @@ def _score_tokens(
     kinds: Sequence[EventKind],
     spans: SpanMeasures,
     features: FeatureTokens,
-    weights: Float[np.ndarray, "resamples recordings"],
+    weights: Weights,
 ) -> EventEvaluation:
     """Return the scores on spans with those over tokens."""
     precision = np.stack([features.precision(kind.touched) for kind in kinds])
@@ -203,4 +196,5 @@ def _score_tokens(
             examples=int(features.examples[best]),
             pure_features=int(n_pure[i]),
         )
-    return EventEvaluation(scores, summarise_events(scores, spans, of_features), of_features)
+    summary = summarise_events(scores, of_features, spans.intervals)
+    return EventEvaluation(scores, summary, of_features)

@@ -20,13 +20,13 @@ from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.events import (
     Span,
     SpanActivations,
-    auc,
     draw_spans,
     gather,
     read_events,
     span_maxima,
 )
 from minsae_jax.evaluation.inputs import Member
+from minsae_jax.evaluation.ranking import auc
 from minsae_jax.evaluation.stability import seed_stability
 from minsae_jax.sae.member import SparseAutoencoder
 from minsae_jax.sae.snapshot import FeatureMeasures, Image, Snapshot

@@ -8,7 +8,7 @@ import numpy as np
 
 from minsae_jax.evaluation.bootstrap import Interval
 from minsae_jax.files import atomic_write
-from minsae_jax.sae.plots import KIND_COLOURS, PCA
+from minsae_jax.sae.figures import KIND_COLOURS, PCA, make_figure, tidy
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import; results.py imports this module
     from matplotlib.artist import Artist
@@ -18,6 +18,13 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import; results.py import
 
 RAW_COLOUR = "#b0413e"
 UNKNOWN_COLOUR = "#222222"
+
+
+class Value(NamedTuple):
+    """A measure, with its 95 % interval if it has one."""
+
+    value: float
+    interval: Interval | None = None
 
 
 class Point(NamedTuple):
@@ -31,10 +38,10 @@ class Point(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One measure."""
+    """One measure; read returns None if it was not measured."""
 
     title: str
-    read: "Callable[[MemberEvaluation | PCAEvaluation], tuple[float, Interval | None] | None]"
+    read: "Callable[[MemberEvaluation | PCAEvaluation], Value | None]"
     # Whether small values, over decades, are good
     is_log: bool = False
 
@@ -45,9 +52,6 @@ def draw_evaluation(path: Path, evaluation: "Evaluation") -> None:
     Bars are 95 % intervals, horizontal lines the baselines that have no L0, and the ring is the
     recommended member.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = []
     for panel in PANELS:
         points = _points(panel, evaluation)
@@ -55,8 +59,7 @@ def draw_evaluation(path: Path, evaluation: "Evaluation") -> None:
             panels.append((panel, points))
     n_columns = min(len(panels), 3)
     n_rows = -(-len(panels) // n_columns)
-    figure = Figure(figsize=(4.4 * n_columns, 3.6 * n_rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(4.4 * n_columns, 3.6 * n_rows + 0.6)
     grid = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
@@ -83,13 +86,13 @@ def _points(panel: Panel, evaluation: "Evaluation") -> list[Point]:
     points = []
     for member in evaluation.members:
         read = panel.read(member)
-        if read is not None and np.isfinite([read[0], member.tokens.l0]).all():
+        if read is not None and np.isfinite([read.value, member.tokens.l0]).all():
             kind = str(member.hyper.get("kind", "relu"))
             is_recommended = member.member == evaluation.recommended
             points.append(Point(kind, member.tokens.l0, *read, is_recommended))
     for pca in evaluation.pca:
         read = panel.read(pca)
-        if read is not None and np.isfinite(read[0]):
+        if read is not None and np.isfinite(read.value):
             points.append(Point(PCA, float(pca.k), *read, False))
     return sorted(points, key=lambda point: point.l0)
 
@@ -119,8 +122,7 @@ def _draw_panel(axes: "Axes", panel: Panel, points: Sequence[Point]) -> None:
         axes.set_yscale("log")
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel("L0: active features per token", fontsize=9)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
 
 
 def _bar(point: Point) -> tuple[float, float]:
@@ -143,46 +145,32 @@ def _draw_baselines(axes: "Axes", panel: Panel, evaluation: "Evaluation") -> Non
     )
 
 
-def _read_loss(
-    evaluated: "MemberEvaluation | PCAEvaluation",
-) -> tuple[float, Interval | None] | None:
+def _loss(evaluated: "MemberEvaluation | PCAEvaluation") -> Value | None:
     loss = evaluated.loss
-    return None if loss is None else (loss.loss_recovered, loss.interval)
+    return None if loss is None else Value(loss.loss_recovered, loss.interval)
 
 
-def _read_auc(
-    evaluated: "MemberEvaluation | PCAEvaluation",
-) -> tuple[float, Interval | None] | None:
-    events = evaluated.event_evaluation
-    return None if events is None else (events.summary.auc, events.summary.auc_interval)
+def _mean_over_events(
+    name: str,
+) -> "Callable[[MemberEvaluation | PCAEvaluation], Value | None]":
+    """Return a function that reads a field of the event summary, with its interval."""
 
+    def read(evaluated: "MemberEvaluation | PCAEvaluation") -> Value | None:
+        events = evaluated.event_evaluation
+        if events is None:
+            return None
+        interval = getattr(events.summary, f"{name}_interval", None)
+        return Value(getattr(events.summary, name), interval)
 
-def _read_precision(
-    evaluated: "MemberEvaluation | PCAEvaluation",
-) -> tuple[float, Interval | None] | None:
-    events = evaluated.event_evaluation
-    return None if events is None else (events.summary.precision, None)
-
-
-def _read_tpp(
-    evaluated: "MemberEvaluation | PCAEvaluation",
-) -> tuple[float, Interval | None] | None:
-    events = evaluated.event_evaluation
-    return None if events is None else (events.summary.tpp, events.summary.tpp_interval)
-
-
-def _read_fvu(
-    evaluated: "MemberEvaluation | PCAEvaluation",
-) -> tuple[float, Interval | None] | None:
-    return (evaluated.fvu, None)
+    return read
 
 
 AUC_TITLE = "AUC of the best feature, mean over events"
 PANELS = (
-    Panel("variance unexplained (FVU)", _read_fvu, is_log=True),
-    Panel("description, bits per token", lambda e: (e.description_bits, None), is_log=True),
-    Panel("loss recovered", _read_loss),
-    Panel(AUC_TITLE, _read_auc),
-    Panel("precision of its strongest tokens", _read_precision),
-    Panel("targeted probe perturbation", _read_tpp),
+    Panel("variance unexplained (FVU)", lambda e: Value(e.fvu), is_log=True),
+    Panel("description, bits per token", lambda e: Value(e.description_bits), is_log=True),
+    Panel("loss recovered", _loss),
+    Panel(AUC_TITLE, _mean_over_events("auc")),
+    Panel("precision of its strongest tokens", _mean_over_events("precision")),
+    Panel("targeted probe perturbation", _mean_over_events("tpp")),
 )

@@ -53,6 +53,7 @@ class EvaluationInputs:
     test: Dataset
     # None if there is no store of the val patients
     val: Dataset | None
+    # Whether there are labelled events of both val and test patients
     has_events: bool
 
     @property
@@ -126,18 +127,32 @@ def open_inputs(
     if encoder is None:
         _check_stores(members, [test] if val is None else [test, val])
     _warn_of_training_patients(Path(train_config.store), test)
-    has_events = (test.folder / EVENTS).exists()
-    if has_events and val is None:
-        raise UserError(
-            f"{test.folder} has {EVENTS}, which requires a store of the val patients to "
-            "choose features on; set --val_store, or run extract with --split val"
-        )
-    if has_events and val is not None and not (val.folder / EVENTS).exists():
-        raise UserError(
-            f"{test.folder} has {EVENTS}, but {val.folder} has none to choose features on; add one"
-        )
+    if val is not None:
+        _warn_of_val_patients(val, test)
+    has_events = _can_use_events(test, val)
     out = Path(settings.out or run)
     return EvaluationInputs(run, out, encoder, members, test, val, has_events)
+
+
+def _can_use_events(test: Dataset, val: Dataset | None) -> bool:
+    """Return whether both splits have events; warn if those of the test patients are of no use."""
+    if not (test.folder / EVENTS).exists():
+        return False
+    if val is None:
+        warnings.warn(
+            f"events in {test.folder / EVENTS} are not evaluated, since there is no store of the "
+            "val patients to choose features on; set --val_store, or run extract with --split val",
+            stacklevel=2,
+        )
+        return False
+    if not (val.folder / EVENTS).exists():
+        warnings.warn(
+            f"events in {test.folder / EVENTS} are not evaluated, since {val.folder} has no "
+            f"{EVENTS} to choose features on; set --val_root_path",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def open_members(run: Path) -> tuple[Member, ...]:
@@ -163,6 +178,16 @@ def _warn_of_training_patients(train_store: Path, test: Dataset) -> None:
         warnings.warn(
             f"{test.store.folder} contains the patients that the members were trained on; the "
             "measures are not those of held-out patients",
+            stacklevel=2,
+        )
+
+
+def _warn_of_val_patients(val: Dataset, test: Dataset) -> None:
+    """Warn if features are chosen and measured on the same recordings, as with --split all."""
+    if val.folder == test.folder and not set(val.recordings).isdisjoint(test.recordings):
+        warnings.warn(
+            f"{test.store.folder} contains recordings of {val.store.folder}, on which features and "
+            "probes are chosen; the measures of events and labels are too high",
             stacklevel=2,
         )
 

@@ -15,6 +15,7 @@ from scipy.stats import rankdata
 from minsae_jax.evaluation.label_tests import usable_label
 from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.pooling import PatientValues
+from minsae_jax.evaluation.ranking import auc
 
 N_FEATURES = 5
 N_PERMUTATIONS = 200
@@ -123,7 +124,7 @@ def _score(
 ) -> ProbeScore:
     mean = fit.values.mean(axis=0)
     sd = fit.values.std(axis=0)
-    # A feature that never varies on val cannot be chosen, whatever it is divided by.
+    # A feature that never varies on val has weight 0, whatever it is divided by.
     sd = np.where(sd > 0, sd, 1)
     z = (fit.values - mean) / sd
     z_held_out = (held_out.values - mean) / sd
@@ -190,8 +191,7 @@ def rank_score(
     """Return Spearman's rho for one target, the mean AUC over targets for several."""
     if targets.shape[1] == 1:
         return float((_standardised_ranks(predicted) * _standardised_ranks(targets)).sum())
-    ranks = rankdata(predicted, axis=0)
-    n_in = targets.sum(axis=0)
-    n_out = len(targets) - n_in
-    u = (ranks * targets).sum(axis=0) - n_in * (n_in + 1) / 2
-    return float((u / (n_in * n_out)).mean())
+    aucs = []
+    for column, target in zip(predicted.T, targets.T, strict=True):
+        aucs += auc(column[:, None], target == 1).tolist()
+    return float(np.mean(aucs))

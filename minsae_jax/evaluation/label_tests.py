@@ -9,6 +9,7 @@ Hochberg's method.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,9 @@ from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.pooling import PatientValues
 
 MIN_PATIENTS = 3  # of each category, or of all for a number
+# Spearman's p is exact up to here. The t approximation is far too small for the largest
+# correlations of few patients (0 for rho = 1, which one of three labels of three patients has).
+MAX_EXACT = 9
 LEVEL = 0.05
 TestName = Literal["Mann-Whitney", "Kruskal-Wallis", "Spearman"]
 EFFECT_NAMES: dict[TestName, str] = {
@@ -77,10 +81,14 @@ def compare_labels(pooled: PatientValues, labels: Sequence[PatientLabel]) -> lis
     results = []
     for label in labels:
         usable, note = usable_label(label, pooled.patients, MIN_PATIENTS)
+        notes = [note] if note else []
+        if label.n_ambiguous:
+            n = label.n_ambiguous
+            notes.insert(0, f"{n} patients with recordings of several categories left out")
         test = None
         if usable is not None:
             test = _test(usable, pooled.of(usable.patients))
-        results.append(LabelResult(label.name, test, note))
+        results.append(LabelResult(label.name, test, "; ".join(notes)))
     return results
 
 
@@ -93,60 +101,53 @@ def usable_label(
     and two different values.
     """
     among = set(patients)
-    label = label.select(np.array([patient in among for patient in label.patients], bool))
-    notes = []
-    if label.n_ambiguous:
-        notes.append(f"{label.n_ambiguous} patients with recordings of several categories left out")
+    is_among = [patient in among for patient in label.patients]
+    label = label.select(np.array(is_among, bool))
     if label.is_number:
-        is_usable = len(label.patients) >= min_patients and len(set(label.values)) > 1
-        if not is_usable:
-            notes.append(f"not tested: {len(label.patients)} patients with a value")
-        return label if is_usable else None, "; ".join(notes)
+        if len(label.patients) >= min_patients and len(set(label.values)) > 1:
+            return label, ""
+        return None, f"not tested: {len(label.patients)} patients with a value"
     counts = np.bincount(label.category, minlength=len(label.categories))
+    sizes = [f"{name} ({n})" for name, n in zip(label.categories, counts, strict=True)]
     is_large = counts >= min_patients
-    small = [
-        f"{c} ({n})" for c, n in zip(label.categories, counts, strict=True) if n < min_patients
-    ]
     if is_large.sum() < 2:
-        notes.append(
-            f"not tested: fewer than two categories with {min_patients} patients; too few of "
-            f"{join_some(small)}"
-        )
-        return None, "; ".join(notes)
-    if small:
-        notes.append(
-            f"categories with fewer than {min_patients} patients left out: {join_some(small)}"
-        )
+        reason = f"fewer than two categories with {min_patients} patients: {join_some(sizes)}"
+        return None, f"not tested: {reason}"
+    note = ""
+    if not is_large.all():
+        small = [sizes[i] for i in np.flatnonzero(~is_large)]
+        note = f"categories with fewer than {min_patients} patients left out: {join_some(small)}"
     large = [label.categories[i] for i in np.flatnonzero(is_large)]
-    return label.only(large), "; ".join(notes)
+    return label.only(large), note
 
 
 def _test(label: PatientLabel, values: Float[np.ndarray, "patients features"]) -> LabelTest:
-    varies = values.max(axis=0) > values.min(axis=0)
-    n_features = values.shape[1]
-    p = np.ones(n_features)
-    q = np.ones(n_features)
+    varies = np.ptp(values, axis=0) > 0
+    varying = values[:, varies]
     slope = None
+    n_patients = (len(label.patients),)
+    if not label.is_number:
+        n_patients = tuple(np.bincount(label.category).tolist())
     name: TestName
     if label.is_number:
         name = "Spearman"
-        effect = np.zeros(n_features)
-        effect[varies], p[varies] = spearman(values[:, varies], label.values)
+        effects, p_values = spearman(varying, label.values)
         slope = regression_slope(values, label.values)
-        counts = [len(label.patients)]
     elif len(label.categories) == 2:
         name = "Mann-Whitney"
-        effect = np.full(n_features, 0.5)
-        effect[varies], p[varies] = mann_whitney(values[:, varies], label.category == 1)
-        counts = np.bincount(label.category).tolist()
+        effects, p_values = mann_whitney(varying, label.category == 1)
     else:
         name = "Kruskal-Wallis"
-        effect = np.zeros(n_features)
-        effect[varies], p[varies] = kruskal_wallis(values[:, varies], label.category)
-        counts = np.bincount(label.category).tolist()
+        effects, p_values = kruskal_wallis(varying, label.category)
+    # Features that do not vary have no effect, which is an AUC of 0.5.
+    effect = np.full(len(varies), 0.5 if name == "Mann-Whitney" else 0.0)
+    effect[varies] = effects
+    p = np.ones(len(varies))
+    p[varies] = p_values
+    q = np.ones(len(varies))
     if varies.any():
-        q[varies] = false_discovery_control(p[varies])
-    return LabelTest(label.name, name, label.categories, tuple(counts), effect, p, q, slope)
+        q[varies] = false_discovery_control(p_values)
+    return LabelTest(label.name, name, label.categories, n_patients, effect, p, q, slope)
 
 
 def mann_whitney(
@@ -193,16 +194,42 @@ def spearman(
 ) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]:
     """Return Spearman's rho of each column with the label, and its two-sided p.
 
-    p is that of t = rho sqrt((n - 2) / (1 - rho²)) with n - 2 degrees of freedom.
+    p is exact for up to nine patients: the share of all orders of the label with as large a |rho|.
+    Otherwise it is that of t = rho sqrt((n - 2) / (1 - rho²)) with n - 2 degrees of freedom.
     """
-    degrees = len(label) - 2
-    deviation = rankdata(values, axis=0) - (len(label) + 1) / 2
-    of_label = rankdata(label) - (len(label) + 1) / 2
-    norms = np.sqrt(np.square(deviation).sum(axis=0) * np.square(of_label).sum())
-    rho = np.clip(of_label @ deviation / norms, -1, 1)
+    n = len(label)
+    deviation = rankdata(values, axis=0) - (n + 1) / 2
+    of_label = rankdata(label) - (n + 1) / 2
+    products = of_label @ deviation
+    squares = np.square(deviation).sum(axis=0) * np.square(of_label).sum()
+    rho = np.clip(products / np.sqrt(squares), -1, 1)
+    if n <= MAX_EXACT:
+        return rho, _exact_p(deviation, of_label, products)
     with np.errstate(divide="ignore"):  # infinite at rho = ±1, where p is 0
-        t = rho * np.sqrt(degrees / (1 - np.square(rho)))
-    return rho, 2 * student.sf(np.abs(t), degrees)
+        t = rho * np.sqrt((n - 2) / (1 - np.square(rho)))
+    return rho, 2 * student.sf(np.abs(t), n - 2)
+
+
+def _exact_p(
+    deviation: Float[np.ndarray, "n features"],
+    of_label: Float[np.ndarray, " n"],
+    products: Float[np.ndarray, " features"],
+) -> Float[np.ndarray, " features"]:
+    """Return the share of all orders of the label whose product with a column is as far from 0.
+
+    deviation, of_label: ranks about their mean. They are multiples of a half, so that products are
+    exact and equal ones compare as equal.
+    """
+    orders = np.array(list(permutations(of_label)))
+    # Columns with the same ties have the same products in all orders.
+    ties, ties_of_column = np.unique(np.sort(deviation, axis=0), axis=1, return_inverse=True)
+    p = np.empty(len(products))
+    for i, in_order in enumerate(ties.T):
+        sizes = np.sort(np.abs(orders @ in_order))
+        columns = ties_of_column == i
+        n_smaller = np.searchsorted(sizes, np.abs(products[columns]))
+        p[columns] = 1 - n_smaller / len(sizes)
+    return p
 
 
 def regression_slope(
@@ -210,4 +237,5 @@ def regression_slope(
 ) -> Float[np.ndarray, " features"]:
     """Return the slope of the linear regression of each column on the label."""
     deviation = label - label.mean()
-    return deviation @ (values - values.mean(axis=0)) / np.square(deviation).sum()
+    covariance = deviation @ (values - values.mean(axis=0))
+    return covariance / np.square(deviation).sum()

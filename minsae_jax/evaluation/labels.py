@@ -148,28 +148,31 @@ def _patient_label(
     """
     texts = {row[column] for row in rows.values()}
     texts = {text for text in texts if text.lower() not in MISSING}
-    numbers = {text: number for text in texts if (number := _number(text)) is not None}
-    is_number = len(numbers) == len(texts) and not texts <= {"0", "1"}
-    is_boolean = any({text.lower() for text in texts} <= pair for pair in BOOLEANS)
-    of_patient: dict[str, list[str]] = {}
+    in_lower_case = {text.lower() for text in texts}
+    category_of = {text: text for text in texts}
+    if any(in_lower_case <= pair for pair in BOOLEANS):
+        category_of = {text: text.lower() for text in texts}
+    by_patient: dict[str, list[str]] = {}
     for recording in recordings:
         row = _row_of(rows, recording)
         if row is not None and row[column] in texts:
-            text = row[column].lower() if is_boolean else row[column]
-            of_patient.setdefault(patient_of(recording), []).append(text)
-    if texts and is_number:
-        means = [np.mean([numbers[text] for text in values]) for values in of_patient.values()]
-        return PatientLabel(column, tuple(of_patient), np.array(means, np.float64), ())
-    categories = sorted({text.lower() for text in texts} if is_boolean else texts)
-    of_one = {patient: v[0] for patient, v in of_patient.items() if len(set(v)) == 1}
-    indices = np.array([categories.index(text) for text in of_one.values()], np.float64)
-    n_ambiguous = len(of_patient) - len(of_one)
-    return PatientLabel(column, tuple(of_one), indices, tuple(categories), n_ambiguous)
+            by_patient.setdefault(patient_of(recording), []).append(row[column])
+    if texts and all(map(_is_number, texts)) and not texts <= {"0", "1"}:
+        means = [np.mean([float(text) for text in values]) for values in by_patient.values()]
+        return PatientLabel(column, tuple(by_patient), np.array(means, np.float64), ())
+    categories = tuple(sorted(set(category_of.values())))
+    index_of_patient = {}
+    for patient, values in by_patient.items():
+        of_recordings = {category_of[text] for text in values}
+        if len(of_recordings) == 1:
+            index_of_patient[patient] = categories.index(of_recordings.pop())
+    indices = np.array(list(index_of_patient.values()), np.float64)
+    n_ambiguous = len(by_patient) - len(index_of_patient)
+    return PatientLabel(column, tuple(index_of_patient), indices, categories, n_ambiguous)
 
 
-def _number(text: str) -> float | None:
+def _is_number(text: str) -> bool:
     try:
-        number = float(text)
+        return math.isfinite(float(text))
     except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+        return False

@@ -75,9 +75,10 @@ def summarise(errors: SubstitutionErrors, seed: int) -> LossRecovered:
     untouched, by_mean, by_zero, member = errors.by_window.mean(axis=1).tolist()
     weights = draw_weights(errors.windows, seed) / errors.windows
     resampled = weights @ errors.by_window.T
+    # NaN in resamples where ablation loses nothing
     ablation = resampled[:, 1] - resampled[:, 0]
-    recovered = np.full(len(resampled), np.nan)
-    np.divide(resampled[:, 1] - resampled[:, 3], ablation, out=recovered, where=ablation != 0)
+    gain = resampled[:, 1] - resampled[:, 3]
+    recovered = gain / np.where(ablation != 0, ablation, np.nan)
     return LossRecovered(
         masked_error=member,
         loss_recovered=loss_recovered(by_mean, member, untouched),

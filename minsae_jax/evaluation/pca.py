@@ -62,7 +62,8 @@ def pca_autoencoder(pca: PCA, k: int) -> SparseAutoencoder:
 
 def raw_autoencoder(mean: Float[np.ndarray, " d_model"]) -> SparseAutoencoder:
     """Return x̂ = x, whose features are the positive and negative parts of each dimension - mean."""
-    both_signs = np.concatenate([np.eye(len(mean)), -np.eye(len(mean))], axis=1)
+    axes = np.eye(len(mean))
+    both_signs = np.concatenate([axes, -axes], axis=1)
     params = {
         "W_enc": both_signs,
         "b_enc": -mean @ both_signs,

@@ -129,21 +129,23 @@ def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
 
     Products and the sums within a batch are float32, sums over batches are float64.
     """
-    n_features = dataset.store.d_model if sae is None else sae.d_sae
+    kind = None
+    params: Params = {}
+    n_features = dataset.store.d_model
+    if sae is not None:
+        kind = sae.kind
+        params = sae.params
+        n_features = sae.d_sae
     n_channels = int(dataset.channel.max(initial=-1)) + 1
     totals = _Totals(len(dataset.recordings), dataset.n_tokens, n_channels + 1, n_features)
-    if sae is None:
-        batch_sums = batch_program(None, n_channels + 1)
-    else:
-        batch_sums = batch_program(sae.kind, n_channels + 1)
-    params: Params = {} if sae is None else sae.params
+    batch_sums = batch_program(kind, n_channels + 1)
     n_sequences = BATCH_VALUES // (dataset.n_tokens * n_features)
     n_sequences = min(max(n_sequences, 1), MAX_BATCH_SEQUENCES)
     with progress("pool features", len(dataset.recording), "sequences", delay=2.0) as bar:
         for first, x in dataset.batches(n_sequences):
             # The channel -1 of whole windows is the last group.
             channel = dataset.channel[first : first + len(x)] % (n_channels + 1)
-            rows = (_padded(x, n_sequences), _padded(channel, n_sequences))
+            rows = (padded(x, n_sequences), padded(channel, n_sequences))
             batch = jax.device_get(batch_sums(params, *rows, np.int32(len(x))))
             totals.add(int(dataset.recording[first]), len(x) * dataset.n_tokens, batch)
             bar.advance(len(x))
@@ -212,20 +214,28 @@ def by_patient(
     recordings: Sequence[str], values: Float[np.ndarray, "recordings features"]
 ) -> PatientValues:
     """Return the mean over the recordings of each patient, which count equally, in float64."""
-    names = [patient_of(recording) for recording in recordings]
-    patients = list(dict.fromkeys(names))
-    index = np.array([patients.index(name) for name in names], int)
+    patients, patient = group_by_patient(recordings)
     total = np.zeros((len(patients), values.shape[1]))
-    np.add.at(total, index, values)
-    n_recordings = np.bincount(index, minlength=len(patients))
-    return PatientValues(tuple(patients), total / n_recordings[:, None])
+    np.add.at(total, patient, values)
+    n_recordings = np.bincount(patient, minlength=len(patients))
+    return PatientValues(patients, total / n_recordings[:, None])
 
 
-def _padded(x: np.ndarray, rows: int) -> np.ndarray:
+def group_by_patient(
+    recordings: Sequence[str],
+) -> tuple[tuple[str, ...], Int[np.ndarray, " recordings"]]:
+    """Return the patients by their first recordings, and the index of each recording's patient."""
+    names = [patient_of(recording) for recording in recordings]
+    index = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return tuple(index), np.array([index[name] for name in names], np.int64)
+
+
+def padded(x: np.ndarray, rows: int) -> np.ndarray:
     """Return x with zeros after its last row, so that all batches share one compiled program."""
     if len(x) == rows:
         return x
-    return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])
+    zeros = np.zeros((rows - len(x), *x.shape[1:]), x.dtype)
+    return np.concatenate([x, zeros])
 
 
 @lru_cache

@@ -3,21 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import numpy as np
-from jaxtyping import Bool, Float, Int
-
 from minsae_jax.evaluation.bootstrap import Interval
-from minsae_jax.evaluation.event_measures import EventScore, SpanMeasures, mean_over_kinds
+from minsae_jax.evaluation.event_results import EventEvaluation, EventScore, EventSummary
 from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.loss_recovered import LossRecovered, SubstitutionErrors
 from minsae_jax.evaluation.stability import Stability
 from minsae_jax.evaluation.summary import summary, write_files
+from minsae_jax.sae.figures import PCA
 from minsae_jax.sae.hyper import Hyper
-from minsae_jax.sae.plots import PCA
 from minsae_jax.settings import JsonObject
 
-PURE = 0.9  # precision above chance of a pure feature
-PURE_EXAMPLES = 16  # and its least number of strongest tokens
 # Scores of each kind of events in evaluation.csv
 CSV_SCORES = (
     "feature",
@@ -71,93 +66,6 @@ class DecoderCosines:
     median: float
     # Share of rows with a cosine above 0.9
     over_0_9: float
-
-
-@dataclass(frozen=True)
-class FeatureEvents:
-    """How well every feature of a set separates each kind of events; on test unless said."""
-
-    kinds: tuple[str, ...]
-    val_auc: Float[np.ndarray, "kinds d_sae"]
-    auc: Float[np.ndarray, "kinds d_sae"]
-    # Share of the events found at a precision of 90 % among the spans
-    recall: Float[np.ndarray, "kinds d_sae"]
-    # Share of the strongest tokens that touch an event; NaN for features that are never active
-    precision: Float[np.ndarray, "kinds d_sae"]
-    # Number of these tokens
-    examples: Int[np.ndarray, " d_sae"]
-    # The precision of random tokens
-    base_rate: Float[np.ndarray, " kinds"]
-
-    @property
-    def is_pure(self) -> Bool[np.ndarray, "kinds d_sae"]:
-        """Whether the strongest tokens nearly all touch an event of a kind.
-
-        That is a precision of 90 % above chance, (precision - base rate) / (1 - base rate), among
-        at least 16 tokens.
-        """
-        base = self.base_rate[:, None]
-        above_chance = (self.precision - base) / np.maximum(1 - base, 1e-12)
-        return (above_chance >= PURE) & (self.examples >= PURE_EXAMPLES)
-
-
-@dataclass(frozen=True)
-class EventSummary:
-    """Means over the kinds of events, for one set of features; on test."""
-
-    # Of the best feature for each kind
-    auc: float
-    auc_interval: Interval | None
-    recall: float
-    recall_interval: Interval | None
-    precision: float
-    token_auc: float
-    # Logistic regression on the best five
-    probe_auc: float
-    probe_auc_interval: Interval | None
-    # Features that are pure for at least one kind
-    pure_features: int
-    # Drop of the target kind's probe AUC by ablation of its features, less that of other kinds'
-    tpp: float
-    tpp_interval: Interval | None
-    # (AUC - 0.5) of the probes fitted on x, on x̂ over that on x, each a mean over kinds
-    probe_recovered: float
-    probe_recovered_interval: Interval | None
-
-
-@dataclass(frozen=True)
-class EventEvaluation:
-    """One set of features against the labelled events: of a member, of PCA, or raw dimensions."""
-
-    # By kind of event
-    scores: Mapping[str, EventScore]
-    summary: EventSummary
-    features: FeatureEvents
-
-
-def summarise_events(
-    scores: Mapping[str, EventScore], measures: SpanMeasures, features: FeatureEvents
-) -> EventSummary:
-    """Return the means over kinds."""
-    x_hat = mean_over_kinds(scores, "x_hat_probe_auc") - 0.5
-    x = mean_over_kinds(scores, "x_probe_auc") - 0.5
-    tpp = mean_over_kinds(scores, "ablation_drop") - mean_over_kinds(scores, "ablation_drop_others")
-    intervals = measures.intervals
-    return EventSummary(
-        auc=mean_over_kinds(scores, "auc"),
-        auc_interval=intervals.auc,
-        recall=mean_over_kinds(scores, "recall"),
-        recall_interval=intervals.recall,
-        precision=mean_over_kinds(scores, "precision"),
-        token_auc=mean_over_kinds(scores, "token_auc"),
-        probe_auc=mean_over_kinds(scores, "probe_auc"),
-        probe_auc_interval=intervals.probe_auc,
-        pure_features=int(features.is_pure.any(axis=0).sum()),
-        tpp=tpp,
-        tpp_interval=intervals.tpp,
-        probe_recovered=x_hat / x if x > 0 else float("nan"),
-        probe_recovered_interval=intervals.probe_recovered,
-    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minsae_jax.evaluation.events import SpanActivations, max_over_spans, span_groups
+from minsae_jax.evaluation.pooling import padded
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
 
@@ -24,7 +25,7 @@ class EncodedSpans(NamedTuple):
     # Of every kind's probe on x̂, without bias
     logits: Float[np.ndarray, "tokens kinds"]
     # Of the chosen features
-    some: Float[np.ndarray, "tokens chosen"]
+    chosen: Float[np.ndarray, "tokens chosen"]
 
 
 def encode_spans(
@@ -34,36 +35,33 @@ def encode_spans(
     chosen: Int[np.ndarray, " chosen"],
 ) -> EncodedSpans:
     """Encode spans; probes: weights of every kind's, chosen: features to return of every token."""
-    lengths = np.array([len(x) for x in spans.activations])
+    lengths = spans.lengths
     maxima = []
     logits = []
-    some = []
+    of_chosen = []
     sums = np.zeros((2, sae.d_sae))
     for group in span_groups(spans.activations):
         x = np.concatenate([spans.activations[i] for i in group])
         side = np.repeat(spans.is_event[group], lengths[group])
         # Padded to a power of two, so that groups share few compiled programs.
-        n_padded = 1 << max(len(x) - 1, 0).bit_length()
-        padded = np.zeros((n_padded, sae.d_model), np.float32)
-        padded[: len(x)] = x
-        sides = np.zeros((2, n_padded), np.float32)
-        sides[0, : len(x)] = side
-        sides[1, : len(x)] = ~side
+        n_rows = 1 << (len(x) - 1).bit_length()
+        sides = np.stack([side, ~side], axis=1).astype(np.float32)
+        rows = (padded(x, n_rows), padded(sides, n_rows).T)
         with jax.default_matmul_precision("highest"):
-            encoded = _encode(sae.kind, sae.params, padded, sides, probes, chosen)
-        features, side_sums, group_logits, group_some = map(np.asarray, encoded)
+            encoded = _encode(sae.kind, sae.params, *rows, probes, chosen)
+        features, side_sums, group_logits, group_chosen = map(np.asarray, encoded)
         maxima.append(max_over_spans(features[: len(x)], lengths[group]))
         logits.append(group_logits[: len(x)])
-        some.append(group_some[: len(x)])
+        of_chosen.append(group_chosen[: len(x)])
         sums += side_sums
     is_event = np.repeat(spans.is_event, lengths)
     counts = np.array([is_event.sum(), (~is_event).sum()])
     return EncodedSpans(
-        np.concatenate(maxima),
-        lengths,
-        sums / counts[:, None],
-        np.concatenate(logits),
-        np.concatenate(some),
+        maxima=np.concatenate(maxima),
+        lengths=lengths,
+        means=sums / counts[:, None],
+        logits=np.concatenate(logits),
+        chosen=np.concatenate(of_chosen),
     )
 
 

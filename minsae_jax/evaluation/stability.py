@@ -112,7 +112,8 @@ def _setting_stability(
     encoders = []
     for member, features in zip(members, live, strict=True):
         directions.append(member.sae.unit_directions[features])
-        encoders.append(unit_rows(np.asarray(member.sae.params["W_enc"]).T[features]))
+        encoder_rows = np.asarray(member.sae.params["W_enc"]).T
+        encoders.append(unit_rows(encoder_rows[features]))
     matches = {}
     for a, b in combinations(range(len(members)), 2):
         a_to_b = match_directions(directions[a], directions[b])
@@ -130,14 +131,20 @@ def _setting_stability(
         match = np.full(shape, -1)
         encoder = np.full(shape, np.nan, np.float32)
         decoder = np.full(shape, np.nan, np.float32)
+        of_a = live[a]
         for row, b in enumerate(others):
             a_to_b = matches[a, b]
-            match[row, live[a]] = np.where(a_to_b >= 0, live[b][a_to_b], -1)
-            decoder[row, live[a]] = matched_cosines(directions[a], directions[b], a_to_b)
-            encoder[row, live[a]] = matched_cosines(encoders[a], encoders[b], a_to_b)
-        names = tuple(members[b].name for b in others)
-        live_a = is_live[member.name]
-        stability[member.name] = Stability(names, live_a, match, decoder, encoder, chance)
+            match[row, of_a] = np.where(a_to_b >= 0, live[b][a_to_b], -1)
+            decoder[row, of_a] = matched_cosines(directions[a], directions[b], a_to_b)
+            encoder[row, of_a] = matched_cosines(encoders[a], encoders[b], a_to_b)
+        stability[member.name] = Stability(
+            others=tuple(members[b].name for b in others),
+            is_live=is_live[member.name],
+            match=match,
+            decoder_cosine=decoder,
+            encoder_cosine=encoder,
+            chance=chance,
+        )
     return stability
 
 
@@ -149,7 +156,8 @@ def random_directions(
     They lie in the subspace that the features prefer, so that a match with them is chance.
     """
     _, scale, basis = np.linalg.svd(directions, full_matrices=False)
-    return unit_rows(rng.standard_normal((len(directions), len(scale)), np.float32) * scale @ basis)
+    normal = rng.standard_normal((len(directions), len(scale)), np.float32)
+    return unit_rows(normal * scale @ basis)
 
 
 def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
@@ -174,22 +182,24 @@ def match_directions(
     >>> match_directions(np.eye(2), np.array([[0.6, 0.8], [1.0, 0.0], [-1.0, 0.0]])).tolist()
     [1, 0]
     """
+    n = len(a)
+    m = len(b)
     rows, columns = _candidates(a, b)
     columns_of_b, rows_of_b = _candidates(b, a)
-    pairs = np.concatenate([rows * len(b) + columns, rows_of_b * len(b) + columns_of_b])
-    rows, columns = np.divmod(np.unique(pairs), len(b))
+    pairs = np.concatenate([rows * m + columns, rows_of_b * m + columns_of_b])
+    rows, columns = np.divmod(np.unique(pairs), m)
     cosine = _row_products(a, b, rows, columns)
     is_positive = cosine > 0
-    # A vector may also stay without a match, as if matched with a column of its own at cosine 0.
-    # The solver needs positive costs, and a match for every row.
-    alone = np.arange(len(a))
-    cost = np.concatenate([2 - cosine[is_positive], np.full(len(a), 2.0)])
+    # A vector may also stay without a match, as if matched with one more column at cosine 0. The
+    # solver needs positive costs, and a match for every row.
+    alone = np.arange(n)
+    cost = np.concatenate([2 - cosine[is_positive], np.full(n, 2.0)])
     rows = np.concatenate([rows[is_positive], alone])
-    columns = np.concatenate([columns[is_positive], len(b) + alone])
-    graph = csr_array((cost, (rows, columns)), shape=(len(a), len(b) + len(a)))
+    columns = np.concatenate([columns[is_positive], m + alone])
+    graph = csr_array((cost, (rows, columns)), shape=(n, m + n))
     matched_rows, matched = min_weight_full_bipartite_matching(graph)
-    match = np.empty(len(a), np.int64)
-    match[matched_rows] = np.where(matched < len(b), matched, -1)
+    match = np.empty(n, np.int64)
+    match[matched_rows] = np.where(matched < m, matched, -1)
     return match
 
 
@@ -203,7 +213,8 @@ def _candidates(
         cosine = a[start : start + BLOCK_ROWS] @ b.T
         largest = np.argpartition(cosine, -n_candidates, axis=1)[:, -n_candidates:]
         columns.append(largest)
-    return np.repeat(np.arange(len(a)), n_candidates), np.concatenate(columns).reshape(-1)
+    rows = np.repeat(np.arange(len(a)), n_candidates)
+    return rows, np.concatenate(columns).reshape(-1)
 
 
 def _row_products(

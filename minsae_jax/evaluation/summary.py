@@ -2,8 +2,9 @@
 
 import csv
 import json
+import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minsae_jax.checksums import update_checksums
 from minsae_jax.evaluation.bootstrap import Interval
@@ -14,10 +15,9 @@ from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.settings import JsonObject
 
 if TYPE_CHECKING:  # results.py imports this module
-    from minsae_jax.evaluation.event_measures import EventScore
+    from minsae_jax.evaluation.event_results import EventScore, EventSummary
     from minsae_jax.evaluation.results import (
         Evaluation,
-        EventSummary,
         LossRecovered,
         MemberEvaluation,
         PCAEvaluation,
@@ -33,8 +33,6 @@ KINDS_NOTE = """\
 Recall is at 90 % precision among spans; 5-probe: logistic regression on the best five features.
 ties: other features whose AUC on val is inside the 95 % interval of the best feature's, and the
 range of the AUC of all of them on test. chance: the precision of random tokens."""
-
-
 STABILITY_NOTE = """\
 stability: share of the features that other seeds find again (weighted by their part in x̂)."""
 
@@ -168,7 +166,8 @@ def write_files(evaluation: "Evaluation") -> None:
     """Write evaluation.json, evaluation.csv and evaluation.png into the output folder."""
     out = evaluation.inputs.out
     with atomic_write(out / "evaluation.json") as temporary:
-        temporary.write_text(json.dumps(evaluation.to_record(), indent=2) + "\n")
+        record = _without_nan(evaluation.to_record())
+        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     rows = [member.to_row() for member in evaluation.members]
     rows += [components.to_row() for components in evaluation.pca]
     with (
@@ -180,6 +179,17 @@ def write_files(evaluation: "Evaluation") -> None:
         writer.writerows(rows)
     draw_evaluation(out / "evaluation.png", evaluation)
     update_checksums(out, ["evaluation.json", "evaluation.csv", "evaluation.png"])
+
+
+def _without_nan(value: Any) -> Any:
+    """Return the content of a JSON file with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _column_names(rows: Iterable[JsonObject]) -> list[str]:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from minsae_jax.evaluation.bootstrap import Interval, interval
+from minsae_jax.evaluation.bootstrap import Interval, Weights, interval
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.events import auc
+from minsae_jax.evaluation.pooling import padded
+from minsae_jax.evaluation.ranking import auc
 from minsae_jax.monitor import progress
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
@@ -61,15 +62,15 @@ class FeatureTokens:
     ) -> Float[np.ndarray, " d_sae"]:
         """Return the share of each feature's strongest tokens that are inside, NaN without any."""
         hits = is_inside[self.sequence, self.token] & (self.value > 0)
-        examples = self.examples
-        return np.where(examples > 0, hits.sum(axis=1) / np.maximum(examples, 1), np.nan)
+        examples = np.where(self.examples > 0, self.examples, np.nan)
+        return hits.sum(axis=1) / examples
 
     def precision_interval(
         self,
         feature: int,
         is_inside: Bool[np.ndarray, "sequences n_located"],
         recording: Int[np.ndarray, " sequences"],
-        weights: Float[np.ndarray, "resamples recordings"],
+        weights: Weights,
     ) -> Interval | None:
         """Return the interval of one feature's precision; weights: see `draw_weights`."""
         sequence = self.sequence[feature, : self.examples[feature]]
@@ -78,10 +79,8 @@ class FeatureTokens:
         hits = is_inside[sequence, self.token[feature, : len(sequence)]]
         of_examples = weights[:, recording[sequence]]
         total = of_examples.sum(axis=1)
-        share = np.divide(
-            of_examples @ hits, total, out=np.full(len(total), np.nan), where=total > 0
-        )
-        return interval(share)
+        # NaN in resamples without any of the tokens.
+        return interval(of_examples @ hits / np.where(total > 0, total, np.nan))
 
 
 def read_features(
@@ -102,11 +101,9 @@ def read_features(
     n_rows = max(1, min(MAX_SEQUENCES, BATCH_VALUES // (dataset.n_tokens * largest)))
     with progress("read features", n_sequences, "sequences", delay=2.0) as bar:
         for start, x in dataset.batches(n_rows):
-            # All batches have the shape of the first, so that there is one compilation.
-            padded = np.zeros((n_rows, *x.shape[1:]), np.float32)
-            padded[: len(x)] = x
+            batch = padded(x, n_rows)
             for one in passes.values():
-                one.add(padded, len(x), start, located)
+                one.add(batch, len(x), start, located)
             bar.advance(len(x))
     return {name: one.finish() for name, one in passes.items()}
 
@@ -139,9 +136,8 @@ class _Pass:
                 self.sae.kind, self.sae.params, self.top, x, places, located, self.chosen
             )
         self.sums += np.asarray(sums, np.float64)
-        self.values[:, start : start + n_valid] = np.moveaxis(np.asarray(chosen), -1, 0)[
-            :, :n_valid
-        ]
+        by_feature = np.moveaxis(np.asarray(chosen), -1, 0)
+        self.values[:, start : start + n_valid] = by_feature[:, :n_valid]
 
     def finish(self) -> FeatureTokens:
         active, total, squares = self.sums
@@ -189,7 +185,11 @@ def add_batch(
         sequence.T,
         index_of[strongest & lowest].T,
     )
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=1), top, batch)
+    both = TopTokens(
+        jnp.concatenate([top.value, batch.value], axis=1),
+        jnp.concatenate([top.sequence, batch.sequence], axis=1),
+        jnp.concatenate([top.token, batch.token], axis=1),
+    )
     value, order = jax.lax.top_k(both.value, TOP)
     merged = TopTokens(
         value,

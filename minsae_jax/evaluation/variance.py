@@ -13,10 +13,9 @@ Groups differ by chance too. Without any effect and with independent tokens, eta
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from minsae_jax.eeg.splits import patient_of
-from minsae_jax.evaluation.pooling import Pooled
+from minsae_jax.evaluation.pooling import GroupMeans, Pooled, group_by_patient
 
 LARGE_SHARE = 0.3
 
@@ -43,46 +42,40 @@ def variance_shares(pooled: Pooled) -> VarianceShares:
     """Return the shares of variance that position, channel, recording and patient explain."""
     overall = np.average(pooled.by_position.mean, axis=0, weights=pooled.by_position.n_tokens)
     recordings = pooled.mean.astype(np.float64)
-    patients, patient_tokens, patient_means = _patient_means(pooled)
-    position = pooled.by_position
-    channel = pooled.by_channel
+    by_recording = GroupMeans(pooled.recordings, pooled.n_tokens, recordings)
+    by_patient = _patient_means(pooled)
     total = pooled.total_squares
-    top = patient_means.argmax(axis=0)
-    of_top = patient_tokens[top] * patient_means[top, np.arange(len(top))]
-    of_all = patient_tokens @ patient_means
+    top = by_patient.mean.argmax(axis=0)
+    mean_of_top = by_patient.mean.max(axis=0)
+    of_top = by_patient.n_tokens[top] * mean_of_top
+    of_all = by_patient.n_tokens @ by_patient.mean
     return VarianceShares(
-        position=_share(position.n_tokens, position.mean, overall, total),
-        channel=_share(channel.n_tokens, channel.mean, overall, total),
-        recording=_share(pooled.n_tokens, recordings, overall, total),
-        patient=_share(patient_tokens, patient_means, overall, total),
-        top_patient=tuple(patients[i] for i in top),
-        top_patient_share=np.divide(
-            of_top, of_all, out=np.full_like(of_all, np.nan), where=of_all != 0
-        ),
+        position=_share(pooled.by_position, overall, total),
+        channel=_share(pooled.by_channel, overall, total),
+        recording=_share(by_recording, overall, total),
+        patient=_share(by_patient, overall, total),
+        top_patient=tuple(by_patient.names[i] for i in top),
+        top_patient_share=of_top / np.where(of_all != 0, of_all, np.nan),
     )
 
 
 def _share(
-    n_tokens: Int[np.ndarray, " groups"],
-    means: Float[np.ndarray, "groups features"],
+    groups: GroupMeans,
     overall: Float[np.ndarray, " features"],
     total_squares: Float[np.ndarray, " features"],
 ) -> Float[np.ndarray, " features"]:
-    between = n_tokens @ np.square(means - overall)
+    between = groups.n_tokens @ np.square(groups.mean - overall)
     # A feature that never varies has no variance to explain.
-    varies = total_squares > 0
-    share = np.divide(between, total_squares, out=np.zeros_like(between), where=varies)
+    share = between / np.where(total_squares > 0, total_squares, np.inf)
     # Means are rounded, so that a share of 1 can come out above it.
     return np.minimum(share, 1)
 
 
-def _patient_means(pooled: Pooled) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return patients, their numbers of tokens, and means over the tokens of each."""
-    names = [patient_of(recording) for recording in pooled.recordings]
-    patients = list(dict.fromkeys(names))
-    index = np.array([patients.index(name) for name in names])
+def _patient_means(pooled: Pooled) -> GroupMeans:
+    """Return the means over the tokens of each patient."""
+    patients, patient = group_by_patient(pooled.recordings)
     n_tokens = np.zeros(len(patients), np.int64)
-    np.add.at(n_tokens, index, pooled.n_tokens)
+    np.add.at(n_tokens, patient, pooled.n_tokens)
     sums = np.zeros((len(patients), pooled.mean.shape[1]))
-    np.add.at(sums, index, pooled.mean * pooled.n_tokens[:, None].astype(np.float64))
-    return patients, n_tokens, sums / n_tokens[:, None]
+    np.add.at(sums, patient, pooled.mean * pooled.n_tokens[:, None].astype(np.float64))
+    return GroupMeans(patients, n_tokens, sums / n_tokens[:, None])

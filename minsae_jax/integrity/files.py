@@ -70,6 +70,7 @@ def _read_bytes(path: Path) -> None:
 def _read_npy(path: Path) -> None:
     array = load_recording(path)
     if array.dtype.kind != "f":
+        _read_bytes(path)
         return
     for start in range(0, len(array), BLOCK):
         if not np.isfinite(array[start : start + BLOCK]).all():

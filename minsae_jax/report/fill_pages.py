@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from minsae_jax.evaluation.associations import Associations, LabelAssociation
-from minsae_jax.evaluation.event_measures import EventScore
+from minsae_jax.evaluation.event_results import EventEvaluation, EventScore, EventSummary
 from minsae_jax.evaluation.label_probes import LabelProbe as MeasuredProbe
 from minsae_jax.evaluation.label_probes import ProbeScore
 from minsae_jax.evaluation.label_tests import LEVEL, LabelTest
 from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.results import (
     Evaluation,
-    EventEvaluation,
-    EventSummary,
     MemberEvaluation,
     PCAEvaluation,
 )
@@ -34,8 +32,8 @@ from minsae_jax.report.pages import (
     SteeringEffect,
     SteeringResult,
 )
+from minsae_jax.sae.figures import PCA
 from minsae_jax.sae.hyper import SYMBOLS, sparsity, value_text, varied_names
-from minsae_jax.sae.plots import PCA
 
 RANKED = 50  # features in the table of an event or a label
 SCORE_NAMES = {"AUC": ("AUC", 0.5), "rho": ("Spearman's rho", 0.0)}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from minsae_jax.evaluation.associations import Associations
-from minsae_jax.evaluation.results import Evaluation, FeatureEvents
+from minsae_jax.evaluation.event_results import FeatureEvents
+from minsae_jax.evaluation.results import Evaluation
 from minsae_jax.evaluation.stability import MIN_COSINE, Stability
 from minsae_jax.report.pages import (
     SIGNIFICANT,

@@ -15,7 +15,7 @@ from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group, MemberSpec
 from minsae_jax.sae.kinds import Params
 from minsae_jax.sae.member import save_member
-from minsae_jax.sae.plots import ParetoPoint, draw_pareto
+from minsae_jax.sae.pareto import ParetoPoint, draw_pareto
 from minsae_jax.sae.run import HELD_OUT_METRICS, TRAIN_METRICS, Metrics, RunFolder
 from minsae_jax.sae.snapshot import FeatureMeasures
 from minsae_jax.sae.sweep import IntervalMetrics

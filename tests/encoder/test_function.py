@@ -10,7 +10,7 @@ import minsae_jax as ms
 from minsae_jax.eeg.recordings import load_recording
 from minsae_jax.encoder.live import open_live
 from minsae_jax.evaluation.dataset import open_dataset
-from minsae_jax.evaluation.events import Span, covered_tokens, read_events, tokens_of
+from minsae_jax.evaluation.events import Span, event_share, read_events, tokens_of
 from minsae_jax.report.context import make_context
 from minsae_jax.report.describe import describe
 from minsae_jax.report.examples import collect
@@ -96,7 +96,7 @@ def test_tokens_of_a_span_are_on_its_channels(dataset):
 
 def test_covered_tokens_match_a_search(described, dataset):
     events = read_events(described.folder)["burst"]
-    covered = covered_tokens(dataset, events)
+    covered = event_share(dataset, events) >= 0.5
     assert covered.shape == (20, N_CHANNELS * N_PATCHES)
     for sequence in range(20):
         name = dataset.recordings[dataset.recording[sequence]]

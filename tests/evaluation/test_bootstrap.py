@@ -1,70 +1,10 @@
-"""Weighted ranking measures against repeated items and thresholds by brute force."""
+"""Bootstrap intervals of a mean, and where there is none."""
 
 import numpy as np
 import pytest
 from scipy.stats import norm
 
-from minsae_jax.evaluation.bootstrap import (
-    MIN_PRECISION,
-    draw_weights,
-    interval,
-    recall_at_precision,
-    weighted_auc,
-    weighted_recall,
-)
-
-
-def pairs_auc(scores, is_event):
-    higher = scores[is_event][:, None] - scores[~is_event]
-    return (np.sign(higher) + 1).mean() / 2
-
-
-def best_recall(scores, is_event):
-    """Try every threshold."""
-    recalls = [0.0]
-    for threshold in scores:
-        detected = scores >= threshold
-        if is_event[detected].mean() >= MIN_PRECISION:
-            recalls.append(is_event[detected].sum() / is_event.sum())
-    return max(recalls)
-
-
-@pytest.fixture
-def spans():
-    """Scores with many equal ones, and the recording of each."""
-    rng = np.random.default_rng(0)
-    is_event = rng.random(60) < 0.5
-    scores = np.round(rng.normal(size=60) + 1.5 * is_event, 1)
-    return scores, is_event, rng.integers(0, 5, 60)
-
-
-def test_a_weight_is_a_number_of_copies(spans):
-    scores, is_event, recording = spans
-    weights = draw_weights(5, seed=1, resamples=20)
-    assert (weights.sum(axis=1) == 5).all()
-    aucs = weighted_auc(scores, is_event, recording, weights)
-    recalls = weighted_recall(scores, is_event, recording, weights)
-    for i, counts in enumerate(weights[:, recording].astype(int)):
-        copies = np.repeat(scores, counts)
-        are_events = np.repeat(is_event, counts)
-        assert aucs[i] == pytest.approx(pairs_auc(copies, are_events))
-        assert recalls[i] == pytest.approx(best_recall(copies, are_events))
-
-
-def test_recall_at_precision_tries_every_threshold(spans):
-    scores, is_event, _ = spans
-    columns = np.stack([scores, -scores, np.round(scores)], axis=1)
-    expected = [best_recall(column, is_event) for column in columns.T]
-    assert expected[0] > 0.1
-    np.testing.assert_allclose(recall_at_precision(columns, is_event), expected)
-
-
-def test_resamples_without_events_have_no_value():
-    is_event = np.array([True, False, False])
-    weights = np.array([[0.0, 1, 2], [1.0, 1, 1]])
-    spans = (np.array([3.0, 2, 1]), is_event, np.arange(3))
-    np.testing.assert_array_equal(weighted_auc(*spans, weights), [np.nan, 1])
-    np.testing.assert_array_equal(weighted_recall(*spans, weights), [np.nan, 1])
+from minsae_jax.evaluation.bootstrap import draw_weights, interval
 
 
 def test_interval_of_a_mean_has_the_normal_width():

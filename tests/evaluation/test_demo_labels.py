@@ -12,12 +12,13 @@ from scipy.stats import binom, false_discovery_control, wilcoxon
 
 import minsae_jax as ms
 from convert.encoder import convert_encoder
-from minsae_jax.evaluation.bootstrap import draw_weights, interval, weighted_auc
+from minsae_jax.evaluation.bootstrap import draw_weights, interval
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.evaluation.events import draw_spans, gather, read_events, span_maxima
 from minsae_jax.evaluation.label_tests import compare_labels
 from minsae_jax.evaluation.labels import PatientLabel, read_labels
 from minsae_jax.evaluation.pooling import PatientValues, by_patient, pool
+from minsae_jax.evaluation.ranking import weighted_auc
 from tests.conftest import FIXTURES
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from minsae_jax import UserError
 from minsae_jax.evaluation import inputs, saved
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate
-from minsae_jax.evaluation.event_measures import EventScore
+from minsae_jax.evaluation.event_results import EventScore
 from minsae_jax.evaluation.loss_recovered import substitution_errors
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.member import load_sae, save_member
@@ -79,6 +79,24 @@ def test_files_contain_the_evaluation(trained, evaluation):
     kind = next(iter(evaluation.baselines))
     assert float(rows[0][f"{kind}_auc"]) == evaluation.members[0].events[kind].auc
     assert (trained.run / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nan_is_null_in_evaluation_json(evaluation, tmp_path):
+    """As targeted probe perturbation of a single kind of events."""
+    member = evaluation.members[0]
+    of_events = replace(
+        member.event_evaluation, summary=replace(member.event_summary, tpp=float("nan"))
+    )
+    changed = replace(
+        evaluation,
+        inputs=replace(evaluation.inputs, out=tmp_path),
+        members=(replace(member, event_evaluation=of_events),),
+        selected=member.member,
+    )
+    changed.write()
+    text = (tmp_path / "evaluation.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["members"][0]["event_summary"]["tpp"] is None
 
 
 def test_keys_of_evaluation_json(evaluation):
@@ -351,6 +369,12 @@ def test_evaluation_on_training_patients_warns(trained, settings, tmp_path):
         evaluate(replace(settings, run=str(run), store=str(trained.stores)), trained.encoder)
 
 
+def test_evaluation_on_val_patients_warns(trained, settings):
+    val = trained.stores.with_name(f"{trained.stores.name}_val")
+    with pytest.warns(UserWarning, match="on which features and probes are chosen"):
+        inputs.open_inputs(replace(settings, store=str(val)), trained.encoder)
+
+
 def test_each_input_is_opened_once(trained, settings, monkeypatch):
     opened = []
 
@@ -388,7 +412,7 @@ def test_inputs_that_do_not_belong_together_are_errors(trained, settings, tmp_pa
     check("lambda=1 was trained on another encoder", run=str(other))
 
 
-def test_events_require_a_val_store(trained, settings, tmp_path):
+def test_without_a_val_store_events_are_not_evaluated(trained, settings, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
     config = run / "config.yaml"
@@ -396,9 +420,25 @@ def test_events_require_a_val_store(trained, settings, tmp_path):
     moved = tmp_path / "store"
     config.write_text(config.read_text().replace(f"store: {store}\n", f"store: {moved}\n"))
     test_store = store.with_name(f"{store.name}_test")
-    changes = {"run": str(run), "store": str(test_store)}
-    with pytest.raises(UserError, match=r"has events.csv, which requires a store of the val"):
-        evaluate(replace(settings, **changes), trained.encoder)
+    changed = replace(settings, run=str(run), store=str(test_store), report=True)
+    with pytest.warns(UserWarning, match=r"events.csv are not evaluated, since there is no store"):
+        result = ms.evaluate(changed, trained.encoder)
+    assert result.members[0].events is None
+    assert (result.pca, result.baselines) == ((), {})
+    assert np.isfinite(result.members[0].loss.loss_recovered)
+    assert (run / "report/index.html").exists()
+
+
+def test_without_events_of_val_patients_events_are_not_evaluated(trained, settings, tmp_path):
+    val_recordings = tmp_path / "recordings"
+    shutil.copytree(trained.recordings, val_recordings)
+    (val_recordings / "events.csv").unlink()
+    (tmp_path / "out").mkdir()
+    changed = replace(settings, val_root_path=str(val_recordings), out=str(tmp_path / "out"))
+    with pytest.warns(UserWarning, match=r"has no events.csv to choose features on"):
+        result = evaluate(changed, trained.encoder)
+    assert result.members[0].events is None
+    assert result.pca
 
 
 def test_without_events_there_are_no_scores(trained, settings, monkeypatch):

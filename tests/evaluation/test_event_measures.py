@@ -8,7 +8,8 @@ from scipy.stats import mannwhitneyu
 from minsae_jax import SparseAutoencoder
 from minsae_jax.evaluation.bootstrap import draw_weights
 from minsae_jax.evaluation.event_measures import make_kind, measure_spans
-from minsae_jax.evaluation.events import Span, SpanActivations, fit_probe
+from minsae_jax.evaluation.events import Span, SpanActivations
+from minsae_jax.evaluation.linear_probe import fit_probe
 from minsae_jax.evaluation.pca import raw_autoencoder
 
 D_MODEL = 16

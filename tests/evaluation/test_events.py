@@ -1,21 +1,17 @@
-"""Events: which tokens they cover, scores, AUC, and the score of a planted feature."""
+"""Events: spans with and without them, and the tokens that they touch or cover."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from scipy.stats import mannwhitneyu
 
 from minsae_jax import UserError
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.evaluation.events import (
     LabelledEvent,
     Span,
-    auc,
-    covered_tokens,
     draw_spans,
     event_share,
-    fit_probe,
     max_over_spans,
     read_events,
     span_groups,
@@ -59,27 +55,6 @@ def test_spans_without_an_event_touch_no_event(trained):
     assert spans == draw_spans(dataset, events, seed=0)
 
 
-def test_auc_counts_pairs():
-    rng = np.random.default_rng(0)
-    is_event = rng.random(60) < 0.4
-    scores = rng.integers(0, 8, size=(60, 5)) + is_event[:, None] * np.arange(5)
-    values = auc(scores.astype(float), is_event)
-    for column, value in zip(scores.T, values, strict=True):
-        pairs = np.sign(column[is_event][:, None] - column[~is_event][None])
-        assert value == pytest.approx((pairs.mean() + 1) / 2)
-        u = mannwhitneyu(column[is_event], column[~is_event]).statistic
-        assert value == pytest.approx(u / (is_event.sum() * (~is_event).sum()))
-
-
-def test_probe_finds_a_direction_that_no_column_shows_alone():
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(400, 5)) * [1, 3, 1, 1, 1] + 7
-    is_event = x[:, 0] - x[:, 1] / 3 + 0.1 * rng.normal(size=400) > 7 - 7 / 3
-    assert auc(x, is_event).max() < 0.9
-    probe = fit_probe(x[:200], is_event[:200])
-    assert auc(probe(x[200:])[:, None], is_event[200:])[0] > 0.98
-
-
 def test_maxima_of_groups_of_spans():
     rng = np.random.default_rng(3)
     lengths = (5000, 1, 4000, 17, 9000, 2)
@@ -95,11 +70,10 @@ def test_maxima_of_groups_of_spans():
 def test_patches_that_an_event_covers_for_half(trained):
     dataset = trained.dataset("test")
     cz = CHANNELS.index("CZ")
-    covered = covered_tokens(dataset, [LabelledEvent(dataset.recordings[0], 140, 260, (cz,))])
-    sequence, patch = np.nonzero(covered)
+    share = event_share(dataset, [LabelledEvent(dataset.recordings[0], 140, 260, (cz,))])
+    sequence, patch = np.nonzero(share >= 0.5)
     assert dataset.channel[sequence].tolist() == [cz] * 2
     assert patch.tolist() == [1, 2]  # 60 of 100 samples each
-    share = event_share(dataset, [LabelledEvent(dataset.recordings[0], 140, 260, (cz,))])
     assert share[share > 0].tolist() == pytest.approx([0.6, 0.6])
     share = event_share(dataset, [LabelledEvent(dataset.recordings[0], 190, 310, (cz,))])
     assert share[share > 0].tolist() == pytest.approx([0.1, 1, 0.1])

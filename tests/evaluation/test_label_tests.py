@@ -62,7 +62,7 @@ def test_kruskal_wallis_is_that_of_scipy(n):
         assert eta2[i] == pytest.approx(means.var() / ranks.var(), abs=1e-9)
 
 
-@pytest.mark.parametrize("n", [9, 40])
+@pytest.mark.parametrize("n", [14, 40])
 def test_spearman_and_slope_are_those_of_scipy(n):
     values = values_with_ties(n)
     values[:, 1] = np.arange(n)
@@ -77,10 +77,44 @@ def test_spearman_and_slope_are_those_of_scipy(n):
         assert slope[i] == pytest.approx(stats.linregress(label, column).slope, abs=1e-9)
 
 
-def test_perfect_correlation_has_p_zero():
-    rho, p = spearman(np.arange(5.0)[:, None] * [1, -1], np.arange(5.0))
+def test_perfect_correlation_of_many_patients_has_p_zero():
+    rho, p = spearman(np.arange(10.0)[:, None] * [1, -1], np.arange(10.0))
     assert rho.tolist() == [1, -1]
     assert p.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("n", [3, 5, 6])
+@pytest.mark.parametrize("has_ties", [False, True])
+def test_spearman_of_few_patients_is_a_permutation_test(n, has_ties):
+    values = values_with_ties(n, 8)
+    values = values[:, np.ptp(values, axis=0) > 0]
+    values[:, 0] = np.arange(n)
+    label = np.arange(n).astype(float)
+    if has_ties:
+        label[0] = label[1]
+    _, p = spearman(values, label)
+    for i, column in enumerate(values.T):
+        test = stats.permutation_test(
+            (column,),
+            lambda x: stats.spearmanr(x, label).statistic,
+            permutation_type="pairings",
+            n_resamples=np.inf,
+        )
+        # SciPy doubles the smaller tail; of ranks with ties both tails can differ.
+        null = np.abs(test.null_distribution)
+        expected = (null >= abs(test.statistic) - 1e-9).mean()
+        assert p[i] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [4, 6, 9])
+def test_random_numbers_of_few_patients_are_not_found(n):
+    rng = np.random.default_rng(n)
+    n_labels = 0
+    for _ in range(20):
+        pooled = PatientValues(patients_named(n), rng.normal(size=(n, 500)))
+        (result,) = compare_labels(pooled, [number_label(rng.normal(size=n))])
+        n_labels += len(result.test.significant()) > 0
+    assert n_labels <= 4  # 1 is expected; 5 or more have a probability of 0.3 %
 
 
 def test_q_is_of_the_features_that_vary():
@@ -125,7 +159,8 @@ def test_small_categories_are_left_out_with_a_note():
 @pytest.mark.parametrize(
     ("label", "note"),
     [
-        (category_label([0, 0, 0, 1, 1]), "fewer than two categories with 3 patients"),
+        (category_label([0, 0, 0, 1, 1]), "with 3 patients: no (3), yes (2)"),
+        (category_label([0, 0, 0, 0], ("no",)), "with 3 patients: no (4)"),
         (number_label([30, 40]), "2 patients with a value"),
         (number_label([30, 30, 30, 30]), "4 patients with a value"),
         (number_label([]), "0 patients with a value"),

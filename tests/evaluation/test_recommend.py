@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 
 from minsae_jax.evaluation.bootstrap import Interval
+from minsae_jax.evaluation.event_results import EventEvaluation, EventSummary, FeatureEvents
 from minsae_jax.evaluation.loss_recovered import LossRecovered
 from minsae_jax.evaluation.recommend import dominating, member_warnings, recommend
 from minsae_jax.evaluation.results import (
     DecoderCosines,
     DensityHistogram,
-    EventEvaluation,
-    EventSummary,
-    FeatureEvents,
     MemberEvaluation,
     PCAEvaluation,
     StabilitySummary,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minsae_jax.evaluation.steering.results import Effect, Steering
-from minsae_jax.sae.plots import COLOURS
+from minsae_jax.sae.figures import COLOURS, tidy
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.axes import Axes
@@ -74,8 +74,7 @@ def _look(number: int, effect: Effect) -> Look:
 def _finish(axes: "Axes", title: str, x: str, y: str) -> None:
     axes.set_title(title, **TITLE)
     axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
 
 
 def _draw_example(axes: "Axes", steering: Steering) -> None:

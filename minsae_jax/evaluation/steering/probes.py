@@ -15,15 +15,10 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.events import (
-    LabelledEvent,
-    LinearProbe,
-    auc,
-    draw_spans,
-    fit_probe,
-    tokens_of,
-)
+from minsae_jax.evaluation.events import LabelledEvent, draw_spans, tokens_of
 from minsae_jax.evaluation.inputs import EvaluationInputs
+from minsae_jax.evaluation.linear_probe import LinearProbe, fit_probe
+from minsae_jax.evaluation.ranking import auc
 from minsae_jax.evaluation.steering.edit import Place, SteeredEncoder
 
 MAX_SPANS = 2000  # per kind

@@ -1,6 +1,5 @@
 """`minsae steer`: scale features of an SAE at its layer, and measure what changes downstream."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from minsae_jax.evaluation.steering.probes import (
 from minsae_jax.evaluation.steering.results import Effect, Steering
 from minsae_jax.monitor import progress
 from minsae_jax.sae.config import TrainConfig
-from minsae_jax.settings import did_you_mean
+from minsae_jax.settings import did_you_mean, read_json
 
 BATCH_SEQUENCES = 512
 MAX_WINDOWS_PER_RECORDING = 2
@@ -131,7 +130,10 @@ def _recommended(run: Path) -> str:
     path = run / "evaluation.json"
     if not path.is_file():
         raise UserError(f"{run} has no evaluation.json; set --member, or run evaluate first")
-    return json.loads(path.read_text())["recommended"]
+    recommended = read_json(path).get("recommended")
+    if not isinstance(recommended, str):
+        raise UserError(f"{path} does not name a recommended member; set --member")
+    return recommended
 
 
 def _check_features(member: Member, features: Sequence[int]) -> None:

@@ -238,3 +238,9 @@ def test_recommended_member_requires_an_evaluation(trained, config, tmp_path):
     (tmp_path / "config.yaml").write_bytes((trained.run / "config.yaml").read_bytes())
     with pytest.raises(UserError, match=r"has no evaluation.json; set --member"):
         ms.steer(replace(config, run=str(tmp_path)), trained.encoder)
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(UserError, match="does not name a recommended member"):
+        ms.steer(replace(config, run=str(tmp_path)), trained.encoder)
+    (tmp_path / "evaluation.json").write_text("damaged")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        ms.steer(replace(config, run=str(tmp_path)), trained.encoder)

@@ -1,0 +1,103 @@
+"""How well scores rank spans with an event above others: AUC, and recall at a precision.
+
+The weighted forms measure one score in many resamples at once; see `draw_weights`.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.stats import rankdata
+
+from minsae_jax.evaluation.bootstrap import Weights
+
+MIN_PRECISION = 0.9  # of recall_at_precision
+
+
+def auc(
+    scores: Float[np.ndarray, "n features"],
+    is_event: Bool[np.ndarray, " n"],
+) -> Float[np.ndarray, " features"]:
+    """Return each column's area under the ROC curve.
+
+    It is the probability that an event scores higher than a span without one, where ties count
+    half; computed from ranks as the Mann-Whitney U.
+
+    >>> auc(np.array([[1.0], [2.0], [2.0], [3.0]]), np.array([False, False, True, True])).tolist()
+    [0.875]
+    """
+    # U is the number of pairs (event, other) in which the event scores higher. An event of rank r
+    # is above r - 1 scores; summed over events, n (n - 1) / 2 of these are other events.
+    ranks = rankdata(scores, axis=0)
+    n_events = int(is_event.sum())
+    n_others = len(is_event) - n_events
+    u = ranks[is_event].sum(axis=0) - n_events * (n_events + 1) / 2
+    return u / (n_events * n_others)
+
+
+def weighted_auc(
+    scores: Float[np.ndarray, " n"],
+    is_event: Bool[np.ndarray, " n"],
+    recording: Int[np.ndarray, " n"],
+    weights: Weights,
+) -> Float[np.ndarray, " resamples"]:
+    """Return the area under the ROC curve of each resample; NaN without events or others.
+
+    It is the weight of the pairs (event, other) in which the event scores higher, where equal
+    scores count half, over that of all pairs. The weight of a pair is the product of those of its
+    recordings, so that pairs are counted once by recordings, for all resamples.
+    """
+    _, place = np.unique(scores, return_inverse=True)
+    # Numbers of spans at each place in the order of scores, by recording
+    events = np.zeros((len(scores), weights.shape[1]))
+    np.add.at(events, (place[is_event], recording[is_event]), 1)
+    others = np.zeros_like(events)
+    np.add.at(others, (place[~is_event], recording[~is_event]), 1)
+    below = np.cumsum(others, axis=0) - others / 2
+    higher = events.T @ below  # [recordings of events, recordings of others]
+    above = (weights @ higher * weights).sum(axis=1)
+    n_events = weights @ events.sum(axis=0)
+    n_others = weights @ others.sum(axis=0)
+    pairs = n_events * n_others
+    return above / np.where(pairs > 0, pairs, np.nan)
+
+
+def recall_at_precision(
+    scores: Float[np.ndarray, "n features"], is_event: Bool[np.ndarray, " n"]
+) -> Float[np.ndarray, " features"]:
+    """Return for each column the largest recall at a precision of at least 90 %, 0 if none is.
+
+    >>> scores = np.array([[4.0], [3.0], [2.0], [1.0]])
+    >>> recall_at_precision(scores, np.array([True, False, True, True])).tolist()
+    [0.3333333333333333]
+    """
+    order = np.argsort(-scores, axis=0, kind="stable")
+    ordered = np.take_along_axis(scores, order, axis=0)
+    detected = np.cumsum(is_event[order], axis=0)
+    n_above = np.arange(1, len(scores) + 1)[:, None]
+    # A threshold cannot lie between equal scores.
+    is_threshold = np.ones(scores.shape, bool)
+    is_threshold[:-1] = ordered[:-1] > ordered[1:]
+    is_precise = is_threshold & (detected >= MIN_PRECISION * n_above)
+    return (detected * is_precise).max(axis=0) / is_event.sum()
+
+
+def weighted_recall(
+    scores: Float[np.ndarray, " n"],
+    is_event: Bool[np.ndarray, " n"],
+    recording: Int[np.ndarray, " n"],
+    weights: Weights,
+) -> Float[np.ndarray, " resamples"]:
+    """Return the largest recall at a precision of at least 90 % of each resample.
+
+    It is 0 if no threshold is that precise, and NaN without events.
+    """
+    # By decreasing score: everything from a score on is detected.
+    order = np.argsort(-scores, kind="stable")
+    _, first_of_equal = np.unique(-scores[order], return_index=True)
+    of_spans = weights[:, recording[order]]
+    events = np.add.reduceat(of_spans * is_event[order], first_of_equal, axis=1)
+    spans = np.add.reduceat(of_spans, first_of_equal, axis=1)
+    detected = np.cumsum(events, axis=1)
+    is_precise = detected >= MIN_PRECISION * np.cumsum(spans, axis=1)
+    most = (detected * is_precise).max(axis=1)
+    n_events = events.sum(axis=1)
+    return most / np.where(n_events > 0, n_events, np.nan)

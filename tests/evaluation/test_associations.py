@@ -1,0 +1,62 @@
+"""Associations of features with labels, on planted stores of val and test patients."""
+
+import numpy as np
+import pytest
+
+from minsae_jax.evaluation.associations import NO_PROBE, measure_associations
+from minsae_jax.evaluation.inputs import EvaluationInputs, Member
+from tests.evaluation.planted import (
+    draw_codes,
+    draw_dictionary,
+    make_places,
+    true_autoencoder,
+    write_planted,
+)
+
+N_PATIENTS = 12
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Inputs whose val patients are in another folder and have the names of the test patients."""
+    rng = np.random.default_rng(0)
+    dictionary = draw_dictionary(rng, 4, 8)
+    places = make_places(N_PATIENTS, 2)
+    datasets = {}
+    for split in ("val", "test"):
+        folder = tmp_path_factory.mktemp(split)
+        datasets[split] = write_planted(folder, draw_codes(rng, places, 4) @ dictionary, places)
+    rows = "".join(f"p{i:03d},{i % 2}\n" for i in range(N_PATIENTS))
+    (datasets["test"].folder / "labels.csv").write_text(f"patient,group\n{rows}")
+    member = Member("planted", true_autoencoder(dictionary))
+    folder = tmp_path_factory.mktemp("run")
+    return EvaluationInputs(folder, folder, None, (member,), has_events=False, **datasets)
+
+
+def test_labels_are_of_the_patients_in_their_folder(inputs):
+    associations = measure_associations(inputs, inputs.members[0], "mean", seed=0)
+    (group,) = associations.labels
+    assert associations.n_recordings == len(inputs.test.recordings)
+    assert group.tests.test.n_patients == (6, 6)
+    values = np.zeros((N_PATIENTS, 4))
+    for patient in range(N_PATIENTS):
+        names = [name.startswith(f"p{patient:03d}") for name in inputs.test.recordings]
+        by_recording = []
+        for recording in np.flatnonzero(names).tolist():
+            x = inputs.test.read(*inputs.test.sequences_of(recording))
+            features = np.asarray(inputs.members[0].sae.encode(x))
+            by_recording.append(features.mean((0, 1)))
+        values[patient] = np.mean(by_recording, axis=0)
+    higher = values[1::2, None] - values[None, ::2]
+    expected = (np.sign(higher) / 2 + 0.5).mean((0, 1))
+    np.testing.assert_allclose(group.tests.test.effect, expected, atol=1e-9)
+    assert group.probe == NO_PROBE
+
+
+def test_without_a_file_there_are_no_labels(inputs, tmp_path):
+    labels = inputs.test.folder / "labels.csv"
+    moved = labels.rename(tmp_path / "labels.csv")
+    associations = measure_associations(inputs, inputs.members[0], "mean", seed=0)
+    moved.rename(labels)
+    assert associations.labels == ()
+    assert len(associations.variance.patient) == 4
