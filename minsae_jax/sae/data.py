@@ -22,8 +22,8 @@ from minsae_jax.parallel.processes import (
     WHOLE,
     Share,
     barrier,
-    own_share,
     process_count,
+    process_share,
     sum_over_processes,
 )
 from minsae_jax.sae.config import FileBatches, TrainConfig, TrainPlan
@@ -73,7 +73,7 @@ def open_train_data(
     start = _load_start(config, groups, store.d_model)
     read_errors: list[Exception] = []
     on_error = read_errors.append if process_count() > 1 else None
-    stream = open_stream(plan, store, own_share(), on_error)
+    stream = open_stream(plan, store, process_share(), on_error)
     interval_tokens = config.eval_window * _max_tokens_per_step(plan, store)
     # Feature counts of a log interval are int32.
     if interval_tokens >= 2**31:
@@ -83,9 +83,9 @@ def open_train_data(
         )
     held_out = open_held_out(config, store)
     if is_new:
-        store.verify(own_share())
+        store.verify(process_share())
         if held_out:
-            held_out.verify(own_share())
+            held_out.verify(process_share())
     return TrainData(store, held_out, stream, groups, start, read_errors=read_errors)
 
 
@@ -213,10 +213,10 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
     # An error of one process must come before the sums over processes.
     with barrier("read the store"):
         batches = first_tokens(plan, store, plan.scale_tokens)
-        own_norms = [np.linalg.norm(tokens, axis=1) for tokens in batches]
+        norms_of_batches = [np.linalg.norm(tokens, axis=1) for tokens in batches]
     n_tokens = 0
     total = 0.0
-    for norms in map(sum_over_processes, own_norms):
+    for norms in map(sum_over_processes, norms_of_batches):
         total += norms.sum(dtype=np.float64)
         n_tokens += len(norms)
     if not np.isfinite(total) or total == 0:
@@ -234,7 +234,7 @@ def first_tokens(
 
     In a cluster, tokens that other processes read are 0.
     """
-    stream = open_stream(plan, store, own_share())
+    stream = open_stream(plan, store, process_share())
     n_missing = min(n_tokens, sum(store.tokens_per_shard))
     while n_missing:
         tokens = next(stream)[:n_missing].astype(np.float32, copy=False)
