@@ -125,11 +125,11 @@ def _all_succeeded(success: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(success)).all())
 
 
-def any_process(*flags: bool) -> list[bool]:
+def any_process(*flags: bool) -> tuple[bool, ...]:
     """Return for each flag whether any process has set it. Every process must call this."""
     if process_count() == 1:
-        return list(flags)
-    return multihost_utils.process_allgather(np.array(flags)).any(0).tolist()
+        return flags
+    return tuple(multihost_utils.process_allgather(np.array(flags)).any(0).tolist())
 
 
 def sum_over_processes(x: np.ndarray) -> np.ndarray:

@@ -220,11 +220,19 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
         total += norms.sum(dtype=np.float64)
         n_tokens += len(norms)
     if not np.isfinite(total) or total == 0:
-        raise UserError(
-            f"the store {store.folder} contains NaN, infinity or only zeros; extract it again"
-        )
+        raise bad_activations(plan.config, store, "NaN, infinity or only zeros")
     # Rounded to float32 as on the devices: the exported weights undo exactly this factor.
     return float(np.float32(store.d_model**0.5 * n_tokens / total))
+
+
+def bad_activations(config: TrainConfig, source: Source, content: str) -> UserError:
+    """Return the error for activations that cannot be trained on; content: of these."""
+    if config.live:
+        return UserError(
+            f"activations of the recordings in {source.folder} contain {content}; check that the "
+            "recordings are in SD"
+        )
+    return UserError(f"the store {source.folder} contains {content}; extract it again")
 
 
 def first_tokens(

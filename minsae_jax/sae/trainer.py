@@ -27,7 +27,13 @@ from minsae_jax.parallel.processes import (
 from minsae_jax.sae.batches import DeviceBatches
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
 from minsae_jax.sae.config import TrainConfig, TrainPlan
-from minsae_jax.sae.data import TrainData, held_out_batches, measure_start, open_train_data
+from minsae_jax.sae.data import (
+    TrainData,
+    bad_activations,
+    held_out_batches,
+    measure_start,
+    open_train_data,
+)
 from minsae_jax.sae.logger import RunLogger, interval_metrics
 from minsae_jax.sae.measures import measure
 from minsae_jax.sae.member import SparseAutoencoder
@@ -226,7 +232,7 @@ class Trainer:
                     for finished in range(step - n_steps + 1, step + 1):
                         self.on_step(finished)
 
-    def _agree_on_stop_or_save(self, stop: bool, ends_interval: bool) -> tuple[bool, bool]:
+    def _agree_on_stop_or_save(self, stop: bool, ends_interval: bool) -> tuple[bool, ...]:
         """Return whether a process was asked to stop, and whether a checkpoint is overdue.
 
         In a cluster the processes agree on this at the end of a log interval.
@@ -249,9 +255,7 @@ class Trainer:
             groups = read_metrics(self.unlogged)
             self.unlogged = None
             if groups is None:
-                raise UserError(
-                    f"the store {self.data.store.folder} contains NaN or infinity; extract it again"
-                )
+                raise bad_activations(self.config, self.data.store, "NaN or infinity")
             speed = self.throughput.since_last(progress.tokens)
             # The factors of the step that was made last; steps count from 0.
             last_step = float(progress.step - 1)
