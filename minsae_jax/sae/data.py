@@ -33,6 +33,7 @@ from minsae_jax.sae.member import load_sae
 
 HELD_OUT_BATCH = 4096  # tokens
 MEDIAN_TOKENS = 32_768  # for the geometric median, as Gao et al. (2024)
+MEDIAN_ITERATIONS = 100  # at most
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def first_tokens(
 
 
 def geometric_median(
-    x: Float[np.ndarray, "tokens d_model"], n_iterations: int = 100
+    x: Float[np.ndarray, "tokens d_model"],
 ) -> Float[np.ndarray, " d_model"]:
     """Return the point with the least mean distance to the tokens (Weiszfeld's iteration).
 
@@ -260,7 +261,7 @@ def geometric_median(
     """
     x = x.astype(np.float64)
     median = x.mean(0)
-    for _ in range(n_iterations):
+    for _ in range(MEDIAN_ITERATIONS):
         distances = np.linalg.norm(x - median, axis=1)
         # A token at the median would have an infinite weight.
         weights = 1 / np.maximum(distances, 1e-12)

@@ -106,8 +106,7 @@ def member_step(
     """
     hyper = jax.vmap(kind.scheduled, (0, None))(hyper, factors.sparsity)
     is_dead = members.tokens_since_fired >= program.aux_dead_after
-    # Dead features of frozen members are not trained.
-    any_dead = (is_dead.any(1) & ~members.frozen).any()
+    any_dead = is_dead.any()
 
     def member_sums(
         params: Params, hyper: Hyper, is_dead: Bool[Array, " d_sae"]

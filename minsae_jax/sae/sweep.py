@@ -293,7 +293,13 @@ class Sweep:
             repeat_last = partial(_repeat_last, len(padded) - len(group))
             padded_state = jax.tree.map(repeat_last, group_state)
             is_padding = jnp.arange(len(padded)) >= len(group)
-            groups.append(padded_state._replace(frozen=padded_state.frozen | is_padding))
+            tokens_since_fired = padded_state.tokens_since_fired
+            padded_state = padded_state._replace(
+                frozen=padded_state.frozen | is_padding,
+                # Dead features of one member make all train theirs (AuxK), which takes time.
+                tokens_since_fired=jnp.where(is_padding[:, None], 0, tokens_since_fired),
+            )
+            groups.append(padded_state)
         return state._replace(groups=tuple(groups))
 
     def _zero_moments(self) -> TokenMoments:
