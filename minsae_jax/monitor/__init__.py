@@ -12,6 +12,7 @@ from minsae_jax.monitor.member_log import METRICS, MemberLog
 from minsae_jax.monitor.progress_bar import Bar, progress
 from minsae_jax.monitor.tables import percent, table
 from minsae_jax.monitor.tensorboard import TFEVENTS_PREFIX, RunLog
+from minsae_jax.monitor.throughput import Throughput
 from minsae_jax.monitor.wandb_log import Wandb
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "FrequencyTable",
     "MemberLog",
     "RunLog",
+    "Throughput",
     "Wandb",
     "damaged",
     "open_csv",

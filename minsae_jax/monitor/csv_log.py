@@ -44,9 +44,8 @@ def open_csv(path: Path, header: tuple[str, ...], last: int) -> Csv:
     """
     lines = [",".join(header)]
     if last and path.exists():
-        for line in (
-            regular_file(path).read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-        ):
+        text = regular_file(path).read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines()[1:]:
             first = line.split(",", 1)[0]
             if _cell_count(line) == len(header) and first.isdecimal() and int(first) <= last:
                 lines.append(line)

@@ -35,7 +35,6 @@ class MemberLog:
     ):
         self.folder = folder
         make_folder(folder)
-        self.tokens = tokens
         self.eval_window = eval_window
         self._metrics = open_csv(folder / "metrics.csv", METRICS, last=step)
         self._frequencies = open_frequencies(folder, d_sae, n_intervals, tokens)
@@ -57,24 +56,23 @@ class MemberLog:
         self,
         row: Mapping[str, int | float],
         active: Int[np.ndarray, " d_sae"],
+        n_tokens: int,
         speed: Mapping[str, float],
     ) -> None:
         """Write the metrics of a log interval.
 
-        row: a value for each of METRICS. active: number of the interval's tokens on which each
-        feature was active. speed: shown in TensorBoard only.
+        row: a value for each of METRICS. active: number of the interval's n_tokens tokens on which
+        each feature was active. speed: shown in TensorBoard only.
         """
-        tokens_in_interval = int(row["tokens"]) - self.tokens
-        self.tokens = int(row["tokens"])
         self._metrics.writerow([row[name] for name in METRICS])
         step = int(row["step"])
-        self._frequencies.write(step // self.eval_window - 1, self.tokens, active)
+        self._frequencies.write(step // self.eval_window - 1, int(row["tokens"]), active)
         self._metrics.flush()
         self._frequencies.flush()
         self._add_scalars("train", {name: row[name] for name in METRICS[2:]}, step)
         self._add_scalars("speed", speed, step)
         # Without silent features, whose logarithm is infinite.
-        densities = active[active > 0] / tokens_in_interval
+        densities = active[active > 0] / n_tokens
         if len(densities):
             self._board.add_histogram("train_density/log10", np.log10(densities), step)
         self._board.flush()

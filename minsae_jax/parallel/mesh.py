@@ -133,7 +133,7 @@ def put_batch(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
 
     Every device of `data` gets the same number of rows, a multiple of `multiple`.
     """
-    x = _pad_rows(x, mesh.shape[DATA] * multiple)
+    x = _pad(x, 0, mesh.shape[DATA] * multiple)
     sharding = batch_sharding(mesh)
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
@@ -146,17 +146,16 @@ def put_batches(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
 
     x: [batches, rows, width].
     """
-    n_padding = -x.shape[1] % (mesh.shape[DATA] * multiple)
-    x = np.pad(x, ((0, 0), (0, n_padding), (0, 0)))
+    x = _pad(x, 1, mesh.shape[DATA] * multiple)
     return jax.device_put(x, NamedSharding(mesh, P(None, DATA)))
 
 
-def _pad_rows(x: np.ndarray, multiple: int) -> np.ndarray:
-    n_padding = -len(x) % multiple
-    if n_padding == 0:
-        return x
-    padding = np.zeros((n_padding, *x.shape[1:]), x.dtype)
-    return np.concatenate([x, padding])
+def _pad(x: np.ndarray, axis: int, multiple: int) -> np.ndarray:
+    """Return x with zeros added at the end of an axis, up to a multiple of a length."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    # np.pad copies also where there is nothing to add.
+    return np.pad(x, widths) if widths[axis][1] else x
 
 
 def put_shares(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
@@ -171,13 +170,12 @@ def put_shares(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
     if blocks is None:
         bits_dtype = np.dtype(f"u{x.dtype.itemsize}")
         return put_batch(mesh, sum_over_processes(x.view(bits_dtype)).view(x.dtype), multiple)
-    x = _pad_rows(x, mesh.shape[DATA] * multiple)
+    x = _pad(x, 0, mesh.shape[DATA] * multiple)
     # Each device of a process gets an equal part of the rows that it adds for the devices at its
     # place along `data`; parts of devices along `sweep`, which need the same rows, differ.
     parts = x.reshape(mesh.shape[DATA], -1, x.shape[1])
     share = parts.shape[1]
-    n_padding = -share % blocks.shape["in_sweep"]
-    parts = np.pad(parts, ((0, 0), (0, n_padding), (0, 0)))
+    parts = _pad(parts, 1, blocks.shape["in_sweep"])
     shape = (blocks.shape["data"], blocks.shape["in_data"], blocks.shape["in_sweep"], -1)
     parts = parts.reshape(1, 1, *shape, x.shape[1])
     spec = P("sweep", "data", None, "in_data", "in_sweep")

@@ -98,7 +98,7 @@ class Share:
 WHOLE = Share(0, 1)
 
 
-def own_share() -> Share:
+def process_share() -> Share:
     """Return this process's part of the work."""
     return Share(process_index(), process_count())
 
@@ -125,12 +125,11 @@ def _all_succeeded(success: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(success)).all())
 
 
-def any_process(first: bool, second: bool) -> tuple[bool, bool]:
+def any_process(*flags: bool) -> tuple[bool, ...]:
     """Return for each flag whether any process has set it. Every process must call this."""
     if process_count() == 1:
-        return first, second
-    flags = multihost_utils.process_allgather(np.array([first, second]))
-    return bool(flags[:, 0].any()), bool(flags[:, 1].any())
+        return flags
+    return tuple(multihost_utils.process_allgather(np.array(flags)).any(0).tolist())
 
 
 def sum_over_processes(x: np.ndarray) -> np.ndarray:

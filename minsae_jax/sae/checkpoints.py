@@ -150,7 +150,7 @@ class Checkpoints:
         any_at_none, any_saving = any_process(key is None, self._manager.is_saving_in_progress())
         if is_same_barrier or any_at_none:
             self._agreed_at = time.monotonic()
-        is_stuck, _ = any_process(time.monotonic() - self._agreed_at > STUCK_SECONDS, False)
+        (is_stuck,) = any_process(time.monotonic() - self._agreed_at > STUCK_SECONDS)
         if is_stuck:
             raise UserError(
                 f"a process of the cluster could not write a checkpoint to {self._directory}; free "

@@ -22,8 +22,8 @@ from minsae_jax.parallel.processes import (
     WHOLE,
     Share,
     barrier,
-    own_share,
     process_count,
+    process_share,
     sum_over_processes,
 )
 from minsae_jax.sae.config import FileBatches, TrainConfig, TrainPlan
@@ -33,6 +33,7 @@ from minsae_jax.sae.member import load_sae
 
 HELD_OUT_BATCH = 4096  # tokens
 MEDIAN_TOKENS = 32_768  # for the geometric median, as Gao et al. (2024)
+MEDIAN_ITERATIONS = 100  # at most
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def open_train_data(
     start = _load_start(config, groups, store.d_model)
     read_errors: list[Exception] = []
     on_error = read_errors.append if process_count() > 1 else None
-    stream = open_stream(plan, store, own_share(), on_error)
+    stream = open_stream(plan, store, process_share(), on_error)
     interval_tokens = config.eval_window * _max_tokens_per_step(plan, store)
     # Feature counts of a log interval are int32.
     if interval_tokens >= 2**31:
@@ -83,9 +84,9 @@ def open_train_data(
         )
     held_out = open_held_out(config, store)
     if is_new:
-        store.verify(own_share())
+        store.verify(process_share())
         if held_out:
-            held_out.verify(own_share())
+            held_out.verify(process_share())
     return TrainData(store, held_out, stream, groups, start, read_errors=read_errors)
 
 
@@ -213,18 +214,26 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
     # An error of one process must come before the sums over processes.
     with barrier("read the store"):
         batches = first_tokens(plan, store, plan.scale_tokens)
-        own_norms = [np.linalg.norm(tokens, axis=1) for tokens in batches]
+        norms_of_batches = [np.linalg.norm(tokens, axis=1) for tokens in batches]
     n_tokens = 0
     total = 0.0
-    for norms in map(sum_over_processes, own_norms):
+    for norms in map(sum_over_processes, norms_of_batches):
         total += norms.sum(dtype=np.float64)
         n_tokens += len(norms)
     if not np.isfinite(total) or total == 0:
-        raise UserError(
-            f"the store {store.folder} contains NaN, infinity or only zeros; extract it again"
-        )
+        raise bad_activations(plan.config, store, "NaN, infinity or only zeros")
     # Rounded to float32 as on the devices: the exported weights undo exactly this factor.
     return float(np.float32(store.d_model**0.5 * n_tokens / total))
+
+
+def bad_activations(config: TrainConfig, source: Source, content: str) -> UserError:
+    """Return the error for activations that cannot be trained on; content: of these."""
+    if config.live:
+        return UserError(
+            f"activations of the recordings in {source.folder} contain {content}; check that the "
+            "recordings are in SD"
+        )
+    return UserError(f"the store {source.folder} contains {content}; extract it again")
 
 
 def first_tokens(
@@ -234,7 +243,7 @@ def first_tokens(
 
     In a cluster, tokens that other processes read are 0.
     """
-    stream = open_stream(plan, store, own_share())
+    stream = open_stream(plan, store, process_share())
     n_missing = min(n_tokens, sum(store.tokens_per_shard))
     while n_missing:
         tokens = next(stream)[:n_missing].astype(np.float32, copy=False)
@@ -243,7 +252,7 @@ def first_tokens(
 
 
 def geometric_median(
-    x: Float[np.ndarray, "tokens d_model"], n_iterations: int = 100
+    x: Float[np.ndarray, "tokens d_model"],
 ) -> Float[np.ndarray, " d_model"]:
     """Return the point with the least mean distance to the tokens (Weiszfeld's iteration).
 
@@ -252,7 +261,7 @@ def geometric_median(
     """
     x = x.astype(np.float64)
     median = x.mean(0)
-    for _ in range(n_iterations):
+    for _ in range(MEDIAN_ITERATIONS):
         distances = np.linalg.norm(x - median, axis=1)
         # A token at the median would have an infinite weight.
         weights = 1 / np.maximum(distances, 1e-12)

@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
+from jaxtyping import Int
 
 from minsae_jax.activations.stream import Source
 from minsae_jax.files import flush
@@ -78,14 +79,15 @@ class RunLogger:
         self,
         progress: Progress,
         member: MemberSpec,
-        active: np.ndarray,
+        active: Int[np.ndarray, " d_sae"],
+        n_tokens: int,
         schedules: tuple[float, float],
         speed: Mapping[str, float],
     ) -> None:
         """Write one member's row of a log interval from its metrics in `progress`.
 
-        active: [d_sae] tokens with the feature active; schedules: factors of λ and lr; speed: for
-        TensorBoard.
+        active: tokens of the interval, of n_tokens, with the feature active; schedules: factors of
+        λ and lr; speed: for TensorBoard.
         """
         if not self.writes:
             return
@@ -99,7 +101,7 @@ class RunLogger:
             "lr": member.lr * lr_factor,
             "lambda": penalty_weight * lambda_factor,
         }
-        self._member_logs[member.name].write(row, active, speed)
+        self._member_logs[member.name].write(row, active, n_tokens, speed)
         if self._wandb:
             self._wandb.write(member.name, row)
 

@@ -116,7 +116,14 @@ class ResidentStore:
         self, tokens: Float[Array, "rows d_model"], rows: Int[Array, " n"], n_batches: int | None
     ) -> Float[Array, "*batches n_padded d_model"]:
         def on_one_device(tokens: Array, rows: Array) -> Array:
-            x = self._gather_on_one_device(tokens, rows)
+            place = rows - jax.lax.axis_index(DATA) * self.rows_per_device
+            # Row -1 is nowhere.
+            is_here = (rows >= 0) & (place >= 0) & (place < self.rows_per_device)
+            values = tokens[jnp.clip(place, 0, self.rows_per_device - 1)]
+            # Exactly one device has each row.
+            bits = to_bits(values)
+            bits = jnp.where(is_here[:, None], bits, jnp.zeros_like(bits))
+            x = from_bits(jax.lax.psum_scatter(bits, DATA, tiled=True), values.dtype)
             return x if n_batches is None else x.reshape(n_batches, -1, x.shape[1])
 
         run = jax.shard_map(
@@ -127,19 +134,6 @@ class ResidentStore:
             check_vma=False,
         )
         return run(tokens, rows)
-
-    def _gather_on_one_device(
-        self, tokens: Float[Array, "share d_model"], rows: Int[Array, " n_padded"]
-    ) -> Float[Array, "batch_share d_model"]:
-        place = rows - jax.lax.axis_index(DATA) * self.rows_per_device
-        # Row -1 is nowhere.
-        is_here = (rows >= 0) & (place >= 0) & (place < self.rows_per_device)
-        values = tokens[jnp.clip(place, 0, self.rows_per_device - 1)]
-        # Exactly one device has each row.
-        bits = to_bits(values)
-        bits = jnp.where(is_here[:, None], bits, jnp.zeros_like(bits))
-        bits = jax.lax.psum_scatter(bits, DATA, tiled=True)
-        return from_bits(bits, values.dtype)
 
 
 def open_resident(
@@ -160,8 +154,8 @@ def open_resident(
     else:
         fits = has_numbers and free is not None and n_bytes < MAX_SHARE * free
     # In a cluster, all processes stream or none.
-    fits = not any_process(not fits, False)[0]
-    if fits:
+    (is_too_large,) = any_process(not fits)
+    if not is_too_large:
         return ResidentStore(mesh, source)
     if setting == "on":
         available = "" if free is None else f", but {free / 2**30:.1f} GB are free"

@@ -68,7 +68,7 @@ class SweepState(NamedTuple):
 
 @dataclass(frozen=True)
 class StepProgram:
-    """Constants of a run."""
+    """The values of a step that are constants of its program."""
 
     mesh: Mesh
     kinds: tuple[SAEKind, ...]  # one for each group
@@ -99,7 +99,7 @@ def member_step(
     members: MemberState,
     hyper: Hyper,
 ) -> MemberState:
-    """Make one step of members: loss, gradient, Adam update, feature counts.
+    """Make one step of the members of a group: loss, gradient, Adam update, feature counts.
 
     batch: this device's tokens; n_tokens: tokens of the batch on all devices. If a member's loss or
     gradient is not finite, it stays as it was and is frozen for good.
@@ -111,7 +111,8 @@ def member_step(
     def member_sums(
         params: Params, hyper: Hyper, is_dead: Bool[Array, " d_sae"]
     ) -> tuple[Any, BatchContext]:
-        # Under vmap, only a condition that all members share can skip work.
+        # On accelerators members are computed at once, so that only a condition which all of them
+        # share can skip work.
         member_context = BatchContext(is_dead, is_dead.any() if on_cpu() else any_dead)
         context = kind.batch_context(params, batch, hyper, objective, member_context)
         sums = kind.batch_sums(params, batch, hyper, objective, context)
@@ -197,14 +198,13 @@ def sweep_step(
 ) -> tuple[SweepState, Array]:
     """Make one step of all members, see `sweep_steps`."""
     tiling = tile_batch(program.mesh, n_tokens, program.n_features)
-    # With bfloat16 this runs a small program while the step is traced, to see what XLA supports.
-    objectives = []
-    for group in state.groups:
-        objective = program.objective
-        if program.precision == "bfloat16":
-            d_sae = group.tokens_since_fired.shape[1]
-            objective = with_bfloat16(objective, x.shape[1], d_sae, tiling)
-        objectives.append(objective)
+    objectives = [program.objective] * len(program.kinds)
+    if program.precision == "bfloat16":
+        # This runs small programs while the step is traced, to see what XLA supports.
+        d_saes = [group.tokens_since_fired.shape[1] for group in state.groups]
+        objectives = [
+            with_bfloat16(program.objective, x.shape[1], d_sae, tiling) for d_sae in d_saes
+        ]
     step_number = state.step.astype(jnp.float32)
     factors = ScheduleFactors(
         sparsity=jnp.asarray(program.sparsity_schedule(step_number), jnp.float32),

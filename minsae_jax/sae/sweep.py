@@ -54,6 +54,7 @@ class IntervalMetrics:
     fvu: Float[np.ndarray, " members"]  # Σ‖x - x̂‖² / Σ‖x - mean‖² over the interval's tokens
     dead_fraction: Float[np.ndarray, " members"]  # at the end of the interval
     active: Int[np.ndarray, "members d_sae"]  # tokens with the feature active: a count, not a mean
+    tokens: int  # of the interval
     steps: Int[np.ndarray, " members"]  # made since the start; fewer than the sweep's if frozen
     frozen: Bool[np.ndarray, " members"]
 
@@ -79,11 +80,13 @@ class Sweep:
         self.d_model = d_model
         self.mesh = make_mesh(*map(len, groups), shape=plan.config.mesh)
         n_sweep = self.mesh.shape[SWEEP]
-        # Every position along `sweep` gets the same number of members; added ones are frozen.
-        self.padded_sizes = [-(-len(group) // n_sweep) * n_sweep for group in groups]
-        sizes = zip(self.groups, self.padded_sizes, strict=True)
-        self._n_features = max(size // n_sweep * group[0].d_sae for group, size in sizes)
-        self._is_padded = self.padded_sizes != [len(group) for group in groups]
+        # Every position along `sweep` gets the same number of members of each group. Copies of the
+        # last member are added for this; they are frozen, and no result has them.
+        padding = [group[-1:] * (-len(group) % n_sweep) for group in groups]
+        self._is_padded = any(padding)
+        self._padded_groups = [g + more for g, more in zip(groups, padding, strict=True)]
+        sizes = [len(group) // n_sweep * group[0].d_sae for group in self._padded_groups]
+        self._n_features = max(sizes)
         self.optimizer = make_optimizer(plan.optimizer)
         self.sparsity_schedule, self.lr_schedule = make_schedules(plan.optimizer)
         self.hyper = self._put_hyper()
@@ -107,7 +110,7 @@ class Sweep:
             static_argnames="n_tokens",
             out_shardings=(self.shardings, whole),
         )
-        self._take_metrics = jax.jit(
+        self.take_metrics = jax.jit(
             self._traced_take_metrics, donate_argnums=0, out_shardings=(self.shardings, whole)
         )
         self._dead_fractions = jax.jit(self._traced_dead_fractions, out_shardings=whole)
@@ -141,10 +144,6 @@ class Sweep:
         """Return the same as `put` from a store on the devices; rows: numbers of tokens."""
         n_tiles, tile = tile_batch(self.mesh, rows.shape[-1], self._n_features)
         return resident.gather(rows, self.mesh.shape[DATA] * n_tiles * tile)
-
-    def take_metrics(self, state: SweepState) -> tuple[SweepState, DeviceMetrics]:
-        """End a log interval: return the state with empty sums, and the metrics."""
-        return self._take_metrics(state)
 
     def dead_fractions(self, state: SweepState) -> list[Float[np.ndarray, " members"]]:
         """Return for each group the share of each member's features that are dead.
@@ -187,13 +186,12 @@ class Sweep:
         return jax.tree.map(with_sharding, self._portable_shardings, shapes)
 
     def _put_hyper(self) -> tuple[Hyper, ...]:
-        """Put the sparsity setting and lr of members on the devices; padding repeats the last."""
+        """Put the sparsity setting and lr of all members on the devices."""
         hyper = []
-        for group, size in zip(self.groups, self.padded_sizes, strict=True):
-            members = group + group[-1:] * (size - len(group))
+        for group in self._padded_groups:
             values = {
-                group[0].kind.sparsity_name: np.array([m.sparsity for m in members], np.float32),
-                "lr": np.array([m.lr for m in members], np.float32),
+                group[0].kind.sparsity_name: np.array([m.sparsity for m in group], np.float32),
+                "lr": np.array([m.lr for m in group], np.float32),
             }
             hyper.append(jax.device_put(values, members_sharding(self.mesh)))
         return tuple(hyper)
@@ -218,15 +216,16 @@ class Sweep:
         self, start: Params | None, median: Array | None, hyper: tuple[Hyper, ...]
     ) -> SweepState:
         groups = []
-        for group, size, group_hyper in zip(self.groups, self.padded_sizes, hyper, strict=True):
+        for group, padded, group_hyper in zip(self.groups, self._padded_groups, hyper, strict=True):
+            size = len(padded)
+            d_sae = group[0].d_sae
             if start is None:
-                seeds = [m.seed for m in group] + [0] * (size - len(group))
+                seeds = jnp.array([m.seed for m in padded], jnp.uint32)
                 init_member = partial(self._init_member, group, median)
-                params = jax.vmap(init_member)(jnp.array(seeds, jnp.uint32), group_hyper)
+                params = jax.vmap(init_member)(seeds, group_hyper)
             else:
                 params = {k: jnp.broadcast_to(v, (size, *v.shape)) for k, v in start.items()}
                 params = jax.vmap(group[0].kind.with_hyper)(params, group_hyper)
-            d_sae = group[0].d_sae
             state = MemberState(
                 params=params,
                 opt_state=jax.vmap(self.optimizer.init)(params),
@@ -254,6 +253,7 @@ class Sweep:
         return kind.with_hyper(params, hyper)
 
     def _traced_take_metrics(self, state: SweepState) -> tuple[SweepState, DeviceMetrics]:
+        """End a log interval: return the state with empty sums, and the metrics."""
         members = self._traced_unpad(state).groups
         dead = self._traced_dead_fractions(state.groups, state.tokens_seen)
         metrics = DeviceMetrics(
@@ -287,12 +287,19 @@ class Sweep:
 
     def _traced_pad(self, state: SweepState) -> SweepState:
         groups = []
-        for group_state, group, size in zip(
-            state.groups, self.groups, self.padded_sizes, strict=True
+        for group_state, group, padded in zip(
+            state.groups, self.groups, self._padded_groups, strict=True
         ):
-            padded = jax.tree.map(partial(_pad_rows, size - len(group)), group_state)
-            frozen = padded.frozen.at[len(group) :].set(True)
-            groups.append(padded._replace(frozen=frozen))
+            repeat_last = partial(_repeat_last, len(padded) - len(group))
+            padded_state = jax.tree.map(repeat_last, group_state)
+            is_padding = jnp.arange(len(padded)) >= len(group)
+            tokens_since_fired = padded_state.tokens_since_fired
+            padded_state = padded_state._replace(
+                frozen=padded_state.frozen | is_padding,
+                # Dead features of one member make all train theirs (AuxK), which takes time.
+                tokens_since_fired=jnp.where(is_padding[:, None], 0, tokens_since_fired),
+            )
+            groups.append(padded_state)
         return state._replace(groups=tuple(groups))
 
     def _zero_moments(self) -> TokenMoments:
@@ -308,6 +315,7 @@ def read_metrics(metrics: DeviceMetrics) -> list[IntervalMetrics] | None:
     """Fetch the metrics of a log interval, one for each group; None if tokens were not finite."""
     host: Any = jax.device_get(metrics)
     n_steps = int(host.moments.steps)
+    n_tokens = int(host.moments.tokens)
     variance = host.moments.m2
     if not np.isfinite(variance):
         return None
@@ -325,7 +333,10 @@ def read_metrics(metrics: DeviceMetrics) -> list[IntervalMetrics] | None:
             "dead_fraction": dead_fraction,
         }
         means = {name: np.where(frozen, np.float32(np.nan), mean) for name, mean in means.items()}
-        groups.append(IntervalMetrics(**means, active=sums.active, steps=steps, frozen=frozen))
+        interval = IntervalMetrics(
+            **means, active=sums.active, tokens=n_tokens, steps=steps, frozen=frozen
+        )
+        groups.append(interval)
     return groups
 
 
@@ -339,5 +350,5 @@ def _first_rows(count: int, a: Array) -> Array:
     return a[:count]
 
 
-def _pad_rows(count: int, a: Array) -> Array:
-    return jnp.concatenate([a, jnp.zeros((count, *a.shape[1:]), a.dtype)])
+def _repeat_last(count: int, a: Array) -> Array:
+    return jnp.concatenate([a, jnp.broadcast_to(a[-1:], (count, *a.shape[1:]))])

@@ -2,23 +2,21 @@
 
 import json
 import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import jax
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Bool
 
 from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import Source
 from minsae_jax.errors import Stopped, UserError
 from minsae_jax.locks import lock_folder
-from minsae_jax.monitor import Bar
+from minsae_jax.monitor import Bar, Throughput
 from minsae_jax.monitor import progress as progress_bar
-from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.parallel.processes import (
     any_process,
     barrier,
@@ -26,30 +24,26 @@ from minsae_jax.parallel.processes import (
     process_index,
     same_on_all_processes,
 )
+from minsae_jax.sae.batches import DeviceBatches
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
-from minsae_jax.sae.config import FileBatches, TrainConfig, TrainPlan
+from minsae_jax.sae.config import TrainConfig, TrainPlan
 from minsae_jax.sae.data import (
     TrainData,
+    bad_activations,
     held_out_batches,
     measure_start,
-    open_stream,
     open_train_data,
 )
 from minsae_jax.sae.logger import RunLogger, interval_metrics
-from minsae_jax.sae.measures import Measures, measure
+from minsae_jax.sae.measures import measure
 from minsae_jax.sae.member import SparseAutoencoder
-from minsae_jax.sae.resident import open_resident
 from minsae_jax.sae.run import HELD_OUT_METRICS, Run, RunFolder, load_run
 from minsae_jax.sae.snapshot import MeasureFeatures, Snapshot
+from minsae_jax.sae.stop_signals import stop_signals
 from minsae_jax.sae.sweep import DeviceMetrics, Sweep, read_metrics
 
 # Calls queued on the devices before the host waits.
 CALLS_IN_FLIGHT = 2
-# Steps that an accelerator makes in one call, since a call costs the host as much as a step costs
-# the accelerator: on an H200, 0.39 ms where a step of 8 members of 1,024 features takes 0.30 ms.
-STEPS_PER_CALL = 10
-# Batches of one call are this large at most, in bytes.
-CALL_BYTES = 2**28
 
 
 def train(
@@ -116,15 +110,6 @@ def _check_processes_agree(folder: RunFolder, data: TrainData) -> None:
         )
 
 
-def steps_per_call(plan: TrainPlan, d_model: int) -> int:
-    """Return how many steps a call may make."""
-    # minSAE's batches are whole files, which may differ in size.
-    if on_cpu() or process_count() > 1 or isinstance(plan.batches, FileBatches):
-        return 1
-    call_bytes = STEPS_PER_CALL * plan.batches.batch_size * d_model * 4
-    return STEPS_PER_CALL if call_bytes <= CALL_BYTES else 1
-
-
 class Trainer:
     """A run from its last checkpoint, or from its start, to its end."""
 
@@ -153,12 +138,8 @@ class Trainer:
             has_held_out=data.held_out is not None,
             writes=process_index() == 0,
         )
-        # With the store on the devices, the stream yields the numbers of its tokens.
-        self.resident = open_resident(plan.config.resident, self.sweep.mesh, data.store)
-        self.stream = data.stream
-        if self.resident is not None:
-            self.stream = open_stream(plan, self.resident.row_numbers)
-        self.steps_per_call = steps_per_call(plan, data.store.d_model)
+        self.batches = DeviceBatches(plan, data, self.sweep)
+        self.unlogged: DeviceMetrics | None = None  # of the log interval that has ended
         latest = checkpoints.latest()
         if latest is None:
             self._start()
@@ -197,7 +178,7 @@ class Trainer:
                 "it, or use --overwrite"
             )
         self.state = self.sweep.from_portable(state)
-        self.stream.set_state(position)
+        self.batches.go_to(position)
 
     def export(self) -> None:
         """Write the weights of the members, and the table that marks the run as finished."""
@@ -210,25 +191,21 @@ class Trainer:
         """Make the remaining steps."""
         scale = np.float32(self.progress.scale)
         calls_in_flight: deque[jax.Array] = deque()
-        unlogged: DeviceMetrics | None = None
         with progress_bar("train", self.num_steps, "steps") as bar, stop_signals() as signals:
             bar.start_at(self.progress.step)
             while self.progress.step < self.num_steps:
-                n_steps = self._steps_in_call()
+                n_steps = self.batches.steps_in_call(self.progress.step)
                 with self.throughput.waiting():
-                    x = self._next_batches(n_steps)
+                    x = self.batches.read(n_steps)
                 n_tokens = x.shape[-2]
-                on_device = self._put(x)
                 self.state, call_done = self.sweep.step(
-                    self.state, self.sweep.hyper, on_device, scale, n_tokens=n_tokens
+                    self.state, self.sweep.hyper, self.batches.put(x), scale, n_tokens=n_tokens
                 )
                 calls_in_flight.append(call_done)
                 if len(calls_in_flight) > CALLS_IN_FLIGHT:
                     calls_in_flight.popleft().block_until_ready()
-                # Metrics are fetched one step late, while the devices work on this one.
-                if unlogged is not None:
-                    self._log_interval(unlogged, bar)
-                    unlogged = None
+                # Metrics are fetched one call late, while the devices work on this one.
+                self._log_interval(bar)
                 self.progress.step += n_steps
                 self.progress.tokens += n_steps * n_tokens
                 bar.advance(n_steps)
@@ -237,14 +214,12 @@ class Trainer:
                 is_last = step == self.num_steps
                 ends_interval = step % self.config.eval_window == 0
                 if is_last or ends_interval:
-                    self.state, unlogged = self.sweep.take_metrics(self.state)
+                    self.state, self.unlogged = self.sweep.take_metrics(self.state)
                 if self.data.held_out and (is_last or step % self.config.eval_every == 0):
                     self._measure_held_out()
                 stopped, is_late = self._agree_on_stop_or_save(bool(signals), ends_interval)
                 if is_last or stopped or is_late or step % self.config.checkpoint_every == 0:
-                    if unlogged is not None:
-                        self._log_interval(unlogged, bar)
-                        unlogged = None
+                    self._log_interval(bar)
                     self._save()
                 if stopped and not is_last:
                     self.checkpoints.wait()
@@ -257,37 +232,7 @@ class Trainer:
                     for finished in range(step - n_steps + 1, step + 1):
                         self.on_step(finished)
 
-    def _steps_in_call(self) -> int:
-        """Return how many steps to make in the next call: 1 or `steps_per_call`.
-
-        It depends on the step's number and the settings alone, so that a resumed run makes the same
-        calls: calls of several steps start at multiples of their number, and end where something
-        else is to be done.
-        """
-        n_steps = self.steps_per_call
-        first = self.progress.step
-        last = first + n_steps - 1
-        intervals = [self.config.eval_window, self.config.checkpoint_every]
-        if self.data.held_out:
-            intervals.append(self.config.eval_every)
-        is_interrupted = any(last // interval > first // interval for interval in intervals)
-        if first % n_steps or last >= self.num_steps or is_interrupted:
-            return 1
-        return n_steps
-
-    def _next_batches(self, n_steps: int) -> Shaped[np.ndarray, "*steps tokens width"]:
-        """Return the stream's next batch, or several, stacked."""
-        if n_steps == 1:
-            return next(self.stream)
-        return np.stack([next(self.stream) for _ in range(n_steps)])
-
-    def _put(self, x: Shaped[np.ndarray, "*steps tokens width"]) -> jax.Array:
-        """Put batches of the stream on the devices."""
-        if self.resident is None:
-            return self.sweep.put(x)
-        return self.sweep.gather(self.resident, x[..., 0])
-
-    def _agree_on_stop_or_save(self, stop: bool, ends_interval: bool) -> tuple[bool, bool]:
+    def _agree_on_stop_or_save(self, stop: bool, ends_interval: bool) -> tuple[bool, ...]:
         """Return whether a process was asked to stop, and whether a checkpoint is overdue.
 
         In a cluster the processes agree on this at the end of a log interval.
@@ -296,19 +241,21 @@ class Trainer:
         is_late = minutes > self.config.checkpoint_minutes
         if process_count() > 1 and not ends_interval:
             return False, False
+        # Raises if a process of the cluster could not write the last checkpoint.
         self.checkpoints.is_saving()
         return any_process(stop, is_late)
 
-    def _log_interval(self, device_metrics: DeviceMetrics, bar: Bar) -> None:
-        """Fetch and write the metrics of the log interval that ended at the current step."""
+    def _log_interval(self, bar: Bar) -> None:
+        """Fetch and write the metrics of a log interval, if one has ended at the current step."""
+        if self.unlogged is None:
+            return
         progress = self.progress
         with barrier("write metrics"):
             self._raise_read_error()
-            groups = read_metrics(device_metrics)
+            groups = read_metrics(self.unlogged)
+            self.unlogged = None
             if groups is None:
-                raise UserError(
-                    f"the store {self.data.store.folder} contains NaN or infinity; extract it again"
-                )
+                raise bad_activations(self.config, self.data.store, "NaN or infinity")
             speed = self.throughput.since_last(progress.tokens)
             # The factors of the step that was made last; steps count from 0.
             last_step = float(progress.step - 1)
@@ -327,7 +274,7 @@ class Trainer:
                     # A shorter interval at the end counts for sweep.csv only.
                     if is_complete:
                         self.logger.log_interval(
-                            progress, member, metrics.active[i], schedules, speed
+                            progress, member, metrics.active[i], metrics.tokens, schedules, speed
                         )
         n_members = len(self.logger.members)
         rate = speed["tokens_per_second"]
@@ -340,9 +287,9 @@ class Trainer:
             batches = held_out_batches(self.config, self.data.held_out)
             params = [group.params for group in self.state.groups]
             kinds = [group[0].kind for group in self.data.groups]
-            scale = self.progress.scale
-            measures = measure(self.sweep.mesh, kinds, params, batches, scale)
+            measures = measure(self.sweep.mesh, kinds, params, batches, self.progress.scale)
             dead_fractions = self.sweep.dead_fractions(self.state)
+            is_live = []
             for group, of_group, dead in zip(
                 self.data.groups, measures, dead_fractions, strict=True
             ):
@@ -351,26 +298,26 @@ class Trainer:
                     values = {name: float(getattr(of_group, name)[i]) for name in names}
                     values["dead_fraction"] = float(dead[i])
                     self.progress.held_out[member.name] = values
+                    is_live.append(of_group.density[i] > 0)
             with barrier("write metrics on held-out tokens"):
                 self._raise_read_error()
                 self.logger.log_held_out(self.progress)
             if self.measure_features:
-                self._measure_features(self.measure_features, measures)
+                self._measure_features(self.measure_features, is_live)
 
     def _measure_features(
-        self, measure_features: MeasureFeatures, measures: Sequence[Measures]
+        self, measure_features: MeasureFeatures, is_live: Sequence[Bool[np.ndarray, " d_sae"]]
     ) -> None:
-        """Log measures of all members; measures: of every group, on held-out tokens."""
-        densities = [density for of_group in measures for density in of_group.density]
+        """Log measures of all members; is_live: of each, its features active on held-out tokens."""
         # Every process fetches the weights, since that needs all devices; one measures.
         weights = self.sweep.weights(self.state)
         snapshots = []
-        for member, params, density in zip(self.logger.members, weights, densities, strict=True):
+        for member, params, live in zip(self.logger.members, weights, is_live, strict=True):
             if process_index() == 0:
                 raw_params = member.kind.fold_scale(params, self.progress.scale)
                 config = {"kind": member.kind.name, **member.kind.settings, **member.hyper}
                 sae = SparseAutoencoder(raw_params, config)
-                snapshots.append(Snapshot(member.name, sae, density > 0))
+                snapshots.append(Snapshot(member.name, sae, live))
         with barrier("measure features"):
             if process_index() == 0:
                 self.logger.log_features(self.progress.step, measure_features(snapshots))
@@ -385,63 +332,5 @@ class Trainer:
             self._raise_read_error()
             self.logger.flush()
         state = self.sweep.portable(self.state)
-        self.checkpoints.save(self.progress, state, self.stream.get_state())
+        self.checkpoints.save(self.progress, state, self.batches.position())
         self.saved_at = time.monotonic()
-
-
-class Throughput:
-    """Tokens per second, and the share of time spent waiting for the stream."""
-
-    def __init__(self, tokens: int):
-        self._tokens = tokens
-        self._started = time.perf_counter()
-        self._waited = 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time in this block as waiting."""
-        started = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - started
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Exclude the time in this block, which is not training."""
-        started = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - started
-
-    def since_last(self, tokens: int) -> dict[str, float]:
-        """Return the speed since the last call; tokens: trained on so far."""
-        now = time.perf_counter()
-        seconds = now - self._started
-        speed = {
-            "tokens_per_second": (tokens - self._tokens) / seconds,
-            "waiting": self._waited / seconds,
-        }
-        self._tokens = tokens
-        self._started = now
-        self._waited = 0.0
-        return speed
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list to which SIGTERM and Ctrl-C are added; a second signal interrupts at once."""
-    received: list[int] = []
-    # Python allows signal handlers in the main thread only.
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def handle(number: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import shuffled_tokens
 from minsae_jax.parallel.mesh import DATA, make_mesh, put_shares
-from minsae_jax.parallel.processes import own_share, start_jax
+from minsae_jax.parallel.processes import process_share, start_jax
 from minsae_jax.sae.resident import ResidentStore
 
 BATCH = 31  # tokens, which no mesh divides
@@ -37,7 +37,7 @@ def check_streams(mesh: Mesh, folder: str) -> None:
     """Compare more than two epochs, in shares and gathered from a resident store."""
     store = open_store(folder)
     whole = shuffled_tokens(store, BATCH, 0)
-    share = shuffled_tokens(store, BATCH, 0, own_share())
+    share = shuffled_tokens(store, BATCH, 0, process_share())
     resident = ResidentStore(mesh, store)
     numbers = shuffled_tokens(resident.row_numbers, BATCH, 0)
     n_zeros = 0
@@ -54,7 +54,7 @@ def check_streams(mesh: Mesh, folder: str) -> None:
 def check_bits(mesh: Mesh) -> None:
     """All 16-bit patterns, among them -0, subnormal numbers, infinity and NaN."""
     rows = np.arange(2**16, dtype=np.uint16).reshape(-1, 16)
-    first, end = own_share().bounds(len(rows))
+    first, end = process_share().bounds(len(rows))
     own = np.zeros_like(rows)
     own[first:end] = rows[first:end]
     for dtype in (ml_dtypes.bfloat16, np.float16):

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
 from minsae_jax.sae.config import TrainConfig
-from minsae_jax.sae.data import held_out_batches
+from minsae_jax.sae.data import held_out_batches, measure_scale
 from minsae_jax.sae.run import HELD_OUT_METRICS, read_held_out
 from minsae_jax.sae.trainer import train
 from tests.conftest import write_small_store
@@ -162,3 +162,15 @@ def test_frozen_member_keeps_its_held_out_metrics(settings, small_store, val_sto
     assert {r["dead_fraction"] for r in found} == {"nan"}
     config = json.loads((tmp_path / "run/members/lambda=0.1,lr=1e+30/config.json").read_text())
     assert config["held_out"]["dead_fraction"] is None
+
+
+def test_bad_activations_say_what_to_check(settings, small_store):
+    x = np.load(small_store / "l-1/b0000.npy")
+    x[0, 0, 0] = np.inf
+    np.save(small_store / "l-1/b0000.npy", x)
+    store = open_store(small_store, -1)
+    with pytest.raises(UserError, match=r"the store .* extract it again"):
+        measure_scale(settings.plan(), store)
+    live = replace(settings, live=True, root_path="recordings")
+    with pytest.raises(UserError, match="check that the recordings are in SD"):
+        measure_scale(live.plan(), store)

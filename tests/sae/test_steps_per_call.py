@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minsae_jax import load_sae
-from minsae_jax.sae import trainer
+from minsae_jax.sae import batches
 from minsae_jax.sae.trainer import train
 from tests.interrupt import train_until
 
@@ -15,15 +15,15 @@ from tests.interrupt import train_until
 def calls(monkeypatch):
     """Make the trainer call for 4 steps at once; returns how many steps each call made."""
     made = []
-    steps_in_call = trainer.Trainer._steps_in_call
+    steps_in_call = batches.DeviceBatches.steps_in_call
 
-    def count(self):
-        made.append(steps_in_call(self))
+    def count(self, step):
+        made.append(steps_in_call(self, step))
         return made[-1]
 
-    monkeypatch.setattr(trainer, "on_cpu", lambda: False)
-    monkeypatch.setattr(trainer, "STEPS_PER_CALL", 4)
-    monkeypatch.setattr(trainer.Trainer, "_steps_in_call", count)
+    monkeypatch.setattr(batches, "on_cpu", lambda: False)
+    monkeypatch.setattr(batches, "STEPS_PER_CALL", 4)
+    monkeypatch.setattr(batches.DeviceBatches, "steps_in_call", count)
     return made
 
 
@@ -71,13 +71,17 @@ def test_nothing_is_skipped_within_a_call(settings, tmp_path, calls):
     assert {int(end - 4) for end, n in zip(ends, calls, strict=True) if n == 4} == {0, 12, 20}
 
 
-def test_a_resumed_run_makes_the_same_calls(settings, tmp_path, calls):
-    settings = replace(settings, num_steps=24, eval_window=12)
+@pytest.mark.parametrize("checkpoint_every", [7, 8])
+def test_a_resumed_run_makes_the_same_calls(settings, tmp_path, calls, checkpoint_every):
+    """From a checkpoint that is a multiple of the steps in a call, and from one that is not."""
+    settings = replace(settings, num_steps=24, eval_window=12, checkpoint_every=checkpoint_every)
     whole = replace(settings, run_dir=str(tmp_path / "whole"))
     train(whole)
     resumed = replace(settings, run_dir=str(tmp_path / "resumed"))
-    train_until(resumed, 8)
+    train_until(resumed, checkpoint_every + 1)
+    n_before = len(calls)
     train(resumed)
+    assert sum(calls[n_before:]) == 24 - checkpoint_every
     for path in sorted((tmp_path / "whole").rglob("*.csv")) + sorted(
         (tmp_path / "whole").rglob("sae.safetensors")
     ):

@@ -175,6 +175,22 @@ def test_a_state_moves_from_mesh_to_mesh():
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_padding_repeats_the_last_member_after_a_resume_too():
+    """Members of zeros have no norm to divide by, and slow the search of BatchTopK down."""
+    settings = replace(SETTINGS, kind=("batchtopk",), lambda_sparsity=(), k=(0.2, 0.3, 0.4))
+    settings = replace(settings, lr=(1e-3,), seed=(0,), mesh="2x4")
+    sweep = make_sweep(settings)
+    state = make_step(sweep, sweep.init(), batches(1)[0])
+    resumed = sweep.from_portable(sweep.portable(state))
+    for group in resumed.groups:
+        assert group.frozen.tolist() == [False, False, False, True]
+        for p in group.params.values():
+            np.testing.assert_array_equal(p[3], p[2])
+        # Otherwise its dead features would make the others compute AuxK.
+        assert group.tokens_since_fired[2].any()
+        assert not group.tokens_since_fired[3].any()
+
+
 def test_a_mesh_of_more_devices_than_there_are():
     with pytest.raises(UserError, match="--mesh 4x4 needs 16 devices, got 8"):
         make_sweep(replace(SETTINGS, mesh="4x4"))

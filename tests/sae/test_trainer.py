@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from convert.sae import convert_sae
 from minsae_jax import UserError, load_sae
@@ -19,9 +20,10 @@ from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.sae.data import measure_scale
 from minsae_jax.sae.grid import make_groups
 from minsae_jax.sae.plots import plot
+from minsae_jax.sae.snapshot import FeatureMeasures
 from minsae_jax.sae.sweep import Sweep
 from minsae_jax.sae.trainer import train
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, write_small_store
 from tests.interrupt import train_until
 from tests.test_monitor import FakeWandb
 
@@ -202,6 +204,23 @@ def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, recipe, kil
     assert files(tmp_path / "other", *names) == expected
 
 
+def test_densities_of_an_interval_that_contains_a_resume(settings, tmp_path):
+    """TensorBoard's densities are shares of all tokens of the interval, as in act_freqs.csv."""
+    train_until(settings, 13)
+    assert _latest(tmp_path / "run") == 10
+    train(settings)
+    for member in (tmp_path / "run/members").iterdir():
+        board = EventAccumulator(str(member), {"histograms": 0}).Reload()
+        counts = np.loadtxt(member / "act_freqs.csv", delimiter=",", skiprows=1)[:, 1:]
+        histograms = board.Histograms("train_density/log10")
+        assert [histogram.step for histogram in histograms] == [8, 16, 24, 32, 40]
+        for histogram, active in zip(histograms, counts, strict=True):
+            densities = active[active > 0] / (8 * settings.batch_size)
+            limits = [histogram.histogram_value.min, histogram.histogram_value.max]
+            expected = np.log10([densities.min(), densities.max()])
+            np.testing.assert_allclose(limits, expected, atol=1e-6)
+
+
 def _latest(run):
     steps = [int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()]
     return max(steps, default=0)
@@ -337,6 +356,27 @@ def test_init_starts_every_member_from_the_given_weights(settings, tmp_path):
 
 
 @pytest.mark.slow
+def test_snapshots_of_a_sweep_with_padding_are_its_members(settings, tmp_path):
+    """Three members of each size on two positions along `sweep`."""
+    snapshots = []
+
+    def measure_features(members):
+        snapshots.extend(members)
+        return FeatureMeasures({}, {})
+
+    val = open_store(write_small_store(tmp_path / "val", seed=1))
+    x = np.concatenate([val.read(shard) for shard in range(3)])
+    settings = replace(settings, lambda_sparsity=(0.1, 1.0, 3.0), mesh="2x4", num_steps=8)
+    settings = replace(settings, val_store=str(tmp_path / "val"), eval_every=8)
+    run = train(settings, open_monitor=lambda: measure_features)
+    assert [snapshot.name for snapshot in snapshots] == [member.name for member in run.members]
+    for snapshot, member in zip(snapshots, run.members, strict=True):
+        for name, weights in member.load().params.items():
+            np.testing.assert_array_equal(snapshot.sae.params[name], weights)
+        is_live = (np.asarray(snapshot.sae.encode(x)) > 0).any(0)
+        assert (snapshot.is_live == is_live).mean() > 0.95
+
+
 def test_wandb(settings, tmp_path, monkeypatch):
     """A row of metrics.csv is a row there; a run may be finished without it."""
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())

@@ -34,6 +34,10 @@ class Objective:
         """Return the factor from Σ_d (x̂ - x)² to the mse of a token."""
         return 1 / d_model if self.mean_over_d_model else 1.0
 
+    def error_weight(self, d_model: int) -> float:
+        """Return the weight of Σ_d (x̂ - x)² in the loss of a token."""
+        return self.recon_weight * self.mse_factor(d_model)
+
     def round_factor(self, a: Array) -> Array:
         """Round a factor of a matrix product as `factors` says."""
         if self.factors == "bfloat16":
@@ -49,6 +53,10 @@ class Batch(NamedTuple):
     x: Float[Array, "tiles tile d_model"]
     is_token: Float[Array, "tiles tile"] | None  # 0 for padding; None if there is no padding
 
+    def masked(self, a: Array) -> Array:
+        """Return a [..., tile] with 0 for padding, where this is a single tile."""
+        return a if self.is_token is None else a * self.is_token[None]
+
 
 class BatchContext(NamedTuple):
     """Inputs of the loss besides the token: from the whole batch and from the member's state."""
@@ -56,8 +64,8 @@ class BatchContext(NamedTuple):
     is_dead: Bool[Array, " d_sae"]
     # Whether any feature is dead: of this member, or of any member of the group.
     any_dead: Bool[Array, ""]
-    # Pre-activations from here on are active: in the whole batch, or in each token of a tile.
-    threshold: Float[Array, ""] | Float[Array, "1 tile"] | None = None
+    # Pre-activations of the whole batch from here on are active.
+    threshold: Float[Array, ""] | None = None
     # All pre-activations, where they were needed for the threshold already.
     pre: Float[Array, "tiles d_sae tile"] | None = None
 
@@ -92,7 +100,8 @@ class SAEKind:
     name: ClassVar[str]
     # Also the tensor names in sae.safetensors; W_dec and b_dec must be among them.
     param_names: ClassVar[tuple[str, ...]]
-    # Whether a feature does not depend on the other features of its token.
+    # Whether a feature does not depend on the other features of its token, so that `encode` of some
+    # columns of the parameters gives these features alone.
     independent: ClassVar[bool] = False
     # Whether b_dec starts at the geometric median of the data.
     starts_at_median: ClassVar[bool] = False
@@ -162,7 +171,13 @@ class SAEKind:
         self, params: Params, x: Float[Array, "*tokens d_model"], indices: Int[Array, " n"]
     ) -> Float[Array, "*tokens n"]:
         """Return some of the features; kinds whose features are independent compute only these."""
-        return self.encode(params, x)[..., indices]
+        if not self.independent:
+            return self.encode(params, x)[..., indices]
+        d_sae = params["W_dec"].shape[0]
+        columns = {}
+        for name, p in params.items():
+            columns[name] = p[..., indices] if p.shape[-1:] == (d_sae,) else p
+        return self.encode(columns, x)
 
     def penalty(
         self, params: Params, features: Float[Array, "tokens d_sae"]
@@ -228,8 +243,8 @@ class SAEKind:
             active = active & (is_token[:, None] > 0)
         residual = jnp.square(error).sum()
         penalty = penalties.sum()
-        reconstruction = objective.recon_weight * objective.mse_factor(x.shape[-1]) * residual
-        total = reconstruction + self.penalty_weight(hyper) * penalty
+        total = objective.error_weight(x.shape[-1]) * residual
+        total += self.penalty_weight(hyper) * penalty
         return total, BatchSums({}, residual, penalty, active.sum(0, dtype=jnp.int32))
 
     def batch_sums(

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from minsae_jax.parallel.mesh import DATA, sum_devices
 from minsae_jax.sae.kinds.base import Batch, BatchContext, Hyper, Objective, Params
-from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors, above_threshold
+from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors, without_penalty
 from minsae_jax.sae.kinds.products import pre_activations, round_weights
 from minsae_jax.sae.kinds.select import kth_largest_of_batch
 
@@ -47,12 +47,6 @@ class BatchTopK(LinearSAE):
         pre = self.pre_activations(params, x)
         return jnp.where(pre > params["threshold"], jax.nn.relu(pre), 0)
 
-    def encode_features(
-        self, params: Params, x: Float[Array, "*tokens d_model"], indices: Int[Array, " n"]
-    ) -> Float[Array, "*tokens n"]:
-        some = {name: params[name][..., indices] for name in ("W_enc", "b_enc")}
-        return self.encode(some | {"threshold": params["threshold"]}, x)
-
     def batch_context(
         self,
         params: Params,
@@ -65,14 +59,10 @@ class BatchTopK(LinearSAE):
 
         Pre-activations of all tiles are in memory at once.
         """
-
         weights = round_weights(params, objective)
 
         def encode_tile(tile: Batch) -> Float[Array, "d_sae tile"]:
-            pre = pre_activations(weights, tile.x, objective)
-            if tile.is_token is not None:
-                pre = jnp.where(tile.is_token[None] > 0, pre, 0)
-            return pre
+            return tile.masked(pre_activations(weights, tile.x, objective))
 
         pre = jax.lax.map(encode_tile, batch)
         if batch.is_token is None:
@@ -93,7 +83,8 @@ class BatchTopK(LinearSAE):
         hyper: Hyper,
         context: BatchContext,
     ) -> Activated:
-        return above_threshold(pre, context)
+        assert context.threshold is not None
+        return without_penalty(jnp.where(pre >= context.threshold, pre, 0))
 
     def finish_update(self, params: Params, context: BatchContext) -> Params:
         params = super().finish_update(params, context)

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.kinds.base import BatchContext, Hyper, Params
@@ -75,12 +75,6 @@ class JumpReLU(LinearSAE):
         pre = self.pre_activations(params, x)
         threshold = jnp.broadcast_to(params["threshold"], pre.shape)
         return jnp.where(pre > threshold, jax.nn.relu(pre), 0)
-
-    def encode_features(
-        self, params: Params, x: Float[Array, "*tokens d_model"], indices: Int[Array, " n"]
-    ) -> Float[Array, "*tokens n"]:
-        some = {name: params[name][..., indices] for name in ("W_enc", "b_enc", "threshold")}
-        return self.encode(some, x)
 
     def vectors(self, params: Params) -> Vectors:
         vectors = {"threshold": params["threshold"]}

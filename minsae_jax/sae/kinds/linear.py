@@ -29,13 +29,13 @@ from minsae_jax.sae.kinds.products import (
     Weights,
     count_active,
     encoder_gradient,
-    kept,
-    kept_product,
+    materialize,
+    norm_gradient,
     pre_activations,
     product,
+    project_back,
     round_weights,
-    together,
-    written,
+    store_features,
     zero_gradients,
 )
 
@@ -51,24 +51,22 @@ class Activated(NamedTuple):
 
 
 class BackProjected(NamedTuple):
-    """Errors, summed over the prefixes that contain a feature, on the way back."""
+    """Gradients of half the squared error, summed over the prefixes that contain a feature."""
 
-    backward: Num[Array, "d_sae tile"]  # W_dec error
-    decoder: Float[Array, "d_sae d_model"]  # features errorᵀ
+    features: Num[Array, "d_sae tile"]  # W_dec error
+    w_dec: Float[Array, "d_sae d_model"]  # features errorᵀ
     error_sum: Float[Array, "d_model tile"]  # over all prefixes
 
 
-def above_threshold(pre: Float[Array, "d_sae tile"], context: BatchContext) -> Activated:
-    """Return features that are the pre-activations from the context's threshold on."""
-    assert context.threshold is not None
-    zeros = jnp.zeros(pre.shape[1])
-    return Activated(jnp.where(pre >= context.threshold, pre, 0), zeros, zeros)
-
-
-def _select_active(features: Float[Array, "d_sae tile"], vectors: Vectors) -> Activated:
-    """Return the features of a kind that `selects`, from the features."""
+def without_penalty(features: Float[Array, "d_sae tile"]) -> Activated:
+    """Return the features of a kind that has no penalty."""
     zeros = jnp.zeros(features.shape[1])
-    return Activated(jax.nn.relu(features), zeros, zeros)
+    return Activated(features, zeros, zeros)
+
+
+def _activate_selected(features: Float[Array, "d_sae tile"], vectors: Vectors) -> Activated:
+    """Return the features of a kind that `selects` from these features themselves."""
+    return without_penalty(jax.nn.relu(features))
 
 
 class LinearSums(NamedTuple):
@@ -109,12 +107,6 @@ class LinearSAE(SAEKind):
     ) -> Activated:
         """Return the features of pre-activations in training, and the penalties of each token."""
         raise NotImplementedError
-
-    def tile_context(
-        self, pre: Float[Array, "d_sae tile"], hyper: Hyper, context: BatchContext
-    ) -> BatchContext:
-        """Return the context with what `activate` needs of the tile, not differentiated."""
-        return context
 
     def vectors(self, params: Params) -> Vectors:
         """Return the vectors that `activate` differentiates by.
@@ -157,7 +149,6 @@ class LinearSAE(SAEKind):
         """Return the loss summed over tokens, without AuxK, and its parts (without gradients)."""
         mask = jnp.ones(len(x)) if is_token is None else is_token
         pre = self.pre_activations(params, x).T
-        context = self.tile_context(pre, hyper, context)
         activated = self.activate(pre, self.vectors(params), hyper, context)
         features = activated.features.T
         d_sae, d_model = params["W_dec"].shape
@@ -165,8 +156,7 @@ class LinearSAE(SAEKind):
         for end in self.prefixes(d_sae):
             x_hat = features[:, :end] @ params["W_dec"][:end] + params["b_dec"][None]
             errors.append(jnp.square(x_hat - x).sum(1) * mask)
-        reconstruction = objective.recon_weight * objective.mse_factor(d_model)
-        loss = reconstruction * jnp.stack(errors).mean(0)
+        loss = objective.error_weight(d_model) * jnp.stack(errors).mean(0)
         penalty = activated.penalty * mask
         loss += self.penalty_weight(hyper) * penalty + activated.other * mask
         active = (features * mask[:, None] > 0).sum(0, dtype=jnp.int32)
@@ -224,73 +214,55 @@ class LinearSAE(SAEKind):
         objective: Objective,
         context: BatchContext,
     ) -> tuple[LinearSums, Float[Array, "d_model tile"]]:
-        """Return the sums with those of one tile added, and the tile's x̂ - x."""
-        tile_sums, error = self._tile_sums(weights, vectors, tile, hyper, objective, context)
-        return jax.tree.map(jnp.add, sums, tile_sums), error
+        """Return the sums with those of one tile added, and the tile's x̂ - x.
 
-    def _tile_sums(
-        self,
-        weights: Weights,
-        vectors: Vectors,
-        tile: Batch,
-        hyper: Hyper,
-        objective: Objective,
-        context: BatchContext,
-    ) -> tuple[LinearSums, Float[Array, "d_model tile"]]:
-        """Return the sums of one tile, and x̂ - x. context.pre: of this tile, if known.
-
-        A suffix says the layout: F features, B tokens of the tile, D d_model.
+        context.pre: of this tile, if known. A suffix says the layout: F features, B tokens of the
+        tile, D d_model.
         """
         round_factor = objective.round_factor
-        d_model = tile.x.shape[1]
-        mask = jnp.ones(len(tile.x)) if tile.is_token is None else tile.is_token
         x_BxD = round_factor(tile.x)
+        mask = jnp.ones(len(x_BxD)) if tile.is_token is None else tile.is_token
 
         def activate(pre_FxB: Array, vectors: Vectors) -> Activated:
             return self.activate(pre_FxB, vectors, hyper, context)
 
-        if context.pre is None:
+        pre_FxB = context.pre
+        if pre_FxB is None:
             pre_FxB = pre_activations(weights, tile.x, objective)
-        else:
-            pre_FxB = context.pre
-        context = self.tile_context(pre_FxB, hyper, context)
         activated, pull_back = jax.vjp(activate, pre_FxB, vectors)
-        f_FxB = activated.features
-        if tile.is_token is not None:
-            f_FxB = f_FxB * mask[None]
-        kept_f_FxB = kept(f_FxB, objective)
-        rounded_f_FxB = round_factor(kept_f_FxB)
+        f_FxB = tile.masked(activated.features)
+        stored_f_FxB = store_features(f_FxB, objective)
+        rounded_f_FxB = round_factor(stored_f_FxB)
 
         errors = self._errors(weights, tile, rounded_f_FxB)
-        # dloss/dx̂ = dloss_factor * error for each prefix.
-        dloss_factor = 2 * objective.recon_weight * objective.mse_factor(d_model) / len(errors)
-        back = self._back_project(weights, rounded_f_FxB, errors, objective)
-        backward_FxB = back.backward
+        back = self._project_back(weights, rounded_f_FxB, errors, objective)
+        back_FxB = back.features
         if not on_cpu():
-            # All that follows is one pass over two arrays, which computes the features again.
-            source_FxB = kept_f_FxB if self.selects else pre_FxB
-            source_FxB, backward_FxB = together(source_FxB, backward_FxB)
-            run = _select_active if self.selects else activate
-            activated, pull_back = jax.vjp(run, source_FxB.astype(jnp.float32), vectors)
-            f_FxB = activated.features if tile.is_token is None else activated.features * mask[None]
-        backward_FxB = dloss_factor * backward_FxB.astype(jnp.float32)
-        zeros = jnp.zeros_like(mask)
-        penalty_weight = self.penalty_weight(hyper)
+            # One pass over two arrays gives all that follows: it activates once more instead of
+            # reading what the first activation left for the gradient.
+            source_FxB = stored_f_FxB if self.selects else pre_FxB
+            source_FxB, back_FxB = materialize((source_FxB, back_FxB))
+            again = _activate_selected if self.selects else activate
+            activated, pull_back = jax.vjp(again, source_FxB.astype(jnp.float32), vectors)
+            f_FxB = tile.masked(activated.features)
+        # dloss/dx̂ = error_factor * error, for each prefix
+        error_factor = 2 * objective.error_weight(x_BxD.shape[1]) / len(errors)
+        f_gradient_FxB = error_factor * back_FxB.astype(jnp.float32)
         pre_gradient_FxB, vector_gradients = pull_back(
-            Activated(backward_FxB, penalty_weight * mask, mask)
+            Activated(f_gradient_FxB, self.penalty_weight(hyper) * mask, mask)
         )
         penalty_vectors = {}
         if self.weighs_batch_penalty:
-            alone = Activated(jnp.zeros_like(f_FxB), mask, zeros)
-            _, penalty_vectors = pull_back(alone)
+            penalty_alone = Activated(jnp.zeros_like(f_FxB), mask, jnp.zeros_like(mask))
+            _, penalty_vectors = pull_back(penalty_alone)
         gradients = {
             "W_enc": encoder_gradient(round_factor(pre_gradient_FxB), x_BxD),
             "b_enc": pre_gradient_FxB.sum(1),
-            "W_dec": dloss_factor * back.decoder,
-            "b_dec": dloss_factor * back.error_sum.sum(1),
+            "W_dec": error_factor * back.w_dec,
+            "b_dec": error_factor * back.error_sum.sum(1),
         }
         squares = [jnp.square(error).sum() for error in errors]
-        sums = LinearSums(
+        tile_sums = LinearSums(
             gradients=gradients,
             vectors=vector_gradients,
             penalty_vectors=penalty_vectors,
@@ -300,7 +272,7 @@ class LinearSAE(SAEKind):
             other=(activated.other * mask).sum(),
             active=count_active(f_FxB),
         )
-        return sums, errors[-1]
+        return jax.tree.map(jnp.add, sums, tile_sums), errors[-1]
 
     def _segments(self, d_sae: int) -> list[slice]:
         """Return the features by which each prefix is longer than the one before it."""
@@ -314,15 +286,12 @@ class LinearSAE(SAEKind):
         x_hat_DxB = weights.b_dec[:, None]
         errors = []
         for segment in self._segments(len(features)):
-            part = written(product(weights.w_dec_T[:, segment], features[segment]))
+            part = materialize(product(weights.w_dec_T[:, segment], features[segment]))
             x_hat_DxB = x_hat_DxB + part
-            error_DxB = x_hat_DxB - tile.x.T
-            if tile.is_token is not None:
-                error_DxB = error_DxB * tile.is_token[None]
-            errors.append(error_DxB)
+            errors.append(tile.masked(x_hat_DxB - tile.x.T))
         return errors
 
-    def _back_project(
+    def _project_back(
         self,
         weights: Weights,
         features: Num[Array, "d_sae tile"],
@@ -331,17 +300,19 @@ class LinearSAE(SAEKind):
     ) -> BackProjected:
         """Project the errors of all prefixes back to the features. features: rounded."""
         error_sum_DxB = jnp.zeros_like(errors[-1])
-        backward = []
-        decoder = []
+        of_features = []
+        of_w_dec = []
         segments = self._segments(len(features))
         # Features of a segment are in its own prefix and in all longer ones.
         for segment, error_DxB in zip(reversed(segments), reversed(errors), strict=True):
             error_sum_DxB = error_sum_DxB + error_DxB
             rounded_error_DxB = objective.round_factor(error_sum_DxB)
-            backward.append(kept_product(weights.w_dec[segment], rounded_error_DxB))
-            decoder.append(product(features[segment], rounded_error_DxB.T))
+            of_features.append(project_back(weights.w_dec[segment], rounded_error_DxB))
+            of_w_dec.append(product(features[segment], rounded_error_DxB.T))
         return BackProjected(
-            jnp.concatenate(backward[::-1]), jnp.concatenate(decoder[::-1]), error_sum_DxB
+            features=jnp.concatenate(of_features[::-1]),
+            w_dec=jnp.concatenate(of_w_dec[::-1]),
+            error_sum=error_sum_DxB,
         )
 
     def gradients(
@@ -357,10 +328,7 @@ class LinearSAE(SAEKind):
             vectors[name] = vectors[name] + weight * gradient
         gradients |= {name: vectors[name] for name in vectors.keys() & params.keys()}
         if "norm" in vectors:
-            # d‖W_i‖/dW_i = W_i / ‖W_i‖, and 0 for a row of zeros.
-            norms = jnp.linalg.norm(w_dec, axis=1)[:, None]
-            directions = jnp.where(norms > 0, w_dec / norms, 0)
-            gradients["W_dec"] += vectors["norm"][:, None] * directions
+            gradients["W_dec"] += vectors["norm"][:, None] * norm_gradient(w_dec)
         if self.unit_decoder:
             # Rows stay on the unit sphere, so only the part along it counts.
             along = (gradients["W_dec"] * w_dec).sum(1, keepdims=True)

@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num, PyTree
 
 from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds.base import Objective, Params
 
 
 class Weights(NamedTuple):
-    """Factors of the products, and the biases."""
+    """Parameters as a step uses them: factors of products, rounded, and biases."""
 
     w_enc_T: Float[Array, "d_sae d_model"]
     w_dec: Float[Array, "d_sae d_model"]
@@ -21,7 +21,8 @@ class Weights(NamedTuple):
 
 
 def round_weights(params: Params, objective: Objective) -> Weights:
-    # Transposed before the loop over tiles: XLA for CPU would do it for every tile.
+    # Transposed before the loop over tiles: XLA for CPU would do it for every tile, which costs a
+    # tenth of a step.
     w_dec = objective.round_factor(params["W_dec"])
     return Weights(
         w_enc_T=objective.round_factor(params["W_enc"]).T,
@@ -37,7 +38,7 @@ def pre_activations(
 ) -> Float[Array, "d_sae tile"]:
     """Return x W_enc + b_enc, transposed."""
     pre = product(weights.w_enc_T, objective.round_factor(x).T) + weights.b_enc[:, None]
-    return written(pre)
+    return materialize(pre)
 
 
 def zero_gradients(params: Params) -> Params:
@@ -65,41 +66,36 @@ def product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def written(a: Float[Array, "m n"]) -> Float[Array, "m n"]:
-    """Return an array; an accelerator writes it to memory, in the product that it comes from.
+def materialize(arrays: PyTree) -> PyTree:
+    """Return arrays that an accelerator writes to memory before anything reads one of them.
 
-    Without this barrier, XLA for GPU computes it again wherever it is used, from larger arrays, or
-    leaves the sum over the parts of a product to a slow pass.
+    Without this barrier XLA for GPU computes an array again wherever it is used, from larger ones,
+    leaves the sum over the parts of a product to a slow pass, or reads arrays of [d_sae, tile] once
+    for each result that one pass over them could give. Memory traffic limits the speed of a step.
     """
-    return a if on_cpu() else jax.lax.optimization_barrier(a)
-
-
-def kept(a: Float[Array, "d_sae tile"], objective: Objective) -> Num[Array, "d_sae tile"]:
-    """Return an array of features in the form in which it is kept for later products and sums.
-
-    An accelerator's step is limited by memory traffic, so there it is rounded as a factor.
-    """
-    return a if on_cpu() else jax.lax.optimization_barrier(objective.round_factor(a))
-
-
-def kept_product(
-    a: Num[Array, "d_sae d_model"], b: Num[Array, "d_model tile"]
-) -> Num[Array, "d_sae tile"]:
-    """Return a product as it is kept: an accelerator writes it in the dtype of its factors."""
-    if on_cpu():
-        return product(a, b)
-    return jnp.matmul(a, b, preferred_element_type=a.dtype)
-
-
-def together(*arrays: Array) -> tuple[Array, ...]:
-    """Return the arrays; an accelerator has all of them before it reads one for what follows."""
     return arrays if on_cpu() else jax.lax.optimization_barrier(arrays)
+
+
+def store_features(
+    features: Float[Array, "d_sae tile"], objective: Objective
+) -> Num[Array, "d_sae tile"]:
+    """Return the features of a tile for all later uses; rounded as a factor on accelerators."""
+    return features if on_cpu() else materialize(objective.round_factor(features))
+
+
+def project_back(
+    w_dec: Num[Array, "d_sae d_model"], error: Num[Array, "d_model tile"]
+) -> Num[Array, "d_sae tile"]:
+    """Return W_dec error; accelerators write it in the dtype of the factors."""
+    if on_cpu():
+        return product(w_dec, error)
+    return jnp.matmul(w_dec, error, preferred_element_type=w_dec.dtype)
 
 
 def encoder_gradient(
     pre_gradient: Num[Array, "d_sae tile"], x: Num[Array, "tile d_model"]
 ) -> Float[Array, "d_sae d_model"]:
-    """Return the gradient of W_enc, transposed."""
+    """Return the gradient of W_enc, transposed; its factors are rounded."""
     if on_cpu():
         return product(pre_gradient, x)
     # In the layout of W_enc, so that the optimizer need not transpose it.
@@ -113,3 +109,9 @@ def count_active(features: Num[Array, "d_sae tile"]) -> Int[Array, " d_sae"]:
     # XLA for GPU would keep the result of a comparison in memory to use it for gradients too. Sums
     # of ones are exact up to 2^24.
     return jnp.sign(features).sum(1, dtype=jnp.float32).astype(jnp.int32)
+
+
+def norm_gradient(w_dec: Float[Array, "d_sae d_model"]) -> Float[Array, "d_sae d_model"]:
+    """Return d‖W_i‖/dW_i = W_i / ‖W_i‖ of every row, and 0 for a row of zeros."""
+    norms = jnp.linalg.norm(w_dec, axis=1)[:, None]
+    return jnp.where(norms > 0, w_dec / norms, 0)

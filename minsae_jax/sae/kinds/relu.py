@@ -22,20 +22,23 @@ from minsae_jax.sae.kinds.base import (
     SAEKind,
 )
 from minsae_jax.sae.kinds.products import (
+    Weights,
     count_active,
     encoder_gradient,
-    kept,
-    kept_product,
+    materialize,
+    norm_gradient,
     product,
-    together,
-    written,
+    project_back,
+    round_weights,
+    store_features,
+    zero_gradients,
 )
 
 
 class ReLUSums(NamedTuple):
-    """Sums over tokens. Gradients lack the part that reaches W_dec through its norm."""
+    """Sums over tokens, which may be added over tiles and devices."""
 
-    gradients: Params  # of loss * tokens
+    gradients: Params  # of loss * tokens, without the part that reaches W_dec through its norms
     residual: Float[Array, ""]  # Σ over tokens and d_model of (x̂ - x)²
     features: Float[Array, " d_sae"]
     active: Int[Array, " d_sae"]  # tokens on which each feature is active
@@ -66,13 +69,6 @@ class ReLU(SAEKind):
         pre = x @ params["W_enc"]
         return jax.nn.relu(pre + jnp.broadcast_to(params["b_enc"], pre.shape))
 
-    def encode_features(
-        self, params: Params, x: Float[Array, "*tokens d_model"], indices: Int[Array, " n"]
-    ) -> Float[Array, "*tokens n"]:
-        w_enc = params["W_enc"][:, indices]
-        b_enc = params["b_enc"][indices]
-        return self.encode({"W_enc": w_enc, "b_enc": b_enc}, x)
-
     def penalty(
         self, params: Params, features: Float[Array, "tokens d_sae"]
     ) -> Float[Array, " tokens"]:
@@ -90,20 +86,20 @@ class ReLU(SAEKind):
         context: BatchContext,
     ) -> ReLUSums:
         """Return sums over this device's tokens, with the gradient written by hand."""
-        weights = _prepare(params, self.penalty_weight(hyper), objective, batch.x.shape[-1])
+        weights = round_weights(params, objective)
+        # dloss/df_i through the penalty, λ ‖W_dec,i‖₂
+        penalty = self.penalty_weight(hyper) * jnp.linalg.norm(params["W_dec"], axis=1)
 
         def add_tile(sums: ReLUSums, tile: Batch) -> tuple[ReLUSums, None]:
-            return jax.tree.map(jnp.add, sums, _tile_sums(weights, tile, objective)), None
+            tile_sums = _tile_sums(weights, penalty, tile, objective)
+            return jax.tree.map(jnp.add, sums, tile_sums), None
 
-        d_sae, d_model = params["W_dec"].shape
-        zero_gradients = {
-            "W_enc": jnp.zeros((d_sae, d_model)),  # transposed until all tiles are added
-            "b_enc": jnp.zeros(d_sae),
-            "W_dec": jnp.zeros((d_sae, d_model)),
-            "b_dec": jnp.zeros(d_model),
-        }
+        d_sae = len(weights.w_dec)
         start = ReLUSums(
-            zero_gradients, jnp.zeros(()), jnp.zeros(d_sae), jnp.zeros(d_sae, jnp.int32)
+            gradients=zero_gradients(params),
+            residual=jnp.zeros(()),
+            features=jnp.zeros(d_sae),
+            active=jnp.zeros(d_sae, jnp.int32),
         )
         sums, _ = jax.lax.scan(add_tile, start, batch)
         gradients = sums.gradients | {"W_enc": sums.gradients["W_enc"].T}
@@ -115,50 +111,20 @@ class ReLU(SAEKind):
         """Return the gradient of the mean loss and the metrics, from sums over all tokens."""
         penalty_weight = self.penalty_weight(hyper)
         w_dec = params["W_dec"]
-        norms = jnp.linalg.norm(w_dec, axis=1)
         gradients = jax.tree.map(lambda g: g / n_tokens, sums.gradients)
-        # d(Σ_i f_i ‖W_i‖)/dW_i = f_i W_i / ‖W_i‖, and 0 for a row of zeros.
-        directions = jnp.where(norms[:, None] > 0, w_dec / norms[:, None], 0)
         mean_features = sums.features / n_tokens
-        gradients["W_dec"] += penalty_weight * mean_features[:, None] * directions
+        gradients["W_dec"] += penalty_weight * mean_features[:, None] * norm_gradient(w_dec)
 
         mse = objective.mse_factor(w_dec.shape[1]) * sums.residual / n_tokens
-        l1 = (sums.features * norms).sum() / n_tokens
+        l1 = (sums.features * jnp.linalg.norm(w_dec, axis=1)).sum() / n_tokens
         loss = objective.recon_weight * mse + penalty_weight * l1
         l0 = sums.active.astype(jnp.float32).sum() / n_tokens
         return gradients, BatchMetrics(loss, mse, l1, l0, sums.residual, sums.active)
 
 
-class _Weights(NamedTuple):
-    """Values shared by all tiles: factors of products, biases, constants of the gradient."""
-
-    w_dec: Float[Array, "d_sae d_model"]
-    # Transposed here, before the loop over tiles: XLA for CPU does it again for every tile, which
-    # costs 10 % of a step.
-    w_enc_T: Float[Array, "d_sae d_model"]
-    w_dec_T: Float[Array, "d_model d_sae"]
-    b_enc: Float[Array, " d_sae"]
-    b_dec: Float[Array, " d_model"]
-    dloss_factor: float  # dloss/dx̂ = dloss_factor * (x̂ - x)
-    penalty: Float[Array, " d_sae"]  # dloss/df_i through the penalty: λ ‖W_dec,i‖
-
-
-def _prepare(
-    params: Params, penalty_weight: Float[Array, ""], objective: Objective, d_model: int
-) -> _Weights:
-    w_dec = objective.round_factor(params["W_dec"])
-    return _Weights(
-        w_dec=w_dec,
-        w_enc_T=objective.round_factor(params["W_enc"]).T,
-        w_dec_T=w_dec.T,
-        b_enc=params["b_enc"],
-        b_dec=params["b_dec"],
-        dloss_factor=2 * objective.recon_weight * objective.mse_factor(d_model),
-        penalty=penalty_weight * jnp.linalg.norm(params["W_dec"], axis=1),
-    )
-
-
-def _tile_sums(weights: _Weights, tile: Batch, objective: Objective) -> ReLUSums:
+def _tile_sums(
+    weights: Weights, penalty: Float[Array, " d_sae"], tile: Batch, objective: Objective
+) -> ReLUSums:
     """Return the sums of one tile.
 
     A suffix says the layout: F features, B tokens of the tile, D d_model. Features lie in
@@ -166,28 +132,26 @@ def _tile_sums(weights: _Weights, tile: Batch, objective: Objective) -> ReLUSums
     quarter of the time, and on accelerators sums over tokens are sums over contiguous numbers.
     """
     round_factor = objective.round_factor
+    # dloss/dx̂ = error_factor * (x̂ - x)
+    error_factor = 2 * objective.error_weight(tile.x.shape[1])
     x_BxD = round_factor(tile.x)
     f_FxB = jax.nn.relu(product(weights.w_enc_T, x_BxD.T) + weights.b_enc[:, None])
-    if tile.is_token is not None:
-        f_FxB = f_FxB * tile.is_token[None]
-    f_FxB = kept(f_FxB, objective)
+    f_FxB = store_features(tile.masked(f_FxB), objective)
     rounded_f_FxB = round_factor(f_FxB)
-    x_hat_DxB = written(product(weights.w_dec_T, rounded_f_FxB)) + weights.b_dec[:, None]
-    error_DxB = x_hat_DxB - tile.x.T
-    if tile.is_token is not None:
-        error_DxB = error_DxB * tile.is_token[None]
+    x_hat_DxB = materialize(product(weights.w_dec_T, rounded_f_FxB)) + weights.b_dec[:, None]
+    error_DxB = tile.masked(x_hat_DxB - tile.x.T)
     rounded_error_DxB = round_factor(error_DxB)
-    backward_FxB = kept_product(weights.w_dec, rounded_error_DxB)
+    backward_FxB = project_back(weights.w_dec, rounded_error_DxB)
     # So that one pass over both computes the gradient and all sums.
-    f_FxB, backward_FxB = together(f_FxB, backward_FxB)
+    f_FxB, backward_FxB = materialize((f_FxB, backward_FxB))
     # dloss/dpre: error through the decoder plus penalty, where the feature is active.
-    backward_FxB = weights.dloss_factor * backward_FxB.astype(jnp.float32)
-    pre_gradient_FxB = jnp.where(f_FxB > 0, backward_FxB + weights.penalty[:, None], 0)
+    backward_FxB = error_factor * backward_FxB.astype(jnp.float32)
+    pre_gradient_FxB = jnp.where(f_FxB > 0, backward_FxB + penalty[:, None], 0)
     gradients = {
         "W_enc": encoder_gradient(round_factor(pre_gradient_FxB), x_BxD),
         "b_enc": pre_gradient_FxB.sum(1),
-        "W_dec": weights.dloss_factor * product(rounded_f_FxB, rounded_error_DxB.T),
-        "b_dec": weights.dloss_factor * error_DxB.sum(1),
+        "W_dec": error_factor * product(rounded_f_FxB, rounded_error_DxB.T),
+        "b_dec": error_factor * error_DxB.sum(1),
     }
     return ReLUSums(
         gradients,

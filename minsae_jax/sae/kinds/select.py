@@ -6,33 +6,42 @@ can be added up over tiles and devices, which sorting does not allow. On CPU thi
 time of `jax.lax.top_k` at k 16, and a quarter at k 64.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from minsae_jax.errors import UserError
 from minsae_jax.parallel.mesh import DATA, after, on_cpu, sum_devices
 
 # Bits of the smallest normal float32 number; processors may treat smaller ones as 0.
 SMALLEST = 0x00800000
 # Bits of the largest float32 number.
 LARGEST = 0x7F7FFFFF
+# Counts are int32.
+MAX_COUNT = 2**31 - 1
 # Numbers counted as one integer with three counts of 10 bits.
 CHUNK = 512
 
 
-def kth_largest(
-    largest: Float[Array, "*rows"],
-    k: Float[Array, "*rows"],
-    count: Callable[[Float[Array, "*rows"]], Float[Array, "*rows"]],
-) -> Float[Array, "*rows"]:
-    """Return for each row the largest threshold t > 0 that at least k of its numbers reach.
+def keep_largest(
+    numbers: Float[Array, "d_sae tile"], k: Float[Array, ""]
+) -> Float[Array, "d_sae tile"]:
+    """Return numbers with all but the k largest positive ones of every token set to 0.
 
-    Of the positive numbers exactly the k largest are >= t, and all that equal the k-th; if fewer
-    than k are positive, all of these. largest: of each row. count: from a threshold for each row to
-    how many of its numbers are >= it.
+    All that equal the k-th are kept.
+    """
+    fixed = jax.lax.stop_gradient(numbers)
+    k_of_token = jnp.broadcast_to(k, numbers.shape[1:])
+    thresholds = _bisect(fixed, k_of_token) if on_cpu() else _narrow(fixed, k_of_token)
+    return jnp.where(numbers >= thresholds[None], numbers, 0)
+
+
+def _bisect(numbers: Float[Array, "d_sae tile"], k: Float[Array, " tile"]) -> Float[Array, " tile"]:
+    """Return for every column a threshold > 0 that its k largest numbers reach, and no others.
+
+    If fewer than k are positive, all of these reach it.
     """
 
     def is_open(bracket: tuple[Array, Array]) -> Bool[Array, ""]:
@@ -42,45 +51,20 @@ def kth_largest(
     def halve(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bracket
         middle = low + (high - low) // 2
-        counts = count(_to_float(middle))
+        counts = jnp.where(numbers >= _to_float(middle)[None], 1.0, 0.0).sum(0)
         enough = counts >= k
         # With exactly k numbers above it, `middle` separates them as the k-th itself would.
         high = jnp.where(counts == k, middle + 1, jnp.where(enough, high, middle))
         return jnp.where(enough, middle, low), high
 
-    low = jnp.full(largest.shape, SMALLEST, jnp.int32)
-    high = jnp.maximum(_to_bits(jnp.maximum(largest, 0)), low) + 1
+    low = jnp.full(k.shape, SMALLEST, jnp.int32)
+    high = jnp.maximum(_to_bits(jnp.maximum(numbers.max(0), 0)), low) + 1
     low, _ = jax.lax.while_loop(is_open, halve, (low, high))
     return _to_float(low)
 
 
-def token_thresholds(pre: Float[Array, "d_sae tile"], k: Float[Array, ""]) -> Float[Array, " tile"]:
-    """Return for every token the threshold that the k largest of its numbers reach.
-
-    If fewer than k are positive, it is that of all positive ones.
-    """
-    fixed = jax.lax.stop_gradient(pre)
-
-    def count(threshold: Array) -> Array:
-        return jnp.where(fixed >= threshold[None], 1.0, 0.0).sum(0)
-
-    rows = jnp.broadcast_to(k, pre.shape[1:])
-    if on_cpu():
-        return kth_largest(fixed.max(0), rows, count)
-    return kth_largest_in_few_passes(fixed, rows)
-
-
-def keep_largest(
-    features: Float[Array, "d_sae tile"], k: Float[Array, ""]
-) -> Float[Array, "d_sae tile"]:
-    """Return features, at least 0, with all but the k largest of every token set to 0."""
-    return jnp.where(features >= token_thresholds(features, k)[None], features, 0)
-
-
-def kth_largest_in_few_passes(
-    numbers: Float[Array, "d_sae tile"], k: Float[Array, " tile"]
-) -> Float[Array, " tile"]:
-    """Return `kth_largest` of every column, on accelerators.
+def _narrow(numbers: Float[Array, "d_sae tile"], k: Float[Array, " tile"]) -> Float[Array, " tile"]:
+    """Return the same as `_bisect`, by another search for accelerators.
 
     Each pass over memory counts at 6 thresholds, which leave a seventh of the bracket. The number
     of passes is known, since the host waits for the device at every round of a loop whose end
@@ -91,10 +75,14 @@ def kth_largest_in_few_passes(
     while width > 1:
         width = -(-width // 7)
         steps.append(width)
+    # Filled up with 0, which reaches no threshold.
+    padded = jnp.pad(numbers, ((0, -len(numbers) % CHUNK), (0, 0)))
+    chunks = padded.reshape(-1, CHUNK, numbers.shape[1])
 
     def narrow(low: Int[Array, " tile"], step: Int[Array, ""]) -> tuple[Int[Array, " tile"], None]:
         thresholds = [jnp.minimum(low, LARGEST - j * step) + j * step for j in range(1, 7)]
-        for threshold, count in zip(thresholds, _count_columns(numbers, thresholds), strict=True):
+        counts = _count_reaching(chunks, [_to_float(t)[None, None] for t in thresholds])
+        for threshold, count in zip(thresholds, counts, strict=True):
             low = jnp.where(count.astype(jnp.float32) >= k, threshold, low)
         return low, None
 
@@ -103,22 +91,13 @@ def kth_largest_in_few_passes(
     return _to_float(low)
 
 
-def _count_columns(
-    numbers: Float[Array, "d_sae tile"], thresholds: list[Int[Array, " tile"]]
-) -> list[Int[Array, " tile"]]:
-    """Return for each of 6 thresholds how many numbers of every column reach it, in one pass."""
-    # Filled up with 0, which reaches no threshold.
-    padded = jnp.pad(numbers, ((0, -len(numbers) % CHUNK), (0, 0)))
-    chunks = padded.reshape(-1, CHUNK, numbers.shape[1])
-    counts = []
-    for three in (thresholds[:3], thresholds[3:]):
-        packed = jnp.zeros((), jnp.int32)
-        for i, threshold in enumerate(three):
-            reaches = chunks >= _to_float(threshold)[None, None]
-            packed = packed + jnp.where(reaches, 1 << (10 * i), 0)
-        sums = packed.sum(1)
-        counts += [((sums >> (10 * i)) & 1023).sum(0) for i in range(3)]
-    return counts
+class _Bracket(NamedTuple):
+    """Thresholds between which the k-th largest number is searched for."""
+
+    low: Int[Array, ""]  # bits; at least k numbers reach it
+    high: Int[Array, ""]  # bits; fewer than k numbers reach it
+    n_low: Int[Array, ""]  # numbers that reach low
+    n_high: Int[Array, ""]
 
 
 def kth_largest_of_batch(
@@ -126,57 +105,62 @@ def kth_largest_of_batch(
     k: Int[Array, ""],
     guess: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Return a threshold t > 0 that exactly the k largest of all numbers reach.
+    """Return a threshold > 0 that the k largest numbers of all devices reach, and no others.
 
-    As `kth_largest`, over the numbers of all devices. Every round counts at some thresholds in one
-    pass over memory: close to where log count, interpolated, is that of k, and in the middle. A
-    good guess saves the first rounds; after them the bracket shrinks to a sixteenth in most.
+    If fewer than k are positive, all of these reach it. Every round counts at some thresholds in
+    one pass over memory: close to where log count, interpolated, is that of k, and in the middle. A
+    good guess saves the first rounds; after them the bracket shrinks to a sixteenth in most. Raises
+    UserError if there are 2³¹ numbers or more.
     """
+    n_numbers = pre.size * jax.lax.axis_size(DATA)
+    if n_numbers > MAX_COUNT:
+        raise UserError(
+            f"the {n_numbers:,} pre-activations of a batch are more than batchtopk and matryoshka "
+            f"can select from ({MAX_COUNT:,}); reduce --batch_size"
+        )
     # On accelerators a round costs less than its start, so it has more thresholds.
-    around_guess = (0.97, 1.0, 1.03) if on_cpu() else (0.97, 0.995, 0.9995, 1.0005, 1.005, 1.03)
-    margins = (-1 / 32, 1 / 32) if on_cpu() else (-1 / 24, -1 / 256, 0, 1 / 256, 1 / 24)
+    factors_of_guess: tuple[float, ...] = (0.97, 1.0, 1.03)
+    distances = [32]  # as parts of the bracket
+    if not on_cpu():
+        factors_of_guess = (0.97, 0.995, 0.9995, 1.0005, 1.005, 1.03)
+        distances = [24, 256]
 
-    class Bracket(NamedTuple):
-        low: Array  # bits; at least k numbers reach it
-        high: Array  # bits; fewer than k numbers reach it
-        n_low: Array  # numbers that reach low
-        n_high: Array
-
-    def is_open(bracket: Bracket) -> Array:
+    def is_open(bracket: _Bracket) -> Bool[Array, ""]:
         return bracket.high - bracket.low > 1
 
-    def narrow(bracket: Bracket, thresholds: Int[Array, " n"]) -> Bracket:
+    def narrow(bracket: _Bracket, thresholds: Int[Array, " n"]) -> _Bracket:
         thresholds = jnp.clip(thresholds, bracket.low + 1, bracket.high - 1)
-        counts = sum_devices(_count_reaching(pre, _to_float(thresholds)))
+        counts = sum_devices(_count_reaching_in_tiles(pre, _to_float(thresholds)))
         enough = counts >= k
         low = jnp.where(enough, thresholds, bracket.low).max()
         high = jnp.where(enough, bracket.high, thresholds).min()
         n_low = jnp.where(enough, counts, bracket.n_low).min()
         n_high = jnp.where(enough, bracket.n_high, counts).max()
         # With exactly k numbers above it, low separates them as the k-th itself would.
-        return Bracket(low, jnp.where(n_low == k, low + 1, high), n_low, n_high)
+        return _Bracket(low, jnp.where(n_low == k, low + 1, high), n_low, n_high)
 
-    def search(bracket: Bracket) -> Bracket:
+    def search(bracket: _Bracket) -> _Bracket:
         log_low = jnp.log(bracket.n_low.astype(jnp.float32))
         log_high = jnp.log(jnp.maximum(bracket.n_high.astype(jnp.float32), 0.5))
         share = (log_low - jnp.log(k.astype(jnp.float32))) / (log_low - log_high)
         width = bracket.high - bracket.low
         likely = bracket.low + (share * width.astype(jnp.float32)).astype(jnp.int32)
         thresholds = [bracket.low + width // 2]
-        for margin in margins:
-            distance = jnp.maximum(width // round(1 / abs(margin)), 1) if margin else 0
-            thresholds.append(likely + distance if margin > 0 else likely - distance)
+        for part in distances:
+            distance = jnp.maximum(width // part, 1)
+            thresholds += [likely - distance, likely + distance]
+        if not on_cpu():
+            thresholds.append(likely)
         return narrow(bracket, jnp.stack(thresholds))
 
-    n_numbers = jnp.int32(pre.size * jax.lax.axis_size(DATA))
     low = jnp.int32(SMALLEST)
     high = jnp.int32(LARGEST + 1)
     if on_cpu():
         top = jax.lax.pmax(after(pre.max(), k), DATA)
         high = jnp.maximum(_to_bits(jnp.maximum(top, 0)), low) + 1
-    bracket = Bracket(low, high, n_numbers, jnp.int32(0))
-    around = _to_bits(jnp.stack([factor * guess for factor in around_guess]))
-    bracket = narrow(bracket, around)
+    bracket = _Bracket(low, high, n_low=jnp.int32(n_numbers), n_high=jnp.int32(0))
+    around_guess = _to_bits(jnp.stack([factor * guess for factor in factors_of_guess]))
+    bracket = narrow(bracket, around_guess)
     if not on_cpu():
         # These mostly suffice. The host waits for the device at every round of the loop below.
         for _ in range(3):
@@ -185,28 +169,35 @@ def kth_largest_of_batch(
     return _to_float(bracket.low)
 
 
-def _count_reaching(
+def _count_reaching_in_tiles(
     pre: Float[Array, "tiles d_sae tile"], thresholds: Float[Array, " n"]
 ) -> Int[Array, " n"]:
-    """Return how many numbers are >= each threshold, in one pass. n: a multiple of 3.
-
-    The counts of a chunk take 10 bits each, so that three of them are added as one integer.
-    """
+    """Return how many numbers are >= each threshold, in one pass. n: a multiple of 3."""
 
     def add_tile(counts: Array, tile: Array) -> tuple[Array, None]:
         # Filled up with 0, which reaches no threshold.
         chunks = jnp.pad(tile.ravel(), (0, -tile.size % CHUNK)).reshape(-1, CHUNK)
-        added = []
-        for first in range(0, len(thresholds), 3):
-            packed = jnp.zeros((), jnp.int32)
-            for i in range(3):
-                packed = packed + jnp.where(chunks >= thresholds[first + i], 1 << (10 * i), 0)
-            sums = packed.sum(1)
-            added += [((sums >> (10 * i)) & 1023).sum() for i in range(3)]
-        return counts + jnp.stack(added), None
+        return counts + jnp.stack(_count_reaching(chunks, list(thresholds))), None
 
     # One tile after the other: XLA for CPU stores `packed`, which then fits the cache.
     return jax.lax.scan(add_tile, jnp.zeros(len(thresholds), jnp.int32), pre)[0]
+
+
+def _count_reaching(
+    chunks: Float[Array, "chunks size *columns"], thresholds: list[Float[Array, "..."]]
+) -> list[Int[Array, "*columns"]]:
+    """Return how many numbers of every column are >= each of n thresholds. n: a multiple of 3.
+
+    The counts of a chunk take 10 bits each, so that three of them are added as one integer.
+    """
+    counts = []
+    for first in range(0, len(thresholds), 3):
+        packed = jnp.zeros((), jnp.int32)
+        for i in range(3):
+            packed = packed + jnp.where(chunks >= thresholds[first + i], 1 << (10 * i), 0)
+        sums = packed.sum(1)
+        counts += [((sums >> (10 * i)) & 1023).sum(0) for i in range(3)]
+    return counts
 
 
 def _to_bits(x: Float[Array, "*rows"]) -> Int[Array, "*rows"]:

@@ -25,10 +25,10 @@ from minsae_jax.sae.kinds.linear import (
     LinearSAE,
     LinearSums,
     Vectors,
-    above_threshold,
+    without_penalty,
 )
 from minsae_jax.sae.kinds.products import Weights, product
-from minsae_jax.sae.kinds.select import keep_largest, token_thresholds
+from minsae_jax.sae.kinds.select import keep_largest
 
 # Tokens that `encode` selects from at once on CPU, or fewer: features of over 4 MB do not fit the
 # cache.
@@ -94,11 +94,6 @@ class TopK(LinearSAE):
         features = jax.lax.map(encode_tile, padded.reshape(-1, tile, x.shape[-1]))
         return features.reshape(-1, d_sae)[:n_tokens].reshape(*x.shape[:-1], d_sae)
 
-    def tile_context(
-        self, pre: Float[Array, "d_sae tile"], hyper: Hyper, context: BatchContext
-    ) -> BatchContext:
-        return context._replace(threshold=token_thresholds(pre, hyper["k"])[None])
-
     def activate(
         self,
         pre: Float[Array, "d_sae tile"],
@@ -106,7 +101,7 @@ class TopK(LinearSAE):
         hyper: Hyper,
         context: BatchContext,
     ) -> Activated:
-        return above_threshold(pre, context)
+        return without_penalty(keep_largest(pre, hyper["k"]))
 
     def add_tile(
         self,
@@ -120,40 +115,54 @@ class TopK(LinearSAE):
     ) -> tuple[LinearSums, Float[Array, "d_model tile"]]:
         d_sae = len(weights.w_dec)
         k_max = d_sae if self.k_max is None else self.k_max
-        is_dense = d_sae < self.min_ratio * k_max
+        is_sparse = d_sae >= self.min_ratio * k_max
         is_rounded = objective.factors != "float32"
         # Accelerators have fast products, and their order of scattered sums is not fixed.
-        if is_dense or is_rounded or not on_cpu():
-            return super().add_tile(sums, weights, vectors, tile, hyper, objective, context)
-        # B tokens of the tile, K active features of each, D d_model
-        x_BxD = tile.x
-        mask = jnp.ones(len(x_BxD)) if tile.is_token is None else tile.is_token
-        pre_BxF = product(x_BxD, weights.w_enc_T.T) + weights.b_enc[None]
-        largest_BxK, indices = jax.lax.top_k(pre_BxF, k_max)
-        is_kept = jnp.arange(k_max, dtype=jnp.float32) < hyper["k"]
-        f_BxK = jnp.where(is_kept[None], jax.nn.relu(largest_BxK), 0) * mask[:, None]
-        rows_BxKxD = weights.w_dec[indices]
-        x_hat_BxD = jnp.einsum("bk,bkd->bd", f_BxK, rows_BxKxD) + weights.b_dec[None]
-        error_BxD = (x_hat_BxD - x_BxD) * mask[:, None]
-        # dloss/dx̂ and, where a feature is active, dloss/dpre
-        factor = 2 * objective.recon_weight * objective.mse_factor(x_BxD.shape[1])
-        x_hat_gradient_BxD = factor * error_BxD
-        backward_BxK = jnp.einsum("bkd,bd->bk", rows_BxKxD, x_hat_gradient_BxD)
-        pre_gradient_BxK = jnp.where(f_BxK > 0, backward_BxK, 0)
-        before = sums.gradients
-        enc_rows = pre_gradient_BxK[:, :, None] * x_BxD[:, None]
-        dec_rows = f_BxK[:, :, None] * x_hat_gradient_BxD[:, None]
-        gradients = {
-            "W_enc": before["W_enc"].at[indices].add(enc_rows),
-            "b_enc": before["b_enc"].at[indices].add(pre_gradient_BxK),
-            "W_dec": before["W_dec"].at[indices].add(dec_rows),
-            "b_dec": before["b_dec"] + x_hat_gradient_BxD.sum(0),
-        }
-        residual = jnp.square(error_BxD).sum()
-        added = sums._replace(
-            gradients=gradients,
-            reconstruction=sums.reconstruction + residual,
-            residual=sums.residual + residual,
-            active=sums.active.at[indices].add((f_BxK > 0).astype(jnp.int32)),
-        )
-        return added, error_BxD.T
+        if is_sparse and not is_rounded and on_cpu():
+            return _add_tile_by_rows(sums, weights, tile, hyper["k"], k_max, objective)
+        return super().add_tile(sums, weights, vectors, tile, hyper, objective, context)
+
+
+def _add_tile_by_rows(
+    sums: LinearSums,
+    weights: Weights,
+    tile: Batch,
+    k: Float[Array, ""],
+    k_max: int,
+    objective: Objective,
+) -> tuple[LinearSums, Float[Array, "d_model tile"]]:
+    """Return the same as `LinearSAE.add_tile`, from the rows of the active features alone.
+
+    A suffix says the layout: B tokens of the tile, F features, K active features of each token, D
+    d_model.
+    """
+    x_BxD = tile.x
+    mask = jnp.ones(len(x_BxD)) if tile.is_token is None else tile.is_token
+    pre_BxF = product(x_BxD, weights.w_enc_T.T) + weights.b_enc[None]
+    largest_BxK, indices = jax.lax.top_k(pre_BxF, k_max)
+    is_selected = jnp.arange(k_max, dtype=jnp.float32) < k
+    f_BxK = jnp.where(is_selected[None], jax.nn.relu(largest_BxK), 0) * mask[:, None]
+    rows_BxKxD = weights.w_dec[indices]
+    x_hat_BxD = jnp.einsum("bk,bkd->bd", f_BxK, rows_BxKxD) + weights.b_dec[None]
+    error_BxD = (x_hat_BxD - x_BxD) * mask[:, None]
+    # dloss/dx̂ and, where a feature is active, dloss/dpre
+    x_hat_gradient_BxD = 2 * objective.error_weight(x_BxD.shape[1]) * error_BxD
+    backward_BxK = jnp.einsum("bkd,bd->bk", rows_BxKxD, x_hat_gradient_BxD)
+    pre_gradient_BxK = jnp.where(f_BxK > 0, backward_BxK, 0)
+    before = sums.gradients
+    enc_rows = pre_gradient_BxK[:, :, None] * x_BxD[:, None]
+    dec_rows = f_BxK[:, :, None] * x_hat_gradient_BxD[:, None]
+    gradients = {
+        "W_enc": before["W_enc"].at[indices].add(enc_rows),
+        "b_enc": before["b_enc"].at[indices].add(pre_gradient_BxK),
+        "W_dec": before["W_dec"].at[indices].add(dec_rows),
+        "b_dec": before["b_dec"] + x_hat_gradient_BxD.sum(0),
+    }
+    residual = jnp.square(error_BxD).sum()
+    added = sums._replace(
+        gradients=gradients,
+        reconstruction=sums.reconstruction + residual,
+        residual=sums.residual + residual,
+        active=sums.active.at[indices].add((f_BxK > 0).astype(jnp.int32)),
+    )
+    return added, error_BxD.T

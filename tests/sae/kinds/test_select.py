@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from minsae_jax import UserError
 from minsae_jax.sae.kinds.select import keep_largest, kth_largest_of_batch
 from minsae_jax.sae.member import SparseAutoencoder
 
@@ -52,6 +53,16 @@ def test_equal_numbers_are_selected_together():
     assert select_of_batch(pre, 2).sum() == 4
     assert select_of_batch(pre, 4).sum() == 4
     assert select_of_batch(pre, 5).sum() == 5
+
+
+def test_more_numbers_than_int32_counts_are_refused():
+    def select(tile):
+        return kth_largest_of_batch(tile[None], jnp.int32(1), jnp.float32(0))
+
+    # Eight devices with 2²⁸ numbers each; nothing is allocated.
+    pre = jax.ShapeDtypeStruct((8, 2**14, 2**14), jnp.float32)
+    with pytest.raises(UserError, match=r"2,147,483,648 pre-activations .* reduce --batch_size"):
+        jax.eval_shape(jax.vmap(select, axis_name="data"), pre)
 
 
 @pytest.mark.parametrize("case", ["normal", "tiny", "wide", "rare"])
