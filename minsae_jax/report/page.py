@@ -24,6 +24,7 @@ from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band
 from minsae_jax.files import foreign_entries, regular_file, replaced_folder
 from minsae_jax.report.describe import FeatureCard, FeatureRow
+from minsae_jax.report.montages import Chain
 from minsae_jax.report.naming import LABELS_CSV
 from minsae_jax.report.pages import Pages
 from minsae_jax.sae.hyper import SPARSITY, Hyper, sparsity, value_text
@@ -34,6 +35,7 @@ PAGE_FILES = (
     "report.css",
     "figures.js",
     "eeg.js",
+    "montage.js",
     "tables.js",
     "export.js",
     "feature.js",
@@ -121,6 +123,8 @@ class ReportMeta:
     waveform_exact: bool
     shifted_recordings: int
     notes: Sequence[str]
+    # Chains of the longitudinal bipolar montage, as pairs of channels; empty without its channels
+    bipolar: Sequence[Chain] = ()
     # Whether tokens are of single channels; False if all are over all channels
     channel_tokens: bool = True
     # How features with a page were chosen, if not all have one

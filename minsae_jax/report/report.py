@@ -21,6 +21,7 @@ from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
 from minsae_jax.report.fill_pages import best_features, fill_pages, shown_features
 from minsae_jax.report.findings import make_findings
+from minsae_jax.report.montages import bipolar_chains
 from minsae_jax.report.naming import LABELS_CSV, read_labels, warn_of_other_member
 from minsae_jax.report.page import MemberRow, ReportMeta, read_member, write_pages
 from minsae_jax.report.pages import Pages
@@ -123,6 +124,7 @@ def _make_meta(
         has_cls=len(grid.located) < grid.n_tokens,
         channels=names or [str(i) for i in range(test.n_vars)],
         positions=np.zeros((0, 2)) if positions is None else positions,
+        bipolar=[] if names is None else bipolar_chains(names),
         channel_tokens=test.has_channels,
         bands=settings.band_limits(),
         summary=_summary_rows(evaluation.find(member.name), member),

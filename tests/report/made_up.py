@@ -10,6 +10,7 @@ from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.evaluation.config import Band
 from minsae_jax.report.describe import FeatureCard, Histogram
 from minsae_jax.report.excerpts import EventSpan, Example
+from minsae_jax.report.montages import bipolar_chains
 from minsae_jax.report.page import EventRow, MemberRow, ReportMeta
 from minsae_jax.report.pages import (
     DetectedEvent,
@@ -94,6 +95,7 @@ def make_meta(**changes: Any) -> ReportMeta:
         "has_cls": True,
         "channels": CHANNELS,
         "positions": POSITIONS,
+        "bipolar": bipolar_chains(CHANNELS),
         "bands": BANDS,
         "summary": [
             ("FVU, variance unexplained", "0.333"),

@@ -70,9 +70,13 @@ const GROUPS = [
   ["random", "Random", "A random sample of all activations."],
 ];
 
-/** Return the address's parameters of the chosen examples and layout; null for those by default. */
+/** Return the address's parameters of the chosen examples, layout and reference; null for those by default. */
 function viewParameters() {
-  return { show: view.group === "top" ? null : view.group, montage: view.montage ? "1" : null };
+  return {
+    show: view.group === "top" ? null : view.group,
+    montage: view.montage ? "1" : null,
+    reference: view.reference === "stored" ? null : view.reference,
+  };
 }
 
 function showExamples(f, title = "Examples") {
@@ -86,18 +90,19 @@ function showExamples(f, title = "Examples") {
   const [key, , words, members] = groups.find(([name]) => name === view.group) ?? groups[0];
   const examples = key === "q" ? [...members].sort((a, b) => b.activation - a.activation) : members;
   const possible = examples.some((e) => !missing(e.others));
+  const references = possibleReferences(examples);
   // Of all examples, so that the gain is the same in all groups.
-  const peaks = f.examples.map((e) => peak(decode(e.trace))).sort((a, b) => a - b);
-  const gain = galleryGain(f.examples);
   const look = {
+    ...galleryGain(f.examples),
     montage: view.montage && possible,
-    gain,
-    usual: Math.max(2, peaks[Math.floor(0.75 * (peaks.length - 1))]),
+    reference: references.some(([name]) => name === view.reference) ? view.reference : "stored",
     largest: Math.max(f.max ?? 0, ...examples.map((e) => e.activation)),
     channels: meta.channels, rate: meta.sampling_rate, seconds: meta.patch_seconds,
   };
+  look.spread = look.montage ? rowAmplitude(f.examples, look) : 1;
   const choose = (change) => () => {
     Object.assign(view, change);
+    if (change.reference) rememberReference(change.reference);
     setParameters(viewParameters());
     section.replaceWith(showExamples(f, title));
     redraw();
@@ -107,21 +112,31 @@ function showExamples(f, title = "Examples") {
   const tabs = groups.map(([name, words, , all]) => tab(`${words} ${all.length}`, name === key, { group: name }));
   const layouts = [["One channel", false], ["All channels", true]]
     .map(([name, montage]) => tab(name, look.montage === montage, { montage }));
+  const montages = references.map(([name, words]) => tab(words, look.reference === name, { reference: name }));
   const save = html("button", { type: "button", class: "link", onclick: () => saveExamples(f) }, "Save all as CSV");
   build(section, {}, [
     html("div", { class: "controls" }, html("div", { class: "tabs" }, tabs),
-      possible ? html("div", { class: "tabs" }, layouts) : null, save),
+      possible ? html("div", { class: "tabs" }, layouts) : null,
+      references.length > 1 ? html("div", { class: "tabs references" }, montages) : null, save),
     html("p", { class: "note" }, `${words} Shaded: the active patch. Bars below: the activation on each patch. ${gainNote(look)}`),
+    look.reference === "stored" ? null : html("p", { class: "note" }, referenceNote(look)),
     eventLegend(examples),
     html("div", { class: "gallery" }, examples.map((e) => showExample(e, look))),
   ]);
   return section;
 }
 
-function gainNote({ montage, gain }) {
-  const unit = montage || !gain.inUv ? "SD of the recording's channel" : "µV";
-  const cut = !montage && gain.cuts ? "; larger peaks are cut off" : "";
-  return `Amplitudes in ${unit}, with the same gain in all panels${cut}.`;
+/** Choose the next montage of the examples that are shown. */
+function nextReference() {
+  const tabs = [...document.querySelectorAll("main:not([hidden]) .references button")];
+  const chosen = tabs.findIndex((tab) => tab.getAttribute("aria-pressed") === "true");
+  tabs[(chosen + 1) % tabs.length]?.click();
+}
+
+function gainNote({ montage, inUv, cuts }) {
+  const unit = inUv ? "µV" : "SD of the recording's channel";
+  const cut = !montage && cuts ? "; larger peaks are cut off" : "";
+  return `Amplitudes (positive up) in ${unit}, with the same gain in all panels${cut}.`;
 }
 
 /** Return the kinds of event in the examples with their colours, or null without any. */
@@ -135,18 +150,20 @@ function eventLegend(examples) {
 }
 
 function showExample(example, look) {
-  const montage = look.montage && !missing(example.others);
+  const reference = referenceOf(example, look);
   const seconds = example.patch?.map((second) => second.toFixed(2)).join("–");
   const when = seconds ? `${seconds} s` : "CLS token, the whole window";
   const tenth = example.group[0] === "q" ? html("span", { class: "chip" }, `decile ${example.group.slice(1)}`) : null;
   const shown = missing(example.trace_channel) ? null : html("span", {}, `shown: ${example.trace_channel}`);
+  const recorded = reference === look.reference ? null
+    : html("span", { class: "chip", title: "this montage needs channels that the example does not have" }, "as recorded");
   const hints = (example.hints ?? []).map((hint) => html("span", { class: "chip warn" }, hint));
   return html("figure", {},
     html("figcaption", {},
-      html("div", {}, html("b", {}, example.channel), html("span", {}, when), shown, tenth, hints,
+      html("div", {}, html("b", {}, example.channel), html("span", {}, when), shown, tenth, recorded, hints,
         html("span", { class: "value", title: "activation" }, number(example.activation))),
       html("div", { class: "where", title: `${example.recording}, patient ${example.patient}` }, example.recording)),
-    figure(drawExample(example, { ...look, montage }), `${example.recording} ${seconds ?? "cls"}`),
+    figure(drawExample(example, { ...look, reference }), `${example.recording} ${seconds ?? "cls"}`),
     alsoActive(example));
 }
 

@@ -13,7 +13,7 @@ let awaited = null; // the feature whose data are being loaded: {id, use, explai
 let pack = { number: null, cards: new Map() }; // features of the data file that was loaded last
 let indexScroll = 0;
 let indexHash = "#"; // with the filters
-const view = { group: "top", montage: false }; // kept from feature to feature
+const view = { group: "top", montage: false, reference: "stored" }; // kept from feature to feature
 const table = { sort: "id", down: false };
 
 const $ = (selector) => document.querySelector(selector);
@@ -65,6 +65,8 @@ function start(data) {
   for (const { kind } of eventPages()) eventColour(kind);
   drawIndex();
   filter();
+  // Not for the address of a page, which says what is shown.
+  if (pageOf(parameters()) === "index") view.reference = rememberedReference();
   route();
   addEventListener("hashchange", route);
   addEventListener("keydown", onKey);
@@ -96,9 +98,11 @@ function setParameters(changes) {
 
 const PAGES = { f: (value) => openFeature(value), event: showEvent, label: showLabel, members: showMembers };
 
+const pageOf = (address) => Object.keys(PAGES).find((name) => address.has(name)) ?? "index";
+
 function route() {
   const now = parameters();
-  const page = Object.keys(PAGES).find((name) => now.has(name)) ?? "index";
+  const page = pageOf(now);
   if (current === "index" && page !== "index") indexScroll = scrollY;
   current = page;
   awaited = null;
@@ -116,6 +120,7 @@ function route() {
   }
   if (now.has("show")) view.group = now.get("show");
   if (now.has("montage")) view.montage = now.get("montage") === "1";
+  if (now.has("reference")) view.reference = now.get("reference");
   PAGES[page](now.get(page));
 }
 
@@ -160,6 +165,7 @@ function onKey(event) {
   if (link) $(`main:not([hidden]) > nav ${link}`)?.click();
   else if (event.key === "?") $("#help").showModal();
   else if (event.key === "m") location.hash = "#members";
+  else if (event.key === "r") nextReference();
   else if (event.key === "/") {
     event.preventDefault();
     if (current !== "index") location.hash = indexHash;
