@@ -306,10 +306,11 @@ def test_sixteen_thousand_features_are_sorted_in_a_second(page, tmp_path):
 def test_tokens_over_all_channels(page, tmp_path):
     """Amplitudes in µV, and a map of power without the channel whose place is unknown."""
     (card,) = make_cards(1)
-    examples = [
-        replace(example, channel="all channels", trace_channel="O1", uv_per_sd=12.5)
-        for example in card.examples
-    ]
+    examples = []
+    for example in card.examples:
+        others_uv = None if example.others is None else np.full(19, 12.5)
+        in_uv = {"uv_per_sd": 12.5, "others_uv": others_uv}
+        examples.append(replace(example, channel="all channels", trace_channel="O1", **in_uv))
     positions = POSITIONS.copy()
     positions[3] = np.nan
     meta = make_meta(channel_tokens=False, positions=positions)

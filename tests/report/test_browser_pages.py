@@ -320,7 +320,7 @@ def test_chosen_examples_are_in_the_address(page, report):
     assert texts(page, pressed) == ["Weak to strong 10"]  # these have no montage
     find(page, ".tabs button")[0].click()
     wait(page, "return location.hash === '#f=2&montage=1'")
-    assert texts(page, pressed) == ["Strongest 8", "All channels"]
+    assert texts(page, pressed) == ["Strongest 8", "All channels", "As recorded"]
     find(page, ".tabs button")[3].click()
     wait(page, "return location.hash === '#f=2'")
 

@@ -99,7 +99,7 @@ def test_keys_of_the_data_files(report):
     )
     assert " ".join(data["examples"][0]) == (
         "group activation recording patient channel start patch trace others strip strip_start "
-        "hints trace_channel uv_per_sd events other_features"
+        "hints trace_channel uv_per_sd others_uv events other_features"
     )
 
 

@@ -80,11 +80,12 @@ function viewParameters() {
 }
 
 function showExamples(f, title = "Examples") {
-  const section = html("section", { class: "examples" }, html("h2", {}, title));
+  const save = html("button", { type: "button", class: "link", onclick: () => saveExamples(f) }, "Save all as CSV");
+  const section = html("section", { class: "examples" });
   const groups = GROUPS.map(([key, ...words]) => [key, ...words, f.examples.filter((e) => e.group[0] === key[0])])
     .filter(([, , , members]) => members.length);
   if (!groups.length) {
-    section.append(html("p", { class: "empty" }, "No examples."));
+    section.append(html("h2", {}, title), html("p", { class: "empty" }, "No examples."));
     return section;
   }
   const [key, , words, members] = groups.find(([name]) => name === view.group) ?? groups[0];
@@ -113,11 +114,11 @@ function showExamples(f, title = "Examples") {
   const layouts = [["One channel", false], ["All channels", true]]
     .map(([name, montage]) => tab(name, look.montage === montage, { montage }));
   const montages = references.map(([name, words]) => tab(words, look.reference === name, { reference: name }));
-  const save = html("button", { type: "button", class: "link", onclick: () => saveExamples(f) }, "Save all as CSV");
   build(section, {}, [
+    html("div", { class: "heading" }, html("h2", {}, title), save),
     html("div", { class: "controls" }, html("div", { class: "tabs" }, tabs),
       possible ? html("div", { class: "tabs" }, layouts) : null,
-      references.length > 1 ? html("div", { class: "tabs references" }, montages) : null, save),
+      references.length > 1 ? html("div", { class: "tabs references" }, montages) : null),
     html("p", { class: "note" }, `${words} Shaded: the active patch. Bars below: the activation on each patch. ${gainNote(look)}`),
     look.reference === "stored" ? null : html("p", { class: "note" }, referenceNote(look)),
     eventLegend(examples),
@@ -136,7 +137,7 @@ function nextReference() {
 function gainNote({ montage, inUv, cuts }) {
   const unit = inUv ? "µV" : "SD of the recording's channel";
   const cut = !montage && cuts ? "; larger peaks are cut off" : "";
-  return `Amplitudes (positive up) in ${unit}, with the same gain in all panels${cut}.`;
+  return `Amplitudes in ${unit}, with the same gain in all panels${cut}. Positive is up.`;
 }
 
 /** Return the kinds of event in the examples with their colours, or null without any. */
