@@ -227,3 +227,21 @@ def test_examples_without_the_channels_are_as_recorded(page, tmp_path):
     wait_for_feature(page, 0)
     names, *_ = drawn(page, find(page, "figure")[2])
     assert names == [[f"column {i}", i == 18] for i in range(1, 20)]
+
+
+def test_long_montages_have_the_whole_width(page, tmp_path):
+    (card,) = make_cards(1)
+    examples = [
+        replace(
+            example,
+            trace=np.tile(example.trace, 5),
+            others=None if example.others is None else np.tile(example.others, 5),
+        )
+        for example in card.examples
+    ]
+    write_pages(tmp_path / "report", make_meta(), [replace(card, examples=examples)])
+    places = "return [...document.querySelectorAll('figure')].map((f) => f.offsetLeft)"
+    for hash, n_columns in (("#f=0", 2), ("#f=0&montage=1", 1)):
+        visit(page, tmp_path / "report", hash)
+        wait_for_feature(page, 0)
+        assert len(set(page.execute_script(places))) == n_columns

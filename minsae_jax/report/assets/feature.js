@@ -64,6 +64,9 @@ function facts(f) {
   return html("dl", { class: "facts" }, rows.map(row));
 }
 
+const WIDE = 4; // s of EEG from which a montage has the whole width
+const duration = (example) => decode(example.trace).length / meta.sampling_rate; // s
+
 const GROUPS = [
   ["top", "Strongest", "The largest activations, largest first."],
   ["q", "Weak to strong", "One from each tenth of the activations, largest first."],
@@ -122,7 +125,7 @@ function showExamples(f, title = "Examples") {
     html("p", { class: "note" }, `${words} Shaded: the active patch. Bars below: the activation on each patch. ${gainNote(look)}`),
     look.reference === "stored" ? null : html("p", { class: "note" }, referenceNote(look)),
     eventLegend(examples),
-    html("div", { class: "gallery" }, examples.map((e) => showExample(e, look))),
+    html("div", { class: `gallery ${look.montage && duration(examples[0]) > WIDE ? "wide" : ""}` }, examples.map((e) => showExample(e, look))),
   ]);
   return section;
 }
