@@ -79,18 +79,6 @@ class MemberRow:
 
 
 @dataclass(frozen=True)
-class EventRow:
-    """Scores of one kind of events: AUCs on test patients; see `EventScore` and `Baseline`."""
-
-    kind: str
-    feature: int
-    auc: float | None
-    probe_auc: float | None
-    raw_auc: float | None
-    pca_auc: float | None
-
-
-@dataclass(frozen=True)
 class ReportMeta:
     """All that the report shows but the features; field names are the keys in index_data.js."""
 
@@ -119,7 +107,6 @@ class ReportMeta:
     # Label and text of each row
     summary: Sequence[tuple[str, str]]
     members: Sequence[MemberRow]
-    events: Sequence[EventRow]
     waveform_exact: bool
     shifted_recordings: int
     notes: Sequence[str]
@@ -129,7 +116,7 @@ class ReportMeta:
     channel_tokens: bool = True
     # How features with a page were chosen, if not all have one
     pages_rule: str = ""
-    # Recommendation, members, events and labels; old reports have none
+    # Recommendation, members, events and labels
     pages: Pages = field(default_factory=Pages)
 
 

@@ -129,7 +129,6 @@ def _make_meta(
         bands=settings.band_limits(),
         summary=_summary_rows(evaluation.find(member.name), member),
         members=_member_rows(evaluation),
-        events=(),
         pages=pages,
         # The head, which makes the waveform, reads the last layer.
         waveform_exact=inputs.is_last_layer,

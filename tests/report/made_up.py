@@ -11,7 +11,7 @@ from minsae_jax.evaluation.config import Band
 from minsae_jax.report.describe import FeatureCard, Histogram
 from minsae_jax.report.excerpts import EventSpan, Example
 from minsae_jax.report.montages import bipolar_chains
-from minsae_jax.report.page import EventRow, MemberRow, ReportMeta
+from minsae_jax.report.page import MemberRow, ReportMeta
 from minsae_jax.report.pages import (
     DetectedEvent,
     DetectedLabel,
@@ -66,17 +66,6 @@ def make_meta(**changes: Any) -> ReportMeta:
         )
         for v in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
     ]
-    events = [
-        EventRow(
-            kind=kind,
-            feature=i,
-            auc=0.97 - 0.05 * i,
-            probe_auc=0.99 - 0.03 * i,
-            raw_auc=0.8 - 0.06 * i,
-            pca_auc=0.85 - 0.07 * i,
-        )
-        for i, kind in enumerate(("alpha", "blink", "spindle"))
-    ]
     values: dict[str, Any] = {
         "title": "Features of a demo encoder",
         "member": "lambda=5",
@@ -104,7 +93,6 @@ def make_meta(**changes: Any) -> ReportMeta:
             ("Features", "1,024, of which 41 never active"),
         ],
         "members": members,
-        "events": events,
         "waveform_exact": False,
         "shifted_recordings": 2,
         "notes": ["Held-out patients only."],

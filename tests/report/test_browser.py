@@ -11,8 +11,9 @@ from selenium.webdriver.common.keys import Keys
 
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.report.describe import FeatureRow
-from minsae_jax.report.page import EventRow, write_pages
-from tests.report.made_up import make_cards, make_dead_card, make_meta
+from minsae_jax.report.page import write_pages
+from minsae_jax.report.pages import Pages
+from tests.report.made_up import make_cards, make_dead_card, make_meta, make_pages
 
 pytestmark = pytest.mark.slow
 N = 40
@@ -23,7 +24,8 @@ HOSTILE = "</script><script>hacked=1</script><img src=x onerror='hacked=1'>\u202
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "report"
-    write_pages(folder, make_meta(), make_cards(N, DEAD))
+    pages = Pages(events=make_pages(N).events)
+    write_pages(folder, make_meta(pages=pages), make_cards(N, DEAD))
     return folder
 
 
@@ -255,8 +257,7 @@ def test_names_are_never_markup(page, tmp_path):
     names = dict.fromkeys(("title", "run", "member", "encoder", "split", "created_with"), HOSTILE)
     meta = make_meta(**names, notes=[HOSTILE], summary=[(HOSTILE, HOSTILE)])
     first = replace(meta.members[0], name=HOSTILE, fvu=float("inf"))
-    event = EventRow(HOSTILE, 0, None, None, None, None)
-    meta = replace(meta, members=[first, *meta.members[1:]], events=[event])
+    meta = replace(meta, members=[first, *meta.members[1:]])
     write_pages(tmp_path / "report #1 %41", meta, [card])
     visit(page, tmp_path / "report #1 %41")
     assert page.title == HOSTILE

@@ -147,7 +147,7 @@ function gainNote({ montage, inUv, cuts }) {
 function eventLegend(examples) {
   const kinds = [...new Set(examples.flatMap((e) => (e.events ?? []).map((event) => event.kind)))];
   if (!kinds.length) return null;
-  const known = new Set(eventPages().map((event) => event.kind));
+  const known = new Set(meta.pages.events.map((event) => event.kind));
   const item = (kind) => html(known.has(kind) ? "a" : "span", known.has(kind) ? { href: address("event", kind) } : {},
     html("span", { class: `swatch ${eventColour(kind)}` }), kind);
   return html("p", { class: "note legend" }, html("span", {}, "Labelled events (hollow: on other channels):"), kinds.map(item));

@@ -17,17 +17,8 @@ const MEMBER_MEASURES = [
 const measureTitle = ({ title, unit }) => (unit ? `${title}, ${unit}` : title);
 const isPca = (m) => m.kind === "pca";
 
-/** Return the members and PCA; from reports of older versions the members' L0 and FVU only. */
-function memberList() {
-  if (some(meta.pages?.members)) return meta.pages.members;
-  return (meta.members ?? []).map((old) => {
-    const setting = Object.keys(SPARSITY).find((key) => !missing(old[key]));
-    return { ...old, setting: setting ? `${SPARSITY[setting]} = ${short(old[setting])}` : "", is_recommended: old.recommended };
-  });
-}
-
 function showMembers() {
-  const members = memberList();
+  const { members } = meta.pages;
   const scatter = html("div", {});
   const drawScatter = () => {
     scatter.replaceChildren(memberScatter(members, drawScatter));
@@ -61,7 +52,8 @@ function memberTable(members) {
 // ---- the scatter plot
 
 function memberScatter(members, change) {
-  const known = MEMBER_MEASURES.filter(({ key }) => members.filter((m) => !missing(m[key])).length > 1);
+  const enough = Math.min(2, members.length);
+  const known = MEMBER_MEASURES.filter(({ key }) => members.filter((m) => !missing(m[key])).length >= enough);
   const address = parameters();
   const of = (name, other) => known.find(({ key }) => key === (address.get(name) ?? other)) ?? known[0];
   const [x, y] = [of("x", "l0"), of("y", some(known.filter(({ key }) => key === "event_auc")) ? "event_auc" : "fvu")];
@@ -92,7 +84,7 @@ function memberAxis(measure, members, width) {
 }
 
 /** Return what members of the same line have in common. */
-const lineOf = (m) => [m.kind, m.line ?? m.name.replace(m.setting.replaceAll(" ", ""), "")].join("|");
+const lineOf = (m) => [m.kind, m.name.replace(m.setting.replaceAll(" ", ""), "")].join("|");
 
 /** Return places of words one after the other, in rows of a width: {x, row}. */
 function flow(words, left, width) {
@@ -149,7 +141,7 @@ function sideBySide(members) {
   const byName = new Map(members.map((m) => [m.name, m]));
   const address = parameters();
   const first = byName.get(address.get("a")) ?? byName.get(meta.member) ?? members[0];
-  const rival = meta.pages?.recommended?.runners_up?.find((name) => name !== first.name);
+  const rival = meta.pages.recommended?.runners_up.find((name) => name !== first.name);
   const second = byName.get(address.get("b")) ?? byName.get(rival) ?? members.find((m) => m !== first) ?? first;
   const choose = (name, chosen) => html("select", {
     "aria-label": name === "a" ? "first member" : "second member", "data-member": name,

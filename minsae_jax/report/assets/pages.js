@@ -5,19 +5,6 @@ const SETS = [["sae", "SAE feature"], ["raw", "raw dimension"], ["pca", "princip
 const SET_TITLES = { sae: "SAE features", raw: "Raw activation dimensions", pca: "Principal components" };
 const SIGNIFICANT = 0.05;
 
-/** Return the kinds of event; from reports of older versions those with AUCs only. */
-function eventPages() {
-  if (some(meta.pages?.events)) return meta.pages.events;
-  return (meta.events ?? []).map((old) => ({
-    kind: old.kind, feature: old.feature, n_ties: 1,
-    scores: {
-      sae: { auc: old.auc, probe_5_auc: old.probe_auc },
-      raw: missing(old.raw_auc) ? null : { auc: old.raw_auc },
-      pca: missing(old.pca_auc) ? null : { auc: old.pca_auc },
-    },
-  }));
-}
-
 const MEASURES = [
   { key: "recall", title: "Recall", hint: "share of the events found at a precision of 90 %", format: percent },
   { key: "token_auc", title: "Token AUC", hint: "AUC over single tokens instead of spans" },
@@ -58,7 +45,7 @@ function bestFeature(event) {
 
 /** Draw the overview's table of events. */
 function drawEvents() {
-  const events = eventPages();
+  const { events } = meta.pages;
   $("#events").hidden = !events.length;
   if (!events.length) return;
   const groups = events.map((event) => ({
@@ -67,14 +54,14 @@ function drawEvents() {
     which: bestFeature(event),
     scores: event.scores,
   }));
-  const means = meta.pages?.event_means;
+  const means = meta.pages.event_means;
   if (means) groups.push({ first: ["mean over kinds"], which: null, scores: means });
   $("#events .place").replaceChildren(scoreTable(groups, "Event"));
 }
 
 /** Draw the overview's table of labels. */
 function drawLabels() {
-  const labels = meta.pages?.labels ?? [];
+  const { labels } = meta.pages;
   $("#by-label").hidden = !labels.length;
   if (!labels.length) return;
   const columns = [
@@ -94,7 +81,7 @@ const probeText = (probe, score) => (missing(score) ? "–" : `${probe.score_nam
 // ---- the page of a kind of event
 
 function showEvent(kind) {
-  const events = eventPages();
+  const { events } = meta.pages;
   const place = events.findIndex((event) => event.kind === kind);
   const link = (step) => (events[place + step] ? address("event", events[place + step].kind) : null);
   const navigation = place < 0 ? bar("← Overview") : bar("← Overview", link(-1), `${place + 1} of ${events.length} kinds`, link(1));
@@ -223,7 +210,7 @@ function drawGroups(series, target, colour, label) {
 // ---- the page of a label
 
 function showLabel(name) {
-  const labels = meta.pages?.labels ?? [];
+  const { labels } = meta.pages;
   const place = labels.findIndex((label) => label.name === name);
   const link = (step) => (labels[place + step] ? address("label", labels[place + step].name) : null);
   const navigation = place < 0 ? bar("← Overview") : bar("← Overview", link(-1), `${place + 1} of ${count(labels.length, "label")}`, link(1));

@@ -62,7 +62,7 @@ function start(data) {
   features = data.rows.map((row) => Object.fromEntries(data.columns.map((name, i) => [name, row[i]])));
   byId = new Map(features.map((f) => [f.id, f]));
   for (const f of features) f.words = [f.id, f.label, f.suggestion, f.channel, f.band, f.event].join(" ").toLowerCase();
-  for (const { kind } of eventPages()) eventColour(kind);
+  for (const { kind } of meta.pages.events) eventColour(kind);
   drawIndex();
   filter();
   // Not for the address of a page, which says what is shown.
@@ -230,7 +230,7 @@ function drawIndex() {
     card("This autoencoder", null, html("dl", { class: "summary" }, summary)),
     card("The sweep", [`Each point is an autoencoder, labelled by its ${symbols}; the circled one is shown here. `,
       html("a", { href: "#members" }, "Compare all members")],
-    figure(drawPareto(meta.members, memberList().filter(isPca)))),
+    figure(drawPareto(meta.members, meta.pages.members.filter(isPca)))),
     card("How often features are active", silent ? `${count(silent, "feature")} never active, not shown.` : null,
       figure(drawDensities(features.map((f) => f.density)))));
   drawEvents();
@@ -243,7 +243,7 @@ function drawIndex() {
 
 /** Draw the recommendation: one sentence, the runners-up and the warnings. */
 function drawRecommended() {
-  const recommended = meta.pages?.recommended;
+  const recommended = meta.pages.recommended;
   $("#recommended").hidden = !recommended;
   if (!recommended) return;
   const rows = [
