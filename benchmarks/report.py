@@ -1,4 +1,4 @@
-"""The report of a large SAE: seconds of each part, bytes, memory, and seconds until it is open.
+"""The report of a large SAE: seconds of each part, bytes and memory.
 
     python -m benchmarks.report [--d_sae 16384] [--tokens 500000 1000000] [--kind batchtopk]
 
@@ -155,13 +155,6 @@ def write_report(folder: Path, dataset: Dataset, sae: SparseAutoencoder) -> None
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     index = (folder / "index_data.js").stat().st_size
     print(f"report: {sum(sizes) / 1e6:.0f} MB in {len(sizes)} files, index {index / 1e6:.1f} MB")
-
-
-def measure_opening(folder: Path) -> None:
-    """Print the time until the table of features is drawn, and until the page of one is."""
-    from tests.report.opening import open_index  # noqa: PLC0415  # Selenium is optional
-
-    print("opened: " + open_index(folder))
 
 
 def main() -> None:

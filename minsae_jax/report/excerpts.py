@@ -54,8 +54,9 @@ class Example:
     hints: list[str]
     # Name of the trace's channel, if the token is over all channels
     trace_channel: str | None = None
-    # µV in an SD of the trace's channel, and of every channel if `others` are shown; None if unknown
+    # µV in an SD of the trace's channel; None if unknown
     uv_per_sd: float | None = None
+    # The same of every channel, if all are shown
     others_uv: Float[np.ndarray, " channels"] | None = None
     events: list[EventSpan] = field(default_factory=list)
     # Other features active at the token, with their activations, largest first

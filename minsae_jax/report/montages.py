@@ -1,6 +1,7 @@
 """The longitudinal bipolar montage of EEG readers, as pairs of a data set's channels."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from minsae_jax.eeg.montage import canonical
 
@@ -30,8 +31,7 @@ def bipolar_chains(channels: Sequence[str]) -> list[Chain]:
     chains = []
     for names in CHAINS:
         if all(name in column for name in names):
-            columns = [column[name] for name in names]
-            chains.append(list(zip(columns, columns[1:], strict=False)))
+            chains.append(list(pairwise([column[name] for name in names])))
         elif names is not MIDLINE:
             return []
     return chains

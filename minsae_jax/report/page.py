@@ -213,6 +213,11 @@ def _to_json(value: Any) -> Any:
     >>> _to_json(np.array([0.123456, 4321.987, np.nan]))
     [0.1235, 4321.99, None]
     """
+    # Nearly all values are numbers, and so they are first.
+    if isinstance(value, float):
+        return _short(value)
+    if value is None or isinstance(value, int | str):
+        return value
     if isinstance(value, MemberRow):
         return _to_json(value.to_record())
     if is_dataclass(value):
@@ -224,10 +229,11 @@ def _to_json(value: Any) -> Any:
             return base64.b64encode(value.tobytes()).decode()
         case np.ndarray() | np.generic():
             return _to_json(value.tolist())
-        case list() | tuple():
+        case _:
             return [_to_json(item) for item in value]
-        case float():
-            if not math.isfinite(value):
-                return None
-            return round(value, 2) if abs(value) >= 100 else float(f"{value:.4g}")
-    return value
+
+
+def _short(value: float) -> float | None:
+    if not math.isfinite(value):
+        return None
+    return round(value, 2) if abs(value) >= 100 else float(f"{value:.4g}")

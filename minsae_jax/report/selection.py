@@ -1,15 +1,50 @@
 """The entries of each feature with the largest keys, merged batch by batch on the host."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minsae_jax.report.entries import EncodedBatch, largest_tokens
 
+MERGE = 1 << 17  # entries that wait at least
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Active entries with the keys by which they are chosen."""
+
+    feature: Int[np.ndarray, " n"]
+    key: Float[np.ndarray, " n"]
+    position: Int[np.ndarray, " n"]
+    activation: Float[np.ndarray, " n"]
+
+    @classmethod
+    def none(cls) -> "_Entries":
+        return cls(
+            np.zeros(0, np.int32), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.float32)
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence["_Entries"]) -> "_Entries":
+        return cls(
+            np.concatenate([part.feature for part in parts]),
+            np.concatenate([part.key for part in parts]),
+            np.concatenate([part.position for part in parts]),
+            np.concatenate([part.activation for part in parts]),
+        )
+
+    def take(self, order: Int[np.ndarray, " n"]) -> "_Entries":
+        return _Entries(
+            self.feature[order], self.key[order], self.position[order], self.activation[order]
+        )
+
 
 class LargestByFeature:
     """The `size` entries of each feature with the largest keys; the earlier position if equal.
 
-    Entries are flat arrays sorted by feature, then by falling key.
+    New entries wait until they are many, since each merge sorts all entries.
     """
 
     def __init__(self, d_sae: int, size: int):
@@ -19,12 +54,11 @@ class LargestByFeature:
 
     def clear(self) -> None:
         """Remove all entries."""
-        self.feature = np.zeros(0, np.int64)
-        self.position = np.zeros(0, np.int64)
-        self.key = np.zeros(0)
-        self.activation = np.zeros(0, np.float32)
+        # Sorted by feature, then by falling key.
+        self._entries = _Entries.none()
+        self._waiting: list[_Entries] = []
         # The smallest key of each feature that is full. Keys that do not exceed it are dropped
-        # before anything is sorted, which is nearly all of them after a few batches.
+        # before anything is sorted, which is nearly all of them after a few merges.
         self.threshold = np.full(self.d_sae, -np.inf)
 
     def add(
@@ -44,21 +78,27 @@ class LargestByFeature:
         candidates = np.flatnonzero(key > threshold[feature])
         if not len(candidates):
             return
-        feature = np.concatenate([self.feature, feature[candidates]])
-        key = np.concatenate([self.key, key[candidates]])
-        position = np.concatenate([self.position, position[candidates]])
-        activation = np.concatenate([self.activation, activation[candidates]])
+        new = _Entries(
+            feature[candidates], key[candidates], position[candidates], activation[candidates]
+        )
+        self._waiting.append(new)
+        n_waiting = sum(len(entries.feature) for entries in self._waiting)
+        if n_waiting > max(MERGE, len(self._entries.feature) // 2):
+            self.merged()
 
+    def merged(self) -> "_Entries":
+        """Return the entries with the largest keys, sorted by feature, then by falling key."""
+        if not self._waiting:
+            return self._entries
+        entries = _Entries.join([self._entries, *self._waiting])
+        self._waiting = []
         # By feature, then falling key, then position: lexsort takes the main key last.
-        order = np.lexsort((position, -key, feature))
-        rank = self._ranks(feature[order])
-        order = order[rank < self.size]
-        self.feature = feature[order]
-        self.key = key[order]
-        self.position = position[order]
-        self.activation = activation[order]
-        is_last = self._ranks(self.feature) == self.size - 1
-        self.threshold[self.feature[is_last]] = self.key[is_last]
+        order = np.lexsort((entries.position, -entries.key, entries.feature))
+        rank = self._ranks(entries.feature[order])
+        self._entries = entries.take(order[rank < self.size])
+        is_last = self._ranks(self._entries.feature) == self.size - 1
+        self.threshold[self._entries.feature[is_last]] = self._entries.key[is_last]
+        return self._entries
 
     def _ranks(
         self,
@@ -70,11 +110,12 @@ class LargestByFeature:
 
     def to_table(self) -> tuple[Int[np.ndarray, "d_sae size"], Float[np.ndarray, "d_sae size"]]:
         """Return positions and activations; the position is -1 if a feature has fewer entries."""
-        rank = self._ranks(self.feature)
+        entries = self.merged()
+        rank = self._ranks(entries.feature)
         position = np.full((self.d_sae, self.size), -1, np.int64)
-        position[self.feature, rank] = self.position
+        position[entries.feature, rank] = entries.position
         activation = np.zeros((self.d_sae, self.size), np.float32)
-        activation[self.feature, rank] = self.activation
+        activation[entries.feature, rank] = entries.activation
         return position, activation
 
 
@@ -117,9 +158,9 @@ class StrongestExamples:
         )
 
     def _merge(self) -> None:
-        current = self.in_recording
+        current = self.in_recording.merged()
         self.best.add(current.feature, current.key, current.position, current.activation)
-        current.clear()
+        self.in_recording.clear()
 
     def finish(self) -> LargestByFeature:
         """Return the best of all recordings."""

@@ -20,6 +20,19 @@ N = 6
 UV = np.linspace(5, 40, 19)
 PAIRS = [pair for chain in bipolar_chains(CHANNELS) for pair in chain]
 PAIR_NAMES = [f"{CHANNELS[a]}–{CHANNELS[b]}" for a, b in PAIRS]
+DRAWN = """
+const svg = arguments[0].querySelector(".figure > svg");
+const names = [...svg.querySelectorAll(":scope > text")].filter((t) => t.getAttribute("x") === "0");
+const rows = [...svg.querySelectorAll("path.trace, path.other")];
+const isBar = (path) => path.getAttribute("d").includes("v-");
+const bar = [...svg.querySelectorAll("path.axis")].find(isBar);
+return [
+  names.map((t) => [t.textContent, t.classList.contains("strong")]),
+  rows.map((path) => [path.classList.value, path.getAttribute("d")]),
+  bar.getAttribute("d"),
+  bar.nextElementSibling.textContent,
+];
+"""
 CHOSEN = ".references [aria-pressed='true']"
 
 
@@ -54,15 +67,7 @@ def choose(page, name):
 
 def drawn(page, figure):
     """Return the names of the rows of a figure, and their values in the unit of its scale bar."""
-    names, paths, bar, unit = page.execute_script(
-        "const svg = arguments[0].querySelector('.figure > svg');"
-        "const rows = [...svg.querySelectorAll(':scope > text')].filter((t) => t.getAttribute('x') === '0');"
-        "const bar = [...svg.querySelectorAll('path.axis')].find((p) => p.getAttribute('d').includes('v-'));"
-        "return [rows.map((t) => [t.textContent, t.classList.contains('strong')]),"
-        " [...svg.querySelectorAll('path.trace, path.other')].map((p) => [p.classList.value, p.getAttribute('d')]),"
-        " bar.getAttribute('d'), bar.nextElementSibling.textContent]",
-        figure,
-    )
+    names, paths, bar, unit = page.execute_script(DRAWN, figure)
     size, unit = unit.split()
     px = float(bar.split("v-")[1]) / float(size)
     signals = {}

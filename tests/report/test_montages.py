@@ -5,7 +5,10 @@ import pytest
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.report.montages import bipolar_chains
 
-LATERAL = "Fp1 F3 C3 P3 O1 F7 T7 P7 Fp2 F4 C4 P4 O2 F8 T8 P8".split()
+LATERAL = (
+    *("Fp1", "F3", "C3", "P3", "O1", "F7", "T7", "P7"),
+    *("Fp2", "F4", "C4", "P4", "O2", "F8", "T8", "P8"),
+)
 
 
 def names_of(channels: list[str]) -> list[str]:
