@@ -1,11 +1,12 @@
 """The report of a large SAE: seconds of each part, bytes and memory.
 
-    python -m benchmarks.report [--d_sae 16384] [--tokens 500000 1000000] [--kind batchtopk]
+    python -m benchmarks.report [--d_sae 16384] [--tokens 500000 1000000] [--features 2048]
 
 For each number of tokens, a store of made-up activations in float16 (256 bytes each) and its
-recordings are written to a temporary folder. Tokens are sums of a few directions, some of which are
-100 times as frequent as others; an SAE with these directions has 32 active features per token. Each
-size is measured in a process of its own. The evaluation's measures are not part of it.
+recordings are written to a temporary folder. Tokens are sums of a few directions, the r-th of which
+is in a share of the tokens about proportional to 1 / r; an SAE with these directions has 32 active
+features per token. Each size is measured in a process of its own. The evaluation's measures are not
+part of it.
 """
 
 import argparse
@@ -27,8 +28,6 @@ from minsae_jax.activations.manifest import StoreIdentity
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.activations.writer import StoreWriter
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
-from minsae_jax.evaluation.pooling import pool
-from minsae_jax.evaluation.variance import variance_shares
 from minsae_jax.parallel.processes import start_jax
 from minsae_jax.report.budget import choose_features, plan_pages
 from minsae_jax.report.context import make_context
@@ -132,15 +131,15 @@ def measured(what: str, n_tokens: int | None = None) -> Iterator[None]:
     print(f"{what}: {wall:.1f} s wall, {cpu:.1f} s CPU{speed}; {memory:.2f} GB", flush=True)
 
 
-def write_report(folder: Path, dataset: Dataset, sae: SparseAutoencoder) -> None:
+def write_report(
+    folder: Path, dataset: Dataset, sae: SparseAutoencoder, n_features: int | None
+) -> None:
     n_tokens = dataset.store.total_tokens
     with measured("examples", n_tokens):
         activity = collect(dataset, sae, TOP, PER_RECORDING)
-    with measured("shares of variance", n_tokens):
-        variance_shares(pool(dataset, sae))
     n_active = int((activity.active > 0).sum())
     n_samples = shown_samples(dataset, W)
-    budget = plan_pages(dataset, n_samples, TOP, n_active, None)
+    budget = plan_pages(dataset, n_samples, TOP, n_active, n_features)
     print(f"{budget.n_features:,} of {n_active:,} active features have a page, "
           f"with {budget.montage_examples} montages")  # fmt: skip
     with measured("context"):
@@ -162,10 +161,13 @@ def main() -> None:
     parser.add_argument("--d_sae", type=int, default=16_384)
     parser.add_argument("--tokens", type=int, nargs="+", default=[500_000, 1_000_000])
     parser.add_argument("--kind", default="batchtopk", choices=["relu", "batchtopk", "topk"])
+    parser.add_argument("--features", type=int, help="features with a page; default: that fit")
     args = parser.parse_args()
     if len(args.tokens) > 1:
         for n_tokens in args.tokens:
             of_size = ["--d_sae", str(args.d_sae), "--tokens", str(n_tokens), "--kind", args.kind]
+            if args.features is not None:
+                of_size += ["--features", str(args.features)]
             subprocess.run([sys.executable, "-m", "benchmarks.report", *of_size], check=True)
         return
     start_jax()
@@ -176,7 +178,8 @@ def main() -> None:
         n_recordings = len(dataset.recordings)
         print(f"{args.kind}, {args.d_sae:,} features, {dataset.store.total_tokens:,} tokens of "
               f"{n_recordings} recordings, {jax.devices()}")  # fmt: skip
-        write_report(folder / "report", dataset, make_sae(args.d_sae, args.kind))
+        sae = make_sae(args.d_sae, args.kind)
+        write_report(folder / "report", dataset, sae, args.features)
 
 
 if __name__ == "__main__":

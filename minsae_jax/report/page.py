@@ -27,7 +27,6 @@ from minsae_jax.report.describe import FeatureCard, FeatureRow
 from minsae_jax.report.montages import Chain
 from minsae_jax.report.naming import LABELS_CSV
 from minsae_jax.report.pages import Pages
-from minsae_jax.sae.hyper import SPARSITY, Hyper, sparsity, value_text
 
 ASSETS = Path(__file__).parent / "assets"
 PAGE_FILES = (
@@ -47,35 +46,6 @@ WRITTEN = (*PAGE_FILES, "index_data.js", "data", SUMS)
 PACK = 64  # features in a file
 # Fields of FeatureCard in the table of all features.
 COLUMNS = tuple(field.name for field in fields(FeatureRow))
-
-
-@dataclass(frozen=True)
-class MemberRow:
-    """A member of the sweep, for the Pareto plot."""
-
-    name: str
-    hyper: Hyper
-    l0: float
-    fvu: float
-    recommended: bool
-
-    def to_record(self) -> dict[str, str | float | bool]:
-        """Return JSON values, with the member's sparsity setting under its name.
-
-        Members of the same `line` differ in their sparsity setting only.
-        """
-        setting = sparsity(self.hyper)
-        others = [value_text(v) for name, v in self.hyper.items() if name not in SPARSITY]
-        kind = str(self.hyper.get("kind", "relu"))
-        record: dict[str, str | float | bool] = {
-            "name": self.name,
-            "kind": kind,
-            "line": ",".join(others),
-        }
-        if setting is not None:
-            name, value = setting
-            record[name] = value
-        return record | {"l0": self.l0, "fvu": self.fvu, "recommended": self.recommended}
 
 
 @dataclass(frozen=True)
@@ -106,10 +76,8 @@ class ReportMeta:
     bands: Sequence[Band]
     # Label and text of each row
     summary: Sequence[tuple[str, str]]
-    members: Sequence[MemberRow]
     waveform_exact: bool
     shifted_recordings: int
-    notes: Sequence[str]
     # Chains of the longitudinal bipolar montage, as pairs of channels; empty without its channels
     bipolar: Sequence[Chain] = ()
     # Whether tokens are of single channels; False if all are over all channels
@@ -218,8 +186,6 @@ def _to_json(value: Any) -> Any:
         return _short(value)
     if value is None or isinstance(value, int | str):
         return value
-    if isinstance(value, MemberRow):
-        return _to_json(value.to_record())
     if is_dataclass(value):
         return {f.name: _to_json(getattr(value, f.name)) for f in fields(value)}
     match value:

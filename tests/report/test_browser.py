@@ -24,7 +24,7 @@ HOSTILE = "</script><script>hacked=1</script><img src=x onerror='hacked=1'>\u202
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "report"
-    pages = Pages(events=make_pages(N).events)
+    pages = Pages(events=make_pages(N).events, members=make_pages(N).members)
     write_pages(folder, make_meta(pages=pages), make_cards(N, DEAD))
     return folder
 
@@ -75,8 +75,10 @@ def test_index_shows_the_run_and_all_features(page, report):
     visit(page, report)
     assert page.title == "Features of a demo encoder"
     assert "16 patients" in find(page, "#corpus")[0].text
-    assert len(find(page, "#overview svg circle.point")) == 5
-    assert len(find(page, "#overview svg circle.chosen")) == 1
+    members = make_pages(N).members
+    assert len(find(page, "#overview svg circle.point")) == len(members) + 3  # and the legend
+    assert len(find(page, "#overview svg circle.ring")) == 1
+    assert "k = 8" in texts(page, "#overview svg text.strong")
     assert len(find(page, "#overview svg rect.bar")) > 3
     notes = find(page, "#notes li")
     assert "2 recordings may have shifted" in notes[0].text
@@ -255,9 +257,10 @@ def test_names_are_never_markup(page, tmp_path):
         mean=float("nan"),
     )
     names = dict.fromkeys(("title", "run", "member", "encoder", "split", "created_with"), HOSTILE)
-    meta = make_meta(**names, notes=[HOSTILE], summary=[(HOSTILE, HOSTILE)])
-    first = replace(meta.members[0], name=HOSTILE, fvu=float("inf"))
-    meta = replace(meta, members=[first, *meta.members[1:]])
+    meta = make_meta(**names, pages_rule=HOSTILE, summary=[(HOSTILE, HOSTILE)])
+    first, *others = make_pages(1).members
+    first = replace(first, name=HOSTILE, setting=HOSTILE, fvu=float("inf"))
+    meta = replace(meta, pages=Pages(members=[first, *others]))
     write_pages(tmp_path / "report #1 %41", meta, [card])
     visit(page, tmp_path / "report #1 %41")
     assert page.title == HOSTILE

@@ -13,6 +13,11 @@ function eventColour(kind) {
   return eventColours.get(kind);
 }
 
+const swatch = (kind) => html("span", { class: `swatch ${eventColour(kind)}` });
+
+/** Return a link to the page of a kind of event, with its colour. */
+const kindLink = (kind) => html("a", { href: address("event", kind) }, swatch(kind), kind);
+
 /**
  * Return the gain of panels of one channel: the amplitude drawn at full height, the same in all of them.
  *

@@ -38,8 +38,7 @@ function badges(f) {
   if (f.stability) list.push(seedBadge(f.stability.found, f.stability.seeds));
   const best = f.events?.find((event) => event.kind === byId.get(f.id)?.event);
   if (best) {
-    const swatch = html("span", { class: `swatch ${eventColour(best.kind)}` });
-    list.push(html("a", { class: "badge", href: address("event", best.kind) }, swatch, `${best.kind}, AUC ${fixed(best.auc)}`));
+    list.push(html("a", { class: "badge", href: address("event", best.kind) }, swatch(best.kind), `${best.kind}, AUC ${fixed(best.auc)}`));
   }
   return list.length ? html("p", { class: "badges" }, list) : null;
 }
@@ -60,8 +59,7 @@ function facts(f) {
     ["artefact hints", `${percent(f.artefact)} of sampled, ${percent(f.artefact_top)} of the strongest examples`],
     ["examples that fit the suggestion", percent(f.support)],
   ];
-  const row = ([key, value]) => html("div", {}, html("dt", {}, key), html("dd", {}, value || "–"));
-  return html("dl", { class: "facts" }, rows.map(row));
+  return factList(rows.map(([key, value]) => [key, value || "–"]));
 }
 
 const WIDE = 4; // s of EEG from which a montage has the whole width
@@ -148,8 +146,7 @@ function eventLegend(examples) {
   const kinds = [...new Set(examples.flatMap((e) => (e.events ?? []).map((event) => event.kind)))];
   if (!kinds.length) return null;
   const known = new Set(meta.pages.events.map((event) => event.kind));
-  const item = (kind) => html(known.has(kind) ? "a" : "span", known.has(kind) ? { href: address("event", kind) } : {},
-    html("span", { class: `swatch ${eventColour(kind)}` }), kind);
+  const item = (kind) => (known.has(kind) ? kindLink(kind) : html("span", {}, swatch(kind), kind));
   return html("p", { class: "note legend" }, html("span", {}, "Labelled events (hollow: on other channels):"), kinds.map(item));
 }
 
@@ -249,25 +246,23 @@ function patientWarning(shares) {
 }
 
 function featureEvents(events) {
-  const kind = (event) => html("a", { href: address("event", event.kind) },
-    html("span", { class: `swatch ${eventColour(event.kind)}` }), event.kind);
   return html("table", { class: "data compact" },
-    html("thead", {}, html("tr", {}, ["Kind", "", "AUC", "Recall", "Precision"].map((title, i) => html("th", { scope: "col", class: i > 1 ? "num" : "" }, title)))),
-    html("tbody", {}, events.map((event) => html("tr", {}, html("td", {}, kind(event)),
+    tableHead([["Kind"], [""], ...["AUC", "Recall", "Precision"].map((title) => [title, null, "num"])]),
+    html("tbody", {}, events.map((event) => html("tr", {}, html("td", {}, kindLink(event.kind)),
       html("td", { class: "plot" }, track(event.auc, { width: 84 })),
       [fixed(event.auc), percent(event.recall), percent(event.precision)].map((value) => html("td", { class: "num" }, value))))));
 }
 
 function featureLabels(labels) {
   return html("table", { class: "data compact" },
-    html("thead", {}, html("tr", {}, ["Label", "Effect", "p", "q"].map((title, i) => html("th", { scope: "col", class: i ? "num" : "" }, title)))),
+    tableHead([["Label"], ...["Effect", "p", "q"].map((title) => [title, null, "num"])]),
     html("tbody", {}, labels.map((label) => html("tr", {}, html("td", {}, html("a", { href: address("label", label.label) }, label.label)),
       [fixed(label.effect, 2), pValue(label.p), pValue(label.q)].map((value) => html("td", { class: "num" }, value))))));
 }
 
 function seedMatches(matches) {
   return html("table", { class: "data compact" },
-    html("thead", {}, html("tr", {}, ["Member", "Feature", "Encoder", "Decoder"].map((title, i) => html("th", { scope: "col", class: i ? "num" : "" }, title)))),
+    tableHead([["Member"], ...["Feature", "Encoder", "Decoder"].map((title) => [title, null, "num"])]),
     html("tbody", {}, matches.map((match) => html("tr", { class: match.is_same ? null : "faded" },
       html("td", { title: match.member }, match.member),
       [match.feature < 0 ? "–" : match.feature, fixed(match.encoder_cosine, 2), fixed(match.decoder_cosine, 2)].map((value) => html("td", { class: "num" }, value))))));

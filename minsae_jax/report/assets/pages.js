@@ -33,7 +33,7 @@ function scoreTable(groups, firstTitle = null) {
     return rows.map((set, i) => row(group, set, i, rows));
   });
   return html("div", { class: "scroll" }, html("table", { class: "data scores" },
-    html("thead", {}, html("tr", {}, head.map(([title, hint, kind]) => html("th", { scope: "col", class: kind ?? null, title: hint ?? null }, title)))),
+    tableHead(head),
     html("tbody", {}, body)));
 }
 
@@ -49,7 +49,7 @@ function drawEvents() {
   $("#events").hidden = !events.length;
   if (!events.length) return;
   const groups = events.map((event) => ({
-    first: [html("a", { href: address("event", event.kind) }, html("span", { class: `swatch ${eventColour(event.kind)}` }), event.kind),
+    first: [kindLink(event.kind),
       missing(event.test_events) ? null : html("small", {}, count(event.test_events, "test event"))],
     which: bestFeature(event),
     scores: event.scores,
@@ -90,7 +90,7 @@ function showEvent(kind) {
   const examples = html("div", {});
   showPage(`Event: ${kind}`, navigation,
     html("header", {}, html("p", { class: "eyebrow" }, "Kind of event"),
-      html("h1", {}, html("span", { class: `swatch ${eventColour(kind)}` }), kind),
+      html("h1", {}, swatch(kind), kind),
       html("p", { class: "lead" }, eventSentence(event)), eventFacts(event)),
     html("section", {}, html("h2", {}, "Against baselines"),
       html("p", { class: "note" }, "All are chosen on val patients and measured on test patients by the same rules. Raw dimensions and " +
@@ -123,8 +123,7 @@ function eventFacts(event) {
     ["tokens that touch one", event.base_rate, percent],
     ["pure features", event.pure_features],
   ].filter(([, value]) => !missing(value));
-  return rows.length ? html("dl", { class: "facts" }, rows.map(([key, value, format]) =>
-    html("div", {}, html("dt", {}, key), html("dd", {}, (format ?? whole)(value))))) : null;
+  return rows.length ? factList(rows.map(([key, value, format]) => [key, (format ?? whole)(value)])) : null;
 }
 
 const featureColumns = [
@@ -221,7 +220,7 @@ function showLabel(name) {
   showPage(`Label: ${name}`, navigation,
     html("header", {}, html("p", { class: "eyebrow" }, "Label of recordings"), html("h1", {}, name),
       html("p", { class: "lead" }, labelSentence(label)),
-      html("dl", { class: "facts" }, rows.map(([key, value]) => html("div", {}, html("dt", {}, key), html("dd", {}, value)))),
+      factList(rows),
       (label.notes ?? []).map((note) => html("p", { class: "note" }, `${note}.`))),
     probeSection(label), labelledFeatures(label));
 }
@@ -250,7 +249,7 @@ function probeSection({ name, probe }) {
     html("td", { class: "num" }, pValue(result.p))));
   return html("section", {}, html("h2", {}, "Probe"), html("p", { class: "note" }, probeSentence(name, probe)),
     html("div", { class: "scroll" }, html("table", { class: "data" },
-      html("thead", {}, html("tr", {}, head.map(([title, hint, kind]) => html("th", { scope: "col", class: kind ?? null, title: hint ?? null }, title)))),
+      tableHead(head),
       html("tbody", {}, body))));
 }
 

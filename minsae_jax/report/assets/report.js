@@ -215,22 +215,19 @@ function drawIndex() {
   $("#corpus").textContent = `${count(meta.n_tokens, "token")} of ${count(meta.n_windows, "window")}, ` +
     `${count(meta.n_recordings, "recording")} and ${count(meta.n_patients, "patient")}, from the ${meta.split} split.`;
   if (meta.shifted_recordings) {
-    const warning = `${count(meta.shifted_recordings, "recording")} may have shifted channel names: electrodes were ` +
-      "missing, and the last channel is all zero.";
+    const warning = `${count(meta.shifted_recordings, "recording")} may have shifted channel names, since electrodes were ` +
+      "missing and the last channel is all zero. They do not count in the activations by channel.";
     $("#notes").append(html("li", { class: "warn" }, warning));
   }
-  $("#notes").append(...(meta.notes ?? []).map((note) => html("li", {}, note)));
   if (meta.pages_rule) $("#notes").append(html("li", {}, meta.pages_rule));
   drawRecommended();
   const silent = features.filter((f) => !f.density).length;
-  const used = Object.keys(SPARSITY).filter((key) => meta.members.some((m) => !missing(m[key])));
-  const symbols = used.map((key) => SPARSITY[key]).join(" or ");
   const summary = meta.summary.map(([key, value]) => [html("dt", {}, key), html("dd", {}, value)]);
   $("#overview").append(
     card("This autoencoder", null, html("dl", { class: "summary" }, summary)),
-    card("The sweep", [`Each point is an autoencoder, labelled by its ${symbols}; the circled one is shown here. `,
+    card("The sweep", ["Each point is an autoencoder; the ringed one is recommended. ",
       html("a", { href: "#members" }, "Compare all members")],
-    figure(drawPareto(meta.members, meta.pages.members.filter(isPca)))),
+    figure(drawMembers(meta.pages.members, L0, FVU, 210))),
     card("How often features are active", silent ? `${count(silent, "feature")} never active, not shown.` : null,
       figure(drawDensities(features.map((f) => f.density)))));
   drawEvents();
@@ -350,7 +347,7 @@ function tableRow(f) {
     if (c.name === "label") return html("span", { class: f.label ? "" : "suggestion", title: name }, name);
     if (c.name === "seeds") return seedDots(f.seeds, meta.pages.n_seeds);
     if (c.name === "event_auc") return fixed(f.event_auc);
-    if (c.name === "event" && f.event) return [html("span", { class: `swatch ${eventColour(f.event)}` }), f.event];
+    if (c.name === "event" && f.event) return [swatch(f.event), f.event];
     return c.words ? f[c.name] || "–" : c.share ? percent(f[c.name]) : number(f[c.name]);
   };
   const filled = f.density > 0 ? Math.max(2, 100 + 20 * Math.log10(f.density)) : 0; // five decades
