@@ -119,16 +119,16 @@ def collect(
     with progress("find examples", n_sequences, "sequences", delay=2.0) as bar:
         for batch in _encode_all(dataset, sae):
             entries = find_active(batch)
-            recording = dataset.recording[batch.first : batch.first + batch.n_sequences]
-            strongest.add(batch, recording)
+            first_position = batch.first * n_tokens
+            sequences = dataset.recording[batch.first : batch.first + batch.n_sequences]
+            strongest.add(first_position, np.repeat(sequences, n_tokens), entries)
             # Each token gets a random key; the active tokens with the largest keys are a
             # uniform sample of all active tokens.
-            first_position = batch.first * n_tokens
             keys = _random_keys(seed, first_position, batch.n_sequences * n_tokens)
             sample.add(
                 entries.feature,
                 keys[entries.row],
-                first_position + entries.row,
+                first_position + entries.row.astype(np.int64),
                 entries.value,
             )
             counts.add(batch, entries)
@@ -209,8 +209,7 @@ class _Counts:
         self.n_tokens += len(token)
         _add(self.by_token, entries.feature, token[entries.row])
         self.total += np.bincount(entries.feature, entries.value, self.d_sae)
-        largest = np.asarray(batch.largest)[: batch.n_sequences].max(axis=0)
-        self.largest = np.maximum(self.largest, largest)
+        np.maximum.at(self.largest, entries.feature, entries.value)
         _add(self.histogram, entries.feature, entries.histogram_bin)
         first = int(recording[0])
         by_recording = np.zeros((self.d_sae, int(recording[-1]) + 1 - first), np.int32)

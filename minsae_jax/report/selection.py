@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from minsae_jax.report.entries import EncodedBatch, largest_tokens
+from minsae_jax.report.entries import ActiveEntries
 
-MERGE = 1 << 17  # entries that wait at least
+MERGE = 1 << 17  # entries: at least so many wait for a merge
 
 
 @dataclass(frozen=True)
@@ -69,22 +69,23 @@ class LargestByFeature:
         activation: Float[np.ndarray, " n"],
         above: Float[np.ndarray, " d_sae"] | None = None,
     ) -> None:
-        """Add entries; positions are later than all earlier ones.
+        """Add entries; of equal keys of a feature, earlier positions come first.
 
         above: for each feature, a second threshold that keys must exceed.
         """
-        threshold = self.threshold if above is None else np.maximum(self.threshold, above)
-        # Not >=: of equal keys the earlier position wins, and that one is already here.
-        candidates = np.flatnonzero(key > threshold[feature])
-        if not len(candidates):
-            return
-        new = _Entries(
-            feature[candidates], key[candidates], position[candidates], activation[candidates]
-        )
-        self._waiting.append(new)
-        n_waiting = sum(len(entries.feature) for entries in self._waiting)
-        if n_waiting > max(MERGE, len(self._entries.feature) // 2):
-            self.merged()
+        entries = _Entries(feature, key, position, activation)
+        # In parts, so that the first of them raise the thresholds for the others.
+        for first in range(0, len(feature), MERGE):
+            part = slice(first, first + MERGE)
+            threshold = self.threshold if above is None else np.maximum(self.threshold, above)
+            # Not >=: of equal keys the earlier position wins, and that one is already here.
+            exceeds = key[part] > threshold[feature[part]]
+            candidates = first + np.flatnonzero(exceeds)
+            if len(candidates):
+                self._waiting.append(entries.take(candidates))
+            n_waiting = sum(len(waiting.feature) for waiting in self._waiting)
+            if n_waiting > max(MERGE, len(self._entries.feature) // 2):
+                self.merged()
 
     def merged(self) -> "_Entries":
         """Return the entries with the largest keys, sorted by feature, then by falling key."""
@@ -133,29 +134,27 @@ class StrongestExamples:
         self.in_recording = LargestByFeature(d_sae, self.count)
         self.recording = -1
 
-    def add(self, batch: EncodedBatch, recording: Int[np.ndarray, " sequences"]) -> None:
-        """Add a batch; recording: of each of its sequences, in order."""
+    def add(
+        self,
+        first_position: int,
+        recording: Int[np.ndarray, " rows"],
+        entries: ActiveEntries,
+    ) -> None:
+        """Add a batch; first_position: of its first row. recording: of each row, in order."""
+        of_entry = recording[entries.row]
         for one in np.unique(recording).tolist():
             if one != self.recording:
                 self._merge()
                 self.recording = one
-            values, rows = largest_tokens(batch, recording == one, self.count)
-            self._add_table(values, rows, batch.first * batch.n_tokens)
-
-    def _add_table(
-        self, values: Float[Array, "d_sae n"], rows: Int[Array, "d_sae n"], first_position: int
-    ) -> None:
-        value = np.asarray(values)
-        feature, rank = np.nonzero(value)
-        activation = value[feature, rank]
-        self.in_recording.add(
-            feature,
-            activation.astype(np.float64),
-            first_position + np.asarray(rows)[feature, rank].astype(np.int64),
-            activation,
-            # Entries that cannot enter the best of all are dropped here already.
-            above=self.best.threshold,
-        )
+            mine = np.flatnonzero(of_entry == one)
+            self.in_recording.add(
+                entries.feature[mine],
+                entries.value[mine],
+                first_position + entries.row[mine].astype(np.int64),
+                entries.value[mine],
+                # Entries that cannot enter the best of all are dropped here already.
+                above=self.best.threshold,
+            )
 
     def _merge(self) -> None:
         current = self.in_recording.merged()

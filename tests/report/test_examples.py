@@ -25,7 +25,7 @@ def everything(trained):
 
 @pytest.mark.parametrize(
     ("top", "per_recording", "batch", "merge"),
-    [(5, 2, 40, 0), (12, 100, 1000, 500), (3, 1, 16_384, 1 << 17)],
+    [(5, 2, 40, 1), (12, 100, 1000, 500), (3, 1, 16_384, 1 << 17)],
 )
 def test_top_examples_match_a_brute_force_search(
     everything, monkeypatch, top, per_recording, batch, merge
