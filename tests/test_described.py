@@ -143,9 +143,11 @@ def test_traces_are_the_eeg_of_a_planted_channel(described, card):
         trace = np.frombuffer(base64.b64decode(example["trace"]), np.int8)
         expected = eeg[start : start + len(trace), column]
         np.testing.assert_allclose(trace / 10, expected, atol=0.051)
-        sd_uv = description.recordings[example["recording"]].sd_uv[column]
-        assert example["uv_per_sd"] == pytest.approx(sd_uv, rel=1e-3)
+        sd_uv = description.recordings[example["recording"]].sd_uv
+        assert example["uv_per_sd"] == pytest.approx(sd_uv[column], rel=1e-3)
+        assert (example["others_uv"] is None) == (example["others"] is None)
         if example["others"] is not None:
+            assert example["others_uv"] == pytest.approx(sd_uv, rel=1e-3)
             others = np.frombuffer(base64.b64decode(example["others"]), np.int8)
             np.testing.assert_array_equal(others.reshape(N_CHANNELS, -1)[column], trace[::4])
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -96,25 +95,11 @@ class Dataset:
         start, stop = np.searchsorted(self.recording, [recording, recording + 1])
         return int(start), int(stop)
 
-    @cached_property
-    def _shard_ends(self) -> list[int]:
-        """The sequence after the last of each shard."""
-        return list(accumulate(rows // self.n_tokens for rows in self.store.tokens_per_shard))
-
     def read(self, start: int, stop: int) -> Float[np.ndarray, "sequences n_tokens d_model"]:
         """Return the activations of sequences start:stop, float32."""
-        pieces = []
-        begin = 0
-        for shard, end in enumerate(self._shard_ends):
-            first = max(start, begin)
-            last = min(stop, end)
-            if first < last:
-                first_row = (first - begin) * self.n_tokens
-                last_row = (last - begin) * self.n_tokens
-                rows = self.store.read(shard, first_row, last_row)
-                pieces.append(rows.astype(np.float32, copy=False))
-            begin = end
-        return np.concatenate(pieces).reshape(-1, self.n_tokens, self.store.d_model)
+        rows = self.store.read_rows(start * self.n_tokens, stop * self.n_tokens)
+        x = rows.astype(np.float32, copy=False)
+        return x.reshape(-1, self.n_tokens, self.store.d_model)
 
     def batches(
         self, sequences: int

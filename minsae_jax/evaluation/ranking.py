@@ -10,6 +10,7 @@ from scipy.stats import rankdata
 from minsae_jax.evaluation.bootstrap import Weights
 
 MIN_PRECISION = 0.9  # of recall_at_precision
+RESAMPLES_AT_ONCE = 8  # of which numbers for all spans fit the cache
 
 
 def auc(
@@ -92,12 +93,17 @@ def weighted_recall(
     """
     # By decreasing score: everything from a score on is detected.
     order = np.argsort(-scores, kind="stable")
-    _, first_of_equal = np.unique(-scores[order], return_index=True)
-    of_spans = weights[:, recording[order]]
-    events = np.add.reduceat(of_spans * is_event[order], first_of_equal, axis=1)
-    spans = np.add.reduceat(of_spans, first_of_equal, axis=1)
-    detected = np.cumsum(events, axis=1)
-    is_precise = detected >= MIN_PRECISION * np.cumsum(spans, axis=1)
-    most = (detected * is_precise).max(axis=1)
-    n_events = events.sum(axis=1)
-    return most / np.where(n_events > 0, n_events, np.nan)
+    ordered = scores[order]
+    # A threshold cannot lie between equal scores.
+    thresholds = np.flatnonzero(np.append(ordered[1:] < ordered[:-1], True))
+    recalls = []
+    for first in range(0, len(weights), RESAMPLES_AT_ONCE):
+        of_spans = weights[first : first + RESAMPLES_AT_ONCE, recording[order]]
+        n_above = np.cumsum(of_spans, axis=1)[:, thresholds]
+        detected = np.cumsum(of_spans * is_event[order], axis=1)[:, thresholds]
+        is_precise = detected >= MIN_PRECISION * n_above
+        most = (detected * is_precise).max(axis=1)
+        n_events = detected[:, -1]
+        undefined = np.full(len(most), np.nan)
+        recalls.append(np.divide(most, n_events, out=undefined, where=n_events > 0))
+    return np.concatenate(recalls)

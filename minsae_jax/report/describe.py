@@ -11,10 +11,7 @@ from minsae_jax.report.activations import ExampleActivations, measure_examples
 from minsae_jax.report.chosen import choose_all, choose_tokens
 from minsae_jax.report.context import Context
 from minsae_jax.report.entries import EDGES
-from minsae_jax.report.excerpts import (
-    Example,
-    cut_examples,
-)
+from minsae_jax.report.excerpts import Example, cut_examples
 from minsae_jax.report.naming import Label, fits_region, region, suggest_name
 from minsae_jax.report.neighbours import coactive_features, nearest_features
 from minsae_jax.report.pages import (

@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds import Params, SAEKind
@@ -26,7 +26,10 @@ _EDGES_32 = np.where(_EDGES_32 < EDGES, np.nextafter(_EDGES_32, np.float32(np.in
 
 @dataclass(frozen=True)
 class ActiveEntries:
-    """The entries of a batch's features [rows, d_sae] that are not 0; a row is a token."""
+    """The entries of a batch's features [rows, d_sae] that are not 0; a row is a token.
+
+    Those of a feature are in the order of their rows.
+    """
 
     row: Int[np.ndarray, " n"]
     feature: Int[np.ndarray, " n"]
@@ -37,14 +40,12 @@ class ActiveEntries:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Features of sequences of tokens, on the device; rows and sequences at the end are padding."""
+    """Features of sequences of tokens, on the device; rows at the end are padding."""
 
     first: int  # sequence
     n_sequences: int
     n_tokens: int  # of a sequence
     features: Float[Array, "rows d_sae"]
-    # Largest activation of each feature in each sequence
-    largest: Float[Array, "sequences d_sae"]
     # A bit for each entry that is not 0, in words of WORD rows
     bits: UInt32[Array, "words d_sae"]
 
@@ -62,9 +63,8 @@ def encode_batch(
     rows[: n_sequences * n_tokens] = x.reshape(-1, d_model)
     with jax.default_matmul_precision("highest"):
         features = encode_rows(sae.kind, sae.params, rows)
-    # A compilation of its own: XLA for CPU repeats the product for each sum that it is fused with.
-    largest, bits = _reduce(features, sequences, n_tokens)
-    return EncodedBatch(first, n_sequences, n_tokens, features, largest, bits)
+    # A compilation of its own, since XLA for CPU would repeat the product for the sum.
+    return EncodedBatch(first, n_sequences, n_tokens, features, _active_bits(features))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -80,16 +80,12 @@ def encode_rows(
     return features.reshape(len(rows), -1)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _reduce(
-    features: Float[Array, "rows d_sae"], sequences: int, n_tokens: int
-) -> tuple[Float[Array, "sequences d_sae"], UInt32[Array, "words d_sae"]]:
-    d_sae = features.shape[1]
-    of_sequences = features[: sequences * n_tokens].reshape(sequences, n_tokens, d_sae)
-    is_active = features.reshape(-1, WORD, d_sae) > 0
+@jax.jit
+def _active_bits(features: Float[Array, "rows d_sae"]) -> UInt32[Array, "words d_sae"]:
+    is_active = features.reshape(-1, WORD, features.shape[1]) > 0
     bit = jnp.left_shift(jnp.uint32(1), jnp.arange(WORD, dtype=jnp.uint32))
     words = jnp.where(is_active, bit[None, :, None], jnp.uint32(0))
-    return of_sequences.max(axis=1), words.sum(axis=1, dtype=jnp.uint32)
+    return words.sum(axis=1, dtype=jnp.uint32)
 
 
 def find_active(batch: EncodedBatch) -> ActiveEntries:
@@ -128,41 +124,3 @@ def _take(
     # Without a loop over the edges, this is a single pass over the values.
     n_reached = sum((value >= edge).astype(jnp.int32) for edge in _EDGES_32[1:-1])
     return value, n_reached
-
-
-def largest_tokens(
-    batch: EncodedBatch, is_included: Bool[np.ndarray, " n_sequences"], count: int
-) -> tuple[Float[Array, "d_sae n"], Int[Array, "d_sae n"]]:
-    """Return the up to `count` largest activations of each feature, and their rows.
-
-    Of equal ones the earlier come first. Activations of sequences that are not included are 0.
-    """
-    # Padded sequences are not included.
-    included = np.zeros(len(batch.largest), np.float32)
-    included[: batch.n_sequences] = is_included
-    return _largest_tokens(batch.features, batch.largest, included, batch.n_tokens, count)
-
-
-@partial(jax.jit, static_argnums=(3, 4))
-def _largest_tokens(
-    features: Float[Array, "rows d_sae"],
-    largest: Float[Array, "sequences d_sae"],
-    included: Float[Array, " sequences"],
-    n_tokens: int,
-    count: int,
-) -> tuple[Float[Array, "d_sae n"], Int[Array, "d_sae n"]]:
-    """Search in the `count` sequences with the largest maxima, of equal ones the earlier.
-
-    They contain all that is looked for: a token elsewhere has at least one token of each of these
-    sequences before it.
-    """
-    sequences, d_sae = largest.shape
-    _, sequence = jax.lax.top_k(largest.T * included[None], min(count, sequences))
-    # In order of time: of equal numbers, top_k takes the first.
-    sequence = jnp.sort(sequence, axis=1)
-    row = sequence[:, :, None] * n_tokens + jnp.arange(n_tokens)[None, None]
-    row = row.reshape(d_sae, -1)
-    values = features[row, jnp.arange(d_sae)[:, None]]
-    values = values * jnp.repeat(included[sequence], n_tokens, axis=1)
-    values, place = jax.lax.top_k(values, min(count, row.shape[1]))
-    return values, jnp.take_along_axis(row, place, axis=1)

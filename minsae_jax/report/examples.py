@@ -106,7 +106,10 @@ def collect(
     random: int = 64,
     seed: int = 0,
 ) -> Activity:
-    """Return the activity of every feature; memory grows with d_sae, not with the store."""
+    """Return the activity of every feature.
+
+    Memory grows with d_sae, and by 4 bytes for each feature and recording.
+    """
     n_tokens = dataset.n_tokens
     strongest = StrongestExamples(sae.d_sae, CANDIDATES * top, per_recording)
     sample = LargestByFeature(sae.d_sae, random)
@@ -116,16 +119,16 @@ def collect(
     with progress("find examples", n_sequences, "sequences", delay=2.0) as bar:
         for batch in _encode_all(dataset, sae):
             entries = find_active(batch)
-            recording = dataset.recording[batch.first : batch.first + batch.n_sequences]
-            strongest.add(batch, recording)
+            first_position = batch.first * n_tokens
+            sequences = dataset.recording[batch.first : batch.first + batch.n_sequences]
+            strongest.add(first_position, np.repeat(sequences, n_tokens), entries)
             # Each token gets a random key; the active tokens with the largest keys are a
             # uniform sample of all active tokens.
-            first_position = batch.first * n_tokens
             keys = _random_keys(seed, first_position, batch.n_sequences * n_tokens)
             sample.add(
                 entries.feature,
                 keys[entries.row],
-                first_position + entries.row,
+                first_position + entries.row.astype(np.int64),
                 entries.value,
             )
             counts.add(batch, entries)
@@ -190,7 +193,7 @@ class _Counts:
         self.total = np.zeros(d_sae)
         self.largest = np.zeros(d_sae, np.float32)
         self.histogram = np.zeros((d_sae, len(EDGES) - 1), np.int64)
-        self.by_recording = np.zeros((d_sae, len(dataset.recordings)), np.int64)
+        self.by_recording = np.zeros((d_sae, len(dataset.recordings)), np.int32)
         self.by_channel = np.zeros((d_sae, n_vars))
         self.by_token = np.zeros((d_sae, dataset.n_tokens), np.int64)
         self.channel_tokens = np.zeros(n_vars, np.int64)
@@ -206,11 +209,10 @@ class _Counts:
         self.n_tokens += len(token)
         _add(self.by_token, entries.feature, token[entries.row])
         self.total += np.bincount(entries.feature, entries.value, self.d_sae)
-        largest = np.asarray(batch.largest)[: batch.n_sequences].max(axis=0)
-        self.largest = np.maximum(self.largest, largest)
+        np.maximum.at(self.largest, entries.feature, entries.value)
         _add(self.histogram, entries.feature, entries.histogram_bin)
         first = int(recording[0])
-        by_recording = np.zeros((self.d_sae, int(recording[-1]) + 1 - first), np.int64)
+        by_recording = np.zeros((self.d_sae, int(recording[-1]) + 1 - first), np.int32)
         _add(by_recording, entries.feature, (recording - first)[entries.row])
         self.by_recording[:, first : first + by_recording.shape[1]] += by_recording
         if self.dataset.has_channels:

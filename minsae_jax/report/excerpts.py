@@ -56,6 +56,8 @@ class Example:
     trace_channel: str | None = None
     # µV in an SD of the trace's channel; None if unknown
     uv_per_sd: float | None = None
+    # The same of every channel, if all are shown
+    others_uv: Float[np.ndarray, " channels"] | None = None
     events: list[EventSpan] = field(default_factory=list)
     # Other features active at the token, with their activations, largest first
     other_features: list[tuple[int, float]] = field(default_factory=list)
@@ -163,6 +165,7 @@ def _make_example(
         trace=to_int8(eeg[:, trace_channel]),
         uv_per_sd=None if uv_per_sd is None else float(uv_per_sd[trace_channel]),
         others=to_int8(eeg[::every].T) if chosen.has_montage else None,
+        others_uv=uv_per_sd if chosen.has_montage else None,
         strip=strip if grid.step is not None else strip[:0],
         strip_start=dataset.seconds(offset + int(grid.starts[stretch.first])),
         hints=[name for name, is_present in hints.items() if is_present],

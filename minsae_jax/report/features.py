@@ -99,9 +99,9 @@ def load_features(
     """Read a store once with a member's SAE.
 
     root_path: folder of the recordings that the store was extracted from. encoder: for the
-    waveforms, and for stores without tokens.npz. layer: needed if the
-    store's folder contains several. w: patches shown before and after an example's patch. top,
-    per_recording: number of top examples of a feature, and of them from one recording.
+    waveforms, and for stores without tokens.npz. layer: needed if the store's folder contains
+    several. w: patches shown before and after an example's patch. top, per_recording: number of top
+    examples of a feature, and of them from one recording.
 
     Raises UserError if member, store, recordings and encoder do not belong together.
     """

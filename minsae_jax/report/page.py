@@ -24,9 +24,9 @@ from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band
 from minsae_jax.files import foreign_entries, regular_file, replaced_folder
 from minsae_jax.report.describe import FeatureCard, FeatureRow
+from minsae_jax.report.montages import Chain
 from minsae_jax.report.naming import LABELS_CSV
 from minsae_jax.report.pages import Pages
-from minsae_jax.sae.hyper import SPARSITY, Hyper, sparsity, value_text
 
 ASSETS = Path(__file__).parent / "assets"
 PAGE_FILES = (
@@ -34,6 +34,7 @@ PAGE_FILES = (
     "report.css",
     "figures.js",
     "eeg.js",
+    "montage.js",
     "tables.js",
     "export.js",
     "feature.js",
@@ -45,47 +46,6 @@ WRITTEN = (*PAGE_FILES, "index_data.js", "data", SUMS)
 PACK = 64  # features in a file
 # Fields of FeatureCard in the table of all features.
 COLUMNS = tuple(field.name for field in fields(FeatureRow))
-
-
-@dataclass(frozen=True)
-class MemberRow:
-    """A member of the sweep, for the Pareto plot."""
-
-    name: str
-    hyper: Hyper
-    l0: float
-    fvu: float
-    recommended: bool
-
-    def to_record(self) -> dict[str, str | float | bool]:
-        """Return JSON values, with the member's sparsity setting under its name.
-
-        Members of the same `line` differ in their sparsity setting only.
-        """
-        setting = sparsity(self.hyper)
-        others = [value_text(v) for name, v in self.hyper.items() if name not in SPARSITY]
-        kind = str(self.hyper.get("kind", "relu"))
-        record: dict[str, str | float | bool] = {
-            "name": self.name,
-            "kind": kind,
-            "line": ",".join(others),
-        }
-        if setting is not None:
-            name, value = setting
-            record[name] = value
-        return record | {"l0": self.l0, "fvu": self.fvu, "recommended": self.recommended}
-
-
-@dataclass(frozen=True)
-class EventRow:
-    """Scores of one kind of events: AUCs on test patients; see `EventScore` and `Baseline`."""
-
-    kind: str
-    feature: int
-    auc: float | None
-    probe_auc: float | None
-    raw_auc: float | None
-    pca_auc: float | None
 
 
 @dataclass(frozen=True)
@@ -116,16 +76,15 @@ class ReportMeta:
     bands: Sequence[Band]
     # Label and text of each row
     summary: Sequence[tuple[str, str]]
-    members: Sequence[MemberRow]
-    events: Sequence[EventRow]
     waveform_exact: bool
     shifted_recordings: int
-    notes: Sequence[str]
+    # Chains of the longitudinal bipolar montage, as pairs of channels; empty without its channels
+    bipolar: Sequence[Chain] = ()
     # Whether tokens are of single channels; False if all are over all channels
     channel_tokens: bool = True
     # How features with a page were chosen, if not all have one
     pages_rule: str = ""
-    # Recommendation, members, events and labels; old reports have none
+    # Recommendation, members, events and labels
     pages: Pages = field(default_factory=Pages)
 
 
@@ -222,8 +181,11 @@ def _to_json(value: Any) -> Any:
     >>> _to_json(np.array([0.123456, 4321.987, np.nan]))
     [0.1235, 4321.99, None]
     """
-    if isinstance(value, MemberRow):
-        return _to_json(value.to_record())
+    # Nearly all values are numbers, and so they are first.
+    if isinstance(value, float):
+        return _short(value)
+    if value is None or isinstance(value, int | str):
+        return value
     if is_dataclass(value):
         return {f.name: _to_json(getattr(value, f.name)) for f in fields(value)}
     match value:
@@ -233,10 +195,11 @@ def _to_json(value: Any) -> Any:
             return base64.b64encode(value.tobytes()).decode()
         case np.ndarray() | np.generic():
             return _to_json(value.tolist())
-        case list() | tuple():
+        case _:
             return [_to_json(item) for item in value]
-        case float():
-            if not math.isfinite(value):
-                return None
-            return round(value, 2) if abs(value) >= 100 else float(f"{value:.4g}")
-    return value
+
+
+def _short(value: float) -> float | None:
+    if not math.isfinite(value):
+        return None
+    return round(value, 2) if abs(value) >= 100 else float(f"{value:.4g}")

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 Interval = tuple[float, float]
-DETECTS = 0.8  # AUC from which a feature is said to detect a kind of event
+DETECTS = 0.8  # least AUC of a feature that detects a kind of event
 SIGNIFICANT = 0.05  # largest q of an association with a label
 
 

@@ -21,8 +21,9 @@ from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
 from minsae_jax.report.fill_pages import best_features, fill_pages, shown_features
 from minsae_jax.report.findings import make_findings
+from minsae_jax.report.montages import bipolar_chains
 from minsae_jax.report.naming import LABELS_CSV, read_labels, warn_of_other_member
-from minsae_jax.report.page import MemberRow, ReportMeta, read_member, write_pages
+from minsae_jax.report.page import ReportMeta, read_member, write_pages
 from minsae_jax.report.pages import Pages
 
 
@@ -97,10 +98,6 @@ def _make_meta(
     test = inputs.test
     grid = test.tokens
     run = inputs.run.resolve()
-    n_shifted = int(test.shifted.sum())
-    notes = []
-    if n_shifted:
-        notes.append(f"recordings left out of the channels, since columns are shifted: {n_shifted}")
     sampling_rate = test.sampling_rate
     names = test.channel_names
     positions = test.positions
@@ -123,16 +120,14 @@ def _make_meta(
         has_cls=len(grid.located) < grid.n_tokens,
         channels=names or [str(i) for i in range(test.n_vars)],
         positions=np.zeros((0, 2)) if positions is None else positions,
+        bipolar=[] if names is None else bipolar_chains(names),
         channel_tokens=test.has_channels,
         bands=settings.band_limits(),
         summary=_summary_rows(evaluation.find(member.name), member),
-        members=_member_rows(evaluation),
-        events=(),
         pages=pages,
         # The head, which makes the waveform, reads the last layer.
         waveform_exact=inputs.is_last_layer,
-        shifted_recordings=n_shifted,
-        notes=notes,
+        shifted_recordings=int(test.shifted.sum()),
     )
 
 
@@ -148,16 +143,3 @@ def _summary_rows(evaluated: MemberEvaluation, member: Member) -> list[tuple[str
     if evaluated.loss is not None:
         rows.append(("loss recovered", percent(evaluated.loss.loss_recovered, 1)))
     return rows
-
-
-def _member_rows(evaluation: Evaluation) -> list[MemberRow]:
-    return [
-        MemberRow(
-            name=m.member,
-            hyper=m.hyper,
-            l0=m.tokens.l0,
-            fvu=m.tokens.fvu,
-            recommended=m.member == evaluation.recommended,
-        )
-        for m in evaluation.members
-    ]

@@ -1,15 +1,50 @@
 """The entries of each feature with the largest keys, merged batch by batch on the host."""
 
-import numpy as np
-from jaxtyping import Array, Float, Int
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from minsae_jax.report.entries import EncodedBatch, largest_tokens
+import numpy as np
+from jaxtyping import Float, Int
+
+from minsae_jax.report.entries import ActiveEntries
+
+MERGE = 1 << 17  # entries: at least so many wait for a merge
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Active entries with the keys by which they are chosen."""
+
+    feature: Int[np.ndarray, " n"]
+    key: Float[np.ndarray, " n"]
+    position: Int[np.ndarray, " n"]
+    activation: Float[np.ndarray, " n"]
+
+    @classmethod
+    def none(cls) -> "_Entries":
+        return cls(
+            np.zeros(0, np.int32), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.float32)
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence["_Entries"]) -> "_Entries":
+        return cls(
+            np.concatenate([part.feature for part in parts]),
+            np.concatenate([part.key for part in parts]),
+            np.concatenate([part.position for part in parts]),
+            np.concatenate([part.activation for part in parts]),
+        )
+
+    def take(self, order: Int[np.ndarray, " n"]) -> "_Entries":
+        return _Entries(
+            self.feature[order], self.key[order], self.position[order], self.activation[order]
+        )
 
 
 class LargestByFeature:
     """The `size` entries of each feature with the largest keys; the earlier position if equal.
 
-    Entries are flat arrays sorted by feature, then by falling key.
+    New entries wait until they are many, since each merge sorts all entries.
     """
 
     def __init__(self, d_sae: int, size: int):
@@ -19,12 +54,11 @@ class LargestByFeature:
 
     def clear(self) -> None:
         """Remove all entries."""
-        self.feature = np.zeros(0, np.int64)
-        self.position = np.zeros(0, np.int64)
-        self.key = np.zeros(0)
-        self.activation = np.zeros(0, np.float32)
+        # Sorted by feature, then by falling key.
+        self._entries = _Entries.none()
+        self._waiting: list[_Entries] = []
         # The smallest key of each feature that is full. Keys that do not exceed it are dropped
-        # before anything is sorted, which is nearly all of them after a few batches.
+        # before anything is sorted, which is nearly all of them after a few merges.
         self.threshold = np.full(self.d_sae, -np.inf)
 
     def add(
@@ -35,30 +69,37 @@ class LargestByFeature:
         activation: Float[np.ndarray, " n"],
         above: Float[np.ndarray, " d_sae"] | None = None,
     ) -> None:
-        """Add entries; positions are later than all earlier ones.
+        """Add entries; of equal keys of a feature, earlier positions come first.
 
         above: for each feature, a second threshold that keys must exceed.
         """
-        threshold = self.threshold if above is None else np.maximum(self.threshold, above)
-        # Not >=: of equal keys the earlier position wins, and that one is already here.
-        candidates = np.flatnonzero(key > threshold[feature])
-        if not len(candidates):
-            return
-        feature = np.concatenate([self.feature, feature[candidates]])
-        key = np.concatenate([self.key, key[candidates]])
-        position = np.concatenate([self.position, position[candidates]])
-        activation = np.concatenate([self.activation, activation[candidates]])
+        entries = _Entries(feature, key, position, activation)
+        # In parts, so that the first of them raise the thresholds for the others.
+        for first in range(0, len(feature), MERGE):
+            part = slice(first, first + MERGE)
+            threshold = self.threshold if above is None else np.maximum(self.threshold, above)
+            # Not >=: of equal keys the earlier position wins, and that one is already here.
+            exceeds = key[part] > threshold[feature[part]]
+            candidates = first + np.flatnonzero(exceeds)
+            if len(candidates):
+                self._waiting.append(entries.take(candidates))
+            n_waiting = sum(len(waiting.feature) for waiting in self._waiting)
+            if n_waiting > max(MERGE, len(self._entries.feature) // 2):
+                self.merged()
 
+    def merged(self) -> "_Entries":
+        """Return the entries with the largest keys, sorted by feature, then by falling key."""
+        if not self._waiting:
+            return self._entries
+        entries = _Entries.join([self._entries, *self._waiting])
+        self._waiting = []
         # By feature, then falling key, then position: lexsort takes the main key last.
-        order = np.lexsort((position, -key, feature))
-        rank = self._ranks(feature[order])
-        order = order[rank < self.size]
-        self.feature = feature[order]
-        self.key = key[order]
-        self.position = position[order]
-        self.activation = activation[order]
-        is_last = self._ranks(self.feature) == self.size - 1
-        self.threshold[self.feature[is_last]] = self.key[is_last]
+        order = np.lexsort((entries.position, -entries.key, entries.feature))
+        rank = self._ranks(entries.feature[order])
+        self._entries = entries.take(order[rank < self.size])
+        is_last = self._ranks(self._entries.feature) == self.size - 1
+        self.threshold[self._entries.feature[is_last]] = self._entries.key[is_last]
+        return self._entries
 
     def _ranks(
         self,
@@ -70,11 +111,12 @@ class LargestByFeature:
 
     def to_table(self) -> tuple[Int[np.ndarray, "d_sae size"], Float[np.ndarray, "d_sae size"]]:
         """Return positions and activations; the position is -1 if a feature has fewer entries."""
-        rank = self._ranks(self.feature)
+        entries = self.merged()
+        rank = self._ranks(entries.feature)
         position = np.full((self.d_sae, self.size), -1, np.int64)
-        position[self.feature, rank] = self.position
+        position[entries.feature, rank] = entries.position
         activation = np.zeros((self.d_sae, self.size), np.float32)
-        activation[self.feature, rank] = self.activation
+        activation[entries.feature, rank] = entries.activation
         return position, activation
 
 
@@ -92,34 +134,32 @@ class StrongestExamples:
         self.in_recording = LargestByFeature(d_sae, self.count)
         self.recording = -1
 
-    def add(self, batch: EncodedBatch, recording: Int[np.ndarray, " sequences"]) -> None:
-        """Add a batch; recording: of each of its sequences, in order."""
+    def add(
+        self,
+        first_position: int,
+        recording: Int[np.ndarray, " rows"],
+        entries: ActiveEntries,
+    ) -> None:
+        """Add a batch; first_position: of its first row. recording: of each row, in order."""
+        of_entry = recording[entries.row]
         for one in np.unique(recording).tolist():
             if one != self.recording:
                 self._merge()
                 self.recording = one
-            values, rows = largest_tokens(batch, recording == one, self.count)
-            self._add_table(values, rows, batch.first * batch.n_tokens)
-
-    def _add_table(
-        self, values: Float[Array, "d_sae n"], rows: Int[Array, "d_sae n"], first_position: int
-    ) -> None:
-        value = np.asarray(values)
-        feature, rank = np.nonzero(value)
-        activation = value[feature, rank]
-        self.in_recording.add(
-            feature,
-            activation.astype(np.float64),
-            first_position + np.asarray(rows)[feature, rank].astype(np.int64),
-            activation,
-            # Entries that cannot enter the best of all are dropped here already.
-            above=self.best.threshold,
-        )
+            mine = np.flatnonzero(of_entry == one)
+            self.in_recording.add(
+                entries.feature[mine],
+                entries.value[mine],
+                first_position + entries.row[mine].astype(np.int64),
+                entries.value[mine],
+                # Entries that cannot enter the best of all are dropped here already.
+                above=self.best.threshold,
+            )
 
     def _merge(self) -> None:
-        current = self.in_recording
+        current = self.in_recording.merged()
         self.best.add(current.feature, current.key, current.position, current.activation)
-        current.clear()
+        self.in_recording.clear()
 
     def finish(self) -> LargestByFeature:
         """Return the best of all recordings."""

@@ -10,7 +10,8 @@ from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.evaluation.config import Band
 from minsae_jax.report.describe import FeatureCard, Histogram
 from minsae_jax.report.excerpts import EventSpan, Example
-from minsae_jax.report.page import EventRow, MemberRow, ReportMeta
+from minsae_jax.report.montages import bipolar_chains
+from minsae_jax.report.page import ReportMeta
 from minsae_jax.report.pages import (
     DetectedEvent,
     DetectedLabel,
@@ -55,27 +56,6 @@ EVENTS = ("alpha", "blink", "spindle", "spike", "muscle", "slow wave")
 
 
 def make_meta(**changes: Any) -> ReportMeta:
-    members = [
-        MemberRow(
-            name=f"lambda={v:g}",
-            hyper={"lambda_sparsity": v},
-            l0=96 / (1 + v),
-            fvu=0.6 * v / (v + 4),
-            recommended=v == 5,
-        )
-        for v in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
-    ]
-    events = [
-        EventRow(
-            kind=kind,
-            feature=i,
-            auc=0.97 - 0.05 * i,
-            probe_auc=0.99 - 0.03 * i,
-            raw_auc=0.8 - 0.06 * i,
-            pca_auc=0.85 - 0.07 * i,
-        )
-        for i, kind in enumerate(("alpha", "blink", "spindle"))
-    ]
     values: dict[str, Any] = {
         "title": "Features of a demo encoder",
         "member": "lambda=5",
@@ -94,6 +74,7 @@ def make_meta(**changes: Any) -> ReportMeta:
         "has_cls": True,
         "channels": CHANNELS,
         "positions": POSITIONS,
+        "bipolar": bipolar_chains(CHANNELS),
         "bands": BANDS,
         "summary": [
             ("FVU, variance unexplained", "0.333"),
@@ -101,11 +82,9 @@ def make_meta(**changes: Any) -> ReportMeta:
             ("Loss recovered", "97.1 %"),
             ("Features", "1,024, of which 41 never active"),
         ],
-        "members": members,
-        "events": events,
         "waveform_exact": False,
         "shifted_recordings": 2,
-        "notes": ["Held-out patients only."],
+        "pages_rule": "Pages were written for all features.",
     }
     return ReportMeta(**(values | changes))
 

@@ -11,8 +11,9 @@ from selenium.webdriver.common.keys import Keys
 
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.report.describe import FeatureRow
-from minsae_jax.report.page import EventRow, write_pages
-from tests.report.made_up import make_cards, make_dead_card, make_meta
+from minsae_jax.report.page import write_pages
+from minsae_jax.report.pages import Pages
+from tests.report.made_up import make_cards, make_dead_card, make_meta, make_pages
 
 pytestmark = pytest.mark.slow
 N = 40
@@ -23,7 +24,8 @@ HOSTILE = "</script><script>hacked=1</script><img src=x onerror='hacked=1'>\u202
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "report"
-    write_pages(folder, make_meta(), make_cards(N, DEAD))
+    pages = Pages(events=make_pages(N).events, members=make_pages(N).members)
+    write_pages(folder, make_meta(pages=pages), make_cards(N, DEAD))
     return folder
 
 
@@ -73,8 +75,10 @@ def test_index_shows_the_run_and_all_features(page, report):
     visit(page, report)
     assert page.title == "Features of a demo encoder"
     assert "16 patients" in find(page, "#corpus")[0].text
-    assert len(find(page, "#overview svg circle.point")) == 5
-    assert len(find(page, "#overview svg circle.chosen")) == 1
+    members = make_pages(N).members
+    assert len(find(page, "#overview svg circle.point")) == len(members) + 3  # and the legend
+    assert len(find(page, "#overview svg circle.ring")) == 1
+    assert "k = 8" in texts(page, "#overview svg text.strong")
     assert len(find(page, "#overview svg rect.bar")) > 3
     notes = find(page, "#notes li")
     assert "2 recordings may have shifted" in notes[0].text
@@ -253,10 +257,10 @@ def test_names_are_never_markup(page, tmp_path):
         mean=float("nan"),
     )
     names = dict.fromkeys(("title", "run", "member", "encoder", "split", "created_with"), HOSTILE)
-    meta = make_meta(**names, notes=[HOSTILE], summary=[(HOSTILE, HOSTILE)])
-    first = replace(meta.members[0], name=HOSTILE, fvu=float("inf"))
-    event = EventRow(HOSTILE, 0, None, None, None, None)
-    meta = replace(meta, members=[first, *meta.members[1:]], events=[event])
+    meta = make_meta(**names, pages_rule=HOSTILE, summary=[(HOSTILE, HOSTILE)])
+    first, *others = make_pages(1).members
+    first = replace(first, name=HOSTILE, setting=HOSTILE, fvu=float("inf"))
+    meta = replace(meta, pages=Pages(members=[first, *others]))
     write_pages(tmp_path / "report #1 %41", meta, [card])
     visit(page, tmp_path / "report #1 %41")
     assert page.title == HOSTILE
@@ -306,10 +310,11 @@ def test_sixteen_thousand_features_are_sorted_in_a_second(page, tmp_path):
 def test_tokens_over_all_channels(page, tmp_path):
     """Amplitudes in µV, and a map of power without the channel whose place is unknown."""
     (card,) = make_cards(1)
-    examples = [
-        replace(example, channel="all channels", trace_channel="O1", uv_per_sd=12.5)
-        for example in card.examples
-    ]
+    examples = []
+    for example in card.examples:
+        others_uv = None if example.others is None else np.full(19, 12.5)
+        in_uv = {"uv_per_sd": 12.5, "others_uv": others_uv}
+        examples.append(replace(example, channel="all channels", trace_channel="O1", **in_uv))
     positions = POSITIONS.copy()
     positions[3] = np.nan
     meta = make_meta(channel_tokens=False, positions=positions)

@@ -131,7 +131,7 @@ def test_parts_without_data_are_left_out(page, tmp_path):
     (card,) = make_cards(1)
     examples = [replace(example, events=[], other_features=[]) for example in card.examples]
     cards = [replace(card, examples=examples)]
-    write_pages(tmp_path / "report", make_meta(events=[], pages=Pages()), cards)
+    write_pages(tmp_path / "report", make_meta(pages=Pages()), cards)
     visit(page, tmp_path / "report")
     for part in ("#recommended", "#events", "#by-label"):
         assert not find(page, part)[0].is_displayed()
@@ -142,18 +142,6 @@ def test_parts_without_data_are_left_out(page, tmp_path):
     wait_for_feature(page, 0)
     assert find(page, "#feature .badge, #feature .legend, #feature .also") == []
     assert "What else explains it" not in texts(page, "#feature h3")
-
-
-def test_older_rows_of_events_are_shown(page, tmp_path):
-    write_pages(tmp_path / "report", make_meta(), make_cards(3))
-    visit(page, tmp_path / "report")
-    titles, *rows = table(page, "#events")
-    assert titles == ["Event", "Best of", "", "AUC", "0.5 to 1", "Probe, 5"]
-    assert [row[-3] for row in rows[:3]] == ["0.970", "0.800", "0.850"]
-    find(page, "#events th a")[2].click()
-    wait(page, "return document.title === 'Event: spindle'")
-    visit(page, tmp_path / "report", "#members")
-    assert len(table(page, "#page > section")) == 1 + 6
 
 
 def test_search_and_columns_of_events_and_seeds(page, report):
@@ -273,6 +261,15 @@ def test_comparison_of_members(page, report):
     assert {row[0]: row[1:] for row in table(page, "#page .two") if len(row) == 3} == sides
 
 
+def test_a_single_member_is_shown(page, tmp_path):
+    """A run of one SAE, without principal components."""
+    pages = replace(make_pages(N), members=make_pages(N).members[:1])
+    write_pages(tmp_path / "report", make_meta(pages=pages), [make_dead_card(0, 1)])
+    visit(page, tmp_path / "report", "#members")
+    assert len(table(page, "#page > section")) == 1 + 1
+    assert len(find(page, "#page .pair svg circle.point")) == 2  # one of the legend
+
+
 def test_findings_on_the_page_of_a_feature(page, report):
     visit(page, report, "#f=1")
     wait_for_feature(page, 1)
@@ -320,7 +317,7 @@ def test_chosen_examples_are_in_the_address(page, report):
     assert texts(page, pressed) == ["Weak to strong 10"]  # these have no montage
     find(page, ".tabs button")[0].click()
     wait(page, "return location.hash === '#f=2&montage=1'")
-    assert texts(page, pressed) == ["Strongest 8", "All channels"]
+    assert texts(page, pressed) == ["Strongest 8", "All channels", "As recorded"]
     find(page, ".tabs button")[3].click()
     wait(page, "return location.hash === '#f=2'")
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minsae_jax.report import examples
+from minsae_jax.report import examples, selection
 from minsae_jax.report.entries import EDGES, encode_batch, find_active
 from minsae_jax.report.examples import collect
 from minsae_jax.sae.member import SparseAutoencoder
@@ -24,13 +24,15 @@ def everything(trained):
 
 
 @pytest.mark.parametrize(
-    ("top", "per_recording", "batch"), [(5, 2, 40), (12, 100, 1000), (3, 1, 16_384)]
+    ("top", "per_recording", "batch", "merge"),
+    [(5, 2, 40, 1), (12, 100, 1000, 500), (3, 1, 16_384, 1 << 17)],
 )
 def test_top_examples_match_a_brute_force_search(
-    everything, monkeypatch, top, per_recording, batch
+    everything, monkeypatch, top, per_recording, batch, merge
 ):
     dataset, sae, f, sequence, token = everything
     monkeypatch.setattr(examples, "BATCH_TOKENS", batch)
+    monkeypatch.setattr(selection, "MERGE", merge)
     strongest = collect(dataset, sae, top, per_recording).top
     n_several = 0
     for feature in range(sae.d_sae):
@@ -174,6 +176,7 @@ def test_memory_does_not_grow_with_the_store(everything, monkeypatch):
     dataset, sae, *_ = everything
     monkeypatch.setattr(examples, "BATCH_TOKENS", 60)
     monkeypatch.setattr(examples, "COACTIVE_TOKENS", 100)
+    monkeypatch.setattr(selection, "MERGE", 100)
     collect(dataset, sae)  # compiles
     peaks = []
     for n in (len(dataset.recording) // 4, len(dataset.recording)):

@@ -81,15 +81,6 @@ def test_keys_of_the_data_files(report):
         "event_auc",
         "pack",
     ]
-    assert list(index["meta"]["members"][0]) == [
-        "name",
-        "kind",
-        "line",
-        "lambda_sparsity",
-        "l0",
-        "fvu",
-        "recommended",
-    ]
     data = read_cards(report)[0]
     assert " ".join(data) == (
         "id density mean max channel band patients patient_share artefact artefact_top cls "
@@ -99,7 +90,7 @@ def test_keys_of_the_data_files(report):
     )
     assert " ".join(data["examples"][0]) == (
         "group activation recording patient channel start patch trace others strip strip_start "
-        "hints trace_channel uv_per_sd events other_features"
+        "hints trace_channel uv_per_sd others_uv events other_features"
     )
 
 

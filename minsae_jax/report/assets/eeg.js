@@ -2,7 +2,8 @@
 "use strict";
 
 const decode = (base64) => Int8Array.from(atob(base64), (byte) => byte.charCodeAt(0)); // units of 0.1 SD
-const peak = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0) / 10;
+const peak = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+const quantile = (values, share) => values.toSorted((a, b) => a - b)[Math.floor(share * (values.length - 1))] ?? 0;
 const EVENT_BAR = 7; // px, of each kind of event above the trace
 
 const eventColours = new Map();
@@ -12,6 +13,11 @@ function eventColour(kind) {
   return eventColours.get(kind);
 }
 
+const swatch = (kind) => html("span", { class: `swatch ${eventColour(kind)}` });
+
+/** Return a link to the page of a kind of event, with its colour. */
+const kindLink = (kind) => html("a", { href: address("event", kind) }, swatch(kind), kind);
+
 /**
  * Return the gain of panels of one channel: the amplitude drawn at full height, the same in all of them.
  *
@@ -19,9 +25,9 @@ function eventColour(kind) {
  */
 function galleryGain(examples) {
   const inUv = examples.every((e) => e.uv_per_sd > 0);
-  const peaks = examples.map((e) => peak(decode(e.trace)) * (inUv ? e.uv_per_sd : 1)).sort((a, b) => a - b);
-  const usual = peaks[Math.floor(0.9 * (peaks.length - 1))] ?? 0;
-  return { inUv, full: Math.max(usual, inUv ? 1 : 2), cuts: peaks.at(-1) > usual };
+  const peaks = examples.map((e) => peak(scaled(decode(e.trace), inUv ? e.uv_per_sd : 1)));
+  const usual = quantile(peaks, 0.9);
+  return { inUv, full: Math.max(usual, inUv ? 1 : 2), cuts: Math.max(...peaks) > usual };
 }
 
 /** Return spans [from, to] without overlaps. */
@@ -55,64 +61,64 @@ function eventBands(events, kinds, x, channel, box, floor) {
   return [...bands, ...bars];
 }
 
+const ROW_GAP = { stack: 15, own: 58, chain: 7 }; // px between rows of a montage or of the own channel, and before a chain
+
 /**
- * Draw the EEG around a token: the channel's trace with the active patch, and below it the activation on each patch.
+ * Draw the EEG around a token: the rows of a montage with the active patch, and below them the activation on each patch.
  *
- * Other channels are faint behind it or, in a montage, one below the other. `gain` is that of the gallery, `usual` [SD]
- * the amplitude of a montage, and `largest` the activation drawn at full height. Labelled events are bars above the
- * trace, hollow if they are on other channels.
+ * Without `montage`, only the rows of the token's channel are drawn, with the other channels faint behind them. The
+ * gain is that of the gallery: `full` is the amplitude of a single row at full height, `spread` that between the rows of
+ * a montage, and `largest` the activation drawn at full height. Labelled events are bars above the trace, hollow if they
+ * are on other channels.
  */
-function drawExample(example, { montage, gain, usual, largest, channels, rate, seconds }) {
-  const trace = decode(example.trace);
-  const others = missing(example.others) ? null : decode(example.others);
-  const samples = others && others.length / channels.length;
-  const own = channels.indexOf(example.trace_channel ?? example.channel);
-  const end = example.start + trace.length / rate;
-  const gap = 15; // px between the rows of a montage
-  const full = gain.inUv ? gain.full / example.uv_per_sd : gain.full; // SD
-  const sd = montage ? gap / Math.max(2.2, usual / 2.5) : 43 / full; // px
+function drawExample(example, look) {
+  const { full, spread, inUv, largest, rate, seconds } = look;
+  const montage = look.montage && !missing(example.others);
+  const { rows, faint } = exampleRows(example, look);
+  const end = example.start + decode(example.trace).length / rate;
+  const gap = montage ? ROW_GAP.stack : ROW_GAP.own;
+  const pxPerUnit = montage ? gap / spread : 43 / full;
+  const chains = rows.map((_, i) => rows.slice(1, i + 1).filter((row) => row.isFirst).length);
+  const margin = rows.length > 1 ? Math.max(...rows.map((row) => 6.4 * row.name.length)) + 8 : 0;
   const events = example.events ?? [];
-  const shownChannel = example.trace_channel ?? example.channel;
-  const here = new Set(events.filter((event) => isOn(event, shownChannel)).map((event) => event.kind));
+  const channel = shownChannel(example);
+  const here = new Set(events.filter((event) => isOn(event, channel)).map((event) => event.kind));
   // Those on the channel come last, which is nearest to its trace.
   const kinds = [...new Set(events.map((event) => event.kind))].sort((a, b) => here.has(a) - here.has(b));
   return (width) => {
     const above = EVENT_BAR * kinds.length;
-    const box = { left: montage ? 32 : 0, right: width - 44, top: (montage ? 8 : 2) + above };
-    box.bottom = box.top + (montage ? gap * (channels.length + 1) : 92);
+    const box = { left: montage ? Math.max(32, margin) : margin, right: width - 44, top: (montage ? 8 : 2) + above };
+    const middle = (i) => box.top + (montage ? gap : 46) + gap * i + (montage ? ROW_GAP.chain * chains[i] : 0);
+    box.bottom = middle(rows.length - 1) + (montage ? gap : 46);
     const floor = box.bottom + 26;
     const x = scale(example.start, end, box.left, box.right);
-    const middle = (i) => (montage ? box.top + gap * (i + 1) : (box.top + box.bottom) / 2);
     const root = svg("svg", { width, height: floor + 18, role: "img" });
     if (example.patch) {
       const [a, b] = example.patch.map(x);
       root.append(svg("rect", { class: "patch", x: a, width: b - a, y: box.top, height: floor - box.top }));
     }
-    root.append(...eventBands(events, kinds, x, shownChannel, box, floor));
+    root.append(...eventBands(events, kinds, x, channel, box, floor));
     // Peaks that are larger than the gain allows end at the border of this viewport.
     const window = svg("svg", { x: box.left, y: box.top, width: box.right - box.left, height: box.bottom - box.top });
     const course = (values, y, kind) => {
       const step = (box.right - box.left) / values.length;
-      const points = Array.from(values, (value, k) => [(k + 0.5) * step, y - box.top - (value / 10) * sd]);
+      const points = Array.from(values, (value, k) => [(k + 0.5) * step, y - box.top - value * pxPerUnit]);
       window.append(svg("path", { class: kind, d: line(points) }));
     };
-    channels.forEach((name, i) => {
-      if (others && i !== own) {
-        course(others.subarray(i * samples, (i + 1) * samples), middle(i), montage ? "other" : "other faint");
-      }
-      if (montage) root.append(text(0, middle(i) + 3.5, "start", name, i === own ? "strong" : ""));
-    });
-    course(trace, middle(own), "trace");
+    for (const { values } of faint) course(values, middle(0), "other faint");
+    // The rows of the token's channel are drawn last, over the others.
+    const order = rows.map((_, i) => i).sort((a, b) => (rows[a].isOwn ?? false) - (rows[b].isOwn ?? false));
+    for (const i of order) course(rows[i].values, middle(i), rows[i].isOwn ? "trace" : "other");
+    const label = ({ name, isOwn }, i) => text(0, middle(i) + 3.5, "start", name, isOwn ? "strong" : "");
+    if (rows.length > 1) root.append(...rows.map(label));
     root.append(window);
 
-    // In a montage the channels' µV differ, and so the bar is in SD.
-    const inUv = !montage && gain.inUv;
-    const [unit, px] = inUv ? ["µV", sd / example.uv_per_sd] : ["SD", sd];
+    const unit = inUv ? "µV" : "SD";
     const sizes = inUv ? [1000, 500, 200, 100, 50, 20, 10, 5, 2, 1] : [10, 5, 2, 1];
-    const bar = sizes.find((size) => size * px <= 46) ?? 0.5;
-    const [at, low] = [box.right + 7, (montage ? middle(1) : middle(0)) + (bar * px) / 2];
-    root.append(svg("path", { class: "axis", d: `M${at} ${low}v${-bar * px}` }));
-    root.append(text(at + 4, low - (bar * px) / 2 + 3.5, "start", `${bar} ${unit}`));
+    const bar = sizes.find((size) => size * pxPerUnit <= 46) ?? 0.5;
+    const [at, low] = [box.right + 7, middle(montage ? Math.min(1, rows.length - 1) : 0) + (bar * pxPerUnit) / 2];
+    root.append(svg("path", { class: "axis", d: `M${at} ${low}v${-bar * pxPerUnit}` }));
+    root.append(text(at + 4, low - (bar * pxPerUnit) / 2 + 3.5, "start", `${bar} ${unit}`));
     (example.strip ?? []).forEach((value, i) => {
       const from = example.strip_start + i * seconds;
       const [a, b] = [from, from + seconds].map((second) => x(Math.min(Math.max(second, example.start), end)));

@@ -38,8 +38,7 @@ function badges(f) {
   if (f.stability) list.push(seedBadge(f.stability.found, f.stability.seeds));
   const best = f.events?.find((event) => event.kind === byId.get(f.id)?.event);
   if (best) {
-    const swatch = html("span", { class: `swatch ${eventColour(best.kind)}` });
-    list.push(html("a", { class: "badge", href: address("event", best.kind) }, swatch, `${best.kind}, AUC ${fixed(best.auc)}`));
+    list.push(html("a", { class: "badge", href: address("event", best.kind) }, swatch(best.kind), `${best.kind}, AUC ${fixed(best.auc)}`));
   }
   return list.length ? html("p", { class: "badges" }, list) : null;
 }
@@ -60,9 +59,11 @@ function facts(f) {
     ["artefact hints", `${percent(f.artefact)} of sampled, ${percent(f.artefact_top)} of the strongest examples`],
     ["examples that fit the suggestion", percent(f.support)],
   ];
-  const row = ([key, value]) => html("div", {}, html("dt", {}, key), html("dd", {}, value || "–"));
-  return html("dl", { class: "facts" }, rows.map(row));
+  return factList(rows.map(([key, value]) => [key, value || "–"]));
 }
+
+const WIDE = 4; // s of EEG from which a montage has the whole width
+const duration = (example) => decode(example.trace).length / meta.sampling_rate; // s
 
 const GROUPS = [
   ["top", "Strongest", "The largest activations, largest first."],
@@ -70,34 +71,40 @@ const GROUPS = [
   ["random", "Random", "A random sample of all activations."],
 ];
 
-/** Return the address's parameters of the chosen examples and layout; null for those by default. */
+/** Return the address's parameters of the chosen examples, layout and reference; null for those by default. */
 function viewParameters() {
-  return { show: view.group === "top" ? null : view.group, montage: view.montage ? "1" : null };
+  return {
+    show: view.group === "top" ? null : view.group,
+    montage: view.montage ? "1" : null,
+    reference: view.reference === "stored" ? null : view.reference,
+  };
 }
 
 function showExamples(f, title = "Examples") {
-  const section = html("section", { class: "examples" }, html("h2", {}, title));
+  const save = html("button", { type: "button", class: "link", onclick: () => saveExamples(f) }, "Save all as CSV");
+  const section = html("section", { class: "examples" });
   const groups = GROUPS.map(([key, ...words]) => [key, ...words, f.examples.filter((e) => e.group[0] === key[0])])
     .filter(([, , , members]) => members.length);
   if (!groups.length) {
-    section.append(html("p", { class: "empty" }, "No examples."));
+    section.append(html("h2", {}, title), html("p", { class: "empty" }, "No examples."));
     return section;
   }
   const [key, , words, members] = groups.find(([name]) => name === view.group) ?? groups[0];
   const examples = key === "q" ? [...members].sort((a, b) => b.activation - a.activation) : members;
   const possible = examples.some((e) => !missing(e.others));
+  const references = possibleReferences(examples);
   // Of all examples, so that the gain is the same in all groups.
-  const peaks = f.examples.map((e) => peak(decode(e.trace))).sort((a, b) => a - b);
-  const gain = galleryGain(f.examples);
   const look = {
+    ...galleryGain(f.examples),
     montage: view.montage && possible,
-    gain,
-    usual: Math.max(2, peaks[Math.floor(0.75 * (peaks.length - 1))]),
+    reference: references.some(([name]) => name === view.reference) ? view.reference : "stored",
     largest: Math.max(f.max ?? 0, ...examples.map((e) => e.activation)),
     channels: meta.channels, rate: meta.sampling_rate, seconds: meta.patch_seconds,
   };
+  look.spread = look.montage ? rowAmplitude(f.examples, look) : 1;
   const choose = (change) => () => {
     Object.assign(view, change);
+    if (change.reference) rememberReference(change.reference);
     setParameters(viewParameters());
     section.replaceWith(showExamples(f, title));
     redraw();
@@ -107,46 +114,57 @@ function showExamples(f, title = "Examples") {
   const tabs = groups.map(([name, words, , all]) => tab(`${words} ${all.length}`, name === key, { group: name }));
   const layouts = [["One channel", false], ["All channels", true]]
     .map(([name, montage]) => tab(name, look.montage === montage, { montage }));
-  const save = html("button", { type: "button", class: "link", onclick: () => saveExamples(f) }, "Save all as CSV");
+  const montages = references.map(([name, words]) => tab(words, look.reference === name, { reference: name }));
   build(section, {}, [
+    html("div", { class: "heading" }, html("h2", {}, title), save),
     html("div", { class: "controls" }, html("div", { class: "tabs" }, tabs),
-      possible ? html("div", { class: "tabs" }, layouts) : null, save),
+      possible ? html("div", { class: "tabs" }, layouts) : null,
+      references.length > 1 ? html("div", { class: "tabs references" }, montages) : null),
     html("p", { class: "note" }, `${words} Shaded: the active patch. Bars below: the activation on each patch. ${gainNote(look)}`),
+    look.reference === "stored" ? null : html("p", { class: "note" }, referenceNote(look)),
     eventLegend(examples),
-    html("div", { class: "gallery" }, examples.map((e) => showExample(e, look))),
+    html("div", { class: `gallery ${look.montage && duration(examples[0]) > WIDE ? "wide" : ""}` }, examples.map((e) => showExample(e, look))),
   ]);
   return section;
 }
 
-function gainNote({ montage, gain }) {
-  const unit = montage || !gain.inUv ? "SD of the recording's channel" : "µV";
-  const cut = !montage && gain.cuts ? "; larger peaks are cut off" : "";
-  return `Amplitudes in ${unit}, with the same gain in all panels${cut}.`;
+/** Choose the next montage of the examples that are shown. */
+function nextReference() {
+  const tabs = [...document.querySelectorAll("main:not([hidden]) .references button")];
+  const chosen = tabs.findIndex((tab) => tab.getAttribute("aria-pressed") === "true");
+  tabs[(chosen + 1) % tabs.length]?.click();
+}
+
+function gainNote({ montage, inUv, cuts }) {
+  const unit = inUv ? "µV" : "SD of the recording's channel";
+  const cut = !montage && cuts ? "; larger peaks are cut off" : "";
+  return `Amplitudes in ${unit}, with the same gain in all panels${cut}. Positive is up.`;
 }
 
 /** Return the kinds of event in the examples with their colours, or null without any. */
 function eventLegend(examples) {
   const kinds = [...new Set(examples.flatMap((e) => (e.events ?? []).map((event) => event.kind)))];
   if (!kinds.length) return null;
-  const known = new Set(eventPages().map((event) => event.kind));
-  const item = (kind) => html(known.has(kind) ? "a" : "span", known.has(kind) ? { href: address("event", kind) } : {},
-    html("span", { class: `swatch ${eventColour(kind)}` }), kind);
+  const known = new Set(meta.pages.events.map((event) => event.kind));
+  const item = (kind) => (known.has(kind) ? kindLink(kind) : html("span", {}, swatch(kind), kind));
   return html("p", { class: "note legend" }, html("span", {}, "Labelled events (hollow: on other channels):"), kinds.map(item));
 }
 
 function showExample(example, look) {
-  const montage = look.montage && !missing(example.others);
+  const reference = referenceOf(example, look);
   const seconds = example.patch?.map((second) => second.toFixed(2)).join("–");
   const when = seconds ? `${seconds} s` : "CLS token, the whole window";
   const tenth = example.group[0] === "q" ? html("span", { class: "chip" }, `decile ${example.group.slice(1)}`) : null;
   const shown = missing(example.trace_channel) ? null : html("span", {}, `shown: ${example.trace_channel}`);
+  const recorded = reference === look.reference ? null
+    : html("span", { class: "chip", title: "this montage needs channels that the example does not have" }, "as recorded");
   const hints = (example.hints ?? []).map((hint) => html("span", { class: "chip warn" }, hint));
   return html("figure", {},
     html("figcaption", {},
-      html("div", {}, html("b", {}, example.channel), html("span", {}, when), shown, tenth, hints,
+      html("div", {}, html("b", {}, example.channel), html("span", {}, when), shown, tenth, recorded, hints,
         html("span", { class: "value", title: "activation" }, number(example.activation))),
       html("div", { class: "where", title: `${example.recording}, patient ${example.patient}` }, example.recording)),
-    figure(drawExample(example, { ...look, montage }), `${example.recording} ${seconds ?? "cls"}`),
+    figure(drawExample(example, { ...look, reference }), `${example.recording} ${seconds ?? "cls"}`),
     alsoActive(example));
 }
 
@@ -228,25 +246,23 @@ function patientWarning(shares) {
 }
 
 function featureEvents(events) {
-  const kind = (event) => html("a", { href: address("event", event.kind) },
-    html("span", { class: `swatch ${eventColour(event.kind)}` }), event.kind);
   return html("table", { class: "data compact" },
-    html("thead", {}, html("tr", {}, ["Kind", "", "AUC", "Recall", "Precision"].map((title, i) => html("th", { scope: "col", class: i > 1 ? "num" : "" }, title)))),
-    html("tbody", {}, events.map((event) => html("tr", {}, html("td", {}, kind(event)),
+    tableHead([["Kind"], [""], ...["AUC", "Recall", "Precision"].map((title) => [title, null, "num"])]),
+    html("tbody", {}, events.map((event) => html("tr", {}, html("td", {}, kindLink(event.kind)),
       html("td", { class: "plot" }, track(event.auc, { width: 84 })),
       [fixed(event.auc), percent(event.recall), percent(event.precision)].map((value) => html("td", { class: "num" }, value))))));
 }
 
 function featureLabels(labels) {
   return html("table", { class: "data compact" },
-    html("thead", {}, html("tr", {}, ["Label", "Effect", "p", "q"].map((title, i) => html("th", { scope: "col", class: i ? "num" : "" }, title)))),
+    tableHead([["Label"], ...["Effect", "p", "q"].map((title) => [title, null, "num"])]),
     html("tbody", {}, labels.map((label) => html("tr", {}, html("td", {}, html("a", { href: address("label", label.label) }, label.label)),
       [fixed(label.effect, 2), pValue(label.p), pValue(label.q)].map((value) => html("td", { class: "num" }, value))))));
 }
 
 function seedMatches(matches) {
   return html("table", { class: "data compact" },
-    html("thead", {}, html("tr", {}, ["Member", "Feature", "Encoder", "Decoder"].map((title, i) => html("th", { scope: "col", class: i ? "num" : "" }, title)))),
+    tableHead([["Member"], ...["Feature", "Encoder", "Decoder"].map((title) => [title, null, "num"])]),
     html("tbody", {}, matches.map((match) => html("tr", { class: match.is_same ? null : "faded" },
       html("td", { title: match.member }, match.member),
       [match.feature < 0 ? "–" : match.feature, fixed(match.encoder_cosine, 2), fixed(match.decoder_cosine, 2)].map((value) => html("td", { class: "num" }, value))))));

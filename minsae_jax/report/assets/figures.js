@@ -136,63 +136,7 @@ function drawPosition(shares, seconds) {
   return drawBars(edges, shares, { label: "second of the window" }, y, describe, even);
 }
 
-// Settings that control sparsity, and how each is written: the one that a member has is its label.
-const SPARSITY = { lambda_sparsity: "λ", k: "k", target_l0: "target L0" };
-
 const N_COLOURS = 6;
-
-/** Return an axis from 0, or a logarithmic one if the values span more than a decade. */
-function paretoAxis(label, least, most) {
-  const log = least > 0 && most > 10 * least;
-  return { label, log, from: log ? 0.8 * least : 0, to: (log ? 1.5 : 1.12) * most };
-}
-
-/** Draw FVU against L0; `components` are PCA with several numbers of components. */
-function drawPareto(all, components = []) {
-  const members = all.filter((m) => !missing(m.l0) && !missing(m.fvu));
-  if (!members.length) return () => "";
-  const points = [...members, ...components];
-  const l0 = points.map((m) => m.l0);
-  const [least, most] = [Math.min(...l0), Math.max(...l0)];
-  const fvu = points.map((m) => m.fvu);
-  const x = paretoAxis("L0: active features per token", least, most);
-  const y = paretoAxis("FVU: fraction of variance unexplained", Math.min(...fvu), Math.max(...fvu));
-  const kinds = [...new Set(members.map((m) => m.kind))];
-  const colour = (m) => `kind-${kinds.indexOf(m.kind) % N_COLOURS}`;
-  return (width) => {
-    const { root, sx, sy, box } = axes(width, 210, x, y);
-    for (const name of new Set(members.map((m) => m.line))) {
-      const path = members.filter((m) => m.line === name).sort((a, b) => a.l0 - b.l0);
-      const d = line(path.map((m) => [sx(m.l0), sy(m.fvu)]));
-      root.append(svg("path", { class: `curve faint ${colour(path[0])}`, d }));
-    }
-    if (components.length) {
-      const path = components.toSorted((a, b) => a.l0 - b.l0);
-      root.append(svg("path", { class: "curve pca", d: line(path.map((m) => [sx(m.l0), sy(m.fvu)])) }));
-    }
-    if (kinds.length > 1 || components.length) {
-      for (const [i, kind] of kinds.entries()) {
-        root.append(text(box.right, box.top + 6 + 13 * i, "end", kind, colour({ kind })));
-      }
-      if (components.length) root.append(text(box.right, box.top + 6 + 13 * kinds.length, "end", "PCA (dashed)"));
-    }
-    const labels = [];
-    // The chosen member first, so that no other label takes its place.
-    for (const m of members.toSorted((a, b) => b.recommended - a.recommended)) {
-      const [cx, cy] = [sx(m.l0), sy(m.fvu)];
-      const tip = svg("title", {}, `${m.name}: L0 ${number(m.l0)}, FVU ${number(m.fvu)}`);
-      if (m.recommended) root.append(svg("circle", { cx, cy, r: 8.5, class: "ring" }));
-      root.append(svg("circle", { cx, cy, r: m.recommended ? 5 : 4, class: m.recommended ? "chosen" : `point ${colour(m)}` }, tip));
-      const setting = Object.keys(SPARSITY).find((key) => !missing(m[key]));
-      const symbol = m.recommended && setting ? `${SPARSITY[setting]} = ` : "";
-      const name = `${symbol}${short(m[setting])}`;
-      if (labels.some((at) => Math.abs(at.cx - cx) < 24 && Math.abs(at.cy - cy) < 12)) continue;
-      labels.push({ cx, cy });
-      root.append(text(cx + 10, cy - 6, "start", name, m.recommended ? "strong" : ""));
-    }
-    return root;
-  };
-}
 
 const GREEK = { delta: "δ", theta: "θ", alpha: "α", beta: "β", gamma: "γ" };
 

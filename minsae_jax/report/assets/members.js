@@ -14,20 +14,12 @@ const MEMBER_MEASURES = [
   { key: "never_active", title: "Never active", hint: "share of the features, on the test patients", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
   { key: "twins", title: "Twins", hint: "share of decoder rows with a cosine above 0.9 with another", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
 ];
+const [L0, FVU] = MEMBER_MEASURES;
 const measureTitle = ({ title, unit }) => (unit ? `${title}, ${unit}` : title);
 const isPca = (m) => m.kind === "pca";
 
-/** Return the members and PCA; from reports of older versions the members' L0 and FVU only. */
-function memberList() {
-  if (some(meta.pages?.members)) return meta.pages.members;
-  return (meta.members ?? []).map((old) => {
-    const setting = Object.keys(SPARSITY).find((key) => !missing(old[key]));
-    return { ...old, setting: setting ? `${SPARSITY[setting]} = ${short(old[setting])}` : "", is_recommended: old.recommended };
-  });
-}
-
 function showMembers() {
-  const members = memberList();
+  const { members } = meta.pages;
   const scatter = html("div", {});
   const drawScatter = () => {
     scatter.replaceChildren(memberScatter(members, drawScatter));
@@ -61,7 +53,8 @@ function memberTable(members) {
 // ---- the scatter plot
 
 function memberScatter(members, change) {
-  const known = MEMBER_MEASURES.filter(({ key }) => members.filter((m) => !missing(m[key])).length > 1);
+  const enough = Math.min(2, members.length);
+  const known = MEMBER_MEASURES.filter(({ key }) => members.filter((m) => !missing(m[key])).length >= enough);
   const address = parameters();
   const of = (name, other) => known.find(({ key }) => key === (address.get(name) ?? other)) ?? known[0];
   const [x, y] = [of("x", "l0"), of("y", some(known.filter(({ key }) => key === "event_auc")) ? "event_auc" : "fvu")];
@@ -78,6 +71,12 @@ function memberScatter(members, change) {
     html("p", { class: "note" }, "Lines join members that differ in sparsity alone, and PCA (dashed). Whiskers: 95 % intervals. Ringed: recommended."));
 }
 
+/** Return an axis from 0, or a logarithmic one if the values span more than a decade. */
+function axisFromZero(label, least, most) {
+  const log = least > 0 && most > 10 * least;
+  return { label, log, from: log ? 0.8 * least : 0, to: (log ? 1.5 : 1.12) * most };
+}
+
 /** Return the axis of a measure that spans its values and intervals. */
 function memberAxis(measure, members, width) {
   const values = members.flatMap((m) => [m[measure.key], ...(m[measure.interval] ?? [])]).filter((v) => !missing(v));
@@ -85,14 +84,14 @@ function memberAxis(measure, members, width) {
   const format = measure.unit ? (v) => short(100 * v) : short;
   const explained = `${measureTitle(measure)}: ${measure.hint}`;
   const label = measure.hint && 6 * explained.length < width - 60 ? explained : measureTitle(measure);
-  if (measure.axis === "log") return { ...paretoAxis(label, least, most), format };
+  if (measure.axis === "log") return { ...axisFromZero(label, least, most), format };
   if (measure.axis === "zero") return { label, format, from: 0, to: 1.12 * (most || 1) };
   const room = 0.1 * (most - least || 0.1);
   return { label, format, from: least - room, to: most + room };
 }
 
-/** Return what members of the same line have in common. */
-const lineOf = (m) => [m.kind, m.line ?? m.name.replace(m.setting.replaceAll(" ", ""), "")].join("|");
+/** Return kind and name of a member without its sparsity, which are those of its line. */
+const lineOf = (m) => [m.kind, m.name.replace(m.setting.replaceAll(" ", ""), "")].join("|");
 
 /** Return places of words one after the other, in rows of a width: {x, row}. */
 function flow(words, left, width) {
@@ -106,15 +105,17 @@ function flow(words, left, width) {
   });
 }
 
-function drawMembers(all, xMeasure, yMeasure) {
+/** Draw two measures of members and PCA against each other; lines join members that differ in sparsity alone. */
+function drawMembers(all, xMeasure, yMeasure, height = 340) {
   const members = all.filter((m) => !missing(m[xMeasure.key]) && !missing(m[yMeasure.key]));
+  if (!members.length) return () => "";
   const kinds = [...new Set(members.filter((m) => !isPca(m)).map((m) => m.kind))];
   const colour = (m) => (isPca(m) ? "pca" : `kind-${kinds.indexOf(m.kind) % N_COLOURS}`);
   return (width) => {
     const names = [...kinds.map((kind) => [kind, colour({ kind })]), ...(members.some(isPca) ? [["PCA, dashed", "pca"]] : [])];
     const places = flow(names.map(([name]) => name), 44, width);
     const [x, y] = [xMeasure, yMeasure].map((measure) => memberAxis(measure, members, width));
-    const { root, sx, sy, box } = axes(width, 340, x, y);
+    const { root, sx, sy, box } = axes(width, height, x, y);
     const at = (m) => [sx(m[xMeasure.key]), sy(m[yMeasure.key])];
     for (const name of new Set(members.map(lineOf))) {
       const path = members.filter((m) => lineOf(m) === name).sort((a, b) => a.l0 - b.l0);
@@ -135,10 +136,10 @@ function drawMembers(all, xMeasure, yMeasure) {
       root.append(text(cx + (anchor === "end" ? -10 : 10), cy - 6, anchor, m.setting, m.is_recommended ? "halo strong" : "halo"));
     }
     for (const [i, [name, kind]] of names.entries()) {
-      const [x, y] = [places[i].x, 340 + 16 * (places[i].row + 1)];
+      const [x, y] = [places[i].x, height + 16 * (places[i].row + 1)];
       root.append(svg("circle", { class: `point ${kind}`, cx: x + 4, cy: y - 4, r: 4 }), text(x + 13, y, "start", name));
     }
-    root.setAttribute("height", 340 + 16 * (places.at(-1).row + 1) + 8);
+    root.setAttribute("height", height + 16 * (places.at(-1).row + 1) + 8);
     return root;
   };
 }
@@ -149,7 +150,7 @@ function sideBySide(members) {
   const byName = new Map(members.map((m) => [m.name, m]));
   const address = parameters();
   const first = byName.get(address.get("a")) ?? byName.get(meta.member) ?? members[0];
-  const rival = meta.pages?.recommended?.runners_up?.find((name) => name !== first.name);
+  const rival = meta.pages.recommended?.runners_up.find((name) => name !== first.name);
   const second = byName.get(address.get("b")) ?? byName.get(rival) ?? members.find((m) => m !== first) ?? first;
   const choose = (name, chosen) => html("select", {
     "aria-label": name === "a" ? "first member" : "second member", "data-member": name,

@@ -5,19 +5,6 @@ const SETS = [["sae", "SAE feature"], ["raw", "raw dimension"], ["pca", "princip
 const SET_TITLES = { sae: "SAE features", raw: "Raw activation dimensions", pca: "Principal components" };
 const SIGNIFICANT = 0.05;
 
-/** Return the kinds of event; from reports of older versions those with AUCs only. */
-function eventPages() {
-  if (some(meta.pages?.events)) return meta.pages.events;
-  return (meta.events ?? []).map((old) => ({
-    kind: old.kind, feature: old.feature, n_ties: 1,
-    scores: {
-      sae: { auc: old.auc, probe_5_auc: old.probe_auc },
-      raw: missing(old.raw_auc) ? null : { auc: old.raw_auc },
-      pca: missing(old.pca_auc) ? null : { auc: old.pca_auc },
-    },
-  }));
-}
-
 const MEASURES = [
   { key: "recall", title: "Recall", hint: "share of the events found at a precision of 90 %", format: percent },
   { key: "token_auc", title: "Token AUC", hint: "AUC over single tokens instead of spans" },
@@ -46,7 +33,7 @@ function scoreTable(groups, firstTitle = null) {
     return rows.map((set, i) => row(group, set, i, rows));
   });
   return html("div", { class: "scroll" }, html("table", { class: "data scores" },
-    html("thead", {}, html("tr", {}, head.map(([title, hint, kind]) => html("th", { scope: "col", class: kind ?? null, title: hint ?? null }, title)))),
+    tableHead(head),
     html("tbody", {}, body)));
 }
 
@@ -58,23 +45,23 @@ function bestFeature(event) {
 
 /** Draw the overview's table of events. */
 function drawEvents() {
-  const events = eventPages();
+  const { events } = meta.pages;
   $("#events").hidden = !events.length;
   if (!events.length) return;
   const groups = events.map((event) => ({
-    first: [html("a", { href: address("event", event.kind) }, html("span", { class: `swatch ${eventColour(event.kind)}` }), event.kind),
+    first: [kindLink(event.kind),
       missing(event.test_events) ? null : html("small", {}, count(event.test_events, "test event"))],
     which: bestFeature(event),
     scores: event.scores,
   }));
-  const means = meta.pages?.event_means;
+  const means = meta.pages.event_means;
   if (means) groups.push({ first: ["mean over kinds"], which: null, scores: means });
   $("#events .place").replaceChildren(scoreTable(groups, "Event"));
 }
 
 /** Draw the overview's table of labels. */
 function drawLabels() {
-  const labels = meta.pages?.labels ?? [];
+  const { labels } = meta.pages;
   $("#by-label").hidden = !labels.length;
   if (!labels.length) return;
   const columns = [
@@ -94,7 +81,7 @@ const probeText = (probe, score) => (missing(score) ? "–" : `${probe.score_nam
 // ---- the page of a kind of event
 
 function showEvent(kind) {
-  const events = eventPages();
+  const { events } = meta.pages;
   const place = events.findIndex((event) => event.kind === kind);
   const link = (step) => (events[place + step] ? address("event", events[place + step].kind) : null);
   const navigation = place < 0 ? bar("← Overview") : bar("← Overview", link(-1), `${place + 1} of ${events.length} kinds`, link(1));
@@ -103,7 +90,7 @@ function showEvent(kind) {
   const examples = html("div", {});
   showPage(`Event: ${kind}`, navigation,
     html("header", {}, html("p", { class: "eyebrow" }, "Kind of event"),
-      html("h1", {}, html("span", { class: `swatch ${eventColour(kind)}` }), kind),
+      html("h1", {}, swatch(kind), kind),
       html("p", { class: "lead" }, eventSentence(event)), eventFacts(event)),
     html("section", {}, html("h2", {}, "Against baselines"),
       html("p", { class: "note" }, "All are chosen on val patients and measured on test patients by the same rules. Raw dimensions and " +
@@ -136,8 +123,7 @@ function eventFacts(event) {
     ["tokens that touch one", event.base_rate, percent],
     ["pure features", event.pure_features],
   ].filter(([, value]) => !missing(value));
-  return rows.length ? html("dl", { class: "facts" }, rows.map(([key, value, format]) =>
-    html("div", {}, html("dt", {}, key), html("dd", {}, (format ?? whole)(value))))) : null;
+  return rows.length ? factList(rows.map(([key, value, format]) => [key, (format ?? whole)(value)])) : null;
 }
 
 const featureColumns = [
@@ -223,7 +209,7 @@ function drawGroups(series, target, colour, label) {
 // ---- the page of a label
 
 function showLabel(name) {
-  const labels = meta.pages?.labels ?? [];
+  const { labels } = meta.pages;
   const place = labels.findIndex((label) => label.name === name);
   const link = (step) => (labels[place + step] ? address("label", labels[place + step].name) : null);
   const navigation = place < 0 ? bar("← Overview") : bar("← Overview", link(-1), `${place + 1} of ${count(labels.length, "label")}`, link(1));
@@ -234,7 +220,7 @@ function showLabel(name) {
   showPage(`Label: ${name}`, navigation,
     html("header", {}, html("p", { class: "eyebrow" }, "Label of recordings"), html("h1", {}, name),
       html("p", { class: "lead" }, labelSentence(label)),
-      html("dl", { class: "facts" }, rows.map(([key, value]) => html("div", {}, html("dt", {}, key), html("dd", {}, value)))),
+      factList(rows),
       (label.notes ?? []).map((note) => html("p", { class: "note" }, `${note}.`))),
     probeSection(label), labelledFeatures(label));
 }
@@ -263,7 +249,7 @@ function probeSection({ name, probe }) {
     html("td", { class: "num" }, pValue(result.p))));
   return html("section", {}, html("h2", {}, "Probe"), html("p", { class: "note" }, probeSentence(name, probe)),
     html("div", { class: "scroll" }, html("table", { class: "data" },
-      html("thead", {}, html("tr", {}, head.map(([title, hint, kind]) => html("th", { scope: "col", class: kind ?? null, title: hint ?? null }, title)))),
+      tableHead(head),
       html("tbody", {}, body))));
 }
 

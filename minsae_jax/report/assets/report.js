@@ -13,7 +13,7 @@ let awaited = null; // the feature whose data are being loaded: {id, use, explai
 let pack = { number: null, cards: new Map() }; // features of the data file that was loaded last
 let indexScroll = 0;
 let indexHash = "#"; // with the filters
-const view = { group: "top", montage: false }; // kept from feature to feature
+const view = { group: "top", montage: false, reference: "stored" }; // kept from feature to feature
 const table = { sort: "id", down: false };
 
 const $ = (selector) => document.querySelector(selector);
@@ -62,9 +62,11 @@ function start(data) {
   features = data.rows.map((row) => Object.fromEntries(data.columns.map((name, i) => [name, row[i]])));
   byId = new Map(features.map((f) => [f.id, f]));
   for (const f of features) f.words = [f.id, f.label, f.suggestion, f.channel, f.band, f.event].join(" ").toLowerCase();
-  for (const { kind } of eventPages()) eventColour(kind);
+  for (const { kind } of meta.pages.events) eventColour(kind);
   drawIndex();
   filter();
+  // Not for the address of a page, which says what is shown.
+  if (pageOf(parameters()) === "index") view.reference = rememberedReference();
   route();
   addEventListener("hashchange", route);
   addEventListener("keydown", onKey);
@@ -96,9 +98,11 @@ function setParameters(changes) {
 
 const PAGES = { f: (value) => openFeature(value), event: showEvent, label: showLabel, members: showMembers };
 
+const pageOf = (address) => Object.keys(PAGES).find((name) => address.has(name)) ?? "index";
+
 function route() {
   const now = parameters();
-  const page = Object.keys(PAGES).find((name) => now.has(name)) ?? "index";
+  const page = pageOf(now);
   if (current === "index" && page !== "index") indexScroll = scrollY;
   current = page;
   awaited = null;
@@ -116,6 +120,7 @@ function route() {
   }
   if (now.has("show")) view.group = now.get("show");
   if (now.has("montage")) view.montage = now.get("montage") === "1";
+  if (now.has("reference")) view.reference = now.get("reference");
   PAGES[page](now.get(page));
 }
 
@@ -160,6 +165,7 @@ function onKey(event) {
   if (link) $(`main:not([hidden]) > nav ${link}`)?.click();
   else if (event.key === "?") $("#help").showModal();
   else if (event.key === "m") location.hash = "#members";
+  else if (event.key === "r") nextReference();
   else if (event.key === "/") {
     event.preventDefault();
     if (current !== "index") location.hash = indexHash;
@@ -209,22 +215,19 @@ function drawIndex() {
   $("#corpus").textContent = `${count(meta.n_tokens, "token")} of ${count(meta.n_windows, "window")}, ` +
     `${count(meta.n_recordings, "recording")} and ${count(meta.n_patients, "patient")}, from the ${meta.split} split.`;
   if (meta.shifted_recordings) {
-    const warning = `${count(meta.shifted_recordings, "recording")} may have shifted channel names: electrodes were ` +
-      "missing, and the last channel is all zero.";
+    const warning = `${count(meta.shifted_recordings, "recording")} may have shifted channel names, since electrodes were ` +
+      "missing and the last channel is all zero. They do not count in the activations by channel.";
     $("#notes").append(html("li", { class: "warn" }, warning));
   }
-  $("#notes").append(...(meta.notes ?? []).map((note) => html("li", {}, note)));
   if (meta.pages_rule) $("#notes").append(html("li", {}, meta.pages_rule));
   drawRecommended();
   const silent = features.filter((f) => !f.density).length;
-  const used = Object.keys(SPARSITY).filter((key) => meta.members.some((m) => !missing(m[key])));
-  const symbols = used.map((key) => SPARSITY[key]).join(" or ");
   const summary = meta.summary.map(([key, value]) => [html("dt", {}, key), html("dd", {}, value)]);
   $("#overview").append(
     card("This autoencoder", null, html("dl", { class: "summary" }, summary)),
-    card("The sweep", [`Each point is an autoencoder, labelled by its ${symbols}; the circled one is shown here. `,
+    card("The sweep", ["Each point is an autoencoder; the ringed one is recommended. ",
       html("a", { href: "#members" }, "Compare all members")],
-    figure(drawPareto(meta.members, memberList().filter(isPca)))),
+    figure(drawMembers(meta.pages.members, L0, FVU, 210))),
     card("How often features are active", silent ? `${count(silent, "feature")} never active, not shown.` : null,
       figure(drawDensities(features.map((f) => f.density)))));
   drawEvents();
@@ -237,7 +240,7 @@ function drawIndex() {
 
 /** Draw the recommendation: one sentence, the runners-up and the warnings. */
 function drawRecommended() {
-  const recommended = meta.pages?.recommended;
+  const recommended = meta.pages.recommended;
   $("#recommended").hidden = !recommended;
   if (!recommended) return;
   const rows = [
@@ -344,7 +347,7 @@ function tableRow(f) {
     if (c.name === "label") return html("span", { class: f.label ? "" : "suggestion", title: name }, name);
     if (c.name === "seeds") return seedDots(f.seeds, meta.pages.n_seeds);
     if (c.name === "event_auc") return fixed(f.event_auc);
-    if (c.name === "event" && f.event) return [html("span", { class: `swatch ${eventColour(f.event)}` }), f.event];
+    if (c.name === "event" && f.event) return [swatch(f.event), f.event];
     return c.words ? f[c.name] || "–" : c.share ? percent(f[c.name]) : number(f[c.name]);
   };
   const filled = f.density > 0 ? Math.max(2, 100 + 20 * Math.log10(f.density)) : 0; // five decades

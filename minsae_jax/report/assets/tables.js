@@ -1,4 +1,4 @@
-// Tables that are sorted by a click on a column's title; the order is in the page's address.
+// Tables, most of them sorted by a click on a column's title, with the order in the page's address; and lists of facts.
 "use strict";
 
 /**
@@ -31,6 +31,14 @@ function dataTable(columns, rows, order, isMarked = () => false) {
     html("table", { class: "data" }, html("thead", {}, html("tr", {}, used.map(title))), html("tbody", {}, body)));
   return table;
 }
+
+/** Return the head of a table; a column is [title, hint, class]. */
+const tableHead = (columns) => html("thead", {}, html("tr", {}, columns.map(([title, hint, kind]) =>
+  html("th", { scope: "col", class: kind ?? null, title: hint ?? null }, title))));
+
+/** Return a list of facts: [name, value]. */
+const factList = (rows) => html("dl", { class: "facts" }, rows.map(([name, value]) =>
+  html("div", {}, html("dt", {}, name), html("dd", {}, value))));
 
 const pValue = (value) => (value < 1e-4 ? "< 0.0001" : number(value, 2));
 
