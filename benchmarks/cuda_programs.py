@@ -124,7 +124,7 @@ def all_programs() -> Iterator[Program]:
         step = _step("relu", "lambda_sparsity", SIZES[0], precision, "1x1")
         yield replace(step, cublas=True)
     for layer in (0, -1):
-        for precision in ("float32", "bfloat16"):
+        for precision in PRECISIONS:
             lower = partial(_lower_extraction, layer, precision)
             yield Program(f"extraction, layer {layer}", None, precision, "1x1", lower)
     for kind in KINDS:

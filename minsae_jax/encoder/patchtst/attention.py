@@ -1,14 +1,22 @@
 """Multi-head self-attention with residual scores (RealFormer, He et al. 2020)."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-Dtype = Any  # jnp.float32 or jnp.bfloat16
+from minsae_jax.encoder.patchtst.linear import (
+    Dtype,
+    after,
+    bias_of,
+    linear,
+    product,
+    written,
+)
+from minsae_jax.parallel.mesh import on_cpu
 
 
 class QueriesKeys(NamedTuple):
@@ -23,11 +31,11 @@ class Attention(nnx.Module):
 
     def __init__(self, d_model: int, n_heads: int, dtype: Dtype, *, rngs: nnx.Rngs):
         self.n_heads = n_heads
-        linear = partial(nnx.Linear, d_model, d_model, dtype=dtype, rngs=rngs)
-        self.query = linear()
-        self.key = linear()
-        self.value = linear()
-        self.out = linear()
+        projection = partial(nnx.Linear, d_model, d_model, dtype=dtype, rngs=rngs)
+        self.query = projection()
+        self.key = projection()
+        self.value = projection()
+        self.out = projection()
         # A parameter, since the reference can train it.
         self.scale = nnx.Param(jnp.array((d_model // n_heads) ** -0.5))
 
@@ -35,10 +43,13 @@ class Attention(nnx.Module):
         self, x: Float[Array, "N T d_model"], earlier: QueriesKeys | None = None
     ) -> tuple[Float[Array, "N T d_model"], QueriesKeys]:
         """Return the output of the branch, and queries and keys for the next layer."""
-        queries = self._split_heads(self.query(x))
-        keys = self._split_heads(self.key(x))
-        values = self._split_heads(self.value(x))
-        queries = queries * self.scale[...].astype(queries.dtype)
+        dtype = factor_dtype(self.query.dtype)
+        x = x.astype(self.query.dtype)
+        queries = linear(self.query, x, self._scaled, dtype)
+        keys = linear(self.key, after(x, queries), dtype=dtype)
+        x = after(x, keys)
+        queries = self._split_heads(queries)
+        keys = self._split_heads(keys)
         if earlier is not None:
             # RealFormer adds the score matrices of all layers before the softmax. A matrix product
             # of concatenated factors is the sum of the products:
@@ -47,9 +58,37 @@ class Attention(nnx.Module):
             # beyond its layer.
             queries = jnp.concatenate([earlier.queries, queries], axis=-1)
             keys = jnp.concatenate([earlier.keys, keys], axis=-1)
-        mixed = attend(queries, keys, values)
-        merged_heads = mixed.swapaxes(1, 2).reshape(x.shape)
-        return self.out(merged_heads), QueriesKeys(queries, keys)
+        queries_keys = QueriesKeys(queries, keys)
+        if earlier is not None and has_fused_attention(dtype, keys.shape[-1]):
+            return self._attend_padded(x, queries_keys), queries_keys
+        values = self._split_heads(linear(self.value, x, dtype=dtype))
+        merged_heads = attend(queries, keys, values).swapaxes(1, 2).reshape(x.shape)
+        return linear(self.out, merged_heads), queries_keys
+
+    def _scaled(self, queries: Array) -> Array:
+        return queries * self.scale[...].astype(queries.dtype)
+
+    def _attend_padded(
+        self, x: Float[Array, "N T d_model"], queries_keys: QueriesKeys
+    ) -> Float[Array, "N T d_model"]:
+        """Return the output of the branch from cuDNN's attention, for keys wider than a head.
+
+        cuDNN requires values as wide as keys. Zeros are added to the weights of the values and to
+        those that read them, so that no pass over the tokens is needed for it.
+        """
+        queries, keys = queries_keys
+        d_model = x.shape[2]
+        padding = (0, keys.shape[-1] - d_model // self.n_heads)
+        kernel = self.value.kernel[...].reshape(d_model, self.n_heads, -1)
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), padding)).reshape(d_model, -1)
+        values = written(product(x, kernel, self.value.dtype).astype(keys.dtype))
+        mixed = attend(queries, keys, self._split_heads(values)).swapaxes(1, 2)
+        kernel = self.out.kernel[...].reshape(self.n_heads, -1, d_model)
+        kernel = jnp.pad(kernel, ((0, 0), padding, (0, 0))).reshape(-1, d_model)
+        branch = product(mixed.reshape(*x.shape[:2], -1), kernel, self.out.dtype)
+        # The weights of attention sum to 1: the bias of the values reaches every token unchanged.
+        bias = bias_of(self.value) @ self.out.kernel[...] + bias_of(self.out)
+        return written(branch.astype(self.out.dtype)).astype(bias.dtype) + bias[None, None]
 
     def _split_heads(self, x: Num[Array, "N T d_model"]) -> Num[Array, "N heads T d_head"]:
         return x.reshape(*x.shape[:2], self.n_heads, -1).swapaxes(1, 2)
@@ -64,31 +103,46 @@ def attend(
 
     Scores, softmax and sums are computed in float32 for inputs of any precision.
     """
-    if queries.dtype == jnp.bfloat16 and has_fused_attention(queries.shape[-1]):
-        return _cudnn_attention(queries, keys, values)
+    dtype = factor_dtype(values.dtype)
+    if has_fused_attention(dtype, queries.shape[-1]):
+        mixed = _cudnn_attention(*(a.astype(dtype) for a in (queries, keys, values)))
+        return mixed.astype(values.dtype)
     scores = jnp.matmul(queries, keys.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    if not on_cpu():
+        # One pass over the scores, where the lines below need two.
+        weights = jax.nn.softmax(scores).astype(values.dtype)
+        return jnp.matmul(weights, values, preferred_element_type=jnp.float32).astype(values.dtype)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     mixed = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     # The softmax is normalised after the product: this divides d_head numbers per token, not T.
     return (mixed / weights.sum(-1, keepdims=True)).astype(values.dtype)
 
 
-def has_fused_attention(width: int) -> bool:
+def factor_dtype(dtype: Dtype) -> Dtype:
+    """Return the dtype of queries, keys and values of a layer that computes in `dtype`.
+
+    A GPU that may round the factors of products to TF32 rounds these to float16, for cuDNN's
+    attention. It has the same 10 bits of mantissa; numbers above 65,504 become infinite.
+    """
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    allows_tf32 = precision in (None, "default", "tensorfloat32")
+    if jax.default_backend() == "gpu" and dtype == jnp.float32 and allows_tf32:
+        return jnp.float16
+    return dtype
+
+
+def has_fused_attention(dtype: Dtype, width: int) -> bool:
     """Return whether cuDNN's flash attention takes queries and keys of this width.
 
     Its kernels exist for half precision only, for multiples of 8 up to 128.
     """
-    return jax.default_backend() == "gpu" and width % 8 == 0 and width <= 128
+    is_half = dtype in (jnp.bfloat16, jnp.float16)
+    return jax.default_backend() == "gpu" and is_half and width % 8 == 0 and width <= 128
 
 
 def _cudnn_attention(queries: Array, keys: Array, values: Array) -> Array:
     """Return the result of `attend` from cuDNN's flash attention."""
-    # cuDNN requires values as wide as keys. With residual scores the keys of layer l are l + 1
-    # heads wide, so the values are padded with zeros, and the padding is cut off the result.
-    d_head = values.shape[-1]
-    padding = keys.shape[-1] - d_head
-    values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, padding)))
     # It expects [N, T, heads, width].
-    queries, keys, values = (x.swapaxes(1, 2) for x in (queries, keys, values))
+    queries, keys, values = (a.swapaxes(1, 2) for a in (queries, keys, values))
     mixed = jax.nn.dot_product_attention(queries, keys, values, scale=1.0, implementation="cudnn")
-    return mixed.swapaxes(1, 2)[..., :d_head]
+    return mixed.swapaxes(1, 2)

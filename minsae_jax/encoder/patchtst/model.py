@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from minsae_jax.encoder.patchtst.architecture import Architecture
-from minsae_jax.encoder.patchtst.attention import Attention, Dtype, QueriesKeys
+from minsae_jax.encoder.patchtst.attention import Attention, QueriesKeys
+from minsae_jax.encoder.patchtst.linear import Dtype, linear
 from minsae_jax.encoder.patchtst.revin import RevIN
 from minsae_jax.parallel.mesh import on_cpu
 
@@ -68,7 +69,7 @@ class Layer(nnx.Module):
         x = self._after_branch(self.norm_attention, x + branch.astype(x.dtype))
 
         x, branch_input = self._before_branch(self.norm_ff, x)
-        branch = self.ff_out(self.activation(self.ff_in(branch_input)))
+        branch = linear(self.ff_out, linear(self.ff_in, branch_input, self.activation))
         x = self._after_branch(self.norm_ff, x + branch.astype(x.dtype))
         return x, queries_keys
 
