@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
+from minsae_jax.encoder.patchtst.attention_kernel import attend_in_kernel, is_chosen
 from minsae_jax.encoder.patchtst.linear import (
     Dtype,
     after,
@@ -20,10 +21,10 @@ from minsae_jax.parallel.mesh import on_cpu
 
 
 class QueriesKeys(NamedTuple):
-    """Scaled queries and keys of the layers so far, concatenated along their width."""
+    """Scaled queries and keys of a layer."""
 
-    queries: Num[Array, "N heads T width"]
-    keys: Num[Array, "N heads T width"]
+    queries: Num[Array, "N T d_model"]
+    keys: Num[Array, "N T d_model"]
 
 
 class Attention(nnx.Module):
@@ -40,43 +41,51 @@ class Attention(nnx.Module):
         self.scale = nnx.Param(jnp.array((d_model // n_heads) ** -0.5))
 
     def __call__(
-        self, x: Float[Array, "N T d_model"], earlier: QueriesKeys | None = None
-    ) -> tuple[Float[Array, "N T d_model"], QueriesKeys]:
-        """Return the output of the branch, and queries and keys for the next layer."""
+        self, x: Float[Array, "N T d_model"], earlier: tuple[QueriesKeys, ...] = ()
+    ) -> tuple[Float[Array, "N T d_model"], tuple[QueriesKeys, ...]]:
+        """Return the output of the branch, and queries and keys of all layers so far.
+
+        earlier: those of the layers whose scores are added.
+        """
         dtype = factor_dtype(self.query.dtype)
         x = x.astype(self.query.dtype)
         queries = linear(self.query, x, self._scaled, dtype)
         keys = linear(self.key, after(x, queries), dtype=dtype)
         x = after(x, keys)
-        queries = self._split_heads(queries)
-        keys = self._split_heads(keys)
-        if earlier is not None:
-            # RealFormer adds the score matrices of all layers before the softmax. A matrix product
-            # of concatenated factors is the sum of the products:
-            #     [Q₁ Q₂] [K₁ K₂]ᵀ = Q₁ K₁ᵀ + Q₂ K₂ᵀ
-            # so layers hand on queries and keys, [T, width], and no score matrix, [T, T], is kept
-            # beyond its layer.
-            queries = jnp.concatenate([earlier.queries, queries], axis=-1)
-            keys = jnp.concatenate([earlier.keys, keys], axis=-1)
-        queries_keys = QueriesKeys(queries, keys)
-        if earlier is not None and has_fused_attention(dtype, keys.shape[-1]):
-            return self._attend_padded(x, queries_keys), queries_keys
+        layers = (*earlier, QueriesKeys(queries, keys))
+        all_queries = [one.queries for one in layers]
+        all_keys = [one.keys for one in layers]
+        if is_chosen(len(x), x.shape[1], x.shape[2] // self.n_heads):
+            values = linear(self.value, x, dtype=dtype)
+            mixed = attend_in_kernel(all_queries, all_keys, values, self.n_heads)
+            return linear(self.out, mixed), layers
+        # RealFormer adds the score matrices of all layers before the softmax. A matrix product of
+        # concatenated factors is the sum of the products:
+        #     [Q₁ Q₂] [K₁ K₂]ᵀ = Q₁ K₁ᵀ + Q₂ K₂ᵀ
+        # so layers hand on queries and keys, [T, d_model], and no score matrix, [T, T], is kept
+        # beyond its layer.
+        queries = jnp.concatenate([self._split_heads(a) for a in all_queries], axis=-1)
+        keys = jnp.concatenate([self._split_heads(a) for a in all_keys], axis=-1)
+        if earlier and has_fused_attention(dtype, keys.shape[-1]):
+            return self._attend_padded(x, queries, keys), layers
         values = self._split_heads(linear(self.value, x, dtype=dtype))
         merged_heads = attend(queries, keys, values).swapaxes(1, 2).reshape(x.shape)
-        return linear(self.out, merged_heads), queries_keys
+        return linear(self.out, merged_heads), layers
 
     def _scaled(self, queries: Array) -> Array:
         return queries * self.scale[...].astype(queries.dtype)
 
     def _attend_padded(
-        self, x: Float[Array, "N T d_model"], queries_keys: QueriesKeys
+        self,
+        x: Num[Array, "N T d_model"],
+        queries: Num[Array, "N heads T width"],
+        keys: Num[Array, "N heads T width"],
     ) -> Float[Array, "N T d_model"]:
         """Return the output of the branch from cuDNN's attention, for keys wider than a head.
 
         cuDNN requires values as wide as keys. Zeros are added to the weights of the values and to
         those that read them, so that no pass over the tokens is needed for it.
         """
-        queries, keys = queries_keys
         d_model = x.shape[2]
         padding = (0, keys.shape[-1] - d_model // self.n_heads)
         kernel = self.value.kernel[...].reshape(d_model, self.n_heads, -1)

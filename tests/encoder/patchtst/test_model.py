@@ -101,14 +101,6 @@ def test_variant_equals_plain_torch(name):
     np.testing.assert_allclose(got, output, atol=TOLERANCE, rtol=0)
 
 
-@pytest.fixture
-def as_on_gpu(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 @pytest.mark.parametrize("name", ["base", "pre_norm", "pre_layernorm_gelu", "plain_attention"])
 def test_variant_as_on_gpu_equals_plain_torch(as_on_gpu, name):
     encoder, x, hidden, _ = make_variant(replace(BASE, **VARIANTS[name]))
