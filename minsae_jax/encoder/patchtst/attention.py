@@ -23,8 +23,8 @@ from minsae_jax.parallel.mesh import on_cpu
 class QueriesKeys(NamedTuple):
     """Scaled queries and keys of a layer."""
 
-    queries: Num[Array, "N T d_model"]
-    keys: Num[Array, "N T d_model"]
+    queries: Num[Array, "N heads T d_head"]
+    keys: Num[Array, "N heads T d_head"]
 
 
 class Attention(nnx.Module):
@@ -52,25 +52,24 @@ class Attention(nnx.Module):
         queries = linear(self.query, x, self._scaled, dtype)
         keys = linear(self.key, after(x, queries), dtype=dtype)
         x = after(x, keys)
-        layers = (*earlier, QueriesKeys(queries, keys))
-        all_queries = [one.queries for one in layers]
-        all_keys = [one.keys for one in layers]
+        layers = (*earlier, QueriesKeys(self._split_heads(queries), self._split_heads(keys)))
         if is_chosen(len(x), x.shape[1], x.shape[2] // self.n_heads):
             values = linear(self.value, x, dtype=dtype)
+            all_queries = [_merge_heads(one.queries) for one in layers]
+            all_keys = [_merge_heads(one.keys) for one in layers]
             mixed = attend_in_kernel(all_queries, all_keys, values, self.n_heads)
             return linear(self.out, mixed), layers
         # RealFormer adds the score matrices of all layers before the softmax. A matrix product of
         # concatenated factors is the sum of the products:
         #     [Q₁ Q₂] [K₁ K₂]ᵀ = Q₁ K₁ᵀ + Q₂ K₂ᵀ
-        # so layers hand on queries and keys, [T, d_model], and no score matrix, [T, T], is kept
+        # so layers hand on queries and keys, [T, d_head], and no score matrix, [T, T], is kept
         # beyond its layer.
-        queries = jnp.concatenate([self._split_heads(a) for a in all_queries], axis=-1)
-        keys = jnp.concatenate([self._split_heads(a) for a in all_keys], axis=-1)
+        queries = jnp.concatenate([one.queries for one in layers], axis=-1)
+        keys = jnp.concatenate([one.keys for one in layers], axis=-1)
         if earlier and has_fused_attention(dtype, keys.shape[-1]):
             return self._attend_padded(x, queries, keys), layers
         values = self._split_heads(linear(self.value, x, dtype=dtype))
-        merged_heads = attend(queries, keys, values).swapaxes(1, 2).reshape(x.shape)
-        return linear(self.out, merged_heads), layers
+        return linear(self.out, _merge_heads(attend(queries, keys, values))), layers
 
     def _scaled(self, queries: Array) -> Array:
         return queries * self.scale[...].astype(queries.dtype)
@@ -91,16 +90,20 @@ class Attention(nnx.Module):
         kernel = self.value.kernel[...].reshape(d_model, self.n_heads, -1)
         kernel = jnp.pad(kernel, ((0, 0), (0, 0), padding)).reshape(d_model, -1)
         values = written(product(x, kernel, self.value.dtype).astype(keys.dtype))
-        mixed = attend(queries, keys, self._split_heads(values)).swapaxes(1, 2)
+        mixed = _merge_heads(attend(queries, keys, self._split_heads(values)))
         kernel = self.out.kernel[...].reshape(self.n_heads, -1, d_model)
         kernel = jnp.pad(kernel, ((0, 0), padding, (0, 0))).reshape(-1, d_model)
-        branch = product(mixed.reshape(*x.shape[:2], -1), kernel, self.out.dtype)
+        branch = product(mixed, kernel, self.out.dtype)
         # The weights of attention sum to 1: the bias of the values reaches every token unchanged.
         bias = bias_of(self.value) @ self.out.kernel[...] + bias_of(self.out)
         return written(branch.astype(self.out.dtype)).astype(bias.dtype) + bias[None, None]
 
     def _split_heads(self, x: Num[Array, "N T d_model"]) -> Num[Array, "N heads T d_head"]:
         return x.reshape(*x.shape[:2], self.n_heads, -1).swapaxes(1, 2)
+
+
+def _merge_heads(x: Num[Array, "N heads T d_head"]) -> Num[Array, "N T d_model"]:
+    return x.swapaxes(1, 2).reshape(len(x), x.shape[2], -1)
 
 
 def attend(

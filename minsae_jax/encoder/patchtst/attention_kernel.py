@@ -72,9 +72,10 @@ def _attend_head(*refs: Any, n_layers: int, d_head: int) -> None:
     n_rows = pl.next_power_of_2(n_tokens)
     width = max(MIN_WIDTH, pl.next_power_of_2(d_head))
     is_token = jnp.arange(n_rows) < n_tokens
-    mask = is_token[:, None] & (jnp.arange(width) < d_head)[None]
+    columns = jnp.arange(width)
+    mask = is_token[:, None] & (columns < d_head)[None]
     sequence, head = pl.program_id(0), pl.program_id(1)
-    place = (sequence, pl.ds(0, n_rows), pl.ds(head * d_head, width))
+    place = (sequence, jnp.arange(n_rows)[:, None], (head * d_head + columns)[None])
     product = partial(triton.dot, precision=jax.lax.Precision.HIGHEST)
 
     def read(ref: Any) -> Array:
