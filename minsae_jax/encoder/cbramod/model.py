@@ -20,7 +20,8 @@ from minsae_jax.encoder.cbramod.architecture import (
     STEM_STRIDE,
     Architecture,
 )
-from minsae_jax.encoder.patchtst.attention import Dtype, attend
+from minsae_jax.encoder.patchtst.attention import attend
+from minsae_jax.encoder.patchtst.linear import Dtype
 
 # torch's default is the exact GELU, JAX's the tanh approximation.
 gelu = partial(jax.nn.gelu, approximate=False)

@@ -1,21 +1,30 @@
 """Multi-head self-attention with residual scores (RealFormer, He et al. 2020)."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-Dtype = Any  # jnp.float32 or jnp.bfloat16
+from minsae_jax.encoder.patchtst.attention_kernel import attend_in_kernel, is_chosen
+from minsae_jax.encoder.patchtst.linear import (
+    Dtype,
+    after,
+    bias_of,
+    linear,
+    product,
+    written,
+)
+from minsae_jax.parallel.mesh import on_cpu
 
 
 class QueriesKeys(NamedTuple):
-    """Scaled queries and keys of the layers so far, concatenated along their width."""
+    """Scaled queries and keys of a layer."""
 
-    queries: Num[Array, "N heads T width"]
-    keys: Num[Array, "N heads T width"]
+    queries: Num[Array, "N heads T d_head"]
+    keys: Num[Array, "N heads T d_head"]
 
 
 class Attention(nnx.Module):
@@ -23,36 +32,78 @@ class Attention(nnx.Module):
 
     def __init__(self, d_model: int, n_heads: int, dtype: Dtype, *, rngs: nnx.Rngs):
         self.n_heads = n_heads
-        linear = partial(nnx.Linear, d_model, d_model, dtype=dtype, rngs=rngs)
-        self.query = linear()
-        self.key = linear()
-        self.value = linear()
-        self.out = linear()
+        projection = partial(nnx.Linear, d_model, d_model, dtype=dtype, rngs=rngs)
+        self.query = projection()
+        self.key = projection()
+        self.value = projection()
+        self.out = projection()
         # A parameter, since the reference can train it.
         self.scale = nnx.Param(jnp.array((d_model // n_heads) ** -0.5))
 
     def __call__(
-        self, x: Float[Array, "N T d_model"], earlier: QueriesKeys | None = None
-    ) -> tuple[Float[Array, "N T d_model"], QueriesKeys]:
-        """Return the output of the branch, and queries and keys for the next layer."""
-        queries = self._split_heads(self.query(x))
-        keys = self._split_heads(self.key(x))
-        values = self._split_heads(self.value(x))
-        queries = queries * self.scale[...].astype(queries.dtype)
-        if earlier is not None:
-            # RealFormer adds the score matrices of all layers before the softmax. A matrix product
-            # of concatenated factors is the sum of the products:
-            #     [Q₁ Q₂] [K₁ K₂]ᵀ = Q₁ K₁ᵀ + Q₂ K₂ᵀ
-            # so layers hand on queries and keys, [T, width], and no score matrix, [T, T], is kept
-            # beyond its layer.
-            queries = jnp.concatenate([earlier.queries, queries], axis=-1)
-            keys = jnp.concatenate([earlier.keys, keys], axis=-1)
-        mixed = attend(queries, keys, values)
-        merged_heads = mixed.swapaxes(1, 2).reshape(x.shape)
-        return self.out(merged_heads), QueriesKeys(queries, keys)
+        self, x: Float[Array, "N T d_model"], earlier: tuple[QueriesKeys, ...] = ()
+    ) -> tuple[Float[Array, "N T d_model"], tuple[QueriesKeys, ...]]:
+        """Return the output of the branch, and queries and keys of all layers so far.
+
+        earlier: those of the layers whose scores are added.
+        """
+        dtype = factor_dtype(self.query.dtype)
+        x = x.astype(self.query.dtype)
+        queries = linear(self.query, x, self._scaled, dtype)
+        keys = linear(self.key, after(x, queries), dtype=dtype)
+        x = after(x, keys)
+        layers = (*earlier, QueriesKeys(self._split_heads(queries), self._split_heads(keys)))
+        if is_chosen(len(x), x.shape[1], x.shape[2] // self.n_heads):
+            values = linear(self.value, x, dtype=dtype)
+            all_queries = [_merge_heads(one.queries) for one in layers]
+            all_keys = [_merge_heads(one.keys) for one in layers]
+            mixed = attend_in_kernel(all_queries, all_keys, values, self.n_heads)
+            return linear(self.out, mixed), layers
+        # RealFormer adds the score matrices of all layers before the softmax. A matrix product of
+        # concatenated factors is the sum of the products:
+        #     [Q₁ Q₂] [K₁ K₂]ᵀ = Q₁ K₁ᵀ + Q₂ K₂ᵀ
+        # so layers hand on queries and keys, [T, d_head], and no score matrix, [T, T], is kept
+        # beyond its layer.
+        queries = jnp.concatenate([one.queries for one in layers], axis=-1)
+        keys = jnp.concatenate([one.keys for one in layers], axis=-1)
+        if earlier and has_fused_attention(dtype, keys.shape[-1]):
+            return self._attend_padded(x, queries, keys), layers
+        values = self._split_heads(linear(self.value, x, dtype=dtype))
+        return linear(self.out, _merge_heads(attend(queries, keys, values))), layers
+
+    def _scaled(self, queries: Array) -> Array:
+        return queries * self.scale[...].astype(queries.dtype)
+
+    def _attend_padded(
+        self,
+        x: Num[Array, "N T d_model"],
+        queries: Num[Array, "N heads T width"],
+        keys: Num[Array, "N heads T width"],
+    ) -> Float[Array, "N T d_model"]:
+        """Return the output of the branch from cuDNN's attention, for keys wider than a head.
+
+        cuDNN requires values as wide as keys. Zeros are added to the weights of the values and to
+        those that read them, so that no pass over the tokens is needed for it.
+        """
+        d_model = x.shape[2]
+        padding = (0, keys.shape[-1] - d_model // self.n_heads)
+        kernel = self.value.kernel[...].reshape(d_model, self.n_heads, -1)
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), padding)).reshape(d_model, -1)
+        values = written(product(x, kernel, self.value.dtype).astype(keys.dtype))
+        mixed = _merge_heads(attend(queries, keys, self._split_heads(values)))
+        kernel = self.out.kernel[...].reshape(self.n_heads, -1, d_model)
+        kernel = jnp.pad(kernel, ((0, 0), padding, (0, 0))).reshape(-1, d_model)
+        branch = product(mixed, kernel, self.out.dtype)
+        # The weights of attention sum to 1: the bias of the values reaches every token unchanged.
+        bias = bias_of(self.value) @ self.out.kernel[...] + bias_of(self.out)
+        return written(branch.astype(self.out.dtype)).astype(bias.dtype) + bias[None, None]
 
     def _split_heads(self, x: Num[Array, "N T d_model"]) -> Num[Array, "N heads T d_head"]:
         return x.reshape(*x.shape[:2], self.n_heads, -1).swapaxes(1, 2)
+
+
+def _merge_heads(x: Num[Array, "N heads T d_head"]) -> Num[Array, "N T d_model"]:
+    return x.swapaxes(1, 2).reshape(len(x), x.shape[2], -1)
 
 
 def attend(
@@ -64,31 +115,46 @@ def attend(
 
     Scores, softmax and sums are computed in float32 for inputs of any precision.
     """
-    if queries.dtype == jnp.bfloat16 and has_fused_attention(queries.shape[-1]):
-        return _cudnn_attention(queries, keys, values)
+    dtype = factor_dtype(values.dtype)
+    if has_fused_attention(dtype, queries.shape[-1]):
+        mixed = _cudnn_attention(*(a.astype(dtype) for a in (queries, keys, values)))
+        return mixed.astype(values.dtype)
     scores = jnp.matmul(queries, keys.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    if not on_cpu():
+        # One pass over the scores, where the lines below need two.
+        weights = jax.nn.softmax(scores).astype(values.dtype)
+        return jnp.matmul(weights, values, preferred_element_type=jnp.float32).astype(values.dtype)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     mixed = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     # The softmax is normalised after the product: this divides d_head numbers per token, not T.
     return (mixed / weights.sum(-1, keepdims=True)).astype(values.dtype)
 
 
-def has_fused_attention(width: int) -> bool:
+def factor_dtype(dtype: Dtype) -> Dtype:
+    """Return the dtype of queries, keys and values of a layer that computes in `dtype`.
+
+    A GPU that may round the factors of products to TF32 rounds these to float16, for cuDNN's
+    attention. It has the same 10 bits of mantissa; numbers above 65,504 become infinite.
+    """
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    allows_tf32 = precision in (None, "default", "tensorfloat32")
+    if jax.default_backend() == "gpu" and dtype == jnp.float32 and allows_tf32:
+        return jnp.float16
+    return dtype
+
+
+def has_fused_attention(dtype: Dtype, width: int) -> bool:
     """Return whether cuDNN's flash attention takes queries and keys of this width.
 
     Its kernels exist for half precision only, for multiples of 8 up to 128.
     """
-    return jax.default_backend() == "gpu" and width % 8 == 0 and width <= 128
+    is_half = dtype in (jnp.bfloat16, jnp.float16)
+    return jax.default_backend() == "gpu" and is_half and width % 8 == 0 and width <= 128
 
 
 def _cudnn_attention(queries: Array, keys: Array, values: Array) -> Array:
     """Return the result of `attend` from cuDNN's flash attention."""
-    # cuDNN requires values as wide as keys. With residual scores the keys of layer l are l + 1
-    # heads wide, so the values are padded with zeros, and the padding is cut off the result.
-    d_head = values.shape[-1]
-    padding = keys.shape[-1] - d_head
-    values = jnp.pad(values, ((0, 0), (0, 0), (0, 0), (0, padding)))
     # It expects [N, T, heads, width].
-    queries, keys, values = (x.swapaxes(1, 2) for x in (queries, keys, values))
+    queries, keys, values = (a.swapaxes(1, 2) for a in (queries, keys, values))
     mixed = jax.nn.dot_product_attention(queries, keys, values, scale=1.0, implementation="cudnn")
-    return mixed.swapaxes(1, 2)[..., :d_head]
+    return mixed.swapaxes(1, 2)

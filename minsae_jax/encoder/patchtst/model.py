@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from minsae_jax.encoder.patchtst.architecture import Architecture
-from minsae_jax.encoder.patchtst.attention import Attention, Dtype, QueriesKeys
+from minsae_jax.encoder.patchtst.attention import Attention, QueriesKeys
+from minsae_jax.encoder.patchtst.linear import Dtype, linear
 from minsae_jax.encoder.patchtst.revin import RevIN
 from minsae_jax.parallel.mesh import on_cpu
 
@@ -60,15 +61,15 @@ class Layer(nnx.Module):
         self.ff_out = linear(a.d_ff, a.d_model)
 
     def __call__(
-        self, x: Float[Array, "N T d_model"], earlier: QueriesKeys | None = None
-    ) -> tuple[Float[Array, "N T d_model"], QueriesKeys]:
+        self, x: Float[Array, "N T d_model"], earlier: tuple[QueriesKeys, ...] = ()
+    ) -> tuple[Float[Array, "N T d_model"], tuple[QueriesKeys, ...]]:
         """Return the stream after this layer, and queries and keys for the next layer."""
         x, branch_input = self._before_branch(self.norm_attention, x)
-        branch, queries_keys = self.attention(branch_input, earlier if self.res_attention else None)
+        branch, queries_keys = self.attention(branch_input, earlier if self.res_attention else ())
         x = self._after_branch(self.norm_attention, x + branch.astype(x.dtype))
 
         x, branch_input = self._before_branch(self.norm_ff, x)
-        branch = self.ff_out(self.activation(self.ff_in(branch_input)))
+        branch = linear(self.ff_out, linear(self.ff_in, branch_input, self.activation))
         x = self._after_branch(self.norm_ff, x + branch.astype(x.dtype))
         return x, queries_keys
 
@@ -228,7 +229,7 @@ class PatchTST(nnx.Module):
         self, x: Float[Array, "N T d_model"], layers: tuple[int, ...]
     ) -> tuple[Float[Array, "N T d_model"], ...]:
         """Return the outputs of the requested layers; the layers after the last one do not run."""
-        earlier = None
+        earlier: tuple[QueriesKeys, ...] = ()
         outputs = {}
         for i in range(max(layers) + 1):
             x, earlier = self.layers[i](x, earlier)
@@ -240,11 +241,11 @@ class PatchTST(nnx.Module):
         x: Float[Array, "N T d_model"],
         first: int,
         end: int,
-        earlier: QueriesKeys | None = None,
-    ) -> tuple[Float[Array, "N T d_model"], QueriesKeys | None]:
+        earlier: tuple[QueriesKeys, ...] = (),
+    ) -> tuple[Float[Array, "N T d_model"], tuple[QueriesKeys, ...]]:
         """Run the layers first to end - 1 on the output of the layer before them.
 
-        earlier: queries and keys from the layer before. Returns the stream, and queries and keys
+        earlier: queries and keys of the layers before. Returns the stream, and queries and keys
         for the layer after.
         """
         for layer in self.layers[first:end]:

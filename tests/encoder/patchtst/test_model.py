@@ -13,6 +13,7 @@ from convert.encoder import convert_encoder
 from convert.patchtst import to_flax
 from convert.plain_torch import forward
 from minsae_jax import UserError
+from minsae_jax.encoder.base import ComputeOptions
 from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder
 from minsae_jax.encoder.patchtst.model import patches
 from minsae_jax.encoder.patchtst.revin import RevIN
@@ -78,35 +79,63 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variant_equals_plain_torch(name):
-    a = replace(BASE, **VARIANTS[name])
+def make_variant(a):
+    """Return a random encoder, windows, and layers and output of plain torch in float64.
+
+    So that the difference is Flax's rounding alone.
+    """
     state = random_state_dict(a)
     x = torch.randn(2, a.seq_len, a.n_vars, generator=torch.Generator().manual_seed(1)) + 0.5
-    # Torch in float64, so that the difference is Flax's rounding alone.
     hidden, output = forward(a, {k: v.double() for k, v in state.items()}, x.double())
-    tensors = {k: v.numpy() for k, v in state.items()}
-    encoder = Encoder(a, to_flax(a, tensors))
+    encoder = Encoder(a, to_flax(a, {k: v.numpy() for k, v in state.items()}))
+    return encoder, x.numpy(), hidden, output
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_equals_plain_torch(name):
+    encoder, x, hidden, output = make_variant(replace(BASE, **VARIANTS[name]))
     for layer, expected in enumerate(hidden):
         assert 0.1 < expected.std() < 5
-        np.testing.assert_allclose(
-            encoder.activations(x.numpy(), layer), expected, atol=TOLERANCE, rtol=0
-        )
-    got = encoder(x.numpy())
+        np.testing.assert_allclose(encoder.activations(x, layer), expected, atol=TOLERANCE, rtol=0)
+    got = encoder(x)
     assert got.shape == tuple(output.shape)
     np.testing.assert_allclose(got, output, atol=TOLERANCE, rtol=0)
 
 
-def test_accelerator_path_equals_the_cpu_path(monkeypatch):
-    folder = FIXTURES / "tuhab_patch_100"
-    x = np.load(folder / "expected.npz")["past_values"]
-    on_cpu = convert_encoder(folder / "checkpoint.pth")[0].activations(x)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    jax.clear_caches()
-    np.testing.assert_allclose(
-        convert_encoder(folder / "checkpoint.pth")[0].activations(x), on_cpu, atol=1e-5
-    )
-    jax.clear_caches()
+@pytest.mark.parametrize("name", ["base", "pre_norm", "pre_layernorm_gelu", "plain_attention"])
+def test_variant_as_on_gpu_equals_plain_torch(as_on_gpu, name):
+    encoder, x, hidden, _ = make_variant(replace(BASE, **VARIANTS[name]))
+    np.testing.assert_allclose(encoder.activations(x), hidden[-1], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "tolerance"),
+    [("tf32", jnp.float16, 1e-3), ("bfloat16", jnp.bfloat16, 8e-3)],
+)
+@pytest.mark.parametrize("change", [{}, {"res_attention": False}], ids=["residual", "plain"])
+def test_half_precision_as_on_gpu(as_on_gpu, monkeypatch, precision, dtype, tolerance, change):
+    calls = []
+    attention = jax.nn.dot_product_attention
+
+    def stand_in_for_cudnn(queries, keys, values, *, scale, implementation):
+        assert implementation == "cudnn"
+        assert {queries.dtype, keys.dtype, values.dtype} == {jnp.dtype(dtype)}
+        calls.append((queries.shape[-1], values.shape[-1]))
+        exact = (a.astype(jnp.float32) for a in (queries, keys, values))
+        return attention(*exact, scale=scale).astype(dtype)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in_for_cudnn)
+    a = replace(BASE, d_model=32, pos_dim=32, **change)
+    encoder, x, hidden, _ = make_variant(a)
+    run = encoder.function(tuple(range(a.n_layers)), ComputeOptions(precision=precision))
+    with jax.default_matmul_precision("default"):
+        outputs = jax.jit(run)(encoder.params, x)
+    # With residual scores, queries and keys of all layers so far are concatenated.
+    n_concatenated = (1, 2, 3) if a.res_attention else (1, 1, 1)
+    assert calls == [(8 * n, 8 * n) for n in n_concatenated]
+    for got, expected in zip(outputs, hidden, strict=True):
+        error = got - expected.numpy()
+        assert 0 < np.sqrt(np.mean(np.square(error))) < tolerance * expected.std()
 
 
 def test_variants_differ():

@@ -1,0 +1,64 @@
+"""Linear maps of the layers, as few passes over memory as the device allows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Num
+
+from minsae_jax.parallel.mesh import on_cpu
+
+Dtype = Any  # such as jnp.bfloat16
+
+
+def unchanged(y: Array) -> Array:
+    return y
+
+
+def linear(
+    layer: nnx.Linear,
+    x: Num[Array, "N T n_inputs"],
+    then: Callable[[Array], Array] = unchanged,
+    dtype: Dtype | None = None,
+) -> Num[Array, "N T n_outputs"]:
+    """Return then(layer(x)) in the layer's dtype.
+
+    An accelerator adds the bias and computes `then` in float32, and may return another `dtype`.
+    """
+    if on_cpu():
+        return then(layer(x))
+    y = product(x, layer.kernel[...], layer.dtype) + bias_of(layer)[None, None]
+    return written(then(y).astype(dtype or layer.dtype))
+
+
+def bias_of(layer: nnx.Linear) -> Float[Array, " n_outputs"]:
+    assert layer.bias is not None
+    return layer.bias[...]
+
+
+def product(
+    x: Num[Array, "N T n_inputs"], kernel: Num[Array, "n_inputs n_outputs"], dtype: Dtype
+) -> Num[Array, "N T n_outputs"]:
+    """Return a matrix product of factors rounded to `dtype`, summed in float32."""
+    return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def written(x: Array) -> Array:
+    """Return x, which is written to memory by the product that it comes from.
+
+    Without this barrier, XLA for GPU leaves bias and activation to passes of their own.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
+def after(x: Array, done: Array) -> Array:
+    """Return x for a product that waits for `done`, if that is in half precision.
+
+    Otherwise XLA for GPU makes one product of small ones that share a factor, and leaves bias and
+    rounding to passes of their own.
+    """
+    if on_cpu() or done.dtype == jnp.float32:
+        return x
+    return jax.lax.optimization_barrier((x, done))[0]
