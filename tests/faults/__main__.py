@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("verbs", nargs="*", metavar="VERB", help=f"of {', '.join(VERBS)}")
     parser.add_argument("--every", type=int, default=1, help="only every n-th call")
     parser.add_argument("--all_errors", action="store_true", help="each call with each error")
+    parser.add_argument("--distinct", action="store_true", help="first and last call on each file")
     parser.add_argument("--part", default="0/1", help="i/n for one of n processes")
     args = parser.parse_args()
     cases: list = []
@@ -36,7 +37,8 @@ def run(args: argparse.Namespace, cases: list) -> None:
         for name in args.verbs or VERBS:
             verb = VERBS[name]
             if args.faults == "errors":
-                sweep = io_errors.sweep(workshop, verb, args.every, args.all_errors, args.part)
+                chosen = (args.every, args.all_errors, args.distinct, args.part)
+                sweep = io_errors.sweep(workshop, verb, *chosen)
             elif args.faults == "files":
                 sweep = special_files.sweep(workshop, verb, args.every, args.part)
             else:

@@ -40,7 +40,7 @@ def test_full_disk_under_orbax_is_one_line(workshop):
 def test_short_write_is_completed(workshop):
     verb = VERBS["plot"]
     workshop.finished(verb)
-    last = workshop.counts["plot"]["write"] - 1  # the GIF
+    last = len(workshop.calls["plot"]["write"]) - 1  # the GIF
     case = inject(workshop, verb, Fault("write", last, SHORT_WRITE))
     assert case.outcome == "success"
 
