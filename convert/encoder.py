@@ -152,7 +152,7 @@ def read_source(
         tensors = {k: t for k, t in checkpoint.tensors.items() if not k.startswith("head.")}
         checkpoint = replace(checkpoint, tensors=tensors)
         flags["head_type"] = "none"
-    resolved = read_architecture(checkpoint, yaml, flags)
+    resolved = read_architecture(checkpoint, yaml, str(config_path or ""), flags)
     return Source(checkpoint, resolved.architecture, resolved.sources, resolved.warnings)
 
 

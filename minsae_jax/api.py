@@ -24,7 +24,6 @@ from minsae_jax.files import foreign_entries
 from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
-from minsae_jax.settings import read_yaml
 
 if TYPE_CHECKING:
     from minsae_jax.eeg.prepare.prepare import Prepared
@@ -78,7 +77,7 @@ def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "Na
 
         if not isinstance(encoder, converted.Encoder):
             raise UserError(f"--config_path is for PatchTST; {path} is another encoder")
-        check_yaml(encoder.architecture, read_yaml(config_path))
+        check_yaml(encoder.architecture, config_path)
     return encoder
 
 
