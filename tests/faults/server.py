@@ -10,6 +10,7 @@ the request asks for it.
 import atexit
 import ctypes
 import gc
+import io
 import json
 import os
 import select
@@ -17,8 +18,11 @@ import signal
 import sys
 import threading
 
-import matplotlib.pyplot  # noqa: F401
-import mne  # noqa: F401
+import jax
+import jaxlib.mlir.dialects.builtin
+import jaxlib.mlir.dialects.mhlo  # noqa: F401
+import matplotlib.pyplot as plt
+import mne.io._read_raw  # noqa: F401
 import orbax.checkpoint  # noqa: F401
 import tensorboardX  # noqa: F401
 import torch  # noqa: F401
@@ -30,12 +34,26 @@ import convert.encoder
 import minsae_jax.__main__
 import minsae_jax.eeg.prepare.prepare
 import minsae_jax.encoder.extract
+import minsae_jax.encoder.live
+import minsae_jax.evaluation.evaluate
 import minsae_jax.report.report
 import minsae_jax.sae.trainer
 from minsae_jax import cli
-from tests.faults.process import KINDS
+from minsae_jax.encoder.patchtst.pure import abstract_params
+from tests.faults.process import KINDS, ROOT
 
 PROGRAMS = {"minsae": minsae_jax.__main__.main, "convert": convert.__main__.main}
+
+
+def warm_up() -> None:
+    """Do what all commands do first: draw, and trace the encoder, without a device."""
+    figure = plt.figure()
+    figure.add_subplot().set_title("title")
+    figure.savefig(io.BytesIO())
+    plt.close(figure)
+    source = convert.encoder.read_source(ROOT / "tests/fixtures/tuhab_patch_100/checkpoint.pth")
+    abstract_params(source.architecture)
+    assert not jax._src.xla_bridge.backends_are_initialized()
 
 
 def serve() -> dict | None:
@@ -43,6 +61,7 @@ def serve() -> dict | None:
     library = ctypes.CDLL(None)
     # Other than print, it cannot be redirected by what the imports did to stdout.
     answers = os.fdopen(os.dup(1), "w")
+    warm_up()
     gc.collect()
     gc.freeze()
     print("ready", file=answers, flush=True)
