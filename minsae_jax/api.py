@@ -157,6 +157,10 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     encoder: that of `config.model` or `config.checkpoint_path` unless passed. With `config.live`
     activations come from it; otherwise the store must be of it, if there is one. Raises UserError,
     before anything is written, if settings, store and run folder do not fit each other.
+
+    With `config.distributed`, JAX aborts this process, with its own stack trace, when another one
+    of the cluster is lost. Call `minsae_jax.cli.watch_cluster()` before to end in one line with
+    exit code 2 instead, as the command does.
     """
     from minsae_jax.encoder.live import open_live
     from minsae_jax.sae import trainer
