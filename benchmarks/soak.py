@@ -26,9 +26,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.io_errors import ERRORS, differing, error_lines
+from tests.faults.io_errors import ERRORS, error_lines
 from tests.faults.process import SHORT_WRITE, TIMEOUT, Fault, Result, Server
-from tests.faults.verbs import VERBS, Verb, Workshop, contents, temporary_files
+from tests.faults.verbs import VERBS, Verb, Workshop, contents, differing, temporary_files
 
 CHAIN = ("extract", "train", "evaluate")
 DISTURBANCES = ("kill", "full disk", "error")

@@ -14,6 +14,7 @@ import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import Checkpoint, Program
@@ -30,7 +31,7 @@ from convert.settings import (
 from convert.torch_files import Tensors
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.errors import UserError
-from minsae_jax.settings import JsonObject
+from minsae_jax.settings import JsonObject, read_yaml
 
 # Settings that a program's code fixes and its configuration leaves out.
 DEFAULTS: dict[Program, JsonObject] = {
@@ -60,14 +61,15 @@ class ResolvedArchitecture:
 
 
 def read_architecture(
-    checkpoint: Checkpoint, yaml: Mapping[str, Any], flags: Mapping[str, Any]
+    checkpoint: Checkpoint, yaml: Mapping[str, Any], yaml_file: str, flags: Mapping[str, Any]
 ) -> ResolvedArchitecture:
     """Resolve every setting of a checkpoint's architecture.
 
+    yaml_file: path of the YAML for messages, "" without one.
     Raises UserError that names every missing setting, or both values of every contradiction.
     """
     from_config = _config_settings(checkpoint)
-    from_yaml = read_settings(yaml, "YAML")
+    from_yaml = read_settings(yaml, "YAML", yaml_file)
     from_flags = read_settings(flags, "flags")
     stated = from_config | from_yaml | from_flags
     inferred = infer_settings(checkpoint, stated)
@@ -79,7 +81,7 @@ def read_architecture(
     settings = _program_defaults(checkpoint.program) | stated | inferred
     if checkpoint.program == "supervised":
         settings |= _supervised_settings(settings, checkpoint.tensors)
-    _check_complete(settings, checkpoint)
+    _check_complete(settings, checkpoint, yaml_file)
 
     settings = {name: settings[name] for name in FIELD_TYPES if name in settings}
     architecture = Architecture(**{name: s.value for name, s in settings.items()})
@@ -91,12 +93,13 @@ def read_architecture(
     )
 
 
-def check_yaml(architecture: Architecture, yaml: Mapping[str, Any]) -> None:
-    """Raise UserError with both values if a YAML contradicts a converted encoder."""
+def check_yaml(architecture: Architecture, path: str | Path) -> None:
+    """Raise UserError with both values if a YAML file contradicts a converted encoder."""
     where = "converted encoder"
     actual = dataclasses.asdict(architecture)
     settings = {name: Setting(value, where) for name, value in actual.items()}
-    message = _check_agreement(read_settings(yaml, "YAML"), settings, where)
+    from_yaml = read_settings(read_yaml(path), "YAML", str(path))
+    message = _check_agreement(from_yaml, settings, where)
     if message:
         warnings.warn(message, stacklevel=2)
 
@@ -116,16 +119,18 @@ def _program_defaults(program: Program) -> Settings:
 def _yaml_overrides(from_config: Settings, from_yaml: Settings, from_flags: Settings) -> str:
     """Return a warning that lists settings of the config which the YAML overrides, or ""."""
     overridden = []
+    place = ""
     for name, setting in from_yaml.items():
         if name not in from_config or name in from_flags or name in IGNORED_BY_REFERENCE:
             continue
         before = from_config[name].value
         if setting.value != before:
             overridden.append(f"{spelling(name)} ({setting.value!r}, not {before!r})")
+            place = setting.place
     if not overridden:
         return ""
     listed = ", ".join(overridden)
-    return f"the YAML disagrees with the checkpoint's own config and precedes it: {listed}"
+    return f"the {place} disagrees with the checkpoint's own config and precedes it: {listed}"
 
 
 def _check_agreement(stated: Settings, actual: Settings, where: str) -> str:
@@ -141,7 +146,7 @@ def _check_agreement(stated: Settings, actual: Settings, where: str) -> str:
         if setting.value == actual_value or _is_irrelevant(name, actual, final):
             continue
         difference = (
-            f"{spelling(name)} is {setting.value} in the {setting.source}, "
+            f"{spelling(name)} is {setting.value} in the {setting.place}, "
             f"but {actual_value} in the {where}"
         )
         if name in IGNORED_BY_REFERENCE:
@@ -187,19 +192,20 @@ def _supervised_settings(settings: Settings, tensors: Tensors) -> Settings:
     for name in ("revin", "head_type"):
         if name in fixed and name in values and values[name] != fixed[name]:
             raise UserError(
-                f"{name} is {values[name]} in the {settings[name].source}, but {fixed[name]} in a "
+                f"{name} is {values[name]} in the {settings[name].place}, but {fixed[name]} in a "
                 "model of the official supervised program, which this seems to be; if it is not, "
                 "use --program gpatchtst"
             )
     return {name: Setting(value, "program's own way") for name, value in fixed.items()}
 
 
-def _check_complete(settings: Settings, checkpoint: Checkpoint) -> None:
+def _check_complete(settings: Settings, checkpoint: Checkpoint, yaml_file: str) -> None:
     missing = [name for name in REQUIRED if name not in settings]
     if missing:
         listed = ", ".join(spelling(name) for name in missing)
+        yaml = f"YAML {yaml_file}".rstrip()
         raise UserError(
-            f"neither the YAML nor the config in {checkpoint.path.name} contains {listed}; pass "
+            f"neither the {yaml} nor the config in {checkpoint.path.name} contains {listed}; pass "
             f"--{missing[0]} and so on, or add them to a YAML for --config_path"
         )
 

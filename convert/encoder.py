@@ -63,7 +63,8 @@ def read_source(
         if config_path is not None or program is not None:
             raise UserError("--config_path and --program do not apply to CBraMod")
         return cbramod.read_source(checkpoint, flags, without_head)
-    return patchtst.read_source(checkpoint, yaml, flags, program, without_head)
+    yaml_file = str(config_path or "")
+    return patchtst.read_source(checkpoint, yaml, yaml_file, flags, program, without_head)
 
 
 class Converted(NamedTuple):

@@ -105,7 +105,7 @@ def _head_settings(
     if not any(key.startswith("head.") for key in tensors):
         if requested and requested.value != "none":
             raise UserError(
-                f"the head is {requested.value!r} in the {requested.source}, but the state dict "
+                f"the head is {requested.value!r} in the {requested.place}, but the state dict "
                 "has none; use --without_head"
             )
         return {"head_type": "none", "target_dim": 0}
@@ -116,7 +116,7 @@ def _head_settings(
     if requested and requested.value not in kinds:
         fitting = " or ".join(kinds) or "no known head"
         raise UserError(
-            f"the head is {requested.value!r} in the {requested.source}, but its weights "
+            f"the head is {requested.value!r} in the {requested.place}, but its weights "
             f"{shape} fit {fitting}"
         )
     if not kinds:

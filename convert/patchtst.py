@@ -38,6 +38,7 @@ PROGRAM_NAMES = {
 def read_source(
     checkpoint: Checkpoint,
     yaml: Mapping[str, Any],
+    yaml_file: str,
     flags: Mapping[str, Any],
     program: Program | None,
     without_head: bool,
@@ -53,7 +54,7 @@ def read_source(
         tensors = {k: t for k, t in checkpoint.tensors.items() if not k.startswith("head.")}
         checkpoint = replace(checkpoint, tensors=tensors)
         flags = {**flags, "head_type": "none"}
-    resolved = read_architecture(checkpoint, yaml, flags)
+    resolved = read_architecture(checkpoint, yaml, yaml_file, flags)
     return Source(checkpoint, resolved.architecture, resolved.sources, resolved.warnings)
 
 

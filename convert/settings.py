@@ -33,6 +33,12 @@ class Setting:
 
     value: Any
     source: str
+    file: str = ""  # of a YAML
+
+    @property
+    def place(self) -> str:
+        """Return the source as messages name it."""
+        return f"{self.source} {self.file}".rstrip()
 
 
 Settings = dict[str, Setting]  # by field of Architecture
@@ -47,11 +53,11 @@ def spelling(name: str) -> str:
     return SPELLINGS.get(name, (name,))[0]
 
 
-def read_settings(mapping: Mapping[str, Any], source: str) -> Settings:
+def read_settings(mapping: Mapping[str, Any], source: str, file: str = "") -> Settings:
     """Return the known settings in the sections `model` and `data`, or at the top level.
 
-    Unknown keys are ignored, since a YAML also configures training. Raises UserError if a value has
-    the wrong type or range.
+    Unknown keys are ignored, since a YAML also configures training. file: the YAML, for messages.
+    Raises UserError if a value has the wrong type or range.
     """
     candidates = (mapping.get("model"), mapping.get("data"), mapping)
     sections = [section for section in candidates if isinstance(section, Mapping)]
@@ -59,12 +65,14 @@ def read_settings(mapping: Mapping[str, Any], source: str) -> Settings:
     for name in REQUIRED:
         value = _first_value(sections, SPELLINGS.get(name, (name,)))
         if value is not None:
-            settings[name] = parse_setting(name, value, source)
+            settings[name] = parse_setting(name, value, source, file)
     subtract_last = _first_value(sections, ("subtract_last",))
     if subtract_last is not None:
         if type(subtract_last) not in (bool, int) or subtract_last not in (0, 1):
-            raise UserError(f"subtract_last must be true or false, got {shown(subtract_last)}")
-        settings["scaler"] = Setting("last_sd" if subtract_last else "mean_sd", source)
+            where = f" in {file}" if file else ""
+            got = shown(subtract_last)
+            raise UserError(f"subtract_last{where} must be true or false, got {got}")
+        settings["scaler"] = Setting("last_sd" if subtract_last else "mean_sd", source, file)
     return settings
 
 
@@ -77,7 +85,7 @@ def _first_value(sections: list[Mapping[str, Any]], names: tuple[str, ...]) -> A
     return None
 
 
-def parse_setting(name: str, value: object, source: str) -> Setting:
+def parse_setting(name: str, value: object, source: str, file: str = "") -> Setting:
     """Return a setting whose value has the type of its field. Raises UserError if it cannot."""
     field_type = FIELD_TYPES[name]
     parsed: str | bool | int | float | None
@@ -93,11 +101,12 @@ def parse_setting(name: str, value: object, source: str) -> Setting:
     else:
         parsed = _parse_float(value)
         expected = "a number above 0"
+    setting = Setting(parsed, source, file)
     if parsed is None:
         raise UserError(
-            f"{spelling(name)} must be {expected}, but the {source} contains {shown(value)}"
+            f"{spelling(name)} must be {expected}, but the {setting.place} contains {shown(value)}"
         )
-    return Setting(parsed, source)
+    return setting
 
 
 def _parse_choice(value: object, choices: tuple[str, ...]) -> str | None:

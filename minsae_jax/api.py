@@ -24,7 +24,6 @@ from minsae_jax.files import foreign_entries
 from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
-from minsae_jax.settings import read_yaml
 
 if TYPE_CHECKING:
     from minsae_jax.eeg.prepare.prepare import Prepared
@@ -78,7 +77,7 @@ def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "Na
 
         if not isinstance(encoder, converted.Encoder):
             raise UserError(f"--config_path is for PatchTST; {path} is another encoder")
-        check_yaml(encoder.architecture, read_yaml(config_path))
+        check_yaml(encoder.architecture, config_path)
     return encoder
 
 
@@ -158,6 +157,10 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     encoder: that of `config.model` or `config.checkpoint_path` unless passed. With `config.live`
     activations come from it; otherwise the store must be of it, if there is one. Raises UserError,
     before anything is written, if settings, store and run folder do not fit each other.
+
+    With `config.distributed`, JAX aborts this process, with its own stack trace, when another one
+    of the cluster is lost. Call `minsae_jax.cli.watch_cluster()` before to end in one line with
+    exit code 2 instead, as the command does.
     """
     from minsae_jax.encoder.live import open_live
     from minsae_jax.sae import trainer

@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -61,14 +61,14 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     old = folder.with_name(f".{folder.name}.old")
     make_folder(folder.parent)
     temporary.mkdir(exist_ok=True)
-    with lock_folder(temporary, named=folder):
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        if old.exists():
-            shutil.rmtree(old)
-        empty_folder(temporary)
-        is_new = not folder.exists()
+    with _locked_or_removed(temporary, named=folder):
         try:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            if old.exists():
+                shutil.rmtree(old)
+            empty_folder(temporary)
+            is_new = not folder.exists()
             if not is_new:
                 # Refused before the work rather than after it.
                 with lock_folder(folder):
@@ -90,6 +90,20 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         flush([folder.parent])
     # The new folder is complete; the next call removes any leftover of the old one.
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _locked_or_removed(folder: Path, named: Path) -> Iterator[None]:
+    """Lock an empty folder, or remove it if an error of the system prevents that."""
+    with ExitStack() as stack:
+        try:
+            with _named_errors(named):
+                stack.enter_context(lock_folder(folder, named=named))
+        except OSError:
+            with suppress(OSError):
+                folder.rmdir()
+            raise
+        yield
 
 
 def empty_folder(folder: Path) -> None:

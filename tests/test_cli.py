@@ -1,6 +1,8 @@
 """Command lines, called in this process: flags, help, and one line for every error."""
 
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -147,6 +149,28 @@ def test_out_of_memory_is_one_line(capsys):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\n  by allocator")
 
     assert "out of memory" in error_of(capsys, too_large)
+
+
+THREAD_THAT_NEVER_ENDS = """
+import threading
+from minsae_jax.cli import process
+from minsae_jax.errors import UserError
+
+def main(args):
+    threading.Thread(target=threading.Event().wait).start()
+    print("printed before")
+    raise UserError("message")
+
+process.EXIT_SECONDS = 0.1
+process.run(main, [])
+"""
+
+
+def test_thread_that_never_ends_does_not_keep_a_failed_command():
+    command = [sys.executable, "-c", THREAD_THAT_NEVER_ENDS]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (2, "error: message\n")
+    assert result.stdout == "printed before\n"
 
 
 def test_interrupt_exits_with_130(capsys):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -73,6 +74,24 @@ def test_folder_stays_on_error(tmp_path):
         fail_half_way()
     assert names(folder) == ["before"]
     assert names(tmp_path) == ["folder"]
+
+
+@pytest.fixture
+def no_more_files():
+    """Open files stay usable, but no further one can be opened."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_folder_that_cannot_be_locked_leaves_nothing(tmp_path, no_more_files):
+    folder = tmp_path / "folder"
+    with pytest.raises(OSError, match="Too many open files"), replaced_folder(folder):
+        pass
+    assert not folder.with_name(".folder.tmp").exists()
 
 
 REPLACE_AND_DIE = """

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from minsae_jax.cli import lost_peer
 from minsae_jax.cli.memory import SMALLER, advice, memory_limit, run_in_child
 from minsae_jax.errors import Stopped, UserError, brief
+
+EXIT_SECONDS = 30  # that other threads may take to end after an error
 
 
 def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> None:
@@ -69,6 +72,7 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
             raise
         lost_peer.print_error(message or brief(e))
         _leave_cluster()
+        _limit_exit()
         sys.exit(2)
 
 
@@ -91,6 +95,8 @@ def _silence_libraries() -> None:
     the interpreter exits.
     """
     logging.disable()
+    # Of a save that Orbax has given up.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     # XLA's own, which it reads when it is loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     threading.excepthook = _ignore
@@ -112,6 +118,25 @@ def _leave_cluster() -> None:
     with contextlib.suppress(Exception):
         jax.distributed.shutdown()
     os._exit(2)
+
+
+def _limit_exit() -> None:
+    """End this process some time after its main thread, even if other threads never end.
+
+    Python waits for them. Orbax's wait for one another if the clock jumps while it saves.
+    """
+    main = threading.main_thread()
+    if all(thread is main or thread.daemon for thread in threading.enumerate()):
+        return
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+
+    def end() -> None:
+        main.join()
+        time.sleep(EXIT_SECONDS)
+        os._exit(2)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 
 from minsae_jax.checksums import SUMS, files_below, write_checksums
 from minsae_jax.eeg.events import EVENTS, write_events
-from minsae_jax.eeg.recordings import LABELS, LENGTHS, SAMPLING_RATE, read_lengths
+from minsae_jax.eeg.recordings import LABELS, LENGTHS, SAMPLING_RATE, load_recording, read_lengths
 from minsae_jax.eeg.synthetic_edf import write_edf
 from minsae_jax.eeg.synthetic_signals import recording
 from minsae_jax.errors import UserError
@@ -137,10 +137,10 @@ def _is_complete(folder: Path, has_labels: bool) -> bool:
             if path.suffix == ".edf":
                 is_complete = path.is_file()
             else:
-                is_complete = len(np.load(path, mmap_mode="r")) == length
+                is_complete = len(load_recording(path)) == length
             if not is_complete:
                 return False
-    except (UserError, OSError, ValueError):
+    except Exception:  # NumPy raises many types on damaged files
         return False
     return True
 

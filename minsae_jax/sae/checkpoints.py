@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from minsae_jax.checksums import files_below, read_checksums, write_checksums
 from minsae_jax.errors import UserError, is_system_error, system_reason
-from minsae_jax.files import flush, flush_tree, remove_folder, sha256_of
+from minsae_jax.files import flush, flush_tree, regular_file, remove_folder, sha256_of
 from minsae_jax.parallel.processes import (
     any_process,
     process_count,
@@ -96,6 +96,10 @@ class Checkpoints:
         self._barrier_key: str | None = None  # that a thread of Orbax waits at
         self._may_be_saving = False  # in a cluster
         self._agreed_at = 0.0  # when not all processes waited at different barriers
+        for path in self._directory.glob("*/_CHECKPOINT_METADATA"):
+            # Orbax reads these files of all steps; from a named pipe it would wait for ever.
+            if path.parent.name.isdecimal():
+                regular_file(path)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max_to_keep,
             # Of a process that was killed while it saved.

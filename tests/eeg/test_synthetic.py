@@ -2,6 +2,8 @@
 
 import csv
 from dataclasses import replace
+from os import mkfifo
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +134,16 @@ def test_incomplete_demo_is_written_again(settings):
     (folder / "events.csv").unlink()
     assert write_demo(settings).is_new
     assert (folder / "events.csv").exists()
+
+
+@pytest.mark.parametrize("damage", [Path.touch, mkfifo, lambda path: path.symlink_to("/dev/null")])
+def test_recording_that_cannot_be_read_is_written_again(settings, damage):
+    path = write_demo(settings).folder / "demo0009_s001_t001_preprocessed.npy"
+    content = path.read_bytes()
+    path.unlink()
+    damage(path)
+    assert write_demo(settings).is_new
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

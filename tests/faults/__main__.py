@@ -1,6 +1,7 @@
 """Command line of the fault injection, see the package."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -18,13 +19,15 @@ def main() -> None:
     parser.add_argument("verbs", nargs="*", metavar="VERB", help=f"of {', '.join(VERBS)}")
     parser.add_argument("--every", type=int, default=1, help="only every n-th call")
     parser.add_argument("--all_errors", action="store_true", help="each call with each error")
+    parser.add_argument("--distinct", action="store_true", help="numbers in names aside")
     parser.add_argument("--part", default="0/1", help="i/n for one of n processes")
     args = parser.parse_args()
     cases: list = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(args, cases)
     finally:
-        # Also after Ctrl-C.
+        # Also after Ctrl-C or SIGTERM.
         print(MODULES[args.faults].table(cases))
     sys.exit(0 if all(case.is_good for case in cases) else 1)
 
@@ -36,13 +39,16 @@ def run(args: argparse.Namespace, cases: list) -> None:
         for name in args.verbs or VERBS:
             verb = VERBS[name]
             if args.faults == "errors":
-                sweep = io_errors.sweep(workshop, verb, args.every, args.all_errors, args.part)
+                chosen = (args.every, args.all_errors, args.distinct, args.part)
+                sweep = io_errors.sweep(workshop, verb, *chosen)
             elif args.faults == "files":
-                sweep = special_files.sweep(workshop, verb, args.every, args.part)
+                sweep = special_files.sweep(workshop, verb, args.every, args.distinct, args.part)
             else:
                 sweep = power_cuts.sweep(workshop, verb, args.every, args.part)
             for case in sweep:
                 cases.append(case)
+                if len(cases) % 100 == 0:
+                    print(f"{len(cases)} cases, {name}", file=sys.stderr, flush=True)
                 if not case.is_good or case.outcome == "advice":
                     print(case, case.stderr[:2000], sep="\n", flush=True)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.process import SHORT_WRITE, Fault, Result
-from tests.faults.verbs import Verb, Workshop, contents, temporary_files
+from tests.faults.verbs import Verb, Workshop, differing, temporary_files
 
 # A disk stays full; the other errors hit one call.
 ERRORS = {
@@ -21,6 +21,7 @@ ERRORS = {
     "stat": (errno.EIO, errno.EACCES),
     "mkdir": (errno.ENOSPC, errno.EACCES),
 }
+WHOLE_EXIT_EVERY = 16  # calls, see `tests.faults.server`
 PROGRESS = re.compile(r"[a-z]+( \w+)? +\d+%, ")  # a progress bar that is not on a terminal
 
 
@@ -42,37 +43,48 @@ class Case:
         return f"{self.verb}: {self.fault.kind} {self.fault.call} {error}: {self.outcome}"
 
 
-def faults(counts: dict[str, int], every: int, all_errors: bool) -> Iterator[Fault]:
-    """Yield a fault for every n-th call of each kind, with one of its errors in turn or all."""
+def faults(
+    calls: dict[str, list[str]], every: int, all_errors: bool, distinct: bool
+) -> Iterator[Fault]:
+    """Yield a fault for calls of each kind, with one of its errors in turn or all.
+
+    calls: kind -> path of each call. distinct: the first and the last call on each file, where
+    files whose names differ in numbers count as one; otherwise every n-th call.
+    """
     for kind, errors in ERRORS.items():
-        for call in range(0, counts[kind], every):
-            chosen = errors if all_errors else [errors[(call // every) % len(errors)]]
+        numbers = first_and_last(calls[kind]) if distinct else range(len(calls[kind]))
+        for i, call in enumerate(numbers[::every]):
+            chosen = errors if all_errors else [errors[i % len(errors)]]
             for error in chosen:
                 yield Fault(kind, call, error, on=error == errno.ENOSPC)
 
 
+def first_and_last(paths: list[str]) -> list[int]:
+    """Return the positions at which a path appears first or last, numbers and hashes aside."""
+    patterns = [re.sub(r"[0-9a-f]{16,}|[0-9]+", "#", path) for path in paths]
+    first = {pattern: i for i, pattern in reversed(list(enumerate(patterns)))}
+    last = {pattern: i for i, pattern in enumerate(patterns)}
+    return sorted({*first.values(), *last.values()})
+
+
 def inject(workshop: Workshop, verb: Verb, fault: Fault) -> Case:
     """Run a command with a fault, then the same command without, and judge both."""
+    workshop.finished(verb)
     folder = workshop.fresh(verb)
-    expected = contents(workshop.finished(verb))
-    result = workshop.run(verb, fault=fault)
-    outcome = judge(result, folder, expected, fault)
+    whole_exit = fault.call % WHOLE_EXIT_EVERY == 0
+    result = workshop.run(verb, fault=fault, whole_exit=whole_exit)
+    outcome = judge(result, folder, workshop.expected[verb.name], fault)
     if outcome == "error":
-        again = workshop.run(verb)
-        if again.code != 0:
-            outcome = f"the same command fails: {again.stderr.strip()}"
-        elif contents(folder) != expected:
-            outcome = f"other bytes after the same command: {differing(folder, expected)}"
-        elif temporary_files(folder):
-            outcome = f"left behind after the same command: {temporary_files(folder)}"
+        outcome = workshop.resume(verb) or "error"
     return Case(verb.name, fault, outcome, result.stderr)
 
 
 def judge(result: Result, folder: Path, expected: dict[str, str], fault: Fault) -> str:
     """Return "error", "success" or "not reached", or what is wrong."""
     if result.code == 0:
-        if contents(folder) != expected:
-            return f"success with other bytes: {differing(folder, expected)}"
+        different = differing(folder, expected)
+        if different:
+            return f"success with other bytes: {different}"
         # A file that cannot be removed stays.
         if fault.kind != "unlink" and temporary_files(folder):
             return f"success, but left behind: {temporary_files(folder)}"
@@ -95,21 +107,19 @@ def error_lines(stderr: str) -> list[str]:
     return [line for line in lines if not line.startswith("warning: ")]
 
 
-def differing(folder: Path, expected: dict[str, str]) -> list[str]:
-    """Return the names of missing, additional and changed files."""
-    actual = contents(folder)
-    names = sorted(expected.keys() | actual.keys())
-    return [name for name in names if expected.get(name) != actual.get(name)]
-
-
 def sweep(
-    workshop: Workshop, verb: Verb, every: int = 1, all_errors: bool = False, part: str = "0/1"
+    workshop: Workshop,
+    verb: Verb,
+    every: int = 1,
+    all_errors: bool = False,
+    distinct: bool = False,
+    part: str = "0/1",
 ) -> Iterator[Case]:
     """Yield a case for every fault of a command; part: "i/n" for the i-th of n processes."""
     workshop.finished(verb)
-    counts = workshop.counts[verb.name]
     index, parts = map(int, part.split("/"))
-    for i, fault in enumerate(faults(counts, every, all_errors)):
+    chosen = faults(workshop.calls[verb.name], every, all_errors, distinct)
+    for i, fault in enumerate(chosen):
         if i % parts == index:
             yield inject(workshop, verb, fault)
 
@@ -119,7 +129,7 @@ def sample(workshop: Workshop, verb: Verb, kinds: tuple[str, ...]) -> Iterator[C
     workshop.finished(verb)
     rng = random.Random(verb.name)
     for kind in kinds:
-        call = rng.randrange(workshop.counts[verb.name][kind])
+        call = rng.randrange(len(workshop.calls[verb.name][kind]))
         error = rng.choice(ERRORS[kind])
         yield inject(workshop, verb, Fault(kind, call, error, on=error == errno.ENOSPC))
 

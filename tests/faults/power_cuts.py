@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.faults.io_errors import differing, error_lines
-from tests.faults.verbs import Verb, Workshop, contents, temporary_files
+from tests.faults.io_errors import error_lines
+from tests.faults.verbs import Verb, Workshop, differing, temporary_files
 
 
 class Record(NamedTuple):
@@ -199,18 +199,20 @@ def cut(
     """Run the command on what survived, and judge it."""
     folder = workshop.folder
     restore(state, folder, workshop.inputs(verb))
-    expected = contents(workshop.finished(verb))
-    if is_last and contents(folder) != expected:
-        outcome = f"lost after the end: {differing(folder, expected)}"
+    expected = workshop.expected[verb.name]
+    lost = differing(folder, expected) if is_last else []
+    if lost:
+        outcome = f"lost after the end: {lost}"
         return Cut(verb.name, calls, names_survive, outcome)
     result = workshop.run(verb)
+    different = differing(folder, expected)
     outcome = "same bytes"
     if result.code == 2 and len(error_lines(result.stderr)) == 1:
         outcome = "advice"
     elif result.code != 0:
         outcome = f"exit code {result.code}"
-    elif contents(folder) != expected:
-        outcome = f"other bytes: {differing(folder, expected)}"
+    elif different:
+        outcome = f"other bytes: {different}"
     elif temporary_files(folder):
         outcome = f"left behind: {temporary_files(folder)}"
     return Cut(verb.name, calls, names_survive, outcome, result.stderr)

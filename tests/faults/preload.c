@@ -28,7 +28,7 @@ static char folder[PATH_MAX];
 static int failing_kind = -1, failing_call, failing_error, failing_on;
 /* Shared with forked processes: the number of calls of each kind, then whether one has failed. */
 static atomic_int *counts;
-static int record_fd = -1;
+static int record_fd = -1, trace_fd = -1;
 static pthread_mutex_t recording = PTHREAD_MUTEX_INITIALIZER;
 
 #define REAL(name) \
@@ -49,6 +49,11 @@ void faults_fail(int kind, int call, int error, int on) {
 
 void faults_record(const char *path) {
   record_fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+}
+
+/* One line for each call that counts: kind, its number, path. */
+void faults_trace(const char *path) {
+  trace_fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0600);
 }
 
 int faults_count(int kind) { return counts[kind]; }
@@ -83,17 +88,18 @@ static int watched(int at, const char *path, char *out) {
 static int watched_fd(int fd, char *out) { return fd != record_fd && watched(fd, "", out); }
 
 /* Count a call; return 0, or how it must fail. */
-static int fault(int kind) {
+static int fault(int kind, const char *path) {
   int call = atomic_fetch_add(&counts[kind], 1);
+  if (trace_fd >= 0) dprintf(trace_fd, "%d\t%d\t%s\n", kind, call, path);
   if (kind != failing_kind) return 0;
   if (call != failing_call && !(failing_on && call > failing_call)) return 0;
   counts[KINDS] = 1;
   return failing_error;
 }
 
-#define FAIL_IF(condition, kind) \
+#define FAIL_IF(condition, kind, path) \
   do { \
-    int error_ = (condition) ? fault(kind) : 0; \
+    int error_ = (condition) ? fault(kind, path) : 0; \
     if (error_ > 0) { errno = error_; return -1; } \
   } while (0)
 
@@ -125,7 +131,7 @@ static int open_at(int at, const char *path, int flags, mode_t mode) {
   if (!real) real = (int (*)(int, const char *, int, ...))dlsym(RTLD_NEXT, "openat64");
   char full[PATH_MAX];
   int is_watched = watched(at, path, full);
-  FAIL_IF(is_watched, OPEN);
+  FAIL_IF(is_watched, OPEN, full);
   int creates = flags & (O_CREAT | O_TRUNC);
   RECORDED(is_watched && creates, real(at, path, flags, mode),
            record(flags & O_TRUNC ? 't' : 'c', full, "", 0, "", 0));
@@ -156,7 +162,7 @@ ssize_t write(int fd, const void *data, size_t size) {
   REAL(write);
   char path[PATH_MAX];
   int is_watched = watched_fd(fd, path);
-  int error = is_watched ? fault(WRITE) : 0;
+  int error = is_watched ? fault(WRITE, path) : 0;
   if (error > 0) { errno = error; return -1; }
   if (error == SHORT_WRITE) size = shorter(size);
   RECORDED(is_watched, real(fd, data, size),
@@ -168,7 +174,7 @@ static ssize_t write_at(int fd, const void *data, size_t size, off_t offset) {
   if (!real) real = (ssize_t(*)(int, const void *, size_t, off_t))dlsym(RTLD_NEXT, "pwrite64");
   char path[PATH_MAX];
   int is_watched = watched_fd(fd, path);
-  int error = is_watched ? fault(WRITE) : 0;
+  int error = is_watched ? fault(WRITE, path) : 0;
   if (error > 0) { errno = error; return -1; }
   if (error == SHORT_WRITE) size = shorter(size);
   RECORDED(is_watched, real(fd, data, size, offset), record('w', path, "", offset, data, result));
@@ -208,7 +214,7 @@ size_t fwrite(const void *data, size_t size, size_t n, FILE *file) {
   REAL(fwrite);
   char path[PATH_MAX];
   if (!size || !n || !watched_fd(fileno(file), path)) return real(data, size, n, file);
-  int error = fault(WRITE);
+  int error = fault(WRITE, path);
   if (error > 0) { errno = error; return 0; }
   if (error == SHORT_WRITE) n = shorter(n);
   if (record_fd < 0) return real(data, size, n, file);
@@ -236,7 +242,7 @@ static int truncate_fd(int fd, off_t size) {
   if (!real) real = (int (*)(int, off_t))dlsym(RTLD_NEXT, "ftruncate64");
   char path[PATH_MAX];
   int is_watched = watched_fd(fd, path);
-  FAIL_IF(is_watched, WRITE);
+  FAIL_IF(is_watched, WRITE, path);
   RECORDED(is_watched, real(fd, size), record('s', path, "", size, "", 0));
 }
 int ftruncate(int fd, off_t size) { return truncate_fd(fd, size); }
@@ -247,7 +253,7 @@ int ftruncate64(int fd, off_t size) { return truncate_fd(fd, size); }
     REAL(name); \
     char path[PATH_MAX]; \
     int is_watched = watched_fd(fd, path); \
-    FAIL_IF(is_watched, FLUSH); \
+    FAIL_IF(is_watched, FLUSH, path); \
     RECORDED(is_watched, real(fd), record('f', path, "", 0, "", 0)); \
   }
 FLUSH_CALL(fsync)
@@ -257,7 +263,7 @@ int renameat2(int at, const char *path, int new_at, const char *new_path, unsign
   REAL(renameat2);
   char full[PATH_MAX], new_full[PATH_MAX];
   int is_watched = watched(at, path, full) && watched(new_at, new_path, new_full);
-  FAIL_IF(is_watched, RENAME);
+  FAIL_IF(is_watched, RENAME, full);
   RECORDED(is_watched, real(at, path, new_at, new_path, flags),
            record('r', full, new_full, 0, "", 0));
 }
@@ -268,7 +274,7 @@ int unlinkat(int at, const char *path, int flags) {
   REAL(unlinkat);
   char full[PATH_MAX];
   int is_watched = watched(at, path, full);
-  FAIL_IF(is_watched, UNLINK);
+  FAIL_IF(is_watched, UNLINK, full);
   RECORDED(is_watched, real(at, path, flags), record('u', full, "", 0, "", 0));
 }
 int unlink(const char *path) { return unlinkat(AT_FDCWD, path, 0); }
@@ -278,7 +284,7 @@ int mkdirat(int at, const char *path, mode_t mode) {
   REAL(mkdirat);
   char full[PATH_MAX];
   int is_watched = watched(at, path, full);
-  FAIL_IF(is_watched, MKDIR);
+  FAIL_IF(is_watched, MKDIR, full);
   RECORDED(is_watched, real(at, path, mode), record('d', full, "", 0, "", 0));
 }
 int mkdir(const char *path, mode_t mode) { return mkdirat(AT_FDCWD, path, mode); }
@@ -287,7 +293,7 @@ int mkdir(const char *path, mode_t mode) { return mkdirat(AT_FDCWD, path, mode);
   int name(const char *path, struct type *out) { \
     REAL(name); \
     char full[PATH_MAX]; \
-    FAIL_IF(watched(AT_FDCWD, path, full), STAT); \
+    FAIL_IF(watched(AT_FDCWD, path, full), STAT, full); \
     return real(path, out); \
   }
 STAT_CALL(stat, stat)
@@ -299,7 +305,7 @@ STAT_CALL(lstat64, stat64)
   int name(int fd, struct type *out) { \
     REAL(name); \
     char full[PATH_MAX]; \
-    FAIL_IF(watched_fd(fd, full), STAT); \
+    FAIL_IF(watched_fd(fd, full), STAT, full); \
     return real(fd, out); \
   }
 STAT_FD_CALL(fstat, stat)
@@ -309,7 +315,7 @@ STAT_FD_CALL(fstat64, stat64)
   int name(int at, const char *path, struct type *out, int flags) { \
     REAL(name); \
     char full[PATH_MAX]; \
-    FAIL_IF(watched(at, path, full), STAT); \
+    FAIL_IF(watched(at, path, full), STAT, full); \
     return real(at, path, out, flags); \
   }
 STAT_AT_CALL(fstatat, stat)
@@ -318,6 +324,6 @@ STAT_AT_CALL(fstatat64, stat64)
 int statx(int at, const char *path, int flags, unsigned mask, struct statx *out) {
   REAL(statx);
   char full[PATH_MAX];
-  FAIL_IF(watched(at, path, full), STAT);
+  FAIL_IF(watched(at, path, full), STAT, full);
   return real(at, path, flags, mask, out);
 }

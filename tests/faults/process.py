@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("preload.c")
 SHORT_WRITE = -1  # in the place of an errno
+KINDS = ("open", "write", "flush", "rename", "unlink", "stat", "mkdir")  # as in `preload.c`
 TIMEOUT = 120.0  # seconds; a command that takes longer hangs
 
 
@@ -19,7 +20,7 @@ TIMEOUT = 120.0  # seconds; a command that takes longer hangs
 class Fault:
     """The call-th call (from 0) of a kind fails, and those after it if `on`."""
 
-    kind: str  # one of server.KINDS
+    kind: str  # one of KINDS
     call: int
     error: int  # errno, or SHORT_WRITE
     on: bool = False
@@ -55,6 +56,18 @@ def build(folder: Path) -> Path:
     return library
 
 
+def read_trace(path: Path, folder: Path) -> dict[str, list[str]]:
+    """Return for each kind of call the paths of all calls, relative to the folder.
+
+    Threads may write their lines in another order than that of their calls.
+    """
+    calls: dict[str, dict[int, str]] = {kind: {} for kind in KINDS}
+    for line in path.read_text().splitlines():
+        kind, number, name = line.split("\t")
+        calls[KINDS[int(kind)]][int(number)] = name.removeprefix(str(folder))
+    return {kind: [paths[i] for i in sorted(paths)] for kind, paths in calls.items()}
+
+
 class Server:
     """A warm process that runs commands, one at a time."""
 
@@ -68,7 +81,11 @@ class Server:
             "JAX_NUM_CPU_DEVICES": "1",
             "OPENBLAS_NUM_THREADS": "1",
             "MPLBACKEND": "agg",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
+        # Compiled programs are shared by all runs, since each would compile the same ones.
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.folder / "compiled"))
         environment.pop("XLA_FLAGS", None)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"],
@@ -101,12 +118,16 @@ class Server:
         folder: Path,
         fault: Fault | None = None,
         record: Path | None = None,
+        trace: Path | None = None,
         timeout: float = TIMEOUT,
+        whole_exit: bool = False,
     ) -> Result:
         """Run a command in `folder` and wait for it.
 
         record: file for the writes of the command, see `power_cuts.read_record`.
+        trace: file for all calls that count, see `read_trace`.
         timeout: seconds after which it is killed.
+        whole_exit: leave by the whole exit of the interpreter, which takes 0.3 s.
         """
         out = self.folder / "stdout"
         err = self.folder / "stderr"
@@ -118,7 +139,9 @@ class Server:
             "stderr": str(err),
             "fault": list(asdict(fault).values()) if fault else None,
             "record": str(record) if record else None,
+            "trace": str(trace) if trace else None,
             "timeout": timeout,
+            "whole_exit": whole_exit,
         }
         assert self._process.stdin
         print(json.dumps(request), file=self._process.stdin, flush=True)

@@ -1,19 +1,28 @@
 """A warm process that forks one child for each command, so that imports are paid once.
 
 It imports everything but uses no JAX device, since XLA's threads would not survive the fork. The
-child is a whole process: it leaves by the exit of the interpreter, as a command does.
+child is a whole process. It waits for its threads and calls the functions registered for the exit,
+as the interpreter does. The rest of that exit, to take down all modules, costs more than most
+commands (0.3 s, in which the kernel copies the memory of this process), so it is left out unless
+the request asks for it.
 """
 
+import atexit
 import ctypes
 import gc
+import io
 import json
 import os
+import select
 import signal
 import sys
-import time
+import threading
 
-import matplotlib.pyplot  # noqa: F401
-import mne  # noqa: F401
+import jax
+import jaxlib.mlir.dialects.builtin
+import jaxlib.mlir.dialects.mhlo  # noqa: F401
+import matplotlib.pyplot as plt
+import mne.io._read_raw  # noqa: F401
 import orbax.checkpoint  # noqa: F401
 import tensorboardX  # noqa: F401
 import torch  # noqa: F401
@@ -25,13 +34,26 @@ import convert.encoder
 import minsae_jax.__main__
 import minsae_jax.eeg.prepare.prepare
 import minsae_jax.encoder.extract
+import minsae_jax.encoder.live
+import minsae_jax.evaluation.evaluate
 import minsae_jax.report.report
 import minsae_jax.sae.trainer
 from minsae_jax import cli
+from minsae_jax.encoder.patchtst.pure import abstract_params
+from tests.faults.process import KINDS, ROOT
 
 PROGRAMS = {"minsae": minsae_jax.__main__.main, "convert": convert.__main__.main}
-KINDS = ("open", "write", "flush", "rename", "unlink", "stat", "mkdir")
-POLL_SECONDS = 0.005
+
+
+def warm_up() -> None:
+    """Do what all commands do first: draw, and trace the encoder, without a device."""
+    figure = plt.figure()
+    figure.add_subplot().set_title("title")
+    figure.savefig(io.BytesIO())
+    plt.close(figure)
+    source = convert.encoder.read_source(ROOT / "tests/fixtures/tuhab_patch_100/checkpoint.pth")
+    abstract_params(source.architecture)
+    assert not jax._src.xla_bridge.backends_are_initialized()
 
 
 def serve() -> dict | None:
@@ -39,6 +61,7 @@ def serve() -> dict | None:
     library = ctypes.CDLL(None)
     # Other than print, it cannot be redirected by what the imports did to stdout.
     answers = os.fdopen(os.dup(1), "w")
+    warm_up()
     gc.collect()
     gc.freeze()
     print("ready", file=answers, flush=True)
@@ -60,15 +83,13 @@ def serve() -> dict | None:
 
 def wait(child: int, timeout: float) -> int | None:
     """Return the exit code, negative after a signal, or None if the child hangs."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(POLL_SECONDS)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+    process = os.pidfd_open(child)
+    ended, _, _ = select.select([process], [], [], timeout)
+    os.close(process)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) if ended else None
 
 
 def prepare(request: dict) -> None:
@@ -80,6 +101,8 @@ def prepare(request: dict) -> None:
         os.dup2(os.open(path, flags, 0o600), number)
     library = ctypes.CDLL(None)
     library.faults_watch(os.getcwd().encode())
+    if request["trace"]:
+        library.faults_trace(request["trace"].encode())
     if request["record"]:
         library.faults_record(request["record"].encode())
     if request["fault"]:
@@ -87,8 +110,29 @@ def prepare(request: dict) -> None:
         library.faults_fail(KINDS.index(kind), call, error, on)
 
 
+def leave(code: int) -> None:
+    """End this process after its threads, without taking down the modules."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(request: dict) -> None:
+    """Run a command in a child."""
+    prepare(request)
+    try:
+        cli.run(PROGRAMS[request["program"]], request["args"])
+    except SystemExit as e:
+        if request["whole_exit"]:
+            raise
+        leave(int(e.code or 0))
+    if not request["whole_exit"]:
+        leave(0)
+
+
 if __name__ == "__main__":
     request = serve()
     if request is not None:
-        prepare(request)
-        cli.run(PROGRAMS[request["program"]], request["args"])
+        run(request)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from os import mkfifo
 from pathlib import Path
 
-from tests.faults.io_errors import error_lines
+from tests.faults.io_errors import error_lines, first_and_last
 from tests.faults.verbs import VERBS, Verb, Workshop
 
 KINDS = ("pipe", "device", "loop")
@@ -68,13 +68,21 @@ def judge(code: int | None, stderr: str) -> str:
     return "refused"
 
 
-def sweep(workshop: Workshop, verb: Verb, every: int = 1, part: str = "0/1") -> Iterator[Case]:
-    """Yield a case for each kind and every n-th file; part: "i/n" for the i-th of n processes."""
+def sweep(
+    workshop: Workshop, verb: Verb, every: int = 1, distinct: bool = False, part: str = "0/1"
+) -> Iterator[Case]:
+    """Yield a case for each kind and file, or for every n-th of these.
+
+    distinct: of files whose names differ in numbers only the first and the last one. part: "i/n"
+    for the i-th of n processes.
+    """
     finished = workshop.finished(verb)
     paths = [path for path in sorted(finished.rglob("*")) if path.is_file()]
     files = [path.relative_to(finished).as_posix() for path in paths]
     if verb.name in RESUMED:
         files.remove(RESUMED[verb.name])
+    if distinct:
+        files = [files[i] for i in first_and_last(files)]
     index, parts = map(int, part.split("/"))
     cases = [(kind, file) for file in files for kind in KINDS]
     for i, (kind, file) in enumerate(cases[::every]):

@@ -37,10 +37,20 @@ def test_full_disk_under_orbax_is_one_line(workshop):
 
 
 @pytest.mark.slow
+def test_threads_of_orbax_that_wait_for_ever_are_ended(workshop):
+    verb = VERBS["convert encoder"]
+    workshop.finished(verb)
+    folders = workshop.calls[verb.name]["mkdir"]
+    call = folders.index("/.encoder.tmp/params.orbax-checkpoint-tmp")
+    case = inject(workshop, verb, Fault("mkdir", call, errno.ENOSPC, on=True))
+    assert case.outcome == "error"
+
+
+@pytest.mark.slow
 def test_short_write_is_completed(workshop):
     verb = VERBS["plot"]
     workshop.finished(verb)
-    last = workshop.counts["plot"]["write"] - 1  # the GIF
+    last = len(workshop.calls["plot"]["write"]) - 1  # the GIF
     case = inject(workshop, verb, Fault("write", last, SHORT_WRITE))
     assert case.outcome == "success"
 

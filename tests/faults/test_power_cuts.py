@@ -7,7 +7,7 @@ import pytest
 from tests.faults.power_cuts import Disk, Record, sweep
 from tests.faults.verbs import VERBS
 
-SAMPLE = {"convert encoder": 19, "extract": 43, "train": 79}  # every n-th state
+SAMPLE = {"convert encoder": 19, "extract": 40, "train": 90}  # every n-th state
 
 
 def replay(tmp_path: Path, *calls: tuple) -> Disk:

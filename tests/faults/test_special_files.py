@@ -6,7 +6,7 @@ from tests.faults.special_files import sweep
 from tests.faults.verbs import VERBS
 
 # `every` has no common factor with the three kinds, so that each is tried.
-SAMPLE = {"convert encoder": 5, "extract": 26}
+SAMPLE = {"demo": 7, "convert encoder": 5, "extract": 26}
 
 
 @pytest.mark.slow

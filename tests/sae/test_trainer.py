@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from dataclasses import replace
+from os import mkfifo
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from convert.sae import convert_sae
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
 from minsae_jax.locks import lock_folder
+from minsae_jax.sae.checkpoints import Checkpoints
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.sae.data import measure_scale
 from minsae_jax.sae.grid import make_groups
@@ -235,6 +237,14 @@ def test_kill_between_the_last_checkpoint_and_the_export(settings, tmp_path):
     train(replace(settings, run_dir=str(tmp_path / "other")))
     names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
     assert files(tmp_path / "run", *names) == files(tmp_path / "other", *names)
+
+
+def test_named_pipe_in_a_checkpoint_is_refused(tmp_path):
+    step = tmp_path / "checkpoints/10"
+    step.mkdir(parents=True)
+    mkfifo(step / "_CHECKPOINT_METADATA")
+    with pytest.raises(OSError, match="not a regular file"):
+        Checkpoints(tmp_path / "checkpoints", max_to_keep=2)
 
 
 def test_finished_run_is_not_changed(settings, tmp_path):
