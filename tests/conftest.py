@@ -13,6 +13,10 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Most tests compile for longer than they compute: LLVM's optimizations take a third of the time.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Idle threads of PyTorch spin, and workers of pytest share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
 import numpy as np
