@@ -27,7 +27,7 @@ import minsae_jax.__main__
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.grid import make_groups
 from minsae_jax.settings import from_dict, read_yaml
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, all_optimizations
 from tests.report.reading import read_cards
 
 ROOT = Path(__file__).parent.parent
@@ -375,10 +375,11 @@ def test_demo_reproduces_its_first_steps(tmp_path, run_here, environment):
     encoder = "configs/demo/encoder.pth --config_path configs/demo/encoder.yaml"
     run_here(f"minsae demo --config {demo}")
     run_here(f"python -m convert encoder {encoder} --out checkpoints/demo")
-    run_here(f"minsae extract --config {demo} --split train")
+    with all_optimizations():
+        run_here(f"minsae extract --config {demo} --split train")
     # Its end writes the rows that it has logged.
-    path = environment | {"PYTHONPATH": str(ROOT)}
-    run([sys.executable, "-c", DEMO_STEPS], tmp_path, path)
+    changes = {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    run([sys.executable, "-c", DEMO_STEPS], tmp_path, environment | changes)
     for expected in sorted(DEMO_RUN.glob("members/*/metrics.csv")):
         actual = tmp_path / "runs/demo" / expected.relative_to(DEMO_RUN)
         columns = np.genfromtxt(actual, delimiter=",", names=True, ndmin=1)
