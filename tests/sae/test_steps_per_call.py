@@ -36,7 +36,7 @@ def weights(run):
     ("mesh", "resident"),
     [
         ("1x1", "on"),
-        ("2x4", "off"),
+        pytest.param("2x4", "off", marks=pytest.mark.slow),
         pytest.param("1x1", "off", marks=pytest.mark.slow),
         pytest.param("2x4", "on", marks=pytest.mark.slow),
     ],

@@ -146,7 +146,7 @@ def test_eight_devices_are_one(request, tokens, members):
 )
 def test_any_mesh(mesh):
     """Three members, which divide evenly over the last two meshes only; 2x4 is tested below."""
-    settings = replace(SETTINGS, lambda_sparsity=(1.0, 2.0, 3.0), lr=(1e-3,), seed=(0,))
+    settings = replace(ONE_SIZE, lambda_sparsity=(1.0, 2.0, 3.0), lr=(1e-3,), seed=(0,))
     params, meshed = run(replace(settings, mesh=mesh), batches(12, 45))
     expected, one = run(replace(settings, mesh="1x1"), batches(12, 45))
     assert params.keys() == expected.keys()

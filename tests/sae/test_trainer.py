@@ -134,7 +134,7 @@ def test_files_of_a_run(settings, tmp_path):
         )
         assert any(p.name.startswith("events.out.tfevents") for p in member.iterdir())
     plot(PlotConfig(run=str(run)))
-    assert (run / "plots/mse_l1.png").exists()
+    assert sorted(p.name for p in (run / "plots").iterdir()) == ["density.gif", "mse_l1.png"]
     assert train(settings).was_finished
 
 
