@@ -62,8 +62,10 @@ def all_optimizations() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
         jax.config.update("jax_disable_most_optimizations", False)
-        yield
-    jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
