@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,10 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Most tests compile for longer than they compute; LLVM's optimizations are a third of that time.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Idle threads of PyTorch spin, and workers of pytest share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
 import numpy as np
@@ -49,6 +54,25 @@ CHROMIUM_FLAGS = (
     "--disable-sync",
     "--window-size=1280,900",
 )
+
+
+@contextmanager
+def all_optimizations() -> Iterator[None]:
+    """Compile with all optimizations, here and in commands: for what computes for many seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", False)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Run a module with all optimizations."""
+    with all_optimizations():
+        yield
 
 
 @pytest.fixture

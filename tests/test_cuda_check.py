@@ -80,6 +80,7 @@ def test_float32_product_in_a_bfloat16_program_is_a_failure():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.skipif(not has_cuda_plugin(), reason="needs JAX for CUDA: `make setup EXTRA=cuda12`")
 def test_smallest_step_compiles_for_an_h100():
     done = subprocess.run(

@@ -27,7 +27,7 @@ from tests.random_encoder import BASE
     ids=str,
 )
 def test_grid_of_patchtst_is_that_of_the_samples_that_move_its_tokens(change):
-    a = replace(BASE, **change)
+    a = replace(BASE, n_layers=1, **change)
     model = PatchTST(a, rngs=nnx.Rngs(0))
 
     @jax.jit

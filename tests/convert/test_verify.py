@@ -13,7 +13,9 @@ from tests.conftest import ENCODERS, FIXTURES
 SOURCE = FIXTURES / "layernorm_prenorm"
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(
+    "name", [SOURCE.name, *(pytest.param(name, marks=pytest.mark.slow) for name in ENCODERS[:-1])]
+)
 def test_table_lists_every_layer_and_the_head(name, tmp_path, capsys):
     expected = np.load(FIXTURES / name / "expected.npz")
     np.save(tmp_path / "recording.npy", np.concatenate(expected["past_values"]))

@@ -44,6 +44,7 @@ def settings(demo_folder, tmp_path):
         batch_size=500,
         eval_window=10,
         checkpoint_every=10,
+        mesh="1x1",
     )
 
 
@@ -130,6 +131,7 @@ def test_curves_equal_those_from_a_store(encoder, settings, tmp_path):
         num_steps=40,
         feature_dim_factor=(2.0,),
         eval_window=10,
+        mesh="1x1",
         run_dir=str(tmp_path / "other"),
     )
     train(from_store)

@@ -37,7 +37,7 @@ class Planted:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def planted(tmp_path_factory, optimized):
     folder = tmp_path_factory.mktemp("planted")
     encoder, _ = convert_encoder(FIXTURES / "tuhab_patch_100/checkpoint.pth")
     for name in ("labelled", "plain"):
@@ -62,6 +62,7 @@ def planted(tmp_path_factory):
         num_steps=400,
         batch_size=1024,
         eval_every=0,
+        mesh="1x1",
     )
     ms.train(train_config, encoder)
     sae = ms.load_sae(next((folder / "run/members").iterdir()))

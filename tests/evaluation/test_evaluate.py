@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 import minsae_jax as ms
 from minsae_jax import UserError
-from minsae_jax.evaluation import inputs, saved
+from minsae_jax.evaluation import inputs, saved, summary
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate
 from minsae_jax.evaluation.event_results import EventScore
@@ -30,6 +30,12 @@ def settings(trained):
 @pytest.fixture(scope="module")
 def evaluation(trained, settings):
     return evaluate(settings, trained.encoder)
+
+
+@pytest.fixture
+def without_figure(monkeypatch):
+    """Evaluate without drawing evaluation.png, which takes longer than measuring two members."""
+    monkeypatch.setattr(summary, "draw_evaluation", lambda path, _: path.touch())
 
 
 def test_measures_match_their_definitions(trained, evaluation):
@@ -212,7 +218,7 @@ def new_recordings(trained, tmp_path_factory):
 
 
 def test_other_recordings_have_an_evaluation_of_their_own(
-    trained, settings, evaluation, new_recordings
+    trained, settings, evaluation, new_recordings, without_figure
 ):
     """That of copies of the test recordings is equal, with features chosen on the val patients."""
     before = (trained.run / "evaluation.json").read_bytes()
@@ -306,10 +312,15 @@ def test_members_of_several_kinds(trained, settings, mixed_run):
     assert "stability" in evaluation.summary().splitlines()[0]
 
 
-def test_one_member_leaves_the_others_in_the_evaluation(trained, settings, tmp_path):
+def test_one_member_leaves_the_others_in_the_evaluation(
+    trained, settings, evaluation, tmp_path, without_figure
+):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
-    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    # As if only one member had been measured before
+    (run / "evaluation.json").unlink()
+    for path in (run / "evaluation").glob("lambda=0.1.*"):
+        path.unlink()
     settings = replace(settings, run=str(run))
     only = evaluate(replace(settings, member="lambda=1"), trained.encoder)
     assert [m.member for m in only.members] == ["lambda=1"]
@@ -322,7 +333,9 @@ def test_one_member_leaves_the_others_in_the_evaluation(trained, settings, tmp_p
     assert (run / "evaluation.json").read_text() == before
 
 
-def test_saved_measures_are_used_until_something_changes(trained, settings, tmp_path, monkeypatch):
+def test_saved_measures_are_used_until_something_changes(
+    trained, settings, tmp_path, monkeypatch, without_figure
+):
     """Counts the members that are measured again, by part."""
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
@@ -362,11 +375,10 @@ def test_saved_measures_are_used_until_something_changes(trained, settings, tmp_
     assert {part for name, part in written if name != "lambda=1"} == {"features"}
 
 
-def test_evaluation_on_training_patients_warns(trained, settings, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(trained.run, run)
-    with pytest.warns(UserWarning, match="contains the patients that the members were trained on"):
-        evaluate(replace(settings, run=str(run), store=str(trained.stores)), trained.encoder)
+def test_evaluation_on_training_patients_warns(trained, settings):
+    """Warnings are errors in tests, so that nothing is measured."""
+    with pytest.raises(UserWarning, match="contains the patients that the members were trained on"):
+        evaluate(replace(settings, store=str(trained.stores)), trained.encoder)
 
 
 def test_evaluation_on_val_patients_warns(trained, settings):
@@ -375,7 +387,7 @@ def test_evaluation_on_val_patients_warns(trained, settings):
         inputs.open_inputs(replace(settings, store=str(val)), trained.encoder)
 
 
-def test_each_input_is_opened_once(trained, settings, monkeypatch):
+def test_each_input_is_opened_once(trained, settings, monkeypatch, without_figure):
     opened = []
 
     def counting(function):
@@ -441,7 +453,7 @@ def test_without_events_of_val_patients_events_are_not_evaluated(trained, settin
     assert result.pca
 
 
-def test_without_events_there_are_no_scores(trained, settings, monkeypatch):
+def test_without_events_there_are_no_scores(trained, settings, monkeypatch, without_figure):
     monkeypatch.setattr(inputs, "EVENTS", "none.csv")
     evaluation = evaluate(replace(settings, member="lambda=1"), trained.encoder)
     assert evaluation.baselines == {}

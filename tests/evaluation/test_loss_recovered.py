@@ -34,7 +34,7 @@ def constant(d_model, value):
     )
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("layer", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_loss_recovered_is_1_for_identity_and_0_for_ablation(trained, layer):
     """x̂ = x, mean or 0 has the error of untouched activations, mean- or zero-ablation."""
     dataset = trained.dataset("test")

@@ -61,6 +61,7 @@ def planted(tmp_path_factory):
         num_steps=600,
         batch_size=512,
         eval_every=0,
+        mesh="1x1",
     )
     ms.train(config)
     members = open_members(folder / "run")

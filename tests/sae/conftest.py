@@ -1,4 +1,7 @@
-"""A short run of four members on the small store, and the CSV files of another run."""
+"""A short run of four members on the small store, and the CSV files of another run.
+
+It runs on one device, which compiles fastest; tests of meshes choose their own.
+"""
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ def settings(small_store, tmp_path):
         batch_size=32,
         eval_window=8,
         checkpoint_every=10,
+        mesh="1x1",
     )
 
 

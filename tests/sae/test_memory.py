@@ -9,6 +9,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("optimized"),
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc"),
 ]
 
@@ -31,7 +32,7 @@ watching.start()
 start_jax()
 store, run_dir = sys.argv[1:]
 train(TrainConfig(store=store, run_dir=run_dir, feature_dim_factor=(2.0,),
-                  lambda_sparsity=(1.0, 2.0), num_steps=100, checkpoint_every=50))
+                  lambda_sparsity=(1.0, 2.0), num_steps=40, checkpoint_every=20))
 done.set()
 watching.join()
 print(peak // 1000)

@@ -9,6 +9,7 @@ from minsae_jax.sae.config import PlotConfig
 from minsae_jax.sae.plots import plot
 
 
+@pytest.mark.slow
 def test_plot_writes_a_picture_and_an_animation(plain_run, tmp_path):
     files = plot(PlotConfig(run=str(plain_run)))
     assert files.metrics == plain_run / "plots/mse_l1.png"

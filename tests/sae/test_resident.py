@@ -48,8 +48,15 @@ def test_half_precision_keeps_its_bits(tmp_path):
     np.testing.assert_array_equal(batch.view(np.uint16), x[rows, 0].view(np.uint16))
 
 
-@pytest.mark.parametrize("recipe", ["april2024", "minsae"])
-@pytest.mark.parametrize("mesh", ["1x1", "2x4"])
+@pytest.mark.parametrize(
+    ("recipe", "mesh"),
+    [
+        ("april2024", "2x4"),
+        ("minsae", "1x1"),
+        pytest.param("april2024", "1x1", marks=pytest.mark.slow),
+        pytest.param("minsae", "2x4", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resident_run_gives_the_same_bytes_as_a_streamed_one(settings, tmp_path, recipe, mesh):
     if recipe == "minsae":
         settings = TrainConfig(

@@ -32,8 +32,15 @@ def weights(run):
     return [load_sae(path.parent).params for path in paths]
 
 
-@pytest.mark.parametrize("resident", ["on", "off"])
-@pytest.mark.parametrize("mesh", ["1x1", "2x4"])
+@pytest.mark.parametrize(
+    ("mesh", "resident"),
+    [
+        ("1x1", "on"),
+        pytest.param("2x4", "off", marks=pytest.mark.slow),
+        pytest.param("1x1", "off", marks=pytest.mark.slow),
+        pytest.param("2x4", "on", marks=pytest.mark.slow),
+    ],
+)
 def test_calls_of_several_steps_train_as_single_steps_do(
     settings, tmp_path, request, mesh, resident
 ):

@@ -138,7 +138,7 @@ def test_files_of_a_run(settings, tmp_path):
         )
         assert any(p.name.startswith("events.out.tfevents") for p in member.iterdir())
     plot(PlotConfig(run=str(run)))
-    assert (run / "plots/mse_l1.png").exists()
+    assert sorted(p.name for p in (run / "plots").iterdir()) == ["density.gif", "mse_l1.png"]
     assert train(settings).was_finished
 
 
@@ -149,10 +149,15 @@ def test_shorter_last_interval_counts_for_sweep_csv_only(settings, tmp_path):
         assert float(next(csv.DictReader(f))["mse"]) > 0
 
 
-def test_exported_weights_reconstruct_raw_activations(settings, small_store, tmp_path, one_device):
+def test_exported_weights_reconstruct_raw_activations(settings, small_store, tmp_path):
     """The FVU of the last log interval, on scaled tokens, is that of the export on raw ones."""
     settings = replace(
-        settings, num_steps=400, lambda_sparsity=(0.1,), feature_dim_factor=(3.0,), batch_size=105
+        settings,
+        num_steps=400,
+        lambda_sparsity=(0.1,),
+        feature_dim_factor=(3.0,),
+        batch_size=105,
+        checkpoint_every=400,
     )
     train(settings)
     store = open_store(small_store, -1)

@@ -59,7 +59,7 @@ def steered_torch(trained, sae, x, layer, scales, monkeypatch):
     return hidden[-1].numpy(), output.numpy().swapaxes(1, 2)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("layer", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_scaled_and_ablated_features_equal_plain_torch(trained, sae, places, layer, monkeypatch):
     windows, x = run(trained, sae, places, layer)
     for variant, scales in enumerate([(1.0, 1.0), *SCALES], start=0):

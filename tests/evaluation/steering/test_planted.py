@@ -22,7 +22,7 @@ BANDS = tuple(Band(*band) for band in montage.BANDS)
 
 
 @pytest.fixture(scope="module")
-def best(tmp_path_factory):
+def best(tmp_path_factory, optimized):
     """Steering of the best feature of alpha: kind -> Steering."""
     folder = tmp_path_factory.mktemp("planted")
     root_path = str(folder / "tuhab_preprocessed")
@@ -41,6 +41,7 @@ def best(tmp_path_factory):
         num_steps=400,
         batch_size=512,
         eval_every=0,
+        mesh="1x1",
     )
     train(train_settings, encoder.fingerprint)
     settings = EvaluateConfig(

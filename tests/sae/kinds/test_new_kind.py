@@ -4,7 +4,7 @@ It adds what a new kind adds: a line in KINDS and a line in SPARSITY_SETTINGS.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -60,32 +60,27 @@ def csv_and_weights(run):
     return {str(path.relative_to(run)): path.read_bytes() for path in paths}
 
 
-def test_new_kind_goes_through_the_pipeline(new_kind, trained, tmp_path):
-    def settings(name):
-        return TrainConfig(
-            store=str(trained.stores),
-            checkpoint_path=str(trained.encoder_folder),
-            run_dir=str(tmp_path / name),
-            kind=("squared",),
-            lambda_sparsity=(0.1,),
-            lr=(3e-3,),
-            feature_dim_factor=(0.25,),
-            num_steps=60,
-            batch_size=256,
-            eval_window=16,
-            eval_every=30,
-            checkpoint_every=20,
-            mesh="1x1",
-        )
+@pytest.fixture
+def settings(new_kind, trained, tmp_path):
+    return TrainConfig(
+        store=str(trained.stores),
+        checkpoint_path=str(trained.encoder_folder),
+        run_dir=str(tmp_path / "run"),
+        kind=("squared",),
+        lambda_sparsity=(0.1,),
+        lr=(3e-3,),
+        feature_dim_factor=(0.25,),
+        num_steps=60,
+        batch_size=256,
+        eval_window=16,
+        eval_every=30,
+        checkpoint_every=20,
+        mesh="1x1",
+    )
 
-    run = train(settings("run"))
-    train_until(settings("resumed"), 33)
-    train(settings("resumed"))
-    expected = csv_and_weights(tmp_path / "run")
-    assert len(expected) == 5
-    assert csv_and_weights(tmp_path / "resumed") == expected
 
-    (squared,) = run.members
+def test_new_kind_trains_and_is_loaded(settings, trained):
+    (squared,) = train(settings).members
     assert squared.name == "squared,lambda=0.1"
     assert squared.held_out["fvu"] < 0.9
     assert np.abs(load_file(squared.folder / "sae.safetensors")["gain"] - 1).max() > 0.01
@@ -95,6 +90,18 @@ def test_new_kind_goes_through_the_pipeline(new_kind, trained, tmp_path):
     features = p["gain"] * np.maximum(x @ p["W_enc"] + p["b_enc"], 0) ** 2
     np.testing.assert_allclose(sae.encode(x), features, rtol=1e-3, atol=1e-4)
 
+
+@pytest.mark.slow
+def test_new_kind_goes_through_the_pipeline(settings, trained, tmp_path):
+    run = train(settings)
+    resumed = replace(settings, run_dir=str(tmp_path / "resumed"))
+    train_until(resumed, 33)
+    train(resumed)
+    expected = csv_and_weights(tmp_path / "run")
+    assert len(expected) == 5
+    assert csv_and_weights(tmp_path / "resumed") == expected
+
+    (squared,) = run.members
     evaluation = evaluate(
         EvaluateConfig(
             run=str(run.folder),
