@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.event_results import EventEvaluation
 from minsae_jax.evaluation.feature_measures import FeatureResult, measure_features
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member, open_inputs
 from minsae_jax.evaluation.loss_recovered import (
+    LossRecovered,
     SubstitutionErrors,
     substitution_errors,
     summarise,
@@ -76,41 +76,25 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     measured = [*members, *components]
     tokens = measure_tokens(inputs, measured, keys)
     errors = _substitute(settings, inputs, measured, keys, tokens)
-    baselines = []
-    if pca is not None and inputs.has_events:
-        everything = pca_autoencoder(pca, len(pca.mean))
-        baselines = [Member(RAW, raw_autoencoder(pca.mean)), Member(COMPONENTS, everything)]
-        keys |= sources.keys(baselines)
+    baselines = _baselines(pca, inputs)
+    keys |= sources.keys(baselines)
     features = measure_features(settings, inputs, [*measured, *baselines], keys, tokens)
     losses = {name: summarise(of_one, settings.seed) for name, of_one in errors.items()}
     is_live = {name: result.density > 0 for name, result in tokens.items()}
     stability = seed_stability(members, is_live)
     evaluations = []
     for member in members:
-        evaluated = MemberEvaluation(
-            member=member.name,
-            hyper=member.hyper,
-            status=member.sae.config.get("status"),
-            tokens=tokens[member.name].measures,
-            decoder=decoder_cosines(member.sae),
-            description_bits=features[member.name].description_bits,
-            stability=_summarise_stability(stability, member, features),
-            loss=losses.get(member.name),
-            event_evaluation=features[member.name].events,
+        name = member.name
+        evaluated = _evaluate_member(
+            member, tokens[name], features[name], losses.get(name), stability.get(name)
         )
         evaluations.append(evaluated)
     pca_evaluations = []
     for member in components:
-        measures = tokens[member.name].measures
-        pca_evaluation = PCAEvaluation(
-            k=member.sae.config["k"],
-            fvu=measures.fvu,
-            explained_variance=measures.explained_variance,
-            description_bits=features[member.name].description_bits,
-            loss=losses.get(member.name),
-            event_evaluation=features[member.name].events,
+        name = member.name
+        pca_evaluations.append(
+            _evaluate_pca(member, tokens[name], features[name], losses.get(name))
         )
-        pca_evaluations.append(pca_evaluation)
     recommendation = recommend(evaluations, pca_evaluations, inputs.test.store.d_model)
     evaluation = Evaluation(
         inputs=inputs,
@@ -121,29 +105,59 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
         selected=settings.member or recommendation.member,
         substitution=next(iter(errors.values()), None),
         mask_ratio=settings.mask_ratio,
-        raw_events=_events_of(features, RAW),
-        pca_events=_events_of(features, COMPONENTS),
+        raw_events=features[RAW].events if baselines else None,
+        pca_events=features[COMPONENTS].events if baselines else None,
     )
     evaluation.write()
     return evaluation
 
 
-def _events_of(features: Mapping[str, FeatureResult], baseline: str) -> EventEvaluation | None:
-    result = features.get(baseline)
-    return None if result is None else result.events
+def _baselines(pca: PCA | None, inputs: EvaluationInputs) -> list[Member]:
+    """Return all raw dimensions and all principal components; none without events."""
+    if pca is None or not inputs.has_events:
+        return []
+    components = pca_autoencoder(pca, len(pca.mean))
+    return [Member(RAW, raw_autoencoder(pca.mean)), Member(COMPONENTS, components)]
 
 
-def _summarise_stability(
-    stability: Mapping[str, Stability], member: Member, features: Mapping[str, FeatureResult]
-) -> StabilitySummary | None:
-    result = stability.get(member.name)
-    if result is None:
-        return None
-    return StabilitySummary(
-        share=result.share(),
-        weighted_share=result.share(weights=features[member.name].contribution),
-        share_by_chance=result.share_by_chance(),
-        features=result,
+def _evaluate_member(
+    member: Member,
+    tokens: TokenResult,
+    features: FeatureResult,
+    loss: LossRecovered | None,
+    stability: Stability | None,
+) -> MemberEvaluation:
+    summary = None
+    if stability is not None:
+        summary = StabilitySummary(
+            share=stability.share(),
+            weighted_share=stability.share(weights=features.contribution),
+            share_by_chance=stability.share_by_chance(),
+            features=stability,
+        )
+    return MemberEvaluation(
+        member=member.name,
+        hyper=member.hyper,
+        status=member.sae.config.get("status"),
+        tokens=tokens.measures,
+        decoder=decoder_cosines(member.sae),
+        description_bits=features.description_bits,
+        stability=summary,
+        loss=loss,
+        event_evaluation=features.events,
+    )
+
+
+def _evaluate_pca(
+    member: Member, tokens: TokenResult, features: FeatureResult, loss: LossRecovered | None
+) -> PCAEvaluation:
+    return PCAEvaluation(
+        k=member.sae.config["k"],
+        fvu=tokens.measures.fvu,
+        explained_variance=tokens.measures.explained_variance,
+        description_bits=features.description_bits,
+        loss=loss,
+        event_evaluation=features.events,
     )
 
 
