@@ -1,4 +1,4 @@
-"""Linear maps of the layers, as few passes over memory as the device allows."""
+"""Linear maps of the layers, in few passes over memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +48,7 @@ def product(
 def written(x: Array) -> Array:
     """Return x, which is written to memory by the product that it comes from.
 
-    Without this barrier, XLA for GPU leaves bias and activation to passes of their own.
+    Without this barrier, XLA for GPU adds bias and activation in further passes.
     """
     return jax.lax.optimization_barrier(x)
 
@@ -56,8 +56,8 @@ def written(x: Array) -> Array:
 def after(x: Array, done: Array) -> Array:
     """Return x for a product that waits for `done`, if that is in half precision.
 
-    Otherwise XLA for GPU makes one product of small ones that share a factor, and leaves bias and
-    rounding to passes of their own.
+    Otherwise XLA for GPU merges small products that share a factor, and adds bias and rounding in
+    further passes.
     """
     if on_cpu() or done.dtype == jnp.float32:
         return x
