@@ -41,7 +41,7 @@ class Planted:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def planted(tmp_path_factory, optimized):
     folder = tmp_path_factory.mktemp("planted")
     rng = np.random.default_rng(0)
     dictionary = draw_dictionary(rng, N_TRUE, D_MODEL)
