@@ -4,7 +4,6 @@ XLA compiles for a card from its description. The members' states, tokens and wi
 only, so nothing is allocated or run.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -128,9 +127,6 @@ def all_programs() -> Iterator[Program]:
         for precision in PRECISIONS:
             lower = partial(_lower_extraction, layer, precision)
             yield Program(f"extraction, layer {layer}", None, precision, "1x1", lower)
-    for precision in PRECISIONS:
-        lower = partial(_lower_extraction, -1, precision, attention="triton")
-        yield Program("extraction, layer -1, Triton attention", None, precision, "1x1", lower)
     for kind in KINDS:
         yield from _measurements(kind, SIZES[0])
     for d_sae in SIZES[1:]:
@@ -232,17 +228,15 @@ def _lower_step(
     )
 
 
-def _lower_extraction(layer: int, precision: str, attention: str = "") -> jax.stages.Lowered:
+def _lower_extraction(layer: int, precision: str) -> jax.stages.Lowered:
     """Lower a layer of the demo's encoder, for 128 windows."""
     cards = _cards("1x1")
     options = ComputeOptions(precision=precision)
-    # A function of its own, since a program that was traced with another attention is kept.
-    function = hidden_function.__wrapped__(DEMO, (layer % DEMO.n_layers,), options)
+    function = hidden_function(DEMO, (layer % DEMO.n_layers,), options)
     whole = replicated(cards)
     params = jax.tree.map(lambda a: _shape(a.dtype, whole, *a.shape), abstract_params(DEMO))
     windows = _shape(jnp.float32, batch_sharding(cards), WINDOWS, DEMO.seq_len, DEMO.n_vars)
-    with mock.patch.dict(os.environ, MINSAE_ATTENTION=attention):
-        return sharded(cards, function, "float32", precision).lower(params, windows)
+    return sharded(cards, function, "float32", precision).lower(params, windows)
 
 
 def _lower_measures(kind: str, d_sae: int, mesh: str) -> jax.stages.Lowered:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-from minsae_jax.encoder.patchtst.attention_kernel import attend_in_kernel, is_chosen
 from minsae_jax.encoder.patchtst.linear import (
     Dtype,
     after,
@@ -21,10 +20,10 @@ from minsae_jax.parallel.mesh import on_cpu
 
 
 class QueriesKeys(NamedTuple):
-    """Scaled queries and keys of a layer."""
+    """Scaled queries and keys of the layers so far, concatenated along their width."""
 
-    queries: Num[Array, "N heads T d_head"]
-    keys: Num[Array, "N heads T d_head"]
+    queries: Num[Array, "N heads T width"]
+    keys: Num[Array, "N heads T width"]
 
 
 class Attention(nnx.Module):
@@ -41,69 +40,58 @@ class Attention(nnx.Module):
         self.scale = nnx.Param(jnp.array((d_model // n_heads) ** -0.5))
 
     def __call__(
-        self, x: Float[Array, "N T d_model"], earlier: tuple[QueriesKeys, ...] = ()
-    ) -> tuple[Float[Array, "N T d_model"], tuple[QueriesKeys, ...]]:
-        """Return the output of the branch, and queries and keys of all layers so far.
-
-        earlier: those of the layers whose scores are added.
-        """
+        self, x: Float[Array, "N T d_model"], earlier: QueriesKeys | None = None
+    ) -> tuple[Float[Array, "N T d_model"], QueriesKeys]:
+        """Return the output of the branch, and queries and keys for the next layer."""
         dtype = factor_dtype(self.query.dtype)
         x = x.astype(self.query.dtype)
         queries = linear(self.query, x, self._scaled, dtype)
         keys = linear(self.key, after(x, queries), dtype=dtype)
         x = after(x, keys)
-        layers = (*earlier, QueriesKeys(self._split_heads(queries), self._split_heads(keys)))
-        if is_chosen(len(x), x.shape[1], x.shape[2] // self.n_heads):
-            values = linear(self.value, x, dtype=dtype)
-            all_queries = [_merge_heads(one.queries) for one in layers]
-            all_keys = [_merge_heads(one.keys) for one in layers]
-            mixed = attend_in_kernel(all_queries, all_keys, values, self.n_heads)
-            return linear(self.out, mixed), layers
-        # RealFormer adds the score matrices of all layers before the softmax. A matrix product of
-        # concatenated factors is the sum of the products:
-        #     [Q₁ Q₂] [K₁ K₂]ᵀ = Q₁ K₁ᵀ + Q₂ K₂ᵀ
-        # so layers hand on queries and keys, [T, d_head], and no score matrix, [T, T], is kept
-        # beyond its layer.
-        queries = jnp.concatenate([one.queries for one in layers], axis=-1)
-        keys = jnp.concatenate([one.keys for one in layers], axis=-1)
-        if earlier and has_fused_attention(dtype, keys.shape[-1]):
-            return self._attend_padded(x, queries, keys), layers
+        queries = self._split_heads(queries)
+        keys = self._split_heads(keys)
+        if earlier is not None:
+            # RealFormer adds the score matrices of all layers before the softmax. A matrix product
+            # of concatenated factors is the sum of the products:
+            #     [Q₁ Q₂] [K₁ K₂]ᵀ = Q₁ K₁ᵀ + Q₂ K₂ᵀ
+            # so layers hand on queries and keys, [T, width], and no score matrix, [T, T], is kept
+            # beyond its layer.
+            queries = jnp.concatenate([earlier.queries, queries], axis=-1)
+            keys = jnp.concatenate([earlier.keys, keys], axis=-1)
+        queries_keys = QueriesKeys(queries, keys)
+        if earlier is not None and has_fused_attention(dtype, keys.shape[-1]):
+            return self._attend_padded(x, queries_keys), queries_keys
         values = self._split_heads(linear(self.value, x, dtype=dtype))
-        return linear(self.out, _merge_heads(attend(queries, keys, values))), layers
+        merged_heads = attend(queries, keys, values).swapaxes(1, 2).reshape(x.shape)
+        return linear(self.out, merged_heads), queries_keys
 
     def _scaled(self, queries: Array) -> Array:
         return queries * self.scale[...].astype(queries.dtype)
 
     def _attend_padded(
-        self,
-        x: Num[Array, "N T d_model"],
-        queries: Num[Array, "N heads T width"],
-        keys: Num[Array, "N heads T width"],
+        self, x: Float[Array, "N T d_model"], queries_keys: QueriesKeys
     ) -> Float[Array, "N T d_model"]:
         """Return the output of the branch from cuDNN's attention, for keys wider than a head.
 
         cuDNN requires values as wide as keys. Zeros are added to the weights of the values and to
         those that read them, so that no pass over the tokens is needed for it.
         """
+        queries, keys = queries_keys
         d_model = x.shape[2]
         padding = (0, keys.shape[-1] - d_model // self.n_heads)
         kernel = self.value.kernel[...].reshape(d_model, self.n_heads, -1)
         kernel = jnp.pad(kernel, ((0, 0), (0, 0), padding)).reshape(d_model, -1)
         values = written(product(x, kernel, self.value.dtype).astype(keys.dtype))
-        mixed = _merge_heads(attend(queries, keys, self._split_heads(values)))
+        mixed = attend(queries, keys, self._split_heads(values)).swapaxes(1, 2)
         kernel = self.out.kernel[...].reshape(self.n_heads, -1, d_model)
         kernel = jnp.pad(kernel, ((0, 0), padding, (0, 0))).reshape(-1, d_model)
-        branch = product(mixed, kernel, self.out.dtype)
+        branch = product(mixed.reshape(*x.shape[:2], -1), kernel, self.out.dtype)
         # The weights of attention sum to 1: the bias of the values reaches every token unchanged.
         bias = bias_of(self.value) @ self.out.kernel[...] + bias_of(self.out)
         return written(branch.astype(self.out.dtype)).astype(bias.dtype) + bias[None, None]
 
     def _split_heads(self, x: Num[Array, "N T d_model"]) -> Num[Array, "N heads T d_head"]:
         return x.reshape(*x.shape[:2], self.n_heads, -1).swapaxes(1, 2)
-
-
-def _merge_heads(x: Num[Array, "N heads T d_head"]) -> Num[Array, "N T d_model"]:
-    return x.swapaxes(1, 2).reshape(len(x), x.shape[2], -1)
 
 
 def attend(

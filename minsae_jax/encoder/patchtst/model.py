@@ -61,11 +61,11 @@ class Layer(nnx.Module):
         self.ff_out = linear(a.d_ff, a.d_model)
 
     def __call__(
-        self, x: Float[Array, "N T d_model"], earlier: tuple[QueriesKeys, ...] = ()
-    ) -> tuple[Float[Array, "N T d_model"], tuple[QueriesKeys, ...]]:
+        self, x: Float[Array, "N T d_model"], earlier: QueriesKeys | None = None
+    ) -> tuple[Float[Array, "N T d_model"], QueriesKeys]:
         """Return the stream after this layer, and queries and keys for the next layer."""
         x, branch_input = self._before_branch(self.norm_attention, x)
-        branch, queries_keys = self.attention(branch_input, earlier if self.res_attention else ())
+        branch, queries_keys = self.attention(branch_input, earlier if self.res_attention else None)
         x = self._after_branch(self.norm_attention, x + branch.astype(x.dtype))
 
         x, branch_input = self._before_branch(self.norm_ff, x)
@@ -229,7 +229,7 @@ class PatchTST(nnx.Module):
         self, x: Float[Array, "N T d_model"], layers: tuple[int, ...]
     ) -> tuple[Float[Array, "N T d_model"], ...]:
         """Return the outputs of the requested layers; the layers after the last one do not run."""
-        earlier: tuple[QueriesKeys, ...] = ()
+        earlier = None
         outputs = {}
         for i in range(max(layers) + 1):
             x, earlier = self.layers[i](x, earlier)
@@ -241,11 +241,11 @@ class PatchTST(nnx.Module):
         x: Float[Array, "N T d_model"],
         first: int,
         end: int,
-        earlier: tuple[QueriesKeys, ...] = (),
-    ) -> tuple[Float[Array, "N T d_model"], tuple[QueriesKeys, ...]]:
+        earlier: QueriesKeys | None = None,
+    ) -> tuple[Float[Array, "N T d_model"], QueriesKeys | None]:
         """Run the layers first to end - 1 on the output of the layer before them.
 
-        earlier: queries and keys of the layers before. Returns the stream, and queries and keys
+        earlier: queries and keys from the layer before. Returns the stream, and queries and keys
         for the layer after.
         """
         for layer in self.layers[first:end]:
