@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
-from minsae_jax.report.ahead import start_ahead
 from minsae_jax.report.entries import ENCODE_TILE, encode_rows
 from minsae_jax.report.examples import BATCH_TOKENS, batch_tokens
 from minsae_jax.sae.member import SparseAutoencoder
@@ -85,15 +84,11 @@ def measure_examples(
     activations = np.zeros((len(feature), OTHER_FEATURES), np.float32)
     order = np.argsort(sequence, kind="stable")
     measure = _measure_some if sae.kind.independent else _measure_all
-
-    def start(examples: Int[np.ndarray, " chunk"]) -> tuple[_Chunk, _Measured]:
-        shown = [stretches[i].tokens for i in examples.tolist()]
-        chunk = _read_chunk(dataset, examples, shown, sequence[examples], token[examples])
-        return chunk, measure(sae, chunk, feature[examples])
-
     with progress("read examples", len(feature), "examples", delay=2.0) as bar:
-        for chunk, measured in start_ahead(_chunks(dataset, sae, order, sequence, lengths), start):
-            examples = chunk.examples
+        for examples in _chunks(dataset, sae, order, sequence, lengths):
+            shown = [stretches[i].tokens for i in examples.tolist()]
+            chunk = _read_chunk(dataset, shown, sequence[examples], token[examples])
+            measured = measure(sae, chunk, feature[examples])
             n_shown = lengths[examples]
             place = np.repeat((ends - lengths)[examples], n_shown) + _count_up(n_shown)
             values[place] = np.asarray(measured.values)[: len(place)]
@@ -154,9 +149,8 @@ def _chunks(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Examples of successive sequences, with the distinct tokens that they show."""
+    """The distinct tokens that examples of successive sequences show."""
 
-    examples: Int[np.ndarray, " chunk"]
     rows: Float[np.ndarray, "rows d_model"]
     # Row of each token shown, and the index of its example in the chunk
     row: Int[np.ndarray, " shown"]
@@ -168,13 +162,12 @@ class _Chunk:
 
 def _read_chunk(
     dataset: Dataset,
-    examples: Int[np.ndarray, " chunk"],
     shown: Sequence[np.ndarray],
     sequence: Int[np.ndarray, " chunk"],
     token: Int[np.ndarray, " chunk"],
 ) -> _Chunk:
     """Read the tokens of examples, whose sequences are sorted; successive ones are read at once."""
-    of_example = np.repeat(np.arange(len(examples)), [len(tokens) for tokens in shown])
+    of_example = np.repeat(np.arange(len(shown)), [len(tokens) for tokens in shown])
     around = sequence[of_example] * dataset.n_tokens + np.concatenate(shown)
     middle, place = np.unique(sequence * dataset.n_tokens + token, return_inverse=True)
     distinct = np.unique(np.concatenate([around, middle]))
@@ -183,7 +176,6 @@ def _read_chunk(
     runs = np.split(read, np.flatnonzero(np.diff(read) > 1) + 1)
     x = np.concatenate([dataset.read(int(run[0]), int(run[-1]) + 1) for run in runs])
     return _Chunk(
-        examples=examples,
         rows=x[np.searchsorted(read, of_row), token_of_row],
         row=np.searchsorted(distinct, around),
         of_example=of_example,
@@ -194,7 +186,7 @@ def _read_chunk(
 
 @dataclass(frozen=True)
 class _Measured:
-    """Results for a chunk, perhaps padded and not yet computed."""
+    """Results for a chunk, perhaps padded."""
 
     # Of each example's feature on the tokens that it shows
     values: Array | np.ndarray

@@ -14,13 +14,12 @@ from scipy.sparse import csr_array
 
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
-from minsae_jax.report.ahead import start_ahead
 from minsae_jax.report.entries import EDGES, ActiveEntries, EncodedBatch, encode_batch, find_active
 from minsae_jax.report.selection import LargestByFeature, StrongestExamples
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_TOKENS = 8192
-BATCH_FEATURES = 1 << 25  # 128 MB of features; two to five batches are in memory
+BATCH_FEATURES = 1 << 25  # 128 MB of features
 CANDIDATES = 2  # times the number of top examples
 COACTIVE_TOKENS = 65_536  # sample for co-activity
 COACTIVE_PAIRS = 100_000_000  # at most, of active features of the sampled tokens
@@ -153,15 +152,12 @@ def collect(
 
 
 def _encode_all(dataset: Dataset, sae: SparseAutoencoder) -> Iterator[EncodedBatch]:
-    """Yield the features of all sequences; later batches are encoded while one is used."""
+    """Yield the features of all sequences, batch by batch."""
     n_sequences = len(dataset.recording)
     sequences = min(max(1, batch_tokens(sae) // dataset.n_tokens), n_sequences)
-
-    def start(first: int) -> EncodedBatch:
+    for first in range(0, n_sequences, sequences):
         x = dataset.read(first, min(first + sequences, n_sequences))
-        return encode_batch(sae, first, x, sequences)
-
-    return start_ahead(range(0, n_sequences, sequences), start)
+        yield encode_batch(sae, first, x, sequences)
 
 
 def batch_tokens(sae: SparseAutoencoder) -> int:

@@ -33,7 +33,7 @@ from minsae_jax.report.pages import (
     SteeringResult,
 )
 from minsae_jax.sae.figures import PCA
-from minsae_jax.sae.hyper import SYMBOLS, sparsity, value_text, varied_names
+from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, sparsity, value_text, varied_names
 
 RANKED = 50  # features in the table of an event or a label
 SCORE_NAMES = {"AUC": ("AUC", 0.5), "rho": ("Spearman's rho", 0.0)}
@@ -88,6 +88,7 @@ def _member(evaluation: Evaluation, member: MemberEvaluation, has_seeds: bool) -
         name=member.member,
         kind=str(member.hyper.get("kind", "relu")),
         setting=", ".join(texts),
+        line=",".join(value_text(v) for name, v in member.hyper.items() if name not in SPARSITY),
         l0=member.tokens.l0,
         fvu=member.tokens.fvu,
         loss_recovered=None if member.loss is None else member.loss.loss_recovered,
@@ -112,6 +113,7 @@ def _principal_components(pca: PCAEvaluation) -> MemberMeasures:
         name=pca.name,
         kind=PCA,
         setting=f"k = {pca.k}",
+        line="",
         l0=float(pca.k),
         fvu=pca.fvu,
         loss_recovered=None if pca.loss is None else pca.loss.loss_recovered,

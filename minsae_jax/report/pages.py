@@ -253,6 +253,8 @@ class MemberMeasures:
     kind: str
     # Such as "k = 8"
     setting: str
+    # Equal for members of a kind that differ in their sparsity only
+    line: str
     l0: float
     fvu: float
     loss_recovered: float | None = None

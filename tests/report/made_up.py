@@ -401,6 +401,7 @@ def _make_members() -> list[MemberMeasures]:
                 name=f"{kind},k={k}",
                 kind=kind,
                 setting=f"k = {k}",
+                line="" if kind == "pca" else f"{kind},0.01",
                 l0=float(k),
                 fvu=fvu / k**0.8,
                 loss_recovered=recovered,

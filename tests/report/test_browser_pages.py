@@ -243,6 +243,7 @@ def test_comparison_of_members(page, report):
     assert marked.text.startswith("topk,k=8 recommended this report")
     assert len(find(page, "#page .pair svg circle.point")) == len(members) + 3  # and the legend
     assert len(find(page, "#page .pair svg .ring")) == 1
+    assert len(find(page, "#page .pair svg path.curve")) == 3  # of two kinds and of PCA
     Select(find(page, "[data-axis=y]")[0]).select_by_visible_text("Bits")
     wait(page, "return location.hash === '#members&y=description_bits'")
     labels = texts(page, "#page .pair svg text.label")

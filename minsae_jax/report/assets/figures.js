@@ -61,8 +61,9 @@ function ticks(from, to, log, n) {
   if (log) {
     const powers = [];
     for (let p = Math.floor(Math.log10(from)); p <= Math.log10(to); p++) powers.push(p);
-    const steps = 3 * powers.length <= n ? [1, 2, 5] : [1];
-    return powers.flatMap((p) => steps.map((m) => Number(`${m}e${p}`))).filter((v) => v >= from && v <= 1.0001 * to);
+    const all = (steps) => powers.flatMap((p) => steps.map((m) => Number(`${m}e${p}`))).filter((v) => v >= from && v <= 1.0001 * to);
+    const fine = all([1, 2, 5]);
+    return fine.length <= n ? fine : all([1]);
   }
   const rough = (to - from) / n || 1;
   const unit = 10 ** Math.floor(Math.log10(rough));

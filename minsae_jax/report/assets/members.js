@@ -90,8 +90,7 @@ function memberAxis(measure, members, width) {
   return { label, format, from: least - room, to: most + room };
 }
 
-/** Return kind and name of a member without its sparsity, which are those of its line. */
-const lineOf = (m) => [m.kind, m.name.replace(m.setting.replaceAll(" ", ""), "")].join("|");
+const lineOf = (m) => `${m.kind} ${m.line}`;
 
 /** Return places of words one after the other, in rows of a width: {x, row}. */
 function flow(words, left, width) {
