@@ -248,21 +248,22 @@ def batch_program(kind: SAEKind | None, n_channels: int) -> Callable[..., BatchS
     def run(params: Params, x: Array, channel: Array, n_sequences: Array) -> BatchSums:
         with jax.default_matmul_precision("highest"):
             features = x if kind is None else kind.encode(params, x)
-        # Biases can activate features on padding.
-        is_sequence = (jnp.arange(len(x)) < n_sequences)[:, None, None]
-        features = jnp.where(is_sequence, features, 0)
-        of_sequence = features.sum(1)
-        of_token = features.sum(0)
+            # Biases can activate features on padding.
+            is_sequence = (jnp.arange(len(x)) < n_sequences)[:, None, None]
+            features = jnp.where(is_sequence, features, 0)
+            # A sum over the first axis: a product takes a tenth of its time on CPU.
+            of_token = jnp.einsum("s,stf->tf", jnp.ones(len(x)), features)
         total = of_token.sum(0)
         mean = total / (n_sequences * x.shape[1]).astype(jnp.float32)
         difference = jnp.where(is_sequence, features - mean[None, None], 0)
+        active = jnp.where(features > 0, 1.0, 0.0).sum((0, 1))
         return BatchSums(
             total=total,
             squares=jnp.square(difference).sum((0, 1)),
             maximum=jnp.where(is_sequence, features, -jnp.inf).max((0, 1)),
-            active=(features > 0).sum((0, 1), dtype=jnp.int32),
+            active=active.astype(jnp.int32),
             of_token=of_token,
-            of_channel=jax.ops.segment_sum(of_sequence, channel, n_channels),
+            of_channel=jax.ops.segment_sum(features.sum(1), channel, n_channels),
         )
 
     return jax.jit(run)
