@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 from jaxtyping import Float
@@ -170,6 +170,7 @@ def _to_text(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
+@no_type_check  # run-time checks of each number take longer than all else in tests
 def _to_json(value: Any) -> Any:
     """Return short JSON values: int8 arrays as base64, non-finite numbers as null.
 
