@@ -14,6 +14,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from minsae_jax.monitor import METRICS, MemberLog, RunLog, Wandb, progress, table
 
+COLUMNS = ["lambda_sparsity", "k", "lr", "seed", "d_sae"]  # some members have k
 HPARAMS = {"lambda_sparsity": 5.0, "lr": 1e-3, "seed": 0, "d_sae": 4}
 
 
@@ -23,7 +24,7 @@ def write(log, step):
 
 
 def open_log(folder, step=0):
-    return MemberLog(folder, HPARAMS, 4, step, 100 * step, 10, 3, ("fvu",))
+    return MemberLog(folder, HPARAMS, 4, step, 100 * step, 10, 3, COLUMNS, ("fvu",))
 
 
 def test_tensorboard(tmp_path):
@@ -52,7 +53,7 @@ def test_tensorboard(tmp_path):
     assert started.group_name == "run/lambda=5"  # else members of two runs would be one
     content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
     experiment = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
-    assert {i.name for i in experiment.hparam_infos} == set(HPARAMS)
+    assert [i.name for i in experiment.hparam_infos] == COLUMNS
     assert {"train/mse", "train/l0", "eval/fvu"} <= {i.name.tag for i in experiment.metric_infos}
 
 

@@ -18,8 +18,9 @@ class MemberLog:
     """Metrics of one member, a row for each log interval.
 
     On resume at `step` and `tokens`, rows and events after that checkpoint are dropped.
-    eval_window: steps of a log interval; n_intervals: log intervals of the whole run. held_out:
-    names of the metrics on held-out tokens that `write_held_out` will get.
+    eval_window: steps of a log interval; n_intervals: log intervals of the whole run.
+    hparam_columns: names of the hyper-parameters of all members. held_out: names of the metrics on
+    held-out tokens that `write_held_out` will get.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class MemberLog:
         tokens: int,
         eval_window: int,
         n_intervals: int,
+        hparam_columns: Sequence[str],
         held_out: Sequence[str] = (),
     ):
         self.folder = folder
@@ -44,7 +46,7 @@ class MemberLog:
             name = f"{folder.resolve().parent.parent.name}/{folder.name}"
             tags = [f"train/{metric}" for metric in COMPARED]
             tags += [f"eval/{metric}" for metric in held_out]
-            write_hparams(self._board, name, hparams, tags)
+            write_hparams(self._board, name, hparams, hparam_columns, tags)
 
     def __enter__(self) -> "MemberLog":
         return self

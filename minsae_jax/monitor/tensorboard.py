@@ -150,14 +150,22 @@ def event_files(folder: Path) -> list[Path]:
 
 
 def write_hparams(
-    board: Board, name: str, hparams: Mapping[str, int | float | str], tags: Sequence[str]
+    board: Board,
+    name: str,
+    hparams: Mapping[str, int | float | str],
+    columns: Sequence[str],
+    tags: Sequence[str],
 ) -> None:
-    """Write a member's hyper-parameters for the HParams tab, with the metrics to show there."""
+    """Write a member's hyper-parameters for the HParams tab, with the metrics to show there.
+
+    columns: names of the hyper-parameters of all members. TensorBoard shows those that the first
+    member lists, and members of other kinds have other ones.
+    """
     from tensorboard.plugins.hparams import summary_v2 as hparams_protos
     from tensorboardX.proto.summary_pb2 import Summary
 
     experiment = hparams_protos.hparams_config_pb(
-        [hparams_protos.HParam(name) for name in hparams],
+        [hparams_protos.HParam(column) for column in columns],
         [hparams_protos.Metric(tag) for tag in tags],
     )
     member = hparams_protos.hparams_pb(dict(hparams), trial_id=name)

@@ -51,6 +51,8 @@ class RunLogger:
             yield
             return
         step = progress.step
+        all_names = (name for member in self.members for name in member.hyper)
+        hparam_columns = list(dict.fromkeys(all_names))
         with ExitStack() as stack:
             for member in self.members:
                 log = MemberLog(
@@ -61,6 +63,7 @@ class RunLogger:
                     progress.tokens,
                     self.plan.config.eval_window,
                     self.plan.optimizer.num_steps // self.plan.config.eval_window,
+                    hparam_columns,
                     self._held_out_names,
                 )
                 self._member_logs[member.name] = stack.enter_context(log)
