@@ -18,7 +18,12 @@ class Bar:
 
     def __init__(self, title: str, total: int, unit: str, delay: float = 0.0):
         self._tqdm = tqdm(
-            total=total, desc=title, unit=unit, bar_format=BAR, dynamic_ncols=True, delay=delay
+            total=total,
+            desc=title,
+            unit=f" {unit}",
+            bar_format=BAR,
+            dynamic_ncols=True,
+            delay=delay,
         )
 
     def start_at(self, done: int) -> None:
@@ -77,7 +82,7 @@ class _Lines(Bar):
             self._total,
             now - self._started,
             prefix=self._title,
-            unit=self._unit,
+            unit=f" {self._unit}",
             bar_format=LINE,
             postfix=self._note,
             initial=self._initial,

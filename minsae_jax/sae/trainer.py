@@ -278,7 +278,7 @@ class Trainer:
                         )
         n_members = len(self.logger.members)
         rate = speed["tokens_per_second"]
-        bar.note(f"{n_members} x {rate / 1e3:,.0f}k tokens/s, {speed['waiting']:.0%} waiting")
+        bar.note(f"{n_members} x {rate:,.0f} tokens/s, {speed['waiting']:.0%} waiting")
 
     def _measure_held_out(self) -> None:
         assert self.data.held_out
