@@ -96,7 +96,8 @@ class Dataset:
         return int(start), int(stop)
 
     def read(self, start: int, stop: int) -> Float[np.ndarray, "sequences n_tokens d_model"]:
-        """Return the activations of sequences start:stop, float32."""
+        """Return the activations of sequences start:stop, float32; like a slice, up to the last."""
+        stop = min(stop, len(self.recording))
         rows = self.store.read_rows(start * self.n_tokens, stop * self.n_tokens)
         x = rows.astype(np.float32, copy=False)
         return x.reshape(-1, self.n_tokens, self.store.d_model)

@@ -306,7 +306,7 @@ class Trainer:
                 self._measure_features(self.measure_features, is_live)
 
     def _measure_features(
-        self, measure_features: MeasureFeatures, is_live: Sequence[Bool[np.ndarray, " d_sae"]]
+        self, measure_features: MeasureFeatures, is_live: Sequence[Bool[np.ndarray, " _"]]
     ) -> None:
         """Log measures of all members; is_live: of each, its features active on held-out tokens."""
         # Every process fetches the weights, since that needs all devices; one measures.

@@ -379,7 +379,7 @@ def test_snapshots_of_a_sweep_with_padding_are_its_members(settings, tmp_path):
         snapshots.extend(members)
         return FeatureMeasures({}, {})
 
-    val = open_store(write_small_store(tmp_path / "val", seed=1))
+    val = open_store(write_small_store(tmp_path / "val", seed=1), -1)
     x = np.concatenate([val.read(shard) for shard in range(3)])
     settings = replace(settings, lambda_sparsity=(0.1, 1.0, 3.0), mesh="2x4", num_steps=8)
     settings = replace(settings, val_store=str(tmp_path / "val"), eval_every=8)

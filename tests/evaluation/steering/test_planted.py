@@ -41,7 +41,6 @@ def best(tmp_path_factory, optimized):
         num_steps=400,
         batch_size=512,
         eval_every=0,
-        mesh="1x1",
     )
     train(train_settings, encoder.fingerprint)
     settings = EvaluateConfig(
