@@ -125,7 +125,7 @@ def _test(label: PatientLabel, values: Float[np.ndarray, "patients features"]) -
     varies = np.ptp(values, axis=0) > 0
     varying = values[:, varies]
     slope = None
-    n_patients = (len(label.patients),)
+    n_patients: tuple[int, ...] = (len(label.patients),)
     if not label.is_number:
         n_patients = tuple(np.bincount(label.category).tolist())
     name: TestName

@@ -1,7 +1,7 @@
 """Multi-head self-attention with residual scores (RealFormer, He et al. 2020)."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,8 @@ def factor_dtype(dtype: Dtype) -> Dtype:
     A GPU that may round the factors of products to TF32 rounds these to float16, for cuDNN's
     attention. It has the same 10 bits of mantissa; numbers above 65,504 become infinite.
     """
-    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    config: Any = jax.config  # settings have types in some versions of JAX only
+    precision = config.jax_default_matmul_precision
     allows_tf32 = precision in (None, "default", "tensorfloat32")
     if jax.default_backend() == "gpu" and dtype == jnp.float32 and allows_tf32:
         return jnp.float16
