@@ -164,7 +164,7 @@ def choose(
 
 def _standardised_ranks(x: Float[np.ndarray, "n columns"]) -> Float[np.ndarray, "n columns"]:
     """Return ranks with mean 0 and norm 1 in each column; 0 where all values are equal."""
-    ranks = rankdata(x, axis=0)
+    ranks = rankdata(x.astype(np.float64), axis=0)
     ranks -= ranks.mean(axis=0)
     norm = np.linalg.norm(ranks, axis=0)
     return ranks / np.where(norm > 0, norm, 1)

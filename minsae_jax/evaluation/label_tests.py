@@ -181,7 +181,7 @@ def kruskal_wallis(
     usual statistic with its correction for ties, since ties reduce that variance alone.
     """
     n = len(values)
-    deviation = rankdata(values, axis=0) - (n + 1) / 2
+    deviation = rankdata(values.astype(np.float64), axis=0) - (n + 1) / 2
     membership = np.eye(category.max() + 1)[category]  # [n, categories]
     counts = membership.sum(axis=0)
     between = np.square(membership.T @ deviation).T @ (1 / counts)
@@ -198,7 +198,7 @@ def spearman(
     Otherwise it is that of t = rho sqrt((n - 2) / (1 - rho²)) with n - 2 degrees of freedom.
     """
     n = len(label)
-    deviation = rankdata(values, axis=0) - (n + 1) / 2
+    deviation = rankdata(values.astype(np.float64), axis=0) - (n + 1) / 2
     of_label = rankdata(label) - (n + 1) / 2
     products = of_label @ deviation
     squares = np.square(deviation).sum(axis=0) * np.square(of_label).sum()

@@ -27,7 +27,8 @@ def auc(
     """
     # U is the number of pairs (event, other) in which the event scores higher. An event of rank r
     # is above r - 1 scores; summed over events, n (n - 1) / 2 of these are other events.
-    ranks = rankdata(scores, axis=0)
+    # In float64, since newer versions of SciPy return the type of the scores.
+    ranks = rankdata(scores, axis=0).astype(np.float64)
     n_events = int(is_event.sum())
     n_others = len(is_event) - n_events
     u = ranks[is_event].sum(axis=0) - n_events * (n_events + 1) / 2

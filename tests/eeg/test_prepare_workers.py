@@ -1,5 +1,6 @@
 """Processes of `prepare --jobs`; what they write is tested in test_prepare.py."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -30,8 +31,10 @@ def loaded_modules(**variables):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, workers import modules themselves")
 def test_workers_start_with_their_modules_and_without_jax():
     loaded = loaded_modules()
-    # Python ignores modules that it cannot import in advance.
-    assert set(MODULES) <= set(loaded)
+    # Python ignores modules that it cannot import in advance. MNE works without joblib.
+    installed = {name for name in MODULES if importlib.util.find_spec(name)}
+    assert installed >= set(MODULES) - {"joblib"}
+    assert installed <= set(loaded)
     assert "jax" not in loaded
 
 
