@@ -46,7 +46,10 @@ GRID = TokenGrid.patches(SEQ_LEN // PATCH_LEN, PATCH_LEN, n_cls=1)
 WINDOWS = 120  # of a recording: six minutes
 N_ATOMS = 12  # directions in a token
 N_ACTIVE = 32  # features of a token
-TOP, PER_RECORDING, W = 16, 3, 10
+# Of a feature: top examples, those of one recording, and patches around each
+TOP = 16
+PER_RECORDING = 3
+W = 10
 
 
 def directions(d_sae: int) -> np.ndarray:

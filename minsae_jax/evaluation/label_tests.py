@@ -22,8 +22,8 @@ from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.pooling import PatientValues
 
 MIN_PATIENTS = 3  # of each category, or of all for a number
-# Spearman's p is exact up to here. The t approximation is far too small for the largest
-# correlations of few patients (0 for rho = 1, which one of three labels of three patients has).
+# Patients up to which Spearman's p is exact. The t approximation is 0 for rho = ±1, although two of
+# the six orders of three patients have that.
 MAX_EXACT = 9
 LEVEL = 0.05
 TestName = Literal["Mann-Whitney", "Kruskal-Wallis", "Spearman"]

@@ -134,7 +134,7 @@ def dominating(member: MemberEvaluation, pca: Sequence[PCAEvaluation]) -> PCAEva
 def member_warnings(
     member: MemberEvaluation, pca: Sequence[PCAEvaluation], d_model: int
 ) -> tuple[str, ...]:
-    """Return what speaks against a member, in plain words."""
+    """Return the warnings about a member."""
     warnings = []
     tokens = member.tokens
     better = dominating(member, pca)

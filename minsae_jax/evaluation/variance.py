@@ -1,9 +1,8 @@
-"""What else explains a feature: shares of its variance by token position, channel, recording and
-patient.
+"""Shares of a feature's variance by token position, channel, recording and patient.
 
-For groups g of n_g tokens with mean activations m_g, it is eta² = Σ_g n_g (m_g - m)² / Σ (f - m)²
-over all tokens, the between-group sum of squares over the total (Pearson's correlation ratio). It
-is 0 if all groups have the same mean, and 1 if the feature is constant within groups. Shares
+A share is eta² = Σ_g n_g (m_g - m)² / Σ (f - m)² over all tokens, for groups g of n_g tokens with
+mean activations m_g: the between-group sum of squares over the total (Pearson's correlation ratio).
+It is 0 if all groups have the same mean, and 1 if the feature is constant within groups. Shares
 overlap: the recordings of a patient explain at least as much as the patient.
 
 Groups differ by chance too. Without any effect and with independent tokens, eta² is about (groups -

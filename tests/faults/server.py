@@ -19,13 +19,11 @@ import sys
 import threading
 
 import jax
-import jaxlib.mlir.dialects.builtin
-import jaxlib.mlir.dialects.mhlo  # noqa: F401
 import matplotlib.pyplot as plt
-import mne.io._read_raw  # noqa: F401
 import orbax.checkpoint  # noqa: F401
 import tensorboardX  # noqa: F401
 import torch  # noqa: F401
+from mne.io import read_raw  # noqa: F401
 from tensorboard.plugins.hparams import summary_v2  # noqa: F401
 
 import convert.__main__
