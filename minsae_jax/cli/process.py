@@ -136,7 +136,11 @@ def _limit_exit() -> None:
         time.sleep(EXIT_SECONDS)
         os._exit(2)
 
-    threading.Thread(target=end, daemon=True).start()
+    try:
+        threading.Thread(target=end, daemon=True).start()
+    except RuntimeError:
+        # There is no memory for another thread.
+        os._exit(2)
 
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
