@@ -6,7 +6,8 @@ They are read from settings or from a member's config.json, never from the name 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-Hyper = Mapping[str, int | float | str]  # name -> value, in the order of SYMBOLS
+# Hyper-parameter -> value of one member, in the order of SYMBOLS.
+Hyper = Mapping[str, int | float | str]
 
 # In the order by which members are sorted. A new kind of SAE adds its sparsity setting here.
 SYMBOLS = {

@@ -29,7 +29,7 @@ from minsae_jax.sae.kinds import (
     Batch,
     BatchContext,
     BatchMetrics,
-    Hyper,
+    HyperArrays,
     Objective,
     Params,
     SAEKind,
@@ -97,7 +97,7 @@ def member_step(
     n_tokens: int,
     batch: Batch,
     members: MemberState,
-    hyper: Hyper,
+    hyper: HyperArrays,
 ) -> MemberState:
     """Make one step of the members of a group: loss, gradient, Adam update, feature counts.
 
@@ -109,7 +109,7 @@ def member_step(
     any_dead = is_dead.any()
 
     def member_sums(
-        params: Params, hyper: Hyper, is_dead: Bool[Array, " d_sae"]
+        params: Params, hyper: HyperArrays, is_dead: Bool[Array, " d_sae"]
     ) -> tuple[Any, BatchContext]:
         # On accelerators members are computed at once, so that only a condition which all of them
         # share can skip work.
@@ -133,7 +133,7 @@ def _update_member(
     factors: ScheduleFactors,
     n_tokens: int,
     state: MemberState,
-    hyper: Hyper,
+    hyper: HyperArrays,
     sums: Any,
     context: BatchContext,
 ) -> MemberState:
@@ -170,7 +170,7 @@ def _update_member(
 def sweep_steps(
     program: StepProgram,
     state: SweepState,
-    hyper: tuple[Hyper, ...],
+    hyper: tuple[HyperArrays, ...],
     x: Float[Array, "*steps rows d_model"],
     scale: Float[Array, ""],
     *,
@@ -190,7 +190,7 @@ def sweep_steps(
 
 def sweep_step(
     program: StepProgram,
-    hyper: tuple[Hyper, ...],
+    hyper: tuple[HyperArrays, ...],
     scale: Float[Array, ""],
     n_tokens: int,
     state: SweepState,
@@ -213,7 +213,7 @@ def sweep_step(
 
     def on_one_device(
         groups: tuple[MemberState, ...],
-        hyper: tuple[Hyper, ...],
+        hyper: tuple[HyperArrays, ...],
         x: Array,
         factors: ScheduleFactors,
     ) -> tuple[tuple[MemberState, ...], tuple[Array, Array]]:

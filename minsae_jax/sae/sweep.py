@@ -27,7 +27,7 @@ from minsae_jax.parallel.mesh import (
 )
 from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group
-from minsae_jax.sae.kinds import BatchMetrics, Hyper, Objective, Params
+from minsae_jax.sae.kinds import BatchMetrics, HyperArrays, Objective, Params
 from minsae_jax.sae.resident import ResidentStore
 from minsae_jax.sae.step import (
     MemberState,
@@ -185,7 +185,7 @@ class Sweep:
 
         return jax.tree.map(with_sharding, self._portable_shardings, shapes)
 
-    def _put_hyper(self) -> tuple[Hyper, ...]:
+    def _put_hyper(self) -> tuple[HyperArrays, ...]:
         """Put the sparsity setting and lr of all members on the devices."""
         hyper = []
         for group in self._padded_groups:
@@ -213,7 +213,7 @@ class Sweep:
     # The functions below are traced by jit.
 
     def _traced_init(
-        self, start: Params | None, median: Array | None, hyper: tuple[Hyper, ...]
+        self, start: Params | None, median: Array | None, hyper: tuple[HyperArrays, ...]
     ) -> SweepState:
         groups = []
         for group, padded, group_hyper in zip(self.groups, self._padded_groups, hyper, strict=True):
@@ -242,7 +242,9 @@ class Sweep:
             moments=self._zero_moments(),
         )
 
-    def _init_member(self, group: Group, median: Array | None, seed: Array, hyper: Hyper) -> Params:
+    def _init_member(
+        self, group: Group, median: Array | None, seed: Array, hyper: HyperArrays
+    ) -> Params:
         key = jax.random.key(seed)
         kind = group[0].kind
         if self.plan.tied_init:

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from minsae_jax.sae.config import TrainConfig
 
 Params = dict[str, Any]  # parameter name -> array, NumPy's or JAX's
-Hyper = dict[str, Array]  # hyper-parameter name -> scalar; under vmap one value for each member
+# Hyper-parameter -> scalar; under vmap one value for each member.
+HyperArrays = dict[str, Array]
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class SAEKind:
         """Initialise as minSAE does, by the defaults of torch's nn.Linear."""
         raise NotImplementedError
 
-    def with_hyper(self, params: Params, hyper: Hyper) -> Params:
+    def with_hyper(self, params: Params, hyper: HyperArrays) -> Params:
         """Return initial parameters, or those of --init, with those that hyper-parameters set."""
         return params
 
@@ -185,11 +186,11 @@ class SAEKind:
         """Return every token's sparsity penalty, without its weight λ; 0 without a penalty."""
         return jnp.zeros(features.shape[0])
 
-    def penalty_weight(self, hyper: Hyper) -> Float[Array, ""]:
+    def penalty_weight(self, hyper: HyperArrays) -> Float[Array, ""]:
         """Return the weight λ of the penalty in the loss."""
         return jnp.zeros(())
 
-    def scheduled(self, hyper: Hyper, factor: Float[Array, ""]) -> Hyper:
+    def scheduled(self, hyper: HyperArrays, factor: Float[Array, ""]) -> HyperArrays:
         """Return the hyper-parameters at a step, where the warm-up's factor applies to λ."""
         if "lambda_sparsity" not in hyper:
             return hyper
@@ -214,7 +215,7 @@ class SAEKind:
         self,
         params: Params,
         batch: Batch,
-        hyper: Hyper,
+        hyper: HyperArrays,
         objective: Objective,
         context: BatchContext,
     ) -> BatchContext:
@@ -225,7 +226,7 @@ class SAEKind:
         self,
         params: Params,
         x: Float[Array, "tokens d_model"],
-        hyper: Hyper,
+        hyper: HyperArrays,
         objective: Objective,
         context: BatchContext,
         is_token: Float[Array, " tokens"] | None = None,
@@ -251,7 +252,7 @@ class SAEKind:
         self,
         params: Params,
         batch: Batch,
-        hyper: Hyper,
+        hyper: HyperArrays,
         objective: Objective,
         context: BatchContext,
     ) -> Any:
@@ -268,7 +269,7 @@ class SAEKind:
         return jax.lax.scan(add_tile, start, batch)[0]
 
     def gradients(
-        self, params: Params, sums: Any, n_tokens: int, hyper: Hyper, objective: Objective
+        self, params: Params, sums: Any, n_tokens: int, hyper: HyperArrays, objective: Objective
     ) -> tuple[Params, BatchMetrics]:
         """Return the gradient of the mean loss and the metrics, from sums over all tokens."""
         gradients = jax.tree.map(lambda g: g / n_tokens, sums.gradients)

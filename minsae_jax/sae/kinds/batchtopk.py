@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minsae_jax.parallel.mesh import DATA, sum_devices
-from minsae_jax.sae.kinds.base import Batch, BatchContext, Hyper, Objective, Params
+from minsae_jax.sae.kinds.base import Batch, BatchContext, HyperArrays, Objective, Params
 from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors, without_penalty
 from minsae_jax.sae.kinds.products import pre_activations, round_weights
 from minsae_jax.sae.kinds.select import kth_largest_of_batch
@@ -51,7 +51,7 @@ class BatchTopK(LinearSAE):
         self,
         params: Params,
         batch: Batch,
-        hyper: Hyper,
+        hyper: HyperArrays,
         objective: Objective,
         context: BatchContext,
     ) -> BatchContext:
@@ -80,7 +80,7 @@ class BatchTopK(LinearSAE):
         self,
         pre: Float[Array, "d_sae tile"],
         vectors: Vectors,
-        hyper: Hyper,
+        hyper: HyperArrays,
         context: BatchContext,
     ) -> Activated:
         assert context.threshold is not None

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minsae_jax.sae.config import TrainConfig
-from minsae_jax.sae.kinds.base import BatchContext, Hyper, Params
+from minsae_jax.sae.kinds.base import BatchContext, HyperArrays, Params
 from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors
 from minsae_jax.sae.kinds.products import column_sums, row_sums
 
@@ -86,7 +86,7 @@ class JumpReLU(LinearSAE):
         self,
         pre: Float[Array, "d_sae tile"],
         vectors: Vectors,
-        hyper: Hyper,
+        hyper: HyperArrays,
         context: BatchContext,
     ) -> Activated:
         threshold = vectors["threshold"][:, None]
@@ -108,13 +108,13 @@ class JumpReLU(LinearSAE):
         norms = jnp.linalg.norm(params["W_dec"], axis=1)
         return jnp.tanh(TANH_SLOPE * features * norms[None]).sum(1)
 
-    def penalty_weight(self, hyper: Hyper) -> Float[Array, ""]:
+    def penalty_weight(self, hyper: HyperArrays) -> Float[Array, ""]:
         if self.mode == "target_l0":
             return jnp.zeros(())
         return hyper["lambda_sparsity"]
 
     def batch_penalty(
-        self, mean_penalty: Float[Array, ""], hyper: Hyper, d_model: int
+        self, mean_penalty: Float[Array, ""], hyper: HyperArrays, d_model: int
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         if self.mode != "target_l0":
             return super().batch_penalty(mean_penalty, hyper, d_model)

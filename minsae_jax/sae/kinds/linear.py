@@ -20,7 +20,7 @@ from minsae_jax.sae.kinds.base import (
     BatchContext,
     BatchMetrics,
     BatchSums,
-    Hyper,
+    HyperArrays,
     Objective,
     Params,
     SAEKind,
@@ -102,7 +102,7 @@ class LinearSAE(SAEKind):
         self,
         pre: Float[Array, "d_sae tile"],
         vectors: Vectors,
-        hyper: Hyper,
+        hyper: HyperArrays,
         context: BatchContext,
     ) -> Activated:
         """Return the features of pre-activations in training, and the penalties of each token."""
@@ -141,7 +141,7 @@ class LinearSAE(SAEKind):
         self,
         params: Params,
         x: Float[Array, "tokens d_model"],
-        hyper: Hyper,
+        hyper: HyperArrays,
         objective: Objective,
         context: BatchContext,
         is_token: Float[Array, " tokens"] | None = None,
@@ -166,7 +166,7 @@ class LinearSAE(SAEKind):
         self,
         params: Params,
         batch: Batch,
-        hyper: Hyper,
+        hyper: HyperArrays,
         objective: Objective,
         context: BatchContext,
     ) -> LinearSums:
@@ -210,7 +210,7 @@ class LinearSAE(SAEKind):
         weights: Weights,
         vectors: Vectors,
         tile: Batch,
-        hyper: Hyper,
+        hyper: HyperArrays,
         objective: Objective,
         context: BatchContext,
     ) -> tuple[LinearSums, Float[Array, "d_model tile"]]:
@@ -316,7 +316,12 @@ class LinearSAE(SAEKind):
         )
 
     def gradients(
-        self, params: Params, sums: LinearSums, n_tokens: int, hyper: Hyper, objective: Objective
+        self,
+        params: Params,
+        sums: LinearSums,
+        n_tokens: int,
+        hyper: HyperArrays,
+        objective: Objective,
     ) -> tuple[Params, BatchMetrics]:
         w_dec = params["W_dec"]
         mean = jax.tree.map(lambda a: a / n_tokens, sums._replace(active=jnp.zeros(())))
@@ -343,7 +348,7 @@ class LinearSAE(SAEKind):
         return gradients, metrics
 
     def batch_penalty(
-        self, mean_penalty: Float[Array, ""], hyper: Hyper, d_model: int
+        self, mean_penalty: Float[Array, ""], hyper: HyperArrays, d_model: int
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Return a loss of the batch's mean penalty, and its derivative by the mean penalty."""
         return jnp.zeros(()), jnp.zeros(())

@@ -16,7 +16,7 @@ from minsae_jax.sae.kinds.base import (
     Batch,
     BatchContext,
     BatchMetrics,
-    Hyper,
+    HyperArrays,
     Objective,
     Params,
     SAEKind,
@@ -74,14 +74,14 @@ class ReLU(SAEKind):
     ) -> Float[Array, " tokens"]:
         return features @ jnp.linalg.norm(params["W_dec"], axis=1)
 
-    def penalty_weight(self, hyper: Hyper) -> Float[Array, ""]:
+    def penalty_weight(self, hyper: HyperArrays) -> Float[Array, ""]:
         return hyper["lambda_sparsity"]
 
     def batch_sums(
         self,
         params: Params,
         batch: Batch,
-        hyper: Hyper,
+        hyper: HyperArrays,
         objective: Objective,
         context: BatchContext,
     ) -> ReLUSums:
@@ -106,7 +106,12 @@ class ReLU(SAEKind):
         return sums._replace(gradients=gradients)
 
     def gradients(
-        self, params: Params, sums: ReLUSums, n_tokens: int, hyper: Hyper, objective: Objective
+        self,
+        params: Params,
+        sums: ReLUSums,
+        n_tokens: int,
+        hyper: HyperArrays,
+        objective: Objective,
     ) -> tuple[Params, BatchMetrics]:
         """Return the gradient of the mean loss and the metrics, from sums over all tokens."""
         penalty_weight = self.penalty_weight(hyper)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.config import TrainConfig
-from minsae_jax.sae.kinds.base import Batch, BatchContext, Hyper, Objective, Params
+from minsae_jax.sae.kinds.base import Batch, BatchContext, HyperArrays, Objective, Params
 from minsae_jax.sae.kinds.linear import (
     Activated,
     LinearSAE,
@@ -76,7 +76,7 @@ class TopK(LinearSAE):
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         return super().shapes(d_model, d_sae) | {"k": ()}
 
-    def with_hyper(self, params: Params, hyper: Hyper) -> Params:
+    def with_hyper(self, params: Params, hyper: HyperArrays) -> Params:
         return params | {"k": hyper["k"]}
 
     def encode(
@@ -98,7 +98,7 @@ class TopK(LinearSAE):
         self,
         pre: Float[Array, "d_sae tile"],
         vectors: Vectors,
-        hyper: Hyper,
+        hyper: HyperArrays,
         context: BatchContext,
     ) -> Activated:
         return without_penalty(keep_largest(pre, hyper["k"]))
@@ -109,7 +109,7 @@ class TopK(LinearSAE):
         weights: Weights,
         vectors: Vectors,
         tile: Batch,
-        hyper: Hyper,
+        hyper: HyperArrays,
         objective: Objective,
         context: BatchContext,
     ) -> tuple[LinearSums, Float[Array, "d_model tile"]]:
