@@ -279,7 +279,6 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     >>> did_you_mean("lamda", ["lr", "lambda_sparsity"])
     "; did you mean 'lambda_sparsity'?"
     """
-
     if not isinstance(word, str):
         return ""
     word = word[:50]  # the time grows with the square of the length
@@ -338,8 +337,8 @@ def _coerce(value: Any, hint: Any, name: str, words: Sequence[str] = ()) -> Any:
         if type(value) is type(options[0]) and value in options:
             return value
         choices = ", ".join(options)
-        hint = did_you_mean(value, options)
-        raise UserError(f"{name} must be one of {choices}, got {shown(value)}{hint}")
+        suggestion = did_you_mean(value, options)
+        raise UserError(f"{name} must be one of {choices}, got {shown(value)}{suggestion}")
     # `type` instead of isinstance, for which true is an int.
     if hint is float and type(value) is int and abs(value) < FLOAT32_LIMIT:
         return float(value)

@@ -31,23 +31,28 @@ class _Places:
     def check(self, n_recordings: int, n_vars: int | None) -> None:
         """Raise UserError if places are not sorted or out of range."""
         rows = np.stack([self.recording, self.window, self.channel])
-        change = np.diff(rows, axis=1)
-        # The sign of the first of the three that changes.
-        sign = np.sign(change[0] * 4 + np.sign(change[1]) * 2 + np.sign(change[2]))
-        if (sign <= 0).any():
-            i = int(np.argmax(sign <= 0)) + 1
+        recording, window, channel = np.sign(np.diff(rows, axis=1))
+        # With these weights the sum has the sign of the first of the three that changes.
+        is_sorted = 4 * recording + 2 * window + channel > 0
+        if not is_sorted.all():
+            i = int(np.argmin(is_sorted)) + 1
             raise UserError(
                 f"sequence {i} comes before the one in front of it, or is the same; sort sequences "
                 "by recording, then window, then channel"
             )
-        limits = (n_recordings, np.inf, np.inf if n_vars is None else n_vars)
-        for name, values, limit, lowest in zip(
-            ("recording", "window", "channel"), rows, limits, (0, 0, -1), strict=True
-        ):
-            if values.size and not lowest <= values.min() <= values.max() < limit:
-                raise UserError(
-                    f"{name} is {values.min()} to {values.max()}; expected {lowest} to {limit - 1}"
-                )
+        _check_range("recording", self.recording, 0, n_recordings)
+        _check_range("window", self.window, 0, np.inf)
+        _check_range("channel", self.channel, -1, np.inf if n_vars is None else n_vars)
+
+
+def _check_range(
+    name: str, values: Int[np.ndarray, " sequences"], lowest: int, limit: int | float
+) -> None:
+    """Raise UserError unless all values are at least `lowest` and below `limit`."""
+    if values.size and not lowest <= values.min() <= values.max() < limit:
+        raise UserError(
+            f"{name} is {values.min()} to {values.max()}; expected {lowest} to {limit - 1}"
+        )
 
 
 def write_store(

@@ -276,8 +276,8 @@ def _open_without_manifest(folder: Path, layer: int | None) -> Store:
         folders = [path.name for path in folder.iterdir() if path.is_dir()]
         layers = sorted(name for name in folders if LAYER_FOLDER.fullmatch(name))
         content = ", ".join(layers) or "no b0000.npy"
-        wanted = "no store" if layer is None else f"no store of layer {layer}"
-        raise UserError(f"there is {wanted} in {folder}: it contains {content}")
+        missing = "no store" if layer is None else f"no store of layer {layer}"
+        raise UserError(f"there is {missing} in {folder}: it contains {content}")
     shards: list[Shard] = []
     for path in files:
         shape, dtype, offset = read_header(path)

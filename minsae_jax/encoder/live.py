@@ -80,7 +80,7 @@ class LiveStore:
 
     def read(
         self, shard: int, start: int = 0, stop: int | None = None
-    ) -> Float[np.ndarray, "rows d_model"]:
+    ) -> Float[np.ndarray, "tokens d_model"]:
         """Return consecutive tokens of one shard."""
         start, stop, _ = slice(start, stop).indices(self.tokens_per_shard[shard])
         # The windows that contain the tokens.
@@ -91,29 +91,31 @@ class LiveStore:
         if start == 0 and stop == self.tokens_per_shard[shard]:
             n_padded = self.batch_size
         base = shard * self.batch_size
-        rows = self._activations(self.windows.read(base + first, base + end), n_padded)
-        skipped = first * self.tokens_per_chunk
-        return rows[start - skipped : stop - skipped]
+        windows = self.windows.read(base + first, base + end)
+        tokens = self._activations(windows, n_padded)
+        n_before = first * self.tokens_per_chunk
+        return tokens[start - n_before : stop - n_before]
 
     def tokens_in_chunk(self, chunk: int) -> int:
         """Return the number of tokens of a window, which all windows share."""
         return self.tokens_per_chunk
 
-    def read_chunks(self, chunks: Sequence[int], out: Float[np.ndarray, "most d_model"]) -> int:
+    def read_chunks(self, chunks: Sequence[int], out: Float[np.ndarray, "capacity d_model"]) -> int:
         """Write the tokens of some windows into `out` and return their number."""
         # The batch is padded to the size of `out`, which is the same for a whole epoch, so that
         # the shorter last batch needs no compilation.
         n_windows = len(out) // self.tokens_per_chunk
-        rows = self._activations(self.windows.read_at(np.asarray(chunks)), n_windows)
-        out[: len(rows)] = rows
-        return len(rows)
+        tokens = self._activations(self.windows.read_at(np.asarray(chunks)), n_windows)
+        out[: len(tokens)] = tokens
+        return len(tokens)
 
     def verify(self, share: Share = WHOLE) -> None:
         """Do nothing: `open_recordings` has checked all samples."""
 
     def _activations(
         self, x: Float[np.ndarray, "windows seq_len n_vars"], padded_windows: int
-    ) -> Float[np.ndarray, "rows d_model"]:
+    ) -> Float[np.ndarray, "tokens d_model"]:
+        """Return the activations of windows, padded to one size so that they share a program."""
         (z,) = self._compute.start(x, min(padded_windows, self.n_chunks))
         parts = self._compute.fetch(z, len(x))
         return np.concatenate([part.reshape(-1, self.d_model) for part in parts])

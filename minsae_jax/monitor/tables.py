@@ -24,5 +24,5 @@ def percent(share: float, digits: int = 0) -> str:
 
 def _line(cells: list[str], widths: list[int]) -> str:
     first = cells[0].ljust(widths[0])
-    others = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    others = map(str.rjust, cells[1:], widths[1:])
     return "  ".join([first, *others])

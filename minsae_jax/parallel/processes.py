@@ -92,7 +92,9 @@ class Share:
         >>> [Share(i, 3).bounds(8) for i in range(3)]
         [(0, 2), (2, 5), (5, 8)]
         """
-        return self.index * n // self.count, (self.index + 1) * n // self.count
+        start = self.index * n // self.count
+        stop = (self.index + 1) * n // self.count
+        return start, stop
 
 
 WHOLE = Share(0, 1)

@@ -1,4 +1,4 @@
-"""Settings of training and plotting, and the two recipes.
+"""Settings of training and plotting, and the recipes.
 
 `TrainConfig` has the flags, where None means "the recipe's value"; `TrainConfig.resolved()` fills
 these in, and `TrainConfig.plan()` returns the resolved values for training, without None.
@@ -73,13 +73,14 @@ class LiveFlags:
     split_seed: int = 42
     """Seed of the patient split."""
     live_batch_size: Annotated[int, AtLeastOne] = 128
-    """Windows per virtual shard (with --recipe minsae: windows per step)."""
+    """Windows that count as one shard file, of which a step of --recipe minsae takes
+    --number_of_arrays."""
     force_revin: bool = False
-    """Normalise with RevIN even if the encoder's settings say no."""
+    """Apply RevIN even if the encoder's settings disable it."""
     on_bad_recording: OnBadRecording = "error"
     """For unusable recordings: list them all and stop, or skip them."""
     allow_mismatch: bool = False
-    """Accept recordings of another sampling rate or other channels than the encoder's."""
+    """Accept recordings with another sampling rate, unit or channel names than the encoder's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,8 @@ class SweepFlags:
     lambda_sparsity: Annotated[tuple[float, ...], NonNegative] = ()
     """Weight λ of the penalty of relu and jumprelu (april2024, modern: 5; minsae: 0.01)."""
     k: Annotated[tuple[float, ...], Positive] = ()
-    """Active features per token of topk, batchtopk and matryoshka (16, 32 and 64)."""
+    """Active features per token of topk, batchtopk and matryoshka (april2024, modern: 16, 32 and
+    64)."""
     target_l0: Annotated[tuple[float, ...], Positive] = ()
     """Active features per token that jumprelu is to reach, instead of λ."""
     lr: Annotated[tuple[float | Literal["auto"], ...], NonNegative] = ()
@@ -101,7 +103,7 @@ class SweepFlags:
     seed: Annotated[tuple[int, ...], Seed] = (0,)
     """Seed of the initial weights."""
     feature_dim_factor: Annotated[tuple[float, ...], Positive] = (8.0,)
-    """d_sae / d_model."""
+    """Number of features, as a multiple of the encoder's d_model: d_sae / d_model."""
     init: str | None = None
     """Folder of a member whose weights every member starts from."""
 
@@ -116,23 +118,23 @@ class RecipeFlags:
     num_steps: Annotated[int | None, AtLeastOne] = None
     """Training steps (april2024, modern: 50,000; minsae: 10,720)."""
     batch_size: Annotated[int | None, AtLeastOne] = None
-    """Tokens per step (not minsae: 4,096)."""
+    """Tokens per step (april2024, modern: 4,096)."""
     shuffle_seed: Annotated[int | None, Seed] = None
-    """Seed of the token order (not minsae: 0)."""
+    """Seed of the token order (april2024, modern: 0)."""
     number_of_arrays: Annotated[int | None, AtLeastOne] = None
     """Whole shard files per step, in order (minsae only: 1)."""
     recon_weight: Annotated[float | None, Positive] = None
     """Weight of the reconstruction error (minsae only: 1)."""
     scale_tokens: Annotated[int | None, AtLeastOne] = None
-    """Tokens for measuring the input scale, E‖x‖ = √d_model (not minsae: 1,000,000)."""
+    """Tokens for measuring the input scale, E‖x‖ = √d_model (april2024, modern: 1,000,000)."""
     decoder_norm: Annotated[float | None, Positive] = None
-    """Initial L2 norm of the decoder rows of relu and jumprelu (not minsae: 0.1)."""
+    """Initial L2 norm of the decoder rows of relu and jumprelu (april2024, modern: 0.1)."""
     lambda_warmup: Annotated[float | None, Share] = None
-    """Share of the steps over which λ rises linearly from 0 (not minsae: 0.05)."""
+    """Share of the steps over which λ rises linearly from 0 (april2024, modern: 0.05)."""
     lr_decay: Annotated[float | None, Share] = None
-    """Share of the steps at the end in which lr falls linearly to 0 (not minsae: 0.2)."""
+    """Share of the steps at the end in which lr falls linearly to 0 (april2024, modern: 0.2)."""
     max_grad_norm: Annotated[float | None, Positive] = None
-    """L2 norm to which each member's gradient is clipped (not minsae: 1)."""
+    """L2 norm to which each member's gradient is clipped (april2024, modern: 1)."""
     jumprelu_penalty: Literal["tanh", "step"] = "tanh"
     """Penalty of jumprelu: tanh (Anthropic, January 2025) or step, the number of features."""
     matryoshka_shares: Annotated[tuple[float, ...], Range(above=0, max=1)] = (

@@ -227,7 +227,7 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
 
 
 def bad_activations(config: TrainConfig, source: Source, content: str) -> UserError:
-    """Return the error for activations that cannot be trained on; content: of these."""
+    """Return the error for activations that cannot be trained on, since they contain `content`."""
     if config.live:
         return UserError(
             f"activations of the recordings in {source.folder} contain {content}; check that the "

@@ -1,11 +1,11 @@
 """The members of a sweep: every combination of its values, grouped by kind and size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from minsae_jax.errors import UserError
 from minsae_jax.sae.config import TrainConfig, TrainPlan
-from minsae_jax.sae.hyper import SYMBOLS
+from minsae_jax.sae.hyper import SYMBOLS, Hyper, member_hyper
 from minsae_jax.sae.kinds import KINDS, SAEKind
 
 MAX_D_SAE = 2**24
@@ -27,16 +27,16 @@ class MemberSpec:
     d_sae: int
 
     @property
-    def hyper(self) -> dict[str, int | float | str]:
+    def hyper(self) -> Hyper:
         """Hyper-parameters by name, in the order of HYPER_NAMES."""
-        values: dict[str, int | float | str] = {
+        values: Hyper = {
             "kind": self.kind.name,
             self.kind.sparsity_name: self.sparsity,
             "lr": self.lr,
             "seed": self.seed,
             "d_sae": self.d_sae,
         }
-        return {name: values[name] for name in HYPER_NAMES if name in values}
+        return member_hyper(values)
 
 
 Group = tuple[MemberSpec, ...]
@@ -72,9 +72,8 @@ def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
             lrs = _learning_rates(config, d_sae)
             group = []
             for value, lr, seed in product(sparsity, lrs, config.seed):
-                unnamed = MemberSpec("", kind, value, lr, seed, d_sae)
-                name = _member_name(unnamed, named)
-                group.append(MemberSpec(name, kind, value, lr, seed, d_sae))
+                member = MemberSpec("", kind, value, lr, seed, d_sae)
+                group.append(replace(member, name=_member_name(member, named)))
             groups.append(tuple(group))
     return tuple(groups)
 

@@ -20,7 +20,7 @@ from minsae_jax.sae.config import TrainConfig, load_run_config
 from minsae_jax.sae.grid import make_groups
 from minsae_jax.sae.hyper import Hyper, sort_key
 
-METRICS = ("step", "tokens", "mse", "l1")  # columns used here
+COLUMNS = ("step", "tokens", "mse", "l1")  # of metrics.csv
 MAX_FRAMES = 60  # of the densities' animation
 BIN_WIDTH = 0.1  # of log10 density
 # Binomial weights over 5 bins: the densities 1/n, 2/n, 3/n … leave gaps of up to three bins.
@@ -145,13 +145,13 @@ def _read_metrics(path: Path) -> Float[np.ndarray, "intervals 4"]:
     lines = _complete_lines(path)
     header = next(lines, None)
     if header is None:
-        return np.zeros((0, len(METRICS)))
+        return np.zeros((0, len(COLUMNS)))
     names = header.split(",")
-    for name in METRICS:
+    for name in COLUMNS:
         if name not in names:
             raise damaged(path, f"it has no column {name}")
     table = _parse_rows(path, list(lines), len(names))
-    rows = table[:, [names.index(name) for name in METRICS]]
+    rows = table[:, [names.index(name) for name in COLUMNS]]
     counters = [(0.0, 0.0), *rows[:, :2]]
     for (step, tokens), (next_step, next_tokens) in pairwise(counters):
         if not (step < next_step and tokens < next_tokens):

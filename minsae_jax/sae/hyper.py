@@ -59,6 +59,16 @@ def varied_names(members: Iterable[Hyper]) -> list[str]:
     return [name for name in SYMBOLS if len({hyper.get(name) for hyper in members}) > 1]
 
 
+def hyper_label(hyper: Hyper, names: Iterable[str]) -> str:
+    """Return a label of the named hyper-parameters, without those that the member does not have.
+
+    >>> hyper_label({"lambda_sparsity": 5.0, "seed": 0}, ["lambda_sparsity", "k", "seed"])
+    'λ 5, seed 0'
+    """
+    present = [name for name in names if name in hyper]
+    return ", ".join(f"{SYMBOLS[name]} {value_text(hyper[name])}" for name in present)
+
+
 def value_text(value: int | float | str) -> str:
     """Return a short text of a value for labels: integers in full, other numbers to 6 digits.
 

@@ -120,7 +120,12 @@ def _merge(a: TokenSums, b: TokenSums) -> TokenSums:
     """Merge the sums of two sets of tokens (Chan, Golub & LeVeque 1983)."""
     shift = b.x / b.tokens - a.x / a.tokens
     between = np.square(shift).sum() * a.tokens * b.tokens / (a.tokens + b.tokens)
-    return TokenSums(a.tokens + b.tokens, a.x + b.x, a.m2 + b.m2 + between, a.nonzero + b.nonzero)
+    return TokenSums(
+        tokens=a.tokens + b.tokens,
+        x=a.x + b.x,
+        m2=a.m2 + b.m2 + between,
+        nonzero=a.nonzero + b.nonzero,
+    )
 
 
 def _means(token_sums: TokenSums, sums: MemberSums) -> Measures:
@@ -207,5 +212,12 @@ def _member_sums(
 
     d_sae, d_model = params["W_dec"].shape
     zero = jnp.zeros(())
-    start = MemberSums(zero, jnp.zeros(d_model), zero, zero, zero, jnp.zeros(d_sae, jnp.int32))
+    start = MemberSums(
+        residual=zero,
+        r=jnp.zeros(d_model),
+        l1=zero,
+        cosine=zero,
+        norm_ratio=zero,
+        active=jnp.zeros(d_sae, jnp.int32),
+    )
     return jax.lax.scan(add_tile, start, (x, is_token))[0]

@@ -92,7 +92,8 @@ class SparseAutoencoder:
         padded[: len(tokens)] = tokens
         with jax.default_matmul_precision("highest"):
             features = _encode_features(self.kind, self.params, padded, np.asarray(indices))
-        return np.asarray(features)[: len(tokens)].reshape(*x.shape[:-1], len(indices))
+        without_padding = np.asarray(features)[: len(tokens)]
+        return without_padding.reshape(*x.shape[:-1], len(indices))
 
     def _to_array(self, x: Array | np.ndarray, size: int) -> Array:
         shape = np.shape(x)
@@ -153,8 +154,8 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         kind = config.get("kind", "relu")
         if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(f"{CONFIG} has the unknown kind {shown(kind)}")
-        # Members of earlier versions have no checksum.
-        # It is about the file, so that it does not stay in the config of a converted member.
+        # Members of earlier versions have no checksum. It leaves the config, since that is also
+        # written with the weights in other formats.
         digest = config.pop("sha256", None)
         if digest is not None and digest != sha256_of(folder / WEIGHTS):
             raise ValueError(f"{WEIGHTS} differs from its checksum in {CONFIG}")

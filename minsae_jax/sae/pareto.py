@@ -9,7 +9,7 @@ import numpy as np
 
 from minsae_jax.files import atomic_write
 from minsae_jax.sae.figures import COLOURS, KIND_COLOURS, PCA, STYLES, make_figure, tidy
-from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, Hyper, sparsity, value_text
+from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, Hyper, hyper_label, sparsity, value_text
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and few verbs need it
     from matplotlib.axes import Axes
@@ -117,10 +117,9 @@ def _group_by_line(points: Sequence[ParetoPoint]) -> dict[LineKey, list[ParetoPo
     lines: dict[LineKey, list[ParetoPoint]] = {}
     for point in points:
         hyper = point.hyper
-        others = [f"{SYMBOLS[name]} {value_text(hyper[name])}" for name in names if name in hyper]
         setting = sparsity(hyper)
         symbol = "" if setting is None else SYMBOLS[setting[0]]
-        key = LineKey(str(hyper.get("kind", "")), ", ".join(others), symbol)
+        key = LineKey(str(hyper.get("kind", "")), hyper_label(hyper, names), symbol)
         lines.setdefault(key, []).append(point)
     return {key: sorted(line, key=lambda point: point.l0) for key, line in lines.items()}
 
@@ -133,7 +132,8 @@ def _pareto_styles(keys: Sequence[LineKey]) -> dict[LineKey, ParetoStyle]:
     for key in keys:
         other = others.index(key.others) if key.others in others else 0
         if has_several_kinds or key.kind == PCA:
-            colour = KIND_COLOURS.get(key.kind, COLOURS[kinds.index(key.kind) % len(COLOURS)])
+            fallback = COLOURS[kinds.index(key.kind) % len(COLOURS)]
+            colour = KIND_COLOURS.get(key.kind, fallback)
         else:
             colour = COLOURS[other % len(COLOURS)]
         marker = "x" if key.kind == PCA else MARKERS[other % len(MARKERS)]
@@ -208,7 +208,8 @@ def _label_points(
                 continue
             text = value_text(setting[1])
             x, y = axes.transData.transform((point.l0, point.fvu))
-            box = next((b for b in _places(x, y, len(text)) if not b.overlaps_any(taken)), None)
+            places = _places(x, y, len(text))
+            box = next((place for place in places if not place.overlaps_any(taken)), None)
             if box is None:
                 continue
             taken.append(box)

@@ -14,7 +14,7 @@ from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import PlotConfig, load_run_config
 from minsae_jax.sae.figures import STYLES, make_figure, tidy
 from minsae_jax.sae.history import Densities, MemberHistory, read_densities, read_histories
-from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, value_text, varied_names
+from minsae_jax.sae.hyper import SPARSITY, hyper_label, varied_names
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and few verbs need it
     from matplotlib.axes import Axes
@@ -67,11 +67,7 @@ def _member_labels(histories: Sequence[MemberHistory]) -> list[str]:
     hypers = [history.hyper for history in histories]
     # A single member varies in nothing and is labelled by its sparsity.
     names = varied_names(hypers) or list(SPARSITY)
-    labels = []
-    for hyper in hypers:
-        parts = [f"{SYMBOLS[n]} {value_text(hyper[n])}" for n in names if n in hyper]
-        labels.append(", ".join(parts))
-    return labels
+    return [hyper_label(hyper, names) for hyper in hypers]
 
 
 def _member_styles(histories: Sequence[MemberHistory]) -> list[LineStyle]:

@@ -146,7 +146,8 @@ def open_resident(
     """
     if setting == "off" or not isinstance(source, Store):
         return None
-    n_bytes = source.total_tokens * source.d_model * source.dtype.itemsize / mesh.shape[DATA]
+    bytes_per_token = source.d_model * source.dtype.itemsize
+    n_bytes = source.total_tokens * bytes_per_token / mesh.shape[DATA]
     free = _free_bytes(mesh)
     has_numbers = source.total_tokens < 2**31
     if setting == "on":

@@ -29,7 +29,7 @@ from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import TFEVENTS_PREFIX, table
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
 from minsae_jax.sae.grid import HYPER_NAMES
-from minsae_jax.sae.hyper import SPARSITY, SYMBOLS
+from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, Hyper
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
 from minsae_jax.settings import JsonObject, Values, to_dict
 
@@ -204,7 +204,7 @@ class RunMember:
 
     name: str
     folder: Path
-    hyper: dict[str, float | str]
+    hyper: Hyper
     metrics: Metrics  # of the last log interval
     held_out: Metrics  # of the last measurement on held-out tokens; empty if there are none
     status: str  # finished, or diverged
@@ -288,7 +288,7 @@ def _read_member(folder: Path, row: dict[str, str], held_out: dict[str, Metrics]
     )
 
 
-def _read_hyper(row: dict[str, str]) -> dict[str, float | str]:
+def _read_hyper(row: dict[str, str]) -> Hyper:
     """Return the hyper-parameters in a row of sweep.csv, in which others' columns are empty."""
     # The first runs had one kind and no column for it.
     hyper: dict[str, float | str] = {"kind": row.get("kind", "relu")}

@@ -227,12 +227,11 @@ def sweep_step(
         for kind, objective, members, members_hyper in zip(
             program.kinds, objectives, groups, hyper, strict=True
         ):
-            new_groups.append(
-                member_step(
-                    program, kind, objective, factors, n_tokens, batch, members, members_hyper
-                )
+            new_members = member_step(
+                program, kind, objective, factors, n_tokens, batch, members, members_hyper
             )
-            batch, x = after((batch, x), new_groups[-1].metrics.loss)
+            new_groups.append(new_members)
+            batch, x = after((batch, x), new_members.metrics.loss)
         return tuple(new_groups), _token_moments(x, is_token, n_tokens)
 
     x = x.astype(jnp.float32) * scale

@@ -70,8 +70,10 @@ class DeviceMetrics(NamedTuple):
 
 
 class Sweep:
-    """The program of a sweep: `init`, then for each batch
-    `step(state, hyper, put(x), scale, n_tokens=len(x))`, which is `sweep_steps` under jit.
+    """The program of a sweep on the devices.
+
+    Call `init`, then for each batch `step(state, hyper, put(x), scale, n_tokens=len(x))`, which is
+    `sweep_steps` under jit.
     """
 
     def __init__(self, plan: TrainPlan, groups: tuple[Group, ...], d_model: int):

@@ -130,7 +130,7 @@ class Trainer:
         self.on_step = on_step
         self.measure_features = measure_features
         self.sweep = Sweep(plan, data.groups, data.store.d_model)
-        self.l1_weighted = plan.logs_weighted_l1
+        self.logs_weighted_l1 = plan.logs_weighted_l1
         self.logger = RunLogger(
             plan,
             folder,
@@ -266,7 +266,7 @@ class Trainer:
             is_complete = progress.step % self.config.eval_window == 0
             for group, metrics in zip(self.data.groups, groups, strict=True):
                 for i, member in enumerate(group):
-                    l1_weight = member.sparsity if self.l1_weighted else 1.0
+                    l1_weight = member.sparsity if self.logs_weighted_l1 else 1.0
                     progress.metrics[member.name] = interval_metrics(metrics, i, l1_weight)
                     if metrics.frozen[i] and member.name not in progress.diverged:
                         progress.diverged[member.name] = int(metrics.steps[i]) + 1

@@ -30,7 +30,8 @@ def patches(
     x = jnp.pad(x, ((0, 0), (0, a.end_padding), (0, 0)), mode="edge")
     # One gather of all patches: sample index = start of the patch + position within it.
     starts = a.first_sample + a.stride * jnp.arange(a.n_patches)
-    return x[:, starts[:, None] + jnp.arange(a.patch_len)[None, :]].swapaxes(2, 3)
+    samples = starts[:, None] + jnp.arange(a.patch_len)[None, :]
+    return x[:, samples].swapaxes(2, 3)
 
 
 class Layer(nnx.Module):
@@ -152,7 +153,7 @@ class PatchTST(nnx.Module):
     """The whole model: RevIN, patch embedding, layers and head.
 
     `dtype` (float32 or bfloat16) is the precision of the products in the layers; parameters,
-    residual stream, embedding and head are float32. `Encoder` in encoder/converted.py wraps this
+    residual stream, embedding and head are float32. `Encoder` in patchtst/encoder.py wraps this
     model for everyday use.
     """
 
@@ -218,7 +219,8 @@ class PatchTST(nnx.Module):
         if len(self.embeddings) == 1:
             z = self.embeddings[0](x)
         else:
-            z = jnp.stack([linear(x[:, i]) for i, linear in enumerate(self.embeddings)], axis=1)
+            per_channel = [linear(x[:, i]) for i, linear in enumerate(self.embeddings)]
+            z = jnp.stack(per_channel, axis=1)
         if self.cls_token is not None:
             cls_token = jnp.broadcast_to(self.cls_token[...], (*z.shape[:2], 1, z.shape[3]))
             z = jnp.concatenate([cls_token, z], axis=2)

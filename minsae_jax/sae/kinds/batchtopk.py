@@ -66,7 +66,8 @@ class BatchTopK(LinearSAE):
 
         pre = jax.lax.map(encode_tile, batch)
         if batch.is_token is None:
-            n_tokens = jnp.float32(batch.x.shape[0] * batch.x.shape[1] * jax.lax.axis_size(DATA))
+            n_tiles, tile_tokens, _ = batch.x.shape
+            n_tokens = jnp.float32(n_tiles * tile_tokens * jax.lax.axis_size(DATA))
         else:
             n_tokens = sum_devices(batch.is_token.sum())
         threshold = kth_largest_of_batch(

@@ -277,7 +277,8 @@ class LinearSAE(SAEKind):
     def _segments(self, d_sae: int) -> list[slice]:
         """Return the features by which each prefix is longer than the one before it."""
         ends = self.prefixes(d_sae)
-        return [slice(first, end) for first, end in zip((0, *ends[:-1]), ends, strict=True)]
+        starts = (0, *ends[:-1])
+        return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
 
     def _errors(
         self, weights: Weights, tile: Batch, features: Num[Array, "d_sae tile"]

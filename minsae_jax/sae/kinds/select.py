@@ -80,6 +80,7 @@ def _narrow(numbers: Float[Array, "d_sae tile"], k: Float[Array, " tile"]) -> Fl
     chunks = padded.reshape(-1, CHUNK, numbers.shape[1])
 
     def narrow(low: Int[Array, " tile"], step: Int[Array, ""]) -> tuple[Int[Array, " tile"], None]:
+        # low + j * step, but at most LARGEST, in a form that does not exceed int32.
         thresholds = [jnp.minimum(low, LARGEST - j * step) + j * step for j in range(1, 7)]
         counts = _count_reaching(chunks, [_to_float(t)[None, None] for t in thresholds])
         for threshold, count in zip(thresholds, counts, strict=True):
