@@ -173,25 +173,24 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     open_monitor = None
     if config.events_path or len(config.seed) > 1:
         open_monitor = partial(_open_feature_monitor, config, encoder)
-    if encoder is None:
-        if config.live:
+    fingerprint = None if encoder is None else encoder.fingerprint
+    open_source = None
+    if config.live:
+        if encoder is None:
             raise UserError("--live requires --checkpoint_path or --model")
-        return trainer.train(config, open_monitor=open_monitor)
-    if not config.live:
-        return trainer.train(config, encoder.fingerprint, open_monitor=open_monitor)
-    live = partial(
-        open_live,
-        encoder,
-        root_path=str(config.root_path),
-        split=config.split,
-        split_seed=config.split_seed,
-        layer=config.cache_layer,
-        batch_size=config.live_batch_size,
-        force_revin=config.force_revin,
-        on_bad_recording=config.on_bad_recording,
-        allow_mismatch=config.allow_mismatch,
-    )
-    return trainer.train(config, encoder.fingerprint, live, open_monitor=open_monitor)
+        open_source = partial(
+            open_live,
+            encoder,
+            root_path=str(config.root_path),
+            split=config.split,
+            split_seed=config.split_seed,
+            layer=config.cache_layer,
+            batch_size=config.live_batch_size,
+            force_revin=config.force_revin,
+            on_bad_recording=config.on_bad_recording,
+            allow_mismatch=config.allow_mismatch,
+        )
+    return trainer.train(config, fingerprint, open_source, open_monitor=open_monitor)
 
 
 def _open_feature_monitor(config: TrainConfig, encoder: "BaseEncoder | None") -> "FeatureMonitor":

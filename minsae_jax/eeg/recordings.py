@@ -173,7 +173,8 @@ def find_windows(
     if not patients:
         raise _no_patients(split, splits, folder, splits_path(root, split_seed))
 
-    others = {patient for members in splits.values() for patient in members} - set(patients)
+    in_any_split = {patient for members in splits.values() for patient in members}
+    others = in_any_split - set(patients)
     bad = {}
     for name in sorted(lengths.keys() - set(names)):
         # Files of other splits are not read, so they may be missing.

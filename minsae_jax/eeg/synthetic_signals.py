@@ -18,6 +18,7 @@ from minsae_jax.eeg.recordings import SAMPLING_RATE
 
 MIN_SAMPLES = 400  # longer than every event
 EVENTS_PER_MINUTE = 6.0  # of each kind
+N_SOURCES = 10  # of the background, mixed over the scalp
 
 
 class EventKind(NamedTuple):
@@ -40,7 +41,9 @@ def pink(
 ) -> Float[np.ndarray, "channels samples"]:
     """Return noise of SD 1 whose amplitude is proportional to frequency ** -0.9."""
     hz = np.fft.rfftfreq(samples, 1 / SAMPLING_RATE)
-    spectrum = rng.normal(size=(channels, hz.size)) + 1j * rng.normal(size=(channels, hz.size))
+    real = rng.normal(size=(channels, hz.size))
+    imaginary = rng.normal(size=(channels, hz.size))
+    spectrum = real + 1j * imaginary
     # Flat below 0.5 Hz, or slow drifts would outweigh everything else.
     spectrum /= np.maximum(hz, 0.5) ** 0.9
     spectrum[:, 0] = 0
@@ -98,12 +101,15 @@ def recording(
     # Short recordings are cut out of a longer one, which every event fits into.
     n = max(samples, MIN_SAMPLES)
     fields = []
-    for _ in range(10):
+    for _ in range(N_SOURCES):
         x_position = rng.uniform(-1, 1)
         y_position = rng.uniform(-1, 1)
         fields.append(field(x_position, y_position, rng.uniform(0.3, 0.8)))
-    # Ten sources mixed over the scalp, and independent noise at every channel.
-    x = np.stack(fields, axis=1) @ pink(rng, 10, n) + 0.3 * pink(rng, 19, n)  # [19, n]
+    # Sources mixed over the scalp, and independent noise at every channel: [19, n].
+    mixing = np.stack(fields, axis=1)
+    sources = pink(rng, N_SOURCES, n)
+    noise = pink(rng, len(CHANNELS), n)
+    x = mixing @ sources + 0.3 * noise
 
     alpha_hz = rng.uniform(8.5, 11.5)
     spindle_hz = rng.uniform(12, 14)
@@ -135,6 +141,7 @@ def _plant(
     events = []
     for start in rng.integers(0, n - kind.length, count).tolist():
         stop = start + kind.length
-        x[:, start:stop] += np.outer(kind.weights, kind.wave(kind.length, rng))
+        wave = kind.wave(kind.length, rng)
+        x[:, start:stop] += np.outer(kind.weights, wave)
         events.append(Event(kind.name, start, stop, channels))
     return events

@@ -90,7 +90,7 @@ def measure_examples(
             chunk = _read_chunk(dataset, shown, sequence[examples], token[examples])
             measured = measure(sae, chunk, feature[examples])
             n_shown = lengths[examples]
-            place = np.repeat((ends - lengths)[examples], n_shown) + _count_up(n_shown)
+            place = np.repeat((ends - lengths)[examples], n_shown) + count_up(n_shown)
             values[place] = np.asarray(measured.values)[: len(place)]
             largest = np.asarray(measured.largest)[chunk.place]
             index = np.asarray(measured.index)[chunk.place]
@@ -174,7 +174,8 @@ def _read_chunk(
     of_row, token_of_row = np.divmod(distinct, dataset.n_tokens)
     read = np.unique(of_row)
     runs = np.split(read, np.flatnonzero(np.diff(read) > 1) + 1)
-    x = np.concatenate([dataset.read(int(run[0]), int(run[-1]) + 1) for run in runs])
+    parts = [dataset.read(int(run[0]), int(run[-1]) + 1) for run in runs]
+    x = np.concatenate(parts)
     return _Chunk(
         rows=x[np.searchsorted(read, of_row), token_of_row],
         row=np.searchsorted(distinct, around),
@@ -249,7 +250,8 @@ def _strongest(
     features: Float[Array, "rows d_sae"], row: Int[Array, " n"]
 ) -> tuple[Float[Array, "n largest"], Int[Array, "n largest"]]:
     # With one more, which may be the example's feature.
-    largest, index = jax.lax.top_k(features[row], min(OTHER_FEATURES + 1, features.shape[1]))
+    count = min(OTHER_FEATURES + 1, features.shape[1])
+    largest, index = jax.lax.top_k(features[row], count)
     return largest, index
 
 
@@ -259,16 +261,16 @@ def _without(
     largest: Float[np.ndarray, "n largest"],
 ) -> tuple[Int[np.ndarray, "n others"], Float[np.ndarray, "n others"]]:
     """Return indices and activations without those of each example's feature."""
-    is_own = index == feature[:, None]
+    is_same = index == feature[:, None]
     n_missing = max(0, OTHER_FEATURES - index.shape[1])
-    order = np.argsort(is_own, axis=1, kind="stable")[:, :OTHER_FEATURES]
+    order = np.argsort(is_same, axis=1, kind="stable")[:, :OTHER_FEATURES]
     others = np.take_along_axis(index, order, axis=1)
-    activations = np.take_along_axis(np.where(is_own, 0, largest), order, axis=1)
+    activations = np.take_along_axis(np.where(is_same, 0, largest), order, axis=1)
     padding = ((0, 0), (0, n_missing))
     return np.pad(others, padding), np.pad(activations, padding)
 
 
-def _count_up(lengths: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
+def count_up(lengths: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
     """Return 0, 1, … up to each length, one after the other."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)

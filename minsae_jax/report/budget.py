@@ -34,17 +34,19 @@ def plan_pages(
 
     First the montages are reduced from MONTAGE_EXAMPLES to 1, then the number of features.
     n_samples: of EEG in an example. top: strongest examples. n_active: features that are active.
-    n_features: wanted; None for as many as fit.
+    n_features: as requested; None for as many as fit.
     """
     every = max(1, int(dataset.sampling_rate // MONTAGE_RATE))
     trace = SAMPLE_BYTES * n_samples
     page = PAGE_BYTES + (top + N_QUANTILES + RANDOM_EXAMPLES) * trace
     montage = dataset.n_vars * trace / every
-    wanted = n_active if n_features is None else min(n_features, n_active)
-    left = REPORT_BYTES / max(1, wanted) - page
+    requested = n_active if n_features is None else min(n_features, n_active)
+    left = REPORT_BYTES / max(1, requested) - page
     montages = int(np.clip(left // montage, 1, MONTAGE_EXAMPLES))
+    if n_features is not None:
+        return Budget(requested, montages)
     fitting = int(REPORT_BYTES // (page + montages * montage))
-    return Budget(wanted if n_features is not None else min(wanted, fitting), montages)
+    return Budget(min(requested, fitting), montages)
 
 
 def choose_features(

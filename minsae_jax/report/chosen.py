@@ -78,12 +78,13 @@ def _without_duplicates(context: Context, feature: int) -> list[int]:
     # A CLS token is of its whole window.
     is_patch = dataset.tokens.first[token] >= 0
     length = np.where(is_patch, shown_samples(dataset, context.w), dataset.seq_len)
-    kept: list[int] = []
+    selected: list[int] = []
     for i in range(len(ranks)):
-        if len(kept) == count:
+        if len(selected) == count:
             break
-        is_same = (recording[kept] == recording[i]) & (channel[kept] == channel[i])
-        is_close = np.abs(begin[kept] - begin[i]) < np.minimum(length[kept], length[i])
+        is_same = (recording[selected] == recording[i]) & (channel[selected] == channel[i])
+        distance = np.abs(begin[selected] - begin[i])
+        is_close = distance < np.minimum(length[selected], length[i])
         if not (is_same & is_close).any():
-            kept.append(i)
-    return ranks[kept].tolist()
+            selected.append(i)
+    return ranks[selected].tolist()

@@ -20,8 +20,9 @@ WORD = 32  # bits
 ENCODE_TILE = 256  # tokens, a multiple of WORD
 EDGES = np.geomspace(1e-4, 1e4, 8 * 8 + 1)  # of the activation histogram
 # The smallest float32 numbers that are not below them.
-_EDGES_32 = EDGES.astype(np.float32)
-_EDGES_32 = np.where(_EDGES_32 < EDGES, np.nextafter(_EDGES_32, np.float32(np.inf)), _EDGES_32)
+_ROUNDED = EDGES.astype(np.float32)
+_NEXT = np.nextafter(_ROUNDED, np.float32(np.inf))
+_EDGES_32 = np.where(_ROUNDED < EDGES, _NEXT, _ROUNDED)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ def find_active(batch: EncodedBatch) -> ActiveEntries:
     flat[:n_entries] = row * np.int32(d_sae) + feature
     value, histogram_bin = _take(batch.features, flat)
     return ActiveEntries(
-        row, feature, np.asarray(value)[:n_entries], np.asarray(histogram_bin)[:n_entries]
+        row=row,
+        feature=feature,
+        value=np.asarray(value)[:n_entries],
+        histogram_bin=np.asarray(histogram_bin)[:n_entries],
     )
 
 

@@ -35,7 +35,11 @@ class Tokens:
 
     def first(self, count: int) -> "Tokens":
         """Return the best `count` tokens of each feature."""
-        return Tokens(self.sequence[:, :count], self.token[:, :count], self.activation[:, :count])
+        return Tokens(
+            sequence=self.sequence[:, :count],
+            token=self.token[:, :count],
+            activation=self.activation[:, :count],
+        )
 
 
 @dataclass(frozen=True)
@@ -207,10 +211,12 @@ class _Counts:
         self.total += np.bincount(entries.feature, entries.value, self.d_sae)
         np.maximum.at(self.largest, entries.feature, entries.value)
         _add(self.histogram, entries.feature, entries.histogram_bin)
+        # Sequences are in the order of the recordings.
         first = int(recording[0])
-        by_recording = np.zeros((self.d_sae, int(recording[-1]) + 1 - first), np.int32)
+        stop = int(recording[-1]) + 1
+        by_recording = np.zeros((self.d_sae, stop - first), np.int32)
         _add(by_recording, entries.feature, (recording - first)[entries.row])
-        self.by_recording[:, first : first + by_recording.shape[1]] += by_recording
+        self.by_recording[:, first:stop] += by_recording
         if self.dataset.has_channels:
             channel = self.dataset.channels_of(sequence, token)
             channel = np.where(self.dataset.shifted[recording], -1, channel)
@@ -267,7 +273,8 @@ class _PairSample:
         row = np.concatenate(self.row)
         feature = np.concatenate(self.feature)
         active = np.bincount(row).astype(np.int64)
-        step = max(1, -(-int((active**2).sum()) // COACTIVE_PAIRS))
+        n_pairs = int((active**2).sum())
+        step = max(1, -(-n_pairs // COACTIVE_PAIRS))
         is_used = row % step == 0
         ones = np.ones(int(is_used.sum()), np.int32)
         shape = (len(active), d_sae)

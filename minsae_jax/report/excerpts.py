@@ -183,7 +183,10 @@ def _shown(dataset: Dataset, chosen: ChosenToken, n_samples: int) -> tuple[int, 
     begin = int(dataset.window[chosen.sequence]) * dataset.seq_len
     length = max(n_samples, dataset.seq_len)
     if grid.first[chosen.token] >= 0:
-        begin += int(grid.first[chosen.token] + grid.last[chosen.token] + 1 - n_samples) // 2
+        # In the middle of the stretch.
+        first = int(grid.first[chosen.token])
+        stop = int(grid.last[chosen.token]) + 1
+        begin += (first + stop - n_samples) // 2
         length = n_samples
     available = dataset.recording_length(int(dataset.recording[chosen.sequence]))
     begin = max(0, min(begin, available - length))

@@ -67,9 +67,12 @@ class Features:
         return [self._example_row(feature, example) for example in self.describe(feature).examples]
 
     def _example_row(self, feature: int, example: Example) -> dict[str, int | float | str]:
-        rate = self.context.dataset.sampling_rate
-        start, stop = example.patch or (example.start, example.start + len(example.trace) / rate)
-        events = [f"{e.kind} {e.start:g}-{e.stop:g} {' '.join(e.channels)}" for e in example.events]
+        seconds = len(example.trace) / self.context.dataset.sampling_rate
+        start, stop = example.patch or (example.start, example.start + seconds)
+        events = []
+        for event in example.events:
+            channels = " ".join(event.channels)
+            events.append(f"{event.kind} {event.start:g}-{event.stop:g} {channels}")
         others = [f"{other} {activation:g}" for other, activation in example.other_features]
         return {
             "feature": feature,

@@ -146,12 +146,13 @@ class StrongestExamples:
             if one != self.recording:
                 self._merge()
                 self.recording = one
-            mine = np.flatnonzero(of_entry == one)
+            index = np.flatnonzero(of_entry == one)
+            activation = entries.value[index]
             self.in_recording.add(
-                entries.feature[mine],
-                entries.value[mine],
-                first_position + entries.row[mine].astype(np.int64),
-                entries.value[mine],
+                feature=entries.feature[index],
+                key=activation,
+                position=first_position + entries.row[index].astype(np.int64),
+                activation=activation,
                 # Entries that cannot enter the best of all are dropped here already.
                 above=self.best.threshold,
             )

@@ -10,6 +10,7 @@ from scipy.signal import periodogram
 from minsae_jax.eeg.recordings import SAMPLING_RATE
 from minsae_jax.evaluation.config import Band
 from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.report.activations import count_up
 from minsae_jax.report.examples import Tokens
 
 MIN_HZ = 0.9
@@ -62,8 +63,8 @@ def measure_base_spectra(
     grid = dataset.tokens
     rng = np.random.default_rng(seed)
     span = min(dataset.seq_len, 2 * w * grid.mean_step + grid.longest)
-    wanted = max([MAX_HZ, *(band.high for band in bands)])
-    max_hz = min(wanted, NYQUIST_SHARE * dataset.sampling_rate)
+    highest = max([MAX_HZ, *(band.high for band in bands)])
+    max_hz = min(highest, NYQUIST_SHARE * dataset.sampling_rate)
     all_hz = np.fft.rfftfreq(span, 1 / dataset.sampling_rate)
     hz = all_hz[_is_shown(all_hz, max_hz)]
     base = np.zeros((dataset.n_vars, len(hz)))
@@ -113,10 +114,12 @@ def cut_segments(
         sequences.tolist(), tokens.tolist(), channels.tolist(), strict=True
     ):
         place = token if grid.first[token] >= 0 else first_located
-        length = int(grid.last[place] - grid.first[place]) + 1
-        centre = int(grid.first[place]) + length // 2
+        first = int(grid.first[place])
+        length = int(grid.last[place]) + 1 - first
+        centre = first + length // 2
         begin = min(max(0, centre - span // 2), dataset.seq_len - span)
-        segments.append(dataset.eeg_of(sequence)[begin : begin + span, channel])
+        eeg = dataset.eeg_of(sequence)
+        segments.append(eeg[begin : begin + span, channel])
     return np.stack(segments).astype(np.float32)
 
 
@@ -193,9 +196,8 @@ def _rows_by_channel(
     channels = dataset.channels_of(sequences, tokens)
     n_rows = np.where(channels < 0, dataset.n_vars, 1)
     row = np.repeat(np.arange(len(tokens)), n_rows)
-    # Number of the row among those of its token: the channel of a token over all channels.
-    number = np.arange(len(row)) - np.repeat(np.cumsum(n_rows) - n_rows, n_rows)
-    return row, np.where(channels[row] < 0, number, channels[row])
+    # A token over all channels has a row for channel 0, 1, and so on.
+    return row, np.where(channels[row] < 0, count_up(n_rows), channels[row])
 
 
 def _mean_of_rows(
@@ -235,7 +237,8 @@ def _token_variances(
     grid = dataset.tokens
     variances = []
     for sequence, token in zip(sequences.tolist(), tokens.tolist(), strict=True):
-        eeg = dataset.eeg_of(sequence)[grid.first[token] : grid.last[token] + 1]
+        samples = slice(grid.first[token], grid.last[token] + 1)
+        eeg = dataset.eeg_of(sequence)[samples]
         variances.append(eeg.var(axis=0, dtype=np.float64))
     return np.stack(variances)
 
@@ -249,12 +252,16 @@ def artefact_hints(
     eeg: Float[np.ndarray, "*n time"], sampling_rate: float = SAMPLING_RATE
 ) -> dict[str, Bool[np.ndarray, "*n"]]:
     """Return which simple signs of an artefact stretches of one channel show; eeg in SD."""
-    power = np.abs(np.fft.rfft(eeg - eeg.mean(axis=-1, keepdims=True))) ** 2
+    centred = eeg - eeg.mean(axis=-1, keepdims=True)
+    power = np.abs(np.fft.rfft(centred)) ** 2
     hz = np.fft.rfftfreq(eeg.shape[-1], 1 / sampling_rate)
-    slow = power[..., (hz >= 1) & (hz < FAST_HZ)].sum(axis=-1)
-    fast = power[..., (hz >= FAST_HZ) & (hz <= MAX_HZ)].sum(axis=-1)
+    is_slow = (hz >= 1) & (hz < FAST_HZ)
+    is_fast = (hz >= FAST_HZ) & (hz <= MAX_HZ)
+    slow = power[..., is_slow].sum(axis=-1)
+    fast = power[..., is_fast].sum(axis=-1)
+    largest = np.abs(eeg).max(axis=-1)
     return {
-        f"beyond {LARGE_SD:g} SD": np.asarray(np.abs(eeg).max(axis=-1) > LARGE_SD),
+        f"beyond {LARGE_SD:g} SD": np.asarray(largest > LARGE_SD),
         "flat": np.asarray(eeg.std(axis=-1) < FLAT_SD),
         f"over {FAST_HZ:g} Hz": np.asarray(fast > FAST_SHARE * (slow + fast)),
     }

@@ -33,7 +33,8 @@ def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[dict[s
             columns |= dict.fromkeys(row)
     labels = []
     for source in sources:
-        keys = (source.name, source.path.name, source.path.name.split(".")[0], source.patient)
+        file_name = source.path.name
+        keys = (source.name, file_name, file_name.split(".")[0], source.patient)
         matching = [of_key[key] for key in keys if key in of_key]
         if matching:
             row = matching[0]

@@ -16,6 +16,7 @@ from minsae_jax.eeg.events import Event
 from minsae_jax.eeg.prepare.plan import Plan
 from minsae_jax.eeg.prepare.sources import Source, files_of
 from minsae_jax.files import atomic_write, regular_file
+from minsae_jax.settings import JsonObject
 
 RECORDS = ".prepare"
 
@@ -59,13 +60,11 @@ def read_record(source: Source, plan: Plan, folder: Path) -> Record | None:
 
 
 def _parse_record(values: Mapping[str, Any]) -> Record:
-    description = {name: _tuple(value) for name, value in values["description"].items()}
-    events = [{name: _tuple(value) for name, value in event.items()} for event in values["events"]]
     nested = {
-        "description": RecordingDescription(**description),
-        "events": tuple(Event(**event) for event in events),
+        "description": RecordingDescription(**_with_tuples(values["description"])),
+        "events": tuple(Event(**_with_tuples(event)) for event in values["events"]),
     }
-    return Record(**{name: _tuple(value) for name, value in values.items()} | nested)
+    return Record(**_with_tuples(values) | nested)
 
 
 def record_path(folder: Path, name: str) -> Path:
@@ -82,9 +81,9 @@ def stamp_of(source: Source) -> str:
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
-def _tuple(value: Any) -> Any:
-    # JSON has lists only.
-    return tuple(value) if isinstance(value, list) else value
+def _with_tuples(values: Mapping[str, Any]) -> JsonObject:
+    """Return values with tuples in place of lists, since JSON has lists only."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
 def write_record(folder: Path, record: Record, key: str, stamp: str, size: int) -> None:

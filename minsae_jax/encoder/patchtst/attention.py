@@ -79,13 +79,14 @@ class Attention(nnx.Module):
         queries, keys = queries_keys
         d_model = x.shape[2]
         padding = (0, keys.shape[-1] - d_model // self.n_heads)
-        kernel = self.value.kernel[...].reshape(d_model, self.n_heads, -1)
-        kernel = jnp.pad(kernel, ((0, 0), (0, 0), padding)).reshape(d_model, -1)
-        values = written(product(x, kernel, self.value.dtype).astype(keys.dtype))
+        value_kernel = self.value.kernel[...].reshape(d_model, self.n_heads, -1)
+        value_kernel = jnp.pad(value_kernel, ((0, 0), (0, 0), padding)).reshape(d_model, -1)
+        values = written(product(x, value_kernel, self.value.dtype).astype(keys.dtype))
         mixed = attend(queries, keys, self._split_heads(values)).swapaxes(1, 2)
-        kernel = self.out.kernel[...].reshape(self.n_heads, -1, d_model)
-        kernel = jnp.pad(kernel, ((0, 0), padding, (0, 0))).reshape(-1, d_model)
-        branch = product(mixed.reshape(*x.shape[:2], -1), kernel, self.out.dtype)
+        out_kernel = self.out.kernel[...].reshape(self.n_heads, -1, d_model)
+        out_kernel = jnp.pad(out_kernel, ((0, 0), padding, (0, 0))).reshape(-1, d_model)
+        merged_heads = mixed.reshape(*x.shape[:2], -1)
+        branch = product(merged_heads, out_kernel, self.out.dtype)
         # The weights of attention sum to 1: the bias of the values reaches every token unchanged.
         bias = bias_of(self.value) @ self.out.kernel[...] + bias_of(self.out)
         return written(branch.astype(self.out.dtype)).astype(bias.dtype) + bias[None, None]
