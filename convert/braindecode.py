@@ -87,7 +87,8 @@ class BraindecodeEncoder(BaseEncoder):
         def record(stage: int, z: "Tensor") -> None:
             # A copy, since the model may change a tensor in place. Blocks can have sequences of
             # their own, such as the channels of one patch.
-            streams[stage] = z.cpu().numpy().copy().reshape(len(x), -1, z.shape[-1])
+            copy = z.cpu().numpy().copy()
+            streams[stage] = copy.reshape(len(x), -1, z.shape[-1])
             if len(streams) == len(stages):
                 raise _AllRecorded
 

@@ -56,7 +56,7 @@ def _labram(model: Any, channels: Channels | None) -> Layout:
 
     if not model.neural_tokenizer:
         raise UserError("LaBraM is only supported as a neural tokenizer, not as a neural decoder")
-    names = channels or _own_channels(model)
+    names = channels or _saved_channels(model)
     if names is None:
         raise UserError("LaBraM requires the channels' names; prepare the recordings again")
     known = _names_in_model(names, LABRAM_CHANNEL_ORDER, "LaBraM")
@@ -101,14 +101,14 @@ def _biot(model: Any, channels: Channels | None) -> Layout:
         ),
         n_vars=model.n_chans,
         sampling_rate=_stated(model, "sfreq", 200.0),
-        channels=_own_channels(model),
+        channels=_saved_channels(model),
         divides_by_quantile=True,
     )
 
 
 def _reve(model: Any, channels: Channels | None) -> Layout:
     """The overlapping patches of each channel; places come from the channels' names."""
-    names = channels or _own_channels(model)
+    names = channels or _saved_channels(model)
     if names is None:
         raise UserError("REVE requires the channels' names; prepare the recordings again")
     known = _names_in_model(names, model._position_bank.mapping, "REVE")
@@ -150,7 +150,7 @@ def _eegpt(model: Any, channels: Channels | None) -> Layout:
         n_vars=model.n_chans,
         sampling_rate=_stated(model, "sfreq", 256.0),
         unit="mV",
-        channels=_own_channels(model),
+        channels=_saved_channels(model),
     )
 
 
@@ -184,7 +184,7 @@ def _in_front_of_each(blocks: Any, backbone: "nn.Module") -> tuple[Stage, ...]:
     return (*(Stage(block[0], in_front=True) for block in blocks), Stage(backbone))
 
 
-def _own_channels(model: Any) -> Channels | None:
+def _saved_channels(model: Any) -> Channels | None:
     """Return the channels' names that a model was saved with, None if it has none."""
     try:
         return tuple(channel["ch_name"] for channel in model.chs_info)

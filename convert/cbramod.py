@@ -72,11 +72,14 @@ def read_source(checkpoint: Checkpoint, flags: Mapping[str, Any], without_head: 
     for name, published in PUBLISHED.items():
         stated = config.get(CONFIG_NAMES[name])
         if name in flags:
-            settings[name], sources[name] = flags[name], "flags"
+            settings[name] = flags[name]
+            sources[name] = "flags"
         elif stated is not None:
-            settings[name], sources[name] = stated, "config.json"
+            settings[name] = stated
+            sources[name] = "config.json"
         elif name != "n_heads" or inferred["d_model"] == PUBLISHED_D_MODEL:
-            settings[name], sources[name] = published, "published model"
+            settings[name] = published
+            sources[name] = "published model"
         else:
             raise UserError("this CBraMod has another size than the published one: add --n_heads")
     _check_sizes(settings)
@@ -119,18 +122,24 @@ def _check_sizes(settings: Mapping[str, Any]) -> None:
     for name in PUBLISHED:
         if type(settings[name]) is not int or not 0 < settings[name] < 1 << 31:
             raise UserError(f"{name} must be a whole number above 0, got {shown(settings[name])}")
-    n_vars, seq_len, patch_len = (settings[n] for n in ("n_vars", "seq_len", "patch_len"))
-    d_model, n_heads, width = (settings[n] for n in ("d_model", "n_heads", "stem_width"))
+    n_vars = settings["n_vars"]
+    seq_len = settings["seq_len"]
+    patch_len = settings["patch_len"]
+    d_model = settings["d_model"]
+    n_heads = settings["n_heads"]
+    width = settings["stem_width"]
     if seq_len % patch_len:
         raise UserError(f"seq_len {seq_len} is not a multiple of the patch length {patch_len}")
-    if width % NORM_GROUPS or d_model != width * stem_positions(patch_len, settings["stem_kernel"]):
+    positions = stem_positions(patch_len, settings["stem_kernel"])
+    if width % NORM_GROUPS or d_model != width * positions:
         raise UserError(
             f"{width} convolution channels on patches of {patch_len} samples do not make tokens of "
             f"d_model {d_model}"
         )
     if n_heads % 2 or d_model % n_heads:
         raise UserError(f"n_heads {n_heads} must be even and divide d_model {d_model}")
-    numbers = n_vars * seq_len // patch_len * max(d_model, settings["d_ff"])
+    n_tokens = n_vars * seq_len // patch_len
+    numbers = n_tokens * max(d_model, settings["d_ff"])
     if settings["n_layers"] > MAX_LAYERS or numbers > MAX_NUMBERS:
         raise UserError(
             f"{settings['n_layers']} layers on windows of {seq_len} samples x {n_vars} channels "

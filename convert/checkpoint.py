@@ -106,7 +106,15 @@ def make_checkpoint(
     # Numbers beyond float32 become infinite, which `rules.fill` refuses.
     with np.errstate(over="ignore"):
         converted |= {name: tensors[name].astype(np.float32) for name in dtypes}
-    return Checkpoint(path, sha256_of(path), program, converted, config, form, dtypes)
+    return Checkpoint(
+        path=path,
+        sha256=sha256_of(path),
+        program=program,
+        tensors=converted,
+        config=config,
+        form=form,
+        dtypes=dtypes,
+    )
 
 
 def without_prefixes(tensors: Tensors) -> tuple[Tensors, set[str]]:

@@ -282,5 +282,5 @@ def _write_config(path: Path, config: JsonObject) -> None:
 def _save(path: Path, state: Tensors) -> None:
     import torch
 
-    tensors = {key: torch.from_numpy(np.array(array, order="C")) for key, array in state.items()}
-    save_torch(path, tensors)
+    contiguous = {key: np.array(array, order="C") for key, array in state.items()}
+    save_torch(path, {key: torch.from_numpy(array) for key, array in contiguous.items()})

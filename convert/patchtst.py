@@ -178,7 +178,9 @@ def _torch_tensors(arrays: Tensors, source: EncoderSource) -> "dict[str, torch.T
     """
     import torch
 
-    valid_dtypes = all(k in arrays and name in HALVES for k, name in source.source_dtypes.items())
+    valid_dtypes = all(
+        key in arrays and name in HALVES for key, name in source.source_dtypes.items()
+    )
     valid_counters = all(
         key.endswith(f".1.{BATCHES_TRACKED}") and type(count) is int and abs(count) < 2**63
         for key, count in source.batches_tracked.items()
@@ -211,7 +213,8 @@ def _check_runs_in_gpatchtst(a: Architecture) -> None:
     if a.head_type == "none":
         raise UserError("gPatchTST has no such encoder (no head), so it cannot be written for it")
     if a != allowed:
-        differing = [f.name for f in fields(a) if getattr(a, f.name) != getattr(allowed, f.name)]
+        names = [field.name for field in fields(a)]
+        differing = [name for name in names if getattr(a, name) != getattr(allowed, name)]
         raise UserError(
             f"gPatchTST cannot run this encoder ({', '.join(differing)}), so it was not written"
         )

@@ -53,11 +53,13 @@ def _embed(a: Architecture, state: StateDict, x: Tensor) -> Tensor:
 
 
 def _layer(a: Architecture, state: StateDict, name: str, z: Tensor) -> Tensor:
-    over_channels, over_time = _norm(a, state, f"{name}.norm1", z).chunk(2, dim=-1)
+    normed = _norm(a, state, f"{name}.norm1", z)
+    over_channels, over_time = normed.chunk(2, dim=-1)
     over_channels = _attention(a, state, f"{name}.self_attn_s", over_channels.transpose(1, 2))
     over_time = _attention(a, state, f"{name}.self_attn_t", over_time)
     z = z + torch.cat([over_channels.transpose(1, 2), over_time], -1)
-    inner = F.gelu(_linear(state, f"{name}.linear1", _norm(a, state, f"{name}.norm2", z)))
+    normed = _norm(a, state, f"{name}.norm2", z)
+    inner = F.gelu(_linear(state, f"{name}.linear1", normed))
     return z + _linear(state, f"{name}.linear2", inner)
 
 
@@ -67,7 +69,8 @@ def _attention(a: Architecture, state: StateDict, name: str, z: Tensor) -> Tenso
     queries, keys, values = heads.movedim(-3, 0).transpose(-2, -3)
     scores = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
     mixed = scores.softmax(-1) @ values
-    return _linear(state, f"{name}.out_proj", mixed.transpose(-2, -3).flatten(-2))
+    merged_heads = mixed.transpose(-2, -3).flatten(-2)
+    return _linear(state, f"{name}.out_proj", merged_heads)
 
 
 def _linear(state: StateDict, name: str, x: Tensor) -> Tensor:

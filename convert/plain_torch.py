@@ -50,7 +50,8 @@ def _statistics(a: Architecture, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _embed(a: Architecture, state: StateDict, x: Tensor) -> Tensor:
     if a.end_padding:
-        x = torch.cat([x, x[:, -1:].expand(-1, a.end_padding, -1)], 1)
+        padding = x[:, -1:].expand(-1, a.end_padding, -1)
+        x = torch.cat([x, padding], 1)
     if a.leftover == "start":
         # gPatchTST drops the samples that fill no patch at the start of the window.
         x = x[:, (x.shape[1] - a.patch_len) % a.stride :]
@@ -62,7 +63,8 @@ def _embed(a: Architecture, state: StateDict, x: Tensor) -> Tensor:
     # Every channel becomes a sequence: [B * n_vars, T, d_model].
     z = torch.stack(channels, 1).flatten(0, 1)
     if a.use_cls_token:
-        z = torch.cat([state["backbone.cls_token"].expand(len(z), -1, -1), z], 1)
+        cls_token = state["backbone.cls_token"].expand(len(z), -1, -1)
+        z = torch.cat([cls_token, z], 1)
     return z + state["backbone.W_pos"]
 
 
@@ -73,12 +75,16 @@ def _layer(
     if not a.pre_norm:
         branch, scores = _attention(a, state, name, z, earlier)
         z = _norm(a, state, f"{name}.norm_attn", z + branch)
-        return _norm(a, state, f"{name}.norm_ffn", z + _feed_forward(a, state, name, z)), scores
+        branch = _feed_forward(a, state, name, z)
+        return _norm(a, state, f"{name}.norm_ffn", z + branch), scores
     normed = _norm(a, state, f"{name}.norm_attn", z)
     branch, scores = _attention(a, state, name, normed, earlier)
-    z = (normed if a.norm_stream else z) + branch
+    stream = normed if a.norm_stream else z
+    z = stream + branch
     normed = _norm(a, state, f"{name}.norm_ffn", z)
-    return (normed if a.norm_stream else z) + _feed_forward(a, state, name, normed), scores
+    branch = _feed_forward(a, state, name, normed)
+    stream = normed if a.norm_stream else z
+    return stream + branch, scores
 
 
 def _attention(
@@ -87,19 +93,22 @@ def _attention(
     name = f"{name}.self_attn"
 
     def heads(part: str) -> Tensor:
-        return _linear(state, f"{name}.{part}", z).unflatten(2, (a.n_heads, -1)).transpose(1, 2)
+        projected = _linear(state, f"{name}.{part}", z)
+        return projected.unflatten(2, (a.n_heads, -1)).transpose(1, 2)
 
     # Written as RealFormer defines it: score matrices are added, not queries concatenated.
     scores = heads("W_Q") @ heads("W_K").transpose(2, 3) * state[f"{name}.sdp_attn.scale"]
     if a.res_attention:
         scores = scores + earlier
     mixed = scores.softmax(-1) @ heads("W_V")
-    return _linear(state, f"{name}.to_out.0", mixed.transpose(1, 2).flatten(2)), scores
+    merged_heads = mixed.transpose(1, 2).flatten(2)
+    return _linear(state, f"{name}.to_out.0", merged_heads), scores
 
 
 def _feed_forward(a: Architecture, state: StateDict, name: str, z: Tensor) -> Tensor:
     activation = F.relu if a.activation == "relu" else F.gelu
-    return _linear(state, f"{name}.ff.3", activation(_linear(state, f"{name}.ff.0", z)))
+    inner = activation(_linear(state, f"{name}.ff.0", z))
+    return _linear(state, f"{name}.ff.3", inner)
 
 
 def _linear(state: StateDict, name: str, x: Tensor) -> Tensor:

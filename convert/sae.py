@@ -59,7 +59,14 @@ def convert_sae(path: str | Path, to: Format, out: str | Path) -> ConvertedSae:
     with _locked(out, to):
         WRITERS[to](out, sae)
     d_model, d_sae = sae.params["W_enc"].shape
-    return ConvertedSae(sae.kind, source_format, to, out, d_model, d_sae)
+    return ConvertedSae(
+        kind=sae.kind,
+        source_format=source_format,
+        format=to,
+        path=out,
+        d_model=d_model,
+        d_sae=d_sae,
+    )
 
 
 @contextmanager

@@ -61,13 +61,7 @@ def read_saelens(path: Path) -> Autoencoder:
     cfg = read_json(path / CONFIG)
     tensors = load_safetensors(path / WEIGHTS)
     kinds = _kinds_of(cfg, path)
-    for key, supported in SUPPORTED.items():
-        value = cfg.get(key, supported[0])
-        # Compared with `is`, since 0 == False and 1 == True.
-        if not any(value is s or (isinstance(value, str) and value == s) for s in supported):
-            raise UserError(
-                f"{path} has {key} {shown(value)}; only {shown(supported[0])} can be converted"
-            )
+    _check_supported(cfg, path)
     is_training = cfg.get("architecture") in TRAINING_ARCHITECTURES
     subtracts_bias = _flag(cfg, "apply_b_dec_to_input", True, path)
     rescales = _flag(cfg, "rescale_acts_by_decoder_norm", is_training, path)
@@ -85,7 +79,8 @@ def read_saelens(path: Path) -> Autoencoder:
     elif kind in ("batchtopk", "matryoshka"):
         threshold = _single_threshold(params)
         if threshold is None:  # edited since it was exported
-            config, kind = None, "jumprelu"
+            config = None
+            kind = "jumprelu"
         else:
             params["threshold"] = threshold
     check_params(KINDS[kind], params, str(path / WEIGHTS))
@@ -109,6 +104,17 @@ def _kinds_of(cfg: JsonObject, path: Path) -> tuple[str, ...]:
             "converted"
         )
     return known[architecture]
+
+
+def _check_supported(cfg: JsonObject, path: Path) -> None:
+    """Raise UserError on settings that a member cannot represent."""
+    for key, supported in SUPPORTED.items():
+        value = cfg.get(key, supported[0])
+        # Compared with `is`, since 0 == False and 1 == True.
+        if not any(value is s or (isinstance(value, str) and value == s) for s in supported):
+            raise UserError(
+                f"{path} has {key} {shown(value)}; only {shown(supported[0])} can be converted"
+            )
 
 
 def _flag(cfg: JsonObject, key: str, default: bool, path: Path) -> bool:
@@ -170,8 +176,7 @@ def write_saelens(path: Path, sae: Autoencoder) -> None:
     # Context managers exit in reverse: the config is renamed last, and without it there is no SAE.
     with atomic_write(path / CONFIG) as config, atomic_write(path / WEIGHTS) as weights:
         config.write_text(json.dumps(cfg, indent=2) + "\n")
-        weights.write_bytes(
-            save({name: np.array(tensor, order="C") for name, tensor in tensors.items()})
-        )
+        contiguous = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
+        weights.write_bytes(save(contiguous))
         (path / CONFIG).unlink(missing_ok=True)
         flush([path])

@@ -69,7 +69,12 @@ def verify(
 
 def _difference(part: str, actual: np.ndarray, expected: np.ndarray) -> Difference:
     absolute = np.abs(actual.astype(np.float64) - expected)
-    return Difference(part, float(absolute.max()), float(absolute.mean()), float(expected.std()))
+    return Difference(
+        part=part,
+        largest=float(absolute.max()),
+        mean=float(absolute.mean()),
+        sd=float(expected.std()),
+    )
 
 
 def read_windows(
@@ -91,7 +96,8 @@ def read_windows(
         return noise.astype(np.float32)
     samples = _load_samples(recording, a)
     # Fewer windows where the recording is short: unique starts.
-    starts = np.unique(np.linspace(0, len(samples) - a.seq_len, n_windows).astype(int))
+    last_start = len(samples) - a.seq_len
+    starts = np.unique(np.linspace(0, last_start, n_windows).astype(int))
     windows = np.stack([samples[start : start + a.seq_len] for start in starts])
     windows = windows.astype(np.float32)
     if not np.isfinite(windows).all():
@@ -104,7 +110,8 @@ def _largest_tensor(a: Any) -> int:
     if isinstance(a, cbramod.Architecture):
         scores = a.n_heads * max(a.n_vars, a.n_patches)
         return a.n_vars * a.n_patches * max(a.d_model, a.d_ff, scores)
-    return a.n_vars * a.n_tokens * max(a.d_model, a.d_ff, a.n_heads * a.n_tokens)
+    scores = a.n_heads * a.n_tokens
+    return a.n_vars * a.n_tokens * max(a.d_model, a.d_ff, scores)
 
 
 def _load_samples(recording: str, a: Any) -> np.ndarray:

@@ -267,7 +267,13 @@ def open_store(path: str | Path, layer: int | None = None) -> Store:
     for entry in manifest.shards:
         file = folder / entry.file
         shards.append(Shard(file, entry.total_tokens, read_header(file).offset, entry.sha256))
-    return Store(folder, tuple(shards), manifest.d_model, manifest.dtype, manifest)
+    return Store(
+        folder=folder,
+        shards=tuple(shards),
+        d_model=manifest.d_model,
+        dtype_on_disk=manifest.dtype,
+        manifest=manifest,
+    )
 
 
 def _open_without_manifest(folder: Path, layer: int | None) -> Store:
@@ -285,13 +291,20 @@ def _open_without_manifest(folder: Path, layer: int | None) -> Store:
             raise UserError(
                 f"{path} must be [sequences, n_tokens, d_model] floats, but is {dtype}{list(shape)}"
             )
-        kind = (shape[-1], str(dtype))
+        # All shards must be like the first.
         if not shards:
-            d_model, dtype_name = kind
-        if kind != (d_model, dtype_name):
+            d_model = shape[-1]
+            dtype_name = str(dtype)
+        if (shape[-1], str(dtype)) != (d_model, dtype_name):
             raise UserError(
-                f"{path} has d_model {kind[0]} and dtype {kind[1]}, but {files[0].name} has "
+                f"{path} has d_model {shape[-1]} and dtype {dtype}, but {files[0].name} has "
                 f"d_model {d_model} and dtype {dtype_name}; remove the shards of another store"
             )
         shards.append(Shard(path, math.prod(shape[:-1]), offset, None))
-    return Store(folder, tuple(shards), d_model, dtype_name, None)
+    return Store(
+        folder=folder,
+        shards=tuple(shards),
+        d_model=d_model,
+        dtype_on_disk=dtype_name,
+        manifest=None,
+    )

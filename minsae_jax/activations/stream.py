@@ -190,7 +190,8 @@ class ShuffleBuffers:
     def __getitem__(self, index: int) -> Shaped[np.ndarray, "tokens d_model"]:
         epoch, buffer = divmod(int(index), self.buffers_per_epoch)
         first = buffer * self.chunks_per_buffer
-        chunks = self._chunk_order(epoch)[first : first + self.chunks_per_buffer].tolist()
+        chunk_order = self._chunk_order(epoch)
+        chunks = chunk_order[first : first + self.chunks_per_buffer].tolist()
         if not hasattr(self._memory, "tokens"):
             capacity = self.chunks_per_buffer * self.source.tokens_per_chunk
             self._memory.tokens = np.empty((capacity, self.source.d_model), self.source.dtype)

@@ -126,7 +126,14 @@ def _description(content: dict[str, Any]) -> Description:
     recordings = {
         name: _recording(value, channels) for name, value in content["recordings"].items()
     }
-    return Description(rate, channels, positions, unit, preparation, recordings)
+    return Description(
+        sampling_rate=rate,
+        channels=channels,
+        positions=positions,
+        unit=unit,
+        preparation=preparation,
+        recordings=recordings,
+    )
 
 
 def _recording(content: dict[str, Any], channels: tuple[str, ...]) -> RecordingDescription:

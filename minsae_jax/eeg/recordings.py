@@ -191,9 +191,15 @@ def find_windows(
             bad[name] = problem
 
     good = tuple(name for name in files if name not in bad)
-    stamps = {name: file_stamp(folder / name) for name in good}
-    good_lengths = tuple(lengths[name] for name in good)
-    windows = Windows(folder, good, good_lengths, seq_len, patch_len, n_vars, stamps)
+    windows = Windows(
+        folder=folder,
+        files=good,
+        lengths=tuple(lengths[name] for name in good),
+        seq_len=seq_len,
+        patch_len=patch_len,
+        n_vars=n_vars,
+        stamps={name: file_stamp(folder / name) for name in good},
+    )
     if len(windows) == 0 and not bad:
         raise UserError(
             f"split {split} is empty: {len(patients)} patients with {len(files)} recordings in "

@@ -73,14 +73,20 @@ def _scan_file(windows: Windows, name: str, count: int) -> Scan:
             block = np.ascontiguousarray(samples[start : start + SCAN_BLOCK], np.float32)
         finite = np.isfinite(block).all(1)
         if not finite.all():
-            return Scan("", False, start + int(np.flatnonzero(~finite)[0]), ())
+            first_not_finite = start + int(np.flatnonzero(~finite)[0])
+            return Scan(sha256="", shifted=False, first_not_finite=first_not_finite, rms=())
         digest.update(block.data)
         with np.errstate(over="ignore", under="ignore"):
             squares += np.einsum("tc,tc->c", block, block)
     rms = np.sqrt(squares / max(n_samples, 1))
     # Squares of tiny samples are 0 too.
     last_is_zero = windows.n_vars > 1 and n_samples > 0 and not samples[:, -1].any()
-    return Scan(digest.hexdigest(), last_is_zero, None, tuple(rms.tolist()))
+    return Scan(
+        sha256=digest.hexdigest(),
+        shifted=last_is_zero,
+        first_not_finite=None,
+        rms=tuple(rms.tolist()),
+    )
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,14 @@ def _scanned_recordings(split: Split, scan: _SplitScan) -> Recordings:
         # In described recordings a channel that is all zero is flat.
         shifted[:] = [scan.scans[name].shifted for name in files]
     rms = np.array([scan.scans[name].rms for name in files])
-    return Recordings(scan.windows, description, sha256, shifted, scan.bad, rms)
+    return Recordings(
+        windows=scan.windows,
+        description=description,
+        sha256=sha256,
+        shifted=shifted,
+        skipped=scan.bad,
+        rms=rms,
+    )
 
 
 def warn_of(recordings: Recordings, split: Split) -> None:

@@ -102,7 +102,12 @@ def from_function(
         tokens=tokens,
     )
     identity = _Identity(
-        name, seq_len, n_vars, tokens.channel.tolist(), tokens.first.tolist(), tokens.last.tolist()
+        name=name,
+        seq_len=seq_len,
+        n_vars=n_vars,
+        channel=tokens.channel.tolist(),
+        first=tokens.first.tolist(),
+        last=tokens.last.tolist(),
     )
     fingerprint = fingerprint_of(identity, params)
     return FunctionEncoder(f, spec, fingerprint, params, runs_on_host)

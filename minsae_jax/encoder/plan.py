@@ -119,13 +119,13 @@ def check_free_space(spec: EncoderSpec, config: ExtractConfig, plans: list[Split
     needed: dict[Path, int] = {}
     folder_of_device: dict[int, Path] = {}
     for plan in plans:
+        store_bytes = len(plan.windows) * window_bytes
         for writer in plan.writers:
             ancestors = (writer.folder, *writer.folder.absolute().parents)
             existing = next(path for path in ancestors if path.is_dir())
             place = folder_of_device.setdefault(existing.stat().st_dev, existing)
             written = sum(path.stat().st_size for path in writer.folder.glob("b*.npy"))
-            missing = len(plan.windows) * window_bytes - written
-            needed[place] = needed.get(place, 0) + missing
+            needed[place] = needed.get(place, 0) + store_bytes - written
     for place, n_bytes in needed.items():
         free = shutil.disk_usage(place).free
         if n_bytes > free:

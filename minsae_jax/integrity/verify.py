@@ -70,7 +70,15 @@ def verify(config: VerifyConfig) -> Verification:
                 try:
                     lock.enter_context(lock_folder(known.folder, shared=True))
                 except UserError as e:
-                    verified.append(Verified(known.folder, known.kind, 0, (), (str(e),), True))
+                    in_use = Verified(
+                        folder=known.folder,
+                        kind=known.kind,
+                        n_files=0,
+                        without_checksum=(),
+                        problems=(str(e),),
+                        is_in_use=True,
+                    )
+                    verified.append(in_use)
                     bar.advance(len(of_folder))
                     continue
                 verified.append(_verify(known, of_folder, pool, bar))

@@ -65,7 +65,13 @@ def encode_batch(
     with jax.default_matmul_precision("highest"):
         features = encode_rows(sae.kind, sae.params, rows)
     # A compilation of its own, since XLA for CPU would repeat the product for the sum.
-    return EncodedBatch(first, n_sequences, n_tokens, features, _active_bits(features))
+    return EncodedBatch(
+        first=first,
+        n_sequences=n_sequences,
+        n_tokens=n_tokens,
+        features=features,
+        bits=_active_bits(features),
+    )
 
 
 @partial(jax.jit, static_argnums=0)

@@ -79,7 +79,13 @@ def measure_base_spectra(
     if not dataset.has_channels:
         drawn = _draw_tokens(dataset, np.arange(len(dataset.recording)), rng)
         variance = _token_variances(dataset, *drawn).mean(axis=0)
-    return BaseSpectra(span, max_hz, hz, base.astype(np.float32), variance)
+    return BaseSpectra(
+        span=span,
+        max_hz=max_hz,
+        hz=hz,
+        power=base.astype(np.float32),
+        variance=variance,
+    )
 
 
 def _draw_tokens(

@@ -87,7 +87,14 @@ def open_train_data(
         store.verify(process_share())
         if held_out:
             held_out.verify(process_share())
-    return TrainData(store, held_out, stream, groups, start, read_errors=read_errors)
+    return TrainData(
+        store=store,
+        held_out=held_out,
+        stream=stream,
+        groups=groups,
+        start=start,
+        read_errors=read_errors,
+    )
 
 
 def measure_start(plan: TrainPlan, data: TrainData) -> TrainData:

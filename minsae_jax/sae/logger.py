@@ -57,14 +57,14 @@ class RunLogger:
             for member in self.members:
                 log = MemberLog(
                     self.folder.member(member.name),
-                    member.hyper,
-                    member.d_sae,
-                    step,
-                    progress.tokens,
-                    self.plan.config.eval_window,
-                    self.plan.optimizer.num_steps // self.plan.config.eval_window,
-                    hparam_columns,
-                    self._held_out_names,
+                    hparams=member.hyper,
+                    d_sae=member.d_sae,
+                    step=step,
+                    tokens=progress.tokens,
+                    eval_window=self.plan.config.eval_window,
+                    n_intervals=self.plan.optimizer.num_steps // self.plan.config.eval_window,
+                    hparam_columns=hparam_columns,
+                    held_out=self._held_out_names,
                 )
                 self._member_logs[member.name] = stack.enter_context(log)
             run_log = RunLog(self.folder.folder, step, self._held_out_names)

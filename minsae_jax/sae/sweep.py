@@ -346,8 +346,14 @@ def read_metrics(metrics: DeviceMetrics) -> list[IntervalMetrics] | None:
 
 def _zero_metrics(n_members: int, d_sae: int) -> BatchMetrics:
     zeros = jnp.zeros(n_members)
-    active = jnp.zeros((n_members, d_sae), jnp.int32)
-    return BatchMetrics(zeros, zeros, zeros, zeros, zeros, active)
+    return BatchMetrics(
+        loss=zeros,
+        mse=zeros,
+        l1=zeros,
+        l0=zeros,
+        residual=zeros,
+        active=jnp.zeros((n_members, d_sae), jnp.int32),
+    )
 
 
 def _first_rows(count: int, a: Array) -> Array:

@@ -265,7 +265,12 @@ class SAEKind:
 
         d_sae = params["W_dec"].shape[-2]
         zeros = jax.tree.map(jnp.zeros_like, params)
-        start = BatchSums(zeros, jnp.zeros(()), jnp.zeros(()), jnp.zeros(d_sae, jnp.int32))
+        start = BatchSums(
+            gradients=zeros,
+            residual=jnp.zeros(()),
+            penalty=jnp.zeros(()),
+            active=jnp.zeros(d_sae, jnp.int32),
+        )
         return jax.lax.scan(add_tile, start, batch)[0]
 
     def gradients(
@@ -278,7 +283,15 @@ class SAEKind:
         penalty = sums.penalty / n_tokens
         loss = objective.recon_weight * mse + self.penalty_weight(hyper) * penalty
         l0 = sums.active.astype(jnp.float32).sum() / n_tokens
-        return gradients, BatchMetrics(loss, mse, penalty, l0, sums.residual, sums.active)
+        metrics = BatchMetrics(
+            loss=loss,
+            mse=mse,
+            l1=penalty,
+            l0=l0,
+            residual=sums.residual,
+            active=sums.active,
+        )
+        return gradients, metrics
 
     def finish_update(self, params: Params, context: BatchContext) -> Params:
         """Return the parameters after the optimizer's update, such as with a decoder of norm 1."""

@@ -345,7 +345,14 @@ class LinearSAE(SAEKind):
         loss += self.penalty_weight(hyper) * mean.penalty + batch_loss
         l0 = sums.active.astype(jnp.float32).sum() / n_tokens
         mse = mse_factor * mean.residual
-        metrics = BatchMetrics(loss, mse, mean.penalty, l0, sums.residual, sums.active)
+        metrics = BatchMetrics(
+            loss=loss,
+            mse=mse,
+            l1=mean.penalty,
+            l0=l0,
+            residual=sums.residual,
+            active=sums.active,
+        )
         return gradients, metrics
 
     def batch_penalty(

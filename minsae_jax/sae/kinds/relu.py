@@ -124,7 +124,15 @@ class ReLU(SAEKind):
         l1 = (sums.features * jnp.linalg.norm(w_dec, axis=1)).sum() / n_tokens
         loss = objective.recon_weight * mse + penalty_weight * l1
         l0 = sums.active.astype(jnp.float32).sum() / n_tokens
-        return gradients, BatchMetrics(loss, mse, l1, l0, sums.residual, sums.active)
+        metrics = BatchMetrics(
+            loss=loss,
+            mse=mse,
+            l1=l1,
+            l0=l0,
+            residual=sums.residual,
+            active=sums.active,
+        )
+        return gradients, metrics
 
 
 def _tile_sums(
