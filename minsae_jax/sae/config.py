@@ -235,6 +235,7 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
             for field in dataclasses.fields(LiveFlags):
                 is_default = getattr(self, field.name) == field.default
                 require(is_default, f"--{field.name} requires --live")
+        # Settings of the other recipes alone; modern has those of april2024.
         other = "april2024" if self.recipe == "minsae" else "minsae"
         for name in _RECIPE_DEFAULTS[other].keys() - _RECIPE_DEFAULTS[self.recipe].keys():
             is_given = getattr(self, name) not in (None, ())
