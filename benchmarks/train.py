@@ -2,9 +2,9 @@
 
 All do the same arithmetic on the same tokens, given in host memory: minSAE's loss and Adam.
 "eager" is the loop as minSAE runs it, with its statistics at every step; "compiled" is
-torch.compile (which needs a C++ compiler) with fused Adam and no statistics; ours includes its
-statistics. A call makes STEPS steps and waits for the last. The limit is the machine's best matrix
-product at 10 d_model d_sae FLOP for a token and member. "End to end" is a run from a store,
+torch.compile (which needs a C++ compiler) with fused Adam and no statistics; minsae_jax includes
+its statistics. A call makes STEPS steps and waits for the last. The limit is the machine's best
+matrix product at 10 d_model d_sae FLOP for a token and member. "End to end" is a run from a store,
 without evaluations. Prints Markdown; --quick runs everything once, small.
 """
 
@@ -29,7 +29,7 @@ from minsae_jax.sae.trainer import train
 D_MODEL = 128
 BATCH = 4096  # tokens
 SHARD = 245_632  # tokens of a shard, which is minSAE's batch
-CONTESTANTS = ("ours", "eager", "compiled")
+CONTESTANTS = ("minsae_jax", "eager", "compiled")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # On a GPU one step is too short to be timed alone.
 STEPS = 20 if DEVICE == "cuda" else 1
@@ -40,7 +40,7 @@ def lambdas(n_members: int) -> tuple[float, ...]:
     return tuple(0.01 * (i + 1) for i in range(n_members))
 
 
-def ours(n_members: int, d_sae: int, precision: str, x: np.ndarray, n_steps: int) -> Steps:
+def jax_steps(n_members: int, d_sae: int, precision: str, x: np.ndarray, n_steps: int) -> Steps:
     config = TrainConfig(
         recipe="minsae",
         lambda_sparsity=lambdas(n_members),
@@ -61,7 +61,7 @@ def ours(n_members: int, d_sae: int, precision: str, x: np.ndarray, n_steps: int
     return run
 
 
-def pytorch(
+def pytorch_steps(
     n_members: int,
     d_sae: int,
     precision: str,
@@ -127,16 +127,17 @@ def print_rates(
     n_steps = STEPS if batch == BATCH else 1
     for n_members in member_counts:
         arguments = (n_members, d_sae, precision, x, n_steps)
-        contestants = {"ours": ours(*arguments), "eager": pytorch(*arguments)}
+        contestants = {"minsae_jax": jax_steps(*arguments), "eager": pytorch_steps(*arguments)}
         if with_compiled:
-            contestants["compiled"] = pytorch(*arguments, compiled=True)
+            contestants["compiled"] = pytorch_steps(*arguments, compiled=True)
         seconds = alternate(contestants, rounds)
         tokens = n_members * batch * n_steps
         rates = {name: tokens / seconds[name] for name in seconds}
         cells = [f"{d_sae:,}", precision, f"{n_members}", f"{batch:,}"]
         cells += [f"{rates.get(name, np.nan) / 1e3:,.0f}" for name in CONTESTANTS]
-        cells += [f"{rates['ours'] / rates.get(name, np.nan):.1f}" for name in CONTESTANTS[1:]]
-        cells.append(f"{rates['ours'] / limit:.0%} of {limit / 1e3:,.0f}")
+        rate = rates["minsae_jax"]
+        cells += [f"{rate / rates.get(name, np.nan):.1f}" for name in CONTESTANTS[1:]]
+        cells.append(f"{rate / limit:.0%} of {limit / 1e3:,.0f}")
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -170,17 +171,17 @@ def end_to_end(n_members: int, n_steps: int, precision: str = "float32") -> floa
 def measure_alone(contestant: str, n_members: int, batch: int) -> None:
     """Make two steps, then print this process's peak memory in MB."""
     x = np.random.default_rng(0).normal(size=(batch, D_MODEL)).astype(np.float32)
-    make = ours if contestant == "ours" else pytorch
+    make = jax_steps if contestant == "minsae_jax" else pytorch_steps
     run = make(n_members, 1024, "float32", x, n_steps=2)
     run()
     print(peak_rss() // 1_000_000)
 
 
 def print_memory() -> None:
-    print("\n| members | batch | peak memory, ours | eager |\n| --- | --- | --- | --- |")
+    print("\n| members | batch | peak memory, minsae_jax | eager |\n| --- | --- | --- | --- |")
     for n_members, batch in ((1, BATCH), (8, BATCH), (1, SHARD), (8, SHARD)):
         megabytes = []
-        for contestant in ("ours", "eager"):
+        for contestant in ("minsae_jax", "eager"):
             arguments = ("--alone", contestant, str(n_members), str(batch))
             megabytes.append(peak_memory("benchmarks.train", *arguments))
         print(
@@ -196,8 +197,8 @@ def main() -> None:
         return
     print(f"Training, {machine()}; d_model {D_MODEL}; thousand tokens x members per second.\n")
     print(
-        "| d_sae | products | members | batch | ours | eager | compiled | ours / eager "
-        "| ours / compiled | limit |"
+        "| d_sae | products | members | batch | minsae_jax | eager | compiled | / eager "
+        "| / compiled | limit |"
     )
     print("| --- " * 10 + "|")
     if "--quick" in sys.argv:

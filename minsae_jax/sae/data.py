@@ -97,7 +97,7 @@ def open_train_data(
     )
 
 
-def measure_start(plan: TrainPlan, data: TrainData) -> TrainData:
+def measure_scale_and_median(plan: TrainPlan, data: TrainData) -> TrainData:
     """Measure the scale and the median that a new run starts with, and add them to its inputs.
 
     Every process of a cluster must call this. Raises UserError if tokens are not finite, or all 0.

@@ -31,7 +31,7 @@ from minsae_jax.sae.data import (
     TrainData,
     bad_activations,
     held_out_batches,
-    measure_start,
+    measure_scale_and_median,
     open_train_data,
 )
 from minsae_jax.sae.logger import RunLogger, interval_metrics
@@ -84,7 +84,7 @@ def train(
                 measure_features = open_monitor()
         _check_processes_agree(folder, data)
         if is_new:
-            data = measure_start(plan, data)
+            data = measure_scale_and_median(plan, data)
         with barrier(f"create {folder.folder}"):
             if process_index() == 0:
                 stack.enter_context(folder.locked())
