@@ -52,7 +52,7 @@ class DemoSize:
     """Recordings"""
 
     patients: Annotated[int, Range(min=10)] = 16
-    """Number of patients, with one or two recordings each; with fewer than 10, val is empty."""
+    """Number of patients, with one or two recordings each; at least 10, so that one is in val."""
     minutes: Annotated[float, Range(min=0.5, max=10_000)] = 6.0
     """Mean length of a recording, in minutes at 100 Hz; lengths vary by a quarter."""
     seed: Annotated[int, NonNegative] = 0

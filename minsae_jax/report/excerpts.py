@@ -99,6 +99,11 @@ def shown_samples(dataset: Dataset, w: int, context_seconds: float | None = None
     return 2 * w * grid.mean_step + grid.longest
 
 
+def montage_step(dataset: Dataset) -> int:
+    """Return the samples from one to the next in the traces of all channels."""
+    return max(1, int(dataset.sampling_rate // MONTAGE_RATE))
+
+
 def cut_examples(
     dataset: Dataset,
     chosen: Sequence[ChosenToken],
@@ -152,7 +157,7 @@ def _make_example(
     hints = artefact_hints(eeg[:, trace_channel], dataset.sampling_rate)
     name = _channel_name(dataset, recording, trace_channel)
     uv_per_sd = dataset.uv_per_sd(recording)
-    every = max(1, int(dataset.sampling_rate // MONTAGE_RATE))
+    step = montage_step(dataset)
     return Example(
         group=chosen.group,
         activation=chosen.activation,
@@ -164,7 +169,7 @@ def _make_example(
         patch=patch,
         trace=to_int8(eeg[:, trace_channel]),
         uv_per_sd=None if uv_per_sd is None else float(uv_per_sd[trace_channel]),
-        others=to_int8(eeg[::every].T) if chosen.has_montage else None,
+        others=to_int8(eeg[::step].T) if chosen.has_montage else None,
         others_uv=uv_per_sd if chosen.has_montage else None,
         strip=strip if grid.step is not None else strip[:0],
         strip_start=dataset.seconds(offset + int(grid.starts[stretch.first])),
