@@ -305,8 +305,8 @@ def plot(config: PlotConfig) -> "PlotFiles":
 def verify(config: VerifyConfig) -> "Verification":
     """Read all files of stores, encoders, runs, members and recordings, and find damaged ones.
 
-    Raises UserError if a folder contains none of these. Damage is no error: see `problems` of the
-    result.
+    Raises UserError if a folder contains none of these. Damage is not an error: it is listed in
+    `problems` of the result.
     """
     from minsae_jax.integrity import verify as verification
 

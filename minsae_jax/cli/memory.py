@@ -46,7 +46,7 @@ def run_in_child(limit: float) -> None:
 
 
 def advice(limit: float) -> str:
-    """Return what to do about the limit."""
+    """Return the end of an error message: the limit, and how to avoid it."""
     return f"which is limited to {limit:.1f} GB; raise the limit (ulimit -v), or {SMALLER}"
 
 

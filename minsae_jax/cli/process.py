@@ -79,7 +79,7 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
 def _open_missing_streams() -> None:
     """Replace streams that are closed, as of a service, by ones to nowhere.
 
-    Otherwise files get the numbers of these streams, and what native code prints ends up in them.
+    Otherwise files get the numbers of these streams, and native code prints into them.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -89,7 +89,7 @@ def _open_missing_streams() -> None:
 
 
 def _silence_libraries() -> None:
-    """Turn off what libraries print about errors that they also raise.
+    """Turn off messages of libraries about errors that they also raise.
 
     Orbax and asyncio log them with tracebacks, and threads and destructors print them, also while
     the interpreter exits.

@@ -61,7 +61,7 @@ def _reader_of(path: Path) -> Callable[[Path], object]:
 
 
 def _read_bytes(path: Path) -> None:
-    """Find what the disk cannot read."""
+    """Read all bytes, which raises OSError where the disk cannot."""
     with path.open("rb") as file:
         while file.read(1 << 20):
             pass

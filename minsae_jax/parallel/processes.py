@@ -1,4 +1,4 @@
-"""Start-up of JAX, alone or in a cluster, and what the processes of a cluster decide together."""
+"""Start-up of JAX, alone or in a cluster, and decisions that the processes of a cluster share."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from minsae_jax.errors import UserError, brief
 
-# Each simulated device holds all weights and takes part in every sum of gradients.
+# Each simulated device has all weights and takes part in every sum of gradients.
 MAX_CPU_DEVICES = 8
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which JAX takes a process for dead
 SHUTDOWN_SECONDS = 20  # that a process which ends waits for the others
