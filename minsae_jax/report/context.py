@@ -19,6 +19,7 @@ from minsae_jax.sae.member import SparseAutoencoder
 
 DEFAULT_BANDS = tuple(Band(*band) for band in BANDS)
 MONTAGE_EXAMPLES = 8  # top examples with all channels
+SPECTRA_SEED = 0  # of the segments for the base rates, and of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ class Context:
     montage_examples: int
     # Results of the evaluation; None without one
     findings: Findings | None
-    seed: int
 
 
 def make_context(
@@ -56,7 +56,6 @@ def make_context(
     w: int = 10,
     bands: Sequence[Band] = DEFAULT_BANDS,
     labels: Mapping[int, Label] | None = None,
-    seed: int = 0,
     context_seconds: float | None = None,
     montage_examples: int = MONTAGE_EXAMPLES,
     findings: Findings | None = None,
@@ -73,7 +72,7 @@ def make_context(
         encoder=encoder,
         w=w,
         bands=bands,
-        base=measure_base_spectra(dataset, w, seed, bands),
+        base=measure_base_spectra(dataset, w, SPECTRA_SEED, bands),
         directions=sae.decoder_directions,
         labels=labels or {},
         quantiles=activity.quantiles(),
@@ -81,5 +80,4 @@ def make_context(
         n_samples=shown_samples(dataset, w, context_seconds),
         montage_examples=montage_examples,
         findings=findings,
-        seed=seed,
     )

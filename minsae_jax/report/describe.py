@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.report.activations import ExampleActivations, measure_examples
 from minsae_jax.report.chosen import choose_all, choose_tokens
-from minsae_jax.report.context import Context
+from minsae_jax.report.context import SPECTRA_SEED, Context
 from minsae_jax.report.entries import EDGES
 from minsae_jax.report.excerpts import Example, cut_examples
 from minsae_jax.report.naming import Label, fits_region, region, suggest_name
@@ -202,7 +202,7 @@ def _describe(
     dataset = context.dataset
     n_active = max(1, int(activity.active[feature]))
     is_alive = bool(activity.active[feature])
-    sample = measure_spectrum(dataset, context.base, activity.random, feature, context.seed)
+    sample = measure_spectrum(dataset, context.base, activity.random, feature, SPECTRA_SEED)
     spectrum = None if sample is None else sample.spectrum
     artefacts = {} if sample is None else sample.artefacts
     band = dominant_band(context.bands, spectrum)
