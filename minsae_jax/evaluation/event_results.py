@@ -20,7 +20,7 @@ PURE_EXAMPLES = 16  # and its least number of strongest tokens
 class EventScore:
     """How well features of one set separate one kind of events; on test patients unless said.
 
-    Intervals are over recordings; features, probes and ties are those chosen on val.
+    Intervals are over patients; features, probes and ties are those chosen on val.
     """
 
     # Events in the val and test spans; each has a span without an event, if there is room
