@@ -15,27 +15,18 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import (
-    chi2,
-    false_discovery_control,
-    hypergeom,
-    mannwhitneyu,
-    mode,
-    norm,
-    rankdata,
-)
+from scipy.stats import chi2, false_discovery_control, mannwhitneyu, rankdata
 from scipy.stats import t as student
 
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.pooling import PatientValues
+from minsae_jax.evaluation.rank_sums import is_sparse, rank_sum_p
 
 MIN_PATIENTS = 3  # of each category, or of all for a number
 # Patients up to which Spearman's p is exact. The t approximation is 0 for rho = ±1, although two of
 # the six orders of three patients have that.
 MAX_EXACT = 9
-# Below it, the count of a category is not treated as normal (Cochran's rule).
-MIN_EXPECTED = 5
 LEVEL = 0.05
 TestName = Literal["Mann-Whitney", "Kruskal-Wallis", "Spearman"]
 EFFECT_NAMES: dict[TestName, str] = {
@@ -181,8 +172,8 @@ def mann_whitney(
             result = mannwhitneyu(second[:, columns], first[:, columns], method=method)
             auc[columns] = result.statistic / (len(first) * len(second))
             p[columns] = result.pvalue
-    is_sparse = _is_sparse(values, n_smaller)
-    p[is_sparse] = rank_sum_p(_ranks(values[:, is_sparse]), is_second)
+    sparse = is_sparse(values, n_smaller)
+    p[sparse] = rank_sum_p(_ranks(values[:, sparse]), is_second)
     return auc, p
 
 
@@ -204,59 +195,15 @@ def kruskal_wallis(
     between = np.square(membership.T @ deviation).T @ (1 / counts)
     eta2 = between / np.square(deviation).sum(axis=0)
     p = chi2.sf((n - 1) * eta2, len(counts) - 1)
-    is_sparse = _is_sparse(values, int(counts.min()))
-    of_categories = [rank_sum_p(ranks[:, is_sparse], inside) for inside in membership.T == 1]
-    p[is_sparse] = np.minimum(len(counts) * np.min(of_categories, axis=0), 1)
+    sparse = is_sparse(values, int(counts.min()))
+    of_categories = [rank_sum_p(ranks[:, sparse], inside) for inside in membership.T == 1]
+    p[sparse] = np.minimum(len(counts) * np.min(of_categories, axis=0), 1)
     return eta2, p
 
 
 def _ranks(values: Float[np.ndarray, "n features"]) -> Float[np.ndarray, "n features"]:
     # In float64, since newer versions of SciPy return the type of the values.
     return rankdata(values, axis=0).astype(np.float64)
-
-
-def _is_sparse(
-    values: Float[np.ndarray, "n features"], n_smallest: int
-) -> Bool[np.ndarray, " features"]:
-    """Return the columns where most patients are equal, and few others expected in a category.
-
-    n_smallest: patients of the smallest category.
-    """
-    n = len(values)
-    n_others = n - mode(values, axis=0).count
-    return (2 * n_others <= n) & (n_smallest * n_others < MIN_EXPECTED * n)
-
-
-def rank_sum_p(
-    ranks: Float[np.ndarray, "n features"], is_inside: Bool[np.ndarray, " n"]
-) -> Float[np.ndarray, " features"]:
-    """Return the two-sided p of a group's rank sum, for columns where most patients are equal.
-
-    If a feature is active in few patients, the rank sum depends on how many of them are in the
-    group, which is hypergeometric. Given this number it is that of a draw without replacement from
-    their ranks, here normal with the moments of such a draw and a continuity correction of 1/2. p
-    is the sum over all numbers, 0.5 to 3 times the exact p, where that of a normal deviate alone is
-    down to 160,000 times too small (tests).
-    """
-    n = len(ranks)
-    n_inside = int(is_inside.sum())
-    usual = mode(ranks, axis=0)
-    n_others = n - usual.count
-    # 0 for patients with the usual value
-    distance = ranks - usual.mode
-    mean = distance.sum(axis=0) / n_others
-    variance = np.square(distance).sum(axis=0) / n_others - np.square(mean)
-    expected = n_inside / n * n_others * mean
-    deviation = np.abs(distance[is_inside].sum(axis=0) - expected) - 0.5
-    most = min(n_inside, int(n_others.max(initial=0)))
-    k = np.arange(most + 1)[:, None]
-    # Without replacement; for one patient, and for all of them, the sum is certain.
-    shrinkage = np.maximum(n_others - k, 0) / np.maximum(n_others - 1, 1)
-    sd = np.sqrt(np.maximum(k * shrinkage * variance, 1e-12))
-    shift = k * mean - expected
-    tails = norm.sf((deviation - shift) / sd) + norm.cdf((-deviation - shift) / sd)
-    p = (hypergeom.pmf(k, n, n_others, n_inside) * tails).sum(axis=0)
-    return np.minimum(p, 1)
 
 
 def spearman(

@@ -10,13 +10,13 @@ from minsae_jax.evaluation.label_tests import (
     compare_labels,
     kruskal_wallis,
     mann_whitney,
-    rank_sum_p,
     regression_slope,
     spearman,
     usable_label,
 )
 from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.pooling import PatientValues
+from minsae_jax.evaluation.rank_sums import rank_sum_p
 
 
 def patients_named(n):
