@@ -1,14 +1,18 @@
-"""Bootstrap intervals over recordings.
+"""Bootstrap intervals over patients.
 
-Spans of one recording are not independent, so whole recordings are resampled (a cluster bootstrap;
-Field & Welsh 2007). A resample is a weight for each recording: how often it was drawn. All measures
-of a resample use the same weights, so that differences and means of measures have intervals too.
+Spans of one patient are not independent, so whole patients are resampled (a cluster bootstrap;
+Field & Welsh 2007). A resample is a weight for each recording: how often its patient was drawn. All
+measures of a resample use the same weights, so that differences and means of measures have
+intervals too.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+from minsae_jax.evaluation.pooling import group_by_patient
 
 RESAMPLES = 1000
 COVERAGE = 95  # % of the resamples inside an interval
@@ -28,6 +32,17 @@ def draw_weights(n_units: int, seed: int, resamples: int = RESAMPLES) -> Weights
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=resamples)
     return counts.astype(np.float64)
+
+
+def draw_patients(recordings: Sequence[str], seed: int) -> Weights:
+    """Return for each resample how often each recording is drawn, as part of its patient.
+
+    Patients are drawn with all of their recordings; of a single patient, recordings are drawn.
+    """
+    patients, patient = group_by_patient(recordings)
+    if len(patients) == 1:
+        return draw_weights(len(recordings), seed)
+    return draw_weights(len(patients), seed)[:, patient]
 
 
 def interval(replicates: Float[np.ndarray, " resamples"]) -> Interval | None:

@@ -11,8 +11,9 @@ Every feature i is coded independently of the others:
     bits = Σ_i [ h(p_i) + p_i · ½ log2(2πe (σ_i² / Δ² + 1/12)) ]
 
 h is the entropy of a yes or no and p_i the share of tokens with the feature active. The second term
-bounds the entropy of its value, rounded to multiples of Δ, by that of the integer-valued variable
-of this variance (Massey 1988); σ_i is the SD of f_i ‖W_dec,i‖ over the tokens where it is active.
+bounds the entropy of its value, rounded to multiples of Δ from a random offset, by that of a normal
+variable of the variance σ_i² + Δ² / 12 (Massey 1988), on average over offsets; σ_i is the SD of
+f_i ‖W_dec,i‖ over the tokens where it is active.
 The step Δ is such that rounding adds 1 % of the activations' variance to the squared error of x̂,
 for every autoencoder: L0 independent errors of Δ² / 12 each.
 """

@@ -57,7 +57,7 @@ class EventKind:
         scores: Float[np.ndarray, " test_spans"],
         weights: Weights,
     ) -> Float[np.ndarray, " resamples"]:
-        """Return the AUC of a score of the test spans in each resample of their recordings."""
+        """Return the AUC of a score of the test spans in each resample of their patients."""
         return weighted_auc(scores, self.test.is_event, self.test.recording, weights)
 
 
@@ -116,7 +116,7 @@ def measure_spans(
     val_weights: Float[np.ndarray, "resamples val_recordings"],
     test_weights: Float[np.ndarray, "resamples test_recordings"],
 ) -> SpanMeasures:
-    """Score an autoencoder's features on all kinds of events; weights: see `draw_weights`."""
+    """Score an autoencoder's features on all kinds of events; weights: see `draw_patients`."""
     weights = np.insert(test_weights, 0, 1, axis=0)
     probes = np.stack([kind.probe.weights for kind in kinds], axis=1).astype(np.float32)
     no_features = np.zeros(0, np.int32)

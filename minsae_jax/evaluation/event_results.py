@@ -9,18 +9,20 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.stats import binom
 
 from minsae_jax.evaluation.bootstrap import Interval
 
 PURE = 0.9  # precision above chance of a pure feature
 PURE_EXAMPLES = 16  # and its least number of strongest tokens
+PURE_BY_CHANCE = 0.001  # largest probability that random tokens are as precise
 
 
 @dataclass(frozen=True)
 class EventScore:
     """How well features of one set separate one kind of events; on test patients unless said.
 
-    Intervals are over recordings; features, probes and ties are those chosen on val.
+    Intervals are over patients; features, probes and ties are those chosen on val.
     """
 
     # Events in the val and test spans; each has a span without an event, if there is room
@@ -89,11 +91,15 @@ class FeatureEvents:
         """Whether the strongest tokens nearly all touch an event of a kind.
 
         That is a precision of 90 % above chance, (precision - base rate) / (1 - base rate), among
-        at least 16 tokens.
+        at least 16 tokens, which random tokens have with a probability below 0.1 % (16 tokens are
+        enough below a base rate of 64 %).
         """
         base = self.base_rate[:, None]
         above_chance = (self.precision - base) / np.maximum(1 - base, 1e-12)
-        return (above_chance >= PURE) & (self.examples >= PURE_EXAMPLES)
+        n_inside = np.rint(self.precision * self.examples)
+        by_chance = binom.sf(n_inside - 1, self.examples, base)
+        is_precise = (above_chance >= PURE) & (self.examples >= PURE_EXAMPLES)
+        return is_precise & (by_chance < PURE_BY_CHANCE)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Labelled events, spans of EEG with and without them, and the tokens that they touch.
 
 `events.csv` (see minsae_jax/eeg/events.py) is in the folder of the recordings. Each event is
-compared with a random span of the same length, on the same channels of the same recording, that
-touches no event of its kind. The score of a span is the largest activation of a feature over the
-tokens of its channels that it touches.
+compared with a random span of the same length, on the same channels of the same recording. The
+score of a span is the largest activation of a feature over the tokens of its channels that it
+touches. Therefore none of these tokens touches an event of its kind, and both spans begin at the
+same offset from the tokens: they touch equally many, since the largest of more tokens is larger by
+chance.
 """
 
 import csv
@@ -110,32 +112,53 @@ def _parse_event(row: Mapping[str, str], channel_names: list[str]) -> LabelledEv
 def draw_spans(dataset: Dataset, events: list[LabelledEvent], seed: int) -> list[Span]:
     """Return the events inside the dataset's windows, each followed by a span without an event.
 
-    An event without any free place of its length in the recording has no such span.
+    Events without any free place of their length in the recording are left out: compared with other
+    recordings, they would show what differs between patients.
     """
     rng = np.random.default_rng(seed)
+    step = dataset.tokens.step or 1  # if tokens are not evenly spaced, any offset will do
     spans = []
     for recording, name in enumerate(dataset.recordings):
         in_recording = [event for event in events if event.recording == name]
         end = _windows_end(dataset, recording)
-        # is_taken[i + 1] says whether sample i is part of an event, so that its cumulative sum
-        # counts the event samples before each sample. A span is free if it does not grow in it.
+        # is_taken[i + 1] says whether sample i is part of a token that an event touches, so that
+        # its cumulative sum counts such samples before each sample. A span is free if it does not
+        # grow in it.
         is_taken = np.zeros(end + 1, np.int64)
+        begin, stop = _tokens_between(dataset, end)
         for event in in_recording:
-            is_taken[event.start + 1 : min(event.stop, end) + 1] = 1
+            is_touched = (begin < event.stop) & (stop > event.start)
+            first = begin[is_touched].min(initial=event.start)
+            last = stop[is_touched].max(initial=event.stop)
+            is_taken[first + 1 : last + 1] = 1
         n_taken = np.cumsum(is_taken)
         for event in in_recording:
             if event.stop > end:
                 continue
-            span = Span(recording, event.start, event.stop, event.channels, is_event=True)
-            spans.append(span)
             length = event.stop - event.start
             n_before_start = n_taken[: end + 1 - length]
             n_before_stop = n_taken[length:]
             free_starts = np.flatnonzero(n_before_start == n_before_stop)
-            if len(free_starts):
-                start = int(rng.choice(free_starts))
+            offset = event.start % dataset.seq_len % step
+            starts = free_starts[free_starts % dataset.seq_len % step == offset]
+            if len(starts):
+                start = int(rng.choice(starts))
+                span = Span(recording, event.start, event.stop, event.channels, is_event=True)
+                spans.append(span)
                 spans.append(replace(span, start=start, stop=start + length, is_event=False))
     return spans
+
+
+def _tokens_between(
+    dataset: Dataset, end: int
+) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " tokens"]]:
+    """Return first sample, and the one after the last, of the tokens in all windows up to `end`."""
+    located = dataset.tokens.located
+    in_window = np.stack([dataset.tokens.first[located], dataset.tokens.last[located] + 1])
+    distinct = np.unique(in_window, axis=1).astype(np.int64)
+    windows = np.arange(0, end, dataset.seq_len)
+    begin, stop = (distinct[:, None, :] + windows[None, :, None]).reshape(2, -1)
+    return begin, stop
 
 
 def _windows_end(dataset: Dataset, recording: int) -> int:

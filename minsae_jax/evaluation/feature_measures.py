@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.evaluation.bootstrap import Interval, Weights, draw_weights
+from minsae_jax.evaluation.bootstrap import Interval, Weights, draw_patients
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.description_length import description_length
@@ -112,11 +112,11 @@ def _score_features(
     """Score the features of all members: on the spans of events, then over all test tokens."""
     test = inputs.test
     kinds = _event_kinds(settings, inputs)
-    test_weights = draw_weights(len(test.recordings), settings.seed)
+    test_weights = draw_patients(test.recordings, settings.seed)
     spans: dict[str, SpanMeasures] = {}
     if kinds:
         assert inputs.val is not None  # events require it
-        val_weights = draw_weights(len(inputs.val.recordings), settings.seed)
+        val_weights = draw_patients(inputs.val.recordings, settings.seed)
         with progress("score events", len(members), "members", delay=2.0) as bar:
             for member in members:
                 spans[member.name] = measure_spans(member.sae, kinds, val_weights, test_weights)

@@ -3,8 +3,9 @@
 The unit is the patient: a feature's value is the mean over the patient's recordings of the pooled
 activation, so that many tokens or recordings of few patients prove nothing. Two categories are
 compared by the Mann-Whitney U test, more by the Kruskal-Wallis test, and numbers by Spearman's
-correlation. The false discovery rate over the features of a label is controlled by Benjamini &
-Hochberg's method.
+correlation. Features of few patients, whose rank sums are far from normal in a small category, have
+a p of their own (`rank_sum_p`). The false discovery rate over the features of a label is controlled
+by Benjamini & Hochberg's method.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from scipy.stats import t as student
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.pooling import PatientValues
+from minsae_jax.evaluation.rank_sums import is_sparse, rank_sum_p
 
 MIN_PATIENTS = 3  # of each category, or of all for a number
 # Patients up to which Spearman's p is exact. The t approximation is 0 for rho = ±1, although two of
@@ -155,13 +157,14 @@ def mann_whitney(
 ) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]:
     """Return AUC and two-sided p of each column, as scipy.stats.mannwhitneyu with method "auto".
 
-    p is exact for columns without ties if one of the groups has at most eight members.
+    p is exact for columns without ties if one of the groups has at most eight members. In columns
+    where most patients are equal it is that of `rank_sum_p` if a group is small.
     """
     first = values[~is_second]
     second = values[is_second]
-    is_small = min(len(first), len(second)) <= 8
+    n_smaller = min(len(first), len(second))
     in_order = np.sort(values, axis=0)
-    is_exact = is_small & (np.diff(in_order, axis=0) > 0).all(axis=0)
+    is_exact = (n_smaller <= 8) & (np.diff(in_order, axis=0) > 0).all(axis=0)
     auc = np.empty(values.shape[1])
     p = np.empty(values.shape[1])
     for method, columns in (("exact", is_exact), ("asymptotic", ~is_exact)):
@@ -169,6 +172,8 @@ def mann_whitney(
             result = mannwhitneyu(second[:, columns], first[:, columns], method=method)
             auc[columns] = result.statistic / (len(first) * len(second))
             p[columns] = result.pvalue
+    sparse = is_sparse(values, n_smaller)
+    p[sparse] = rank_sum_p(_ranks(values[:, sparse]), is_second)
     return auc, p
 
 
@@ -178,15 +183,27 @@ def kruskal_wallis(
     """Return eta² of the ranks and the p of the H test of each column.
 
     H = (n - 1) eta², where eta² is the share of the ranks' variance between categories: this is the
-    usual statistic with its correction for ties, since ties reduce that variance alone.
+    usual statistic with its correction for ties, since ties reduce that variance alone. In columns
+    where most patients are equal, p is the smallest `rank_sum_p` of a category against the others,
+    times the number of categories (Bonferroni), if a category is small.
     """
     n = len(values)
-    deviation = rankdata(values.astype(np.float64), axis=0) - (n + 1) / 2
+    ranks = _ranks(values)
+    deviation = ranks - (n + 1) / 2
     membership = np.eye(category.max() + 1)[category]  # [n, categories]
     counts = membership.sum(axis=0)
     between = np.square(membership.T @ deviation).T @ (1 / counts)
     eta2 = between / np.square(deviation).sum(axis=0)
-    return eta2, chi2.sf((n - 1) * eta2, len(counts) - 1)
+    p = chi2.sf((n - 1) * eta2, len(counts) - 1)
+    sparse = is_sparse(values, int(counts.min()))
+    of_categories = [rank_sum_p(ranks[:, sparse], inside) for inside in membership.T == 1]
+    p[sparse] = np.minimum(len(counts) * np.min(of_categories, axis=0), 1)
+    return eta2, p
+
+
+def _ranks(values: Float[np.ndarray, "n features"]) -> Float[np.ndarray, "n features"]:
+    # In float64, since newer versions of SciPy return the type of the values.
+    return rankdata(values, axis=0).astype(np.float64)
 
 
 def spearman(

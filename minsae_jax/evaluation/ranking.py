@@ -1,6 +1,6 @@
 """How well scores rank spans with an event above others: AUC, and recall at a precision.
 
-The weighted forms measure one score in many resamples at once; see `draw_weights`.
+The weighted forms measure one score in many resamples at once; see `draw_patients`.
 """
 
 import numpy as np

@@ -1,5 +1,6 @@
 """The recommended member: a stated rule, its result with the reason, and warnings."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from minsae_jax.evaluation.results import MemberEvaluation, PCAEvaluation, Recommendation
@@ -58,9 +59,11 @@ def _recommendation(
 
 
 def _quality(member: MemberEvaluation) -> float:
-    if member.loss is None:
-        return member.tokens.explained_variance
-    return member.loss.loss_recovered
+    """Return loss recovered, or else explained variance; the lowest if it is NaN."""
+    quality = member.tokens.explained_variance
+    if member.loss is not None:
+        quality = member.loss.loss_recovered
+    return -math.inf if math.isnan(quality) else quality
 
 
 def _threshold(member: MemberEvaluation) -> str:

@@ -20,7 +20,7 @@ from minsae_jax.files import atomic_write
 
 FOLDER = "evaluation"
 # Raise it when a measure changes, so that results of earlier versions are not used.
-MEASURES_VERSION = 2
+MEASURES_VERSION = 4
 Arrays = Mapping[str, np.ndarray]
 T = TypeVar("T")
 

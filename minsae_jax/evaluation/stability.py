@@ -151,13 +151,16 @@ def _setting_stability(
 def random_directions(
     directions: Float[np.ndarray, "n d"], rng: np.random.Generator
 ) -> Float[np.ndarray, "n d"]:
-    """Return as many random unit vectors, normal with the second moments of unit vectors.
+    """Return as many random unit vectors, normal with the mean and covariance of unit vectors.
 
-    They lie in the subspace that the features prefer, so that a match with them is chance.
+    They lie in the subspace, and around the direction, that the features prefer, so that a match
+    with them is chance.
     """
-    _, scale, basis = np.linalg.svd(directions, full_matrices=False)
+    mean = directions.mean(axis=0)
+    _, scale, basis = np.linalg.svd(directions - mean, full_matrices=False)
     normal = rng.standard_normal((len(directions), len(scale)), np.float32)
-    return unit_rows(normal * scale @ basis)
+    scale = scale / np.float32(np.sqrt(len(directions)))
+    return unit_rows(mean + normal * scale @ basis)
 
 
 def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -28,7 +28,7 @@ Means over the kinds of events, of the best feature for each, chosen on val pati
 test patients. AUC: a span with an event against one without. Token AUC and precision: single
 tokens, of which few are in an event. pure: features whose strongest tokens nearly all touch one
 kind. TPP: drop of the AUC of a kind's probe when five features are ablated, less the mean drop of
-the other kinds' probes. [ ]: 95 % intervals over recordings."""
+the other kinds' probes. [ ]: 95 % intervals over patients."""
 KINDS_NOTE = """\
 Recall is at 90 % precision among spans; 5-probe: logistic regression on the best five features.
 ties: other features whose AUC on val is inside the 95 % interval of the best feature's, and the

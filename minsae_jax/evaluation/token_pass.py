@@ -72,7 +72,7 @@ class FeatureTokens:
         recording: Int[np.ndarray, " sequences"],
         weights: Weights,
     ) -> Interval | None:
-        """Return the interval of one feature's precision; weights: see `draw_weights`."""
+        """Return the interval of one feature's precision; weights: see `draw_patients`."""
         sequence = self.sequence[feature, : self.examples[feature]]
         if len(sequence) == 0:
             return None

@@ -231,8 +231,10 @@ def _describe(
         scale = 1.0 if dataset.has_channels or not has_ratio else channel_ratio.mean()
         relative = channel_ratio / scale
         positions = dataset.positions if has_ratio else None
-        suggestion = suggest_name(context.bands, relative, band, positions)
-        place = "" if positions is None else region(relative, positions)
+        # Without channels of tokens, the ratios are of power.
+        n_counted = n_active if dataset.has_channels else None
+        suggestion = suggest_name(context.bands, relative, band, positions, n_counted)
+        place = "" if positions is None else region(relative, positions, n_counted)
         support = _support(context, feature, sample, place, band)
     findings = context.findings
     return FeatureCard(

@@ -18,6 +18,7 @@ WIDESPREAD_EXCESS = 0.3  # below it no channel is much more active than the othe
 LOBES = ("frontal", "central", "temporal", "posterior")
 MIN_VOTES = 0.5  # share of the lobe with most votes
 MIN_SIDE = 0.3  # distance from the midline
+MIN_SD = 4  # by which a region's share of the activation is above that of its channels
 
 
 class Label(NamedTuple):
@@ -32,14 +33,16 @@ def suggest_name(
     channel_ratio: Float[np.ndarray, " n_vars"],
     band: str,
     positions: Float[np.ndarray, "n_vars 2"] | None,
+    n_active: int | None = None,
 ) -> str:
     """Return a name from region and dominant band, such as "posterior alpha, 8–13 Hz".
 
-    positions: of the channels on a unit head, NaN where unknown; None gives no region.
+    positions: of the channels on a unit head, NaN where unknown; None gives no region. n_active:
+    see `region`.
     """
     words = []
     if positions is not None:
-        words.append(region(channel_ratio, positions))
+        words.append(region(channel_ratio, positions, n_active))
     if band:
         words.append(band)
     name = " ".join(words)
@@ -50,13 +53,19 @@ def suggest_name(
 
 
 def region(
-    channel_ratio: Float[np.ndarray, " n_vars"], positions: Float[np.ndarray, "n_vars 2"]
+    channel_ratio: Float[np.ndarray, " n_vars"],
+    positions: Float[np.ndarray, "n_vars 2"],
+    n_active: int | None = None,
 ) -> str:
     """Return the region of the head where a feature is more active than on average.
 
     Channels vote by their excess, the ratio minus 1, if it is at least half of the largest one. The
     lobe is the one with most of the votes. It has a side if the votes' mean is on one; without a
     lobe that has half of the votes the region is widespread.
+
+    n_active: active tokens, if the ratios are mean activations. Some channels have most of few
+    tokens by chance, so that the region is also widespread if its share of the activation is not
+    MIN_SD above that of its channels.
 
     >>> from minsae_jax.eeg.montage import POSITIONS
     >>> region(np.where(POSITIONS[:, 1] < -0.5, 4.0, 0.2), POSITIONS)
@@ -75,11 +84,20 @@ def region(
         return "widespread"
     is_best = lobes == best
     x = (votes * positions[is_placed, 0])[is_best].sum() / share[best]
+    name = best
     if x < -MIN_SIDE:
-        return f"left {best}"
-    if x > MIN_SIDE:
-        return f"right {best}"
-    return best
+        name = f"left {best}"
+    elif x > MIN_SIDE:
+        name = f"right {best}"
+    if n_active is None:
+        return name
+    placed = np.flatnonzero(is_placed)
+    is_inside = fits_region(name, placed, positions)
+    of_channels = is_inside.mean()
+    of_activation = channel_ratio[placed[is_inside]].sum() / channel_ratio[placed].sum()
+    # A binomial SD, with exponential activations, whose mean square is twice the squared mean
+    sd = np.sqrt(2 * of_channels * (1 - of_channels) / n_active)
+    return name if of_activation > of_channels + MIN_SD * sd else "widespread"
 
 
 def lobes_of(positions: Float[np.ndarray, "n 2"]) -> np.ndarray:

@@ -8,6 +8,7 @@ from scipy.stats import mannwhitneyu
 from minsae_jax import SparseAutoencoder
 from minsae_jax.evaluation.bootstrap import draw_weights
 from minsae_jax.evaluation.event_measures import make_kind, measure_spans
+from minsae_jax.evaluation.event_results import FeatureEvents
 from minsae_jax.evaluation.events import Span, SpanActivations
 from minsae_jax.evaluation.linear_probe import fit_probe
 from minsae_jax.evaluation.pca import raw_autoencoder
@@ -214,3 +215,27 @@ def test_interval_of_targeted_perturbation_is_of_differences(directions, kinds):
     low, high = np.percentile(np.mean(differences, axis=0), [2.5, 97.5])
     assert tuple(score(sae, kinds).intervals.tpp) == pytest.approx((low, high), abs=2e-3)
     assert high - low > 0.02
+
+
+@pytest.mark.parametrize("base_rate", [0.05, 0.5, 0.7, 0.8, 0.9])
+@pytest.mark.parametrize("examples", [16, 50])
+def test_random_tokens_are_not_pure(base_rate, examples):
+    """By the precision above chance alone, 19 % are with 16 tokens at a base rate of 90 %."""
+    rng = np.random.default_rng(0)
+    unknown = np.full((1, 5001), np.nan)
+    hits = rng.binomial(examples, base_rate, 5001)
+    hits[0] = 50
+    n_examples = np.full(5001, examples)
+    n_examples[0] = 50
+    features = FeatureEvents(
+        kinds=("event",),
+        val_auc=unknown,
+        auc=unknown,
+        recall=unknown,
+        precision=(hits / n_examples)[None],
+        examples=n_examples,
+        base_rate=np.array([base_rate]),
+    )
+    # All of 50 tokens in events are pure, unless random tokens often are.
+    assert features.is_pure[0, 0] == (base_rate < 0.9)
+    assert features.is_pure[0, 1:].mean() < 0.002

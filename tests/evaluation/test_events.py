@@ -12,11 +12,15 @@ from minsae_jax.evaluation.events import (
     Span,
     draw_spans,
     event_share,
+    gather,
     max_over_spans,
     read_events,
     span_groups,
+    span_maxima,
     tokens_of,
 )
+from minsae_jax.evaluation.ranking import auc
+from tests.evaluation.planted import SEQ_LEN, make_places, true_autoencoder, write_planted
 
 
 def test_tokens_of_a_span(trained):
@@ -53,6 +57,53 @@ def test_spans_without_an_event_touch_no_event(trained):
             if event.recording == dataset.recordings[span.recording]:
                 assert span.stop <= event.start or span.start >= event.stop
     assert spans == draw_spans(dataset, events, seed=0)
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """Independent tokens of 10 samples, four in a window, with 8 features."""
+    rng = np.random.default_rng(0)
+    places = make_places(30, 40)
+    x = np.maximum(rng.normal(size=(len(places.recording), 4, 8)), 0)
+    return write_planted(tmp_path_factory.mktemp("noise"), x, places)
+
+
+@pytest.mark.parametrize("length", [7, 10, 25])
+def test_noise_does_not_detect_events_that_begin_with_a_token(noise, length):
+    """A span at a random sample touches one token more, whose largest value is larger."""
+    rng = np.random.default_rng(1)
+    events = []
+    for name in noise.recordings:
+        starts = 10 * rng.choice(150, 8, replace=False)
+        events += [LabelledEvent(name, start, start + length, (0,)) for start in starts.tolist()]
+    spans = gather(noise, draw_spans(noise, events, seed=0))
+    assert (spans.lengths[spans.is_event] == spans.lengths[~spans.is_event]).all()
+    scores = span_maxima(true_autoencoder(np.eye(8)), spans)
+    assert auc(scores, spans.is_event).mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_spans_without_an_event_share_no_token_with_one(noise):
+    """Events of 1 sample every 20 samples, of which tokens have 10."""
+    rng = np.random.default_rng(2)
+    events = []
+    for name in noise.recordings:
+        starts = rng.choice(1600, 80, replace=False).tolist()
+        events += [LabelledEvent(name, start, start + 1, (0,)) for start in starts]
+    is_touched = event_share(noise, events) > 0
+    spans = draw_spans(noise, events, seed=0)
+    assert len(spans) == 2 * len(events)
+    for span in spans:
+        sequences, tokens = tokens_of(noise, span)
+        assert is_touched[sequences, tokens].all() == span.is_event
+
+
+def test_events_without_a_free_place_are_left_out(noise):
+    name, other = noise.recordings[:2]
+    whole = LabelledEvent(name, 0, 40 * SEQ_LEN, (0,))
+    part = LabelledEvent(other, 100, 150, (0,))
+    spans = draw_spans(noise, [whole, part], seed=0)
+    assert [span.recording for span in spans] == [1, 1]
+    assert [span.is_event for span in spans] == [True, False]
 
 
 def test_maxima_of_groups_of_spans():

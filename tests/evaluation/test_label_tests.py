@@ -1,5 +1,7 @@
 """Tests of labels against SciPy, feature by feature, and on labels with and without an effect."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -14,6 +16,7 @@ from minsae_jax.evaluation.label_tests import (
 )
 from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.pooling import PatientValues
+from minsae_jax.evaluation.rank_sums import rank_sum_p
 
 
 def patients_named(n):
@@ -30,11 +33,11 @@ def number_label(values):
 
 
 def values_with_ties(n, n_features=40):
-    """Pooled features, half of them with many zeros as those of rare features have."""
+    """Pooled features, half of them with ties, but less than half of the patients equal."""
     rng = np.random.default_rng(n)
     values = rng.normal(size=(n, n_features))
-    values[:, ::2] = np.maximum(values[:, ::2], 0).round(1)
-    return values
+    values[:, ::2] = np.maximum(values[:, ::2], -0.5).round(1)
+    return values[:, stats.mode(values).count < n / 2]
 
 
 @pytest.mark.parametrize("n", [9, 14, 40])
@@ -75,6 +78,67 @@ def test_spearman_and_slope_are_those_of_scipy(n):
         assert rho[i] == pytest.approx(expected.statistic, abs=1e-9)
         assert p[i] == pytest.approx(expected.pvalue, abs=1e-9)
         assert slope[i] == pytest.approx(stats.linregress(label, column).slope, abs=1e-9)
+
+
+def rare_features(n, n_active, n_features, rng):
+    """Features that are active in few patients, more of them among the first than by chance."""
+    order = rng.random((n, n_features))
+    order[:4] *= rng.random(n_features)
+    is_active = order.argsort(axis=0).argsort(axis=0) < n_active
+    return np.where(is_active, rng.exponential(size=order.shape).round(1) + 0.1, 0)
+
+
+def exact_p(column, is_inside):
+    """The share of all groups of this size whose rank sum is as far from its mean."""
+    ranks = stats.rankdata(column)
+    groups = np.array(list(combinations(range(len(column)), is_inside.sum())))
+    deviation = np.abs(ranks[groups].sum(axis=1) - is_inside.mean() * ranks.sum())
+    observed = np.abs(ranks[is_inside].sum() - is_inside.mean() * ranks.sum())
+    return (deviation >= observed - 1e-9).mean()
+
+
+@pytest.mark.parametrize(("n_second", "n"), [(3, 20), (3, 40), (4, 26), (6, 16)])
+@pytest.mark.parametrize("n_active", [1, 2, 3, 5, 8])
+def test_features_of_few_patients_have_the_p_of_all_groups(n_second, n, n_active):
+    """The normal approximation is up to 160,000 times too small here."""
+    values = rare_features(n, n_active, 40, np.random.default_rng(n))
+    is_second = np.arange(n) < n_second
+    _, p = mann_whitney(values, is_second)
+    exact = np.array([exact_p(column, is_second) for column in values.T])
+    is_small = exact < 0.1
+    if n_active == 1:
+        np.testing.assert_allclose(p, exact, rtol=1e-9)
+    assert ((p / exact)[is_small] > 0.5).all()
+    assert ((p / exact)[is_small] < 3).all()
+    # The same for the other group, whose rank sum is the rest.
+    np.testing.assert_allclose(rank_sum_p(stats.rankdata(values, axis=0), ~is_second), p)
+
+
+def test_features_of_few_patients_against_several_categories():
+    """The Bonferroni correction of all groups of each category: never much below the exact p."""
+    rng = np.random.default_rng(0)
+    category = np.repeat([0, 1, 2], [3, 3, 10])
+    values = rare_features(16, 3, 40, rng)
+    _, p = kruskal_wallis(values, category)
+    for i, column in enumerate(values.T):
+        of_categories = [exact_p(column, category == c) for c in range(3)]
+        expected = min(3 * min(of_categories), 1)
+        assert 0.5 * expected <= p[i] <= 3 * expected
+
+
+@pytest.mark.parametrize("sizes", [(3, 57), (10, 50), (3, 3, 54), (5, 15, 40)])
+def test_random_labels_of_few_patients_are_not_found(sizes):
+    """Small categories and features of few patients, as SAEs have many."""
+    rng = np.random.default_rng(2)
+    n_active = np.exp(rng.uniform(0, np.log(60), 300)).astype(int)
+    order = rng.random((60, 300)).argsort(axis=0).argsort(axis=0)
+    pooled = PatientValues(patients_named(60), np.where(order < n_active, 1 + order, 0.0))
+    category = np.repeat(np.arange(len(sizes)), sizes)
+    names = ("a", "b", "c")[: len(sizes)]
+    labels = [category_label(rng.permutation(category), names) for _ in range(60)]
+    results = compare_labels(pooled, labels)
+    n_labels = sum(len(result.test.significant()) > 0 for result in results)
+    assert n_labels <= 8  # 3 are expected; 9 or more have a probability of 0.4 %
 
 
 def test_perfect_correlation_of_many_patients_has_p_zero():

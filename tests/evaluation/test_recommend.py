@@ -123,6 +123,12 @@ def test_no_member_reaches_the_threshold():
     assert result.reason.startswith("no member reaches 95 % of loss recovered; b (80.0 %")
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
+def test_an_undefined_measure_is_the_worst(order):
+    members = [member("nan", 10, np.nan), member("a", 10, 0.5), member("b", 900, 0.8)]
+    assert recommend([members[i] for i in order], [], D_MODEL).member == "b"
+
+
 def test_diverged_members_are_recommended_only_if_all_are():
     diverged = member("diverged", 10, 0.99, status="diverged")
     assert recommend([diverged, member("b", 90, 0.99)], [], D_MODEL).member == "b"

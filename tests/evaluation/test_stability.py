@@ -8,6 +8,7 @@ from minsae_jax import SparseAutoencoder
 from minsae_jax.evaluation.inputs import Member
 from minsae_jax.evaluation.stability import (
     match_directions,
+    matched_cosines,
     random_directions,
     seed_stability,
     unit_rows,
@@ -142,3 +143,15 @@ def test_random_directions_have_the_second_moments_of_the_features():
     assert stability.share() == 1
     # Any direction is near some other: the control shows that the share means little here.
     assert stability.share_by_chance() > 0.9
+
+
+def test_random_directions_have_the_mean_of_the_features():
+    """All features are near one direction: any other set of such features matches."""
+    rng = np.random.default_rng(2)
+    mean = np.sqrt(0.8) * np.eye(32)[0]
+    sets = [unit_rows(mean + np.sqrt(0.2 / 32) * rng.normal(size=(300, 32))) for _ in range(2)]
+    random = random_directions(sets[0], rng)
+    np.testing.assert_allclose(random.mean(0), sets[0].mean(0), atol=0.05)
+    for other in (sets[1], random):
+        cosines = matched_cosines(sets[0], other, match_directions(sets[0], other))
+        assert (cosines > 0.7).mean() == 1

@@ -8,6 +8,7 @@ import pytest
 
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.eeg.recordings import load_recording
+from minsae_jax.report import naming
 from minsae_jax.report.chosen import choose_tokens
 from minsae_jax.report.context import make_context
 from minsae_jax.report.describe import describe, describe_all
@@ -141,7 +142,9 @@ def test_coactive_features_match_all_tokens(context, feature):
     np.testing.assert_allclose([share for _, share in coactive], jaccard[order])
 
 
-def test_support_is_the_share_of_examples_that_fit_the_name(context):
+def test_support_is_the_share_of_examples_that_fit_the_name(context, monkeypatch):
+    # The few tokens here name regions by chance only, which is enough.
+    monkeypatch.setattr(naming, "MIN_SD", 0)
     n_named = 0
     for card in describe_all(context):
         named_band = card.band not in ("", "broadband")

@@ -90,3 +90,29 @@ def test_labels(tmp_path):
     path.write_text("feature,name\nx,y\n")
     with pytest.raises(UserError, match="must have the columns feature, label and note"):
         read_labels(path)
+
+
+def channel_ratios(rng, n_active, share, burst=1):
+    """Exponential activations of active tokens on the channels, over their mean."""
+    counts = burst * rng.multinomial(n_active // burst, share)
+    sums = np.array([rng.exponential(size=count).sum() for count in counts])
+    return sums / sums.mean()
+
+
+@pytest.mark.parametrize("n_active", [16, 64, 500, 3000])
+def test_random_tokens_have_no_region(n_active):
+    """Without the number of tokens, 75 % of features of 64 random tokens had one."""
+    rng = np.random.default_rng(n_active)
+    everywhere = np.full(19, 1 / 19)
+    ratios = [channel_ratios(rng, n_active, everywhere) for _ in range(200)]
+    names = [region(ratio, POSITIONS, n_active) for ratio in ratios]
+    assert names.count("widespread") >= 188
+
+
+def test_few_tokens_of_a_region_name_it():
+    rng = np.random.default_rng(0)
+    is_posterior = POSITIONS[:, 1] < -0.35
+    share = np.where(is_posterior, 6.0, 1.0)
+    for _ in range(50):
+        ratio = channel_ratios(rng, 300, share / share.sum())
+        assert "posterior" in region(ratio, POSITIONS, 300)
