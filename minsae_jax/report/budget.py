@@ -9,7 +9,7 @@ from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.report.chosen import RANDOM_EXAMPLES
 from minsae_jax.report.context import MONTAGE_EXAMPLES
 from minsae_jax.report.examples import Activity
-from minsae_jax.report.excerpts import MONTAGE_RATE
+from minsae_jax.report.excerpts import montage_step
 from minsae_jax.sae.member import SparseAutoencoder
 
 REPORT_BYTES = 250_000_000
@@ -36,10 +36,9 @@ def plan_pages(
     n_samples: of EEG in an example. top: strongest examples. n_active: features that are active.
     n_features: wanted; None for as many as fit.
     """
-    every = max(1, int(dataset.sampling_rate // MONTAGE_RATE))
     trace = SAMPLE_BYTES * n_samples
     page = PAGE_BYTES + (top + N_QUANTILES + RANDOM_EXAMPLES) * trace
-    montage = dataset.n_vars * trace / every
+    montage = dataset.n_vars * trace / montage_step(dataset.sampling_rate)
     wanted = n_active if n_features is None else min(n_features, n_active)
     left = REPORT_BYTES / max(1, wanted) - page
     montages = int(np.clip(left // montage, 1, MONTAGE_EXAMPLES))

@@ -109,7 +109,7 @@ def test_spearman_is_right_in_the_tail_where_the_t_approximation_is_not():
     rng = np.random.default_rng(0)
     order = np.arange(float(n))
     values = order[:, None] + rng.normal(size=(n, 200)) * np.linspace(0.8, 4, 200)
-    rho, p = spearman(values, order)
+    _, p = spearman(values, order)
     ranks = stats.rankdata(values, axis=0) - 1
     squares = np.square(ranks - order[:, None]).sum(axis=0).astype(int)
     expected = 2 * exact_tail(n)[squares]
@@ -215,7 +215,7 @@ def test_random_labels_are_found_at_the_nominal_rate():
     """The share of labels with any feature at q < 0.05, over labels of all three types."""
     rng = np.random.default_rng(1)
     n = 40
-    pooled = PatientValues(patients_named(n), np.maximum(rng.normal(size=(n, 200)), 0))
+    pooled = PatientValues(patients_named(n), np.maximum(rng.normal(size=(n, 100)), 0))
     for draw in (
         lambda: category_label(rng.permutation(np.arange(n) % 2)),
         lambda: category_label(rng.permutation(np.arange(n) % 3), ("a", "b", "c")),
