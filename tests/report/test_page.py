@@ -219,7 +219,9 @@ def test_aucs_have_the_third_digit_of_the_terminal(tmp_path):
         pages = make_pages(1)
         member = replace(pages.members[0], event_auc=auc, event_auc_interval=(auc - 0.2, auc))
         meta = replace(make_meta(), pages=replace(pages, members=[member]))
-        row = FeatureRow(1, "", "", 0, 0, 0, "", "", 0, 0, 0, 0, None, "spike", auc)
+        row = FeatureRow(
+            1, "", "", 0.1, 1.0, 2.0, "", "", 3, 0.0, 0.0, 0.0, event="spike", event_auc=auc
+        )
         folder = tmp_path / f"report{i}"
         write_pages(folder, meta, [card], [row])
         index = read_script(folder / "index_data.js")
