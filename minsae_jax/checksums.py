@@ -79,6 +79,12 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a compressed .npz file, over an existing one."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
 def files_below(folder: Path) -> list[str]:
     """Return the paths of all files below a folder, as `write_checksums` takes them."""
     files = [path for path in folder.rglob("*") if path.is_file()]

@@ -15,6 +15,7 @@ FLOORS = {  # a package may import from lower floors and from itself, never side
     "minsae_jax.files": 2,
     "minsae_jax.settings": 3,
     "minsae_jax.checksums": 3,
+    "minsae_jax.json_values": 3,
     "minsae_jax.parallel": 4,
     "minsae_jax.cli": 4,
     "minsae_jax.monitor": 5,

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from minsae_jax.checksums import read_npz
+from minsae_jax.checksums import read_npz, write_npz
 from minsae_jax.errors import UserError, brief
-from minsae_jax.files import atomic_write
 
 TOKENS = "tokens.npz"
 
@@ -127,14 +126,8 @@ class TokenGrid:
 
     def write(self, folder: Path) -> None:
         """Write tokens.npz."""
-        with atomic_write(folder / TOKENS) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                allow_pickle=False,
-                channel=self.channel.astype(np.int32),
-                first=self.first.astype(np.int32),
-                last=self.last.astype(np.int32),
-            )
+        arrays = {"channel": self.channel, "first": self.first, "last": self.last}
+        write_npz(folder / TOKENS, {name: a.astype(np.int32) for name, a in arrays.items()})
 
 
 def read_tokens(folder: Path) -> TokenGrid | None:

@@ -29,7 +29,7 @@ from minsae_jax.activations.manifest import (
 )
 from minsae_jax.activations.shards import PROVENANCE, find_damage, shard_damage, shard_files
 from minsae_jax.activations.tokens import TOKENS, TokenGrid
-from minsae_jax.checksums import SUMS, write_checksums
+from minsae_jax.checksums import SUMS, write_checksums, write_npz
 from minsae_jax.errors import UserError
 from minsae_jax.files import (
     atomic_write,
@@ -202,9 +202,7 @@ class StoreWriter:
             self._list_shards()
         with barrier(f"finish {self.folder}"):
             if self.process == 0:
-                path = self.folder / PROVENANCE
-                with atomic_write(path) as temporary, temporary.open("wb") as file:
-                    np.savez_compressed(file, allow_pickle=False, **provenance)
+                write_npz(self.folder / PROVENANCE, provenance)
                 tokens.write(self.folder)
                 self._shards = self._merged_shards()
                 self._write_manifest(complete=True)

@@ -91,6 +91,16 @@ class _Measures(NamedTuple):
     ablation_drop_others: Any
 
 
+class _KindMeasures(NamedTuple):
+    """The measures of one kind of events; arrays are of every feature."""
+
+    score: EventScore
+    resampled: _Measures
+    val_auc: Float[np.ndarray, " d_sae"]
+    auc: Float[np.ndarray, " d_sae"]
+    recall: Float[np.ndarray, " d_sae"]
+
+
 def make_kind(
     name: str,
     val: SpanActivations,
@@ -125,39 +135,54 @@ def measure_spans(
     ablated = np.stack(relevant).astype(np.int32)
     test = [encode_spans(sae, kind.test, probes, ablated.reshape(-1)) for kind in kinds]
     drops = _ablation_drops(sae, kinds, test, ablated, probes, weights)
-    val_aucs = []
-    test_aucs = []
-    recalls = []
-    scores = []
-    resampled = []
+    measured = []
     for i, kind in enumerate(kinds):
-        val_auc = _by_columns(auc, val[i].maxima, kind.val.is_event)
-        test_auc = _by_columns(auc, test[i].maxima, kind.test.is_event)
-        recall = _by_columns(recall_at_precision, test[i].maxima, kind.test.is_event)
-        best = np.argsort(-val_auc, kind="stable")[:BEST]
-        ties = _ties(val[i].maxima[:, best[0]], val_auc, kind.val, val_weights)
-        of_best = test[i].maxima[:, best[0]]
-        of_kind = _Measures(
-            auc=kind.test_auc(of_best, weights),
-            recall=weighted_recall(of_best, kind.test.is_event, kind.test.recording, weights),
-            probe_2_auc=_sparse_probe(val[i].maxima, test[i].maxima, kind, best[:2], weights),
-            probe_auc=_sparse_probe(val[i].maxima, test[i].maxima, kind, best, weights),
-            x_probe_auc=kind.test_auc(kind.x_logits, weights),
-            x_hat_probe_auc=_probe_auc(test[i], test[i].logits[:, i], kind, weights),
-            ablation_drop=drops[i, i],
-            ablation_drop_others=_mean_without(drops[i], i),
+        drops_of_kind = (drops[i, i], _mean_without(drops[i], i))
+        measured.append(
+            _measure_kind(
+                kind, val[i], test[i], test[i].logits[:, i], drops_of_kind, val_weights, weights
+            )
         )
-        val_aucs.append(val_auc)
-        test_aucs.append(test_auc)
-        recalls.append(recall)
-        resampled.append(of_kind)
-        scores.append(_score(kind, of_kind, best, val_auc, test_auc, ties))
     return SpanMeasures(
-        scores,
-        val_auc=np.stack(val_aucs),
-        auc=np.stack(test_aucs),
-        recall=np.stack(recalls),
-        intervals=_mean_intervals(resampled),
+        scores=[one.score for one in measured],
+        val_auc=np.stack([one.val_auc for one in measured]),
+        auc=np.stack([one.auc for one in measured]),
+        recall=np.stack([one.recall for one in measured]),
+        intervals=_mean_intervals([one.resampled for one in measured]),
+    )
+
+
+def _measure_kind(
+    kind: EventKind,
+    val: EncodedSpans,
+    test: EncodedSpans,
+    x_hat_logits: Float[np.ndarray, " tokens"],
+    drops: tuple[Float[np.ndarray, " resamples"], Float[np.ndarray, " resamples"]],
+    val_weights: Float[np.ndarray, "val_resamples val_recordings"],
+    weights: Weights,
+) -> _KindMeasures:
+    """Measure one kind; x_hat_logits: of its probe, drops: of its probe and of the others'."""
+    val_auc = _by_columns(auc, val.maxima, kind.val.is_event)
+    test_auc = _by_columns(auc, test.maxima, kind.test.is_event)
+    best = np.argsort(-val_auc, kind="stable")[:BEST]
+    ties = _ties(val.maxima[:, best[0]], val_auc, kind.val, val_weights)
+    of_best = test.maxima[:, best[0]]
+    resampled = _Measures(
+        auc=kind.test_auc(of_best, weights),
+        recall=weighted_recall(of_best, kind.test.is_event, kind.test.recording, weights),
+        probe_2_auc=_sparse_probe(val.maxima, test.maxima, kind, best[:2], weights),
+        probe_auc=_sparse_probe(val.maxima, test.maxima, kind, best, weights),
+        x_probe_auc=kind.test_auc(kind.x_logits, weights),
+        x_hat_probe_auc=_probe_auc(test, x_hat_logits, kind, weights),
+        ablation_drop=drops[0],
+        ablation_drop_others=drops[1],
+    )
+    return _KindMeasures(
+        score=_score(kind, resampled, best, val_auc, test_auc, ties),
+        resampled=resampled,
+        val_auc=val_auc,
+        auc=test_auc,
+        recall=_by_columns(recall_at_precision, test.maxima, kind.test.is_event),
     )
 
 

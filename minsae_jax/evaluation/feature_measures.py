@@ -1,6 +1,7 @@
 """Measures of every feature of the members of a run: description length and events."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from minsae_jax.eeg.splits import join_some
 from minsae_jax.evaluation.bootstrap import Interval, Weights, draw_patients
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
@@ -25,7 +27,7 @@ from minsae_jax.evaluation.event_results import (
     FeatureEvents,
     summarise_events,
 )
-from minsae_jax.evaluation.events import draw_spans, event_share, gather
+from minsae_jax.evaluation.events import SpanActivations, draw_spans, event_share, gather
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member
 from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
 from minsae_jax.evaluation.token_measures import TokenResult
@@ -143,21 +145,43 @@ def _score_features(
 
 
 def _event_kinds(settings: EvaluateConfig, inputs: EvaluationInputs) -> list[EventKind]:
-    """Return the kinds of events with spans of both sorts in val and test, by name."""
+    """Return the kinds of events with spans of both sorts in val and test, by name.
+
+    Warns of the others.
+    """
     test = inputs.test
     val = inputs.val
     if val is None or not inputs.has_events:
         return []
     kinds = []
+    left_out = []
     val_events, test_events = inputs.read_events()
     for name, events in sorted(test_events.items()):
         # Features are chosen on val patients and scored on test patients, so that the best of
         # many features does not win by chance.
         val_spans = gather(val, draw_spans(val, val_events[name], settings.seed))
         test_spans = gather(test, draw_spans(test, events, settings.seed))
-        if val_spans.has_both and test_spans.has_both:
+        missing = _missing_spans({"val": val_spans, "test": test_spans})
+        if missing:
+            left_out.append(f"{name} ({missing})")
+        else:
             kinds.append(make_kind(name, val_spans, test_spans, event_share(test, events)))
+    if left_out:
+        warnings.warn(
+            f"kinds of events that are not evaluated: {join_some(left_out)}", stacklevel=2
+        )
     return kinds
+
+
+def _missing_spans(by_split: Mapping[str, SpanActivations]) -> str:
+    """Return which spans of a kind of events there are none of; empty if none are missing."""
+    missing = []
+    for split, spans in by_split.items():
+        if not spans.is_event.any():
+            missing.append(f"no event in the windows of {split} patients")
+        elif spans.is_event.all():
+            missing.append(f"no free place of an event's length in recordings of {split} patients")
+    return " and ".join(missing)
 
 
 def _score_tokens(

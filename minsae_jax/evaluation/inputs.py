@@ -33,7 +33,7 @@ class Member:
 
 
 class SplitEvents(NamedTuple):
-    """Labelled events by kind; both have the same kinds."""
+    """Labelled events by kind; both have the same kinds, some without any event."""
 
     val: dict[str, list[LabelledEvent]]
     test: dict[str, list[LabelledEvent]]
@@ -69,15 +69,16 @@ class EvaluationInputs:
         return [self.val.folder / EVENTS, self.test.folder / EVENTS]
 
     def read_events(self) -> "SplitEvents":
-        """Return the events of the kinds that val and test recordings have."""
+        """Return the events of the kinds that val or test recordings have."""
         assert self.val is not None  # see `open_inputs`
         test = read_events(self.test.folder)
         if self.val.folder == self.test.folder:
             return SplitEvents(test, test)
         val = read_events(self.val.folder)
-        kinds = sorted(val.keys() & test.keys())
+        kinds = sorted(val.keys() | test.keys())
         return SplitEvents(
-            {kind: val[kind] for kind in kinds}, {kind: test[kind] for kind in kinds}
+            {kind: val.get(kind, []) for kind in kinds},
+            {kind: test.get(kind, []) for kind in kinds},
         )
 
     @property

@@ -17,10 +17,13 @@ from jaxtyping import Array, Float, Int
 from minsae_jax.eeg.splits import patient_of
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
+from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_VALUES = 1 << 23  # values of the features of a batch
+# On CPU: with temporary arrays they fit the cache, and malloc reuses their memory.
+CPU_BATCH_VALUES = 1 << 21
 MAX_BATCH_SEQUENCES = 512
 Pooling = Literal["mean", "maximum", "active"]
 
@@ -139,7 +142,8 @@ def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
     n_channels = int(dataset.channel.max(initial=-1)) + 1
     totals = _Totals(len(dataset.recordings), dataset.n_tokens, n_channels + 1, n_features)
     batch_sums = batch_program(kind, n_channels + 1)
-    n_sequences = BATCH_VALUES // (dataset.n_tokens * n_features)
+    batch_values = CPU_BATCH_VALUES if on_cpu() else BATCH_VALUES
+    n_sequences = batch_values // (dataset.n_tokens * n_features)
     n_sequences = min(max(n_sequences, 1), MAX_BATCH_SEQUENCES)
     with progress("pool features", len(dataset.recording), "sequences", delay=2.0) as bar:
         for first, x in dataset.batches(n_sequences):
@@ -245,25 +249,31 @@ def batch_program(kind: SAEKind | None, n_channels: int) -> Callable[..., BatchS
     Without a kind the features are x. The first n_sequences are not padding.
     """
 
+    @jax.default_matmul_precision("highest")
     def run(params: Params, x: Array, channel: Array, n_sequences: Array) -> BatchSums:
-        with jax.default_matmul_precision("highest"):
-            features = x if kind is None else kind.encode(params, x)
-            # Biases can activate features on padding.
-            is_sequence = (jnp.arange(len(x)) < n_sequences)[:, None, None]
-            features = jnp.where(is_sequence, features, 0)
-            # A sum over the first axis: a product takes a tenth of its time on CPU.
-            of_token = jnp.einsum("s,stf->tf", jnp.ones(len(x)), features)
-        total = of_token.sum(0)
-        mean = total / (n_sequences * x.shape[1]).astype(jnp.float32)
-        difference = jnp.where(is_sequence, features - mean[None, None], 0)
-        active = jnp.where(features > 0, 1.0, 0.0).sum((0, 1))
+        features = x if kind is None else kind.encode(params, x)
+        n_tokens = x.shape[1]
+        # Sums over the tokens of each sequence, of which those over sequences are made: padding,
+        # on which biases can activate features, is left out of these small arrays.
+        is_sequence = jnp.arange(len(x)) < n_sequences
+        weight = is_sequence.astype(jnp.float32)
+        sums = features.sum(1)
+        means = sums / n_tokens
+        squares = jnp.square(features - means[:, None]).sum(1)
+        active = jnp.where(features > 0, 1.0, 0.0).sum(1)
+        maximum = jnp.where(is_sequence[:, None], features.max(1), -jnp.inf)
+        # Sums over the first axis are products, which take a tenth of the time on CPU.
+        total = weight @ sums
+        mean = total / (n_sequences * n_tokens).astype(jnp.float32)
+        squares = squares + n_tokens * jnp.square(means - mean[None])
+        is_of_channel = channel[None] == jnp.arange(n_channels)[:, None]
         return BatchSums(
             total=total,
-            squares=jnp.square(difference).sum((0, 1)),
-            maximum=jnp.where(is_sequence, features, -jnp.inf).max((0, 1)),
-            active=active.astype(jnp.int32),
-            of_token=of_token,
-            of_channel=jax.ops.segment_sum(features.sum(1), channel, n_channels),
+            squares=weight @ squares,
+            maximum=maximum.max(0),
+            active=(weight @ active).astype(jnp.int32),
+            of_token=jnp.einsum("s,stf->tf", weight, features),
+            of_channel=jnp.where(is_of_channel, weight[None], 0) @ sums,
         )
 
     return jax.jit(run)

@@ -13,10 +13,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from minsae_jax.checksums import read_npz
+from minsae_jax.checksums import read_npz, write_npz
 from minsae_jax.errors import is_system_error
 from minsae_jax.evaluation.inputs import Member
-from minsae_jax.files import atomic_write
 
 FOLDER = "evaluation"
 # Raise it when a measure changes, so that results of earlier versions are not used.
@@ -59,8 +58,7 @@ def save_part(run: Path, name: str, part: str, key: str, arrays: Arrays) -> None
     """Write arrays with their key, over those of another key."""
     path = run / FOLDER / f"{name}.{part}.npz"
     path.parent.mkdir(exist_ok=True)
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, key=np.array(key), **arrays)
+    write_npz(path, {"key": np.array(key), **arrays})
 
 
 def saved_or_measured(

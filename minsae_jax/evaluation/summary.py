@@ -2,14 +2,14 @@
 
 import csv
 import json
-import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minsae_jax.checksums import update_checksums
 from minsae_jax.evaluation.bootstrap import Interval
 from minsae_jax.evaluation.figure import draw_evaluation
 from minsae_jax.files import atomic_write
+from minsae_jax.json_values import to_json
 from minsae_jax.monitor import table
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.settings import JsonObject
@@ -166,7 +166,7 @@ def write_files(evaluation: "Evaluation") -> None:
     """Write evaluation.json, evaluation.csv and evaluation.png into the output folder."""
     out = evaluation.inputs.out
     with atomic_write(out / "evaluation.json") as temporary:
-        record = _without_nan(evaluation.to_record())
+        record = to_json(evaluation.to_record())
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
     rows = [member.to_row() for member in evaluation.members]
     rows += [components.to_row() for components in evaluation.pca]
@@ -179,17 +179,6 @@ def write_files(evaluation: "Evaluation") -> None:
         writer.writerows(rows)
     draw_evaluation(out / "evaluation.png", evaluation)
     update_checksums(out, ["evaluation.json", "evaluation.csv", "evaluation.png"])
-
-
-def _without_nan(value: Any) -> Any:
-    """Return the content of a JSON file with None for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _column_names(rows: Iterable[JsonObject]) -> list[str]:

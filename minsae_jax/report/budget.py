@@ -38,7 +38,7 @@ def plan_pages(
     """
     trace = SAMPLE_BYTES * n_samples
     page = PAGE_BYTES + (top + N_QUANTILES + RANDOM_EXAMPLES) * trace
-    montage = dataset.n_vars * trace / montage_step(dataset)
+    montage = dataset.n_vars * trace / montage_step(dataset.sampling_rate)
     requested = n_active if n_features is None else min(n_features, n_active)
     left = REPORT_BYTES / max(1, requested) - page
     montages = int(np.clip(left // montage, 1, MONTAGE_EXAMPLES))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float, Int8
+from scipy.signal import resample_poly
 
 from minsae_jax.eeg.events import EVENTS
 from minsae_jax.evaluation.dataset import Dataset
@@ -14,6 +15,7 @@ from minsae_jax.report.spectra import artefact_hints
 
 TRACE_STEP = 0.1  # SD per unit of an int8 trace
 MONTAGE_RATE = 50  # Hz, at least, of the traces of all channels
+FILTER_REACH = 10  # samples of a montage to either side, of the filter in `resample_poly`
 ALL_CHANNELS = "all channels"  # of a token over all of them
 
 
@@ -44,7 +46,7 @@ class Example:
     patch: tuple[float, float] | None
     # EEG of the token's channel, or of the feature's top channel, in units of TRACE_STEP SD
     trace: Int8[np.ndarray, " samples"]
-    # EEG of all channels, every 2nd sample at 100 Hz
+    # EEG of all channels, see `montage_eeg`
     others: Int8[np.ndarray, "channels fewer_samples"] | None
     # Largest activation of the feature at each start of the window's tokens around the token, and
     # the first start [s]
@@ -97,11 +99,6 @@ def shown_samples(dataset: Dataset, w: int, context_seconds: float | None = None
         return max(1, round(context_seconds * dataset.sampling_rate))
     grid = dataset.tokens
     return 2 * w * grid.mean_step + grid.longest
-
-
-def montage_step(dataset: Dataset) -> int:
-    """Return the samples from one to the next in the traces of all channels."""
-    return max(1, int(dataset.sampling_rate // MONTAGE_RATE))
 
 
 def cut_examples(
@@ -157,7 +154,9 @@ def _make_example(
     hints = artefact_hints(eeg[:, trace_channel], dataset.sampling_rate)
     name = _channel_name(dataset, recording, trace_channel)
     uv_per_sd = dataset.uv_per_sd(recording)
-    step = montage_step(dataset)
+    others = None
+    if chosen.has_montage:
+        others = to_int8(montage_eeg(dataset, recording, begin, stop).T)
     return Example(
         group=chosen.group,
         activation=chosen.activation,
@@ -169,7 +168,7 @@ def _make_example(
         patch=patch,
         trace=to_int8(eeg[:, trace_channel]),
         uv_per_sd=None if uv_per_sd is None else float(uv_per_sd[trace_channel]),
-        others=to_int8(eeg[::step].T) if chosen.has_montage else None,
+        others=others,
         others_uv=uv_per_sd if chosen.has_montage else None,
         strip=strip if grid.step is not None else strip[:0],
         strip_start=dataset.seconds(offset + int(grid.starts[stretch.first])),
@@ -220,6 +219,29 @@ def _channel_name(dataset: Dataset, recording: int, channel: int) -> str:
     if names is None or dataset.shifted[recording]:
         return f"column {channel + 1}"
     return names[channel]
+
+
+def montage_step(sampling_rate: float) -> int:
+    """Return the samples of a recording per sample of its montages."""
+    return max(1, int(sampling_rate // MONTAGE_RATE))
+
+
+def montage_eeg(
+    dataset: Dataset, recording: int, begin: int, stop: int
+) -> Float[np.ndarray, "fewer_samples n_vars"]:
+    """Return samples begin:stop of all channels in SD, at MONTAGE_RATE or a little more.
+
+    Activity that is too fast for this rate is filtered out, since it would look like slow waves.
+    The filter is symmetric, so that waves stay at their times.
+    """
+    step = montage_step(dataset.sampling_rate)
+    before = min(begin // step, FILTER_REACH) * step
+    after = FILTER_REACH * step
+    eeg = dataset.eeg_between(recording, begin - before, stop + after)
+    # The sample at `begin` is one of those that stay.
+    filtered = resample_poly(np.asarray(eeg, np.float32), 1, step, axis=0, padtype="reflect")
+    n_samples = -(-(stop - begin) // step)
+    return filtered[before // step :][:n_samples]
 
 
 def to_int8(eeg: Float[np.ndarray, "*n"]) -> Int8[np.ndarray, "*n"]:

@@ -8,13 +8,12 @@ on with PACK features each, as base64 of gzipped JSON, which are loaded when a p
 import base64
 import gzip
 import json
-import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -23,10 +22,12 @@ from minsae_jax.checksums import SUMS, files_below, write_checksums
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band
 from minsae_jax.files import foreign_entries, regular_file, replaced_folder
+from minsae_jax.json_values import to_json
 from minsae_jax.report.describe import FeatureCard, FeatureRow
 from minsae_jax.report.montages import Chain
 from minsae_jax.report.naming import LABELS_CSV
 from minsae_jax.report.pages import Pages
+from minsae_jax.settings import JsonObject
 
 ASSETS = Path(__file__).parent / "assets"
 PAGE_FILES = (
@@ -113,9 +114,10 @@ def write_pages(
     with replaced_folder(folder) as temporary:
         (temporary / "data").mkdir()
         rows = list(_write_packs(temporary / "data", cards))
-        rows += [(*_to_row(row), None) for row in without_page]
+        rows += [[*_to_row(row), None] for row in without_page]
         rows.sort(key=lambda row: row[0])
-        index = {"meta": meta, "columns": (*COLUMNS, "pack"), "rows": rows}
+        # The numbers beside the features are rounded only once, by the page, as the terminal does.
+        index = {"meta": to_json(meta), "columns": (*COLUMNS, "pack"), "rows": rows}
         _write_script(temporary / "index_data.js", index)
         for name in PAGE_FILES:
             shutil.copyfile(ASSETS / name, temporary / name)
@@ -136,21 +138,26 @@ def read_member(folder: Path) -> str | None:
         return None
 
 
-def _to_row(feature: FeatureCard | FeatureRow) -> tuple[Any, ...]:
-    return tuple(getattr(feature, name) for name in COLUMNS)
+def _to_row(feature: FeatureCard | FeatureRow) -> list[Any]:
+    row = {name: to_json(getattr(feature, name), _short) for name in COLUMNS}
+    return list((row | {"event_auc": feature.event_auc}).values())
 
 
-def _write_packs(folder: Path, cards: Iterable[FeatureCard]) -> Iterator[tuple[Any, ...]]:
+def _to_record(card: FeatureCard) -> JsonObject:
+    return to_json(card, _short) | {"events": to_json(card.events)}
+
+
+def _write_packs(folder: Path, cards: Iterable[FeatureCard]) -> Iterator[list[Any]]:
     """Write the data of features, and yield the row of each in the table."""
     iterator = iter(cards)
     pack = 0
     while of_pack := list(islice(iterator, PACK)):
-        content = _to_text([_to_json(card) for card in of_pack])
+        content = _to_text([_to_record(card) for card in of_pack])
         # Without a time, so that the same data are the same bytes.
         packed = base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
         _write_script(folder / f"p{pack:04d}.js", {"pack": pack, "cards": packed})
         for card in of_pack:
-            yield (*_to_row(card), pack)
+            yield [*_to_row(card), pack]
         pack += 1
 
 
@@ -162,7 +169,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _write_script(path: Path, value: Any) -> None:
-    path.write_text(f"receive({_to_text(_to_json(value))});\n")
+    path.write_text(f"receive({_to_text(value)});\n")
 
 
 def _to_text(value: Any) -> str:
@@ -170,37 +177,6 @@ def _to_text(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
-@no_type_check  # run-time checks of each number take longer than all else in tests
-def _to_json(value: Any) -> Any:
-    """Return short JSON values: int8 arrays as base64, non-finite numbers as null.
-
-    Numbers get four significant digits, or two decimals if that is more (such as seconds in a
-    recording).
-
-    >>> _to_json({"trace": np.array([1, -1], np.int8)})
-    {'trace': 'Af8='}
-    >>> _to_json(np.array([0.123456, 4321.987, np.nan]))
-    [0.1235, 4321.99, None]
-    """
-    # Nearly all values are numbers, and so they are first.
-    if isinstance(value, float):
-        return _short(value)
-    if value is None or isinstance(value, int | str):
-        return value
-    if is_dataclass(value):
-        return {f.name: _to_json(getattr(value, f.name)) for f in fields(value)}
-    match value:
-        case dict():
-            return {str(key): _to_json(item) for key, item in value.items()}
-        case np.ndarray() if value.dtype == np.int8:
-            return base64.b64encode(value.tobytes()).decode()
-        case np.ndarray() | np.generic():
-            return _to_json(value.tolist())
-        case _:
-            return [_to_json(item) for item in value]
-
-
-def _short(value: float) -> float | None:
-    if not math.isfinite(value):
-        return None
+def _short(value: float) -> float:
+    """Return four significant digits, or two decimals if that is more, as of seconds."""
     return round(value, 2) if abs(value) >= 100 else float(f"{value:.4g}")

@@ -454,6 +454,35 @@ def test_without_events_of_val_patients_events_are_not_evaluated(trained, settin
     assert result.pca
 
 
+def test_kinds_without_spans_are_named_in_a_warning(trained, settings, tmp_path, without_figure):
+    """In the val recordings one kind is missing, and another covers each of them."""
+    recordings = tmp_path / "recordings"
+    shutil.copytree(trained.recordings, recordings)
+    val = trained.dataset("val")
+    with (recordings / "events.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["event"] != "alpha"]
+    covering, *scored = sorted({row["event"] for row in rows})
+    for i, name in enumerate(val.recordings):
+        stop = (val.window[val.recording == i].max() + 1) * val.seq_len
+        row = {"recording": name, "event": covering, "start": 0, "stop": stop}
+        rows = [row for row in rows if (row["recording"], row["event"]) != (name, covering)]
+        rows.append(row | {"channels": "FP1"})
+    with (recordings / "events.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    out = tmp_path / "out"
+    out.mkdir()
+    changed = replace(settings, member="lambda=1", val_root_path=str(recordings), out=str(out))
+    match = r"not evaluated: .*alpha \(no event in the windows of val patients\)"
+    with pytest.warns(UserWarning, match=match) as caught:
+        result = evaluate(changed, trained.encoder)
+    (warning,) = caught
+    assert f"{covering} (no free place" in str(warning.message)
+    assert "\n" not in str(warning.message)
+    assert result.members[0].events.keys() <= set(scored)
+
+
 def test_without_events_there_are_no_scores(trained, settings, monkeypatch, without_figure):
     monkeypatch.setattr(inputs, "EVENTS", "none.csv")
     evaluation = evaluate(replace(settings, member="lambda=1"), trained.encoder)

@@ -47,7 +47,7 @@ def sae():
 @pytest.mark.parametrize("batch_values", [1, 3 * TOKENS * 30, 1 << 23])
 def test_pooled_features_are_those_of_all_tokens(dataset, sae, batch_values, monkeypatch):
     """Whatever the size of batches: of one sequence, of three, of whole recordings."""
-    monkeypatch.setattr(pooling, "BATCH_VALUES", batch_values)
+    monkeypatch.setattr(pooling, "CPU_BATCH_VALUES", batch_values)
     pooled = pool(dataset, sae)
     assert pooled.recordings == dataset.recordings
     everything = np.asarray(sae.encode(dataset.read(0, len(dataset.recording))), np.float64)
@@ -59,11 +59,20 @@ def test_pooled_features_are_those_of_all_tokens(dataset, sae, batch_values, mon
         np.testing.assert_allclose(pooled.active[i], (features > 0).mean(0), rtol=1e-6)
 
 
-def test_raw_dimensions_are_pooled_without_an_autoencoder(dataset, activations):
+def test_raw_dimensions_are_pooled_without_an_autoencoder(
+    activations, places, tmp_path, monkeypatch
+):
+    """Some are negative on all tokens, and the last batch of a recording is not full."""
+    values = activations - np.where(np.arange(12) < 6, 20, 0)
+    dataset = write_planted(tmp_path, values, places)
+    monkeypatch.setattr(pooling, "CPU_BATCH_VALUES", 5 * TOKENS * 12)
     pooled = pool(dataset, None)
-    of_first = activations[dataset.recording == 0].reshape(-1, 12)
-    np.testing.assert_allclose(pooled.mean[0], of_first.mean(0), rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(pooled.maximum[0], of_first.max(0), rtol=1e-6)
+    assert (pooled.maximum[:, :6] < 0).all()
+    for i in range(len(dataset.recordings)):
+        of_recording = values[dataset.recording == i].reshape(-1, 12)
+        np.testing.assert_allclose(pooled.mean[i], of_recording.mean(0), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(pooled.maximum[i], of_recording.max(0), rtol=1e-6)
+        np.testing.assert_allclose(pooled.active[i], (of_recording > 0).mean(0), rtol=1e-6)
 
 
 def eta2(features, groups):
@@ -76,7 +85,7 @@ def eta2(features, groups):
 
 @pytest.mark.parametrize("batch_values", [1, 1 << 23])
 def test_shares_of_variance(dataset, places, sae, batch_values, monkeypatch):
-    monkeypatch.setattr(pooling, "BATCH_VALUES", batch_values)
+    monkeypatch.setattr(pooling, "CPU_BATCH_VALUES", batch_values)
     shares = variance_shares(pool(dataset, sae))
     everything = np.asarray(sae.encode(dataset.read(0, len(dataset.recording))), np.float64)
     features = everything.reshape(-1, 30)

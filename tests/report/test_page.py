@@ -101,7 +101,7 @@ def test_findings_of_the_evaluation(tmp_path):
     index = read_script(tmp_path / "report/index_data.js")
     for row, card in zip(index["rows"], cards, strict=True):
         best = max(card.events, key=lambda event: event.auc)
-        assert row[-4:] == [card.stability.found, best.kind, float(f"{best.auc:.4g}"), 0]
+        assert row[-4:] == [card.stability.found, best.kind, best.auc, 0]
     pages = index["meta"]["pages"]
     assert list(pages) == ["recommended", "members", "events", "event_means", "labels", "n_seeds"]
     assert pages["events"][0]["kind"] == "alpha"
@@ -209,3 +209,26 @@ def test_other_folders_are_not_replaced(tmp_path):
     with pytest.raises(UserError, match=r"contains thesis\.tex and is not a report"):
         write_pages(tmp_path, make_meta(), [make_dead_card(0, 1)])
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_aucs_have_the_third_digit_of_the_terminal(tmp_path):
+    """Also near a half of that digit: 0.95449 is 0.954, but rounded to four digits first, 0.955."""
+    for i, auc in enumerate((0.95449, 0.954495, 0.9345001, 0.88851)):
+        (card,) = make_cards(1)
+        card = replace(card, events=[DetectedEvent("spike", auc)])
+        pages = make_pages(1)
+        member = replace(pages.members[0], event_auc=auc, event_auc_interval=(auc - 0.2, auc))
+        meta = replace(make_meta(), pages=replace(pages, members=[member]))
+        row = FeatureRow(
+            1, "", "", 0.1, 1.0, 2.0, "", "", 3, 0.0, 0.0, 0.0, event="spike", event_auc=auc
+        )
+        folder = tmp_path / f"report{i}"
+        write_pages(folder, meta, [card], [row])
+        index = read_script(folder / "index_data.js")
+        (written,) = index["meta"]["pages"]["members"]
+        column = index["columns"].index("event_auc")
+        shown = [written["event_auc"], written["event_auc_interval"][1]]
+        shown += [row[column] for row in index["rows"]]
+        shown += [event["auc"] for card in read_cards(folder) for event in card["events"]]
+        assert len(shown) == 5
+        assert {f"{value:.3f}" for value in shown} == {f"{auc:.3f}"}

@@ -9,6 +9,7 @@ Scale 1 is therefore the model itself, bit for bit, and scale 0 removes what the
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,8 @@ from minsae_jax.sae.member import SparseAutoencoder
 BATCH_WINDOWS = 16
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """A window of a recording."""
 
     recording: str

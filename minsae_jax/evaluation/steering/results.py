@@ -1,10 +1,8 @@
 """The result of steering, and the table and the files that are made of it."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +11,7 @@ from minsae_jax.evaluation.steering.edit import Place
 from minsae_jax.evaluation.steering.output import ExampleTrace, Reconstruction
 from minsae_jax.evaluation.steering.probes import ProbeReading, Target
 from minsae_jax.files import replaced_folder
+from minsae_jax.json_values import to_json
 from minsae_jax.monitor import table
 
 MIN_CHANGE = 0.01  # SD of a probe's logits, below which a ratio of changes is noise
@@ -93,25 +92,14 @@ class Steering:
         from minsae_jax.evaluation.steering.figure import draw
 
         with replaced_folder(self.folder) as folder:
-            text = json.dumps(_plain(self), indent=1, ensure_ascii=False, allow_nan=False)
+            record = to_json(self, _six_digits)
+            text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
             (folder / "steering.json").write_text(text + "\n", encoding="utf-8")
             draw(self, folder)
 
 
-def _plain(value: Any) -> Any:
-    """Return values that JSON has, with numbers of six digits; NaN is None."""
-    if isinstance(value, Place):
-        return value._asdict()
-    if dataclasses.is_dataclass(value):
-        fields = dataclasses.fields(value)
-        return {field.name: _plain(getattr(value, field.name)) for field in fields}
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, np.ndarray | list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float | np.floating):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value
+def _six_digits(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _table(steering: Steering) -> str:
