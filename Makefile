@@ -23,8 +23,9 @@ EDF_DATA = data/edf/source/demo.yaml
 INPUTS = $(if $(filter configs/demo.yaml,$(CONFIG)),$(DEMO_DATA)) \
 	$(if $(filter configs/demo.yaml configs/edf.yaml,$(CONFIG)),$(ENCODER)/config.json)
 
-# One pytest worker per core; a worker that runs out of tests takes some of another's.
-PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# One pytest worker per core; a worker that runs out of tests takes some of another's. Bytecode is
+# written in any environment, since all workers and commands of the tests import the same modules.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: help setup demo prepare convert extract train evaluate tensorboard test test-all check bench bench-train bench-stream bench-extract cuda-check clean
 .DEFAULT_GOAL := help

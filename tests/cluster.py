@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from socket import socket
 
+from tests.compiler import COMPILER_FLAGS
+
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 400  # seconds
 
@@ -26,8 +28,9 @@ class Cluster:
             "JAX_NUM_PROCESSES": "2",
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(n_devices),
+            # Without the number of devices that tests simulate in process.
+            "XLA_FLAGS": COMPILER_FLAGS,
         }
-        del self.environment["XLA_FLAGS"]  # the number of devices that tests simulate in process
         self.processes = [
             self._start(0, command),
             self._start(1, command if second is None else second),

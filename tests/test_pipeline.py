@@ -27,6 +27,7 @@ import minsae_jax.__main__
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.grid import make_groups
 from minsae_jax.settings import from_dict, read_yaml
+from tests.compiler import COMPILER_FLAGS
 from tests.conftest import FIXTURES, all_optimizations
 from tests.report.reading import read_cards
 
@@ -35,6 +36,7 @@ README = (ROOT / "README.md").read_text()
 COPIED = ("minsae_jax", "convert", "configs", "Makefile", "pyproject.toml")
 SHORT_TRAINING = "--num_steps 30 --batch_size 256 --eval_window 10 --feature_dim_factor 1"
 SHORT_EVALUATION = "--substitution_windows 4 --top 2"
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 DEMO_RUN = FIXTURES / "demo_run"  # what a full run of configs/demo.yaml wrote
 TARGETS = """
 help setup demo prepare convert extract train evaluate tensorboard test test-all check
@@ -59,7 +61,7 @@ def environment():
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return os.environ | {
         "PATH": path,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{TWO_DEVICES} {COMPILER_FLAGS}",
         "PYTHONWARNINGS": "error::DeprecationWarning",
     }
 
@@ -378,7 +380,11 @@ def test_demo_reproduces_its_first_steps(tmp_path, run_here, environment):
     with all_optimizations():
         run_here(f"minsae extract --config {demo} --split train")
     # Its end writes the rows that it has logged.
-    changes = {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    changes = {
+        "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        "XLA_FLAGS": TWO_DEVICES,  # compiled as for users
+    }
     run([sys.executable, "-c", DEMO_STEPS], tmp_path, environment | changes)
     for expected in sorted(DEMO_RUN.glob("members/*/metrics.csv")):
         actual = tmp_path / "runs/demo" / expected.relative_to(DEMO_RUN)

@@ -37,6 +37,8 @@ def finished(trained, tmp_path_factory) -> Path:
         root_path=str(folder / "data"),
         checkpoint_path=str(folder / "encoder"),
         substitution_windows=4,
+        report_features=8,
+        top=4,
     )
     ms.evaluate(config)
     return folder

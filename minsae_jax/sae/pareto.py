@@ -99,8 +99,8 @@ def draw_pareto(path: Path, points: Sequence[ParetoPoint], title: str) -> None:
     tidy(axes)
     _explain_lines(figure, lines, styles)
     # The layout must be known, so that labels can avoid each other and the points.
-    figure.canvas.draw()
-    figure.set_layout_engine("none")
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)  # otherwise savefig would draw twice
     _label_points(axes, lines, styles)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)

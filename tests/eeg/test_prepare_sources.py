@@ -11,7 +11,7 @@ from mne_bids import get_bids_path_from_fname
 
 from minsae_jax import PrepareConfig, UserError
 from minsae_jax.eeg.prepare.sources import bids_sidecar, find_sources
-from tests.eeg.test_prepare import NEW_NAMES, make_raw, run, write_file
+from tests.eeg.eeg_files import NEW_NAMES, make_raw, run, write_file
 from tests.samples import sample
 
 DAMAGES = 50  # all files of a dataset in all ways

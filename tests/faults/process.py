@@ -9,6 +9,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests.compiler import COMPILER_FLAGS
+
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("preload.c")
 SHORT_WRITE = -1  # in the place of an errno
@@ -79,6 +81,7 @@ class Server:
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
+            "XLA_FLAGS": COMPILER_FLAGS,
             "OPENBLAS_NUM_THREADS": "1",
             "MPLBACKEND": "agg",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -86,7 +89,6 @@ class Server:
         }
         # Compiled programs are shared by all runs, since each would compile the same ones.
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.folder / "compiled"))
-        environment.pop("XLA_FLAGS", None)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"],
             cwd=ROOT,

@@ -1,47 +1,30 @@
-"""The whole loop: parity with a run of minSAE, interruption, refusals, files."""
+"""The whole loop: parity with a run of minSAE, refusals, files."""
 
 import csv
 import json
 import sys
 from dataclasses import replace
-from os import mkfifo
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from convert.sae import convert_sae
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
 from minsae_jax.locks import lock_folder
-from minsae_jax.sae.checkpoints import Checkpoints
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.sae.data import measure_scale
-from minsae_jax.sae.grid import make_groups
 from minsae_jax.sae.plots import plot
 from minsae_jax.sae.snapshot import FeatureMeasures
-from minsae_jax.sae.sweep import Sweep
 from minsae_jax.sae.trainer import train
 from tests.conftest import FIXTURES, write_small_store
 from tests.interrupt import train_until
+from tests.sae.runs import files, minsae, table
 from tests.test_monitor import FakeWandb
 
 PARITY = FIXTURES / "sae_parity"
-
-
-def table(path):
-    return np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
-
-
-def files(folder, *names):
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for name in names
-        for p in sorted(folder.rglob(name))
-    }
 
 
 @pytest.mark.parametrize("eval_window", [1, 10])
@@ -181,77 +164,6 @@ def test_scale(settings, small_store):
     assert measure_scale(TrainConfig(recipe="minsae").plan(), store) == 1
 
 
-def minsae(settings):
-    """The same under the other recipe."""
-    return replace(settings, recipe="minsae", batch_size=None, num_steps=40)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "kills"),
-    [
-        ("april2024", (13, 26, 39)),
-        pytest.param("april2024", (13,), marks=pytest.mark.slow),
-        pytest.param("minsae", (13,), marks=pytest.mark.slow),
-        pytest.param("minsae", (13, 26, 39), marks=pytest.mark.slow),
-    ],
-)
-def test_resumed_run_equals_an_uninterrupted_one(settings, tmp_path, recipe, kills):
-    """Same bytes; checkpoints fall inside log intervals."""
-    if recipe == "minsae":
-        settings = minsae(settings)
-    train(settings)
-    other = replace(settings, run_dir=str(tmp_path / "other"))
-    for step in kills:
-        train_until(other, step)
-    assert _latest(tmp_path / "other") > 0
-    train(other)
-    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
-    expected = files(tmp_path / "run", *names)
-    assert len(expected) == 4 * 3 + 1
-    assert files(tmp_path / "other", *names) == expected
-
-
-def test_densities_of_an_interval_that_contains_a_resume(settings, tmp_path):
-    """TensorBoard's densities are shares of all tokens of the interval, as in act_freqs.csv."""
-    train_until(settings, 13)
-    assert _latest(tmp_path / "run") == 10
-    train(settings)
-    for member in (tmp_path / "run/members").iterdir():
-        board = EventAccumulator(str(member), {"histograms": 0}).Reload()
-        counts = np.loadtxt(member / "act_freqs.csv", delimiter=",", skiprows=1)[:, 1:]
-        histograms = board.Histograms("train_density/log10")
-        assert [histogram.step for histogram in histograms] == [8, 16, 24, 32, 40]
-        for histogram, active in zip(histograms, counts, strict=True):
-            densities = active[active > 0] / (8 * settings.batch_size)
-            limits = [histogram.histogram_value.min, histogram.histogram_value.max]
-            expected = np.log10([densities.min(), densities.max()])
-            np.testing.assert_allclose(limits, expected, atol=1e-6)
-
-
-def _latest(run):
-    steps = [int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()]
-    return max(steps, default=0)
-
-
-@pytest.mark.slow
-def test_kill_between_the_last_checkpoint_and_the_export(settings, tmp_path):
-    train_until(settings, 40)
-    assert _latest(tmp_path / "run") == 40
-    assert not (tmp_path / "run/sweep.csv").exists()
-    train(settings)
-    train(replace(settings, run_dir=str(tmp_path / "other")))
-    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
-    assert files(tmp_path / "run", *names) == files(tmp_path / "other", *names)
-
-
-def test_named_pipe_in_a_checkpoint_is_refused(tmp_path):
-    step = tmp_path / "checkpoints/10"
-    step.mkdir(parents=True)
-    mkfifo(step / "_CHECKPOINT_METADATA")
-    with pytest.raises(OSError, match="not a regular file"):
-        Checkpoints(tmp_path / "checkpoints", max_to_keep=2)
-
-
 def test_finished_run_is_not_changed(settings, tmp_path):
     train(settings)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
@@ -313,13 +225,6 @@ def test_foreign_folder_is_never_overwritten(settings, tmp_path):
     with pytest.raises(UserError, match=r"contains thesis\.tex"):
         train(replace(settings, overwrite=True))
     assert (tmp_path / "run/thesis.tex").exists()
-
-
-def test_run_killed_at_its_start_resumes(settings, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml.tmp").write_text("tra")
-    train(settings)
-    assert train(settings).was_finished
 
 
 def test_paths_are_compared_after_resolving(settings, small_store, tmp_path, monkeypatch):
@@ -407,88 +312,3 @@ def test_wandb(settings, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="W&B failed and is disabled") as seen:
         train(replace(settings, wandb=True, overwrite=True))
     assert len(seen) == 1
-
-
-def test_diverged_member_is_frozen_and_the_others_are_unchanged(settings, tmp_path):
-    """It is marked; the others are, to the bit, as beside a healthy one."""
-    both = replace(settings, lambda_sparsity=(0.1,), feature_dim_factor=(2.0,))
-    with pytest.warns(
-        UserWarning, match=r"lambda=0.1,lr=1e\+30 diverged at step 2 .*the other members continue"
-    ) as seen:
-        train(replace(both, lr=(3e-3, 1e30)))
-    assert len(seen) == 1
-    train(replace(both, lr=(3e-3, 1e-3), run_dir=str(tmp_path / "healthy")))
-    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors")
-    one, two = (
-        files(tmp_path / r / "members/lambda=0.1,lr=0.003", *names) for r in ("run", "healthy")
-    )
-    assert one == two
-
-    with (tmp_path / "run/sweep.csv").open() as f:
-        rows = {row["member"]: row for row in csv.DictReader(f)}
-    assert {name: row["status"] for name, row in rows.items()} == {
-        "lambda=0.1,lr=0.003": "finished", "lambda=0.1,lr=1e+30": "diverged",
-    }  # fmt: skip
-    assert rows["lambda=0.1,lr=1e+30"]["loss"] == "nan"
-    sick = tmp_path / "run/members/lambda=0.1,lr=1e+30"
-    assert json.loads((sick / "config.json").read_text())["diverged_at_step"] == 2
-    assert np.isnan(table(sick / "metrics.csv")["mse"]).all()
-    assert all(np.isfinite(v).all() for v in load_file(sick / "sae.safetensors").values())
-
-
-def test_frozen_member_keeps_its_state(settings, monkeypatch):
-    """Its state before the step that it could not make, optimizer and counts too."""
-    small = replace(settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,))
-    sweep = Sweep(small.plan(), make_groups(small.plan(), 16), 16)
-    states, state, rng = [], sweep.init(), np.random.default_rng(0)
-    for _ in range(4):
-        x = rng.normal(size=(32, 16)).astype(np.float32)
-        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), n_tokens=32)
-        states.append(jax.device_get(state.groups[0]))
-    after_one, last = states[0], states[-1]
-    assert last.frozen.tolist() == [False, True]
-    assert last.steps.tolist() == [4, 1]
-    for name in ("params", "opt_state", "tokens_since_fired", "metrics"):
-        for before, now in zip(
-            jax.tree.leaves(getattr(after_one, name)),
-            jax.tree.leaves(getattr(last, name)),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(before[1], now[1])
-            assert name == "tokens_since_fired" or (before[0] != now[0]).any()
-
-
-def test_divergence_is_remembered_after_a_resume(settings, tmp_path):
-    diverging = replace(
-        settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,)
-    )
-    with pytest.warns(UserWarning, match="diverged"):
-        train_until(diverging, 24)
-    train(diverging)  # does not warn again
-    config = json.loads((tmp_path / "run/members/lambda=0.1,lr=1e+30/config.json").read_text())
-    assert (config["status"], config["diverged_at_step"]) == ("diverged", 2)
-
-
-def test_run_whose_first_checkpoint_was_interrupted_starts_anew(settings, tmp_path):
-    """From the weights of --init, that is."""
-    first = replace(settings, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,), num_steps=10)
-    train(first)
-    again = replace(
-        first, init=str(tmp_path / "run/members/lambda=3"), run_dir=str(tmp_path / "again")
-    )
-    (tmp_path / "again/checkpoints/10.orbax-checkpoint-tmp").mkdir(parents=True)
-    (tmp_path / "again/config.yaml").write_bytes((tmp_path / "run/config.yaml").read_bytes())
-    with pytest.raises(UserError, match="init"):
-        train(again)
-    (tmp_path / "again/config.yaml").unlink()
-    (tmp_path / "again/checkpoints").rename(tmp_path / "kept")
-    train(replace(again, run_dir=str(tmp_path / "whole")))
-    (tmp_path / "again/config.yaml").write_text(
-        (tmp_path / "whole/config.yaml")
-        .read_text()
-        .replace(f"{tmp_path}/whole", f"{tmp_path}/again")
-    )
-    (tmp_path / "kept").rename(tmp_path / "again/checkpoints")
-    train(again)
-    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors")
-    assert files(tmp_path / "again", *names) == files(tmp_path / "whole", *names)

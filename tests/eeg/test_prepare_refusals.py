@@ -1,0 +1,111 @@
+"""Recordings and settings that `prepare` refuses, corrects or leaves out."""
+
+import mne
+import numpy as np
+import pytest
+
+from minsae_jax import UserError
+from tests.eeg.eeg_files import NEW_NAMES, load, make_raw, run, write_file
+
+
+def with_samples(change) -> mne.io.RawArray:
+    raw = make_raw()
+    change(raw._data)
+    return raw
+
+
+def clip(data: np.ndarray) -> None:
+    np.clip(data[5], np.quantile(data[5], 0.05), None, out=data[5])
+
+
+def scaled(factor: float):
+    def change(data: np.ndarray) -> None:
+        data *= factor
+
+    return change
+
+
+def with_nan(data: np.ndarray) -> None:
+    data[3, 77] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (scaled(1e-6), {}, "its unit is probably wrong"),
+        (scaled(1e6), {}, "its unit is probably wrong"),
+        (with_nan, {}, "contains NaN or infinity"),
+        (scaled(1), {"min_duration": 30.0}, "is too short: 20 s instead of --min_duration 30"),
+        (scaled(1), {"max_duration": 15.0}, "is too long: 20 s"),
+        (scaled(1), {"crop": 11.0}, "is too short: 0 s"),
+        (scaled(1), {"channels": ("Fz", "AFz"), "on_missing": "error"}, "lacks AFz"),
+        (scaled(1), {"channels": ("Fz", "AFz")}, "has 1 usable channels of 2"),
+        (scaled(1), {"reference": ("M1",)}, "has no reference channel M1"),
+        (scaled(1), {"sampling_rate": 500.0, "h_freq": 200.0}, "is too low for --h_freq 200"),
+        (scaled(1), {"sampling_rate": 500.0, "notch": (180.0,)}, "is too low for --notch 180"),
+    ],
+)
+def test_unusable_recording_is_named_and_nothing_is_written(tmp_path, change, settings, message):
+    path = write_file(with_samples(change), tmp_path / "a_raw.fif")
+    with pytest.raises(UserError, match=message) as e:
+        run(path, tmp_path / "out", **settings)
+    assert str(path) in str(e.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_unit_is_corrected_by_scale(tmp_path):
+    good = write_file(make_raw(), tmp_path / "a_raw.fif")
+    wrong = write_file(with_samples(scaled(1e6)), tmp_path / "b_raw.fif")
+    run(good, tmp_path / "good")
+    run(wrong, tmp_path / "out", scale=1e-6)
+    np.testing.assert_allclose(load(tmp_path / "out"), load(tmp_path / "good"), atol=1e-5)
+
+
+def test_clipped_channel_is_found(tmp_path):
+    path = write_file(with_samples(clip), tmp_path / "a_raw.fif")
+    assert run(path, tmp_path / "out").findings() == [
+        "channels clipped: F4 (in a-raw_s001_t000_preprocessed.npy)"
+    ]
+
+
+def test_bad_recordings_and_copies_can_be_skipped(tmp_path):
+    good = write_file(make_raw(), tmp_path / "eeg/a.edf")
+    (tmp_path / "eeg/b.edf").write_bytes(good.read_bytes())
+    (tmp_path / "eeg/c.edf").write_bytes(good.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"b.edf is a copy of \S*a.edf; recording \S*c.edf cannot"):
+        run(tmp_path / "eeg", tmp_path / "out")
+    assert not (tmp_path / "out/file_lengths_map.csv").exists()
+    prepared = run(tmp_path / "eeg", tmp_path / "out", on_bad_recording="skip")
+    assert [record.name for record in prepared.records] == ["a_s001_t000_preprocessed.npy"]
+    assert prepared.n_new == 0  # it was prepared in the first run
+    assert [each.source.path.name for each in prepared.rejected] == ["b.edf", "c.edf"]
+    assert "left out" in prepared.summary()
+
+
+def test_recording_with_missing_channels_is_skipped(tmp_path):
+    write_file(make_raw(), tmp_path / "eeg/a.edf")
+    write_file(make_raw(NEW_NAMES[1:], seed=1), tmp_path / "eeg/b.edf")
+    prepared = run(tmp_path / "eeg", tmp_path / "out", on_missing="skip")
+    assert len(prepared.records) == 1
+    assert [each.reason for each in prepared.rejected] == ["lacks FP1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"channels": ("tuhh",), "montage": "x"}, "MNE has no montage 'x'"),
+        ({"channels": ("T3", "T7")}, "one electrode twice: T3 and T7"),
+        ({"channels": ("Fz", " ")}, "--channels contains an empty name"),
+        ({"reference": ("average", "M1")}, "--reference average cannot be combined"),
+        ({"l_freq": 60.0}, "--l_freq must be below"),
+        ({"h_freq": 60.0}, "--h_freq must be at most half of --sampling_rate, 50"),
+        ({"patient_pattern": "("}, "is not a regular expression"),
+        ({"patient_pattern": "x"}, "must contain the group"),
+        ({"labels": "no.csv"}, "no.csv"),
+    ],
+)
+def test_invalid_setting_is_one_line(tmp_path, settings, message):
+    path = write_file(make_raw(), tmp_path / "a.edf")
+    with pytest.raises(UserError, match=message):
+        run(path, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,76 @@
+"""A member that diverges is frozen, and leaves the others as they are."""
+
+import csv
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from minsae_jax.sae.grid import make_groups
+from minsae_jax.sae.sweep import Sweep
+from minsae_jax.sae.trainer import train
+from tests.interrupt import train_until
+from tests.sae.runs import files, table
+
+
+def test_diverged_member_is_frozen_and_the_others_are_unchanged(settings, tmp_path):
+    """It is marked; the others are, to the bit, as beside a healthy one."""
+    both = replace(settings, lambda_sparsity=(0.1,), feature_dim_factor=(2.0,))
+    with pytest.warns(
+        UserWarning, match=r"lambda=0.1,lr=1e\+30 diverged at step 2 .*the other members continue"
+    ) as seen:
+        train(replace(both, lr=(3e-3, 1e30)))
+    assert len(seen) == 1
+    train(replace(both, lr=(3e-3, 1e-3), run_dir=str(tmp_path / "healthy")))
+    names = ("metrics.csv", "act_freqs.csv", "sae.safetensors")
+    one, two = (
+        files(tmp_path / r / "members/lambda=0.1,lr=0.003", *names) for r in ("run", "healthy")
+    )
+    assert one == two
+
+    with (tmp_path / "run/sweep.csv").open() as f:
+        rows = {row["member"]: row for row in csv.DictReader(f)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "lambda=0.1,lr=0.003": "finished", "lambda=0.1,lr=1e+30": "diverged",
+    }  # fmt: skip
+    assert rows["lambda=0.1,lr=1e+30"]["loss"] == "nan"
+    sick = tmp_path / "run/members/lambda=0.1,lr=1e+30"
+    assert json.loads((sick / "config.json").read_text())["diverged_at_step"] == 2
+    assert np.isnan(table(sick / "metrics.csv")["mse"]).all()
+    assert all(np.isfinite(v).all() for v in load_file(sick / "sae.safetensors").values())
+
+
+def test_frozen_member_keeps_its_state(settings, monkeypatch):
+    """Its state before the step that it could not make, optimizer and counts too."""
+    small = replace(settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,))
+    sweep = Sweep(small.plan(), make_groups(small.plan(), 16), 16)
+    states, state, rng = [], sweep.init(), np.random.default_rng(0)
+    for _ in range(4):
+        x = rng.normal(size=(32, 16)).astype(np.float32)
+        state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), n_tokens=32)
+        states.append(jax.device_get(state.groups[0]))
+    after_one, last = states[0], states[-1]
+    assert last.frozen.tolist() == [False, True]
+    assert last.steps.tolist() == [4, 1]
+    for name in ("params", "opt_state", "tokens_since_fired", "metrics"):
+        for before, now in zip(
+            jax.tree.leaves(getattr(after_one, name)),
+            jax.tree.leaves(getattr(last, name)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(before[1], now[1])
+            assert name == "tokens_since_fired" or (before[0] != now[0]).any()
+
+
+def test_divergence_is_remembered_after_a_resume(settings, tmp_path):
+    diverging = replace(
+        settings, lambda_sparsity=(0.1,), lr=(3e-3, 1e30), feature_dim_factor=(2.0,)
+    )
+    with pytest.warns(UserWarning, match="diverged"):
+        train_until(diverging, 24)
+    train(diverging)  # does not warn again
+    config = json.loads((tmp_path / "run/members/lambda=0.1,lr=1e+30/config.json").read_text())
+    assert (config["status"], config["diverged_at_step"]) == ("diverged", 2)
