@@ -27,7 +27,7 @@ from minsae_jax.evaluation.event_results import (
     FeatureEvents,
     summarise_events,
 )
-from minsae_jax.evaluation.events import SpanActivations, draw_spans, event_share, gather
+from minsae_jax.evaluation.events import draw_spans, event_share, gather
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member
 from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
 from minsae_jax.evaluation.token_measures import TokenResult
@@ -161,27 +161,22 @@ def _event_kinds(settings: EvaluateConfig, inputs: EvaluationInputs) -> list[Eve
         # many features does not win by chance.
         val_spans = gather(val, draw_spans(val, val_events[name], settings.seed))
         test_spans = gather(test, draw_spans(test, events, settings.seed))
-        missing = _missing_spans({"val": val_spans, "test": test_spans})
-        if missing:
-            left_out.append(f"{name} ({missing})")
+        without = [
+            split
+            for split, spans in (("val", val_spans), ("test", test_spans))
+            if len(spans.is_event) == 0
+        ]
+        if without:
+            left_out.append(f"{name} ({' and '.join(without)})")
         else:
             kinds.append(make_kind(name, val_spans, test_spans, event_share(test, events)))
     if left_out:
         warnings.warn(
-            f"kinds of events that are not evaluated: {join_some(left_out)}", stacklevel=2
+            f"kinds of events that are not evaluated: {join_some(left_out)}; of these patients, no "
+            "event is inside the windows and has a free place of its length in its recording",
+            stacklevel=2,
         )
     return kinds
-
-
-def _missing_spans(by_split: Mapping[str, SpanActivations]) -> str:
-    """Return which spans of a kind of events there are none of; empty if none are missing."""
-    missing = []
-    for split, spans in by_split.items():
-        if not spans.is_event.any():
-            missing.append(f"no event in the windows of {split} patients")
-        elif spans.is_event.all():
-            missing.append(f"no free place of an event's length in recordings of {split} patients")
-    return " and ".join(missing)
 
 
 def _score_tokens(

@@ -59,7 +59,7 @@ def test_windows_are_those_where_the_feature_is_strongest(trained, config, steer
     for place in ranked:
         if [other[0] for other in expected].count(place[0]) < 2:
             expected.append(place)
-    assert [tuple(place) for place in steering.windows] == expected[:3]
+    assert [(place.recording, place.window) for place in steering.windows] == expected[:3]
 
 
 def test_waveform_is_that_of_the_feature_after_the_last_layer(trained, steering):
@@ -124,7 +124,7 @@ def test_several_features_of_a_named_window_are_scaled_together(trained, config)
     chosen = replace(config, recording=name, window=(1,), scale=(0.0,))
     both = ms.steer(replace(chosen, feature=(17, 41)), trained.encoder)
     assert both.folder.name == "f00017+f00041"
-    assert [tuple(place) for place in both.windows] == [(name, 1)]
+    assert [(place.recording, place.window) for place in both.windows] == [(name, 1)]
     sae = trained.sae(MEMBER)
     (example, *_) = both.examples
     change = example.traces[1] - example.traces[0]
@@ -149,7 +149,7 @@ def test_windows_of_a_recording_are_its_strongest(trained, config):
     n_windows = len(data) // 1000
     x = trained.encoder.activations(data[: n_windows * 1000].reshape(n_windows, 1000, -1))
     strongest = np.asarray(trained.sae(MEMBER).encode(x))[..., 17].max((1, 2))
-    assert tuple(place) == (name, int(strongest.argmax()))
+    assert (place.recording, place.window) == (name, int(strongest.argmax()))
 
 
 def test_best_features_are_steered_as_one_by_one(trained, config, steering):
