@@ -132,6 +132,13 @@ def test_examples_are_planted_bursts_at_their_times(described, card):
         assert any(start < burst + BURST and stop > burst for burst in bursts)
 
 
+def below_25_hz(eeg):
+    """Filter all channels sharply at half of the 50 samples per second of montages."""
+    spectrum = np.fft.rfft(eeg, axis=0)
+    spectrum[np.fft.rfftfreq(len(eeg), 1 / RATE) > 25] = 0
+    return np.fft.irfft(spectrum, len(eeg), axis=0)
+
+
 def test_traces_are_the_eeg_of_a_planted_channel(described, card):
     description = read_description(described.folder)
     for example in card["examples"]:
@@ -149,7 +156,9 @@ def test_traces_are_the_eeg_of_a_planted_channel(described, card):
         if example["others"] is not None:
             assert example["others_uv"] == pytest.approx(sd_uv, rel=1e-3)
             others = np.frombuffer(base64.b64decode(example["others"]), np.int8)
-            np.testing.assert_array_equal(others.reshape(N_CHANNELS, -1)[column], trace[::4])
+            slow = below_25_hz(eeg)[start : start + len(trace) : 4]
+            for channel, of_channel in zip(slow.T, others.reshape(N_CHANNELS, -1), strict=True):
+                assert np.corrcoef(channel, of_channel)[0, 1] > 0.95
 
 
 def test_channels_and_spectrum_are_those_of_the_bursts(described, run, card):
