@@ -237,9 +237,10 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
                 require(is_default, f"--{field.name} requires --live")
         # Settings of the other recipes alone; modern has those of april2024.
         other = "april2024" if self.recipe == "minsae" else "minsae"
+        others = "april2024 or modern" if self.recipe == "minsae" else "minsae"
         for name in _RECIPE_DEFAULTS[other].keys() - _RECIPE_DEFAULTS[self.recipe].keys():
             is_given = getattr(self, name) not in (None, ())
-            require(not is_given, f"--{name} requires --recipe {other}")
+            require(not is_given, f"--{name} requires --recipe {others}")
         self._check_kinds()
 
     def sparsity_setting(self, kind: str) -> str:
