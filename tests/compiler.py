@@ -1,4 +1,4 @@
-"""Flags of XLA that the tests compile with, in a third of the time. This imports no JAX."""
+"""Flags of XLA with which the tests compile in less than half the time. This imports no JAX."""
 
 from importlib.metadata import version
 

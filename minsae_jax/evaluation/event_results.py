@@ -25,7 +25,7 @@ class EventScore:
     Intervals are over patients; features, probes and ties are those chosen on val.
     """
 
-    # Events in the val and test spans; each has a span without an event, if there is room
+    # Events in the val and test spans; each has a span without an event
     val_events: int
     test_events: int
     # The feature with the largest AUC on val

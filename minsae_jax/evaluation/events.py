@@ -3,9 +3,8 @@
 `events.csv` (see minsae_jax/eeg/events.py) is in the folder of the recordings. Each event is
 compared with a random span of the same length, on the same channels of the same recording. The
 score of a span is the largest activation of a feature over the tokens of its channels that it
-touches. Therefore none of these tokens touches an event of its kind, and both spans begin at the
-same offset from the tokens: they touch equally many, since the largest of more tokens is larger by
-chance.
+touches. No token of the random span touches an event of the same kind. Both spans begin at the same
+offset from the tokens and so touch equally many: the largest of more tokens is larger by chance.
 """
 
 import csv

@@ -222,7 +222,7 @@ def spearman(
     t = rho sqrt((n - 2) / (1 - rho²)) with n - 2 degrees of freedom.
     """
     n = len(label)
-    deviation = rankdata(values.astype(np.float64), axis=0) - (n + 1) / 2
+    deviation = _ranks(values) - (n + 1) / 2
     of_label = rankdata(label) - (n + 1) / 2
     products = of_label @ deviation
     squares = np.square(deviation).sum(axis=0) * np.square(of_label).sum()

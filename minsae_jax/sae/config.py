@@ -235,12 +235,11 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
             for field in dataclasses.fields(LiveFlags):
                 is_default = getattr(self, field.name) == field.default
                 require(is_default, f"--{field.name} requires --live")
-        # Settings of the other recipes alone; modern has those of april2024.
-        other = "april2024" if self.recipe == "minsae" else "minsae"
-        others = "april2024 or modern" if self.recipe == "minsae" else "minsae"
-        for name in _RECIPE_DEFAULTS[other].keys() - _RECIPE_DEFAULTS[self.recipe].keys():
+        names = {name for defaults in _RECIPE_DEFAULTS.values() for name in defaults}
+        for name in sorted(names - _RECIPE_DEFAULTS[self.recipe].keys()):
             is_given = getattr(self, name) not in (None, ())
-            require(not is_given, f"--{name} requires --recipe {others}")
+            recipes = [recipe for recipe, own in _RECIPE_DEFAULTS.items() if name in own]
+            require(not is_given, f"--{name} requires --recipe {' or '.join(recipes)}")
         self._check_kinds()
 
     def sparsity_setting(self, kind: str) -> str:
