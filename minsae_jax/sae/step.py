@@ -102,7 +102,7 @@ def member_step(
     """Make one step of the members of a group: loss, gradient, Adam update, feature counts.
 
     batch: this device's tokens; n_tokens: tokens of the batch on all devices. If a member's loss or
-    gradient is not finite, it stays as it was and is frozen for good.
+    the norm of its gradient is not finite, it stays as it was and is frozen for good.
     """
     hyper = jax.vmap(kind.scheduled, (0, None))(hyper, factors.sparsity)
     is_dead = members.tokens_since_fired >= program.aux_dead_after
@@ -159,9 +159,7 @@ def _update_member(
         frozen=state.frozen,
         metrics=jax.tree.map(jnp.add, state.metrics, metrics),
     )
-    # The maximum of values with a NaN is NaN.
-    largest_gradient = jnp.stack([jnp.abs(g).max() for g in jax.tree.leaves(gradients)]).max()
-    is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(largest_gradient)
+    is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(optax.global_norm(gradients))
     moves = is_finite & ~state.frozen
     # A member that does not move keeps its state and is frozen from now on.
     return jax.tree.map(partial(jnp.where, moves), moved, state._replace(frozen=~moves))
@@ -181,11 +179,12 @@ def sweep_steps(
     Members are trained on scale * x, of which the first n_tokens rows of a batch are tokens. Wait
     for the second result to wait for the steps.
     """
-    step = partial(sweep_step, program, hyper, scale, n_tokens)
-    if x.ndim == 2:
-        return step(state, x)
-    state, done = jax.lax.scan(step, state, x)
-    return state, done[-1]
+
+    def step(state: SweepState, x: Array) -> tuple[SweepState, None]:
+        return sweep_step(program, hyper, scale, n_tokens, state, x), None
+
+    state, _ = step(state, x) if x.ndim == 2 else jax.lax.scan(step, state, x)
+    return state, state.groups[0].metrics.loss[0]
 
 
 def sweep_step(
@@ -195,7 +194,7 @@ def sweep_step(
     n_tokens: int,
     state: SweepState,
     x: Float[Array, "rows d_model"],
-) -> tuple[SweepState, Array]:
+) -> SweepState:
     """Make one step of all members, see `sweep_steps`."""
     tiling = tile_batch(program.mesh, n_tokens, program.n_features)
     objectives = [program.objective] * len(program.kinds)
@@ -245,13 +244,12 @@ def sweep_step(
     with jax.default_matmul_precision(matmul_precision(program.precision)):
         groups, moments = run(state.groups, hyper, x, factors)
     new_tokens = min(n_tokens, program.dead_after)
-    new_state = SweepState(
+    return SweepState(
         groups=groups,
         step=state.step + 1,
         tokens_seen=jnp.minimum(state.tokens_seen + new_tokens, program.dead_after),
         moments=_merge_moments(state.moments, *moments, n_tokens),
     )
-    return new_state, groups[0].metrics.loss[0]
 
 
 def make_optimizer(plan: OptimizerPlan) -> optax.GradientTransformation:

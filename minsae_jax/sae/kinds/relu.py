@@ -153,6 +153,8 @@ def _tile_sums(
     rounded_f_FxB = round_factor(f_FxB)
     x_hat_DxB = materialize(product(weights.w_dec_T, rounded_f_FxB)) + weights.b_dec[:, None]
     error_DxB = tile.masked(x_hat_DxB - tile.x.T)
+    # One pass gives both sums over tokens.
+    error_sums_D, square_sums_D = materialize((error_DxB.sum(1), jnp.square(error_DxB).sum(1)))
     rounded_error_DxB = round_factor(error_DxB)
     backward_FxB = project_back(weights.w_dec, rounded_error_DxB)
     # So that one pass over both computes the gradient and all sums.
@@ -164,11 +166,11 @@ def _tile_sums(
         "W_enc": encoder_gradient(round_factor(pre_gradient_FxB), x_BxD),
         "b_enc": pre_gradient_FxB.sum(1),
         "W_dec": error_factor * product(rounded_f_FxB, rounded_error_DxB.T),
-        "b_dec": error_factor * error_DxB.sum(1),
+        "b_dec": error_factor * error_sums_D,
     }
     return ReLUSums(
         gradients,
-        residual=jnp.square(error_DxB).sum(),
+        residual=square_sums_D.sum(),
         features=f_FxB.sum(1, dtype=jnp.float32),
         active=count_active(f_FxB),
     )
