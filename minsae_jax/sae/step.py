@@ -159,7 +159,7 @@ def _update_member(
         frozen=state.frozen,
         metrics=jax.tree.map(jnp.add, state.metrics, metrics),
     )
-    is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(optax.global_norm(gradients))
+    is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(optax.tree.norm(gradients))
     moves = is_finite & ~state.frozen
     # A member that does not move keeps its state and is frozen from now on.
     return jax.tree.map(partial(jnp.where, moves), moved, state._replace(frozen=~moves))
