@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import plain_torch
+from convert import patchtst_torch
 from convert.encoder import read_source
 from minsae_jax import UserError
 from minsae_jax.activations import writer
@@ -71,7 +71,7 @@ def test_shards_of_the_tuh_layout_are_those_of_a_pytorch_loop(encoder, settings,
     for path, start in zip(shards, starts, strict=True):
         batch = torch.from_numpy(windows[start : start + settings.batch_size])
         with torch.inference_mode():
-            hidden, _ = plain_torch.forward(encoder.architecture, state, batch)
+            hidden, _ = patchtst_torch.forward(encoder.architecture, state, batch)
         shard = np.load(path)
         assert shard.dtype == np.float32
         expected = hidden[-1].flatten(0, 1).numpy()
