@@ -280,6 +280,14 @@ def test_more_features_than_there_are_is_refused():
         make_groups(plan, 16)
 
 
+def test_topk_refuses_a_fraction_of_a_feature_and_batchtopk_takes_it():
+    plan = TrainConfig(kind=("batchtopk",), k=(8.5,)).plan()
+    (group,) = make_groups(plan, 16)
+    assert group[0].sparsity == 8.5
+    with pytest.raises(UserError, match=r"--kind topk requires whole numbers of --k, got 8.5"):
+        make_groups(replace(plan, config=replace(plan.config, kind=("batchtopk", "topk"))), 16)
+
+
 def test_modern_recipe_has_its_own_learning_rate_and_k():
     plan = TrainConfig(recipe="modern", feature_dim_factor=(8.0,)).plan()
     (group,) = make_groups(plan, 128)
