@@ -34,6 +34,9 @@ def test_store_contains_the_activations_of_every_window(encoder, settings, tmp_p
     windows = open_windows(settings.root_path, "train", 42, 1000, 100, 19)
     assert len(windows) % 4 != 0  # the last batch is short
     assert (extracted.split, extracted.n_windows) == ("train", len(windows))
+    patients = {name.split("_")[0] for name in windows.files}
+    assert (extracted.n_recordings, extracted.n_patients) == (len(windows.files), len(patients))
+    assert len(repr(extracted)) < 300
     assert extracted.total_tokens == len(windows) * 19 * 11
     assert not extracted.was_complete
     store = open_store(folder)
