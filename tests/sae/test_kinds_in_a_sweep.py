@@ -257,11 +257,11 @@ def test_run_from_before_there_were_kinds_resumes(mixed, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": (8.0,)}, "--k requires --kind topk, batchtopk, matryoshka"),
+        ({"k": (8.0,)}, "--k requires --kind topk or batchtopk or matryoshka"),
         ({"target_l0": (8.0,)}, "--target_l0 requires --kind jumprelu"),
         (
             {"kind": ("topk",), "lambda_sparsity": (1.0,)},
-            "--lambda_sparsity requires --kind relu, jumprelu without --target_l0",
+            "--lambda_sparsity requires --kind relu or jumprelu without --target_l0",
         ),
         ({"recipe": "minsae", "kind": ("topk",)}, "--recipe minsae trains --kind relu only"),
         ({"matryoshka_shares": (0.5, 0.25, 1.0)}, "--matryoshka_shares must increase to 1"),
