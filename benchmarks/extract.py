@@ -24,7 +24,7 @@ import torch
 from benchmarks.timing import alternate, machine, matrix_product_flops, peak_memory, peak_rss
 from convert.checkpoint import load_checkpoint
 from convert.encoder import convert_encoder
-from convert.plain_torch import forward
+from convert.patchtst_torch import forward
 from minsae_jax.encoder.base import ComputeOptions, Precision
 from minsae_jax.encoder.compute import sharded
 from minsae_jax.encoder.config import ExtractConfig

@@ -47,16 +47,16 @@ def verify(
     """
     import torch
 
-    from convert import plain_cbramod, plain_torch
+    from convert import cbramod_torch, patchtst_torch
 
     a = encoder.architecture
     state = {key: torch.tensor(array) for key, array in tensors.items()}
     x = torch.from_numpy(windows)
     with torch.no_grad():
         if isinstance(a, cbramod.Architecture):
-            hidden, output = plain_cbramod.forward(a, state, x)
+            hidden, output = cbramod_torch.forward(a, state, x)
         else:
-            hidden, output = plain_torch.forward(a, state, x)
+            hidden, output = patchtst_torch.forward(a, state, x)
     differences = []
     for layer, expected in enumerate(hidden):
         actual = np.asarray(encoder.activations(windows, layer))

@@ -65,7 +65,8 @@ def extract(config: ExtractConfig) -> None:
     for store in api.extract(encoder, config):
         status = "already complete" if store.was_complete else "written"
         print(
-            f"{store.folder}: {status}, {store.n_windows:,} windows of split {store.split}, "
+            f"{store.folder}: {status}, {store.n_windows:,} windows of split {store.split} "
+            f"(recordings: {store.n_recordings:,}, patients: {store.n_patients:,}), "
             f"{store.total_tokens:,} tokens of d_model {store.d_model}"
         )
 

@@ -257,6 +257,16 @@ def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
     assert "waiting 3%" in err
 
 
+def test_note_is_on_the_terminal_before_the_first_update(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress("train", 4, "steps") as bar:
+        bar.note("compiling")
+        assert "compiling" in capsys.readouterr().err
+        bar.note("")
+        advance(bar, 2)
+        assert "compiling" not in capsys.readouterr().err
+
+
 def test_progress_is_closed_on_error(capsys):
     with pytest.raises(RuntimeError), progress("train", 4, "steps"):
         raise RuntimeError

@@ -359,6 +359,17 @@ def test_readme_shows_the_demo_run():
     assert len(sweep) == 10
 
 
+def test_rows_of_tables_in_the_docs_are_not_rewrapped():
+    """A table whose rows are filled like a paragraph is shown as text."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    delimiters = [
+        line for page in pages for line in page.read_text().splitlines() if "| ---" in line
+    ]
+    assert len(delimiters) > 20
+    for line in delimiters:
+        assert set(line) <= set("|- :")
+
+
 DEMO_STEPS = """
 from tests.interrupt import train_until
 from minsae_jax.sae.config import TrainConfig

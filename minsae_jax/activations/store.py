@@ -88,10 +88,11 @@ class Store:
     """An open store."""
 
     folder: Path
-    shards: tuple[Shard, ...]
+    shards: tuple[Shard, ...] = field(repr=False)
     d_model: int
     dtype_on_disk: str  # float32, float16, bfloat16, or any float without a manifest
-    manifest: Manifest | None  # None for a folder that minSAE wrote
+    # None for a folder that minSAE wrote
+    manifest: Manifest | None = field(repr=False)
 
     def require_manifest(self) -> Manifest:
         """Return the manifest. Raises UserError for a folder that minSAE wrote."""

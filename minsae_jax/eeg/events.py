@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EVENTS = "events.csv"
+COLUMNS = ("recording", "event", "start", "stop", "channels")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def write_events(path: Path, events: Iterable[tuple[str, Event]]) -> None:
     """Write events with the file names of their recordings, in the given order."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("recording", "event", "start", "stop", "channels"))
+        writer.writerow(COLUMNS)
         for recording, event in events:
             channels = join_channels(event.channels)
             writer.writerow((recording, event.kind, event.start, event.stop, channels))

@@ -20,7 +20,7 @@ from minsae_jax.activations.store import Store, open_store
 from minsae_jax.activations.writer import StoreWriter
 from minsae_jax.eeg.recordings import Windows, recordings_folder
 from minsae_jax.eeg.scan import Recordings, warn_of
-from minsae_jax.eeg.splits import Split
+from minsae_jax.eeg.splits import Split, patient_of
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, EncoderSpec
 from minsae_jax.encoder.compute import Activations, Output
 from minsae_jax.encoder.config import ExtractConfig
@@ -42,6 +42,8 @@ class ExtractedStore(Store):
 
     split: Split
     n_windows: int
+    n_recordings: int
+    n_patients: int
     was_complete: bool
 
 
@@ -119,6 +121,8 @@ class Extraction:
             **{field.name: getattr(store, field.name) for field in fields(store)},
             split=self.plan.split,
             n_windows=len(self.windows),
+            n_recordings=len(self.windows.files),
+            n_patients=len({patient_of(file) for file in self.windows.files}),
             was_complete=was_complete,
         )
 

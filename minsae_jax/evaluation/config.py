@@ -28,8 +28,8 @@ class EvaluationInputConfig:
     store: str | None = None
     """Store of the test patients (default: store_test, if the run was trained on store)."""
     val_store: str | None = None
-    """Store of the val patients, for principal components and to choose features for events
-    (default: store_val)."""
+    """Store of the val patients, on which principal components and probes are fitted and features
+    for events are chosen (default: store_val)."""
     val_root_path: str | None = None
     """Folder of the recordings of the val store, with their events.csv (default: --root_path)."""
     checkpoint_path: str | None = None
@@ -45,8 +45,8 @@ class MeasureConfig:
     member: str | None = None
     """Evaluate and report only this member (default: evaluate all, report the recommended)."""
     out: str | None = None
-    """Folder for measures and report (default: the run). With a folder of their own, recordings
-    other than the test patients' leave the evaluation in the run as it is."""
+    """Folder for measures and report (default: the run). Choose another one for recordings other
+    than the test patients', whose evaluation would be replaced."""
     substitution_windows: Annotated[int, AtLeastOne] = 64
     """Number of windows for the loss-recovered measure."""
     mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.3

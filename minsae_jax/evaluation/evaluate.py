@@ -63,6 +63,7 @@ def evaluate(
 
 def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     """Evaluate the members of a run on inputs that nobody changes."""
+    inputs.check_events()
     pca = _fit_pca(inputs)
     components = _pca_members(pca)
     sources = _Sources(settings, inputs)

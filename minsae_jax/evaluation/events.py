@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from minsae_jax.eeg.description import read_description
-from minsae_jax.eeg.events import EVENTS, split_channels
+from minsae_jax.eeg.events import COLUMNS, EVENTS, split_channels
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.errors import UserError, brief
 from minsae_jax.evaluation.dataset import Dataset
@@ -87,6 +87,11 @@ def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
     with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         try:
+            missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+            if missing:
+                raise UserError(
+                    f"{path} has no column {missing[0]}; it requires {', '.join(COLUMNS)}"
+                )
             for row in rows:
                 events.setdefault(row["event"], []).append(_parse_event(row, names))
         except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as e:

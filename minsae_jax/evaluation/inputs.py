@@ -81,6 +81,11 @@ class EvaluationInputs:
             {kind: test.get(kind, []) for kind in kinds},
         )
 
+    def check_events(self) -> None:
+        """Raise UserError if an events.csv is invalid, before anything is measured."""
+        if self.has_events:
+            self.read_events()
+
     @property
     def is_last_layer(self) -> bool:
         """Whether the layer is the encoder's last; False without an encoder."""

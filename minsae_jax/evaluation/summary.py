@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -24,15 +25,16 @@ if TYPE_CHECKING:  # results.py imports this module
     )
 
 EVENTS_NOTE = """\
-Means over the kinds of events, of the best feature for each, chosen on val patients and measured on
-test patients. AUC: a span with an event against one without. Token AUC and precision: single
-tokens, of which few are in an event. pure: features whose strongest tokens nearly all touch one
-kind. TPP: drop of the AUC of a kind's probe when five features are ablated, less the mean drop of
+Means over the kinds of events, of the best feature for each, chosen on val
+patients and measured on test patients. AUC: a span with an event against one
+without. Token AUC and precision: single tokens, of which few are in an event.
+pure: features whose strongest tokens nearly all touch one kind. TPP: drop of
+the AUC of a kind's probe when five features are ablated, less the mean drop of
 the other kinds' probes. [ ]: 95 % intervals over patients."""
 KINDS_NOTE = """\
-Recall is at 90 % precision among spans; 5-probe: logistic regression on the best five features.
-ties: other features whose AUC on val is inside the 95 % interval of the best feature's, and the
-range of the AUC of all of them on test. chance: the precision of random tokens."""
+ties: other features whose AUC on val is inside the 95 % interval of the best
+feature's. recall: at 90 % precision among spans. 5-probe: logistic regression
+on the best five features. chance: the precision of random tokens."""
 STABILITY_NOTE = """\
 stability: share of the features that other seeds find again (weighted by their part in x̂)."""
 
@@ -44,8 +46,9 @@ def summary(evaluation: "Evaluation") -> str:
     if any(member.stability is not None for member in evaluation.members):
         parts.append(STABILITY_NOTE)
     if evaluation.baselines:
+        parts += [f"labelled events:\n{_events_table(evaluation)}", EVENTS_NOTE]
         title = f"{evaluation.selected} by kind of event:"
-        parts += [EVENTS_NOTE, f"{title}\n{_kinds_table(evaluation)}", KINDS_NOTE]
+        parts += [f"{title}\n{_kinds_table(evaluation)}", KINDS_NOTE]
     verdict = [f"recommended: {recommendation.member}", f"reason: {recommendation.reason}"]
     if recommendation.runners_up:
         verdict.append(f"runners-up: {'; '.join(recommendation.runners_up)}")
@@ -64,9 +67,6 @@ def _members_table(evaluation: "Evaluation") -> str:
     has_stability = any(member.stability is not None for member in evaluation.members)
     if has_stability:
         columns.append("stability")
-    n_measures = len(columns)
-    if evaluation.baselines:
-        columns += ["AUC", "token AUC", "precision", "pure", "TPP"]
     rows = []
     for member in evaluation.members:
         row = [
@@ -80,21 +80,24 @@ def _members_table(evaluation: "Evaluation") -> str:
             row.append(_loss_cell(member))
         if has_stability:
             row.append(_stability_cell(member))
-        rows.append(row + _event_cells(member.event_summary))
+        rows.append(row)
     for pca in evaluation.pca:
         row = [pca.name, f"{pca.k:.1f}", f"{pca.fvu:.4f}", f"{pca.description_bits:.0f}", ""]
         if has_loss:
             row.append(_loss_cell(pca))
-        row += [""] * (n_measures - len(row))
-        events = pca.event_evaluation
-        rows.append(row + _event_cells(None if events is None else events.summary))
-    baselines = {
-        "principal components": evaluation.pca_events,
-        "raw dimensions": evaluation.raw_events,
-    }
+        rows.append(row + [""] * (len(columns) - len(row)))
+    return table(columns, rows)
+
+
+def _events_table(evaluation: "Evaluation") -> str:
+    columns = ["features of", "AUC", "token AUC", "precision", "pure", "TPP"]
+    summaries = {member.member: member.event_summary for member in evaluation.members}
+    baselines = {pca.name: pca.event_evaluation for pca in evaluation.pca}
+    baselines["principal components"] = evaluation.pca_events
+    baselines["raw dimensions"] = evaluation.raw_events
     for name, events in baselines.items():
-        if events is not None:
-            rows.append([name, *[""] * (n_measures - 1), *_event_cells(events.summary)])
+        summaries[name] = None if events is None else events.summary
+    rows = [[name, *_event_cells(each)] for name, each in summaries.items() if each is not None]
     return table(columns, rows)
 
 
@@ -119,20 +122,21 @@ def _range(limits: Interval | None, digits: str) -> str:
     return f" [{limits.low:{digits}}, {limits.high:{digits}}]"
 
 
-def _event_cells(events: "EventSummary | None") -> list[str]:
-    if events is None:
-        return []
+def _event_cells(events: "EventSummary") -> list[str]:
+    tpp = ""
+    if not math.isnan(events.tpp):  # it requires two kinds of events
+        tpp = f"{events.tpp:.2f}{_range(events.tpp_interval, '.2f')}"
     return [
         f"{events.auc:.3f}{_range(events.auc_interval, '.3f')}",
         f"{events.token_auc:.3f}",
         f"{events.precision:.1%}",
         str(events.pure_features),
-        f"{events.tpp:.2f}{_range(events.tpp_interval, '.2f')}",
+        tpp,
     ]
 
 
 def _kinds_table(evaluation: "Evaluation") -> str:
-    columns = ["event", "n", "features of", "feature", "AUC", "ties", "recall"]
+    columns = ["event", "n", "of", "feature", "AUC", "ties", "recall"]
     columns += ["5-probe", "token AUC", "precision", "chance", "pure"]
     scores = evaluation.find(evaluation.selected).events or {}
     rows = []
@@ -145,16 +149,12 @@ def _kinds_table(evaluation: "Evaluation") -> str:
 
 
 def _score_cells(score: "EventScore") -> list[str]:
-    ties = str(score.n_ties - 1)
-    if score.n_ties > 1:
-        low, high = score.ties_auc
-        ties += f" [{low:.3f}, {high:.3f}]"
     return [
         str(score.feature),
         f"{score.auc:.3f}{_range(score.auc_interval, '.3f')}",
-        ties,
+        str(score.n_ties - 1),
         f"{score.recall:.1%}",
-        f"{score.probe_auc:.3f}{_range(score.probe_auc_interval, '.3f')}",
+        f"{score.probe_auc:.3f}",
         "" if score.token_auc is None else f"{score.token_auc:.3f}",
         "" if score.precision is None else f"{score.precision:.0%}",
         "" if score.token_base_rate is None else f"{score.token_base_rate:.1%}",

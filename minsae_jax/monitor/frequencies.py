@@ -1,7 +1,7 @@
 """Feature frequencies of a member: on how many tokens of a log interval each feature was active.
 
 They are the rows of act_freqs.csv, as in the PyTorch minSAE. For 131,072 features and 10,000 log
-intervals that would be 4 GB of text, so beyond MAX_CSV_NUMBERS they go to act_freqs.npy instead,
+intervals that would be 5 GB of text, so beyond MAX_CSV_NUMBERS they go to act_freqs.npy instead,
 a structured array with a row for each log interval:
 
     table = np.load("act_freqs.npy")

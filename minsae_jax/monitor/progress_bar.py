@@ -36,8 +36,8 @@ class Bar:
         self._tqdm.update(count)
 
     def note(self, text: str) -> None:
-        """Show a text after the rate from the next update on."""
-        self._tqdm.set_postfix_str(text, refresh=False)
+        """Show a text after the rate; a log file shows it from the next line on."""
+        self._tqdm.set_postfix_str(text)
 
     def close(self) -> None:
         self._tqdm.close()

@@ -1,4 +1,6 @@
-"""Tables for the terminal, and percentages in sentences."""
+"""Tables for the terminal, and percentages and counts in sentences."""
+
+from tqdm import tqdm
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -20,6 +22,15 @@ def percent(share: float, digits: int = 0) -> str:
     '95 %'
     """
     return f"{100 * share:.{digits}f} %"
+
+
+def short_count(count: float) -> str:
+    """Return three digits of a count, with k for thousands and M for millions.
+
+    >>> short_count(3318.2)
+    '3.32k'
+    """
+    return tqdm.format_sizeof(count)
 
 
 def _line(cells: list[str], widths: list[int]) -> str:

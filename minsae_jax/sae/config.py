@@ -93,8 +93,8 @@ class SweepFlags:
     lambda_sparsity: Annotated[tuple[float, ...], NonNegative] = ()
     """Weight λ of the penalty of relu and jumprelu (april2024, modern: 5; minsae: 0.01)."""
     k: Annotated[tuple[float, ...], Positive] = ()
-    """Active features per token of topk, batchtopk and matryoshka (april2024, modern: 16, 32 and
-    64)."""
+    """Active features per token: of topk a whole number, of batchtopk and matryoshka on average
+    (april2024, modern: 16, 32 and 64)."""
     target_l0: Annotated[tuple[float, ...], Positive] = ()
     """Active features per token that jumprelu is to reach, instead of λ."""
     lr: Annotated[tuple[float | Literal["auto"], ...], NonNegative] = ()
@@ -399,7 +399,7 @@ def _kinds_with(setting: str) -> str:
         if setting in names:
             preferred = [f"--{name}" for name in names[names.index(setting) + 1 :]]
             kinds.append(" without ".join([kind, *preferred]))
-    return ", ".join(kinds)
+    return " or ".join(kinds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,10 @@
 """The inputs of a run, opened and checked once, before its folder is created."""
 
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from warnings import warn
 
@@ -18,6 +21,7 @@ from minsae_jax.activations.stream import (
     shuffled_tokens,
 )
 from minsae_jax.errors import UserError
+from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.parallel.processes import (
     WHOLE,
     Share,
@@ -71,6 +75,7 @@ def open_train_data(
             "the encoder that it is from"
         )
     groups = make_groups(plan, store.d_model)
+    _check_memory(groups, store.d_model)
     start = _load_start(config, groups, store.d_model)
     read_errors: list[Exception] = []
     on_error = read_errors.append if process_count() > 1 else None
@@ -109,6 +114,35 @@ def measure_scale_and_median(plan: TrainPlan, data: TrainData) -> TrainData:
             tokens = np.concatenate(list(first_tokens(plan, data.store, MEDIAN_TOKENS)))
         median = scale * geometric_median(sum_over_processes(tokens))
     return replace(data, scale=scale, median=median)
+
+
+def _check_memory(groups: tuple[Group, ...], d_model: int) -> None:
+    """Raise UserError if the sweep cannot fit into the memory of a machine without accelerators.
+
+    There the kernel would kill the process without a message. Batches and features are not counted.
+    """
+    if not on_cpu() or process_count() > 1:
+        return
+    numbers = 0
+    for member in chain.from_iterable(groups):
+        shapes = member.kind.shapes(d_model, member.d_sae)
+        numbers += sum(math.prod(shape) for shape in shapes.values())
+    n_bytes = 3 * 4 * numbers  # weights and Adam's two moments, float32
+    memory = physical_memory()
+    if memory is not None and n_bytes > memory:
+        raise UserError(
+            f"the weights and Adam's state of the sweep need {n_bytes / 1e9:.1f} GB, but this "
+            f"machine has {memory / 1e9:.1f} GB of memory; use fewer members or a smaller "
+            "--feature_dim_factor"
+        )
+
+
+def physical_memory() -> int | None:
+    """Return the machine's memory in bytes; None where the system does not say."""
+    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+    if not set(names) <= set(getattr(os, "sysconf_names", {})):
+        return None
+    return math.prod(os.sysconf(name) for name in names)
 
 
 def _load_start(config: TrainConfig, groups: tuple[Group, ...], d_model: int) -> Params | None:

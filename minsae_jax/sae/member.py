@@ -30,6 +30,8 @@ class SparseAutoencoder:
     [[1.0, 0.0, 0.0]]
     >>> sae.decode(np.array([[1.0, 0.0, 5.0]])).tolist()
     [[1.0, 0.0]]
+    >>> sae
+    SparseAutoencoder(relu, d_model 2, d_sae 3)
     """
 
     def __init__(self, params: Params, config: JsonObject | None = None):
@@ -45,6 +47,11 @@ class SparseAutoencoder:
     @property
     def d_sae(self) -> int:
         return self.params["W_dec"].shape[0]
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.kind.name}, d_model {self.d_model}, d_sae {self.d_sae})"
+        )
 
     @property
     def decoder_directions(self) -> Float[np.ndarray, "d_sae d_model"]:

@@ -15,7 +15,7 @@ from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import Source
 from minsae_jax.errors import Stopped, UserError
 from minsae_jax.locks import lock_folder
-from minsae_jax.monitor import Bar, Throughput
+from minsae_jax.monitor import Bar, Throughput, short_count
 from minsae_jax.monitor import progress as progress_bar
 from minsae_jax.parallel.processes import (
     any_process,
@@ -193,6 +193,7 @@ class Trainer:
         calls_in_flight: deque[jax.Array] = deque()
         with progress_bar("train", self.num_steps, "steps") as bar, stop_signals() as signals:
             bar.start_at(self.progress.step)
+            bar.note("compiling")
             while self.progress.step < self.num_steps:
                 n_steps = self.batches.steps_in_call(self.progress.step)
                 with self.throughput.waiting():
@@ -201,6 +202,8 @@ class Trainer:
                 self.state, call_done = self.sweep.step(
                     self.state, self.sweep.hyper, self.batches.put(x), scale, n_tokens=n_tokens
                 )
+                if not calls_in_flight:  # the first call
+                    bar.note("")
                 calls_in_flight.append(call_done)
                 if len(calls_in_flight) > CALLS_IN_FLIGHT:
                     calls_in_flight.popleft().block_until_ready()
@@ -278,7 +281,11 @@ class Trainer:
                         )
         n_members = len(self.logger.members)
         rate = speed["tokens_per_second"]
-        bar.note(f"{n_members} x {rate:,.0f} tokens/s, {speed['waiting']:.0%} waiting")
+        note = f"{n_members} x {short_count(rate)} tokens/s"
+        # Left out if it rounds to 0 %, so that the line fits into 80 columns.
+        if speed["waiting"] > 0.005:
+            note += f", waiting {speed['waiting']:.0%}"
+        bar.note(note)
 
     def _measure_held_out(self) -> None:
         assert self.data.held_out

@@ -44,6 +44,15 @@ def test_files_of_other_names_are_a_patient_each(tmp_path):
     assert names == {"a.vhdr": "a_s001_t000", "b 1.edf": "b-1_s001_t000"}
 
 
+def test_files_of_the_same_name_get_patients_from_the_pattern_of_the_message(tmp_path):
+    files = ("p1/night.edf", "p2/night.edf")
+    with pytest.raises(UserError) as error:
+        names_of(tmp_path, *files)
+    _, pattern, _ = str(error.value).split("'")
+    names = names_of(tmp_path, patient_pattern=pattern)
+    assert names == {"p1/night.edf": "p1_s001_t000", "p2/night.edf": "p2_s001_t000"}
+
+
 def test_pattern_names_patient_session_and_token(tmp_path):
     files = ("p7/night1_a.edf", "p7/night1_b.edf", "p7/night2_a.edf", "p8/night1_a.edf")
     pattern = r"(?P<patient>p\d)/night(?P<session>\d)_"

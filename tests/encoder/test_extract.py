@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import plain_torch
+from convert import patchtst_torch
 from convert.encoder import read_source
 from minsae_jax import UserError
 from minsae_jax.activations import writer
@@ -34,6 +34,9 @@ def test_store_contains_the_activations_of_every_window(encoder, settings, tmp_p
     windows = open_windows(settings.root_path, "train", 42, 1000, 100, 19)
     assert len(windows) % 4 != 0  # the last batch is short
     assert (extracted.split, extracted.n_windows) == ("train", len(windows))
+    patients = {name.split("_")[0] for name in windows.files}
+    assert (extracted.n_recordings, extracted.n_patients) == (len(windows.files), len(patients))
+    assert len(repr(extracted)) < 300
     assert extracted.total_tokens == len(windows) * 19 * 11
     assert not extracted.was_complete
     store = open_store(folder)
@@ -71,7 +74,7 @@ def test_shards_of_the_tuh_layout_are_those_of_a_pytorch_loop(encoder, settings,
     for path, start in zip(shards, starts, strict=True):
         batch = torch.from_numpy(windows[start : start + settings.batch_size])
         with torch.inference_mode():
-            hidden, _ = plain_torch.forward(encoder.architecture, state, batch)
+            hidden, _ = patchtst_torch.forward(encoder.architecture, state, batch)
         shard = np.load(path)
         assert shard.dtype == np.float32
         expected = hidden[-1].flatten(0, 1).numpy()

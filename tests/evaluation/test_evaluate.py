@@ -189,6 +189,8 @@ def test_summary(evaluation):
     assert text.splitlines()[3].startswith("pca,k=4 ")
     assert f"recommended: {evaluation.recommended}" in text
     assert "raw dimensions" in text
+    tables = [part.splitlines() for part in text.split("\n\n")]
+    assert max(len(line) for table in tables[:-1] for line in table) <= 120
     assert f"reason: {evaluation.recommendation.reason}" in text
     for member in evaluation.members:
         low, high = member.loss.interval

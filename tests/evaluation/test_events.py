@@ -130,6 +130,12 @@ def test_patches_that_an_event_covers_for_half(trained):
     assert share[share > 0].tolist() == pytest.approx([0.1, 1, 0.1])
 
 
+def test_events_csv_without_a_column_is_an_error(tmp_path):
+    (tmp_path / "events.csv").write_text("recording,event,begin,stop,channels\n")
+    with pytest.raises(UserError, match=r"events.csv has no column start; it requires recording,"):
+        read_events(tmp_path)
+
+
 @pytest.mark.parametrize(
     "row", ["a.npy,alpha,5,5,CZ", "a.npy,alpha,x,9,CZ", "a.npy,alpha,1,9,NOSE", "a.npy,alpha,1"]
 )

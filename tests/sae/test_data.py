@@ -1,8 +1,9 @@
-"""Held-out tokens in training: choice of store and tokens, eval.csv, TensorBoard, resuming."""
+"""The memory that a run needs, and its held-out tokens: choice, eval.csv, TensorBoard, resuming."""
 
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,35 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
 from minsae_jax.sae.config import TrainConfig
-from minsae_jax.sae.data import held_out_batches, measure_scale
+from minsae_jax.sae.data import held_out_batches, measure_scale, physical_memory
 from minsae_jax.sae.run import HELD_OUT_METRICS, read_held_out
 from minsae_jax.sae.trainer import train
 from tests.conftest import write_small_store
 from tests.interrupt import train_until
+
+
+def test_sweep_larger_than_the_memory_is_refused_before_the_folder_is_made(
+    settings, tmp_path, monkeypatch
+):
+    settings = replace(settings, lambda_sparsity=(1.0,), lr=(1e-3,), feature_dim_factor=(2.0,))
+    (d_model,) = {open_store(settings.store, -1).d_model}
+    d_sae = 2 * d_model
+    # W_enc, W_dec, b_enc and b_dec, each with two moments, in float32
+    n_bytes = 12 * (2 * d_model * d_sae + d_sae + d_model)
+    monkeypatch.setattr("minsae_jax.sae.data.physical_memory", lambda: n_bytes - 1)
+    with pytest.raises(UserError, match=r"the weights and Adam's state of the sweep need"):
+        train(settings)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("minsae_jax.sae.data.physical_memory", lambda: n_bytes)
+    assert train(settings).members
+
+
+def test_physical_memory_is_that_of_proc():
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        pytest.skip("reads Linux's /proc")
+    kilobytes = int(meminfo.read_text().split()[1])
+    assert physical_memory() == pytest.approx(1024 * kilobytes, rel=0.01)
 
 
 @pytest.fixture

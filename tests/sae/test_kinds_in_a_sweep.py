@@ -257,11 +257,11 @@ def test_run_from_before_there_were_kinds_resumes(mixed, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": (8.0,)}, "--k requires --kind topk, batchtopk, matryoshka"),
+        ({"k": (8.0,)}, "--k requires --kind topk or batchtopk or matryoshka"),
         ({"target_l0": (8.0,)}, "--target_l0 requires --kind jumprelu"),
         (
             {"kind": ("topk",), "lambda_sparsity": (1.0,)},
-            "--lambda_sparsity requires --kind relu, jumprelu without --target_l0",
+            "--lambda_sparsity requires --kind relu or jumprelu without --target_l0",
         ),
         ({"recipe": "minsae", "kind": ("topk",)}, "--recipe minsae trains --kind relu only"),
         ({"matryoshka_shares": (0.5, 0.25, 1.0)}, "--matryoshka_shares must increase to 1"),
@@ -278,6 +278,14 @@ def test_more_features_than_there_are_is_refused():
     plan = TrainConfig(kind=("topk",), k=(64.0,), feature_dim_factor=(2.0,)).plan()
     with pytest.raises(UserError, match="--k 64 is more than d_sae 32"):
         make_groups(plan, 16)
+
+
+def test_topk_refuses_a_fraction_of_a_feature_and_batchtopk_takes_it():
+    plan = TrainConfig(kind=("batchtopk",), k=(8.5,)).plan()
+    (group,) = make_groups(plan, 16)
+    assert group[0].sparsity == 8.5
+    with pytest.raises(UserError, match=r"--kind topk requires whole numbers of --k, got 8.5"):
+        make_groups(replace(plan, config=replace(plan.config, kind=("batchtopk", "topk"))), 16)
 
 
 def test_modern_recipe_has_its_own_learning_rate_and_k():

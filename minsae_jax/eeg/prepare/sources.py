@@ -52,7 +52,8 @@ class _Parts:
 def find_sources(config: PrepareConfig) -> list[Source]:
     """Return all EEG files in the order of their paths.
 
-    Raises UserError if there are none, a pattern does not match, or two patients have one name.
+    Raises UserError if there are none, a pattern does not match, two patients have one name, or
+    names of files that should be a patient each occur in several folders.
     """
     paths: set[Path] = set()
     for source in config.source:
@@ -63,6 +64,8 @@ def find_sources(config: PrepareConfig) -> list[Source]:
         patterns = [config.patient_pattern]
     parts = {path: _parts_of(path, patterns, bool(config.patient_pattern)) for path in ordered}
     names = _recording_names(parts, config.hash_patients)
+    if not config.patient_pattern:
+        _check_folders(parts)
     sources = []
     for path in ordered:
         label = path.name
@@ -218,7 +221,26 @@ def _parts_of(path: Path, patterns: Sequence[str], is_given: bool) -> _Parts:
             return _Parts(groups["patient"], groups.get("session", ""), groups.get("token", ""))
     if is_given:
         raise UserError(f"--patient_pattern does not match {path}")
-    return _Parts(path.name.split(".")[0])
+    return _Parts(_stem(path))
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0]
+
+
+def _check_folders(parts: dict[Path, _Parts]) -> None:
+    """Raise UserError if the name of a file, which is its patient, occurs in several folders."""
+    first_of: dict[str, Path] = {}
+    for path, part in parts.items():
+        if part.patient != _stem(path):
+            continue
+        first = first_of.setdefault(path.name, path)
+        if first != path:
+            raise UserError(
+                f"{first} and {path} have the same name, which does not identify the patient; give "
+                "--patient_pattern, such as '(?P<patient>[^/]+)/[^/]+$' if each patient has a "
+                "folder"
+            )
 
 
 def _recording_names(parts: dict[Path, _Parts], is_hashed: bool) -> dict[Path, str]:

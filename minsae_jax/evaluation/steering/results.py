@@ -106,7 +106,8 @@ def _table(steering: Steering) -> str:
     reconstruction = steering.untouched.reconstruction
     columns = ["scale", "last layer"]
     if reconstruction is not None:
-        columns += ["output RMS", *reconstruction.band_ratio]
+        columns.append("output RMS")
+        columns += [f"×{band}" for band in reconstruction.band_ratio]
     columns += [reading.kind for reading in steering.untouched.probes]
     if steering.target is not None:
         columns.append("selectivity")
@@ -119,7 +120,7 @@ def _row(steering: Steering, effect: Effect) -> list[str]:
     if effect.reconstruction is not None:
         rms = np.sqrt(np.square(effect.reconstruction.rms).mean())
         row.append(f"{rms:.3f}")
-        row += [f"×{ratio:.2f}" for ratio in effect.reconstruction.band_ratio.values()]
+        row += [f"{ratio:.2f}" for ratio in effect.reconstruction.band_ratio.values()]
     row += [f"{reading.change:+.2f}" for reading in effect.probes]
     if steering.target is not None:
         selectivity = effect.selectivity(steering.target)
@@ -133,7 +134,7 @@ def _explanation(steering: Steering) -> list[str]:
         f"{steering.n_tokens:,} tokens where the features are active"
     ]
     if steering.untouched.reconstruction is not None:
-        lines.append("columns of bands: power of the reconstruction over the untouched one")
+        lines.append("columns with ×: power of the reconstruction in a band over the untouched one")
     target = steering.target
     if target is not None:
         lines.append(
@@ -141,7 +142,7 @@ def _explanation(steering: Steering) -> list[str]:
             f"(test AUC {target.test_auc:.3f})"
         )
         lines.append(
-            "columns of events: change of each probe's logit on its own test events, in SD; "
+            "columns of events: change of each probe's logit on its kind's test events, in SD; "
             "selectivity: that of the target over the largest of the others"
         )
     return lines

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from minsae_jax.errors import UserError
 from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.kinds.base import Batch, BatchContext, HyperArrays, Objective, Params
@@ -67,6 +68,9 @@ class TopK(LinearSAE):
         return {}
 
     def for_run(self, config: TrainConfig, d_model: int) -> "TopK":
+        fractions = [k for k in config.k if k % 1]
+        if fractions:
+            raise UserError(f"--kind topk requires whole numbers of --k, got {fractions[0]:g}")
         return TopK(k_max=math.ceil(max(config.k)))
 
     @property

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import plain_cbramod
+from convert import cbramod_torch
 from convert.encoder import read_source
 from minsae_jax.encoder.base import ComputeOptions
 from minsae_jax.parallel.mesh import make_mesh
@@ -79,15 +79,15 @@ def test_rest_of_the_model_runs_on_substitutes_as_in_plain_torch(
     shift = np.random.default_rng(0).normal(size=40).astype(np.float32)
     function = encoder.function_from(layer, lambda shift, z: jnp.stack([z, z + shift[None]]))
     downstream = jax.jit(function)(encoder.params, shift, x)
-    original = plain_cbramod._layer
+    original = cbramod_torch._layer
 
     def shifted(a, state, name, z):
         z = original(a, state, name, z)
         return z + torch.tensor(shift) if name.endswith(f".{layer}") else z
 
     for variant, function in enumerate([original, shifted]):
-        monkeypatch.setattr(plain_cbramod, "_layer", function)
-        hidden, output = plain_cbramod.forward(source.architecture, state, torch.tensor(x))
+        monkeypatch.setattr(cbramod_torch, "_layer", function)
+        hidden, output = cbramod_torch.forward(source.architecture, state, torch.tensor(x))
         last = hidden[-1].flatten(1, 2)[:, None]
         np.testing.assert_allclose(downstream.last[:, variant], last, atol=1e-4)
         patches = output.flatten(1, 2)[:, None]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import plain_cbramod
+from convert import cbramod_torch
 from convert.cbramod import to_flax
 from convert.encoder import read_source
 from minsae_jax import UserError
@@ -59,7 +59,7 @@ def test_weights_fit_any_number_of_channels_and_patches(n_vars, n_patches):
     encoder = CBraModEncoder(source.architecture, to_flax(source.architecture, tensors))
     x = np.random.default_rng(0).normal(size=(2, 200 * n_patches, n_vars)).astype(np.float32)
     state = {key: torch.tensor(tensor) for key, tensor in tensors.items()}
-    _, output = plain_cbramod.forward(source.architecture, state, torch.from_numpy(x))
+    _, output = cbramod_torch.forward(source.architecture, state, torch.from_numpy(x))
     assert_close(encoder(x), output.numpy())
 
 
@@ -88,7 +88,7 @@ def test_two_layers_of_published_width_equal_plain_torch():
     state = random_state_dict(a)
     encoder = CBraModEncoder(a, to_flax(a, {key: t.numpy() for key, t in state.items()}))
     x = np.random.default_rng(0).normal(size=(2, 800, 3)).astype(np.float32)
-    hidden, _ = plain_cbramod.forward(a, state, torch.from_numpy(x))
+    hidden, _ = cbramod_torch.forward(a, state, torch.from_numpy(x))
     outputs = jax.jit(encoder.function(encoder.spec.layers))(encoder.params, x)
     for actual, layer in zip(outputs, hidden, strict=True):
         assert 0.1 < layer.std() < 10

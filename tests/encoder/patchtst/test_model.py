@@ -11,7 +11,7 @@ import torch
 
 from convert.encoder import convert_encoder
 from convert.patchtst import to_flax
-from convert.plain_torch import forward
+from convert.patchtst_torch import forward
 from minsae_jax import UserError
 from minsae_jax.encoder.base import ComputeOptions
 from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert import plain_torch
+from convert import patchtst_torch
 from convert.encoder import read_source
 from minsae_jax import TokenGrid, UserError, from_function
 from minsae_jax.evaluation.steering.edit import Place, SteeredEncoder
@@ -41,7 +41,7 @@ def steered_torch(trained, sae, x, layer, scales, monkeypatch):
     source = read_source(FIXTURES / "tuhab_patch_100/checkpoint.pth")
     state = {name: torch.tensor(tensor) for name, tensor in source.checkpoint.tensors.items()}
     w = {name: torch.tensor(np.array(p)) for name, p in sae.params.items()}
-    original = plain_torch._layer
+    original = patchtst_torch._layer
 
     def edited(a, state, name, z, earlier):
         z, scores = original(a, state, name, z, earlier)
@@ -54,8 +54,10 @@ def steered_torch(trained, sae, x, layer, scales, monkeypatch):
         return z, scores
 
     with monkeypatch.context() as patch:
-        patch.setattr(plain_torch, "_layer", edited)
-        hidden, output = plain_torch.forward(trained.encoder.architecture, state, torch.tensor(x))
+        patch.setattr(patchtst_torch, "_layer", edited)
+        hidden, output = patchtst_torch.forward(
+            trained.encoder.architecture, state, torch.tensor(x)
+        )
     return hidden[-1].numpy(), output.numpy().swapaxes(1, 2)
 
 

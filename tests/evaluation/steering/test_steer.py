@@ -177,6 +177,8 @@ def test_summary_has_a_row_for_each_scale(steering):
     lines = steering.summary().splitlines()
     assert lines[0].split()[:4] == ["scale", "last", "layer", "output"]
     assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "3"]
+    names = lines[0].split("  ")
+    assert len(set(filter(None, names))) == len(list(filter(None, names)))  # no name twice
     assert f"target: {steering.target.kind}, which feature 17" in steering.summary()
 
 
