@@ -222,11 +222,15 @@ class PatchTST(nnx.Module):
         else:
             per_channel = [linear(x[:, i]) for i, linear in enumerate(self.embeddings)]
             z = jnp.stack(per_channel, axis=1)
-        if self.cls_token is not None:
-            cls_token = jnp.broadcast_to(self.cls_token[...], (*z.shape[:2], 1, z.shape[3]))
-            z = jnp.concatenate([cls_token, z], axis=2)
         # A position of width 1 is added to every dimension.
-        return z + self.position[None, None]
+        position = self.position[...]
+        if self.cls_token is not None:
+            # The CLS token is added with its position to zeros, which XLA pads in the pass that
+            # adds the positions.
+            z = jnp.pad(z, ((0, 0), (0, 0), (1, 0), (0, 0)))
+            cls_token = self.cls_token[...][None]
+            position = position + jnp.pad(cls_token, ((0, len(position) - 1), (0, 0)))
+        return z + position[None, None]
 
     def run_layers(
         self, x: Float[Array, "N T d_model"], layers: tuple[int, ...]
