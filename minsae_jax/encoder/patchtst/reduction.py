@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from minsae_jax.encoder.patchtst.linear import Dtype
 
 # XLA (jaxlib 0.10) lets one thread sum over all keys if there are at most 255 and an axis of one or
-# two elements follows them. Otherwise threads share the keys of a query and combine their sums,
-# which for so few keys takes longer. So the last axis of the queries has this size.
+# two elements follows them. So the last axis of the queries has this size. Otherwise threads share
+# the keys of a query, and the products of queries and keys are written to memory after all.
 LAST_QUERIES = 2
 MAX_TOKENS = 255
 # Groups of queries: a thread computes one query of each, for which it loads keys and values once.
