@@ -1,9 +1,10 @@
 """Compile all GPU programs of the package for a card that is not there: `make cuda-check`.
 
 XLA's compiler for CUDA needs a description of the card, not the card. This finds programs that do
-not compile, float64, and products that miss the tensor cores, and it shows from the memory traffic
-how fast a program can be at most. Nothing is timed. Prints Markdown and writes it to CUDA.md, where
-the columns are explained; exits with 1 if a program fails.
+not compile, float64, products that miss the tensor cores, and scores of an attention that are
+written to memory, and it shows from the memory traffic how fast a program can be at most. Nothing
+is timed. Prints Markdown and writes it to CUDA.md, where the columns are explained; exits with 1 if
+a program fails.
 """
 
 import argparse
@@ -77,6 +78,9 @@ class Compiled:
         lines = []
         if re.search(r"\b(f64|c128)\[", self.text):
             lines.append(f"{self.program}: contains float64")
+        outputs = [array for launch in self.launches for array in launch.outputs]
+        large = [array for array in outputs if array.size > self.program.max_output]
+        lines += [f"{self.program}: writes a large array: {array}" for array in large]
         if self.program.precision != "float32":
             slow = [product for _, product in self.products if is_off_tensor_cores(product)]
             lines += [f"{self.program}: not on tensor cores: {product}" for product in slow]

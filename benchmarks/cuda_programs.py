@@ -4,6 +4,7 @@ XLA compiles for a card from its description. The members' states, tokens and wi
 only, so nothing is allocated or run.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -86,6 +87,9 @@ DEMO = Architecture(
     revin_affine=False,
     revin_eps=1e-5,
 )
+# An array of the residual stream four times as wide. A score matrix of all heads has three times as
+# many numbers; cuDNN's values, padded to the width of three layers, have a quarter less.
+MAX_EXTRACTION_OUTPUT = 4 * WINDOWS * DEMO.n_vars * DEMO.n_tokens * D_MODEL
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Program:
     mesh: str  # cards along sweep x cards along data
     lower: Callable[[], jax.stages.Lowered]
     cublas: bool = False  # products by cuBLAS alone, which XLA otherwise compares with Triton
+    max_output: float = math.inf  # numbers that a launch may write as one array
 
     def __str__(self) -> str:
         size = "" if self.d_sae is None else f", d_sae {self.d_sae:,}"
@@ -126,7 +131,8 @@ def all_programs() -> Iterator[Program]:
     for layer in (0, -1):
         for precision in PRECISIONS:
             lower = partial(_lower_extraction, layer, precision)
-            yield Program(f"extraction, layer {layer}", None, precision, "1x1", lower)
+            program = Program(f"extraction, layer {layer}", None, precision, "1x1", lower)
+            yield replace(program, max_output=MAX_EXTRACTION_OUTPUT)
     for kind in KINDS:
         yield from _measurements(kind, SIZES[0])
     for d_sae in SIZES[1:]:

@@ -1,7 +1,8 @@
 """Read a program that XLA compiled for a GPU: its launches, their memory traffic and products.
 
 A launch is an instruction that runs on the device: a fusion, a library call or a copy. Its traffic
-is the size of its inputs and outputs, as if nothing stayed in a cache between launches. A loop
+is the size of its inputs and outputs, as if nothing stayed in a cache between launches; an input
+that a fusion has under two names counts once. A loop
 counts as often as it runs, or once if that depends on the data; of a conditional the branch with
 the most traffic counts.
 """
@@ -54,6 +55,7 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     attributes: str
+    number: int | None = None  # of a parameter
 
     @property
     def n_bytes(self) -> int:
@@ -161,7 +163,9 @@ def _instruction(name: str, text: str) -> Instruction:
     closing = _closing(text, opening)
     opcode = text[shape_end:opening].strip(") ")
     operands = tuple(re.findall(r"%([\w.\-]+)", text[opening:closing]))
-    return Instruction(name, arrays(text[:shape_end]), opcode, operands, text[closing + 1 :])
+    number = int(text[opening + 1 : closing]) if opcode == "parameter" else None
+    attributes = text[closing + 1 :]
+    return Instruction(name, arrays(text[:shape_end]), opcode, operands, attributes, number)
 
 
 def _closing(text: str, start: int) -> int:
@@ -211,7 +215,7 @@ def _launch(
     if one.opcode == "fusion":
         fused = computations[one.called("calls")[0]]
         kind = _fusion_kind(one)
-        read, written = _fusion_traffic(fused, one)
+        read, written = _fusion_traffic(computation, fused, one)
         library = "Triton" if "triton" in kind else "loop"
         dots = [dot for dot in fused.values() if dot.opcode == "dot"]
         products = [_product(library, dot, fused) for dot in dots]
@@ -236,13 +240,16 @@ def _fusion_kind(fusion: Instruction) -> str:
     return emitter[1].strip("_") if emitter else f"fusion {kind[1]}"
 
 
-def _fusion_traffic(fused: Computation, fusion: Instruction) -> tuple[int, int]:
+def _fusion_traffic(
+    computation: Computation, fused: Computation, fusion: Instruction
+) -> tuple[int, int]:
     """Return the bytes that a fusion reads and writes.
 
     Of an input of which only slices are used, these count; of an array that is updated in place,
     the update.
     """
     read = 0
+    read_whole: dict[str, int] = {}  # by array, which may have several names
     written = fusion.n_bytes
     for parameter in fused.values():
         if parameter.opcode != "parameter":
@@ -255,8 +262,25 @@ def _fusion_traffic(fused: Computation, fusion: Instruction) -> tuple[int, int]:
             update = fused[users[0].operands[1]]
             written += update.n_bytes - parameter.n_bytes
         else:
-            read += parameter.n_bytes
-    return read, written
+            assert parameter.number is not None
+            array = _array_of(computation, fusion.operands[parameter.number])
+            read_whole[array] = parameter.n_bytes
+    return read + sum(read_whole.values()), written
+
+
+def _array_of(computation: Computation, name: str) -> str:
+    """Return the same string for all names of an array."""
+    one = computation[name]
+    if one.opcode == "bitcast":
+        return _array_of(computation, one.operands[0])
+    if one.opcode == "get-tuple-element":
+        index = re.search(r"index=(\d+)", one.attributes)
+        assert index is not None
+        several = computation[one.operands[0]]
+        if several.opcode == "tuple":
+            return _array_of(computation, several.operands[int(index[1])])
+        return f"{several.name}, {index[1]}"
+    return name
 
 
 def _product(library: str, dot: Instruction, computation: Computation) -> Product:

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -37,6 +38,13 @@ def test_float64_is_a_failure():
     with jax.enable_x64(True):
         _, failures = check([make_program(lambda x: x.astype(jnp.float64).sum())], 0)
     assert failures == ["test, float32, mesh 1x1: contains float64"]
+
+
+def test_large_output_is_a_failure():
+    program = make_program(lambda x: jnp.sin(jnp.outer(x, x)))
+    assert check([replace(program, max_output=9)], 0)[1] == []
+    _, failures = check([replace(program, max_output=8)], 0)
+    assert failures == ["test, float32, mesh 1x1: writes a large array: f32[3,3]"]
 
 
 def test_float32_passes(capsys):

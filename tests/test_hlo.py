@@ -29,6 +29,27 @@ custom_call_target="__cudnn$fmhaSoftmax"
 }
 """
 
+# %a and %b are the same array; %c is another.
+TWO_NAMES = """
+%fused (p1: f32[100], p0: f32[10,10], p2: f32[100]) -> f32[100] {
+  %p1 = f32[100]{0} parameter(1)
+  %p0 = f32[10,10]{1,0} parameter(0)
+  %p2 = f32[100]{0} parameter(2)
+  %flat = f32[100]{0} bitcast(%p0)
+  %sum = f32[100]{0} add(%flat, %p1)
+  ROOT %result = f32[100]{0} multiply(%sum, %p2)
+}
+
+ENTRY %main (x: f32[10,10], c: f32[100]) -> f32[100] {
+  %x = f32[10,10]{1,0} parameter(0)
+  %c = f32[100]{0} parameter(1)
+  %both = (f32[100]{0}, f32[10,10]{1,0}) tuple(%c, %x)
+  %a = f32[10,10]{1,0} get-tuple-element(%both), index=1
+  %b = f32[100]{0} bitcast(%x)
+  ROOT %result = f32[100]{0} fusion(%a, %b, %c), kind=kLoop, calls=%fused
+}
+"""
+
 
 def compiled(function, *shapes, **options):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -95,6 +116,12 @@ def test_update_in_place_counts_instead_of_the_array():
 
     found = launches(run, (1000, 100), (1, 100), (1,), donate_argnums=0)
     assert sum(launch.traffic for launch in found) < 4 * 400 + 100
+
+
+def test_array_with_two_names_counts_once():
+    (launch,) = hlo.launches(TWO_NAMES)
+    assert launch.read == 2 * 400
+    assert launch.written == 400
 
 
 @pytest.mark.parametrize(("precision", "arithmetic"), [("DEFAULT", "tf32"), ("HIGHEST", "f32")])

@@ -33,6 +33,23 @@ def linear(
     return written(then(y).astype(dtype or layer.dtype))
 
 
+def linear_to_tokens_last(
+    layer: nnx.Linear,
+    x: Float[Array, "N T n_inputs"],
+    then: Callable[[Array], Array] = unchanged,
+) -> Float[Array, "n_outputs N T"]:
+    """Return then(layer(x)) with the axes in another order, in float32."""
+    y = jnp.einsum("io,nti->ont", layer.kernel[...], x) + bias_of(layer)[:, None, None]
+    return written(then(y))
+
+
+def linear_from_tokens_last(
+    layer: nnx.Linear, x: Float[Array, "n_inputs N T"]
+) -> Float[Array, "N T n_outputs"]:
+    """Return layer(x) for tokens that are the last axis, in float32."""
+    return written(jnp.einsum("int,io->nto", x, layer.kernel[...]) + bias_of(layer)[None, None])
+
+
 def bias_of(layer: nnx.Linear) -> Float[Array, " n_outputs"]:
     assert layer.bias is not None
     return layer.bias[...]

@@ -55,18 +55,19 @@ class Layer(nnx.Module):
         self.norm_stream = a.norm_stream
         self.res_attention = a.res_attention
         self.activation = jax.nn.relu if a.activation == "relu" else exact_gelu
-        self.attention = Attention(a.d_model, a.n_heads, dtype, rngs=rngs)
+        n_summed = a.n_layers if a.res_attention else 1
+        self.attention = Attention(a.d_model, a.n_heads, n_summed, dtype, rngs=rngs)
         self.norm_attention = norm(a.d_model, rngs=rngs)
         self.norm_ff = norm(a.d_model, rngs=rngs)
         self.ff_in = linear(a.d_model, a.d_ff)
         self.ff_out = linear(a.d_ff, a.d_model)
 
     def __call__(
-        self, x: Float[Array, "N T d_model"], earlier: QueriesKeys | None = None
-    ) -> tuple[Float[Array, "N T d_model"], QueriesKeys]:
+        self, x: Float[Array, "N T d_model"], earlier: tuple[QueriesKeys, ...] = ()
+    ) -> tuple[Float[Array, "N T d_model"], tuple[QueriesKeys, ...]]:
         """Return the stream after this layer, and queries and keys for the next layer."""
         x, branch_input = self._before_branch(self.norm_attention, x)
-        branch, queries_keys = self.attention(branch_input, earlier if self.res_attention else None)
+        branch, queries_keys = self.attention(branch_input, earlier if self.res_attention else ())
         x = self._after_branch(self.norm_attention, x + branch.astype(x.dtype))
 
         x, branch_input = self._before_branch(self.norm_ff, x)
@@ -221,17 +222,21 @@ class PatchTST(nnx.Module):
         else:
             per_channel = [linear(x[:, i]) for i, linear in enumerate(self.embeddings)]
             z = jnp.stack(per_channel, axis=1)
-        if self.cls_token is not None:
-            cls_token = jnp.broadcast_to(self.cls_token[...], (*z.shape[:2], 1, z.shape[3]))
-            z = jnp.concatenate([cls_token, z], axis=2)
         # A position of width 1 is added to every dimension.
-        return z + self.position[None, None]
+        position = self.position[...]
+        if self.cls_token is not None:
+            # The CLS token is added with its position to zeros, which XLA pads in the pass that
+            # adds the positions.
+            z = jnp.pad(z, ((0, 0), (0, 0), (1, 0), (0, 0)))
+            cls_token = self.cls_token[...][None]
+            position = position + jnp.pad(cls_token, ((0, len(position) - 1), (0, 0)))
+        return z + position[None, None]
 
     def run_layers(
         self, x: Float[Array, "N T d_model"], layers: tuple[int, ...]
     ) -> tuple[Float[Array, "N T d_model"], ...]:
         """Return the outputs of the requested layers; the layers after the last one do not run."""
-        earlier = None
+        earlier: tuple[QueriesKeys, ...] = ()
         outputs = {}
         for i in range(max(layers) + 1):
             x, earlier = self.layers[i](x, earlier)
@@ -243,11 +248,11 @@ class PatchTST(nnx.Module):
         x: Float[Array, "N T d_model"],
         first: int,
         end: int,
-        earlier: QueriesKeys | None = None,
-    ) -> tuple[Float[Array, "N T d_model"], QueriesKeys | None]:
+        earlier: tuple[QueriesKeys, ...] = (),
+    ) -> tuple[Float[Array, "N T d_model"], tuple[QueriesKeys, ...]]:
         """Run the layers first to end - 1 on the output of the layer before them.
 
-        earlier: queries and keys from the layer before. Returns the stream, and queries and keys
+        earlier: queries and keys of the layers before. Returns the stream, and queries and keys
         for the layer after.
         """
         for layer in self.layers[first:end]:

@@ -16,6 +16,7 @@ from minsae_jax import UserError
 from minsae_jax.encoder.base import ComputeOptions
 from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder
 from minsae_jax.encoder.patchtst.model import patches
+from minsae_jax.encoder.patchtst.reduction import fits_reduction
 from minsae_jax.encoder.patchtst.revin import RevIN
 from tests.conftest import ENCODERS, FIXTURES
 from tests.random_encoder import BASE, random_state_dict
@@ -103,8 +104,13 @@ def test_variant_equals_plain_torch(name):
 
 
 @pytest.mark.parametrize("name", ["base", "pre_norm", "pre_layernorm_gelu", "plain_attention"])
-def test_variant_as_on_gpu_equals_plain_torch(as_on_gpu, name):
-    encoder, x, hidden, _ = make_variant(replace(BASE, **VARIANTS[name]))
+# A GPU attends by a reduction over keys in narrow heads, and by matrix products in wide ones.
+@pytest.mark.parametrize("n_heads", [4, 1], ids=["narrow", "wide"])
+def test_variant_as_on_gpu_equals_plain_torch(as_on_gpu, n_heads, name):
+    a = replace(BASE, n_layers=3, d_model=32, pos_dim=32, n_heads=n_heads, **VARIANTS[name])
+    n_summed = a.n_layers if a.res_attention else 1
+    assert fits_reduction(jnp.float32, a.n_tokens, 32 // n_heads, n_summed) == (n_heads == 4)
+    encoder, x, hidden, _ = make_variant(a)
     np.testing.assert_allclose(encoder.activations(x), hidden[-1], atol=TOLERANCE, rtol=0)
 
 
