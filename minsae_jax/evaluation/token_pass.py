@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from minsae_jax.evaluation.bootstrap import Interval, Weights, interval
+from minsae_jax.evaluation.bootstrap import SHARE, Interval, Resamples, interval
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.pooling import padded
 from minsae_jax.evaluation.ranking import auc
@@ -70,17 +70,18 @@ class FeatureTokens:
         feature: int,
         is_inside: Bool[np.ndarray, "sequences n_located"],
         recording: Int[np.ndarray, " sequences"],
-        weights: Weights,
+        resamples: Resamples,
     ) -> Interval | None:
-        """Return the interval of one feature's precision; weights: see `draw_patients`."""
+        """Return the interval of one feature's precision."""
         sequence = self.sequence[feature, : self.examples[feature]]
         if len(sequence) == 0:
             return None
         hits = is_inside[sequence, self.token[feature, : len(sequence)]]
-        of_examples = weights[:, recording[sequence]]
+        of_examples = resamples.weights[:, recording[sequence]]
         total = of_examples.sum(axis=1)
         # NaN in resamples without any of the tokens.
-        return interval(of_examples @ hits / np.where(total > 0, total, np.nan))
+        precision = of_examples @ hits / np.where(total > 0, total, np.nan)
+        return interval(precision, resamples.n_units(recording[sequence]), SHARE)
 
 
 def read_features(
