@@ -8,14 +8,14 @@ from minsae_jax.evaluation.bootstrap import draw_patients
 from minsae_jax.evaluation.token_pass import TOP, FeatureTokens, read_features, token_aucs
 
 
-@pytest.fixture(scope="module", params=[2**23, 200_000])
+@pytest.fixture(scope="module", params=[2**23, 200_000, 1])
 def read(request, trained):
-    """Features of two members, in large batches and in small ones."""
-    original = token_pass.BATCH_VALUES
-    token_pass.BATCH_VALUES = request.param
+    """Features of two members, in large batches, in small ones and sequence by sequence."""
+    original = token_pass.CPU_BATCH_VALUES
+    token_pass.CPU_BATCH_VALUES = request.param
     saes = {name: trained.sae(name) for name in ("lambda=0.1", "lambda=1")}
     yield read_features(trained.dataset("test"), saes, {"lambda=0.1": [5], "lambda=1": [3, 0]})
-    token_pass.BATCH_VALUES = original
+    token_pass.CPU_BATCH_VALUES = original
 
 
 def test_moments_and_chosen_features(trained, read):
