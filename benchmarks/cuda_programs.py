@@ -135,6 +135,8 @@ def all_programs() -> Iterator[Program]:
             yield replace(program, max_output=MAX_EXTRACTION_OUTPUT)
     for kind in KINDS:
         yield from _measurements(kind, SIZES[0])
+    lower = partial(_lower_merge, SIZES[0])
+    yield Program("merge of strongest tokens", SIZES[0], "float32", "1x1", lower)
     for d_sae in SIZES[1:]:
         yield from _steps(d_sae)
 
@@ -268,19 +270,25 @@ def _params(
 
 
 def _lower_features(kind: str, d_sae: int) -> jax.stages.Lowered:
-    """Lower moments and strongest tokens of all features, over a batch of the test store."""
+    """Lower moments and strongest tokens of all features, of a batch of the test store."""
     whole = replicated(_cards("1x1"))
     indices = partial(_shape, jnp.int32, whole)
-    top = token_pass.TopTokens(
-        value=_shape(jnp.float32, whole, d_sae, token_pass.TOP),
-        sequence=indices(d_sae, token_pass.TOP),
-        token=indices(d_sae, token_pass.TOP),
-    )
     x = _shape(jnp.float32, whole, SEQUENCES, DEMO.n_tokens, D_MODEL)
     # start and number of sequences, tokens with samples, chosen features
     counts = (indices(2), indices(DEMO.n_patches), indices(4))
     with jax.default_matmul_precision("highest"):
-        return token_pass.add_batch.lower(KINDS[kind], _params(kind, d_sae, whole), top, x, *counts)
+        return token_pass.measure_batch.lower(KINDS[kind], _params(kind, d_sae, whole), x, *counts)
+
+
+def _lower_merge(d_sae: int) -> jax.stages.Lowered:
+    """Lower the choice of the strongest tokens among those so far and those of a batch."""
+    whole = replicated(_cards("1x1"))
+
+    def tokens(n: int) -> token_pass.TopTokens:
+        indices = _shape(jnp.int32, whole, d_sae, n)
+        return token_pass.TopTokens(_shape(jnp.float32, whole, d_sae, n), indices, indices)
+
+    return token_pass.merge_top.lower(tokens(token_pass.TOP), [tokens(SEQUENCES)])
 
 
 def _lower_pooling(kind: str, d_sae: int) -> jax.stages.Lowered:

@@ -7,24 +7,51 @@ intervals too.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from minsae_jax.evaluation.pooling import group_by_patient
 
 RESAMPLES = 1000
-COVERAGE = 95  # % of the resamples inside an interval
+COVERAGE = 0.95  # probability that an interval contains the true value
+# Patients from which on the percentiles are inside the replicates. With n patients the smallest
+# replicate, n times the lowest patient, has the probability n^-n: 0.0039 with 4, where the expanded
+# percentile is 0.00012, but 0.00032 with 5, where it is 0.00096.
+MIN_PERCENTILES = 5
+Limits = tuple[float, float]
+SHARE: Limits = (0.0, 1.0)  # also of an AUC
+DIFFERENCE: Limits = (-1.0, 1.0)  # of shares
+UNLIMITED: Limits = (-np.inf, np.inf)
 # How often each recording, or other unit, is drawn
 Weights = Float[np.ndarray, "resamples recordings"]
 
 
 class Interval(NamedTuple):
-    """A 95 % percentile interval."""
+    """A 95 % interval."""
 
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """How often each recording is drawn in each resample, as part of its unit.
+
+    Units are patients, or the recordings of a single patient.
+    """
+
+    weights: Weights
+    # Unit of each recording
+    unit: Int[np.ndarray, " recordings"]
+
+    def n_units(self, recording: Int[np.ndarray, " n"]) -> int:
+        """Return the number of units among some recordings, which may be repeated."""
+        return len(np.unique(self.unit[recording]))
 
 
 def draw_weights(n_units: int, seed: int, resamples: int = RESAMPLES) -> Weights:
@@ -34,26 +61,42 @@ def draw_weights(n_units: int, seed: int, resamples: int = RESAMPLES) -> Weights
     return counts.astype(np.float64)
 
 
-def draw_patients(recordings: Sequence[str], seed: int) -> Weights:
-    """Return for each resample how often each recording is drawn, as part of its patient.
-
-    Patients are drawn with all of their recordings; of a single patient, recordings are drawn.
-    """
-    patients, patient = group_by_patient(recordings)
+def draw_patients(recordings: Sequence[str], seed: int) -> Resamples:
+    """Draw patients with all of their recordings; of a single patient, draw recordings."""
+    patients, unit = group_by_patient(recordings)
     if len(patients) == 1:
-        return draw_weights(len(recordings), seed)
-    return draw_weights(len(patients), seed)[:, patient]
+        unit = np.arange(len(recordings))
+    weights = draw_weights(len(np.unique(unit)), seed)
+    return Resamples(weights[:, unit], unit)
 
 
-def interval(replicates: Float[np.ndarray, " resamples"]) -> Interval | None:
-    """Return the percentile interval of a measure's values in all resamples.
+def interval(
+    replicates: Float[np.ndarray, " resamples"], n_units: int, limits: Limits = UNLIMITED
+) -> Interval | None:
+    """Return the 95 % interval of a measure, from its values in all resamples.
+
+    n_units: patients, or other units, that contribute to the measure. limits: of its range.
+
+    The ends are expanded percentiles (Hesterberg 2015, "What Teachers Should Know About the
+    Bootstrap"): Phi(-sqrt(n / (n - 1)) t), with the 97.5 % quantile t of Student's distribution
+    with n - 1 degrees of freedom, in place of 2.5 %. With fewer than five patients this is beyond
+    all replicates. There the ends are sqrt(n / (n - 1)) t SDs of the replicates from their mean: of
+    a mean over patients, Student's interval.
+
+    Coverage in simulations (docs/evaluate.md) is 85 to 93 % with 5 patients, 90 to 95 % with 10 and
+    92 to 96 % with 20, where percentiles of 2.5 % have 75 to 84 %, 84 to 92 % and 89 to 95 %; with
+    4 patients it is 86 to 95 % instead of 73 to 81 %.
 
     Resamples in which the measure is undefined (NaN) are left out. None if nothing varies, as with
     a single recording: then there is no interval to speak of.
     """
     defined = replicates[np.isfinite(replicates)]
-    if len(defined) == 0 or np.ptp(defined) == 0:
+    if n_units < 2 or len(defined) == 0 or np.ptp(defined) == 0:
         return None
-    outside = (100 - COVERAGE) / 2
-    low, high = np.percentile(defined, [outside, 100 - outside])
-    return Interval(float(low), float(high))
+    n_sd = np.sqrt(n_units / (n_units - 1)) * student.ppf((1 + COVERAGE) / 2, n_units - 1)
+    if n_units < MIN_PERCENTILES:
+        ends = defined.mean() + np.array([-n_sd, n_sd]) * defined.std()
+    else:
+        ends = np.quantile(defined, norm.cdf([-n_sd, n_sd]))
+    low, high = np.clip(ends, *limits).tolist()
+    return Interval(low, high)

@@ -80,7 +80,9 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     baselines = _baselines(pca, inputs)
     keys |= sources.keys(baselines)
     features = measure_features(settings, inputs, [*measured, *baselines], keys, tokens)
-    losses = {name: summarise(of_one, settings.seed) for name, of_one in errors.items()}
+    losses = {}
+    for name, of_one in errors.items():
+        losses[name] = summarise(of_one, inputs.test.recordings, settings.seed)
     is_live = {name: result.density > 0 for name, result in tokens.items()}
     stability = seed_stability(members, is_live)
     evaluations = []
@@ -260,6 +262,6 @@ def _substitute(
         members,
         keys,
         measure_missing,
-        lambda errors: {"by_window": errors.by_window},
-        lambda saved: SubstitutionErrors(saved["by_window"]),
+        vars,
+        lambda saved: SubstitutionErrors(**saved),
     )

@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from minsae_jax.evaluation.bootstrap import Weights, interval
+from minsae_jax.evaluation.bootstrap import (
+    DIFFERENCE,
+    SHARE,
+    Resamples,
+    Weights,
+    interval,
+)
 from minsae_jax.evaluation.event_results import EventScore, MeanIntervals
 from minsae_jax.evaluation.events import SpanActivations, max_over_spans
 from minsae_jax.evaluation.linear_probe import LinearProbe, fit_probe
@@ -123,11 +129,13 @@ def make_kind(
 def measure_spans(
     sae: SparseAutoencoder,
     kinds: Sequence[EventKind],
-    val_weights: Float[np.ndarray, "resamples val_recordings"],
-    test_weights: Float[np.ndarray, "resamples test_recordings"],
+    val_resamples: Resamples,
+    test_resamples: Resamples,
 ) -> SpanMeasures:
-    """Score an autoencoder's features on all kinds of events; weights: see `draw_patients`."""
-    weights = np.insert(test_weights, 0, 1, axis=0)
+    """Score an autoencoder's features on all kinds of events."""
+    weights = np.insert(test_resamples.weights, 0, 1, axis=0)
+    n_of_kinds = [test_resamples.n_units(kind.test.recording) for kind in kinds]
+    n_of_any = test_resamples.n_units(np.concatenate([kind.test.recording for kind in kinds]))
     probes = np.stack([kind.probe.weights for kind in kinds], axis=1).astype(np.float32)
     no_features = np.zeros(0, np.int32)
     val = [encode_spans(sae, kind.val, probes, no_features) for kind in kinds]
@@ -138,17 +146,23 @@ def measure_spans(
     measured = []
     for i, kind in enumerate(kinds):
         drops_of_kind = (drops[i, i], _mean_without(drops[i], i))
-        measured.append(
-            _measure_kind(
-                kind, val[i], test[i], test[i].logits[:, i], drops_of_kind, val_weights, weights
-            )
+        one = _measure_kind(
+            kind,
+            val[i],
+            test[i],
+            test[i].logits[:, i],
+            drops_of_kind,
+            val_resamples,
+            weights,
+            (n_of_kinds[i], n_of_any),
         )
+        measured.append(one)
     return SpanMeasures(
         scores=[one.score for one in measured],
         val_auc=np.stack([one.val_auc for one in measured]),
         auc=np.stack([one.auc for one in measured]),
         recall=np.stack([one.recall for one in measured]),
-        intervals=_mean_intervals([one.resampled for one in measured]),
+        intervals=_mean_intervals([one.resampled for one in measured], n_of_any),
     )
 
 
@@ -158,14 +172,19 @@ def _measure_kind(
     test: EncodedSpans,
     x_hat_logits: Float[np.ndarray, " tokens"],
     drops: tuple[Float[np.ndarray, " resamples"], Float[np.ndarray, " resamples"]],
-    val_weights: Float[np.ndarray, "val_resamples val_recordings"],
+    val_resamples: Resamples,
     weights: Weights,
+    n_patients: tuple[int, int],
 ) -> _KindMeasures:
-    """Measure one kind; x_hat_logits: of its probe, drops: of its probe and of the others'."""
+    """Measure one kind.
+
+    x_hat_logits: of its probe. drops: of its probe and of the others'. n_patients: with test spans
+    of this kind, and of any kind.
+    """
     val_auc = _by_columns(auc, val.maxima, kind.val.is_event)
     test_auc = _by_columns(auc, test.maxima, kind.test.is_event)
     best = np.argsort(-val_auc, kind="stable")[:BEST]
-    ties = _ties(val.maxima[:, best[0]], val_auc, kind.val, val_weights)
+    ties = _ties(val.maxima[:, best[0]], val_auc, kind.val, val_resamples)
     of_best = test.maxima[:, best[0]]
     resampled = _Measures(
         auc=kind.test_auc(of_best, weights),
@@ -178,7 +197,7 @@ def _measure_kind(
         ablation_drop_others=drops[1],
     )
     return _KindMeasures(
-        score=_score(kind, resampled, best, val_auc, test_auc, ties),
+        score=_score(kind, resampled, n_patients, best, val_auc, test_auc, ties),
         resampled=resampled,
         val_auc=val_auc,
         auc=test_auc,
@@ -189,6 +208,7 @@ def _measure_kind(
 def _score(
     kind: EventKind,
     resampled: _Measures,
+    n_patients: tuple[int, int],
     best: Int[np.ndarray, " best"],
     val_auc: Float[np.ndarray, " d_sae"],
     test_auc: Float[np.ndarray, " d_sae"],
@@ -196,7 +216,7 @@ def _score(
 ) -> EventScore:
     """Return the scores of a kind; those on single tokens are filled in later."""
     value = _Measures(*(float(values[0]) for values in resampled))
-    within = _Measures(*(interval(values[1:]) for values in resampled))
+    within = _intervals(resampled, *n_patients)
     drop_others = None
     if not np.isnan(value.ablation_drop_others):
         drop_others = value.ablation_drop_others
@@ -227,17 +247,29 @@ def _score(
     )
 
 
-def _mean_intervals(resampled: Sequence[_Measures]) -> MeanIntervals:
-    """Return the intervals of the means over kinds and of what is computed from them."""
+def _intervals(resampled: _Measures, n_of_kind: int, n_of_any: int) -> _Measures:
+    """Return the intervals of one kind; of other kinds' probes from the patients of any kind."""
+    *shares, drop, drop_others = [values[1:] for values in resampled]
+    intervals = [interval(share, n_of_kind, SHARE) for share in shares]
+    intervals.append(interval(drop, n_of_kind, DIFFERENCE))
+    intervals.append(interval(drop_others, n_of_any, DIFFERENCE))
+    return _Measures(*intervals)
+
+
+def _mean_intervals(resampled: Sequence[_Measures], n_patients: int) -> MeanIntervals:
+    """Return the intervals of the means over kinds and of what is computed from them.
+
+    n_patients: with test spans of any kind.
+    """
     means = _Measures(*(np.mean(kinds, axis=0)[1:] for kinds in zip(*resampled, strict=True)))
     x = means.x_probe_auc - 0.5
     x_hat = means.x_hat_probe_auc - 0.5
     return MeanIntervals(
-        auc=interval(means.auc),
-        recall=interval(means.recall),
-        probe_auc=interval(means.probe_auc),
-        tpp=interval(means.ablation_drop - means.ablation_drop_others),
-        probe_recovered=interval(x_hat / np.where(x > 0, x, np.nan)),
+        auc=interval(means.auc, n_patients, SHARE),
+        recall=interval(means.recall, n_patients, SHARE),
+        probe_auc=interval(means.probe_auc, n_patients, SHARE),
+        tpp=interval(means.ablation_drop - means.ablation_drop_others, n_patients),
+        probe_recovered=interval(x_hat / np.where(x > 0, x, np.nan), n_patients),
     )
 
 
@@ -265,11 +297,12 @@ def _ties(
     best: Float[np.ndarray, " spans"],
     val_auc: Float[np.ndarray, " d_sae"],
     spans: SpanActivations,
-    weights: Weights,
+    resamples: Resamples,
 ) -> Int[np.ndarray, " ties"]:
     """Return the features whose AUC is inside the interval of the best, the best first."""
     lowest = val_auc.max()
-    of_best = interval(weighted_auc(best, spans.is_event, spans.recording, weights))
+    aucs = weighted_auc(best, spans.is_event, spans.recording, resamples.weights)
+    of_best = interval(aucs, resamples.n_units(spans.recording), SHARE)
     if of_best is not None:
         lowest = min(lowest, of_best.low)
     by_auc = np.argsort(-val_auc, kind="stable")

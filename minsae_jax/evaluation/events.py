@@ -25,6 +25,11 @@ from minsae_jax.files import regular_file
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_TOKENS = 8192  # encoded at a time
+# Why a kind of events is left out, after the patients that it is missing for
+WITHOUT_SPANS = (
+    "of these patients, no event is inside the windows and has a free place of its length in its "
+    "recording"
+)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.eeg.splits import join_some
-from minsae_jax.evaluation.bootstrap import Interval, Weights, draw_patients
+from minsae_jax.evaluation.bootstrap import Interval, Resamples, draw_patients
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.description_length import description_length
@@ -27,7 +27,7 @@ from minsae_jax.evaluation.event_results import (
     FeatureEvents,
     summarise_events,
 )
-from minsae_jax.evaluation.events import draw_spans, event_share, gather
+from minsae_jax.evaluation.events import WITHOUT_SPANS, draw_spans, event_share, gather
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member
 from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
 from minsae_jax.evaluation.token_measures import TokenResult
@@ -114,14 +114,14 @@ def _score_features(
     """Score the features of all members: on the spans of events, then over all test tokens."""
     test = inputs.test
     kinds = _event_kinds(settings, inputs)
-    test_weights = draw_patients(test.recordings, settings.seed)
+    test_resamples = draw_patients(test.recordings, settings.seed)
     spans: dict[str, SpanMeasures] = {}
     if kinds:
         assert inputs.val is not None  # events require it
-        val_weights = draw_patients(inputs.val.recordings, settings.seed)
+        val_resamples = draw_patients(inputs.val.recordings, settings.seed)
         with progress("score events", len(members), "members", delay=2.0) as bar:
             for member in members:
-                spans[member.name] = measure_spans(member.sae, kinds, val_weights, test_weights)
+                spans[member.name] = measure_spans(member.sae, kinds, val_resamples, test_resamples)
                 bar.advance(1)
     chosen: dict[str, list[int]] = {member.name: [] for member in members}
     for name, measures in spans.items():
@@ -131,7 +131,7 @@ def _score_features(
     for name, features in read.items():
         events = None
         if kinds:
-            events = _score_tokens(test, kinds, spans[name], features, test_weights)
+            events = _score_tokens(test, kinds, spans[name], features, test_resamples)
         bits = description_length(
             features.active,
             features.mean,
@@ -172,8 +172,7 @@ def _event_kinds(settings: EvaluateConfig, inputs: EvaluationInputs) -> list[Eve
             kinds.append(make_kind(name, val_spans, test_spans, event_share(test, events)))
     if left_out:
         warnings.warn(
-            f"kinds of events that are not evaluated: {join_some(left_out)}; of these patients, no "
-            "event is inside the windows and has a free place of its length in its recording",
+            f"kinds of events that are not evaluated: {join_some(left_out)}; {WITHOUT_SPANS}",
             stacklevel=2,
         )
     return kinds
@@ -184,7 +183,7 @@ def _score_tokens(
     kinds: Sequence[EventKind],
     spans: SpanMeasures,
     features: FeatureTokens,
-    weights: Weights,
+    resamples: Resamples,
 ) -> EventEvaluation:
     """Return the scores on spans with those over tokens."""
     precision = np.stack([features.precision(kind.touched) for kind in kinds])
@@ -210,7 +209,7 @@ def _score_tokens(
             token_base_rate=kind.base_rate,
             precision=float(precision[i, best]) if is_active else None,
             precision_interval=features.precision_interval(
-                best, kind.touched, test.recording, weights
+                best, kind.touched, test.recording, resamples
             ),
             examples=int(features.examples[best]),
             pure_features=int(n_pure[i]),

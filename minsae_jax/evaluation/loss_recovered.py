@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, Substitutes
-from minsae_jax.evaluation.bootstrap import Interval, draw_weights, interval
+from minsae_jax.evaluation.bootstrap import Interval, draw_patients, interval
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import make_mesh, put_batch, replicated
@@ -26,6 +26,8 @@ class SubstitutionErrors:
 
     # On the activations themselves, their mean, zero, and the x̂ of each SAE
     by_window: Float[np.ndarray, "variants windows"]
+    # Of each window, as an index into the dataset's
+    recording: Int[np.ndarray, " windows"]
 
     @property
     def windows(self) -> int:
@@ -51,7 +53,7 @@ class SubstitutionErrors:
 
     def of_member(self, i: int) -> "SubstitutionErrors":
         """Return the errors with those of one SAE."""
-        return SubstitutionErrors(self.by_window[[0, 1, 2, 3 + i]])
+        return SubstitutionErrors(self.by_window[[0, 1, 2, 3 + i]], self.recording)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class LossRecovered:
     # 1: nothing is lost; 0: as bad as mean-ablation
     loss_recovered: float
     loss_recovered_of_zero_ablation: float
-    # Of loss_recovered, over windows; None with one window
+    # Of loss_recovered, over patients; None if all windows are of one recording
     interval: Interval | None = None
     # What it is measured by: the untouched encoder and mean- and zero-ablation on the same windows
     untouched_error: float = float("nan")
@@ -70,11 +72,18 @@ class LossRecovered:
     zero_ablation_error: float = float("nan")
 
 
-def summarise(errors: SubstitutionErrors, seed: int) -> LossRecovered:
-    """Return the result of the only SAE, with an interval by resampling windows."""
+def summarise(errors: SubstitutionErrors, recordings: Sequence[str], seed: int) -> LossRecovered:
+    """Return the result of the only SAE, with an interval by resampling patients.
+
+    recordings: file names of the dataset's recordings.
+    """
     untouched, by_mean, by_zero, member = errors.by_window.mean(axis=1).tolist()
-    weights = draw_weights(errors.windows, seed) / errors.windows
-    resampled = weights @ errors.by_window.T
+    present, index = np.unique(errors.recording, return_inverse=True)
+    resamples = draw_patients([recordings[i] for i in present], seed)
+    sums = np.zeros((len(present), len(errors.by_window)))
+    np.add.at(sums, index, errors.by_window.T)
+    # Sums, not means, over windows: their number cancels in the ratio.
+    resampled = resamples.weights @ sums
     # NaN in resamples where ablation loses nothing
     ablation = resampled[:, 1] - resampled[:, 0]
     gain = resampled[:, 1] - resampled[:, 3]
@@ -83,7 +92,7 @@ def summarise(errors: SubstitutionErrors, seed: int) -> LossRecovered:
         masked_error=member,
         loss_recovered=loss_recovered(by_mean, member, untouched),
         loss_recovered_of_zero_ablation=loss_recovered(by_zero, member, untouched),
-        interval=interval(recovered),
+        interval=interval(recovered, resamples.n_units(index)),
         untouched_error=untouched,
         mean_ablation_error=by_mean,
         zero_ablation_error=by_zero,
@@ -137,7 +146,8 @@ def substitution_errors(
             batch_errors = np.asarray(run(params, substitutes, rows), np.float64)
             errors.append(batch_errors[: len(batch_places)])
             bar.advance(len(batch_places))
-    return SubstitutionErrors(np.concatenate(errors).T)
+    recording = np.array([recording for recording, _ in places])
+    return SubstitutionErrors(np.concatenate(errors).T, recording)
 
 
 def loss_recovered(ablated: float, substituted: float, untouched: float) -> float:

@@ -14,17 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from minsae_jax.evaluation.bootstrap import Interval, Weights, interval
+from minsae_jax.evaluation.bootstrap import SHARE, Interval, Resamples, interval
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.pooling import padded
 from minsae_jax.evaluation.ranking import auc
 from minsae_jax.monitor import progress
+from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
 
 TOP = 50  # strongest tokens of a feature
 BATCH_VALUES = 2**23  # features of a batch, which bounds the memory
-MAX_SEQUENCES = 64
+# On CPU: malloc reuses memory of this size, while new pages of larger arrays take twice as long as
+# the computation.
+CPU_BATCH_VALUES = 2**21
+MAX_SEQUENCES = 64  # of a batch, and between two merges of the strongest tokens
 
 
 class TopTokens(NamedTuple):
@@ -70,17 +74,18 @@ class FeatureTokens:
         feature: int,
         is_inside: Bool[np.ndarray, "sequences n_located"],
         recording: Int[np.ndarray, " sequences"],
-        weights: Weights,
+        resamples: Resamples,
     ) -> Interval | None:
-        """Return the interval of one feature's precision; weights: see `draw_patients`."""
+        """Return the interval of one feature's precision."""
         sequence = self.sequence[feature, : self.examples[feature]]
         if len(sequence) == 0:
             return None
         hits = is_inside[sequence, self.token[feature, : len(sequence)]]
-        of_examples = weights[:, recording[sequence]]
+        of_examples = resamples.weights[:, recording[sequence]]
         total = of_examples.sum(axis=1)
         # NaN in resamples without any of the tokens.
-        return interval(of_examples @ hits / np.where(total > 0, total, np.nan))
+        precision = of_examples @ hits / np.where(total > 0, total, np.nan)
+        return interval(precision, resamples.n_units(recording[sequence]), SHARE)
 
 
 def read_features(
@@ -98,7 +103,8 @@ def read_features(
         values = np.empty((len(chosen[name]), n_sequences, len(located)), np.float32)
         passes[name] = _Pass(sae, chosen[name], values)
     largest = max((sae.d_sae for sae in saes.values()), default=1)
-    n_rows = max(1, min(MAX_SEQUENCES, BATCH_VALUES // (dataset.n_tokens * largest)))
+    batch_values = CPU_BATCH_VALUES if on_cpu() else BATCH_VALUES
+    n_rows = max(1, min(MAX_SEQUENCES, batch_values // (dataset.n_tokens * largest)))
     with progress("read features", n_sequences, "sequences", delay=2.0) as bar:
         for start, x in dataset.batches(n_rows):
             batch = padded(x, n_rows)
@@ -121,6 +127,9 @@ class _Pass:
         sequence = jnp.zeros((sae.d_sae, TOP), jnp.int32)
         token = jnp.zeros((sae.d_sae, TOP), jnp.int32)
         self.top = TopTokens(zeros, sequence, token)
+        # The strongest tokens of sequences that are not merged yet
+        self.batches: list[TopTokens] = []
+        self.n_waiting = 0
 
     def add(
         self,
@@ -132,14 +141,26 @@ class _Pass:
         """Add the first n_valid sequences of x, which begin at sequence `start`."""
         places = np.array([start, n_valid], np.int32)
         with jax.default_matmul_precision("highest"):
-            sums, self.top, chosen = add_batch(
-                self.sae.kind, self.sae.params, self.top, x, places, located, self.chosen
+            sums, strongest, chosen = measure_batch(
+                self.sae.kind, self.sae.params, x, places, located, self.chosen
             )
+        self.batches.append(strongest)
+        self.n_waiting += len(x)
+        if self.n_waiting + len(x) > MAX_SEQUENCES:
+            self._merge()
         self.sums += np.asarray(sums, np.float64)
         by_feature = np.moveaxis(np.asarray(chosen), -1, 0)
         self.values[:, start : start + n_valid] = by_feature[:, :n_valid]
 
+    def _merge(self) -> None:
+        # A merge sorts, and takes as long for one sequence as for many.
+        self.top = merge_top(self.top, self.batches)
+        self.batches = []
+        self.n_waiting = 0
+
     def finish(self) -> FeatureTokens:
+        if self.batches:
+            self._merge()
         active, total, squares = self.sums
         norms = np.linalg.norm(self.sae.decoder_directions.astype(np.float64), axis=1)
         n = np.maximum(active, 1)
@@ -149,17 +170,16 @@ class _Pass:
         return FeatureTokens(active, mean, mean_square, value, sequence, token, self.values)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def add_batch(
+@partial(jax.jit, static_argnums=0)
+def measure_batch(
     kind: SAEKind,
     params: Params,
-    top: TopTokens,
     x: Float[Array, "rows n_tokens d_model"],
     places: Int[Array, " 2"],
     located: Int[Array, " n_located"],
     chosen: Int[Array, " chosen"],
 ) -> tuple[Float[Array, "3 d_sae"], TopTokens, Float[Array, "rows n_located chosen"]]:
-    """Return sums over the batch, the strongest tokens with it, and the chosen features."""
+    """Return sums over the batch, the strongest token of each sequence, and the chosen features."""
     start, n_valid = places
     n_rows, n_tokens, d_model = x.shape
     is_valid = jnp.arange(n_rows) < n_valid
@@ -180,23 +200,27 @@ def add_batch(
     strongest = jnp.where(is_located[None, :, None], packed, 0).max(axis=1)
     sequence = jnp.broadcast_to((start + jnp.arange(n_rows))[:, None], strongest.shape)
     index_of = jnp.zeros(n_tokens, jnp.int32).at[located].set(jnp.arange(len(located)))
-    batch = TopTokens(
+    top = TopTokens(
         jax.lax.bitcast_convert_type(strongest & ~lowest, jnp.float32).T,
         sequence.T,
         index_of[strongest & lowest].T,
     )
-    both = TopTokens(
-        jnp.concatenate([top.value, batch.value], axis=1),
-        jnp.concatenate([top.sequence, batch.sequence], axis=1),
-        jnp.concatenate([top.token, batch.token], axis=1),
-    )
-    value, order = jax.lax.top_k(both.value, TOP)
-    merged = TopTokens(
+    return sums, top, features[:, :, chosen][:, located]
+
+
+@partial(jax.jit, donate_argnums=0)
+def merge_top(top: TopTokens, batches: Sequence[TopTokens]) -> TopTokens:
+    """Return the strongest tokens of all, of equally strong ones the first."""
+    parts = [top, *batches]
+    value = jnp.concatenate([part.value for part in parts], axis=1)
+    sequence = jnp.concatenate([part.sequence for part in parts], axis=1)
+    token = jnp.concatenate([part.token for part in parts], axis=1)
+    value, order = jax.lax.top_k(value, TOP)
+    return TopTokens(
         value,
-        jnp.take_along_axis(both.sequence, order, axis=1),
-        jnp.take_along_axis(both.token, order, axis=1),
+        jnp.take_along_axis(sequence, order, axis=1),
+        jnp.take_along_axis(token, order, axis=1),
     )
-    return sums, merged, features[:, :, chosen][:, located]
 
 
 def token_aucs(

@@ -12,7 +12,7 @@ from scipy.stats import binom, false_discovery_control, wilcoxon
 
 import minsae_jax as ms
 from convert.encoder import convert_encoder
-from minsae_jax.evaluation.bootstrap import draw_weights, interval
+from minsae_jax.evaluation.bootstrap import SHARE, draw_weights, interval
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.evaluation.events import draw_spans, gather, read_events, span_maxima
 from minsae_jax.evaluation.label_tests import compare_labels
@@ -103,10 +103,11 @@ def test_more_spindles_are_found_by_features_that_respond_to_them(planted):
     events = read_events(planted.plain.folder)["spindle"]
     spans = gather(planted.plain, draw_spans(planted.plain, events, 0))
     scores = span_maxima(planted.sae, spans)
-    weights = draw_weights(len(planted.plain.recordings), seed=0)
+    n_patients = len(planted.plain.recordings)
+    weights = draw_weights(n_patients, seed=0)
     for feature in found[responds[found]]:
         aucs = weighted_auc(scores[:, feature], spans.is_event, spans.recording, weights)
-        assert interval(aucs).low > 0.5
+        assert interval(aucs, n_patients, SHARE).low > 0.5
 
 
 def test_random_labels_are_found_at_the_nominal_rate(planted):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from scipy.optimize import minimize
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, norm, t
 
 from minsae_jax import SparseAutoencoder
-from minsae_jax.evaluation.bootstrap import draw_weights
+from minsae_jax.evaluation.bootstrap import Resamples, draw_weights
 from minsae_jax.evaluation.event_measures import make_kind, measure_spans
 from minsae_jax.evaluation.event_results import FeatureEvents
 from minsae_jax.evaluation.events import Span, SpanActivations
@@ -14,7 +14,7 @@ from minsae_jax.evaluation.linear_probe import fit_probe
 from minsae_jax.evaluation.pca import raw_autoencoder
 
 D_MODEL = 16
-N_RECORDINGS = 4
+N_RECORDINGS = 8
 
 
 def pairs_auc(is_event, scores):
@@ -64,8 +64,8 @@ def autoencoder(directions):
 
 
 def score(sae, kinds):
-    weights = draw_weights(N_RECORDINGS, seed=0)
-    return measure_spans(sae, kinds, weights, weights)
+    resamples = Resamples(draw_weights(N_RECORDINGS, seed=0), np.arange(N_RECORDINGS))
+    return measure_spans(sae, kinds, resamples, resamples)
 
 
 def span_maxima(sae, spans):
@@ -178,8 +178,14 @@ def resampled_aucs(scores, spans):
     return np.array(aucs)
 
 
+def expanded_percentiles(values):
+    """Hesterberg 2015: t with n - 1 degrees of freedom, as a percentile of the normal."""
+    outside = norm.cdf(np.sqrt(N_RECORDINGS / (N_RECORDINGS - 1)) * t.ppf(0.025, N_RECORDINGS - 1))
+    return np.percentile(values, [100 * outside, 100 * (1 - outside)])
+
+
 def limits(values):
-    return pytest.approx(tuple(np.percentile(values, [2.5, 97.5])), abs=1e-6)
+    return pytest.approx(tuple(expanded_percentiles(values)), abs=1e-6)
 
 
 def test_intervals_are_of_resampled_recordings(directions, kinds):
@@ -212,7 +218,7 @@ def test_interval_of_targeted_perturbation_is_of_differences(directions, kinds):
             complete = resampled_aucs(probe_scores(sae, of, []), of.test)
             drops.append(complete - resampled_aucs(probe_scores(sae, of, features), of.test))
         differences.append(drops[0] - drops[1])
-    low, high = np.percentile(np.mean(differences, axis=0), [2.5, 97.5])
+    low, high = expanded_percentiles(np.mean(differences, axis=0))
     assert tuple(score(sae, kinds).intervals.tpp) == pytest.approx((low, high), abs=2e-3)
     assert high - low > 0.02
 

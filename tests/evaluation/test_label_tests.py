@@ -208,6 +208,34 @@ def test_spearman_of_few_patients_is_a_permutation_test(n, has_ties):
         assert p[i] == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("n_active", [2, 3, 6, 12])
+def test_spearman_of_many_patients_is_a_permutation_test_where_most_are_equal(n_active):
+    """A number that is 1 for 3 of 60 patients is a group, whose rank sums can be enumerated."""
+    values = rare_features(60, n_active, 40, np.random.default_rng(n_active))
+    number = np.zeros(60)
+    number[:3] = 1
+    rho, p = spearman(values, number)
+    exact = np.array([exact_p(column, number == 1) for column in values.T])
+    np.testing.assert_allclose(p, exact, rtol=0.35)
+    by_t = stats.spearmanr(number, values).pvalue[0, 1:]
+    assert (by_t < 0.2 * exact).any()
+    np.testing.assert_allclose(rho, stats.spearmanr(number, values).statistic[0, 1:])
+
+
+def test_random_numbers_that_are_equal_for_most_patients_are_not_found():
+    """Seizures in a month, for example, against features that are active in few patients."""
+    rng = np.random.default_rng(0)
+    n_active = np.exp(rng.uniform(np.log(2), np.log(60), 300)).astype(int)
+    order = rng.random((60, 300)).argsort(axis=0).argsort(axis=0)
+    pooled = PatientValues(patients_named(60), np.where(order < n_active, 1 + order, 0.0))
+    n_labels = 0
+    for _ in range(60):
+        number = rng.permutation(np.r_[np.zeros(54), rng.poisson(5, 6) + 1.0])
+        (result,) = compare_labels(pooled, [number_label(number)])
+        n_labels += len(result.test.significant()) > 0
+    assert n_labels <= 8  # 3 are expected; 9 or more have a probability of 0.4 %
+
+
 @pytest.mark.parametrize("n", [4, 6, 9])
 def test_random_numbers_of_few_patients_are_not_found(n):
     rng = np.random.default_rng(n)

@@ -1,8 +1,11 @@
 """The pretraining error with a layer's output replaced."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
+from scipy.stats import binom, norm, t
 
 from convert.encoder import convert_encoder
 from minsae_jax import SparseAutoencoder
@@ -43,7 +46,7 @@ def test_loss_recovered_is_1_for_identity_and_0_for_ablation(trained, layer):
     errors = substitution_errors(trained.encoder, dataset, layer, saes, mean, 6, 0.4)
     untouched = errors.untouched
     by_mean = errors.mean_ablation
-    assert errors.windows == 6
+    assert errors.windows == len(errors.recording) == 6
     assert errors.members[0] == pytest.approx(untouched, rel=1e-5)
     assert errors.members[1] == by_mean
     assert errors.members[2] == errors.zero_ablation
@@ -53,23 +56,28 @@ def test_loss_recovered_is_1_for_identity_and_0_for_ablation(trained, layer):
     assert untouched < by_mean
 
 
-def test_interval_is_over_windows():
-    """Mean-ablation adds 1 to the error of each window; so does the SAE on one in four."""
-    untouched = np.linspace(1, 2, 40)
-    lost = np.arange(40) % 4 == 0
+def test_interval_is_over_patients():
+    """Mean-ablation adds 1 to the error of each window; so does the SAE for one patient in four."""
+    untouched = np.linspace(1, 2, 80)
+    # Sixteen patients with two recordings, and five windows of each patient
+    recording = np.repeat(np.arange(32), [2, 3] * 16)
+    names = [f"p{i // 2}_s001_t{i % 2:03d}_preprocessed.npy" for i in range(32)]
+    lost = recording // 2 % 4 == 0
     errors = SubstitutionErrors(
-        np.stack([untouched, untouched + 1, untouched + 2, untouched + lost])
+        np.stack([untouched, untouched + 1, untouched + 2, untouched + lost]), recording
     )
-    result = summarise(errors, seed=0)
+    result = summarise(errors, names, seed=0)
     assert result.loss_recovered == pytest.approx(0.75)
     assert result.untouched_error == pytest.approx(1.5)
     assert result.mean_ablation_error == pytest.approx(2.5)
     assert result.zero_ablation_error == pytest.approx(3.5)
-    # The mean of 40 draws of a variable that is 1 with probability 1/4.
-    half_width = 1.96 * np.sqrt(0.25 * 0.75 / 40)
-    assert result.interval.low == pytest.approx(0.75 - half_width, abs=0.03)
-    assert result.interval.high == pytest.approx(0.75 + half_width, abs=0.03)
+    # The number of lost patients among 16 is binomial.
+    outside = norm.cdf(np.sqrt(16 / 15) * t.ppf(0.025, 15))
+    lost_patients = binom.ppf([1 - outside, outside], 16, 0.25)
+    assert result.interval == pytest.approx(tuple(1 - lost_patients / 16), abs=1e-9)
     assert errors.of_member(0).members == errors.members
+    one_patient = replace(errors, recording=np.zeros(80, int))
+    assert summarise(one_patient, names, seed=0).interval is None
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 
 from minsae_jax.evaluation import token_pass
-from minsae_jax.evaluation.bootstrap import draw_weights
+from minsae_jax.evaluation.bootstrap import draw_patients
 from minsae_jax.evaluation.token_pass import TOP, FeatureTokens, read_features, token_aucs
 
 
-@pytest.fixture(scope="module", params=[2**23, 200_000])
+@pytest.fixture(scope="module", params=[2**23, 200_000, 1])
 def read(request, trained):
-    """Features of two members, in large batches and in small ones."""
-    original = token_pass.BATCH_VALUES
-    token_pass.BATCH_VALUES = request.param
+    """Features of two members, in large batches, in small ones and sequence by sequence."""
+    original = token_pass.CPU_BATCH_VALUES
+    token_pass.CPU_BATCH_VALUES = request.param
     saes = {name: trained.sae(name) for name in ("lambda=0.1", "lambda=1")}
     yield read_features(trained.dataset("test"), saes, {"lambda=0.1": [5], "lambda=1": [3, 0]})
-    token_pass.BATCH_VALUES = original
+    token_pass.CPU_BATCH_VALUES = original
 
 
 def test_moments_and_chosen_features(trained, read):
@@ -66,11 +66,12 @@ def test_precision_counts_the_tokens_inside():
     assert features.examples.tolist() == [4, 2, 0]
     np.testing.assert_array_equal(features.precision(is_inside), [0.75, 0, np.nan])
     recording = np.array([0, 0, 1, 1])
-    weights = draw_weights(2, seed=0)
-    # Both examples of recording 0 are inside and one of those of recording 1.
-    assert features.precision_interval(0, is_inside, recording, weights) == (0.5, 1.0)
-    assert features.precision_interval(1, is_inside, recording, weights) is None
-    assert features.precision_interval(2, is_inside, recording, weights) is None
+    resamples = draw_patients(["a_s001", "b_s001"], seed=0)
+    # Both examples of recording 0 are inside and one of those of recording 1: the precision is 0.5,
+    # 0.75 and 1 with a probability of 1/4, 1/2 and 1/4. Two patients say nothing.
+    assert features.precision_interval(0, is_inside, recording, resamples) == (0.0, 1.0)
+    assert features.precision_interval(1, is_inside, recording, resamples) is None
+    assert features.precision_interval(2, is_inside, recording, resamples) is None
 
 
 def test_auc_over_tokens_counts_pairs():

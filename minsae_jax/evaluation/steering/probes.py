@@ -6,6 +6,7 @@ these means, fitted on the val patients with untouched activations. On the test 
 reads steered activations, so that it is downstream of every layer that is steered.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,8 +15,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
+from minsae_jax.eeg.splits import join_some
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.events import LabelledEvent, draw_spans, tokens_of
+from minsae_jax.evaluation.events import WITHOUT_SPANS, LabelledEvent, draw_spans, tokens_of
 from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.linear_probe import LinearProbe, fit_probe
 from minsae_jax.evaluation.ranking import auc
@@ -106,7 +108,7 @@ def make_probes(
     """Fit the probes on the val patients; None without labelled events.
 
     features: those that will be steered. Kinds without spans of both classes on val and test are
-    left out.
+    left out with a warning.
     """
     if inputs.val is None or not inputs.has_events:
         return None
@@ -116,8 +118,13 @@ def make_probes(
     no_scales = np.ones((0, len(features)))
     values = read_spans(steered, val, features, no_scales)
     probes = []
+    left_out = []
     for number, kind in enumerate(sorted(events.test)):
-        if not (val.has_both(number) and test.has_both(number)):
+        without = [
+            split for split, spans in (("val", val), ("test", test)) if not spans.has_both(number)
+        ]
+        if without:
+            left_out.append(f"{kind} ({' and '.join(without)})")
             continue
         of_kind = val.kind == number
         is_event = val.is_event[of_kind]
@@ -126,6 +133,11 @@ def make_probes(
         val_aucs = dict(zip(features, aucs.tolist(), strict=True))
         probe = Probe(kind, number, fit_probe(means, is_event), val_aucs)
         probes.append(probe)
+    if left_out:
+        warnings.warn(
+            f"kinds of events without a probe: {join_some(left_out)}; {WITHOUT_SPANS}",
+            stacklevel=2,
+        )
     if not probes:
         return None
     return Probes(tuple(probes), test)

@@ -1,5 +1,6 @@
 """Probes on the last layer against spans that are read one by one from the store."""
 
+import csv
 from dataclasses import replace
 
 import numpy as np
@@ -118,6 +119,24 @@ def test_target_has_the_largest_auc_on_val(probes, values):
     kind = probes.probes[-1].kind
     chosen = find_target(probes, FEATURES, values, (kind, 17))
     assert (chosen.kind, chosen.feature, chosen.val_auc) == (kind, 17, aucs[kind, 17])
+
+
+def test_kinds_without_spans_are_named_in_a_warning(inputs, steered, tmp_path):
+    """In the val recordings one kind is missing."""
+    folder = tmp_path / "recordings"
+    folder.mkdir()
+    missing, *others = sorted(read_events(inputs.val.folder))
+    with (inputs.val.folder / "events.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["event"] != missing]
+    with (folder / "events.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    changed = replace(inputs, val=replace(inputs.val, folder=folder))
+    match = rf"^kinds of events without a probe: {missing} \(val\)[^;]*; of these patients"
+    with pytest.warns(UserWarning, match=match):
+        probes = make_probes(changed, steered, FEATURES, 0)
+    assert {probe.kind for probe in probes.probes} <= set(others)
 
 
 def test_without_a_val_store_there_are_no_probes(inputs, steered):
