@@ -54,7 +54,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "N T d_model"], tuple[QueriesKeys, ...]]:
         """Return the output of the branch, and queries and keys of all layers for the next one."""
         dtype = factor_dtype(self.query.dtype)
-        if fits_reduction(dtype, x.shape[1], x.shape[2] // self.n_heads, self.n_summed):
+        n_sequences, n_tokens, d_model = x.shape
+        if fits_reduction(dtype, n_sequences, n_tokens, d_model // self.n_heads, self.n_summed):
             return self._attend_by_reduction(x, earlier)
         x = x.astype(self.query.dtype)
         queries = linear(self.query, x, self._scaled, dtype)

@@ -2,9 +2,9 @@
 
 XLA for GPU writes the result of every matrix product to memory, and in float32 has no attention
 without score matrices: these were more than half of the encoder's memory traffic. A reduction is
-one launch, which also computes everything elementwise that it reads. So here scores are no matrix
-product but a sum over the head's dimensions, and go from there into the sums over keys without
-being written. benchmarks/CUDA.md has what this saves and costs.
+one launch, which also computes everything elementwise that it reads. So here scores are not a
+matrix product but a sum over the head's dimensions, and go from there into the sums over keys
+without being written. benchmarks/CUDA.md lists what this saves and costs.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ LAST_QUERIES = 2
 MAX_TOKENS = 255
 # Groups of queries: a thread computes one query of each, for which it loads keys and values once.
 GROUPS = 2
-# Wider heads, or more layers, need more instructions and registers than score matrices cost.
+# With wider heads or more layers, the instructions would take longer than writing score matrices.
 MAX_WIDTH = 64
-# Of no key. With -inf instead, the difference of two of them would be NaN.
+# Largest score of no key. The difference of two of them must not be NaN, as that of -inf is.
 LOWEST_SCORE = float(jnp.finfo(jnp.float32).min)
 
 
@@ -37,12 +37,18 @@ class Sums(NamedTuple):
     weighted_values: tuple[Array, ...]  # for each dimension of the head
 
 
-def fits_reduction(dtype: Dtype, n_tokens: int, d_head: int, n_layers: int) -> bool:
+def fits_reduction(
+    dtype: Dtype, n_sequences: int, n_tokens: int, d_head: int, n_layers: int
+) -> bool:
     """Return whether to use `attend_by_reduction`, for scores that are sums over n_layers."""
-    # A dimension of the head takes twice as many instructions for the values as for one layer's
-    # scores: their sums are scaled, and divided by all weights only at the end.
+    # Evaluation maps over single sequences, and XLA (jaxlib 0.10) then fails to compile the
+    # product after this attention.
+    is_extraction = n_sequences > 1
+    # For each dimension of a head, sums of values take about as many instructions as the scores of
+    # two layers.
     is_small = n_tokens <= MAX_TOKENS and d_head * (n_layers + 2) <= MAX_WIDTH
-    return jax.default_backend() == "gpu" and dtype == jnp.float32 and is_small
+    is_gpu = jax.default_backend() == "gpu"
+    return is_gpu and dtype == jnp.float32 and is_extraction and is_small
 
 
 def attend_by_reduction(

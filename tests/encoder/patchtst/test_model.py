@@ -109,7 +109,8 @@ def test_variant_equals_plain_torch(name):
 def test_variant_as_on_gpu_equals_plain_torch(as_on_gpu, n_heads, name):
     a = replace(BASE, n_layers=3, d_model=32, pos_dim=32, n_heads=n_heads, **VARIANTS[name])
     n_summed = a.n_layers if a.res_attention else 1
-    assert fits_reduction(jnp.float32, a.n_tokens, 32 // n_heads, n_summed) == (n_heads == 4)
+    fits = fits_reduction(jnp.float32, a.n_vars, a.n_tokens, 32 // n_heads, n_summed)
+    assert fits == (n_heads == 4)
     encoder, x, hidden, _ = make_variant(a)
     np.testing.assert_allclose(encoder.activations(x), hidden[-1], atol=TOLERANCE, rtol=0)
 

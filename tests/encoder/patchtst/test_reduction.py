@@ -61,13 +61,27 @@ def test_reduction_equals_attention_by_products(n_layers):
     np.testing.assert_allclose(got, products.transpose(1, 3, 0, 2), atol=1e-5, rtol=0)
 
 
-def test_sizes_that_fit_on_a_gpu(as_on_gpu):
-    assert fits_reduction(jnp.float32, n_tokens=101, d_head=8, n_layers=3)
-    assert fits_reduction(jnp.float32, n_tokens=255, d_head=16, n_layers=2)
-    assert not fits_reduction(jnp.float32, n_tokens=256, d_head=8, n_layers=3)
-    assert not fits_reduction(jnp.float32, n_tokens=101, d_head=16, n_layers=3)
-    assert not fits_reduction(jnp.bfloat16, n_tokens=101, d_head=8, n_layers=3)
+DEMO = {"dtype": jnp.float32, "n_sequences": 19, "n_tokens": 101, "d_head": 8, "n_layers": 3}
+
+
+@pytest.mark.parametrize("change", [{}, {"n_tokens": 255}, {"d_head": 16, "n_layers": 2}])
+def test_sizes_that_fit_on_a_gpu(as_on_gpu, change):
+    assert fits_reduction(**DEMO | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_tokens": 256},
+        {"d_head": 16},
+        {"n_layers": 7},
+        {"dtype": jnp.bfloat16},
+        {"n_sequences": 1},
+    ],
+)
+def test_sizes_that_do_not_fit_on_a_gpu(as_on_gpu, change):
+    assert not fits_reduction(**DEMO | change)
 
 
 def test_cpu_uses_products():
-    assert not fits_reduction(jnp.float32, n_tokens=101, d_head=8, n_layers=3)
+    assert not fits_reduction(**DEMO)
