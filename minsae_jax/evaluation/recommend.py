@@ -15,10 +15,10 @@ MANY_TWINS = 0.1
 MANY_INACTIVE = 0.2
 DENSE = 0.5  # L0 as a share of d_model
 RULE = (
-    f"of the members that recover {percent(MIN_RECOVERED)} of the loss (the interval reaches it; "
-    f"without a pretrain head: explain {percent(MIN_EXPLAINED)} of the variance) and that PCA does "
-    "not dominate, the one with the shortest description; of those up to 5 % longer, the one whose "
-    "features are most stable over seeds, then the one with most pure features"
+    f"of the members that recover {percent(MIN_RECOVERED)} of the loss (without a pretrain head: "
+    f"explain {percent(MIN_EXPLAINED)} of the variance) and that PCA does not dominate, the one "
+    "with the shortest description; of those up to 5 % longer, the one whose features are most "
+    "stable over seeds, then the one with most pure features"
 )
 
 
@@ -73,12 +73,8 @@ def _threshold(member: MemberEvaluation) -> str:
 
 
 def _is_sufficient(member: MemberEvaluation) -> bool:
-    if member.loss is None:
-        return member.tokens.explained_variance >= MIN_EXPLAINED
-    highest = member.loss.loss_recovered
-    if member.loss.interval is not None:
-        highest = member.loss.interval.high
-    return highest >= MIN_RECOVERED
+    # Not the end of the interval, which is higher the less is known.
+    return _quality(member) >= (MIN_EXPLAINED if member.loss is None else MIN_RECOVERED)
 
 
 def _stability(member: MemberEvaluation) -> float:
