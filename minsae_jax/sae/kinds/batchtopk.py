@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from minsae_jax.parallel.mesh import DATA, sum_devices
 from minsae_jax.sae.kinds.base import Batch, BatchContext, HyperArrays, Objective, Params
-from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors, without_penalty
+from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors
 from minsae_jax.sae.kinds.products import pre_activations, round_weights
 from minsae_jax.sae.kinds.select import kth_largest_of_batch
 
@@ -85,7 +85,7 @@ class BatchTopK(LinearSAE):
         context: BatchContext,
     ) -> Activated:
         assert context.threshold is not None
-        return without_penalty(jnp.where(pre >= context.threshold, pre, 0))
+        return Activated(jnp.where(pre >= context.threshold, pre, 0))
 
     def finish_update(self, params: Params, context: BatchContext) -> Params:
         params = super().finish_update(params, context)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.kinds.base import BatchContext, HyperArrays, Params
 from minsae_jax.sae.kinds.linear import Activated, LinearSAE, Vectors
-from minsae_jax.sae.kinds.products import column_sums, row_sums
+from minsae_jax.sae.kinds.products import is_positive, row_sums, tanh_of_positive
 
 TANH_SLOPE = 4.0
 PRE_ACTIVATION_WEIGHT = 3e-6
@@ -90,7 +90,6 @@ class JumpReLU(LinearSAE):
         context: BatchContext,
     ) -> Activated:
         threshold = vectors["threshold"][:, None]
-        zeros = jnp.zeros(pre.shape[1])
         if self.mode == "tanh":
             norms = vectors["norm"][:, None]
             return tanh_penalised(pre, threshold, norms, self.bandwidth)
@@ -98,7 +97,7 @@ class JumpReLU(LinearSAE):
         # The value is pre * active, and the ramp's gradient is multiplied by θ, as in the paper.
         constant = jax.lax.stop_gradient(active)
         features = pre * constant + jax.lax.stop_gradient(threshold) * (active - constant)
-        return Activated(features, column_sums(active), zeros)
+        return Activated(features, penalty=active)
 
     def penalty(
         self, params: Params, features: Float[Array, "tokens d_sae"]
@@ -131,7 +130,7 @@ def step(
     pre: Float[Array, "d_sae tile"], threshold: Float[Array, "d_sae 1"], bandwidth: float
 ) -> Float[Array, "d_sae tile"]:
     """Return 1 where pre > threshold, else 0; the threshold gets the gradient of a ramp."""
-    return (pre > threshold).astype(jnp.float32)
+    return is_positive(pre - threshold)
 
 
 def _step_forward(
@@ -144,8 +143,8 @@ def _step_backward(
     bandwidth: float, saved: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
     pre, threshold = saved
-    on_ramp = jnp.abs(pre - threshold) < bandwidth / 2
-    ramp = jnp.where(on_ramp, cotangent / bandwidth, 0)
+    on_ramp = is_positive(bandwidth / 2 - jnp.abs(pre - threshold))
+    ramp = on_ramp * cotangent / bandwidth
     return jnp.zeros_like(pre), -row_sums(ramp)[:, None]
 
 
@@ -180,9 +179,9 @@ def _tanh_forward(
     pre: Array, threshold: Array, norms: Array, bandwidth: float
 ) -> tuple[Activated, TanhSaved]:
     features = jnp.where(pre > threshold, pre, 0)
-    tanh = jnp.tanh(TANH_SLOPE * features * norms)
-    below = PRE_ACTIVATION_WEIGHT * column_sums(jax.nn.relu(threshold - pre) * norms)
-    activated = Activated(features, penalty=column_sums(tanh), other=below)
+    tanh = tanh_of_positive(TANH_SLOPE * features * norms)
+    below = PRE_ACTIVATION_WEIGHT * jax.nn.relu(threshold - pre) * norms
+    activated = Activated(features, penalty=tanh, other=below)
     return activated, TanhSaved(pre, features, tanh, threshold, norms)
 
 
@@ -190,9 +189,9 @@ def _tanh_backward(
     bandwidth: float, saved: TanhSaved, cotangent: Activated
 ) -> tuple[Array, Array, Array]:
     pre, features, tanh, threshold, norms = saved
-    below_weight = PRE_ACTIVATION_WEIGHT * cotangent.other[None]
+    below_weight = PRE_ACTIVATION_WEIGHT * cotangent.other
     # d tanh(4 f n) / d(f n), times the penalty's weight
-    tanh_gradient = TANH_SLOPE * cotangent.penalty[None] * (1 - jnp.square(tanh))
+    tanh_gradient = TANH_SLOPE * cotangent.penalty * (1 - jnp.square(tanh))
     feature_gradient = cotangent.features + tanh_gradient * norms
     on_ramp = jnp.abs(pre - threshold) < bandwidth / 2
     ramp = jnp.where(on_ramp, feature_gradient * threshold / bandwidth, 0)

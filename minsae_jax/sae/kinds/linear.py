@@ -27,6 +27,7 @@ from minsae_jax.sae.kinds.base import (
 )
 from minsae_jax.sae.kinds.products import (
     Weights,
+    column_sums,
     count_active,
     encoder_gradient,
     materialize,
@@ -43,11 +44,11 @@ Vectors = dict[str, Array]  # name -> [d_sae]
 
 
 class Activated(NamedTuple):
-    """Features of a tile, and the terms of the loss that depend on them."""
+    """Features of a tile, and the terms of the loss that depend on them, before they are summed."""
 
     features: Float[Array, "d_sae tile"]
-    penalty: Float[Array, " tile"]  # without its weight λ
-    other: Float[Array, " tile"]  # further loss, with its weight
+    penalty: Float[Array, "d_sae tile"] | None = None  # without its weight λ
+    other: Float[Array, "d_sae tile"] | None = None  # further loss, with its weight
 
 
 class BackProjected(NamedTuple):
@@ -58,15 +59,33 @@ class BackProjected(NamedTuple):
     error_sum: Float[Array, "d_model tile"]  # over all prefixes
 
 
-def without_penalty(features: Float[Array, "d_sae tile"]) -> Activated:
-    """Return the features of a kind that has no penalty."""
-    zeros = jnp.zeros(features.shape[1])
-    return Activated(features, zeros, zeros)
-
-
 def _activate_selected(features: Float[Array, "d_sae tile"], vectors: Vectors) -> Activated:
     """Return the features of a kind that `selects` from these features themselves."""
-    return without_penalty(jax.nn.relu(features))
+    return Activated(jax.nn.relu(features))
+
+
+def _by_token(
+    terms: Float[Array, "d_sae tile"] | None, mask: Float[Array, " tile"]
+) -> Float[Array, " tile"]:
+    """Return the sum of a term over the features of each token, 0 for padding."""
+    return jnp.zeros_like(mask) if terms is None else column_sums(terms) * mask
+
+
+def _total(
+    terms: Float[Array, "d_sae tile"] | None, mask: Float[Array, " tile"]
+) -> Float[Array, ""]:
+    """Return the sum of a term over features and tokens."""
+    if terms is None or on_cpu():
+        return _by_token(terms, mask).sum()
+    # Over tokens first, as the other sums of the pass that this is part of.
+    return materialize((terms * mask[None]).sum(1)).sum()
+
+
+def _gradient_of_sum(
+    terms: Float[Array, "d_sae tile"] | None, weight: Float[Array, " tile"]
+) -> Float[Array, "d_sae tile"] | None:
+    """Return the derivative of a weighted sum over features and tokens by each of its terms."""
+    return None if terms is None else jnp.broadcast_to(weight[None], terms.shape)
 
 
 class LinearSums(NamedTuple):
@@ -105,7 +124,7 @@ class LinearSAE(SAEKind):
         hyper: HyperArrays,
         context: BatchContext,
     ) -> Activated:
-        """Return the features of pre-activations in training, and the penalties of each token."""
+        """Return the features of pre-activations in training, and the penalties."""
         raise NotImplementedError
 
     def vectors(self, params: Params) -> Vectors:
@@ -157,8 +176,8 @@ class LinearSAE(SAEKind):
             x_hat = features[:, :end] @ params["W_dec"][:end] + params["b_dec"][None]
             errors.append(jnp.square(x_hat - x).sum(1) * mask)
         loss = objective.error_weight(d_model) * jnp.stack(errors).mean(0)
-        penalty = activated.penalty * mask
-        loss += self.penalty_weight(hyper) * penalty + activated.other * mask
+        penalty = _by_token(activated.penalty, mask)
+        loss += self.penalty_weight(hyper) * penalty + _by_token(activated.other, mask)
         active = (features * mask[:, None] > 0).sum(0, dtype=jnp.int32)
         return loss.sum(), BatchSums({}, errors[-1].sum(), penalty.sum(), active)
 
@@ -248,13 +267,20 @@ class LinearSAE(SAEKind):
         # dloss/dx̂ = error_factor * error, for each prefix
         error_factor = 2 * objective.error_weight(x_BxD.shape[1]) / len(errors)
         f_gradient_FxB = error_factor * back_FxB.astype(jnp.float32)
-        pre_gradient_FxB, vector_gradients = pull_back(
-            Activated(f_gradient_FxB, self.penalty_weight(hyper) * mask, mask)
+        gradient = Activated(
+            f_gradient_FxB,
+            penalty=_gradient_of_sum(activated.penalty, self.penalty_weight(hyper) * mask),
+            other=_gradient_of_sum(activated.other, mask),
         )
+        pre_gradient_FxB, vector_gradients = pull_back(gradient)
         penalty_vectors = {}
         if self.weighs_batch_penalty:
-            penalty_alone = Activated(jnp.zeros_like(f_FxB), mask, jnp.zeros_like(mask))
-            _, penalty_vectors = pull_back(penalty_alone)
+            of_penalty = Activated(
+                jnp.zeros_like(f_FxB),
+                penalty=_gradient_of_sum(activated.penalty, mask),
+                other=_gradient_of_sum(activated.other, jnp.zeros_like(mask)),
+            )
+            _, penalty_vectors = pull_back(of_penalty)
         gradients = {
             "W_enc": encoder_gradient(round_factor(pre_gradient_FxB), x_BxD),
             "b_enc": pre_gradient_FxB.sum(1),
@@ -268,8 +294,8 @@ class LinearSAE(SAEKind):
             penalty_vectors=penalty_vectors,
             reconstruction=jnp.stack(squares).mean(),
             residual=squares[-1],
-            penalty=(activated.penalty * mask).sum(),
-            other=(activated.other * mask).sum(),
+            penalty=_total(activated.penalty, mask),
+            other=_total(activated.other, mask),
             active=count_active(f_FxB),
         )
         return jax.tree.map(jnp.add, sums, tile_sums), errors[-1]

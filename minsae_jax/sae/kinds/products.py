@@ -102,13 +102,29 @@ def encoder_gradient(
     return product(x.T, pre_gradient.T).T
 
 
+def is_positive(a: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """Return 1 where a number is above 0, else 0."""
+    if on_cpu():
+        return (a > 0).astype(jnp.float32)
+    # XLA for GPU would write the result of a comparison to memory if several results depend on it.
+    return jnp.sign(jax.nn.relu(a))
+
+
 def count_active(features: Num[Array, "d_sae tile"]) -> Int[Array, " d_sae"]:
     """Return on how many tokens each feature, which is at least 0, is active."""
     if on_cpu():
         return (features > 0).sum(1, dtype=jnp.int32)
-    # XLA for GPU would keep the result of a comparison in memory to use it for gradients too. Sums
-    # of ones are exact up to 2^24.
+    # See `is_positive`. Sums of ones are exact up to 2^24.
     return jnp.sign(features).sum(1, dtype=jnp.float32).astype(jnp.int32)
+
+
+def tanh_of_positive(a: Float[Array, "m n"]) -> Float[Array, "m n"]:
+    """Return tanh of numbers that are at least 0, on accelerators to 1e-7."""
+    if on_cpu():
+        return jnp.tanh(a)
+    # XLA for GPU would write tanh to memory, since it counts as expensive, but computes this again
+    # for every result that depends on it.
+    return 1 - 2 / (1 + jnp.exp(2 * a))
 
 
 def norm_gradient(w_dec: Float[Array, "d_sae d_model"]) -> Float[Array, "d_sae d_model"]:

@@ -26,7 +26,6 @@ from minsae_jax.sae.kinds.linear import (
     LinearSAE,
     LinearSums,
     Vectors,
-    without_penalty,
 )
 from minsae_jax.sae.kinds.products import Weights, product
 from minsae_jax.sae.kinds.select import keep_largest
@@ -105,7 +104,7 @@ class TopK(LinearSAE):
         hyper: HyperArrays,
         context: BatchContext,
     ) -> Activated:
-        return without_penalty(keep_largest(pre, hyper["k"]))
+        return Activated(keep_largest(pre, hyper["k"]))
 
     def add_tile(
         self,
