@@ -6,7 +6,16 @@ from jaxtyping import Array, Float
 
 from minsae_jax.parallel.mesh import sum_devices
 from minsae_jax.sae.kinds.base import Batch, BatchContext, Objective, Params
-from minsae_jax.sae.kinds.products import Weights, pre_activations, product, zero_gradients
+from minsae_jax.sae.kinds.products import (
+    Weights,
+    encoder_gradient,
+    materialize,
+    pre_activations,
+    product,
+    project_back,
+    store_features,
+    zero_gradients,
+)
 from minsae_jax.sae.kinds.select import keep_largest
 
 # In a loss whose mse is divided by the variance of x. Here the mse is not, and that variance is
@@ -40,22 +49,26 @@ def aux_sums(
     weight = RELATIVE_WEIGHT * d_model
     factor = jnp.where(variance > 0, weight * n_tokens / variance, 0)
     round_factor = objective.round_factor
+    # With this bias, features that are not dead are inactive.
+    dead_weights = weights._replace(b_enc=jnp.where(context.is_dead, weights.b_enc, -jnp.inf))
 
     def add_tile(
         sums: tuple[Params, Array], tile: tuple[Array, Array, Array]
     ) -> tuple[tuple[Params, Array], None]:
         x_BxD, error_DxB, mask = tile
-        pre_FxB = pre_activations(weights, x_BxD, objective)
-        f_FxB = jnp.where(context.is_dead[:, None], jax.nn.relu(pre_FxB), 0)
-        f_FxB = keep_largest(f_FxB, jnp.float32(n_aux)) * mask[None]
+        pre_FxB = pre_activations(dead_weights, x_BxD, objective)
+        f_FxB = keep_largest(pre_FxB, jnp.float32(n_aux)) * mask[None]
+        f_FxB = store_features(f_FxB, objective)
         rounded_f_FxB = round_factor(f_FxB)
         # ê - e, where e = -error_DxB
-        difference_DxB = product(weights.w_dec_T, rounded_f_FxB) + error_DxB
+        difference_DxB = materialize(product(weights.w_dec_T, rounded_f_FxB)) + error_DxB
         rounded_DxB = round_factor(difference_DxB)
-        backward_FxB = 2 * product(weights.w_dec, rounded_DxB)
-        pre_gradient_FxB = jnp.where(f_FxB > 0, backward_FxB, 0)
+        backward_FxB = project_back(weights.w_dec, rounded_DxB)
+        # So that one pass over both computes the gradient and its sum.
+        f_FxB, backward_FxB = materialize((f_FxB, backward_FxB))
+        pre_gradient_FxB = jnp.where(f_FxB > 0, 2 * backward_FxB.astype(jnp.float32), 0)
         gradients = {
-            "W_enc": product(round_factor(pre_gradient_FxB), round_factor(x_BxD)),
+            "W_enc": encoder_gradient(round_factor(pre_gradient_FxB), round_factor(x_BxD)),
             "b_enc": pre_gradient_FxB.sum(1),
             "W_dec": 2 * product(rounded_f_FxB, rounded_DxB.T),
             "b_dec": jnp.zeros_like(weights.b_dec),
