@@ -1,5 +1,8 @@
 """Shared test set-up: eight simulated devices, strict promotion, and small data for many tests."""
 
+# Imports come after what they read.
+# ruff: noqa: E402
+
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -7,7 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import type_checks
 from tests.compiler import COMPILER_FLAGS
+
+# Before any module of the package is imported.
+type_checks.install()
 
 # JAX reads these when it is imported, here and in the commands that tests start. All of them
 # share one folder of compiled programs, which also serves the next run of the tests. Two processes

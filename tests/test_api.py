@@ -14,7 +14,7 @@ LIGHT = """
 import sys
 import minsae_jax.__main__
 
-heavy = {"jax", "flax", "orbax", "grain", "optax", "scipy", "matplotlib", "tensorboardX", "torch"}
+heavy = {"jax", "flax", "orbax", "grain", "optax", "scipy", "matplotlib", "tensorboard", "torch"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 

@@ -47,6 +47,8 @@ def test_tensorboard(tmp_path):
     value = events.Histograms(histogram)[0].histogram_value
     assert value.num == 3  # the silent feature has no logarithm
     np.testing.assert_allclose([value.min, value.max], [np.log10(0.1), 0], atol=1e-6)
+    bins = np.searchsorted(value.bucket_limit, np.log10([0.5, 0.1, 1]), side="right")
+    assert value.bucket == np.bincount(bins, minlength=len(value.bucket_limit)).tolist()
     metadata = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     started = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info
     assert {k: v.number_value for k, v in started.hparams.items()} == HPARAMS

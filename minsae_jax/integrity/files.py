@@ -120,13 +120,10 @@ def _read_splits(path: Path) -> None:
 
 def _read_events(path: Path) -> None:
     """Compare the checksums of TensorBoard's records; a killed process leaves half a record."""
-    from tensorboardX.crc32c import crc32c
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
     def is_valid(content: bytes, checksum: bytes) -> bool:
-        # Masked as in the TFRecord format, which says that a CRC of a CRC is weak.
-        crc = crc32c(content)
-        masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-        return masked == struct.unpack("<I", checksum)[0]
+        return masked_crc32c(content) == struct.unpack("<I", checksum)[0]
 
     content = path.read_bytes()
     start = 0

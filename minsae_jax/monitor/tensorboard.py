@@ -1,7 +1,7 @@
 """TensorBoard events of a member and of a run as a whole."""
 
+import io
 import socket
-import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, UInt8
 
-if TYPE_CHECKING:  # tensorboardX imports torch if it is installed, which takes a second
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
+if TYPE_CHECKING:  # tensorboard takes 0.2 seconds to import
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
 TFEVENTS_PREFIX = "events.out.tfevents."  # of the names of TensorBoard's files
 FILE_VERSION = "brain.Event:2"  # of TensorBoard's format
@@ -22,68 +22,72 @@ COMPARED = ("mse", "l1", "l0", "dead_fraction")  # metrics in charts that compar
 class Board:
     """A file of TensorBoard events. They are written by `flush` and `close`.
 
-    The file is open only then, and there is no thread: tensorboardX's SummaryWriter has four open
-    files and two threads, for each of 200 members.
+    The file is open only then, and there is no thread, unlike in the SummaryWriter of PyTorch or
+    tensorboardX, which has open files and threads for each of 200 members.
     """
 
     def __init__(self, folder: Path, step: int):
         """Start a new file that hides events of earlier files after `step`."""
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         earlier = len(event_files(folder))
         # Names contain the second of their creation; the suffix keeps two of one second apart.
         suffix = f".{earlier}" if earlier else ""
         name = f"{TFEVENTS_PREFIX}{int(time.time())}.{socket.gethostname()}{suffix}"
         self.path = folder / name
-        self._records = bytearray()
+        self._records = io.BytesIO()
+        self._writer = RecordWriter(self._records)
         self._add(Event(file_version=FILE_VERSION))
         if earlier:
             self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
         self.flush()
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
-        from tensorboardX import summary
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self.add_summary(summary.scalar(tag, value), step)
+        self.add_summary(Summary(value=[Summary.Value(tag=tag, simple_value=value)]), step)
 
     def add_histogram(self, tag: str, values: Float[np.ndarray, " values"], step: int) -> None:
-        from tensorboardX import summary
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self.add_summary(summary.histogram(tag, values, HISTOGRAM_EDGES), step)
+        self.add_summary(Summary(value=[Summary.Value(tag=tag, histo=_histogram(values))]), step)
 
     def add_image(self, tag: str, image: UInt8[np.ndarray, "height width 3"], step: int) -> None:
-        from tensorboardX import summary
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self.add_summary(summary.image(tag, image, dataformats="HWC"), step)
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, format="PNG")
+        height, width, channels = image.shape
+        content = Summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue()
+        )
+        self.add_summary(Summary(value=[Summary.Value(tag=tag, image=content)]), step)
 
     def add_text(self, tag: str, text: str, step: int) -> None:
-        from tensorboardX import summary
+        from tensorboard.plugins.text.summary_v2 import text_pb
 
-        self.add_summary(summary.text(tag, text), step)
+        self.add_summary(text_pb(f"{tag}/text_summary", text), step)
 
     def add_summary(self, content: "Summary", step: int = 0) -> None:
         """Add an event of any kind."""
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event
 
         self._add(Event(summary=content, step=step))
 
     def _add(self, event: "Event") -> None:
-        """Append an event as a TFRecord: length, its checksum, content, its checksum."""
-        from tensorboardX.record_writer import masked_crc32c
-
         event.wall_time = time.time()
-        content = event.SerializeToString()
-        length = struct.pack("<Q", len(content))
-        self._records += length + struct.pack("<I", masked_crc32c(length))
-        self._records += content + struct.pack("<I", masked_crc32c(content))
+        self._writer.write(event.SerializeToString())
 
     def flush(self) -> None:
         """Write the events since the last time."""
-        if not self._records:
+        records = self._records.getvalue()
+        if not records:
             return
-        records = self._records
         # Not a second time, should this fail.
-        self._records = bytearray()
+        self._records.seek(0)
+        self._records.truncate()
         with self.path.open("ab") as file:
             file.write(records)
 
@@ -102,6 +106,25 @@ def _histogram_edges() -> Float[np.ndarray, " edges"]:
 HISTOGRAM_EDGES = _histogram_edges()
 
 
+def _histogram(values: Float[np.ndarray, " values"]) -> "HistogramProto":
+    """Return the counts of the bins from the first to the last that is not empty."""
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto
+
+    counts, edges = np.histogram(values, HISTOGRAM_EDGES)
+    occupied = np.flatnonzero(counts)
+    first, last = occupied[0], occupied[-1]
+    return HistogramProto(
+        min=values.min(),
+        max=values.max(),
+        num=len(values),
+        sum=values.sum(),
+        sum_squares=values @ values,
+        # A bin is listed by its right edge: an empty bin gives the first one its left edge.
+        bucket_limit=edges[first : last + 2],
+        bucket=[0, *counts[first : last + 1]],
+    )
+
+
 class RunLog:
     """TensorBoard events of a run as a whole: charts of all members together, and images.
 
@@ -110,13 +133,11 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int, held_out: Sequence[str] = ()):
         self.folder = folder
-        from tensorboardX.summary import custom_scalars
-
         self._board = Board(folder, step)
-        layout = {"training": _multiline_charts("train", COMPARED)}
+        charts = {"training": _tags("train", COMPARED)}
         if held_out:
-            layout["held-out tokens"] = _multiline_charts("eval", held_out)
-        self._board.add_summary(custom_scalars(layout))
+            charts["held-out tokens"] = _tags("eval", held_out)
+        self._board.add_summary(_custom_charts(charts))
 
     def add_image_file(self, name: str, path: Path, step: int) -> None:
         """Add the image in a file."""
@@ -139,9 +160,28 @@ class RunLog:
         self._board.close()
 
 
-def _multiline_charts(prefix: str, names: Sequence[str]) -> dict[str, list[object]]:
+def _tags(prefix: str, names: Sequence[str]) -> dict[str, str]:
     # Tags of custom charts are regular expressions, matched from the start.
-    return {name: ["Multiline", [f"{prefix}/{name}$"]] for name in names}
+    return {name: f"{prefix}/{name}$" for name in names}
+
+
+def _custom_charts(categories: Mapping[str, Mapping[str, str]]) -> "Summary":
+    """Return the layout of charts of several members. categories: category -> chart -> tag."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    layout = layout_pb2.Layout()
+    for title, charts in categories.items():
+        category = layout.category.add(title=title)
+        for name, tag in charts.items():
+            category.chart.add(title=name, multiline={"tag": [tag]})
+    value = Summary.Value(
+        tag=metadata.CONFIG_SUMMARY_TAG,
+        metadata=metadata.create_summary_metadata(),
+        tensor=make_tensor_proto(layout.SerializeToString()),
+    )
+    return Summary(value=[value])
 
 
 def event_files(folder: Path) -> list[Path]:
@@ -162,13 +202,11 @@ def write_hparams(
     member lists, and members of other kinds have other ones.
     """
     from tensorboard.plugins.hparams import summary_v2 as hparams_protos
-    from tensorboardX.proto.summary_pb2 import Summary
 
     experiment = hparams_protos.hparams_config_pb(
         [hparams_protos.HParam(column) for column in columns],
         [hparams_protos.Metric(tag) for tag in tags],
     )
     member = hparams_protos.hparams_pb(dict(hparams), trial_id=name)
-    for proto in (experiment, member):
-        # TensorBoard's protos and tensorboardX's are different classes of the same message.
-        board.add_summary(Summary.FromString(proto.SerializeToString()))
+    for content in (experiment, member):
+        board.add_summary(content)

@@ -21,7 +21,6 @@ import threading
 import jax
 import matplotlib.pyplot as plt
 import orbax.checkpoint  # noqa: F401
-import tensorboardX  # noqa: F401
 import torch  # noqa: F401
 from mne.io import read_raw  # noqa: F401
 from tensorboard.plugins.hparams import summary_v2  # noqa: F401

@@ -5,6 +5,7 @@ differences, and with autodiff of `loss` in float32.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -69,20 +70,33 @@ def initial_params(kind):
     return params
 
 
-def gradients_of(kind, params, tiles, mask=None, is_dead=None, n_tokens=TOKENS):
-    """Return gradients and metrics on a single device."""
+@cache
+def compiled(kind, n_tokens, platform, pre_activation_weight):
+    """Compile once for all tests of a kind and shapes.
 
-    def on_device(tiles, mask):
-        dead = jnp.zeros(F, bool) if is_dead is None else jnp.asarray(is_dead)
-        context = BatchContext(dead, dead.any())
+    platform: what the `backend` fixture names. pre_activation_weight: a constant of the module that
+    a test replaces.
+    """
+    assert jax.default_backend() == platform
+    assert pre_activation_weight == jumprelu.PRE_ACTIVATION_WEIGHT
+
+    def on_device(params, tiles, mask, is_dead):
+        context = BatchContext(is_dead, is_dead.any())
         batch = Batch(tiles, mask)
         context = kind.batch_context(params, batch, HYPER, OBJECTIVE, context)
         sums = kind.batch_sums(params, batch, HYPER, OBJECTIVE, context)
         sums = jax.lax.psum(sums, DATA)
         return kind.gradients(params, sums, n_tokens, HYPER, OBJECTIVE)
 
+    return jax.jit(jax.vmap(on_device, in_axes=(None, 0, 0, None), axis_name=DATA))
+
+
+def gradients_of(kind, params, tiles, mask=None, is_dead=None, n_tokens=TOKENS):
+    """Return gradients and metrics on a single device."""
+    is_dead = jnp.zeros(F, bool) if is_dead is None else jnp.asarray(is_dead)
     masks = None if mask is None else jnp.asarray(mask)[None]
-    result = jax.vmap(on_device, axis_name=DATA)(jnp.asarray(tiles)[None], masks)
+    run = compiled(kind, n_tokens, jax.default_backend(), jumprelu.PRE_ACTIVATION_WEIGHT)
+    result = run(params, jnp.asarray(tiles)[None], masks, is_dead)
     return jax.tree.map(lambda a: a[0], result)
 
 

@@ -1,5 +1,7 @@
 """The k-th largest number by counting, against sorting."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +14,21 @@ from minsae_jax.sae.member import SparseAutoencoder
 pytestmark = pytest.mark.usefixtures("backend")
 
 
+@cache
+def compiled(platform):
+    """Compile once for each platform that the `backend` fixture names."""
+    assert jax.default_backend() == platform
+
+    def on_one_device(tile, k, guess):
+        return kth_largest_of_batch(tile[None], k, guess)
+
+    return jax.jit(jax.vmap(on_one_device, in_axes=(0, None, None), axis_name="data"))
+
+
 def select_of_batch(pre, k, guess=0.0):
     """Select on as many devices as `pre` has tiles."""
-
-    def on_one_device(tile):
-        return kth_largest_of_batch(tile[None], jnp.int32(k), jnp.float32(guess))
-
-    thresholds = jax.vmap(on_one_device, axis_name="data")(jnp.asarray(pre))
+    select = compiled(jax.default_backend())
+    thresholds = select(jnp.asarray(pre), jnp.int32(k), jnp.float32(guess))
     assert len(set(thresholds.tolist())) == 1
     return pre >= float(thresholds[0])
 
