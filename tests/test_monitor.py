@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from minsae_jax.monitor import METRICS, MemberLog, RunLog, Wandb, progress, table
+from minsae_jax.monitor import METRICS, MemberLog, RunLog, Wandb, progress, table, wrap
 
 COLUMNS = ["lambda_sparsity", "k", "lr", "seed", "d_sae"]  # some members have k
 HPARAMS = {"lambda_sparsity": 5.0, "lr": 1e-3, "seed": 0, "d_sae": 4}
@@ -273,3 +273,15 @@ def test_progress_is_closed_on_error(capsys):
     with pytest.raises(RuntimeError), progress("train", 4, "steps"):
         raise RuntimeError
     assert "train 0%, 0/4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("columns", "width"), [("60", 60), ("200", 100)])
+def test_paragraphs_fit_into_the_terminal(monkeypatch, columns, width):
+    monkeypatch.setenv("COLUMNS", columns)
+    text = "rule: " + " ".join(f"word-{i}" for i in range(80))
+    first, *others = wrap(text).splitlines()
+    assert width - len("word-00") <= len(first) <= width
+    assert all(line.startswith("  word") and len(line) <= width for line in others)
+    assert " ".join([first, *map(str.strip, others)]) == text
+    path = "/" + 250 * "a"
+    assert wrap(f"reason: {path}").splitlines() == ["reason:", f"  {path}"]

@@ -7,7 +7,8 @@ Files, patient splits and windows follow gPatchTST's data set: equal seeds give 
 """
 
 import csv
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -166,6 +167,7 @@ def find_windows(
     names = sorted(path.name for path in folder.iterdir() if path.suffix == ".npy")
     if not names:
         raise UserError(f"there are no recordings (.npy) in {folder}")
+    _warn_of_files_without_patient(folder, names, splits_path(root, split_seed))
     lengths = read_lengths(folder / LENGTHS)
     splits = patient_splits(root, names, split_seed)
     selected = list(splits) if split == "all" else [split]
@@ -206,6 +208,23 @@ def find_windows(
             f"{folder} have no window of {seq_len} samples"
         )
     return windows, bad
+
+
+def _warn_of_files_without_patient(folder: Path, names: Sequence[str], path: Path) -> None:
+    """Warn about names without `<patient>_`. path: of the pickle with the splits.
+
+    `prepare` writes no such names. The splits of a folder have the same text, which is shown once.
+    """
+    stems = {name: name.removesuffix(".npy").removesuffix("_preprocessed") for name in names}
+    without = [name for name, stem in stems.items() if "_" not in stem]
+    if without:
+        warnings.warn(
+            f"{len(without)} of {len(names)} recordings in {folder}, such as {without[0]}, have no "
+            "patient before a `_`: each file counts as a patient, so that a person with several "
+            "can be in both train and test; rename them to <patient>_<recording>.npy, also in "
+            f"{LENGTHS}, and remove {path.name}",
+            stacklevel=2,
+        )
 
 
 def _no_patients(split: Split, splits: Splits, folder: Path, path: Path) -> UserError:

@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from minsae_jax.checksums import update_checksums
@@ -11,7 +11,7 @@ from minsae_jax.evaluation.bootstrap import Interval
 from minsae_jax.evaluation.figure import draw_evaluation
 from minsae_jax.files import atomic_write
 from minsae_jax.json_values import to_json
-from minsae_jax.monitor import table
+from minsae_jax.monitor import table, wrap
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.settings import JsonObject
 
@@ -31,10 +31,12 @@ without. Token AUC and precision: single tokens, of which few are in an event.
 pure: features whose strongest tokens nearly all touch one kind. TPP: drop of
 the AUC of a kind's probe when five features are ablated, less the mean drop of
 the other kinds' probes. [ ]: 95 % intervals over patients."""
-KINDS_NOTE = """\
+SPANS_NOTE = """\
 ties: other features whose AUC on val is inside the 95 % interval of the best
 feature's. recall: at 90 % precision among spans. 5-probe: logistic regression
-on the best five features. chance: the precision of random tokens."""
+on the best five features."""
+TOKENS_NOTE = """\
+Of the same features. chance: the precision of random tokens."""
 STABILITY_NOTE = """\
 stability: share of the features that other seeds find again (weighted by their part in x̂)."""
 
@@ -47,15 +49,17 @@ def summary(evaluation: "Evaluation") -> str:
         parts.append(STABILITY_NOTE)
     if evaluation.baselines:
         parts += [f"labelled events:\n{_events_table(evaluation)}", EVENTS_NOTE]
-        title = f"{evaluation.selected} by kind of event:"
-        parts += [f"{title}\n{_kinds_table(evaluation)}", KINDS_NOTE]
+        # Two tables, since one would be wider than 80 columns.
+        title = f"{evaluation.selected} by kind of event"
+        parts += [f"{title}, spans:\n{_spans_table(evaluation)}", SPANS_NOTE]
+        parts += [f"{title}, tokens:\n{_tokens_table(evaluation)}", TOKENS_NOTE]
     verdict = [f"recommended: {recommendation.member}", f"reason: {recommendation.reason}"]
     if recommendation.runners_up:
         verdict.append(f"runners-up: {'; '.join(recommendation.runners_up)}")
     verdict.append(f"rule: {evaluation.rule}")
     for member, warnings in recommendation.warnings.items():
         verdict.append(f"warning: {member}: {'; '.join(warnings)}")
-    parts.append("\n".join(verdict))
+    parts.append("\n".join(map(wrap, verdict)))
     return "\n\n".join(parts)
 
 
@@ -135,26 +139,43 @@ def _event_cells(events: "EventSummary") -> list[str]:
     ]
 
 
-def _kinds_table(evaluation: "Evaluation") -> str:
-    columns = ["event", "n", "of", "feature", "AUC", "ties", "recall"]
-    columns += ["5-probe", "token AUC", "precision", "chance", "pure"]
-    scores = evaluation.find(evaluation.selected).events or {}
+def _spans_table(evaluation: "Evaluation") -> str:
+    columns = ["event", "n", "of", "feature", "AUC", "ties", "recall", "5-probe"]
     rows = []
-    for kind, score in scores.items():
-        baseline = evaluation.baselines[kind]
-        rows.append([kind, f"{score.test_events}", "SAE", *_score_cells(score)])
-        rows.append(["", "", "PCA", *_score_cells(baseline.pca)])
-        rows.append(["", "", "raw", *_score_cells(baseline.raw)])
+    for kind, of, score in _scores(evaluation):
+        n_events = str(score.test_events) if kind else ""
+        rows.append([kind, n_events, of, *_span_cells(score)])
     return table(columns, rows)
 
 
-def _score_cells(score: "EventScore") -> list[str]:
+def _tokens_table(evaluation: "Evaluation") -> str:
+    columns = ["event", "of", "token AUC", "precision", "chance", "pure"]
+    rows = [[kind, of, *_token_cells(score)] for kind, of, score in _scores(evaluation)]
+    return table(columns, rows)
+
+
+def _scores(evaluation: "Evaluation") -> Iterator[tuple[str, str, "EventScore"]]:
+    """Yield the scores of each kind: the kind in the first row only, whose features, the score."""
+    scores = evaluation.find(evaluation.selected).events or {}
+    for kind, score in scores.items():
+        baseline = evaluation.baselines[kind]
+        yield kind, "SAE", score
+        yield "", "PCA", baseline.pca
+        yield "", "raw", baseline.raw
+
+
+def _span_cells(score: "EventScore") -> list[str]:
     return [
         str(score.feature),
         f"{score.auc:.3f}{_range(score.auc_interval, '.3f')}",
         str(score.n_ties - 1),
         f"{score.recall:.1%}",
         f"{score.probe_auc:.3f}",
+    ]
+
+
+def _token_cells(score: "EventScore") -> list[str]:
+    return [
         "" if score.token_auc is None else f"{score.token_auc:.3f}",
         "" if score.precision is None else f"{score.precision:.0%}",
         "" if score.token_base_rate is None else f"{score.token_base_rate:.1%}",

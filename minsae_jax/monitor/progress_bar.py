@@ -39,6 +39,10 @@ class Bar:
         """Show a text after the rate; a log file shows it from the next line on."""
         self._tqdm.set_postfix_str(text)
 
+    def print(self, line: str) -> None:
+        """Print a line above the bar; may be called in another thread."""
+        self._tqdm.write(line, file=sys.stderr)
+
     def close(self) -> None:
         self._tqdm.close()
 
@@ -68,6 +72,9 @@ class _Lines(Bar):
 
     def note(self, text: str) -> None:
         self._note = text
+
+    def print(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if time.monotonic() >= self._first_due:

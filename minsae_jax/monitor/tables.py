@@ -1,6 +1,11 @@
-"""Tables for the terminal, and percentages and counts in sentences."""
+"""Tables and paragraphs for the terminal, and percentages and counts in sentences."""
+
+import shutil
+import textwrap
 
 from tqdm import tqdm
+
+MAX_COLUMNS = 100  # of a paragraph
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -13,6 +18,21 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, *rows]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(_line(cells, widths) for cells in lines)
+
+
+def wrap(text: str) -> str:
+    """Return a text in lines as wide as the terminal, at most MAX_COLUMNS.
+
+    All but the first are indented. Longer words, such as paths, are not broken.
+    """
+    columns = shutil.get_terminal_size(fallback=(MAX_COLUMNS, 24)).columns
+    return textwrap.fill(
+        text,
+        min(columns, MAX_COLUMNS),
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def percent(share: float, digits: int = 0) -> str:

@@ -144,14 +144,19 @@ class RunFolder:
     def _refuse_other_settings(self) -> None:
         # Resolved again for settings that did not exist when the run was started.
         before = saved_settings(load_run_config(self.folder).resolved())
-        changes = []
+        changes = {}
         for name, now in self.saved_settings().items():
             if _differs(name, before[name], now):
-                changes.append(f"{name} ({before[name]}, now {now})")
+                changes[name] = f"{name} ({before[name]}, now {now})"
         if changes:
+            advice = "choose another --run_dir, or use --overwrite"
+            if "num_steps" in changes and self.is_finished():
+                # Not resumed, since the schedules of lr and λ depend on num_steps.
+                member = self.member("MEMBER")
+                advice += f"; to train a member longer, start another run with --init {member}"
             raise UserError(
-                f"{self.folder} contains a run with other settings: {', '.join(changes)}; choose "
-                "another --run_dir, or use --overwrite"
+                f"{self.folder} contains a run with other settings: {', '.join(changes.values())}; "
+                f"{advice}"
             )
 
     def saved_settings(self) -> Values:

@@ -1,14 +1,22 @@
 """SIGTERM and Ctrl-C during training: the run saves a checkpoint before it stops."""
 
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+NUMBERS = (signal.SIGTERM, signal.SIGINT)
+STOPPING = "stopping after this step"
+AGAIN = "press Ctrl-C again to stop without saving a checkpoint"
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list to which SIGTERM and Ctrl-C are added; a second signal interrupts at once."""
+def stop_signals(show: Callable[[str], None]) -> Iterator[list[int]]:
+    """Yield a list to which SIGTERM and Ctrl-C are added; a second signal interrupts at once.
+
+    show: called with a line at the first signal, in another thread.
+    """
     received: list[int] = []
     # Python allows signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
@@ -20,9 +28,41 @@ def stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _shown_at_once(show):
+        before = {number: signal.signal(number, handle) for number in NUMBERS}
+        try:
+            yield received
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _shown_at_once(show: Callable[[str], None]) -> Iterator[None]:
+    """Call `show` at the first signal, also while native code runs, such as XLA's compiler.
+
+    Python calls handlers only when native code has returned to the main thread. But it writes the
+    number of a signal into a socket at once, which another thread reads.
+    """
+    reader, writer = socket.socketpair()
+
+    def wait() -> None:
+        while received := reader.recv(1):
+            number = received[0]
+            # Others are those for which the caller has handlers.
+            if number in NUMBERS:
+                show(f"{STOPPING}; {AGAIN}" if number == signal.SIGINT else STOPPING)
+                return
+
+    thread = threading.Thread(target=wait, daemon=True)
+    with reader, writer:
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            # Ends `recv` without a signal.
+            writer.close()
+            thread.join()

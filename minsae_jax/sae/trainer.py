@@ -191,7 +191,10 @@ class Trainer:
         """Make the remaining steps."""
         scale = np.float32(self.progress.scale)
         calls_in_flight: deque[jax.Array] = deque()
-        with progress_bar("train", self.num_steps, "steps") as bar, stop_signals() as signals:
+        with (
+            progress_bar("train", self.num_steps, "steps") as bar,
+            stop_signals(bar.print) as signals,
+        ):
             bar.start_at(self.progress.step)
             bar.note("compiling")
             while self.progress.step < self.num_steps:

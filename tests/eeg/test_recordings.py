@@ -252,6 +252,23 @@ def test_few_patients_are_named_and_drawn_again_when_there_are_more(tmp_path):
         open_windows(folder, "train", 42, 100, 0, 19)
 
 
+@pytest.mark.parametrize("ending", [".npy", "_preprocessed.npy"])
+def test_names_without_a_patient_are_one_warning(tmp_path, recwarn, ending):
+    folder = write_noise(tmp_path / "data", 12)
+    for i in (3, 5):
+        old = f"p{i:02d}_s001_t000_preprocessed.npy"
+        new = f"night{i}{ending}"
+        (folder / old).rename(folder / new)
+        lengths = folder / "file_lengths_map.csv"
+        lengths.write_text(lengths.read_text().replace(old, new))
+    assert len(open_windows(folder, "train", 42, 100, 0, 19).files) == 8  # of 12 patients
+    (message,) = [str(warning.message) for warning in recwarn]
+    assert message.startswith(f"2 of 12 recordings in {folder}, such as night3{ending}, have no")
+    assert "and remove tuh_patient_splits_seed_42.pkl" in message
+    open_windows(folder, "test", 42, 100, 0, 19)
+    assert {str(warning.message) for warning in recwarn} == {message}
+
+
 def test_empty_split_of_a_pickle_names_the_pickle(tmp_path):
     folder = write_noise(tmp_path / "few", 2)
     splits = {"train": ["p00"], "val": [], "test": ["p01"]}

@@ -191,7 +191,15 @@ def test_summary(evaluation):
     assert "raw dimensions" in text
     tables = [part.splitlines() for part in text.split("\n\n")]
     assert max(len(line) for table in tables[:-1] for line in table) <= 120
-    assert f"reason: {evaluation.recommendation.reason}" in text
+    by_kind = [table for table in tables if "by kind of event" in table[0]]
+    assert len(by_kind) == 2
+    for table in by_kind:
+        assert max(map(len, table)) <= 80
+        assert len(table) == 2 + 3 * len(evaluation.baselines)
+    assert max(map(len, tables[-1])) <= 100
+    words = " ".join(text.split())
+    assert f"reason: {evaluation.recommendation.reason}" in words
+    assert f"rule: {evaluation.rule}" in words
     for member in evaluation.members:
         low, high = member.loss.interval
         assert f"{member.loss.loss_recovered:.1%} [{low:.1%}, {high:.1%}]" in text

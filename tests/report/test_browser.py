@@ -84,6 +84,7 @@ def test_index_shows_the_run_and_all_features(page, report):
     assert "2 recordings may have shifted" in notes[0].text
     assert [note.get_attribute("class") for note in notes] == ["warn", ""]
     assert find(page, "#labels")[0].text == str(report / "labels.csv")
+    visit(page, report, "#sort=id")
     assert shown(page)[:3] == [0, 1, 2]
     assert "never active" in texts(page, "#rows tr.dead")[0]
     assert texts(page, "#rows td.label")[:2] == [
@@ -93,14 +94,25 @@ def test_index_shows_the_run_and_all_features(page, report):
     assert len(find(page, "#rows td.label .suggestion")) == len(shown(page)) - 1
 
 
+def test_the_most_active_features_are_first(page, report):
+    visit(page, report)
+    assert shown(page)[0] == max(make_cards(N, DEAD), key=lambda card: card.density).id
+    assert find(page, "#titles th.density")[0].get_attribute("aria-sort") == "descending"
+    page.execute_script("scrollTo(0, 1e6)")
+    wait(page, f"return [...document.querySelectorAll('#rows tr.dead')].length === {len(DEAD)}")
+    assert shown(page)[-2:] == list(DEAD)
+
+
 def test_sorting(page, report):
     density = {card.id: card.density for card in make_cards(N, DEAD)}
-    visit(page, report)
+    visit(page, report, "#sort=id")
     button = find(page, "#titles th.density button")[0]
     button.click()
     first = shown(page)
     assert first == sorted(density, key=lambda i: -density[i])[: len(first)]
+    assert "#" not in page.current_url  # the order without filters
     button.click()
+    assert page.current_url.endswith("#sort=density")
     assert find(page, "#titles th.density")[0].get_attribute("aria-sort") == "ascending"
     assert shown(page) == sorted(density, key=lambda i: density[i])[: len(first)]
     find(page, "#titles th.mean button")[0].click()
@@ -111,7 +123,7 @@ def test_sorting(page, report):
 
 def test_filters(page, report):
     density = {card.id: card.density for card in make_cards(N, DEAD)}
-    visit(page, report)
+    visit(page, report, "#sort=id")
     low, high = find(page, "#filters td.density input")
     low.send_keys("0.1")  # percent
     high.send_keys("10")
@@ -129,7 +141,7 @@ def test_filters(page, report):
 
 
 def test_page_of_a_feature(page, report):
-    visit(page, report)
+    visit(page, report, "#sort=id")
     find(page, "#rows td.density")[0].click()
     wait_for_feature(page, 0)
     assert page.current_url.endswith("#f=0")
@@ -161,7 +173,8 @@ def test_page_of_a_feature(page, report):
 
 
 def test_examples(page, report):
-    visit(page, report, "#f=0")
+    visit(page, report, "#sort=id")
+    page.execute_script("location.hash = '#f=0'")
     wait_for_feature(page, 0)
     example = next(make_cards(1)).examples[0]
     first = find(page, "figure")[0]
@@ -198,7 +211,7 @@ def test_examples(page, report):
 
 
 def test_navigation(page, report):
-    visit(page, report)
+    visit(page, report, "#sort=id")
     find(page, "#titles th.id button")[0].click()  # largest number first
     page.execute_script("scrollTo(0, 900)")
     wait(page, "return scrollY === 900")
@@ -291,7 +304,7 @@ def test_sixteen_thousand_features_are_sorted_in_a_second(page, tmp_path):
         for i, value in enumerate(density)
     )
     write_pages(tmp_path / "report", make_meta(), cards)
-    visit(page, tmp_path / "report")
+    visit(page, tmp_path / "report", "#sort=id")
     assert len(find(page, "#rows tr")) < 100
     seconds = page.execute_script(
         "const t = performance.now(); document.querySelector('#titles .density button').click();"

@@ -165,6 +165,10 @@ def test_recorded_montage_is_in_uv_where_all_channels_are(page, tmp_path):
 
 def test_key_and_address_and_memory(page, report):
     visit(page, report, "#f=0")
+    # So that feature 1 is the next one.
+    page.execute_script("location.hash = '#sort=id'")
+    wait(page, "return !document.querySelector('#index').hidden")
+    page.execute_script("location.hash = '#f=0'")
     wait_for_feature(page, 0)
     assert texts(page, CHOSEN) == ["As recorded"]
     body = page.find_element(By.TAG_NAME, "body")
@@ -184,7 +188,7 @@ def test_key_and_address_and_memory(page, report):
     visit(page, report, "#f=0")
     wait_for_feature(page, 0)
     assert texts(page, CHOSEN) == ["As recorded"]
-    visit(page, report)
+    visit(page, report, "#sort=id")
     find(page, "#rows td.id a")[0].click()
     wait_for_feature(page, 0)
     assert texts(page, CHOSEN) == ["Bipolar"]

@@ -16,7 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from minsae_jax.report.page import write_pages
-from minsae_jax.report.pages import Pages
+from minsae_jax.report.pages import DetectedEvent, Pages
 from tests.report.made_up import (
     EVENTS,
     make_cards,
@@ -144,8 +144,25 @@ def test_parts_without_data_are_left_out(page, tmp_path):
     assert "What else explains it" not in texts(page, "#feature h3")
 
 
+def test_the_best_detectors_of_events_are_first(page, tmp_path):
+    """Then features that detect no event, the most active first; inactive ones are last."""
+    active = [card for card in make_findings() if card.density]
+    detectors = active[::2]
+    others = [replace(card, events=[DetectedEvent("spike", 0.7)]) for card in active[1::2]]
+    dead = [make_dead_card(i, N) for i in DEAD]
+    cards = sorted([*detectors, *others, *dead], key=lambda card: card.id)
+    write_pages(tmp_path / "report", make_meta(pages=make_pages(N)), cards)
+    visit(page, tmp_path / "report")
+    expected = sorted(detectors, key=lambda card: -max(event.auc for event in card.events))
+    expected += sorted(others, key=lambda card: -card.density)
+    order = page.execute_script("return shown.map((feature) => feature.id)")
+    assert order == [card.id for card in [*expected, *dead]]
+    assert shown(page) == order[: len(shown(page))]
+    assert find(page, "#titles th.event_auc")[0].get_attribute("aria-sort") == "descending"
+
+
 def test_search_and_columns_of_events_and_seeds(page, report):
-    visit(page, report)
+    visit(page, report, "#sort=id")
     find(page, "#search")[0].send_keys("spike")
     spike = EVENTS.index("spike")
     assert shown(page) == [i for i in range(N) if i % 6 == spike and i not in DEAD]
@@ -439,7 +456,7 @@ def test_131072_features_are_shown(page, tmp_path):
     row = dict(zip(index["columns"], index["rows"][0], strict=True))
     rows = [list((row | {"id": i, "density": float(x)}).values()) for i, x in enumerate(density)]
     (folder / "index_data.js").write_text(f"receive({json.dumps(index | {'rows': rows})});\n")
-    visit(page, folder)
+    visit(page, folder, "#sort=id")
     wait(page, "return document.querySelectorAll('#rows td.id').length > 10")
     assert find(page, "#count")[0].text == f"{n:,} features"
     assert len(find(page, "#overview rect.bar")) == 10  # half decades from 1e-5 to 1

@@ -178,6 +178,11 @@ def test_other_settings_are_refused_by_name(settings, tmp_path):
         UserError, match=r"lr \(\[0.003\], now \[0.001\]\), num_steps \(40, now 41\)"
     ):
         train(replace(settings, lr=(1e-3,), num_steps=41))
+    init = f"train a member longer, start another run with --init {tmp_path}/run/members/MEMBER$"
+    with pytest.raises(UserError, match=init):
+        train(replace(settings, num_steps=41))
+    with pytest.raises(UserError, match=r"or use --overwrite$"):
+        train(replace(settings, lr=(1e-3,)))
     assert files(tmp_path / "run", "*.csv", "*.yaml") == before
     train(replace(settings, lr=(1e-3,), overwrite=True))
     assert load_run_config(tmp_path / "run").lr == (1e-3,)

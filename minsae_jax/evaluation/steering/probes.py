@@ -7,7 +7,7 @@ reads steered activations, so that it is downstream of every layer that is steer
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,12 +103,16 @@ class Probes:
 
 
 def make_probes(
-    inputs: EvaluationInputs, steered: SteeredEncoder, features: Sequence[int], seed: int
+    inputs: EvaluationInputs,
+    steered: SteeredEncoder,
+    features: Sequence[int],
+    seed: int,
+    expected: Collection[str] | None = None,
 ) -> Probes | None:
     """Fit the probes on the val patients; None without labelled events.
 
     features: those that will be steered. Kinds without spans of both classes on val and test are
-    left out with a warning.
+    left out, with a warning if they are in `expected`, or if that is None.
     """
     if inputs.val is None or not inputs.has_events:
         return None
@@ -124,7 +128,8 @@ def make_probes(
             split for split, spans in (("val", val), ("test", test)) if not spans.has_both(number)
         ]
         if without:
-            left_out.append(f"{kind} ({' and '.join(without)})")
+            if expected is None or kind in expected:
+                left_out.append(f"{kind} ({' and '.join(without)})")
             continue
         of_kind = val.kind == number
         is_event = val.is_event[of_kind]

@@ -95,7 +95,8 @@ def steer_best(
     assert inputs.encoder is not None, "steering requires the encoder"
     steered = SteeredEncoder(inputs.encoder, inputs.test, inputs.layer, member.sae)
     distinct = sorted(set(features.values()))
-    probes = make_probes(inputs, steered, distinct, seed)
+    # `evaluate` has warned of the other kinds, which have no best feature.
+    probes = make_probes(inputs, steered, distinct, seed, expected=features)
     if probes is None:
         return {}
     maxima = _sequence_maxima(steered, distinct)

@@ -3,7 +3,8 @@
 "use strict";
 
 let meta; // from index_data.js
-let features = []; // rows of the table, as objects
+let features = []; // rows of the table, as objects, by id
+let byDensity = []; // the same, the most active first, which orders rows with equal values
 let byId = new Map();
 let columns = []; // of the table, those that have data
 let shown = []; // filtered features, in the table's order
@@ -14,7 +15,7 @@ let pack = { number: null, cards: new Map() }; // features of the data file that
 let indexScroll = 0;
 let indexHash = "#"; // with the filters
 const view = { group: "top", montage: false, reference: "stored" }; // kept from feature to feature
-const table = { sort: "id", down: false };
+const table = { sort: "density", down: true };
 
 const $ = (selector) => document.querySelector(selector);
 const some = (list) => !missing(list) && list.length > 0;
@@ -60,10 +61,12 @@ function start(data) {
   history.scrollRestoration = "manual";
   meta = data.meta;
   features = data.rows.map((row) => Object.fromEntries(data.columns.map((name, i) => [name, row[i]])));
+  byDensity = sortRows(features, (f) => f.density, true);
   byId = new Map(features.map((f) => [f.id, f]));
   for (const f of features) f.words = [f.id, f.label, f.suggestion, f.channel, f.band, f.event].join(" ").toLowerCase();
   for (const { kind } of meta.pages.events) eventColour(kind);
   drawIndex();
+  restoreFilters(new URLSearchParams());
   filter();
   // Not for the address of a page, which says what is shown.
   if (pageOf(parameters()) === "index") view.reference = rememberedReference();
@@ -273,18 +276,23 @@ function drawTableHead() {
 
 const filterInputs = () => [$("#search"), ...document.querySelectorAll("#filters input")];
 
+/** Return the order without one in the address: the best detectors of events first, or else the most active features. */
+const defaultOrder = () => (columns.some((c) => c.name === "event_auc") ? "-event_auc" : "-density");
+
+const order = () => `${table.down ? "-" : ""}${table.sort}`;
+
 /** Set search, filters and order from the parameters of an address. */
 function restoreFilters(now) {
   for (const input of filterInputs()) input.value = now.get(input.name) ?? "";
   $("#active").checked = now.has("active");
-  const sort = now.get("sort") ?? "id";
+  const sort = now.get("sort") ?? defaultOrder();
   Object.assign(table, { sort: sort.replace(/^-/, ""), down: sort.startsWith("-") });
 }
 
 function saveFilters() {
   const changes = Object.fromEntries(filterInputs().map((input) => [input.name, input.value.trim()]));
-  const isDefault = table.sort === "id" && !table.down;
-  setParameters({ ...changes, active: $("#active").checked ? "1" : null, sort: isDefault ? null : `${table.down ? "-" : ""}${table.sort}` });
+  const sort = order() === defaultOrder() ? null : order();
+  setParameters({ ...changes, active: $("#active").checked ? "1" : null, sort });
   indexHash = location.hash || "#";
 }
 
@@ -305,7 +313,7 @@ function typedLimits() {
   return limits.filter(({ value }) => !Number.isNaN(value));
 }
 
-/** Update `shown`: filtered and sorted features, those without a value last. */
+/** Update `shown`: filtered and sorted features, those without a value last; of equal ones, the most active first. */
 function filter() {
   const words = $("#search").value.toLowerCase().split(/\s+/).filter((word) => word);
   const limits = typedLimits();
@@ -313,13 +321,13 @@ function filter() {
     limits.every(({ name, end, value }) => !missing(f[name]) && (end === "min" ? f[name] >= value : f[name] <= value));
   const matches = (f) => (f.density > 0 || !$("#active").checked) && words.every((word) => f.words.includes(word));
   const value = table.sort === "label" ? (f) => (f.label || f.suggestion)?.toLowerCase() : (f) => f[table.sort];
-  shown = sortRows(features.filter((f) => matches(f) && within(f)), value, table.down);
+  shown = sortRows(byDensity.filter((f) => matches(f) && within(f)), value, table.down);
   const all = shown.length === features.length;
   $("#count").textContent = `${all ? "" : `${whole(shown.length)} of `}${count(features.length, "feature")}`;
   $("#clear").hidden = all;
   columns.forEach((c, i) => {
-    const order = c.name !== table.sort ? "none" : table.down ? "descending" : "ascending";
-    $("#titles").children[i].setAttribute("aria-sort", order);
+    const direction = c.name !== table.sort ? "none" : table.down ? "descending" : "ascending";
+    $("#titles").children[i].setAttribute("aria-sort", direction);
   });
   drawn = "";
   drawRows();

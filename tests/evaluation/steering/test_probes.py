@@ -17,6 +17,7 @@ from minsae_jax.evaluation.steering.probes import (
     read_probes,
     read_spans,
 )
+from minsae_jax.evaluation.steering.steer import steer_best
 
 FEATURES = [2, 17, 41]
 
@@ -137,6 +138,9 @@ def test_kinds_without_spans_are_named_in_a_warning(inputs, steered, tmp_path):
     with pytest.warns(UserWarning, match=match):
         probes = make_probes(changed, steered, FEATURES, 0)
     assert {probe.kind for probe in probes.probes} <= set(others)
+    # `evaluate` warns of them itself; a warning would be an error here.
+    steered_kinds = steer_best(changed, inputs.members[0], {others[0]: 0}, windows=1)
+    assert missing not in steered_kinds
 
 
 def test_without_a_val_store_there_are_no_probes(inputs, steered):

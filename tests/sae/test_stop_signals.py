@@ -1,0 +1,65 @@
+"""SIGTERM and Ctrl-C during training."""
+
+import ctypes
+import os
+import signal
+import threading
+
+import pytest
+
+from minsae_jax.sae.stop_signals import AGAIN, STOPPING, stop_signals
+
+
+def send_later(number: int) -> None:
+    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [(signal.SIGINT, f"{STOPPING}; {AGAIN}"), (signal.SIGTERM, STOPPING)],
+)
+def test_line_is_shown_while_native_code_runs(number, line):
+    """The native code is a read of a pipe, into which the line is written."""
+    read_end, write_end = os.pipe()
+    # Otherwise a failure would never end.
+    give_up = threading.Timer(10, os.write, (write_end, b"not shown"))
+    give_up.start()
+    buffer = ctypes.create_string_buffer(200)
+    with stop_signals(lambda text: os.write(write_end, text.encode())) as signals:
+        signal.siginterrupt(number, False)  # the read continues after the signal
+        send_later(number)
+        ctypes.CDLL(None).read(read_end, buffer, len(buffer))
+        assert buffer.value.decode() == line
+        assert signals == [number]
+    give_up.cancel()
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_second_signal_interrupts():
+    lines = []
+    with stop_signals(lines.append) as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert lines == [f"{STOPPING}; {AGAIN}"]
+
+
+def test_other_signals_show_nothing():
+    lines = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    with stop_signals(lines.append) as signals:
+        signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+    assert lines == signals == []
+
+
+def test_handlers_are_restored():
+    handler = signal.getsignal(signal.SIGINT)
+    n_threads = threading.active_count()
+    with stop_signals(print):
+        assert signal.getsignal(signal.SIGINT) is not handler
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.set_wakeup_fd(-1) == -1
+    assert threading.active_count() == n_threads
