@@ -7,7 +7,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minsae_jax.evaluation.events import SpanActivations, max_over_spans, span_groups
+from minsae_jax.evaluation.events import (
+    BATCH_TOKENS,
+    SpanActivations,
+    max_over_spans,
+    span_groups,
+)
 from minsae_jax.evaluation.pooling import padded
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
@@ -43,8 +48,8 @@ def encode_spans(
     for group in span_groups(spans.activations):
         x = np.concatenate([spans.activations[i] for i in group])
         side = np.repeat(spans.is_event[group], lengths[group])
-        # Padded to a power of two, so that groups share few compiled programs.
-        n_rows = 1 << (len(x) - 1).bit_length()
+        # Padded, so that all groups but those of a longer span share one compiled program.
+        n_rows = max(BATCH_TOKENS, 1 << (len(x) - 1).bit_length())
         sides = np.stack([side, ~side], axis=1).astype(np.float32)
         rows = (padded(x, n_rows), padded(sides, n_rows).T)
         with jax.default_matmul_precision("highest"):

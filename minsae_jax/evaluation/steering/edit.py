@@ -143,4 +143,6 @@ class SteeredEncoder:
 
 
 def _fetch(array: jax.Array, n_windows: int) -> np.ndarray:
-    return np.concatenate(fetch_batch(array, n_windows))
+    shards = fetch_batch(array, n_windows)
+    # The windows of a single device are not copied.
+    return shards[0] if len(shards) == 1 else np.concatenate(shards)
