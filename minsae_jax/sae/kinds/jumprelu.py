@@ -189,7 +189,8 @@ def _tanh_backward(
     bandwidth: float, saved: TanhSaved, cotangent: Activated
 ) -> tuple[Array, Array, Array]:
     pre, features, tanh, threshold, norms = saved
-    assert cotangent.penalty is not None and cotangent.other is not None
+    assert cotangent.penalty is not None
+    assert cotangent.other is not None
     below_weight = PRE_ACTIVATION_WEIGHT * cotangent.other
     # d tanh(4 f n) / d(f n), times the penalty's weight
     tanh_gradient = TANH_SLOPE * cotangent.penalty * (1 - jnp.square(tanh))
