@@ -1,4 +1,4 @@
-"""Saved measures: what an earlier evaluation of the run measured and still holds.
+"""Measures of earlier evaluations of the run, saved to be used again.
 
 Each part of a result is a file `evaluation/<name>.<part>.npz` in the run, with a key: the checksum
 of everything that the part depends on. A part with another key is measured again, so that new

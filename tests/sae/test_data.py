@@ -18,6 +18,8 @@ from minsae_jax.sae.trainer import train
 from tests.conftest import write_small_store
 from tests.interrupt import train_until
 
+MEMINFO = Path("/proc/meminfo")
+
 
 def test_sweep_larger_than_the_memory_is_refused_before_the_folder_is_made(
     settings, tmp_path, monkeypatch
@@ -35,11 +37,9 @@ def test_sweep_larger_than_the_memory_is_refused_before_the_folder_is_made(
     assert train(settings).members
 
 
+@pytest.mark.skipif(not MEMINFO.exists(), reason="reads Linux's /proc")
 def test_physical_memory_is_that_of_proc():
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        pytest.skip("reads Linux's /proc")
-    kilobytes = int(meminfo.read_text().split()[1])
+    kilobytes = int(MEMINFO.read_text().split()[1])
     assert physical_memory() == pytest.approx(1024 * kilobytes, rel=0.01)
 
 
