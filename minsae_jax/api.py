@@ -286,13 +286,12 @@ def _settings_of(run: Path) -> TrainConfig:
 
 def _encoder_of(config: EvaluationInputConfig, trained: TrainConfig) -> "BaseEncoder | None":
     """Load the encoder that the settings name, or else that of the run; None if there is none."""
-    checkpoint_path = config.checkpoint_path
+    if config.checkpoint_path is not None:
+        return load_encoder(config.checkpoint_path, config.config_path)
     # With --model, the run's checkpoint is the weights of that model.
-    if checkpoint_path is None and trained.model is None:
-        checkpoint_path = trained.checkpoint_path
-    if checkpoint_path is None:
+    if trained.checkpoint_path is None or trained.model is not None:
         return None
-    return load_encoder(checkpoint_path, config.config_path or trained.config_path)
+    return load_encoder(trained.checkpoint_path, config.config_path or trained.config_path)
 
 
 def plot(config: PlotConfig) -> "PlotFiles":

@@ -102,9 +102,12 @@ class StoreWriter:
         with barrier(f"begin {self.folder}"):
             if self.process == 0:
                 self._prepare_folder()
-        manifest = read_manifest(self.folder)
-        if manifest is None:
-            raise UserError(f"{self.folder / MANIFEST} has disappeared; rerun")
+        # All processes read it before the first one adds shards to it, since they share out the
+        # shards that it lacks.
+        with barrier(f"read {self.folder}"):
+            manifest = read_manifest(self.folder)
+            if manifest is None:
+                raise UserError(f"{self.folder / MANIFEST} has disappeared; rerun")
         self._manifest = manifest
         self.finished = manifest.complete
         self.done = {entry.number for entry in manifest.shards}

@@ -67,8 +67,9 @@ class Activations:
         """
         if self.runs_on_host:
             outputs = self._function(self._params, x)
-            if any(len(z) != len(x) for z in outputs):
-                raise UserError(f"the function returned {len(outputs[0])} windows for {len(x)}")
+            for z in outputs:
+                if len(z) != len(x):
+                    raise UserError(f"the function returned {len(z)} windows for {len(x)}")
             return tuple(np.asarray(z).astype(self.dtype, copy=False) for z in outputs)
         windows_per_device = -(-padded_windows // self._mesh.shape[DATA])
         return self._function(self._params, put_batch(self._mesh, x, windows_per_device))

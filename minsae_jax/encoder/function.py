@@ -147,12 +147,12 @@ def _output_shapes(
 
 def _d_model(shapes: Mapping[int, tuple[int, ...]], n_tokens: int) -> int:
     """Return the last size of all shapes. Raises UserError if they do not fit the tokens."""
-    d_model = next(iter(shapes.values()))[-1]
+    d_model = next((shape[-1] for shape in shapes.values() if shape), 0)
     for layer, shape in shapes.items():
         is_valid = len(shape) > 2 and shape[0] == 1 and shape[-1] == d_model
         if not is_valid or np.prod(shape[1:-1]) != n_tokens:
             raise UserError(
                 f"layer {layer} of one window has the shape {list(shape)}, but the {n_tokens} "
-                f"tokens require [1, {n_tokens}, {d_model}]"
+                f"tokens require [1, {n_tokens}, {d_model or 'd_model'}]"
             )
     return d_model

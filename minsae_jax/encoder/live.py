@@ -17,7 +17,7 @@ from minsae_jax.eeg.splits import Split
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, check_recordings
 from minsae_jax.encoder.compute import Activations
 from minsae_jax.errors import UserError
-from minsae_jax.parallel.processes import WHOLE, Share
+from minsae_jax.parallel.processes import WHOLE, Share, process_index
 from minsae_jax.settings import JsonObject
 
 
@@ -148,7 +148,8 @@ def open_live(
         (spec.seq_len, spec.reserved_samples, spec.n_vars),
         on_bad_recording=on_bad_recording,
     )
-    warn_of(recordings, split)
+    if process_index() == 0:
+        warn_of(recordings, split)
     store = LiveStore(encoder, recordings, layer, batch_size, force_revin)
     if not np.isfinite(read_chunks(store, [0])).all():
         raise UserError(

@@ -11,6 +11,7 @@ import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,20 @@ def _parse_event(row: Mapping[str, str], channel_names: list[str]) -> LabelledEv
     return LabelledEvent(row["recording"], start, stop, channels)
 
 
+def _by_recording(events: Sequence[LabelledEvent]) -> dict[str, list[LabelledEvent]]:
+    """Return the events of each recording, in their order."""
+    by_recording: dict[str, list[LabelledEvent]] = {}
+    for event in events:
+        by_recording.setdefault(event.recording, []).append(event)
+    return by_recording
+
+
+def sample_spans(spans: Sequence[Span], n: int, seed: int) -> list[Span]:
+    """Return n of the spans at random, in their order, or all if they are fewer."""
+    order = np.random.default_rng(seed).permutation(len(spans))
+    return [spans[i] for i in np.sort(order[:n])]
+
+
 def draw_spans(dataset: Dataset, events: list[LabelledEvent], seed: int) -> list[Span]:
     """Return the events inside the dataset's windows, each followed by a span without an event.
 
@@ -128,8 +143,9 @@ def draw_spans(dataset: Dataset, events: list[LabelledEvent], seed: int) -> list
     rng = np.random.default_rng(seed)
     step = dataset.tokens.step or 1  # if tokens are not evenly spaced, any offset will do
     spans = []
+    by_recording = _by_recording(events)
     for recording, name in enumerate(dataset.recordings):
-        in_recording = [event for event in events if event.recording == name]
+        in_recording = by_recording.get(name, [])
         end = _windows_end(dataset, recording)
         # is_taken[i + 1] says whether sample i is part of a token that an event touches, so that
         # its cumulative sum counts such samples before each sample. A span is free if it does not
@@ -204,12 +220,11 @@ def gather(dataset: Dataset, spans: list[Span]) -> SpanActivations:
     """Return the spans that touch at least one token, by recording, with their activations."""
     touching = []
     activations = []
-    for recording in sorted({span.recording for span in spans}):
+    in_order = sorted(spans, key=lambda span: span.recording)
+    for recording, of_recording in groupby(in_order, lambda span: span.recording):
         first, last = dataset.sequences_of(recording)
         x = dataset.read(first, last)
-        for span in spans:
-            if span.recording != recording:
-                continue
+        for span in of_recording:
             sequences, tokens = tokens_of(dataset, span)
             if len(sequences):
                 touching.append(span)
@@ -267,17 +282,17 @@ def event_share(
     """
     located = dataset.tokens.located
     share = np.zeros((len(dataset.recording), len(located)), np.float32)
+    by_recording = _by_recording(events)
     for recording, name in enumerate(dataset.recordings):
         first, last = dataset.sequences_of(recording)
         # The last patch of a window may end after it: one more window of room.
         n_samples = _windows_end(dataset, recording) + dataset.seq_len
         # The last row is of any channel, so that -1 is its index.
-        is_event = np.zeros((dataset.n_vars + 1, n_samples + 1), np.int64)
-        for event in events:
-            if event.recording == name:
-                samples = slice(event.start + 1, event.stop + 1)
-                is_event[[*event.channels, -1], samples] = 1
-        n_before = is_event.cumsum(axis=1)  # event samples before each sample
+        is_event = np.zeros((dataset.n_vars + 1, n_samples + 1), bool)
+        for event in by_recording.get(name, []):
+            is_event[[*event.channels, -1], event.start + 1 : event.stop + 1] = True
+        # Event samples before each sample; a day at 256 Hz has 22 million.
+        n_before = is_event.cumsum(axis=1, dtype=np.int32)
         sequences, tokens = np.meshgrid(np.arange(first, last), located, indexing="ij")
         begin = dataset.first_samples(sequences, tokens)
         length = dataset.lengths(tokens)

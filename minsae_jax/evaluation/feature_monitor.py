@@ -23,6 +23,7 @@ from minsae_jax.evaluation.events import (
     draw_spans,
     gather,
     read_events,
+    sample_spans,
     span_maxima,
 )
 from minsae_jax.evaluation.inputs import Member
@@ -62,7 +63,7 @@ class FeatureMonitor:
         if not (val.folder / EVENTS).exists():
             raise UserError(f"--events_path {val.folder} has no {EVENTS}")
         for kind, events in sorted(read_events(val.folder).items()):
-            spans = gather(val, draw_spans(val, events, seed)[:MAX_SPANS])
+            spans = gather(val, sample_spans(draw_spans(val, events, seed), MAX_SPANS, seed))
             if spans.has_both:
                 self.kinds[kind] = spans
 

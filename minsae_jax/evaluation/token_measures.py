@@ -16,6 +16,7 @@ from minsae_jax.evaluation.results import DecoderCosines, DensityHistogram, Toke
 from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
 from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import make_mesh, members_sharding
+from minsae_jax.sae.kinds import SAEKind
 from minsae_jax.sae.measures import Measures, measure
 from minsae_jax.sae.member import SparseAutoencoder
 
@@ -66,17 +67,19 @@ def _pass_over_tokens(test: Dataset, members: Sequence[Member]) -> dict[str, Tok
     groups = _group_by_shape(members)
     # The parameters of each group are stacked along a member axis, which lies along the mesh's
     # `sweep` axis, so that one pass over the store measures all members.
-    params = []
-    for group in groups:
-        leaves = [member.sae.params for member in group]
-        params.append(jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves))
     kinds = [group[0].sae.kind for group in groups]
+    # As in training, of which L1 has the unit. All members of a run have the same scale.
+    scale = float(members[0].sae.config.get("scale", 1.0))
+    params = []
+    for kind, group in zip(kinds, groups, strict=True):
+        scaled = [kind.fold_scale(member.sae.params, 1 / scale) for member in group]
+        params.append(jax.tree.map(lambda *arrays: jnp.stack(arrays), *scaled))
     mesh = make_mesh(*map(len, groups))
     params = jax.device_put(params, members_sharding(mesh))
     totals = np.zeros((2, test.store.d_model))
     batches = _test_batches(test, totals)
     results = {}
-    measured = measure(mesh, kinds, params, batches)
+    measured = measure(mesh, kinds, params, batches, scale)
     mean, mean_square = totals / test.store.total_tokens
     variance = float((mean_square - mean**2).sum())
     for group, measures in zip(groups, measured, strict=True):
@@ -92,11 +95,10 @@ def _pass_over_tokens(test: Dataset, members: Sequence[Member]) -> dict[str, Tok
 
 def _group_by_shape(members: Sequence[Member]) -> list[list[Member]]:
     """Return members of equal kind and size together, since their parameters are stacked."""
-    groups: dict[tuple[int, str], list[Member]] = {}
+    groups: dict[tuple[int, SAEKind], list[Member]] = {}
     for member in members:
-        key = (member.sae.d_sae, member.sae.config.get("kind", "relu"))
-        groups.setdefault(key, []).append(member)
-    return [groups[key] for key in sorted(groups)]
+        groups.setdefault((member.sae.d_sae, member.sae.kind), []).append(member)
+    return [groups[key] for key in sorted(groups, key=repr)]
 
 
 def _test_batches(
@@ -110,8 +112,9 @@ def _test_batches(
             x = test.read(start, min(start + BATCH_SEQUENCES, n_sequences))
             bar.advance(len(x))
             tokens = x.reshape(-1, x.shape[-1])
-            totals[0] += tokens.sum(0, dtype=np.float64)
-            totals[1] += np.square(tokens).sum(0, dtype=np.float64)
+            exact = tokens.astype(np.float64)
+            totals[0] += exact.sum(0)
+            totals[1] += np.square(exact).sum(0)
             yield tokens
 
 

@@ -329,6 +329,6 @@ def shown_features(pages: Pages) -> Sequence[int]:
     for event in pages.events:
         features |= dict.fromkeys([event.feature, *(row.feature for row in event.features)])
     for label in pages.labels:
-        related = [row.feature for row in label.features if row.q <= LEVEL]
+        related = [row.feature for row in label.features if row.q < LEVEL]
         features |= dict.fromkeys(related)
     return list(features)

@@ -7,10 +7,10 @@ import numpy as np
 
 from minsae_jax.evaluation.associations import Associations
 from minsae_jax.evaluation.event_results import FeatureEvents
+from minsae_jax.evaluation.label_tests import LEVEL
 from minsae_jax.evaluation.results import Evaluation
 from minsae_jax.evaluation.stability import MIN_COSINE, Stability
 from minsae_jax.report.pages import (
-    SIGNIFICANT,
     DetectedEvent,
     DetectedLabel,
     Explained,
@@ -81,7 +81,7 @@ class Findings:
         found = []
         for association in self.associations.labels:
             test = association.tests.test
-            if test is not None and test.q[feature] <= SIGNIFICANT:
+            if test is not None and test.q[feature] < LEVEL:
                 label = DetectedLabel(
                     label=test.label,
                     effect=float(test.effect[feature]),

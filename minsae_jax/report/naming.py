@@ -128,28 +128,39 @@ def fits_region(
     return np.where(channels < 0, True, fits[channels])
 
 
-def read_labels(path: Path, member: str | None = None) -> dict[int, Label]:
+def read_labels(path: Path, d_sae: int, member: str | None = None) -> dict[int, Label]:
     """Return the label of each feature in labels.csv, or none if there is no such file.
 
     member: the member that the report is about; rows of another one, in the optional column
-    `member`, are left out. Raises UserError if the file has not the columns feature, label and
-    note.
+    `member`, are left out. Features from d_sae on are left out with a warning. Raises UserError if
+    the file has not the columns feature, label and note.
     """
     if not path.exists():
         return {}
     labels = {}
+    unknown = []
     try:
         with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
             for row in csv.DictReader(file):
                 is_other = row.get("member") and member and row["member"] != member
                 feature = int(row["feature"])
+                if feature < 0:
+                    raise ValueError(f"feature {feature} is below 0")
                 label = Label(row["label"] or "", row.get("note") or "")
-                if not is_other:
+                if not is_other and feature >= d_sae:
+                    unknown.append(feature)
+                elif not is_other:
                     labels[feature] = label
     except (KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(
             f"{path} must have the columns feature, label and note, one row per feature ({e})"
         ) from None
+    if unknown:
+        warnings.warn(
+            f"{path} names feature {unknown[0]}, but {member or 'the member'} has features 0 to "
+            f"{d_sae - 1}; its label is not shown",
+            stacklevel=2,
+        )
     return labels
 
 

@@ -13,7 +13,6 @@ from jaxtyping import Float
 
 Interval = tuple[float, float]
 DETECTS = 0.8  # least AUC of a feature that detects a kind of event
-SIGNIFICANT = 0.05  # largest q of an association with a label
 
 
 # ---- of one feature

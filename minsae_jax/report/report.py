@@ -36,7 +36,7 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     member = next(m for m in inputs.members if m.name == evaluation.selected)
     folder = inputs.out / "report"
     warn_of_other_member(folder / LABELS_CSV, read_member(folder), member.name)
-    labels = read_labels(folder / LABELS_CSV, member.name)
+    labels = read_labels(folder / LABELS_CSV, member.sae.d_sae, member.name)
     activity = collect(
         inputs.test, member.sae, settings.top, settings.per_recording, seed=settings.seed
     )

@@ -237,6 +237,8 @@ def held_out_batches(
     buffers = ShuffleBuffers(held_out, seed=0)
     n_missing = min(config.eval_tokens, held_out.total_tokens)
     for i in range(buffers.buffers_per_epoch):
+        if n_missing == 0:
+            return
         tokens = buffers[i][:n_missing]
         if not np.isfinite(tokens.astype(np.float32, copy=False)).all():
             raise UserError(f"the store {held_out.folder} contains NaN or infinity; extract again")

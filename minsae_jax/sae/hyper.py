@@ -19,6 +19,8 @@ SYMBOLS = {
     "seed": "seed",
     "d_sae": "d_sae",
 }
+# Hyper-parameters that are integers.
+INTEGERS = ("seed", "d_sae")
 # Settings that control sparsity; a member has one of them.
 SPARSITY = ("lambda_sparsity", "k", "target_l0")
 

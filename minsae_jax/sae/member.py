@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save
 
 from minsae_jax.errors import UserError, brief, is_system_error
 from minsae_jax.files import atomic_write, flush, make_folder, sha256_of
-from minsae_jax.sae.kinds import KINDS, Params, SAEKind
+from minsae_jax.sae.kinds import KINDS, Params, SAEKind, kind_of
 from minsae_jax.settings import JsonObject, read_json, shown
 
 WEIGHTS = "sae.safetensors"
@@ -37,7 +37,7 @@ class SparseAutoencoder:
     def __init__(self, params: Params, config: JsonObject | None = None):
         """Create an autoencoder from parameters; `config` is the content of config.json."""
         self.config = config or {}
-        self.kind: SAEKind = KINDS[self.config.get("kind", "relu")]
+        self.kind: SAEKind = kind_of(self.config)
         self.params: Params = {k: jnp.asarray(v, jnp.float32) for k, v in params.items()}
 
     @property

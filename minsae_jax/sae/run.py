@@ -29,7 +29,7 @@ from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import TFEVENTS_PREFIX, table
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
 from minsae_jax.sae.grid import HYPER_NAMES
-from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, Hyper
+from minsae_jax.sae.hyper import INTEGERS, SPARSITY, SYMBOLS, Hyper
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
 from minsae_jax.settings import JsonObject, Values, to_dict
 
@@ -79,7 +79,7 @@ _CHANGEABLE = (
     "events_path",
     "wandb",
 )
-_PATHS = ("store", "val_store", "checkpoint_path", "init", "root_path")
+_PATHS = ("store", "val_store", "checkpoint_path", "config_path", "init", "root_path")
 
 TRAIN_METRICS = ("loss", "mse", "l1", "l0", "fvu", "dead_fraction")
 HELD_OUT_METRICS = (
@@ -171,10 +171,16 @@ class RunFolder:
         return not any(path.name.isdecimal() for path in self.checkpoints.iterdir())
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Create the folder, or empty it with --overwrite, and hold its lock."""
+    def locked(self, was_new: bool) -> Iterator[None]:
+        """Create the folder, or empty it with --overwrite, and lock it.
+
+        was_new: the earlier result of `is_new`. Raises UserError if another command has used the
+        folder since then.
+        """
         make_folder(self.folder)
         with lock_folder(self.folder):
+            if self.is_finished() or self.is_new() != was_new:
+                raise UserError(f"another command has just used {self.folder}; rerun")
             if self.config.overwrite:
                 empty_folder(self.folder)
             # Also on resume, since the settings in _CHANGEABLE may be others now.
@@ -296,10 +302,10 @@ def _read_member(folder: Path, row: dict[str, str], held_out: dict[str, Metrics]
 def _read_hyper(row: dict[str, str]) -> Hyper:
     """Return the hyper-parameters in a row of sweep.csv, in which others' columns are empty."""
     # The first runs had one kind and no column for it.
-    hyper: dict[str, float | str] = {"kind": row.get("kind", "relu")}
+    hyper: dict[str, int | float | str] = {"kind": row.get("kind", "relu")}
     for name in HYPER_NAMES:
         if name != "kind" and row.get(name):
-            hyper[name] = float(row[name])
+            hyper[name] = int(row[name]) if name in INTEGERS else float(row[name])
     return hyper
 
 

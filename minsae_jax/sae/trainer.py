@@ -87,7 +87,7 @@ def train(
             data = measure_scale_and_median(plan, data)
         with barrier(f"create {folder.folder}"):
             if process_index() == 0:
-                stack.enter_context(folder.locked())
+                stack.enter_context(folder.locked(is_new))
         checkpoints = Checkpoints(folder.checkpoints, plan.config.max_to_keep)
         stack.enter_context(checkpoints)
         trainer = Trainer(plan, folder, data, checkpoints, on_step, measure_features)
@@ -160,7 +160,7 @@ class Trainer:
         if start is not None:
             # Training sees scale * x, and `start` is for x.
             kind = self.data.groups[0][0].kind
-            start = kind.fold_scale(start, 1 / self.data.scale)
+            start = kind.normalize_decoder(kind.fold_scale(start, 1 / self.data.scale))
         self.state = self.sweep.init(start, self.data.median)
 
     def _resume(self, step: int) -> None:

@@ -180,6 +180,11 @@ def test_activations_and_fingerprint(encoder):
     ("f", "changes", "message"),
     [
         (lambda x: x, {}, r"shape \[1, 800, 30\], but the 241 tokens require \[1, 241, 30\]"),
+        (
+            lambda x: np.float32(0),
+            {},
+            r"shape \[\], but the 241 tokens require \[1, 241, d_model\]",
+        ),
         (lambda x: {"a": x}, {}, "layers by numbers from 0, but has 'a'"),
         (lambda x: {}, {}, "but has nothing"),
         (amplitudes, {"seq_len": 700}, "reach to sample 799 .* windows have 700 samples"),

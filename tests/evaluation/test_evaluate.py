@@ -53,6 +53,10 @@ def test_measures_match_their_definitions(trained, evaluation):
             (f == 0).all(0).mean(), abs=0.02
         )
         rows = np.array(sae.params["W_dec"])
+        # In the unit of training, in which decoder rows are longer.
+        norms = sae.config["scale"] * np.linalg.norm(rows, axis=1)
+        assert sae.config["scale"] != 1
+        assert member.tokens.l1 == pytest.approx((f @ norms).mean(), rel=1e-4)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         cosine = rows @ rows.T - 2 * np.eye(len(rows))
         assert member.decoder.mean == pytest.approx(cosine.max(1).mean(), rel=1e-4)
@@ -271,7 +275,10 @@ def mixed_run(trained, tmp_path_factory):
     settings = {
         "topk": ({"k": 8.0}, {"k": np.float32(8)}),
         "batchtopk": ({"k": 8.0}, {"threshold": np.float32(0.5)}),
-        "jumprelu": ({"target_l0": 8.0}, {"threshold": np.full(d_sae, 0.5, np.float32)}),
+        "jumprelu": (
+            {"mode": "target_l0", "target_l0": 8.0},
+            {"threshold": np.full(d_sae, 0.5, np.float32)},
+        ),
     }
     for kind, (sparsity, extra) in settings.items():
         params = {name: rng.normal(size=shape) / 10 for name, shape in parts.items()} | extra
@@ -298,6 +305,8 @@ def test_members_of_several_kinds(trained, settings, mixed_run):
     for member in record["members"]:
         values = {name: member[name] for name in names if name in member}
         assert values == expected.pop(member["member"])
+        if "target_l0" in values:
+            assert member["l1"] == pytest.approx(member["l0"])
     assert not expected
     with (mixed_run / "evaluation.csv").open(newline="") as file:
         rows = {row["member"]: row for row in csv.DictReader(file)}

@@ -66,8 +66,8 @@ def test_activity_everywhere_but_at_one_channel_is_widespread():
 def test_labels_of_another_member_are_left_out(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("member,feature,label,note\na,1,alpha,\nb,1,beta,\n,2,both,\n")
-    assert read_labels(path, "a") == {1: ("alpha", ""), 2: ("both", "")}
-    assert read_labels(path, "b") == {1: ("beta", ""), 2: ("both", "")}
+    assert read_labels(path, 16, "a") == {1: ("alpha", ""), 2: ("both", "")}
+    assert read_labels(path, 16, "b") == {1: ("beta", ""), 2: ("both", "")}
 
 
 def test_labels_without_a_member_warn_if_the_member_changed(tmp_path):
@@ -84,12 +84,17 @@ def test_labels_without_a_member_warn_if_the_member_changed(tmp_path):
 
 def test_labels(tmp_path):
     path = tmp_path / "labels.csv"
-    assert read_labels(path) == {}
+    assert read_labels(path, 16) == {}
     path.write_text('feature,label,note\n12,alpha,\n7,"eyes, closed",sure\n')
-    assert read_labels(path) == {12: ("alpha", ""), 7: ("eyes, closed", "sure")}
+    assert read_labels(path, 16) == {12: ("alpha", ""), 7: ("eyes, closed", "sure")}
+    with pytest.warns(UserWarning, match="names feature 12, but the member has features 0 to 11"):
+        assert read_labels(path, 12) == {7: ("eyes, closed", "sure")}
+    path.write_text("feature,label,note\n-1,alpha,\n")
+    with pytest.raises(UserError, match="feature -1 is below 0"):
+        read_labels(path, 16)
     path.write_text("feature,name\nx,y\n")
     with pytest.raises(UserError, match="must have the columns feature, label and note"):
-        read_labels(path)
+        read_labels(path, 16)
 
 
 def channel_ratios(rng, n_active, share, burst=1):

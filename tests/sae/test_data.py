@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
+from minsae_jax.activations.stream import ShuffleBuffers
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.data import held_out_batches, measure_scale, physical_memory
 from minsae_jax.sae.run import HELD_OUT_METRICS, read_held_out
@@ -100,6 +101,26 @@ def test_held_out_tokens_are_the_same_each_time(val_store):
     np.testing.assert_array_equal(everything[0], everything[1])
     np.testing.assert_array_equal(everything[0][:40], everything[2])
     assert len(np.unique(everything[0], axis=0)) == 105
+
+
+def test_held_out_tokens_are_read_without_the_rest_of_the_store(tmp_path, monkeypatch):
+    (tmp_path / "l-1").mkdir()
+    for i in range(4):
+        np.save(tmp_path / f"l-1/b{i:04d}.npy", np.ones((40, 7, 16), np.float32))
+    monkeypatch.setattr("minsae_jax.activations.stream.SHUFFLE_BUFFER_TOKENS", 1)
+    read = []
+
+    def counted(buffers: ShuffleBuffers, i: int) -> np.ndarray:
+        read.append(i)
+        return get_buffer(buffers, i)
+
+    get_buffer = ShuffleBuffers.__getitem__
+    monkeypatch.setattr(ShuffleBuffers, "__getitem__", counted)
+    store = open_store(tmp_path, -1)
+    n_tokens = store.tokens_per_chunk + 1
+    tokens = list(held_out_batches(TrainConfig(eval_tokens=n_tokens), store))
+    assert sum(map(len, tokens)) == n_tokens < store.total_tokens
+    assert read == [0, 1]
 
 
 def test_unfit_held_out_store_is_refused_or_ignored(settings, small_store, val_store, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from minsae_jax import UserError, load_sae
-from minsae_jax.sae.kinds import KINDS
+from minsae_jax.sae.kinds import KINDS, JumpReLU, Matryoshka
 from minsae_jax.sae.member import save_member
 
 RELU = KINDS["relu"]
@@ -69,6 +69,21 @@ def test_member_files(tmp_path):
     assert set(json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])) == set(
         held
     )  # no metadata
+
+
+def test_settings_of_the_kind_are_loaded(tmp_path):
+    jumprelu = JumpReLU(mode="target_l0", bandwidth=0.5)
+    params = jumprelu.complete_init(jumprelu.init_tied(jax.random.key(0), 4, 8, 1.0), None)
+    config = {"kind": "jumprelu", **jumprelu.settings}
+    save_member(tmp_path / "jumprelu", params, config)
+    assert load_sae(tmp_path / "jumprelu").kind == jumprelu
+    save_member(tmp_path / "unknown", params, config | {"mode": "cosh"})
+    with pytest.raises(UserError, match="mode must be one of tanh, step, target_l0"):
+        load_sae(tmp_path / "unknown")
+    matryoshka = Matryoshka(shares=(0.5, 1.0))
+    params = matryoshka.complete_init(matryoshka.init_tied(jax.random.key(0), 4, 8, 1.0), None)
+    save_member(tmp_path / "matryoshka", params, {"kind": "matryoshka", "shares": [0.5, 1]})
+    assert load_sae(tmp_path / "matryoshka").kind == matryoshka
 
 
 def test_wrong_members(tmp_path):

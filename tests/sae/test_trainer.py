@@ -16,6 +16,7 @@ from minsae_jax.activations.store import open_store
 from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.sae.data import measure_scale
+from minsae_jax.sae.member import save_member
 from minsae_jax.sae.plots import plot
 from minsae_jax.sae.snapshot import FeatureMeasures
 from minsae_jax.sae.trainer import train
@@ -278,6 +279,59 @@ def test_init_starts_every_member_from_the_given_weights(settings, tmp_path):
             np.testing.assert_allclose(
                 value, load_file(init / "sae.safetensors")[key], rtol=1e-6, atol=1e-7
             )
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_init_from_rows_of_norm_1_keeps_reconstructions(settings, tmp_path, small_store, kind):
+    """The weights of other libraries have such rows for raw activations, here of SD 100."""
+    store = tmp_path / "large/l-1"
+    store.mkdir(parents=True)
+    for shard in sorted((small_store / "l-1").glob("*.npy")):
+        np.save(store / shard.name, 100 * np.load(shard))
+    x = np.concatenate([np.load(shard) for shard in store.glob("*.npy")])
+    settings = replace(
+        settings, store=str(store.parent), lambda_sparsity=(), kind=(kind,), k=(3.0,),
+        feature_dim_factor=(2.0,),
+    )  # fmt: skip
+    first = train(settings).members[0].load()
+    unit = first.kind.normalize_decoder(first.params)
+    norms = np.linalg.norm(unit["W_dec"], axis=1)
+    np.testing.assert_allclose(norms, 1, rtol=1e-6)
+    save_member(tmp_path / "init", unit, {"kind": kind})
+    init = load_sae(tmp_path / "init")
+    np.testing.assert_allclose(init(x), first(x), rtol=1e-4, atol=1e-2)
+    settings = replace(settings, init=str(tmp_path / "init"), lr=(0.0,), num_steps=2)
+    last = train(replace(settings, run_dir=str(tmp_path / "last"))).members[0].load()
+    if kind == "topk":
+        np.testing.assert_allclose(last(x), init(x), rtol=1e-4, atol=1e-2)
+    # The threshold of BatchTopK moves a little, by those of the two batches.
+    errors = [np.square(sae(x) - x).mean() for sae in (init, last)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert errors[0] < 0.3 * x.var()
+
+
+def test_a_decoder_row_of_zeros_stays_and_nothing_diverges(settings, tmp_path):
+    settings = replace(
+        settings, lambda_sparsity=(), kind=("topk",), k=(3.0,), feature_dim_factor=(2.0,)
+    )
+    weights = train(settings).members[0].load().params
+    zeroed = {name: np.array(array) for name, array in weights.items()}
+    for name, index in (("W_dec", 5), ("W_enc", (slice(None), 5)), ("b_enc", 5)):
+        zeroed[name][index] = 0
+    save_member(tmp_path / "init", zeroed, {"kind": "topk"})
+    settings = replace(settings, init=str(tmp_path / "init"), run_dir=str(tmp_path / "last"))
+    member = train(settings).members[0]
+    assert member.status == "finished"
+    norms = np.linalg.norm(member.load().decoder_directions, axis=1)
+    assert np.isfinite(norms).all()
+    assert norms[5] == 0 or norms[5] == pytest.approx(norms[4], rel=1e-5)
+
+
+def test_a_run_resumes_with_the_same_config_path_spelled_otherwise(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "encoder.yaml").write_text("{}")
+    train(replace(settings, config_path="encoder.yaml"))
+    assert train(replace(settings, config_path="./encoder.yaml")).was_finished
 
 
 @pytest.mark.slow

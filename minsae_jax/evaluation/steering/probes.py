@@ -17,7 +17,13 @@ from scipy.sparse import csr_array
 
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.events import WITHOUT_SPANS, LabelledEvent, draw_spans, tokens_of
+from minsae_jax.evaluation.events import (
+    WITHOUT_SPANS,
+    LabelledEvent,
+    draw_spans,
+    sample_spans,
+    tokens_of,
+)
 from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.linear_probe import LinearProbe, fit_probe
 from minsae_jax.evaluation.ranking import auc
@@ -157,15 +163,14 @@ def _locate_spans(
     touched = []
     for number, kind in enumerate(sorted(events)):
         spans = draw_spans(dataset, events[kind], seed)
-        order = np.random.default_rng(seed).permutation(len(spans))
-        for i in np.sort(order[:MAX_SPANS]).tolist():
-            sequences, tokens = tokens_of(dataset, spans[i])
+        for span in sample_spans(spans, MAX_SPANS, seed):
+            sequences, tokens = tokens_of(dataset, span)
             if not len(sequences):
                 continue
             span_number = np.full(len(tokens), len(kind_of_span))
             touched.append(np.stack([span_number, sequences, tokens]))
             kind_of_span.append(number)
-            is_event.append(spans[i].is_event)
+            is_event.append(span.is_event)
     nothing = np.zeros((3, 0), np.int64)
     columns = np.concatenate([nothing, *touched], axis=1)
     span, sequence, token = columns.astype(np.int64)

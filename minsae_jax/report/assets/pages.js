@@ -3,7 +3,7 @@
 
 const SETS = [["sae", "SAE feature"], ["raw", "raw dimension"], ["pca", "principal component"]];
 const SET_TITLES = { sae: "SAE features", raw: "Raw activation dimensions", pca: "Principal components" };
-const SIGNIFICANT = 0.05;
+const SIGNIFICANT = 0.05; // LEVEL in label_tests.py
 
 const MEASURES = [
   { key: "recall", title: "Recall", hint: "share of the events found at a precision of 90 %", format: percent },

@@ -15,6 +15,7 @@ from minsae_jax.sae.kinds.jumprelu import JumpReLU
 from minsae_jax.sae.kinds.matryoshka import Matryoshka
 from minsae_jax.sae.kinds.relu import ReLU
 from minsae_jax.sae.kinds.topk import TopK
+from minsae_jax.settings import JsonObject, from_dict
 
 KINDS: dict[str, SAEKind] = {
     "relu": ReLU(),
@@ -24,6 +25,17 @@ KINDS: dict[str, SAEKind] = {
     "jumprelu": JumpReLU(),
     "gated": Gated(),
 }
+
+
+def kind_of(config: JsonObject) -> SAEKind:
+    """Return the kind, with its settings, in a member's config.json; ReLU without an entry.
+
+    Raises UserError if a setting is invalid. The kind's name must be known.
+    """
+    kind = KINDS[config.get("kind", "relu")]
+    saved = {name: config[name] for name in kind.settings if name in config}
+    return from_dict(type(kind), saved)
+
 
 __all__ = [
     "KINDS",
@@ -40,4 +52,5 @@ __all__ = [
     "ReLU",
     "SAEKind",
     "TopK",
+    "kind_of",
 ]

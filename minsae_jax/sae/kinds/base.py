@@ -208,6 +208,13 @@ class SAEKind:
             "b_dec": params["b_dec"] / scale,
         }
 
+    def normalize_decoder(self, params: Params) -> Params:
+        """Return parameters with decoder rows of the norm that training keeps, for the same x̂.
+
+        Kinds with rows of norm 1 multiply each feature by the norm of its row.
+        """
+        return params
+
     # The loss and its gradient. A kind may override `batch_sums` and `gradients` where a
     # hand-written gradient is faster, as ReLU does; tests compare it with these definitions.
 

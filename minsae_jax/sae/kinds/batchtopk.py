@@ -87,6 +87,12 @@ class BatchTopK(LinearSAE):
         assert context.threshold is not None
         return Activated(jnp.where(pre >= context.threshold, pre, 0))
 
+    def normalize_decoder(self, params: Params) -> Params:
+        # The threshold is one number for all features: exact where all rows have the same norm.
+        mean_norm = jnp.linalg.norm(params["W_dec"], axis=1).mean()
+        normalized = super().normalize_decoder(params)
+        return normalized | {"threshold": params["threshold"] * mean_norm}
+
     def finish_update(self, params: Params, context: BatchContext) -> Params:
         params = super().finish_update(params, context)
         before = params["threshold"]
