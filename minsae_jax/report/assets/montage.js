@@ -84,6 +84,7 @@ function bipolarRows(signals, own) {
   const row = ([a, b], place) => ({
     name: `${meta.channels[a]}–${meta.channels[b]}`,
     values: signals[a].map((value, k) => value - signals[b][k]),
+    channels: [a, b],
     isOwn: a === own || b === own,
     isFirst: place === 0,
   });
@@ -97,6 +98,7 @@ function channelRows(signals, names, own, reference) {
   return signals.map((values, i) => ({
     name: names[i],
     values: averaged.includes(i) ? values.map((value, k) => value - means[k]) : values,
+    channels: [i],
     isOwn: i === own,
   }));
 }
