@@ -222,13 +222,13 @@ def channel_name(dataset: TokenPlaces, recording: int, channel: int) -> str:
     return names[channel]
 
 
-def montage_step(sampling_rate: float, rate: float = MONTAGE_RATE) -> int:
+def montage_step(sampling_rate: float, rate: int = MONTAGE_RATE) -> int:
     """Return the samples of a recording per sample of its montages, at `rate` or a little more."""
     return max(1, int(sampling_rate // rate))
 
 
 def montage_eeg(
-    dataset: TokenPlaces, recording: int, begin: int, stop: int, rate: float = MONTAGE_RATE
+    dataset: TokenPlaces, recording: int, begin: int, stop: int, rate: int = MONTAGE_RATE
 ) -> Float[np.ndarray, "fewer_samples n_vars"]:
     """Return samples begin:stop of all channels in SD, at `rate` [Hz] or a little more.
 

@@ -216,6 +216,8 @@ def open_places(encoder: BaseEncoder, path: Path, allow_mismatch: bool = False) 
     spec = encoder.spec
     if path.suffix != ".npy":
         raise UserError(f"{path} is not a recording (.npy); `minsae prepare` makes them from EEG")
+    if not path.exists():
+        raise UserError(f"there is no recording {path}")
     eeg = open_recording(path)
     if eeg.shape[1] != spec.n_vars:
         raise UserError(

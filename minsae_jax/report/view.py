@@ -44,7 +44,7 @@ from minsae_jax.report.recording import (
 from minsae_jax.report.view_config import ViewConfig
 from minsae_jax.sae.member import SparseAutoencoder
 
-SCRIPTS = ("base.js", "figures.js", "eeg.js", "montage.js", "export.js", "view.js")
+SCRIPTS = ("base.js", "figures.js", "eeg.js", "montage.js", "export.js", "recording.js", "view.js")
 STYLES = ("report.css", "view.css")
 MARKER = '<meta name="generator" content="minsae view">'
 EEG_RATE = 100  # Hz, at least, of the EEG in a page
@@ -121,7 +121,8 @@ class ViewMeta:
     lengths: Sequence[int]
     events: Sequence[EventSpan]
     features: Sequence[ViewedFeature]
-    # base64 of gzipped bytes, see `pack`: [features, rows, windows * starts] and [channels, samples]
+    # base64 of gzipped bytes: those of `token_table`, and the differences from each sample of
+    # `page_eeg` to the next, modulo 256
     activations: str
     eeg: str
 
@@ -324,13 +325,13 @@ def token_table(
         is_of_all = encoded.channel[token] < 0
         of_all = token[is_of_all]
         of_one = token[~is_of_all]
-        np.maximum.at(table[i], (slice(None), place[of_all]), level[is_of_all])
+        np.maximum.at(table[i].T, place[of_all], level[is_of_all, None])
         np.maximum.at(table[i], (encoded.channel[of_one], place[of_one]), level[~is_of_all])
     return table
 
 
-def page_eeg(places: TokenPlaces, rate: float) -> Int8[np.ndarray, "n_vars samples"]:
-    """Return the EEG of the recording in units of TRACE_STEP SD, at `rate` [Hz] or a little more."""
+def page_eeg(places: TokenPlaces, rate: int) -> Int8[np.ndarray, "n_vars samples"]:
+    """Return the EEG of a recording in units of TRACE_STEP SD, at `rate` [Hz] or a little more."""
     chunk = EEG_CHUNK * montage_step(places.sampling_rate, rate)
     stop = places.recording_length(0)
     parts = []

@@ -73,7 +73,8 @@ const ROW_GAP = { stack: 15, own: 58, chain: 7 }; // px between rows of a montag
  * are on other channels.
  *
  * The view of a recording adds to the example: `cells` {channels, from, to, kind, opacity}, which are shaded on the rows of
- * their channels (null: all) in place of the bands of events, and `bars` [from, to, activation] in place of its strip.
+ * their channels (null: all) in place of the bands of events, and `bars` [from, to, activation] in place of its strip; to
+ * the look, `gap` between rows [px], `time` to write seconds, and `plain` if no channel is the token's own.
  */
 function drawExample(example, look) {
   const { full, spread, inUv, largest, rate, seconds } = look;
@@ -119,9 +120,10 @@ function drawExample(example, look) {
     };
     for (const { values } of faint) course(values, middle(0), "other faint");
     // The rows of the token's channel are drawn last, over the others.
-    const order = rows.map((_, i) => i).sort((a, b) => (rows[a].isOwn ?? false) - (rows[b].isOwn ?? false));
-    for (const i of order) course(rows[i].values, middle(i), rows[i].isOwn ? "trace" : "other");
-    const label = ({ name, isOwn }, i) => text(0, middle(i) + 3.5, "start", name, isOwn ? "strong" : "");
+    const isOwn = (row) => (row.isOwn ?? false) && !look.plain;
+    const order = rows.map((_, i) => i).sort((a, b) => isOwn(rows[a]) - isOwn(rows[b]));
+    for (const i of order) course(rows[i].values, middle(i), isOwn(rows[i]) ? "trace" : "other");
+    const label = (row, i) => text(0, middle(i) + 3.5, "start", row.name, isOwn(row) ? "strong" : "");
     if (rows.length > 1) root.append(...rows.map(label));
     root.append(window);
 

@@ -1,51 +1,19 @@
 // The view of a recording: heatmaps of features over all of it, and the EEG around a time.
 "use strict";
 
-const EXCERPT = 10; // s of EEG
-const PEAKS = 30; // strongest moments of a feature
-const LEVELS = 255; // of an activation: the largest one of its feature
 const CLOCK_STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400]; // s
 const GAINS = [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8];
 
-let meta; // names and numbers, as view.py writes them
-let levels; // Uint8Array [features, rows, places]
-let eeg; // Int8Array [channels, samples], in units of 0.1 SD
-let places; // {begin, end}: seconds of each place, which is a start of tokens
 let rows; // nodes of the features
 let peaks = []; // places of the selected feature's strongest moments, the strongest first
-let spreads = {}; // amplitude between two rows of EEG, by montage
+const spreads = {}; // amplitude between two rows of EEG, by montage
 const state = { feature: 0, time: 0, from: 0, to: 1, reference: "stored", gain: 1, peak: -1 };
 
-const seconds = () => meta.samples / meta.sampling_rate;
-const nRows = () => (meta.channel_tokens ? meta.channels.length : 1);
-const clamp = (value, low, high) => Math.min(Math.max(value, low), Math.max(low, high));
 const nameOf = (feature) => feature.label || feature.suggestion;
-
-/** Return a time as 4:03 or 1:04:03, with `decimals` of a second. */
-function clock(time, decimals = 0) {
-  const unit = 10 ** decimals;
-  const all = Math.round(time * unit) / unit;
-  const [hours, minutes] = [Math.floor(all / 3600), Math.floor(all / 60) % 60];
-  const rest = (all % 60).toFixed(decimals).padStart(decimals ? 3 + decimals : 2, "0");
-  return hours ? `${hours}:${String(minutes).padStart(2, "0")}:${rest}` : `${minutes}:${rest}`;
-}
 
 async function start(data) {
   meta = data;
-  const bytes = async (packed) => new Uint8Array(await (await inflate(packed)).arrayBuffer());
-  levels = await bytes(meta.activations);
-  eeg = new Int8Array((await bytes(meta.eeg)).buffer);
-  const n = eeg.length / meta.channels.length;
-  // Differences from sample to sample, modulo 256.
-  for (let i = 0; i < eeg.length; i++) if (i % n) eeg[i] += eeg[i - 1];
-  const nPlaces = levels.length / (meta.features.length * nRows());
-  const perWindow = meta.starts.length;
-  places = { begin: new Float64Array(nPlaces), end: new Float64Array(nPlaces) };
-  for (let p = 0; p < nPlaces; p++) {
-    const first = Math.floor(p / perWindow) * meta.seq_len + meta.starts[p % perWindow];
-    places.begin[p] = first / meta.sampling_rate;
-    places.end[p] = Math.min((first + meta.lengths[p % perWindow]) / meta.sampling_rate, seconds());
-  }
+  await unpackAll();
   for (const kind of kinds()) eventColour(kind);
   state.reference = rememberedReference();
   drawPage();
@@ -54,45 +22,6 @@ async function start(data) {
   addEventListener("keydown", onKey);
   addEventListener("resize", () => requestAnimationFrame(draw));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-}
-
-const kinds = () => [...new Set(meta.events.map((event) => event.kind))].sort();
-
-/** Return the levels of a feature [rows, columns] between two times: the largest of the tokens that touch each column. */
-function binned(feature, from, to, columns) {
-  const n = places.begin.length;
-  const perSecond = columns / (to - from);
-  const result = new Uint8Array(nRows() * columns);
-  for (let row = 0; row < nRows(); row++) {
-    const values = levels.subarray((feature * nRows() + row) * n, (feature * nRows() + row + 1) * n);
-    for (let p = 0; p < n; p++) {
-      if (!values[p] || places.end[p] <= from || places.begin[p] >= to) continue;
-      const first = Math.max(0, Math.floor((places.begin[p] - from) * perSecond + 1e-6));
-      const stop = Math.min(columns, Math.ceil((places.end[p] - from) * perSecond - 1e-6));
-      for (let x = row * columns + first; x < row * columns + stop; x++) if (values[p] > result[x]) result[x] = values[p];
-    }
-  }
-  return result;
-}
-
-/** Return the largest level of a feature on any row, at each place. */
-function overRows(feature) {
-  const n = places.begin.length;
-  const most = new Uint8Array(n);
-  for (let i = 0; i < nRows() * n; i++) most[i % n] = Math.max(most[i % n], levels[feature * nRows() * n + i]);
-  return most;
-}
-
-/** Return the places of the largest activations of a feature that are EXCERPT apart, the largest first. */
-function strongest(feature) {
-  const most = overRows(feature);
-  const order = [...most.keys()].filter((p) => most[p]).sort((a, b) => most[b] - most[a] || a - b);
-  const chosen = [];
-  for (const p of order) {
-    if (chosen.every((other) => Math.abs(places.begin[other] - places.begin[p]) >= EXCERPT)) chosen.push(p);
-    if (chosen.length === PEAKS) break;
-  }
-  return chosen;
 }
 
 // ---- the page
@@ -153,7 +82,7 @@ function update(change) {
   }
   if (state.feature !== before.feature) {
     peaks = strongest(state.feature);
-    rows.forEach((row, i) => row.classList.toggle("selected", i === state.feature));
+    for (const [i, row] of rows.entries()) row.classList.toggle("selected", i === state.feature);
   }
   const isWhole = state.from === 0 && state.to === seconds();
   setParameters({ f: meta.features[state.feature].id, t: state.time.toFixed(2), zoom: isWhole ? null : `${state.from.toFixed(2)}-${state.to.toFixed(2)}` });
@@ -174,7 +103,7 @@ function zoomBy(factor) {
 
 function draw() {
   drawTimes();
-  rows.forEach((_, i) => drawRow(i));
+  for (const i of rows.keys()) drawRow(i);
   drawCursor();
   drawEeg();
 }
@@ -186,7 +115,7 @@ function drawTimes() {
   const floor = shown.length * tall + 2;
   const x = scale(state.from, state.to, 0, width);
   const root = svg("svg", { width, height: floor + 18, role: "img" });
-  for (const event of meta.events.filter(({ start: a, stop: b }) => b > state.from && a < state.to)) {
+  for (const event of eventsBetween(state.from, state.to)) {
     const words = `${event.kind}, ${clock(event.start, 1)}, ${number(event.stop - event.start, 2)} s, ${event.channels.join(" ")}`;
     const place = { x: x(event.start), width: Math.max(x(event.stop) - x(event.start), 1.5), y: shown.indexOf(event.kind) * tall + 2, height: tall - 4, rx: 1 };
     const onclick = () => update({ time: (event.start + event.stop) / 2 });
@@ -232,14 +161,14 @@ function drawRow(i) {
   const columns = Math.max(1, Math.floor(track.clientWidth));
   const colour = heat();
   const image = new ImageData(columns, nRows());
-  binned(i, state.from, state.to, columns).forEach((level, k) => image.data.set([...colour[level], level ? 255 : 0], 4 * k));
+  for (const [k, level] of binned(i, state.from, state.to, columns).entries()) if (level) image.data.set([...colour[level], 255], 4 * k);
   const canvas = track.querySelector("canvas");
   [canvas.width, canvas.height] = [columns, nRows()];
   canvas.getContext("2d").putImageData(image, 0, 0);
   track.querySelector("svg")?.remove();
   if (!selected || !meta.channel_tokens) return;
   const [x, tall] = [scale(state.from, state.to, 0, columns), height / nRows()];
-  const outlines = meta.events.filter(({ start: a, stop: b }) => b > state.from && a < state.to && x(b) - x(a) > 5).flatMap((event) =>
+  const outlines = eventsBetween(state.from, state.to).filter(({ start: a, stop: b }) => x(b) - x(a) > 5).flatMap((event) =>
     event.channels.map((name) => svg("rect", { class: `outline ${eventColour(event.kind)}`, x: x(event.start), width: x(event.stop) - x(event.start),
       y: meta.channels.indexOf(name) * tall + 0.5, height: tall - 1 })));
   track.append(svg("svg", { width: columns, height }, outlines));
@@ -247,66 +176,30 @@ function drawRow(i) {
 
 function drawCursor() {
   const percentOf = (time) => (100 * (time - state.from)) / (state.to - state.from);
-  const [from, to] = shownSpan();
+  const [from, to] = shownSpan(state.time);
   Object.assign($("#cursor").style, { left: `${percentOf(from)}%`, width: `${percentOf(to) - percentOf(from)}%` });
 }
 
 // ---- the EEG
 
-/** Return the seconds of EEG that are shown around a time. */
-function shownSpan(time = state.time) {
-  const from = clamp(time - EXCERPT / 2, 0, seconds() - EXCERPT);
-  return [from, Math.min(from + EXCERPT, seconds())];
-}
-
-/** Return the EEG around a time as an example of the report, with the tokens where the feature is active. */
-function excerpt(time) {
-  const { begin, end } = places;
-  const [from, to] = shownSpan(time);
-  const n = eeg.length / meta.channels.length;
-  const [first, stop] = [from, to].map((second) => Math.min(n, Math.round(second * meta.eeg_rate)));
-  const others = new Int8Array(meta.channels.length * (stop - first));
-  meta.channels.forEach((_, i) => others.set(eeg.subarray(i * n + first, i * n + stop), i * (stop - first)));
-  const { max } = meta.features[state.feature];
-  const [cells, bars, most] = [[], [], new Float64Array(nRows())];
-  for (let p = 0; p < begin.length; p++) {
-    if (end[p] <= from || begin[p] >= to) continue;
-    const at = Array.from({ length: nRows() }, (_, row) => levels[(state.feature * nRows() + row) * begin.length + p]);
-    at.forEach((level, row) => {
-      most[row] = Math.max(most[row], level);
-      const channels = meta.channel_tokens ? [row] : null;
-      if (level) cells.push({ channels, from: begin[p], to: end[p], kind: "strip", opacity: 0.1 + (0.5 * level) / LEVELS });
-    });
-    bars.push([begin[p], end[p], (Math.max(...at) / LEVELS) * max]);
-  }
-  for (const { kind, start: a, stop: b, channels } of meta.events.filter(({ start: a, stop: b }) => b > from && a < to)) {
-    cells.push({ channels: channels.map((name) => meta.channels.indexOf(name)), from: a, to: b, kind: `event-band ${eventColour(kind)}`, opacity: null });
-  }
-  const own = most.indexOf(Math.max(...most));
-  const events = meta.events.filter(({ start: a, stop: b }) => b > from && a < to);
-  const length = stop - first;
-  return { start: first / meta.eeg_rate, trace: others.subarray(own * length, (own + 1) * length), others, channel: meta.channels[own],
-    cells, bars, events, others_uv: meta.uv_per_sd, uv_per_sd: meta.uv_per_sd?.[own] ?? null, patch: null };
-}
-
 function drawEeg() {
-  const example = excerpt(state.time);
+  const example = excerpt(state.feature, state.time);
   const references = possibleReferences([example]);
   const reference = references.some(([name]) => name === state.reference) ? state.reference : "stored";
   const look = { montage: true, reference, inUv: !missing(meta.uv_per_sd), channels: meta.channels, rate: meta.eeg_rate, full: 1, spread: 1,
-    largest: meta.features[state.feature].max || 1, time: (second) => clock(second, 1) };
+    plain: !meta.channel_tokens, largest: meta.features[state.feature].max || 1, time: (second) => clock(second, 1) };
   // The same gain at all times: from stretches of all the recording.
-  spreads[reference] ??= rowAmplitude(Array.from({ length: 12 }, (_, i) => excerpt(((i + 0.5) / 12) * seconds())), look);
+  spreads[reference] ??= rowAmplitude(Array.from({ length: 12 }, (_, i) => excerpt(state.feature, ((i + 0.5) / 12) * seconds())), look);
   look.spread = spreads[reference] / state.gain;
   look.gap = clamp((0.27 * innerHeight) / exampleRows(example, look).rows.length, 9, 16);
   const feature = meta.features[state.feature];
   const tab = (name, title, pressed, change) => html("button", { type: "button", title, "aria-pressed": String(pressed),
     onclick: () => (typeof change === "function" ? change() : update(change)) }, name);
   const gain = (step) => () => update({ gain: GAINS[clamp(GAINS.indexOf(state.gain) + step, 0, GAINS.length - 1)], peak: state.peak });
-  const [from, to] = shownSpan();
+  const [from, to] = shownSpan(state.time);
   const rank = state.peak >= 0 ? `${state.peak + 1} of ${peaks.length}` : `${peaks.length}`;
   const controls = html("div", { class: "controls" },
-    html("h3", {}, `${clock(from, 1)} – ${clock(to, 1)} `, html("span", { class: "suggestion" }, `shaded: feature ${feature.id} active, ${nameOf(feature)}`)),
+    html("h3", {}, `${clock(from, 1)} – ${clock(to, 1)} `, html("span", { class: "suggestion" }, `shaded: feature ${feature.id} active${nameOf(feature) && `, ${nameOf(feature)}`}`)),
     html("div", { class: "tabs" }, tab("‹", "stronger moment (p)", false, () => stepPeak(-1)), tab(`strongest ${rank}`, "strongest moment", false, () => stepPeak(0)),
       tab("›", "next strongest moment (n)", false, () => stepPeak(1))),
     html("div", { class: "tabs" }, tab("−", "smaller amplitudes", false, gain(-1)), tab("gain", "", false, { gain: 1 }), tab("+", "larger amplitudes", false, gain(1))),
@@ -360,11 +253,10 @@ function onHover({ target, clientX, clientY }) {
   const i = rows.findIndex((row) => row.contains(target));
   const row = clamp(Math.floor(((clientY - top) / height) * nRows()), 0, nRows() - 1);
   const column = clamp(Math.floor(((clientX - left) / width) * target.width), 0, target.width - 1);
-  const { id, max } = meta.features[i];
   const step = (state.to - state.from) / target.width;
-  const value = (binned(i, state.from + column * step, state.from + (column + 1) * step, 1)[row] / LEVELS) * max;
+  const value = activationOf(i, binned(i, state.from + column * step, state.from + (column + 1) * step, 1)[row]);
   const where = meta.channel_tokens ? `${meta.channels[row]}, ` : "";
-  $("#readout").textContent = `feature ${id}, ${where}${clock(timeAt(target, clientX), 1)}: ${value ? number(value) : "not active"}`;
+  $("#readout").textContent = `feature ${meta.features[i].id}, ${where}${clock(timeAt(target, clientX), 1)}: ${value ? number(value) : "not active"}`;
 }
 
 function onKey(event) {
