@@ -92,7 +92,7 @@ class RecordingEncoder:
         self._compute = Activations(encoder, (self.layer,), options=options)
         # Index of each token of a sequence among those with samples, -1 for CLS tokens.
         grid = self.places.tokens
-        self._located_index = np.full(grid.n_tokens, -1)
+        self._located_index = np.full(grid.n_tokens, -1, np.int32)
         self._located_index[grid.located] = np.arange(len(grid.located))
 
     @property

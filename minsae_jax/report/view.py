@@ -1,7 +1,7 @@
 """`minsae view`: features over a whole recording, as one HTML file that needs no other.
 
 The file contains the report's style and scripts, the activations of the shown features on every
-token (uint8), and the EEG (int8). The browser bins both to the width of the screen.
+token (uint8), and the EEG (int16). The browser bins activations to the width of the screen.
 """
 
 import base64
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float, Int16, UInt8
 
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
@@ -30,7 +30,6 @@ from minsae_jax.report.excerpts import (
     events_by_recording,
     montage_eeg,
     montage_step,
-    to_int8,
 )
 from minsae_jax.report.montages import Chain, bipolar_chains
 from minsae_jax.report.naming import LABELS_CSV, Label, read_labels
@@ -48,7 +47,8 @@ SCRIPTS = ("base.js", "figures.js", "eeg.js", "montage.js", "export.js", "record
 STYLES = ("report.css", "view.css")
 MARKER = '<meta name="generator" content="minsae view">'
 EEG_RATE = 100  # Hz, at least, of the EEG in a page
-MAX_EEG_BYTES = 50_000_000  # at EEG_RATE; longer recordings have MONTAGE_RATE
+EEG_STEP = 0.02  # SD per unit
+MAX_EEG_SAMPLES = 50_000_000  # of all channels at EEG_RATE; longer recordings have MONTAGE_RATE
 EEG_CHUNK = 6000  # samples of the page that are filtered at a time
 DENSE = 0.1  # share of tokens from which a feature says little of any
 MAX_RATIO = 1024  # of the mean here over that elsewhere, also for features never active there
@@ -121,8 +121,9 @@ class ViewMeta:
     lengths: Sequence[int]
     events: Sequence[EventSpan]
     features: Sequence[ViewedFeature]
-    # base64 of gzipped bytes: those of `token_table`, and the differences from each sample of
-    # `page_eeg` to the next, modulo 256
+    # SD per unit of the EEG
+    eeg_step: float
+    # base64 of gzipped bytes, see `token_table` and `pack_eeg`
     activations: str
     eeg: str
 
@@ -246,7 +247,7 @@ def make_meta(
     table = token_table(places, encoded, shown)
     n_samples = places.recording_length(0)
     rate = EEG_RATE
-    if n_samples / places.sampling_rate * rate * places.n_vars > MAX_EEG_BYTES:
+    if n_samples / places.sampling_rate * rate * places.n_vars > MAX_EEG_SAMPLES:
         rate = MONTAGE_RATE
     names = places.channel_names
     positions = places.positions
@@ -276,7 +277,8 @@ def make_meta(
         events=events_between(places, 0, 0, n_samples, events_by_recording(places)),
         features=[viewed_feature(encoded, feature, labels, elsewhere) for feature in shown],
         activations=pack(table),
-        eeg=pack(np.diff(page_eeg(places, rate), axis=1, prepend=np.int8(0)).view(np.uint8)),
+        eeg_step=EEG_STEP,
+        eeg=pack(pack_eeg(page_eeg(places, rate))),
     )
 
 
@@ -330,15 +332,26 @@ def token_table(
     return table
 
 
-def page_eeg(places: TokenPlaces, rate: int) -> Int8[np.ndarray, "n_vars samples"]:
-    """Return the EEG of a recording in units of TRACE_STEP SD, at `rate` [Hz] or a little more."""
+def page_eeg(places: TokenPlaces, rate: int) -> Int16[np.ndarray, "n_vars samples"]:
+    """Return the EEG of a recording in units of EEG_STEP SD, at `rate` [Hz] or a little more."""
     chunk = EEG_CHUNK * montage_step(places.sampling_rate, rate)
     stop = places.recording_length(0)
     parts = []
     for begin in range(0, stop, chunk):
         eeg = montage_eeg(places, 0, begin, min(begin + chunk, stop), rate)
-        parts.append(to_int8(eeg.T))
+        parts.append(np.rint(eeg.T / EEG_STEP).clip(-32767, 32767).astype(np.int16))
     return np.concatenate(parts, axis=1)
+
+
+def pack_eeg(eeg: Int16[np.ndarray, "n_vars samples"]) -> UInt8[np.ndarray, "2 n_vars samples"]:
+    """Return EEG as bytes that gzip makes a third smaller: low bytes, then high ones.
+
+    They are of the differences from sample to sample (modulo 2^16, the first from 0), folded to
+    numbers without a sign: 0, -1, 1, -2, … become 0, 1, 2, 3, …
+    """
+    difference = np.diff(eeg, axis=1, prepend=np.int16(0))
+    folded = ((difference << 1) ^ (difference >> 15)).view(np.uint16)
+    return np.stack([folded & 255, folded >> 8]).astype(np.uint8)
 
 
 def pack(array: UInt8[np.ndarray, "..."]) -> str:

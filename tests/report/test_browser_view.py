@@ -137,9 +137,7 @@ def test_click_shows_the_eeg_there_with_active_tokens_shaded(
     assert len(find(page, "#eeg rect.strip[opacity]")) == len(cells)
     drawn = page.execute_script("return Array.from(excerpt(1, state.time).others)")
     eeg = np.load(recording)[begin : begin + 1000].T
-    np.testing.assert_allclose(
-        np.array(drawn).reshape(eeg.shape) / 10, np.clip(eeg, -12.7, 12.7), atol=0.0501
-    )
+    np.testing.assert_allclose(np.array(drawn).reshape(eeg.shape) * 0.02, eeg, atol=0.01001)
 
 
 def test_keys_move_zoom_and_choose(page, view, features, tokens):

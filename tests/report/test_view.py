@@ -107,11 +107,13 @@ def test_page_contains_features_eeg_and_events(trained, place, by_hand, tmp_path
         np.testing.assert_allclose(values, expected, atol=1.01 * about["max"] / 255)
         is_clear = expected > 1e-3
         np.testing.assert_array_equal(levels[i][is_clear] > 0, True)
-    # EEG, in tenths of SD.
-    differences = data["eeg"].reshape(n_vars, -1)
-    drawn = np.cumsum(differences, axis=1, dtype=np.uint8).view(np.int8) / 10
+    # EEG: differences in units of 0.02 SD, as low bytes and high bytes.
+    low, high = data["eeg"].reshape(2, n_vars, -1).astype(int)
+    folded = low + 256 * high
+    differences = np.where(folded % 2, -(folded + 1) // 2, folded // 2)
+    drawn = np.cumsum(differences, axis=1) * data["eeg_step"]
     assert (data["eeg_rate"], data["uv_per_sd"]) == (100, None)
-    np.testing.assert_allclose(drawn.T, np.clip(eeg, -12.7, 12.7), atol=0.0501)
+    np.testing.assert_allclose(drawn.T, eeg, atol=0.01001)
     assert data["events"] == [
         {"kind": "</script>", "start": 0.5, "stop": 1.5, "channels": ["O1", "O2"]}
     ]

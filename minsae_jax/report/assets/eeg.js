@@ -1,7 +1,7 @@
 // The EEG around a token, with the labelled events that overlap it.
 "use strict";
 
-/** Return EEG in units of 0.1 SD, from base64 unless it is decoded already. */
+/** Return EEG in units of TRACE_STEP SD, from base64 unless it is decoded already. */
 const decode = (eeg) => (typeof eeg === "string" ? Int8Array.from(atob(eeg), (byte) => byte.charCodeAt(0)) : eeg);
 const peak = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
 const quantile = (values, share) => values.toSorted((a, b) => a - b)[Math.floor(share * (values.length - 1))] ?? 0;

@@ -7,7 +7,7 @@ const LEVELS = 255; // of an activation: the largest one of its feature
 
 let meta; // names and numbers, as view.py writes them
 let levels; // Uint8Array [features, rows, places]
-let eeg; // Int8Array [channels, samples], in units of 0.1 SD
+let eeg; // Int16Array [channels, samples], in units of meta.eeg_step SD
 let places; // {begin, end}: seconds of each place, which is a start of tokens
 
 const seconds = () => meta.samples / meta.sampling_rate;
@@ -30,10 +30,14 @@ function clock(time, decimals = 0) {
 async function unpackAll() {
   const bytes = async (packed) => new Uint8Array(await (await inflate(packed)).arrayBuffer());
   levels = await bytes(meta.activations);
-  eeg = new Int8Array((await bytes(meta.eeg)).buffer);
+  const packed = await bytes(meta.eeg);
+  eeg = new Int16Array(packed.length / 2);
   const n = eeg.length / meta.channels.length;
-  // Differences from sample to sample, modulo 256.
-  for (let i = 0; i < eeg.length; i++) if (i % n) eeg[i] += eeg[i - 1];
+  for (let i = 0; i < eeg.length; i++) {
+    // The difference from the sample before, which view.py's `pack_eeg` has folded: 0, -1, 1, -2, …
+    const folded = packed[i] | (packed[eeg.length + i] << 8);
+    eeg[i] = (i % n ? eeg[i - 1] : 0) + ((folded >>> 1) ^ -(folded & 1));
+  }
   const nPlaces = levels.length / (meta.features.length * nRows());
   const perWindow = meta.starts.length;
   places = { begin: new Float64Array(nPlaces), end: new Float64Array(nPlaces) };
@@ -93,7 +97,7 @@ function excerpt(feature, time) {
   const [from, to] = shownSpan(time);
   const n = eeg.length / meta.channels.length;
   const [first, stop] = [from, to].map((second) => Math.min(n, Math.round(second * meta.eeg_rate)));
-  const others = new Int8Array(meta.channels.length * (stop - first));
+  const others = new Int16Array(meta.channels.length * (stop - first));
   for (const i of meta.channels.keys()) others.set(eeg.subarray(i * n + first, i * n + stop), i * (stop - first));
   const [cells, bars, most] = [[], [], new Float64Array(nRows())];
   for (let p = 0; p < begin.length; p++) {
@@ -114,5 +118,6 @@ function excerpt(feature, time) {
   const own = most.indexOf(Math.max(...most));
   const length = stop - first;
   return { start: first / meta.eeg_rate, trace: others.subarray(own * length, (own + 1) * length), others, channel: meta.channels[own],
-    cells, bars, events, others_uv: meta.uv_per_sd, uv_per_sd: meta.uv_per_sd?.[own] ?? null, patch: null };
+    cells, bars, events, others_uv: meta.uv_per_sd, uv_per_sd: meta.uv_per_sd?.[own] ?? null, patch: null,
+    step: meta.eeg_step };
 }

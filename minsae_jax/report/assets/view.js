@@ -36,7 +36,7 @@ function drawPage() {
   const row = meta.channel_tokens ? `Rows are the ${channels.length} channels, from ${channels[0]} to ${channels.at(-1)}`
     : `There is a single row, since tokens are over all ${channels.length} channels`;
   $("#about").append(`Each heatmap is a feature over the recording. ${row}. `, html("span", { id: "bins" }),
-    ` Darkest is the feature's max, its largest activation in this recording.${rest}`);
+    ` The strongest colour is the feature's max, its largest activation in this recording.${rest}`);
   $("#version").textContent = `Written by ${meta.created_with}.`;
   const button = (name, title, onclick) => html("button", { type: "button", title, onclick }, name);
   $("#zoom").append(button("−", "zoom out (−)", () => zoomBy(2)), button("+", "zoom in (+)", () => zoomBy(0.5)),
