@@ -168,7 +168,7 @@ function drawRow(i) {
   track.querySelector("svg")?.remove();
   if (!selected || !meta.channel_tokens) return;
   const [x, tall] = [scale(state.from, state.to, 0, columns), height / nRows()];
-  const outlines = eventsBetween(state.from, state.to).filter(({ start: a, stop: b }) => x(b) - x(a) > 5).flatMap((event) =>
+  const outlines = eventsBetween(state.from, state.to).filter(({ start: a, stop: b }) => x(b) - x(a) > 8).flatMap((event) =>
     event.channels.map((name) => svg("rect", { class: `outline ${eventColour(event.kind)}`, x: x(event.start), width: x(event.stop) - x(event.start),
       y: meta.channels.indexOf(name) * tall + 0.5, height: tall - 1 })));
   track.append(svg("svg", { width: columns, height }, outlines));
