@@ -321,8 +321,10 @@ def token_table(
     table = np.zeros((len(features), n_rows, n_places), np.uint8)
     for i, feature in enumerate(features):
         column = encoded.activations[:, [feature]]
+        if not column.nnz:
+            continue
         token = column.indices
-        largest = column.data.max(initial=0)
+        largest = column.data.max()
         level = np.rint(column.data * (255 / largest)).clip(1, 255).astype(np.uint8)
         is_of_all = encoded.channel[token] < 0
         of_all = token[is_of_all]

@@ -17,7 +17,7 @@ from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.encoder.converted import save_encoder
 from minsae_jax.report.recording import FeatureTotals, open_places
 from minsae_jax.report.view import Elsewhere, choose_shown, token_table
-from minsae_jax.sae.member import SparseAutoencoder
+from minsae_jax.sae.member import SparseAutoencoder, save_member
 from tests.conftest import FIXTURES
 from tests.report.viewing import encode_by_hand, read_view
 
@@ -127,6 +127,23 @@ def test_page_needs_no_other_file(trained, place, tmp_path):
     assert text.count("</script>") == 1
     assert len(read_view(tmp_path / "one.html")["features"]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["one.html"]
+
+
+def test_feature_that_is_not_active_is_shown_as_such(trained, place, tmp_path):
+    sae = trained.sae(MEMBER)
+    silent = {**sae.params, "b_enc": sae.params["b_enc"].at[3].set(-1e6)}
+    save_member(tmp_path / "run/members" / MEMBER, silent, sae.config)
+    copy = replace(trained, run=tmp_path / "run")
+    encoder = ("--checkpoint_path", str(trained.encoder_folder))
+    view(copy, place, tmp_path, "--feature", "3", *encoder)
+    data = read_view(tmp_path / "mine.html")
+    assert not data["activations"].any()
+    (feature,) = data["features"]
+    assert (feature["max"], feature["mean"], feature["density"]) == (0, 0, 0)
+    view(copy, place, tmp_path, "--num_features", "1000", *encoder)
+    shown = [feature["id"] for feature in read_view(tmp_path / "mine.html")["features"]]
+    assert len(shown) > 20
+    assert 3 not in shown
 
 
 def test_features_are_ordered_by_contribution_without_a_report(trained, place, by_hand, tmp_path):
