@@ -243,6 +243,8 @@ def make_meta(
     if not shown:
         totals = runner.totals()
         shown, rule = choose_shown(runner.sae, totals, elsewhere, config.num_features)
+    if not shown:
+        raise UserError(f"no feature is active in {places.recordings[0]}; name some with --feature")
     encoded = runner.encode(shown)
     table = token_table(places, encoded, shown)
     n_samples = places.recording_length(0)

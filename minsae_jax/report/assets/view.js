@@ -197,10 +197,10 @@ function drawEeg() {
     onclick: () => (typeof change === "function" ? change() : update(change)) }, name);
   const gain = (step) => () => update({ gain: GAINS[clamp(GAINS.indexOf(state.gain) + step, 0, GAINS.length - 1)], peak: state.peak });
   const [from, to] = shownSpan(state.time);
-  const rank = state.peak >= 0 ? `${state.peak + 1} of ${peaks.length}` : `${peaks.length}`;
+  const rank = state.peak >= 0 ? `strongest ${state.peak + 1} of ${peaks.length}` : `${peaks.length} strongest`;
   const controls = html("div", { class: "controls" },
     html("h3", {}, `${clock(from, 1)} – ${clock(to, 1)} `, html("span", { class: "suggestion" }, `shaded: feature ${feature.id} active${nameOf(feature) && `, ${nameOf(feature)}`}`)),
-    html("div", { class: "tabs" }, tab("‹", "stronger moment (p)", false, () => stepPeak(-1)), tab(`strongest ${rank}`, "strongest moment", false, () => stepPeak(0)),
+    html("div", { class: "tabs" }, tab("‹", "stronger moment (p)", false, () => stepPeak(-1)), tab(rank, "strongest moment", false, () => stepPeak(0)),
       tab("›", "next strongest moment (n)", false, () => stepPeak(1))),
     html("div", { class: "tabs" }, tab("−", "smaller amplitudes", false, gain(-1)), tab("gain", "", false, { gain: 1 }), tab("+", "larger amplitudes", false, gain(1))),
     references.length > 1 ? html("div", { class: "tabs references" }, references.map(([name, words]) =>
