@@ -22,17 +22,20 @@ from tests.conftest import FIXTURES
 from tests.report.viewing import encode_by_hand, read_view
 
 MEMBER = "lambda=1"
+N_WINDOWS = 17  # one more than are encoded at a time
 
 
 @pytest.fixture(scope="module")
 def place(trained, tmp_path_factory) -> Path:
-    """A folder with events.csv and a recording that was never extracted, of 2.5 windows."""
+    """A folder with events.csv and a recording that was never extracted, of 17.5 windows."""
     folder = tmp_path_factory.mktemp("mine")
     seq_len = trained.encoder.spec.seq_len
     source = sorted(trained.recordings.glob("*.npy"))[0]
     eeg = np.load(source)
-    repeated = np.tile(eeg, (3, 1))[: 2 * seq_len + seq_len // 2]
-    np.save(folder / "mine.npy", repeated.astype(np.float32))
+    n_samples = N_WINDOWS * seq_len + seq_len // 2
+    repeated = np.tile(eeg, (n_samples // len(eeg) + 1, 1))[:n_samples]
+    # Other windows in each repetition.
+    np.save(folder / "mine.npy", np.roll(repeated, 123, axis=0).astype(np.float32))
     with (folder / "events.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["recording", "event", "start", "stop", "channels"])
@@ -88,11 +91,11 @@ def test_page_contains_features_eeg_and_events(trained, place, by_hand, tmp_path
     n_vars = eeg.shape[1]
     assert [feature["id"] for feature in data["features"]] == features
     assert data["samples"] == len(eeg)
-    assert data["encoded_samples"] == 2 * trained.encoder.spec.seq_len
+    assert data["encoded_samples"] == N_WINDOWS * trained.encoder.spec.seq_len
     # Levels, from 0 to 255, of the largest activation.
     starts = np.array(data["starts"])
     levels = data["activations"].reshape(3, n_vars, -1)
-    assert levels.shape[2] == 2 * len(starts)
+    assert levels.shape[2] == N_WINDOWS * len(starts)
     for i, feature in enumerate(features):
         expected = np.zeros(levels.shape[1:])
         for token in by_hand:
@@ -208,6 +211,24 @@ def test_names_are_those_of_the_report(trained, place, tmp_path):
     view(copy, place, tmp_path, "--feature", "2")
     (two,) = read_view(tmp_path / "mine.html")["features"]
     assert (two["suggestion"], two["mean_elsewhere"]) == ("", None)
+
+
+def test_tokens_of_many_batches_keep_their_places(tmp_path):
+    """Each of 700 samples is a token, so that the SAE encodes a batch of windows in parts."""
+    encoder = ms.from_function(
+        lambda windows: windows,
+        name="samples",
+        seq_len=700,
+        channels=1,
+        tokens=TokenGrid.patches(700, 1, n_channels=1),
+    )
+    one, zero = np.ones((1, 1)), np.zeros(1)
+    sae = SparseAutoencoder({"W_enc": one, "b_enc": zero, "W_dec": one, "b_dec": zero})
+    eeg = np.random.default_rng(0).normal(size=(40 * 700 + 1, 1)).astype(np.float32)
+    np.save(tmp_path / "x.npy", eeg)
+    encoded = ms.encode_recording(encoder, sae, tmp_path / "x.npy")
+    np.testing.assert_array_equal(encoded.start, np.arange(40 * 700))
+    np.testing.assert_array_equal(encoded.activations.toarray(), np.maximum(eeg[:-1], 0))
 
 
 def test_tokens_of_different_lengths_and_channels_share_a_table(tmp_path):
