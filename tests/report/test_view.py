@@ -70,6 +70,30 @@ def test_tokens_are_those_of_windows_cut_by_hand(trained, place, by_hand):
     np.testing.assert_allclose(encoded.activations.toarray(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_revin_is_applied_if_the_store_was_extracted_with_it(trained, place, tmp_path):
+    settings = ms.ExtractConfig(
+        root_path=str(trained.recordings),
+        out=str(tmp_path / "store"),
+        batch_size=4,
+        max_batches=1,
+        force_revin=True,
+    )
+    (store,) = ms.extract(trained.encoder, settings)
+    sae = trained.sae(MEMBER)
+    with_revin = SparseAutoencoder(sae.params, sae.config | {"store": str(store.folder)})
+    seq_len = trained.encoder.spec.seq_len
+    eeg = np.load(place / "mine.npy").astype(np.float64)
+    windows = eeg[: N_WINDOWS * seq_len].reshape(N_WINDOWS, seq_len, -1)
+    mean = windows.mean(axis=1, keepdims=True)
+    normalized = (windows - mean) / np.sqrt(windows.var(axis=1, keepdims=True) + 1e-5)
+    by_hand = encode_by_hand(trained.encoder, sae, normalized.reshape(-1, eeg.shape[1]))
+    expected = np.stack([token.features for token in by_hand])
+    encoded = ms.encode_recording(trained.encoder, with_revin, place / "mine.npy")
+    np.testing.assert_allclose(encoded.activations.toarray(), expected, rtol=1e-3, atol=1e-3)
+    forced = ms.encode_recording(trained.encoder, sae, place / "mine.npy", force_revin=True)
+    np.testing.assert_array_equal(forced.activations.toarray(), encoded.activations.toarray())
+
+
 def test_only_requested_features_are_kept(trained, place, by_hand):
     features = strongest_features(by_hand, 2)
     encoded = ms.encode_recording(
