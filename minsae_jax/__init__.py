@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         steer,
         train,
         verify,
+        view,
         write_demo,
     )
     from minsae_jax.eeg.prepare.config import PrepareConfig
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from minsae_jax.evaluation.steering.results import Steering
     from minsae_jax.integrity.config import VerifyConfig
     from minsae_jax.report.features import load_features
+    from minsae_jax.report.recording import EncodedRecording, encode_recording
+    from minsae_jax.report.view import ViewPage
+    from minsae_jax.report.view_config import ViewConfig
     from minsae_jax.sae.config import PlotConfig, TrainConfig
     from minsae_jax.sae.member import SparseAutoencoder, load_sae
     from minsae_jax.sae.run import Run, load_run
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BaseEncoder",
     "DemoConfig",
+    "EncodedRecording",
     "Encoder",
     "EvaluateConfig",
     "Evaluation",
@@ -61,6 +66,9 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "VerifyConfig",
+    "ViewConfig",
+    "ViewPage",
+    "encode_recording",
     "evaluate",
     "extract",
     "from_function",
@@ -75,6 +83,7 @@ __all__ = [
     "steer",
     "train",
     "verify",
+    "view",
     "write_demo",
     "write_store",
 ]
@@ -93,6 +102,7 @@ _NAMES_OF_MODULES = {
         "steer",
         "train",
         "verify",
+        "view",
         "write_demo",
     ),
     "eeg.prepare.config": ("PrepareConfig",),
@@ -108,6 +118,9 @@ _NAMES_OF_MODULES = {
     "evaluation.steering.results": ("Steering",),
     "integrity.config": ("VerifyConfig",),
     "report.features": ("load_features",),
+    "report.recording": ("EncodedRecording", "encode_recording"),
+    "report.view": ("ViewPage",),
+    "report.view_config": ("ViewConfig",),
     "sae.config": ("PlotConfig", "TrainConfig"),
     "sae.member": ("SparseAutoencoder", "load_sae"),
     "sae.run": ("Run", "load_run"),

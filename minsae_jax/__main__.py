@@ -15,6 +15,7 @@ from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.steering.config import SteerConfig
 from minsae_jax.integrity.config import VerifyConfig
+from minsae_jax.report.view_config import ViewConfig
 from minsae_jax.sae.config import PlotConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -106,6 +107,12 @@ def steer(config: SteerConfig) -> None:
     print(f"open {steering.folder / 'steering.png'}")
 
 
+def view(config: ViewConfig) -> None:
+    """Show features over whole recordings, also ones that were never extracted, in a browser."""
+    for page in api.view(config):
+        print(f"open {page.path} ({page.n_bytes / 1e6:.1f} MB)")
+
+
 def plot(config: PlotConfig) -> None:
     """Draw the metrics of a run over its steps, finished or not."""
     files = api.plot(config)
@@ -130,6 +137,7 @@ VERBS = {
     "train": cli.Verb(TrainConfig, train),
     "evaluate": cli.Verb(EvaluateConfig, evaluate),
     "steer": cli.Verb(SteerConfig, steer),
+    "view": cli.Verb(ViewConfig, view),
     "plot": cli.Verb(PlotConfig, plot),
     "verify": cli.Verb(VerifyConfig, verify),
 }

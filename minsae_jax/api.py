@@ -23,6 +23,7 @@ from minsae_jax.evaluation.steering.config import SteerConfig
 from minsae_jax.files import foreign_entries
 from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.locks import lock_folder
+from minsae_jax.report.view_config import ViewConfig
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from minsae_jax.evaluation.results import Evaluation
     from minsae_jax.evaluation.steering.results import Steering
     from minsae_jax.integrity.verify import Verification
+    from minsae_jax.report.view import ViewPage
     from minsae_jax.sae.plots import PlotFiles
     from minsae_jax.sae.run import Run
 
@@ -277,6 +279,30 @@ def steer(config: SteerConfig, encoder: "BaseEncoder | None" = None) -> "Steerin
         return steering.steer(config, encoder, trained)
 
 
+def view(config: ViewConfig, encoder: "BaseEncoder | None" = None) -> "list[ViewPage]":
+    """Write a page for each recording that shows features of an SAE over the whole recording.
+
+    encoder: that at `config.checkpoint_path`, or else the run's, unless passed. Raises UserError,
+    before anything is written, if encoder, member and recordings do not fit each other, there is no
+    such feature, or a page would replace another file.
+    """
+    from minsae_jax.report import view as views
+    from minsae_jax.sae.member import load_sae
+
+    start()
+    sae = load_sae(config.member)
+    run: Path | None = Path(config.member).resolve().parent.parent
+    trained = None
+    if run is not None and (run / "config.yaml").is_file():
+        trained = load_run_config(run)
+    else:
+        run = None
+    encoder = encoder or _encoder_of(config, trained)
+    if encoder is None:
+        raise UserError("view requires the encoder; set --checkpoint_path")
+    return views.view(config, encoder, sae, run)
+
+
 def _settings_of(run: Path) -> TrainConfig:
     """Return the settings of a run. Raises UserError if there is none."""
     if not (run / "config.yaml").is_file():
@@ -284,12 +310,14 @@ def _settings_of(run: Path) -> TrainConfig:
     return load_run_config(run)
 
 
-def _encoder_of(config: EvaluationInputConfig, trained: TrainConfig) -> "BaseEncoder | None":
+def _encoder_of(
+    config: EvaluationInputConfig | ViewConfig, trained: TrainConfig | None
+) -> "BaseEncoder | None":
     """Load the encoder that the settings name, or else that of the run; None if there is none."""
     if config.checkpoint_path is not None:
         return load_encoder(config.checkpoint_path, config.config_path)
     # With --model, the run's checkpoint is the weights of that model.
-    if trained.checkpoint_path is None or trained.model is not None:
+    if trained is None or trained.checkpoint_path is None or trained.model is not None:
         return None
     return load_encoder(trained.checkpoint_path, config.config_path or trained.config_path)
 

@@ -48,7 +48,7 @@ def help_of(capsys, main, *args: str) -> str:
     [
         (
             ["fly"],
-            "unknown verb 'fly'; choose from demo, prepare, extract, train, evaluate, steer, plot",
+            "unknown verb 'fly'; choose from demo, prepare, extract, train, evaluate, steer, view",
         ),
         (["trian"], "unknown verb 'trian'; did you mean 'train'?"),
         (["train", "--lrr", "3"], "unknown flag --lrr; did you mean '--lr'?"),

@@ -22,15 +22,14 @@ from minsae_jax.errors import UserError, brief, is_system_error
 MAX_OPEN_RECORDINGS = 64
 
 
-@dataclass(frozen=True)
-class Dataset:
+@dataclass(frozen=True, kw_only=True)
+class TokenPlaces:
     """Sequences of tokens, each of one window or of one channel of it, sorted by recording.
 
     `recording`, `window` and `channel` say where each sequence is from. The columns of a shifted
     recording may not be the channels of their names, since electrodes were missing.
     """
 
-    store: Store
     # Places of the tokens of a sequence
     tokens: TokenGrid
     # Samples per window, and channels
@@ -94,25 +93,6 @@ class Dataset:
         """Return the first sequence of a recording and the one after its last."""
         start, stop = np.searchsorted(self.recording, [recording, recording + 1])
         return int(start), int(stop)
-
-    def read(self, start: int, stop: int) -> Float[np.ndarray, "sequences n_tokens d_model"]:
-        """Return the activations of sequences start:stop, float32; like a slice, up to the last."""
-        stop = min(stop, len(self.recording))
-        rows = self.store.read_rows(start * self.n_tokens, stop * self.n_tokens)
-        x = rows.astype(np.float32, copy=False)
-        return x.reshape(-1, self.n_tokens, self.store.d_model)
-
-    def batches(
-        self, sequences: int
-    ) -> Iterator[tuple[int, Float[np.ndarray, "sequences n_tokens d_model"]]]:
-        """Yield (first sequence, activations) of up to `sequences` sequences at a time, in order.
-
-        A batch is never of two recordings.
-        """
-        for recording in range(len(self.recordings)):
-            start, stop = self.sequences_of(recording)
-            for first in range(start, stop, sequences):
-                yield first, self.read(first, min(first + sequences, stop))
 
     def first_samples(
         self,
@@ -192,6 +172,32 @@ class Dataset:
             return eeg.mean(axis=0, dtype=np.float64), np.where(sd > 0, sd, 1)
 
         return moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(TokenPlaces):
+    """A store with the recording, time and channel of its tokens."""
+
+    store: Store
+
+    def read(self, start: int, stop: int) -> Float[np.ndarray, "sequences n_tokens d_model"]:
+        """Return the activations of sequences start:stop, float32; like a slice, up to the last."""
+        stop = min(stop, len(self.recording))
+        rows = self.store.read_rows(start * self.n_tokens, stop * self.n_tokens)
+        x = rows.astype(np.float32, copy=False)
+        return x.reshape(-1, self.n_tokens, self.store.d_model)
+
+    def batches(
+        self, sequences: int
+    ) -> Iterator[tuple[int, Float[np.ndarray, "sequences n_tokens d_model"]]]:
+        """Yield (first sequence, activations) of up to `sequences` sequences at a time, in order.
+
+        A batch is never of two recordings.
+        """
+        for recording in range(len(self.recordings)):
+            start, stop = self.sequences_of(recording)
+            for first in range(start, stop, sequences):
+                yield first, self.read(first, min(first + sequences, stop))
 
 
 def open_dataset(

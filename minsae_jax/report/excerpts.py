@@ -8,7 +8,7 @@ from jaxtyping import Float, Int8
 from scipy.signal import resample_poly
 
 from minsae_jax.eeg.events import EVENTS
-from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.dataset import Dataset, TokenPlaces
 from minsae_jax.evaluation.events import LabelledEvent, read_events
 from minsae_jax.report.activations import ExampleActivations, Stretch, stretch_of
 from minsae_jax.report.spectra import artefact_hints
@@ -68,7 +68,7 @@ class Example:
 EventsByRecording = Mapping[str, Sequence[tuple[str, LabelledEvent]]]
 
 
-def events_by_recording(dataset: Dataset) -> EventsByRecording:
+def events_by_recording(dataset: TokenPlaces) -> EventsByRecording:
     """Return kind and place of the events of each recording, by its file name.
 
     There are none without events.csv. Raises UserError if the file is invalid.
@@ -152,7 +152,7 @@ def _make_example(
         patch_end = offset + int(grid.last[chosen.token]) + 1
         patch = (dataset.seconds(patch_begin), dataset.seconds(patch_end))
     hints = artefact_hints(eeg[:, trace_channel], dataset.sampling_rate)
-    name = _channel_name(dataset, recording, trace_channel)
+    name = channel_name(dataset, recording, trace_channel)
     uv_per_sd = dataset.uv_per_sd(recording)
     others = None
     if chosen.has_montage:
@@ -173,7 +173,7 @@ def _make_example(
         strip=strip if grid.step is not None else strip[:0],
         strip_start=dataset.seconds(offset + int(grid.starts[stretch.first])),
         hints=[name for name, is_present in hints.items() if is_present],
-        events=_events_between(dataset, recording, begin, stop, events),
+        events=events_between(dataset, recording, begin, stop, events),
         other_features=other_features,
     )
 
@@ -197,9 +197,10 @@ def _shown(dataset: Dataset, chosen: ChosenToken, n_samples: int) -> tuple[int, 
     return begin, min(begin + length, available)
 
 
-def _events_between(
-    dataset: Dataset, recording: int, begin: int, stop: int, events: EventsByRecording
+def events_between(
+    dataset: TokenPlaces, recording: int, begin: int, stop: int, events: EventsByRecording
 ) -> list[EventSpan]:
+    """Return the events that overlap samples begin:stop of a recording."""
     spans = []
     for kind, event in events.get(dataset.recordings[recording], ()):
         if event.start < stop and event.stop > begin:
@@ -207,13 +208,13 @@ def _events_between(
                 kind=kind,
                 start=dataset.seconds(event.start),
                 stop=dataset.seconds(event.stop),
-                channels=[_channel_name(dataset, recording, c) for c in event.channels],
+                channels=[channel_name(dataset, recording, c) for c in event.channels],
             )
             spans.append(span)
     return spans
 
 
-def _channel_name(dataset: Dataset, recording: int, channel: int) -> str:
+def channel_name(dataset: TokenPlaces, recording: int, channel: int) -> str:
     """Return the channel's name, or its column if names are unknown or may be wrong."""
     names = dataset.channel_names
     if names is None or dataset.shifted[recording]:
@@ -221,20 +222,20 @@ def _channel_name(dataset: Dataset, recording: int, channel: int) -> str:
     return names[channel]
 
 
-def montage_step(sampling_rate: float) -> int:
-    """Return the samples of a recording per sample of its montages."""
-    return max(1, int(sampling_rate // MONTAGE_RATE))
+def montage_step(sampling_rate: float, rate: int = MONTAGE_RATE) -> int:
+    """Return the samples of a recording per sample of its montages, at `rate` or a little more."""
+    return max(1, int(sampling_rate // rate))
 
 
 def montage_eeg(
-    dataset: Dataset, recording: int, begin: int, stop: int
+    dataset: TokenPlaces, recording: int, begin: int, stop: int, rate: int = MONTAGE_RATE
 ) -> Float[np.ndarray, "fewer_samples n_vars"]:
-    """Return samples begin:stop of all channels in SD, at MONTAGE_RATE or a little more.
+    """Return samples begin:stop of all channels in SD, at `rate` [Hz] or a little more.
 
     Activity that is too fast for this rate is filtered out, since it would look like slow waves.
     The filter is symmetric, so that waves stay at their times.
     """
-    step = montage_step(dataset.sampling_rate)
+    step = montage_step(dataset.sampling_rate, rate)
     before = min(begin // step, FILTER_REACH) * step
     after = FILTER_REACH * step
     eeg = dataset.eeg_between(recording, begin - before, stop + after)

@@ -33,6 +33,7 @@ ASSETS = Path(__file__).parent / "assets"
 PAGE_FILES = (
     "index.html",
     "report.css",
+    "base.js",
     "figures.js",
     "eeg.js",
     "montage.js",
@@ -126,16 +127,24 @@ def write_pages(
             _copy(folder / name, temporary / name)
 
 
-def read_member(folder: Path) -> str | None:
-    """Return the member that the report in a folder is about, or None if there is no report."""
+def read_index(folder: Path) -> JsonObject | None:
+    """Return meta, columns and rows of the report in a folder; None without a readable report."""
     path = folder / "index_data.js"
     if not path.exists():
         return None
     text = regular_file(path).read_text().removeprefix("receive(").removesuffix(");\n")
     try:
-        return str(json.loads(text)["meta"]["member"])
+        index = json.loads(text)
+        str(index["meta"]["member"])
     except (ValueError, KeyError, TypeError):  # a damaged report is written anew
         return None
+    return index
+
+
+def read_member(folder: Path) -> str | None:
+    """Return the member that the report in a folder is about, or None if there is no report."""
+    index = read_index(folder)
+    return None if index is None else str(index["meta"]["member"])
 
 
 def _to_row(feature: FeatureCard | FeatureRow) -> list[Any]:

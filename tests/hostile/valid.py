@@ -189,6 +189,7 @@ COMMANDS = [
     ["demo", "--root_path", "data", "--minutes", ".5", "--patients", "10"],
     ["plot", "--run", "runs/demo"],
     ["steer", "--run", "runs/demo", "--root_path", "data", "--feature", "3", "5"],
+    ["view", "x.npy", "y.npy", "--member", "runs/demo/members/lambda=5", "--out", "views"],
     ["verify", "a", "b"],
     ["prepare", "x.edf", "--out", "y"],
 ]

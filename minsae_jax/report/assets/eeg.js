@@ -1,7 +1,8 @@
 // The EEG around a token, with the labelled events that overlap it.
 "use strict";
 
-const decode = (base64) => Int8Array.from(atob(base64), (byte) => byte.charCodeAt(0)); // units of 0.1 SD
+/** Return EEG in units of TRACE_STEP SD, from base64 unless it is decoded already. */
+const decode = (eeg) => (typeof eeg === "string" ? Int8Array.from(atob(eeg), (byte) => byte.charCodeAt(0)) : eeg);
 const peak = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
 const quantile = (values, share) => values.toSorted((a, b) => a - b)[Math.floor(share * (values.length - 1))] ?? 0;
 const EVENT_BAR = 7; // px, of each kind of event above the trace
@@ -43,10 +44,10 @@ function united(spans) {
 
 const isOn = (event, channel) => event.channels.includes(channel) || !event.channels.length;
 
-/** Return bands over the time of labelled events on a channel, and bars above them for events on any channel. */
+/** Return bands over the time of labelled events on a channel, if there is one, and bars above for events on any channel. */
 function eventBands(events, kinds, x, channel, box, floor) {
   const place = (event) => [event.start, event.stop].map((second) => Math.min(Math.max(x(second), box.left), box.right));
-  const bands = kinds.flatMap((kind) => {
+  const bands = (channel === null ? [] : kinds).flatMap((kind) => {
     const here = events.filter((event) => event.kind === kind && isOn(event, channel));
     return united(here.map(place)).map(([a, b]) => svg("rect", { class: `event-band ${eventColour(kind)}`, x: a,
       width: Math.max(b - a, 1.5), y: box.top, height: floor - box.top }));
@@ -54,7 +55,7 @@ function eventBands(events, kinds, x, channel, box, floor) {
   const bars = events.map((event) => {
     const [a, b] = place(event);
     const tip = svg("title", {}, `${event.kind}, ${fixed(event.start, 2)}–${fixed(event.stop, 2)} s, ${event.channels.join(" ")}`);
-    const kind = `event-bar ${eventColour(event.kind)}${isOn(event, channel) ? "" : " elsewhere"}`;
+    const kind = `event-bar ${eventColour(event.kind)}${channel === null || isOn(event, channel) ? "" : " elsewhere"}`;
     const top = EVENT_BAR * kinds.indexOf(event.kind) + 1;
     return svg("rect", { class: kind, x: a + 0.5, width: Math.max(b - a - 1, 1), y: top, height: EVENT_BAR - 3, rx: 2 }, tip);
   });
@@ -70,13 +71,17 @@ const ROW_GAP = { stack: 15, own: 58, chain: 7 }; // px between rows of a montag
  * gain is that of the gallery: `full` is the amplitude of a single row at full height, `spread` that between the rows of
  * a montage, and `largest` the activation drawn at full height. Labelled events are bars above the trace, hollow if they
  * are on other channels.
+ *
+ * The view of a recording adds to the example: `cells` {channels, from, to, kind, opacity}, which are shaded on the rows of
+ * their channels (null: all) in place of the bands of events, and `bars` [from, to, activation] in place of its strip; to
+ * the look, `gap` between rows [px], `time` to write seconds, and `plain` if no channel is the token's own.
  */
 function drawExample(example, look) {
   const { full, spread, inUv, largest, rate, seconds } = look;
   const montage = look.montage && !missing(example.others);
   const { rows, faint } = exampleRows(example, look);
   const end = example.start + decode(example.trace).length / rate;
-  const gap = montage ? ROW_GAP.stack : ROW_GAP.own;
+  const gap = look.gap ?? (montage ? ROW_GAP.stack : ROW_GAP.own);
   const pxPerUnit = montage ? gap / spread : 43 / full;
   const chains = rows.map((_, i) => rows.slice(1, i + 1).filter((row) => row.isFirst).length);
   const margin = rows.length > 1 ? Math.max(...rows.map((row) => 6.4 * row.name.length)) + 8 : 0;
@@ -97,7 +102,15 @@ function drawExample(example, look) {
       const [a, b] = example.patch.map(x);
       root.append(svg("rect", { class: "patch", x: a, width: b - a, y: box.top, height: floor - box.top }));
     }
-    root.append(...eventBands(events, kinds, x, channel, box, floor));
+    root.append(...eventBands(events, kinds, x, example.cells ? null : channel, box, floor));
+    const inside = (second) => x(Math.min(Math.max(second, example.start), end));
+    for (const { channels, from, to, kind, opacity } of example.cells ?? []) {
+      const place = { x: inside(from), width: inside(to) - inside(from), class: kind, opacity };
+      const isOn = (row) => row.channels.some((i) => channels.includes(i));
+      const marked = channels ? rows.flatMap((row, i) => (isOn(row) ? [{ y: middle(i) - gap / 2, height: gap }] : []))
+        : [{ y: box.top, height: box.bottom - box.top }];
+      root.append(...marked.map((at) => svg("rect", { ...place, ...at })));
+    }
     // Peaks that are larger than the gain allows end at the border of this viewport.
     const window = svg("svg", { x: box.left, y: box.top, width: box.right - box.left, height: box.bottom - box.top });
     const course = (values, y, kind) => {
@@ -107,9 +120,10 @@ function drawExample(example, look) {
     };
     for (const { values } of faint) course(values, middle(0), "other faint");
     // The rows of the token's channel are drawn last, over the others.
-    const order = rows.map((_, i) => i).sort((a, b) => (rows[a].isOwn ?? false) - (rows[b].isOwn ?? false));
-    for (const i of order) course(rows[i].values, middle(i), rows[i].isOwn ? "trace" : "other");
-    const label = ({ name, isOwn }, i) => text(0, middle(i) + 3.5, "start", name, isOwn ? "strong" : "");
+    const isOwn = (row) => (row.isOwn ?? false) && !look.plain;
+    const order = rows.map((_, i) => i).sort((a, b) => isOwn(rows[a]) - isOwn(rows[b]));
+    for (const i of order) course(rows[i].values, middle(i), isOwn(rows[i]) ? "trace" : "other");
+    const label = (row, i) => text(0, middle(i) + 3.5, "start", row.name, isOwn(row) ? "strong" : "");
     if (rows.length > 1) root.append(...rows.map(label));
     root.append(window);
 
@@ -119,19 +133,19 @@ function drawExample(example, look) {
     const [at, low] = [box.right + 7, middle(montage ? Math.min(1, rows.length - 1) : 0) + (bar * pxPerUnit) / 2];
     root.append(svg("path", { class: "axis", d: `M${at} ${low}v${-bar * pxPerUnit}` }));
     root.append(text(at + 4, low - (bar * pxPerUnit) / 2 + 3.5, "start", `${bar} ${unit}`));
-    (example.strip ?? []).forEach((value, i) => {
-      const from = example.strip_start + i * seconds;
-      const [a, b] = [from, from + seconds].map((second) => x(Math.min(Math.max(second, example.start), end)));
-      if (!(value > 0) || b <= a) return;
+    const strip = (example.strip ?? []).map((value, i) => [example.strip_start + i * seconds, example.strip_start + (i + 1) * seconds, value]);
+    for (const [from, to, value] of example.bars ?? strip) {
+      const [a, b] = [from, to].map(inside);
+      if (!(value > 0) || b <= a) continue;
       const height = Math.max(1, (20 * value) / largest);
       const place = { x: a + 0.5, width: Math.max(b - a - 1, 0.5), y: floor - height, height };
       root.append(svg("rect", { class: "strip", ...place }, svg("title", {}, `activation ${number(value)}`)));
-    });
+    }
     root.append(svg("path", { class: "axis", d: `M${box.left} ${floor}H${box.right}` }));
     for (const second of ticks(example.start, end, false, 5)) {
       root.append(svg("path", { class: "axis", d: `M${x(second)} ${floor}v3` }));
       const anchor = x(second) < box.left + 16 ? "start" : x(second) > box.right - 12 ? "end" : "middle";
-      root.append(text(x(second), floor + 14, anchor, `${second.toFixed(1)} s`));
+      root.append(text(x(second), floor + 14, anchor, look.time?.(second) ?? `${second.toFixed(1)} s`));
     }
     return root;
   };

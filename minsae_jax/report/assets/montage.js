@@ -56,7 +56,7 @@ function referenceOf(example, { montage, reference }) {
  * Values are in µV if `inUv`, else in SD. `isOwn`: of the channel that the token is on. `isFirst`: of its chain.
  */
 function exampleRows(example, { montage, reference, inUv, channels }) {
-  const trace = scaled(decode(example.trace), inUv ? example.uv_per_sd : 1);
+  const trace = scaled(decode(example.trace), inUv ? example.uv_per_sd : 1, example.step);
   const name = shownChannel(example);
   if (missing(example.others)) return { rows: [{ name, values: trace, isOwn: true }], faint: [] };
   // Recordings whose columns may not be the channels have numbers for names.
@@ -71,19 +71,21 @@ function exampleRows(example, { montage, reference, inUv, channels }) {
   return { rows: all.filter((row) => row.isOwn), faint };
 }
 
-const scaled = (values, factor) => Float32Array.from(values, (value) => (value / 10) * factor);
+const TRACE_STEP = 0.1; // SD per unit of a trace, unless an example has another `step`
+const scaled = (values, factor, step = TRACE_STEP) => Float32Array.from(values, (value) => value * step * factor);
 
 function channelSignals(example, n, inUv) {
   const values = decode(example.others);
   const samples = values.length / n;
   return Array.from({ length: n }, (_, i) =>
-    scaled(values.subarray(i * samples, (i + 1) * samples), inUv ? example.others_uv[i] : 1));
+    scaled(values.subarray(i * samples, (i + 1) * samples), inUv ? example.others_uv[i] : 1, example.step));
 }
 
 function bipolarRows(signals, own) {
   const row = ([a, b], place) => ({
     name: `${meta.channels[a]}–${meta.channels[b]}`,
     values: signals[a].map((value, k) => value - signals[b][k]),
+    channels: [a, b],
     isOwn: a === own || b === own,
     isFirst: place === 0,
   });
@@ -97,6 +99,7 @@ function channelRows(signals, names, own, reference) {
   return signals.map((values, i) => ({
     name: names[i],
     values: averaged.includes(i) ? values.map((value, k) => value - means[k]) : values,
+    channels: [i],
     isOwn: i === own,
   }));
 }

@@ -17,23 +17,13 @@ let indexHash = "#"; // with the filters
 const view = { group: "top", montage: false, reference: "stored" }; // kept from feature to feature
 const table = { sort: "density", down: true };
 
-const $ = (selector) => document.querySelector(selector);
-const some = (list) => !missing(list) && list.length > 0;
-
 /** Called by every data script: the index and packs of features. */
 function receive(data) {
   if (data.meta) start(data);
-  else unpack(data.cards).then((cards) => {
+  else inflate(data.cards).then((stream) => stream.json()).then((cards) => {
     pack = { number: data.pack, cards: new Map(cards.map((card) => [card.id, card])) };
     if (pack.cards.has(awaited?.id)) awaited.use(pack.cards.get(awaited.id));
   }, (error) => awaited?.explain(`The data of this feature cannot be read: ${error.message}.`));
-}
-
-/** Return the value of gzipped JSON in base64. */
-async function unpack(base64) {
-  const bytes = Uint8Array.from(atob(base64), (byte) => byte.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return JSON.parse(await new Response(stream).text());
 }
 
 /**
@@ -85,19 +75,7 @@ function redraw() {
 
 // ---- addresses
 
-const parameters = () => new URLSearchParams(location.hash.slice(1));
 const address = (page, name) => `#${page}=${encodeURIComponent(name)}`;
-
-/** Change parameters of the address without a step in the history; null removes one. */
-function setParameters(changes) {
-  const changed = parameters();
-  for (const [name, value] of Object.entries(changes)) {
-    if (missing(value)) changed.delete(name);
-    else changed.set(name, value);
-  }
-  const words = [...changed].map(([name, value]) => (value === "" ? name : `${name}=${encodeURIComponent(value)}`));
-  history.replaceState(null, "", words.length ? `#${words.join("&")}` : location.pathname + location.search);
-}
 
 const PAGES = { f: (value) => openFeature(value), event: showEvent, label: showLabel, members: showMembers };
 

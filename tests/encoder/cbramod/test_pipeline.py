@@ -12,6 +12,7 @@ from minsae_jax.__main__ import main
 from minsae_jax.activations.tokens import read_tokens
 from tests.eeg_200hz import CHANNELS, write_recordings
 from tests.encoder.cbramod.conftest import SOURCE
+from tests.report.viewing import read_view
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,18 @@ def test_train_evaluate_and_report(folder, tmp_path):
     assert evaluation["pca"][-1]["loss_recovered"] == pytest.approx(1, abs=0.05)
     assert all(np.isfinite(member["loss_recovered"]) for member in evaluation["members"])
     assert (tmp_path / "run/report/index.html").exists()
+    recording = sorted((folder / "recordings").glob("*.npy"))[0]
+    member = evaluation["recommended"]
+    main(["view", str(recording), "--member", f"{run}/members/{member}", "--out", str(tmp_path)])
+    viewed = read_view(tmp_path / f"{recording.stem}.html")
+    # Tokens of a second on each channel; features that are active elsewhere too have a ratio.
+    grid = load_encoder(folder / "encoder").spec.tokens
+    n_windows = len(np.load(recording)) // viewed["seq_len"]
+    n_places = n_windows * len(grid.starts)
+    n_features = len(viewed["features"])
+    assert viewed["activations"].size == n_features * len(CHANNELS) * n_places
+    assert viewed["lengths"] == [200] * len(grid.starts)
+    assert any(feature["mean_elsewhere"] for feature in viewed["features"])
 
 
 @pytest.mark.parametrize(
