@@ -148,7 +148,7 @@ def view(
     labels: Mapping[int, Label] = {}
     elsewhere = None
     if run is not None:
-        labels = read_labels(run / "report" / LABELS_CSV, member)
+        labels = read_labels(run / "report" / LABELS_CSV, sae.d_sae, member)
         elsewhere = read_elsewhere(run / "report", member)
     pages = []
     for runner, target in zip(runners, targets, strict=True):
