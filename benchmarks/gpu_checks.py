@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from benchmarks.gpu_programs import (
     Sizes,
     Step,
     StepCalls,
+    Variant,
     demo_encoder,
     encoder_program,
     noise_windows,
@@ -86,16 +88,26 @@ def encoder(session: Session) -> Iterator[str]:
     yield table_head(
         *("layer", "products", "attention", "largest error", "rms / SD", "within the limit")
     )
+    measures = {}
     for layer in sizes.layers:
         for variant in VARIANTS:
-            z = encoder_program(layer, variant, sizes.n_windows)(put_batch(make_mesh(), x))
-            error = np.asarray(z)[: sizes.n_reference_windows] - expected[layer]
-            rms = np.sqrt(np.square(error).mean()) / expected[layer].std()
-            largest = np.abs(error).max()
-            limit = RMS_LIMITS.get(variant.precision)
-            is_good = largest <= LARGEST_ERROR if limit is None else rms <= limit
-            is_within = session.check(is_good, f"layer {layer}, {', '.join(variant)}: error")
-            yield row(str(layer), *variant, f"{largest:.1e}", f"{rms:.1e}", is_within)
+            error_row = partial(_error_row, session, layer, variant, x, expected[layer])
+            measures[f"layer {layer}, {variant}"] = error_row
+    yield from session.rows(measures)
+
+
+def _error_row(
+    session: Session, layer: int, variant: Variant, x: np.ndarray, expected: np.ndarray
+) -> str:
+    """expected: of the first windows."""
+    z = encoder_program(layer, variant, len(x))(put_batch(make_mesh(), x))
+    error = np.asarray(z)[: len(expected)] - expected
+    rms = np.sqrt(np.square(error).mean()) / expected.std()
+    largest = np.abs(error).max()
+    limit = RMS_LIMITS.get(variant.precision)
+    is_good = largest <= LARGEST_ERROR if limit is None else rms <= limit
+    is_within = session.check(bool(is_good), f"layer {layer}, {variant}: error")
+    return row(str(layer), *variant, f"{largest:.1e}", f"{rms:.1e}", is_within)
 
 
 def _layers_in_float64(x: np.ndarray) -> list[np.ndarray]:
@@ -126,21 +138,22 @@ def first_steps(session: Session) -> Iterator[str]:
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         with subprocess.Popen(command, env=environment) as process:
             try:
-                yield from _compare_steps(session, process, Path(folder))
+                yield from session.rows(_comparisons(session, process, Path(folder)))
             finally:
                 process.kill()
 
 
-def _compare_steps(
+def _comparisons(
     session: Session, process: subprocess.Popen[bytes], folder: Path
-) -> Iterator[str]:
-    """Yield a row for each kind, with the CPU's steps from the files that a process writes."""
+) -> dict[str, Callable[[], str]]:
+    """Return a function for each row; `process` writes the CPU's steps into the folder."""
     sizes = session.sizes
     cases = [(kind, "float32") for kind in sizes.kinds]
-    # In lower precision one without selection, and one with it.
+    # In lower precision a kind without selection, and one with it.
     low = [kind for kind in ("relu", "batchtopk") if kind in sizes.kinds]
     cases += [(kind, p) for p in sizes.precisions if p != "float32" for kind in low]
-    for kind, precision in cases:
+
+    def compare(kind: str, precision: str) -> str:
         arrays = first_step(kind, precision, sizes)
         file = folder / f"{kind}.npz"
         _wait_until(file.exists, process)
@@ -150,7 +163,9 @@ def _compare_steps(
         pairs = zip(differences, STEP_LIMITS[precision], strict=True)
         is_good = all(difference <= limit for difference, limit in pairs)
         is_within = session.check(is_good, f"first step, {kind}, {precision}: difference")
-        yield row(kind, precision, *(f"{value:.1e}" for value in differences), is_within)
+        return row(kind, precision, *(f"{value:.1e}" for value in differences), is_within)
+
+    return {f"{kind}, {p}": partial(compare, kind, p) for kind, p in cases}
 
 
 def _wait_until(is_true: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -199,37 +214,47 @@ def first_step(name: str, precision: str, sizes: Sizes) -> Arrays:
 
 def several_gpus(session: Session) -> Iterator[str]:
     """Ten steps with the members or the tokens split over all devices, against one device."""
-    n_devices = jax.device_count()
-    if n_devices == 1:
+    if jax.device_count() == 1:
         yield "Skipped: there is one device."
         return
     sizes = session.sizes
     yield f"Limit of the difference of the weights after ten steps: {SPLIT_LIMIT:g}.\n"
     yield table_head("kind", "members x tokens", "ms a step", "/ one", "difference", "within")
-    for kind in sizes.kinds:
-        weights: dict[str, Arrays] = {}
-        seconds: dict[str, float] = {}
-        for mesh in ("1x1", f"{n_devices}x1", f"1x{n_devices}"):
-            calls = StepCalls(Step(kind, "bfloat16", sizes.d_sae), sizes, mesh)
-            calls.start()
-            weights[mesh] = jax.device_get(calls.sweep.portable(calls.state).groups[0].params)
-            seconds[mesh] = seconds_per_step(calls, sizes)
-            difference = relative_difference(weights[mesh], weights["1x1"], "W_")
-            is_within = session.check(difference <= SPLIT_LIMIT, f"{kind} on {mesh}: difference")
-            ratio = seconds["1x1"] / seconds[mesh]
-            cells = [kind, mesh, f"{1e3 * seconds[mesh]:.3f}", f"{ratio:.2f}"]
-            yield row(*cells, f"{difference:.1e}", is_within)
+    yield from session.rows({kind: partial(_split_rows, session, kind) for kind in sizes.kinds})
+
+
+def _split_rows(session: Session, kind: str) -> str:
+    sizes = session.sizes
+    weights: dict[str, Arrays] = {}
+    seconds: dict[str, float] = {}
+    rows = []
+    for mesh in ("1x1", f"{jax.device_count()}x1", f"1x{jax.device_count()}"):
+        calls = StepCalls(Step(kind, "bfloat16", sizes.d_sae), sizes, mesh)
+        calls.start()
+        weights[mesh] = jax.device_get(calls.sweep.portable(calls.state).groups[0].params)
+        seconds[mesh] = seconds_per_step(calls, sizes)
+        difference = relative_difference(weights[mesh], weights["1x1"], "W_")
+        is_within = session.check(difference <= SPLIT_LIMIT, f"{kind} on {mesh}: difference")
+        cells = [kind, mesh, f"{1e3 * seconds[mesh]:.3f}"]
+        cells += [f"{seconds['1x1'] / seconds[mesh]:.2f}", f"{difference:.1e}", is_within]
+        rows.append(row(*cells))
+    return "\n".join(rows)
 
 
 def resume(session: Session) -> Iterator[str]:
     """`minsae train --deterministic`, stopped and resumed, and with a streamed store."""
     yield table_head("products", "run", "files", "same bytes as uninterrupted and resident")
-    for precision in session.sizes.precisions[::-1]:
-        with tempfile.TemporaryDirectory() as folder:
-            yield from _compare_runs(session, precision, Path(folder))
+    # float32 first, which is the default.
+    precisions = session.sizes.precisions[::-1]
+    yield from session.rows({name: partial(_resume_rows, session, name) for name in precisions})
 
 
-def _compare_runs(session: Session, precision: str, folder: Path) -> Iterator[str]:
+def _resume_rows(session: Session, precision: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return _compare_runs(session, precision, Path(folder))
+
+
+def _compare_runs(session: Session, precision: str, folder: Path) -> str:
     sizes = session.sizes
     train.write_noise_store(folder / "store", n_shards=2, n_sequences=256)
     command = [sys.executable, "-m", "minsae_jax", "train", "--store", str(folder / "store")]
@@ -269,6 +294,7 @@ def _compare_runs(session: Session, precision: str, folder: Path) -> Iterator[st
             process.wait()
     whole = folder / "whole"
     files = [path for path in whole.rglob("*") if path.suffix in (".csv", ".safetensors")]
+    rows = []
     for run in ("stopped", "streamed"):
         different = [
             path.name
@@ -276,11 +302,12 @@ def _compare_runs(session: Session, precision: str, folder: Path) -> Iterator[st
             if path.read_bytes() != (folder / run / path.relative_to(whole)).read_bytes()
         ]
         answer = session.check(not different, f"{run}, {precision}: {different} differ")
-        yield row(precision, run, str(len(files)), answer)
+        rows.append(row(precision, run, str(len(files)), answer))
         if run == "stopped":
             # Of all precisions together.
             is_equal_so_far = session.goals.resumes_equal is not False
             session.goals.resumes_equal = is_equal_so_far and not different
+    return "\n".join(rows)
 
 
 def _has_checkpoint(folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """What `benchmarks.gpu` measures: its sizes, and programs of the package, ready to be called."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import kinds
+from benchmarks.timing import row
 from minsae_jax.encoder.base import Precision
 from minsae_jax.encoder.patchtst import attention
 from minsae_jax.encoder.patchtst.pure import hidden_function
+from minsae_jax.errors import brief
 from minsae_jax.parallel.mesh import make_mesh, put_batch
 from minsae_jax.sae.batches import STEPS_PER_CALL
 from minsae_jax.sae.step import SweepState
@@ -130,6 +132,16 @@ class Session:
         if not is_good:
             self.failures.append(failure)
         return "yes" if is_good else "NO"
+
+    def rows(self, measures: dict[str, Callable[[], str]]) -> Iterator[str]:
+        """Yield the rows that functions return, or an error, after which the next one runs."""
+        for name, measure in measures.items():
+            try:
+                yield measure()
+            # JAX, torch and processes raise many types.
+            except Exception as e:
+                self.failures.append(f"{name}: {type(e).__name__}")
+                yield row(name, f"failed: {type(e).__name__}: {brief(e)}")
 
     def share(self, rate: float, d_sae: int) -> float:
         """Return the share of the bfloat16 rate that tokens x members per second take."""
