@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu [--minutes 12] [--only steps resume] [--out FILE] [--small]
 
-The parts run in order of importance, and each prints its table as it measures; with --out, the file
-has every line as soon as it is printed. A part that fails prints one line, and the next one starts.
-When the time is over, no more is measured, and the last table compares the figures with the goals
-of the project. --small is a rehearsal on any device. Exit code 1: a part failed, or a result was
-not within its limits. Exit code 2: no GPU.
+The parts run in order of importance. Every line is printed, and appended to the file of --out, as
+soon as it is measured. What fails takes one line, and the next measurement starts. When the time is
+over, nothing is started any more. The last table compares the figures with the goals of the
+project. --small is a rehearsal on any device. Exit code 1: something failed, or a result was not
+within its limits. Exit code 2: no GPU.
 """
 
 import argparse
@@ -49,7 +49,6 @@ class Report:
         self.path = Path(path) if path else None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
 
     def add(self, text: str) -> None:
         print(text, flush=True)
@@ -87,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--minutes", type=float, default=12, help="start nothing after this time")
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=" ".join(PARTS))
-    parser.add_argument("--out", help="file that gets every line as soon as it is printed")
+    parser.add_argument("--out", help="file to which every line is appended")
     parser.add_argument("--small", action="store_true", help="rehearse, on any device")
     return parser.parse_args()
 
@@ -125,7 +124,8 @@ def run_part(name: str, session: Session, report: Report, end: float) -> None:
         report.add(f"\n**{name}**: not measured, no time is left.")
         return
     started = time.monotonic()
-    report.add(f"\n**{name}**: {(part.__doc__ or '').splitlines()[0]}\n")
+    title, _, _ = (part.__doc__ or "").partition("\n")
+    report.add(f"\n**{name}**: {title}\n")
     lines = part(session)
     try:
         for line in lines:
