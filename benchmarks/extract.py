@@ -33,7 +33,7 @@ from benchmarks.timing import (
 from convert.checkpoint import load_checkpoint
 from convert.encoder import convert_encoder
 from convert.patchtst_torch import forward
-from minsae_jax.encoder.base import ComputeOptions, Precision
+from minsae_jax.encoder.base import ComputeOptions, HiddenFunction, Precision
 from minsae_jax.encoder.compute import sharded
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import Encoder
@@ -65,16 +65,16 @@ def flax_forward(
 ) -> Callable[[], object]:
     """Return a function that computes the last of n_layers and copies it to the host."""
     mesh = make_mesh()
-    run = flax_program(encoder, mesh, n_layers, precision)
+    function = encoder.function((n_layers - 1,), ComputeOptions(precision))
+    run = flax_program(encoder, mesh, function, precision)
     return lambda: fetch_batch(run(put_batch(mesh, x)), len(x))
 
 
 def flax_program(
-    encoder: Encoder, mesh: Mesh, n_layers: int, precision: Precision
+    encoder: Encoder, mesh: Mesh, function: HiddenFunction, precision: Precision
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return a function that computes the last of n_layers, of windows on the devices."""
+    """Return the compiled function of windows on the devices, with the encoder's parameters."""
     params = jax.device_put(encoder.params, replicated(mesh))
-    function = encoder.function((n_layers - 1,), ComputeOptions(precision))
     run = sharded(mesh, function, "float32", precision)
     return lambda x: run(params, x)[0]
 

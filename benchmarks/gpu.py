@@ -17,18 +17,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import jax
 
 from benchmarks import gpu_checks, gpu_rates
-from benchmarks.gpu_programs import SMALL, Goals, Session, Sizes
+from benchmarks.gpu_programs import SMALL, Goals, Lines, Session, Sizes
 from benchmarks.timing import copy_bandwidth, matrix_product_flops, row, table_head
 from minsae_jax.errors import UserError, brief
 from minsae_jax.parallel.processes import start_jax
 
-PARTS: dict[str, Callable[[Session], Iterator[str]]] = {
+PARTS: dict[str, Callable[[Session], Lines]] = {
     "encoder": gpu_checks.encoder,
     "first-steps": gpu_checks.first_steps,
     "extraction": gpu_rates.extraction,
@@ -39,7 +40,6 @@ PARTS: dict[str, Callable[[Session], Iterator[str]]] = {
     "memory": gpu_rates.memory,
     "several-gpus": gpu_checks.several_gpus,
 }
-PRECISIONS = ("bfloat16", "tf32", "float32")
 
 
 class Report:
@@ -72,8 +72,9 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     report = Report(args.out)
     report.add(f"## {title()}\n")
-    session = Session(SMALL if args.small else Sizes(), measure_device(report, args.small))
+    session = Session(SMALL if args.small else Sizes())
     try:
+        measure_device(session, report)
         for name in args.only or PARTS:
             run_part(name, session, report, end)
     except KeyboardInterrupt:
@@ -108,13 +109,22 @@ def title() -> str:
     return f"GPU: {jax.device_count()} x {device}, {versions}, {datetime.date.today()}"
 
 
-def measure_device(report: Report, is_small: bool) -> dict[str, float]:
-    """Add the device's own rates, and return FLOP/s by precision."""
-    flops = {precision: matrix_product_flops(precision) for precision in PRECISIONS}
-    bandwidth = copy_bandwidth(2**24 if is_small else 2**30)
-    rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in flops.items())
-    report.add(f"The device's best products, TFLOP/s: {rates}; memory {bandwidth / 1e12:.2g} TB/s.")
-    return flops
+def measure_device(session: Session, report: Report) -> None:
+    """Measure the device's own rates; without one of them, the shares of it are NaN."""
+    measures: dict[str, Callable[[], str]] = {}
+    for precision in ("bfloat16", "tf32", "float32"):
+        measures[precision] = partial(_product_row, session, precision)
+    n_bytes = 2**24 if session.sizes == SMALL else 2**30
+    measures["memory"] = lambda: row("memory", f"{copy_bandwidth(n_bytes) / 1e12:.2g} TB/s")
+    report.add(table_head("device", "best rate"))
+    for line in session.rows(measures):
+        report.add(line)
+
+
+def _product_row(session: Session, precision: str) -> str:
+    flops = matrix_product_flops(precision)
+    session.flops[precision] = flops
+    return row(f"{precision} product", f"{flops / 1e12:.3g} TFLOP/s")
 
 
 def run_part(name: str, session: Session, report: Report, end: float) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from benchmarks.gpu_programs import (
     D_MODEL,
     SMALL,
     VARIANTS,
+    Lines,
     Session,
     Sizes,
     Step,
@@ -75,7 +76,7 @@ STEP_LIMITS = {
 }
 
 
-def encoder(session: Session) -> Iterator[str]:
+def encoder(session: Session) -> Lines:
     """Errors of the encoder's activations on random windows, against PyTorch in float64."""
     sizes = session.sizes
     a = demo_encoder().architecture
@@ -127,7 +128,7 @@ def _layers_in_float64(x: np.ndarray) -> list[np.ndarray]:
     return [layer.numpy() for layer in layers]
 
 
-def first_steps(session: Session) -> Iterator[str]:
+def first_steps(session: Session) -> Lines:
     """A training step of each kind from its initial weights, against the CPU's in float32."""
     for precision, limit in STEP_LIMITS.items():
         values = f"loss {limit.loss:g}, gradient {limit.gradient:g}, active {limit.active:g}"
@@ -214,7 +215,7 @@ def first_step(name: str, precision: str, sizes: Sizes) -> Arrays:
     return {key: np.asarray(array) for key, array in arrays.items()}
 
 
-def several_gpus(session: Session) -> Iterator[str]:
+def several_gpus(session: Session) -> Lines:
     """Ten steps with the members or the tokens split over all devices, against one device."""
     if jax.device_count() == 1:
         yield "Skipped: there is one device."
@@ -243,7 +244,7 @@ def _split_rows(session: Session, kind: str) -> str:
     return "\n".join(rows)
 
 
-def resume(session: Session) -> Iterator[str]:
+def resume(session: Session) -> Lines:
     """`minsae train --deterministic`, stopped and resumed, and with a streamed store."""
     yield table_head("products", "run", "files", "same bytes as uninterrupted and resident")
     # float32 first, which is the default.

@@ -1,6 +1,9 @@
 """What `benchmarks.gpu` measures: its sizes, and programs of the package, ready to be called."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +15,7 @@ import numpy as np
 
 from benchmarks import kinds
 from benchmarks.timing import row
-from minsae_jax.encoder.base import Precision
+from minsae_jax.encoder.base import ComputeOptions, Precision
 from minsae_jax.encoder.patchtst import attention
 from minsae_jax.encoder.patchtst.pure import hidden_function
 from minsae_jax.errors import brief
@@ -20,6 +23,7 @@ from minsae_jax.parallel.mesh import make_mesh, put_batch
 from minsae_jax.sae.batches import STEPS_PER_CALL
 from minsae_jax.sae.step import SweepState
 
+Lines = Generator[str, None, None]  # of Markdown
 D_MODEL = kinds.D_MODEL
 AUX = ", AuxK"
 # Bias of a feature that is never to be active.
@@ -123,7 +127,8 @@ class Session:
     """What the parts read, and what they add to the summary."""
 
     sizes: Sizes
-    flops: dict[str, float]  # FLOP/s of the device's best product, by precision
+    # FLOP/s of the device's best product, by precision
+    flops: defaultdict[str, float] = field(default_factory=lambda: defaultdict(lambda: math.nan))
     goals: Goals = field(default_factory=Goals)
     failures: list[str] = field(default_factory=list)
 
@@ -133,7 +138,7 @@ class Session:
             self.failures.append(failure)
         return "yes" if is_good else "NO"
 
-    def rows(self, measures: dict[str, Callable[[], str]]) -> Iterator[str]:
+    def rows(self, measures: Mapping[str, Callable[[], str]]) -> Iterator[str]:
         """Yield the rows that functions return, or an error, after which the next one runs."""
         for name, measure in measures.items():
             try:
@@ -168,19 +173,25 @@ def noise_windows(n_windows: int) -> np.ndarray:
 def encoder_program(
     layer: int, variant: Variant, n_windows: int
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return the compiled function from windows on the devices to a layer's activations."""
+    """Return the compiled function from windows on the devices to a layer's activations.
+
+    All but the one with score matrices are what the package chooses on a GPU; a CPU has products of
+    another kind only.
+    """
     from benchmarks.extract import flax_program
 
     encoder = demo_encoder()
     mesh = make_mesh()
-    n_layers = layer % encoder.architecture.n_layers + 1
-    uses_reduction = variant.attention == "reduction"
-    # A new function for each variant, so that each is traced.
-    hidden_function.cache_clear()
-    with mock.patch.object(attention, "fits_reduction", return_value=uses_reduction):
-        run = flax_program(encoder, mesh, n_layers, variant.precision)
+    arguments = ((layer % encoder.architecture.n_layers,), ComputeOptions(variant.precision))
+    function = encoder.function(*arguments)
+    context: AbstractContextManager = nullcontext()
+    if variant.attention == "score matrices":
+        # Another function than the cached one, since that may have been traced already.
+        function = hidden_function.__wrapped__(encoder.architecture, *arguments)
+        context = mock.patch.object(attention, "fits_reduction", return_value=False)
+    run = flax_program(encoder, mesh, function, variant.precision)
+    with context:
         run(put_batch(mesh, noise_windows(n_windows))).block_until_ready()
-    hidden_function.cache_clear()
     return run
 
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -21,6 +21,7 @@ from benchmarks import hlo, train
 from benchmarks.gpu_programs import (
     SMALL,
     VARIANTS,
+    Lines,
     Session,
     Sizes,
     Step,
@@ -38,7 +39,7 @@ from minsae_jax.parallel.processes import start_jax
 from minsae_jax.sae.batches import STEPS_PER_CALL
 
 
-def extraction(session: Session) -> Iterator[str]:
+def extraction(session: Session) -> Lines:
     """Windows per second of the demo's encoder; both ways of float32 take turns."""
     yield table_head(
         *("layer", "products", "attention"),
@@ -75,7 +76,7 @@ def _compute_and_copy(program: Callable[[jax.Array], jax.Array], x: np.ndarray) 
     fetch_batch(program(put_batch(make_mesh(), x)), len(x))
 
 
-def end_to_end(session: Session) -> Iterator[str]:
+def end_to_end(session: Session) -> Lines:
     """Runs of `minsae train` with the store on the device, metrics and logs included."""
     yield table_head("products", "million tokens x members/s", "ms a step", "of the bfloat16 rate")
     precisions = session.sizes.precisions[:2]
@@ -94,7 +95,7 @@ def _run_row(session: Session, precision: str) -> str:
     return row(precision, f"{rate / 1e6:.1f}", f"{ms:.3f}", f"{share:.1%}")
 
 
-def steps(session: Session) -> Iterator[str]:
+def steps(session: Session) -> Lines:
     """Training steps alone, ten in a call, with the batches on the device."""
     yield table_head(
         *("kind", "products", "d_sae", "ms a step", "million tokens x members/s"),
@@ -139,7 +140,7 @@ def _launches_and_products(program: jax.stages.Compiled) -> tuple[str, str]:
     return f"{n_launches / STEPS_PER_CALL:.1f}", ", ".join(products)
 
 
-def pytorch(session: Session) -> Iterator[str]:
+def pytorch(session: Session) -> Lines:
     """Training and extraction against PyTorch, as `make bench` measures them."""
     torch = import_torch()
     if torch is None or torch.cuda.is_available() != (jax.default_backend() == "gpu"):
@@ -184,7 +185,7 @@ def _layer_rows(session: Session, layer: int) -> str:
     return "\n".join(row(str(layer), n, rates[n], f"{ratios[n]:.1f}") for n in seconds)
 
 
-def memory(session: Session) -> Iterator[str]:
+def memory(session: Session) -> Lines:
     """Peak device memory of a process that makes two calls, the compiler's trials included."""
     sizes = session.sizes
     names = list(programs(sizes))

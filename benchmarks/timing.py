@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ def table_head(*columns: str) -> str:
     return f"{row(*columns)}\n{row(*['---'] * len(columns))}"
 
 
-def alternate(contestants: dict[str, Callable[[], None]], rounds: int = 5) -> dict[str, float]:
+def alternate(contestants: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
     """Return the median seconds of a call of each contestant, see `alternate_all`."""
     seconds = alternate_all(contestants, rounds)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def alternate_all(
-    contestants: dict[str, Callable[[], None]], rounds: int
+    contestants: Mapping[str, Callable[[], object]], rounds: int
 ) -> dict[str, list[float]]:
     """Return the seconds of every call of each contestant.
 
@@ -61,7 +61,7 @@ def matrix_product_flops(precision: str = "float32") -> float:
     on_device = jax.device_put(a).astype(dtype)
     jax_precision = "default" if precision == "tf32" else "highest"
     jax_product = jax.jit(lambda a: jax.numpy.matmul(a, a, precision=jax_precision))
-    contestants: dict[str, Callable[[], None]] = {
+    contestants: dict[str, Callable[[], object]] = {
         "jax": lambda: jax_product(on_device).block_until_ready()
     }
     torch = import_torch()
@@ -81,7 +81,7 @@ def matrix_product_flops(precision: str = "float32") -> float:
 
 def copy_bandwidth(n_bytes: int) -> float:
     """Return bytes read and written per second, by a pass over an array on one device."""
-    x = jax.device_put(np.zeros(n_bytes // 4, np.float32))
+    x = jax.numpy.arange(n_bytes // 4, dtype=np.float32)
     negate = jax.jit(jax.numpy.negative)
     seconds = alternate({"pass": lambda: negate(x).block_until_ready()})
     return 2 * n_bytes / seconds["pass"]

@@ -14,7 +14,7 @@ def run_part(monkeypatch, tmp_path, capsys):
 
     def run_part(part, seconds=60.0):
         monkeypatch.setattr(gpu, "PARTS", {"part": part})
-        session = Session(Sizes(), flops={})
+        session = Session(Sizes())
         file = tmp_path / "out.md"
         end = time.monotonic() + seconds
         gpu.run_part("part", session, gpu.Report(str(file)), end)
