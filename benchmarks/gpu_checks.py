@@ -102,7 +102,7 @@ def encoder(session: Session) -> Lines:
 def _error_row(
     session: Session, layer: int, variant: Variant, x: np.ndarray, expected: np.ndarray
 ) -> str:
-    """expected: of the first windows."""
+    """Return the row of a program; expected: activations of the first windows."""
     z = encoder_program(layer, variant, len(x))(put_batch(make_mesh(), x))
     error = np.asarray(z)[: len(expected)] - expected
     rms = np.sqrt(np.square(error).mean()) / expected.std()
