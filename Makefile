@@ -27,7 +27,7 @@ INPUTS = $(if $(filter configs/demo.yaml,$(CONFIG)),$(DEMO_DATA)) \
 # written in any environment, since all workers and commands of the tests import the same modules.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo prepare convert extract train evaluate tensorboard test test-all check bench bench-train bench-stream bench-extract cuda-check clean
+.PHONY: help setup demo prepare convert extract train evaluate tensorboard test test-all check bench bench-train bench-stream bench-extract bench-gpu cuda-check clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # train reads the store that extract writes
 
@@ -101,6 +101,9 @@ bench-stream: $(SETUP) ## measure how fast a store is read, and how well it is s
 
 bench-extract: $(SETUP) ## measure extraction against PyTorch
 	@$(BIN)/python -m benchmarks.extract
+
+bench-gpu: $(SETUP) ## measure everything on a GPU, within 12 minutes (GPU=1; appends to runs/bench-gpu.md)
+	@$(BIN)/python -m benchmarks.gpu --out runs/bench-gpu.md
 
 cuda-check: $(CUDA)/.installed ## compile all GPU programs without a GPU (installs 6 GB in .venv-cuda)
 	@$(CUDA)/bin/python -m benchmarks.cuda_check

@@ -20,12 +20,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
+from jax.sharding import Mesh
 
-from benchmarks.timing import alternate, machine, matrix_product_flops, peak_memory, peak_rss
+from benchmarks.timing import (
+    alternate,
+    machine,
+    matrix_product_flops,
+    peak_memory,
+    peak_rss,
+    row,
+)
 from convert.checkpoint import load_checkpoint
 from convert.encoder import convert_encoder
 from convert.patchtst_torch import forward
-from minsae_jax.encoder.base import ComputeOptions, Precision
+from minsae_jax.encoder.base import ComputeOptions, HiddenFunction, Precision
 from minsae_jax.encoder.compute import sharded
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import Encoder
@@ -57,10 +65,18 @@ def flax_forward(
 ) -> Callable[[], object]:
     """Return a function that computes the last of n_layers and copies it to the host."""
     mesh = make_mesh()
-    params = jax.device_put(encoder.params, replicated(mesh))
     function = encoder.function((n_layers - 1,), ComputeOptions(precision))
+    run = flax_program(encoder, mesh, function, precision)
+    return lambda: fetch_batch(run(put_batch(mesh, x)), len(x))
+
+
+def flax_program(
+    encoder: Encoder, mesh: Mesh, function: HiddenFunction, precision: Precision
+) -> Callable[[jax.Array], jax.Array]:
+    """Return the compiled function of windows on the devices, with the encoder's parameters."""
+    params = jax.device_put(encoder.params, replicated(mesh))
     run = sharded(mesh, function, "float32", precision)
-    return lambda: fetch_batch(run(params, put_batch(mesh, x))[0], len(x))
+    return lambda x: run(params, x)[0]
 
 
 def torch_forward(a: Architecture, x: np.ndarray, n_layers: int, batch: int) -> Callable[[], None]:
@@ -140,10 +156,10 @@ def measure_alone(program: str, batch: int, n_layers: int) -> None:
     print(peak_rss() // 1_000_000)
 
 
-def compare_layer(
-    encoder: Encoder, x: np.ndarray, layer: int, n_layers: int, limit: float, quick: bool
-) -> None:
-    """Print the rows of one layer."""
+def measure_layer(
+    encoder: Encoder, x: np.ndarray, n_layers: int, rounds: int
+) -> tuple[dict[str, float], int]:
+    """Return seconds of each contestant for the last of n_layers, and PyTorch's best batch."""
     a = encoder.architecture
     best = best_batch(a, x, n_layers)
     contestants = {
@@ -155,21 +171,27 @@ def compare_layer(
         contestants["minsae_jax, bfloat16 products"] = flax_forward(
             encoder, x, n_layers, "bfloat16"
         )
+    return alternate(contestants, rounds), best
+
+
+def print_layer(
+    encoder: Encoder, x: np.ndarray, layer: int, n_layers: int, limit: float, quick: bool
+) -> None:
+    """Print the rows of one layer."""
+    seconds, best = measure_layer(encoder, x, n_layers, rounds=1 if quick else 3)
     peaks = {}
     if not quick:
         measure = partial(peak_memory, "benchmarks.extract", "--alone")
         peaks["minsae_jax"] = measure("minsae_jax", str(BATCH), str(n_layers))
         peaks[f"PyTorch, batch {BATCH}"] = measure("pytorch", str(BATCH), str(n_layers))
         peaks[f"PyTorch, batch {best}, its best"] = measure("pytorch", str(best), str(n_layers))
-    seconds = alternate(contestants, rounds=1 if quick else 3)
     for name, s in seconds.items():
-        share = flops(a, n_layers) * len(x) / s / limit
-        speedup = s / seconds["minsae_jax"]
+        share = flops(encoder.architecture, n_layers) * len(x) / s / limit
         peak = f"{peaks[name]:,} MB" if name in peaks else ""
         rate = len(x) / s
-        print(
-            f"| {layer} | {name} | {rate:.1f} | {speedup:.1f} | {share:.0%} | {peak} |", flush=True
-        )
+        speedup = s / seconds["minsae_jax"]
+        cells = (str(layer), name, f"{rate:.1f}", f"{speedup:.1f}", f"{share:.0%}", peak)
+        print(row(*cells), flush=True)
 
 
 def main() -> None:
@@ -188,8 +210,8 @@ def main() -> None:
     print(f"Extraction, {machine()}; demo encoder, float32; limit {limit / 1e9:,.0f} GFLOP/s.\n")
     print("| layer | | windows/s | minsae_jax is faster by | of the limit | peak memory |")
     print("| --- | --- | --- | --- | --- | --- |")
-    compare_layer(encoder, x, 0, 1, limit, quick)
-    compare_layer(encoder, x, -1, a.n_layers, limit, quick)
+    print_layer(encoder, x, 0, 1, limit, quick)
+    print_layer(encoder, x, -1, a.n_layers, limit, quick)
     with tempfile.TemporaryDirectory() as folder:
         rate = end_to_end(encoder, 4 * n_windows, folder, n_windows)
     print(f"| -1 | minsae_jax, end to end | {rate:.1f} | | | |")

@@ -17,6 +17,7 @@ from benchmarks.timing import alternate_all, machine
 from minsae_jax.parallel.processes import start_jax
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.grid import make_groups
+from minsae_jax.sae.step import SweepState
 from minsae_jax.sae.sweep import Sweep
 
 D_MODEL = 128
@@ -33,29 +34,43 @@ SETTINGS: dict[str, dict[str, Any]] = {
 AUX_KINDS = ("topk", "batchtopk", "matryoshka")
 
 
-def step_of(name: str, d_sae: int, x: np.ndarray, n_members: int, aux: bool) -> Callable[[], None]:
-    """Return a function that makes one step of a sweep of one kind, and waits for it."""
+def sweep_of(
+    name: str, d_sae: int, n_members: int, precision: str = "float32", mesh: str | None = None
+) -> Sweep:
+    """Return a sweep of one kind, a key of SETTINGS, whose members differ in their seeds."""
     config = TrainConfig(
         seed=tuple(range(n_members)),
         lr=("auto",),
         feature_dim_factor=(d_sae / D_MODEL,),
         dead_after=NEVER,
         aux_dead_after=NEVER,
+        precision=precision,
+        mesh=mesh,
         **SETTINGS[name],
     )
     plan = config.plan()
-    sweep = Sweep(plan, make_groups(plan, D_MODEL), D_MODEL)
-    state = sweep.init(median=np.zeros(D_MODEL, np.float32))
+    return Sweep(plan, make_groups(plan, D_MODEL), D_MODEL)
+
+
+def with_half_dead(state: SweepState) -> SweepState:
+    """Return the state of a sweep with every other feature counted as dead."""
+    (group,) = state.groups
+    n_members, d_sae = group.tokens_since_fired.shape
     silent = np.tile(np.where(np.arange(d_sae) % 2, NEVER, 0).astype(np.int32), (n_members, 1))
-    sharding = state.groups[0].tokens_since_fired.sharding
+    dead = jax.device_put(silent, group.tokens_since_fired.sharding)
+    return state._replace(groups=(group._replace(tokens_since_fired=dead),))
+
+
+def step_of(name: str, d_sae: int, x: np.ndarray, n_members: int, aux: bool) -> Callable[[], None]:
+    """Return a function that makes one step of a sweep of one kind, and waits for it."""
+    sweep = sweep_of(name, d_sae, n_members)
+    state = sweep.init(median=np.zeros(D_MODEL, np.float32))
 
     def run() -> None:
         nonlocal state
         if aux:
             # Most features are active in every batch of these tokens and would never be dead.
-            (group,) = state.groups
-            dead = jax.device_put(silent, sharding)
-            state = state._replace(groups=(group._replace(tokens_since_fired=dead),))
+            state = with_half_dead(state)
         tokens = sweep.put(x)
         state, loss = sweep.step(state, sweep.hyper, tokens, np.float32(1), n_tokens=len(x))
         loss.block_until_ready()

@@ -7,22 +7,32 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-import torch
 
 
-def alternate(contestants: dict[str, Callable[[], None]], rounds: int = 5) -> dict[str, float]:
+def row(*cells: str) -> str:
+    """Return a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def table_head(*columns: str) -> str:
+    """Return the first two lines of a Markdown table."""
+    return f"{row(*columns)}\n{row(*['---'] * len(columns))}"
+
+
+def alternate(contestants: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
     """Return the median seconds of a call of each contestant, see `alternate_all`."""
     seconds = alternate_all(contestants, rounds)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def alternate_all(
-    contestants: dict[str, Callable[[], None]], rounds: int
+    contestants: Mapping[str, Callable[[], object]], rounds: int
 ) -> dict[str, list[float]]:
     """Return the seconds of every call of each contestant.
 
@@ -42,28 +52,48 @@ def alternate_all(
 def matrix_product_flops(precision: str = "float32") -> float:
     """Return the best FLOP/s of a large square product, JAX's or torch's, on one device.
 
-    precision: float32, tf32 or bfloat16.
+    precision: float32, tf32 or bfloat16. torch counts if it is installed and sees the same device.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = jax.default_backend() == "gpu"
     size = 8192 if on_gpu else 2048
     dtype = "bfloat16" if precision == "bfloat16" else "float32"
     a = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     on_device = jax.device_put(a).astype(dtype)
     jax_precision = "default" if precision == "tf32" else "highest"
     jax_product = jax.jit(lambda a: jax.numpy.matmul(a, a, precision=jax_precision))
-    tensor = torch.from_numpy(a).to("cuda" if on_gpu else "cpu", getattr(torch, dtype))
-    out = torch.empty_like(tensor)
+    contestants: dict[str, Callable[[], object]] = {
+        "jax": lambda: jax_product(on_device).block_until_ready()
+    }
+    torch = import_torch()
+    if torch is not None and torch.cuda.is_available() == on_gpu:
+        tensor = torch.from_numpy(a).to("cuda" if on_gpu else "cpu", getattr(torch, dtype))
+        out = torch.empty_like(tensor)
 
-    def run_jax() -> None:
-        jax_product(on_device).block_until_ready()
+        def run_torch() -> None:
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            torch.matmul(tensor, tensor, out=out)
+            out[0, 0].item()
 
-    def run_torch() -> None:
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch.matmul(tensor, tensor, out=out)
-        out[0, 0].item()
-
-    seconds = alternate({"jax": run_jax, "torch": run_torch})
+        contestants["torch"] = run_torch
+    seconds = alternate(contestants)
     return 2 * size**3 / min(seconds.values())
+
+
+def copy_bandwidth(n_bytes: int) -> float:
+    """Return bytes read and written per second, by a pass over an array on one device."""
+    x = jax.numpy.arange(n_bytes // 4, dtype=np.float32)
+    negate = jax.jit(jax.numpy.negative)
+    seconds = alternate({"pass": lambda: negate(x).block_until_ready()})
+    return 2 * n_bytes / seconds["pass"]
+
+
+def import_torch() -> Any:
+    """Return torch, or None if it is not installed, as on machines that run JAX alone."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None
+    return torch
 
 
 def peak_memory(module: str, *arguments: str) -> int:

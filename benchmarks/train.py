@@ -8,18 +8,26 @@ matrix product at 10 d_model d_sae FLOP for a token and member. "End to end" is 
 without evaluations. Prints Markdown; --quick runs everything once, small.
 """
 
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-import torch
 
-from benchmarks.timing import alternate, machine, matrix_product_flops, peak_memory, peak_rss
+from benchmarks.timing import (
+    alternate,
+    import_torch,
+    machine,
+    matrix_product_flops,
+    peak_memory,
+    peak_rss,
+    row,
+    table_head,
+)
 from minsae_jax.parallel.processes import start_jax
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.grid import make_groups
@@ -29,11 +37,11 @@ from minsae_jax.sae.trainer import train
 D_MODEL = 128
 BATCH = 4096  # tokens
 SHARD = 245_632  # tokens of a shard, which is minSAE's batch
+MARGIN = 50  # steps of a run before and after those that are timed; a log interval
 CONTESTANTS = ("minsae_jax", "eager", "compiled")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# On a GPU one step is too short to be timed alone.
-STEPS = 20 if DEVICE == "cuda" else 1
+COLUMNS = ("d_sae", "products", "members", "batch", *CONTESTANTS, "/ eager", "/ compiled", "limit")
 Steps = Callable[[], None]
+torch = import_torch()  # only PyTorch's loops need it
 
 
 def lambdas(n_members: int) -> tuple[float, ...]:
@@ -70,9 +78,10 @@ def pytorch_steps(
     compiled: bool = False,
 ) -> Steps:
     use_bfloat16 = precision == "bfloat16"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def loss(encoder, decoder, tokens, lambda_sparsity):
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=use_bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=use_bfloat16):
             features = torch.relu(encoder(tokens))
             x_hat = decoder(features)
         mse = torch.nn.functional.mse_loss(x_hat.float(), tokens)
@@ -82,16 +91,16 @@ def pytorch_steps(
     run_loss = torch.compile(loss) if compiled else loss
     models = []
     for lambda_sparsity in lambdas(n_members):
-        encoder = torch.nn.Linear(D_MODEL, d_sae).to(DEVICE)
-        decoder = torch.nn.Linear(d_sae, D_MODEL).to(DEVICE)
+        encoder = torch.nn.Linear(D_MODEL, d_sae).to(device)
+        decoder = torch.nn.Linear(d_sae, D_MODEL).to(device)
         parameters = [*encoder.parameters(), *decoder.parameters()]
         adam = torch.optim.Adam(parameters, lr=1e-3, fused=compiled)
-        models.append((torch.tensor(lambda_sparsity, device=DEVICE), encoder, decoder, adam))
+        models.append((torch.tensor(lambda_sparsity, device=device), encoder, decoder, adam))
 
     def run() -> None:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         for _ in range(n_steps):
-            tokens = torch.from_numpy(x).to(DEVICE)
+            tokens = torch.from_numpy(x).to(device)
             for lambda_sparsity, encoder, decoder, adam in models:
                 mse, l1, features = run_loss(encoder, decoder, tokens, lambda_sparsity)
                 adam.zero_grad()
@@ -99,18 +108,53 @@ def pytorch_steps(
                 adam.step()
                 if not compiled:
                     log_as_minsae(mse, l1, features)
-        if DEVICE == "cuda":
+        if device == "cuda":
             torch.cuda.synchronize()
 
     return run
 
 
-def log_as_minsae(mse: torch.Tensor, l1: torch.Tensor, features: torch.Tensor) -> None:
-    """Fetch the statistics that minSAE fetches at every step."""
+def log_as_minsae(mse: Any, l1: Any, features: Any) -> None:
+    """Fetch the statistics that minSAE fetches at every step, from torch's tensors."""
     active = features > 0
     for value in (mse + l1, mse, l1, active.sum(1).float().mean()):
         value.item()
     active.sum(0).cpu()
+
+
+def measure_rates(
+    d_sae: int,
+    precision: str,
+    n_members: int,
+    batch: int,
+    rounds: int,
+    with_compiled: bool = True,
+) -> dict[str, float]:
+    """Return tokens x members per second of each contestant."""
+    x = np.random.default_rng(0).normal(size=(batch, D_MODEL)).astype(np.float32)
+    # On a GPU one step is too short to be timed alone.
+    n_steps = 20 if jax.default_backend() == "gpu" and batch == BATCH else 1
+    arguments = (n_members, d_sae, precision, x, n_steps)
+    contestants = {"minsae_jax": jax_steps(*arguments), "eager": pytorch_steps(*arguments)}
+    if with_compiled:
+        contestants["compiled"] = pytorch_steps(*arguments, compiled=True)
+    tokens = n_members * batch * n_steps
+    return {name: tokens / seconds for name, seconds in alternate(contestants, rounds).items()}
+
+
+def rates_row(
+    d_sae: int, precision: str, n_members: int, batch: int, rates: dict[str, float], flops: float
+) -> str:
+    """Return a row of COLUMNS: thousand tokens x members per second.
+
+    flops: FLOP/s of the machine's best product.
+    """
+    limit = flops / (10 * D_MODEL * d_sae)
+    cells = [f"{d_sae:,}", precision, f"{n_members}", f"{batch:,}"]
+    cells += [f"{rates.get(name, np.nan) / 1e3:,.0f}" for name in CONTESTANTS]
+    rate = rates["minsae_jax"]
+    cells += [f"{rate / rates.get(name, np.nan):.1f}" for name in CONTESTANTS[1:]]
+    return row(*cells, f"{rate / limit:.0%} of {limit / 1e3:,.0f}")
 
 
 def print_rates(
@@ -121,51 +165,57 @@ def print_rates(
     rounds: int,
     with_compiled: bool = True,
 ) -> None:
-    """Print one row for each number of members: thousand tokens x members per second."""
-    limit = matrix_product_flops(precision) / (10 * D_MODEL * d_sae)
-    x = np.random.default_rng(0).normal(size=(batch, D_MODEL)).astype(np.float32)
-    n_steps = STEPS if batch == BATCH else 1
+    """Print one row for each number of members."""
+    flops = matrix_product_flops(precision)
     for n_members in member_counts:
-        arguments = (n_members, d_sae, precision, x, n_steps)
-        contestants = {"minsae_jax": jax_steps(*arguments), "eager": pytorch_steps(*arguments)}
-        if with_compiled:
-            contestants["compiled"] = pytorch_steps(*arguments, compiled=True)
-        seconds = alternate(contestants, rounds)
-        tokens = n_members * batch * n_steps
-        rates = {name: tokens / seconds[name] for name in seconds}
-        cells = [f"{d_sae:,}", precision, f"{n_members}", f"{batch:,}"]
-        cells += [f"{rates.get(name, np.nan) / 1e3:,.0f}" for name in CONTESTANTS]
-        rate = rates["minsae_jax"]
-        cells += [f"{rate / rates.get(name, np.nan):.1f}" for name in CONTESTANTS[1:]]
-        cells.append(f"{rate / limit:.0%} of {limit / 1e3:,.0f}")
-        print(f"| {' | '.join(cells)} |", flush=True)
+        rates = measure_rates(d_sae, precision, n_members, batch, rounds, with_compiled)
+        print(rates_row(d_sae, precision, n_members, batch, rates, flops), flush=True)
 
 
-def end_to_end(n_members: int, n_steps: int, precision: str = "float32") -> float:
-    """Return tokens x members per second of a run, from a long and a short one."""
+def write_noise_store(store: Path, n_shards: int, n_sequences: int) -> None:
+    """Write a store of random tokens; n_sequences: of 101 tokens, in a shard."""
+    folder = store / "l-1"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(n_shards):
+        shard = rng.normal(size=(n_sequences, 101, D_MODEL)).astype(np.float32)
+        np.save(folder / f"b{i:04d}.npy", shard)
+
+
+def end_to_end(
+    n_members: int,
+    n_steps: int,
+    precision: str = "float32",
+    d_sae: int = 1024,
+    batch: int = BATCH,
+) -> float:
+    """Return tokens x members per second of a run, without its start and end.
+
+    n_steps: that are timed, a multiple of MARGIN. The steps before them compile; those after them
+    keep the last checkpoint out. The host is as many calls ahead of the devices when the time
+    starts as when it stops.
+    """
+    times = {}
+
+    def on_step(step: int) -> None:
+        times[step] = time.perf_counter()
+
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store/l-1"
-        store.mkdir(parents=True)
-        rng = np.random.default_rng(0)
-        for i in range(4):
-            shard = rng.normal(size=(512, 101, D_MODEL)).astype(np.float32)
-            np.save(store / f"b{i:04d}.npy", shard)
-        seconds = []
-        for num_steps in (10, 10, n_steps + 10):  # the first run compiles
-            config = TrainConfig(
-                store=str(store.parent),
-                run_dir=f"{folder}/run",
-                lambda_sparsity=lambdas(n_members),
-                num_steps=num_steps,
-                precision=precision,
-                overwrite=True,
-                checkpoint_every=10**6,
-            )
-            started = time.perf_counter()
-            train(config)
-            seconds.append(time.perf_counter() - started)
-            shutil.rmtree(f"{folder}/run")
-    return n_members * n_steps * BATCH / (seconds[2] - seconds[1])
+        write_noise_store(Path(folder) / "store", n_shards=4, n_sequences=512)
+        config = TrainConfig(
+            store=f"{folder}/store",
+            run_dir=f"{folder}/run",
+            lambda_sparsity=lambdas(n_members),
+            feature_dim_factor=(d_sae / D_MODEL,),
+            batch_size=batch,
+            num_steps=n_steps + 2 * MARGIN,
+            precision=precision,
+            eval_window=MARGIN,
+            checkpoint_every=10**6,
+        )
+        train(config, on_step=on_step)
+    seconds = times[MARGIN + n_steps] - times[MARGIN]
+    return n_members * n_steps * batch / seconds
 
 
 def measure_alone(contestant: str, n_members: int, batch: int) -> None:
@@ -196,11 +246,7 @@ def main() -> None:
         measure_alone(contestant, int(n_members), int(batch))
         return
     print(f"Training, {machine()}; d_model {D_MODEL}; thousand tokens x members per second.\n")
-    print(
-        "| d_sae | products | members | batch | minsae_jax | eager | compiled | / eager "
-        "| / compiled | limit |"
-    )
-    print("| --- " * 10 + "|")
+    print(table_head(*COLUMNS))
     if "--quick" in sys.argv:
         print_rates(256, "float32", (2,), 512, rounds=1, with_compiled=False)
         return

@@ -40,7 +40,10 @@ TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 DEMO_RUN = FIXTURES / "demo_run"  # what a full run of configs/demo.yaml wrote
 TARGETS = """
 help setup demo prepare convert extract train evaluate tensorboard test test-all check
-bench bench-train bench-stream bench-extract cuda-check clean
+bench bench-train bench-stream bench-extract bench-gpu cuda-check clean
+"""
+GPU_PARTS = """
+encoder first-steps extraction end-to-end steps resume pytorch memory several-gpus
 """
 
 
@@ -414,3 +417,36 @@ def test_demo_reproduces_its_first_steps(tmp_path, run_here, environment):
 def test_benchmarks_run(environment, name):
     out = run([sys.executable, "-m", f"benchmarks.{name}", "--quick"], ROOT, environment)
     assert "| " in out
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_rehearses_every_part(environment, tmp_path):
+    file = tmp_path / "runs/gpu.md"
+    out = run(
+        [sys.executable, "-m", "benchmarks.gpu", "--small", "--out", str(file)], ROOT, environment
+    )
+    assert file.read_text() == out
+    sections = re.split(r"^\*\*([\w-]+)\*\*", out, flags=re.M)[1:]
+    parts = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert [*parts] == [*GPU_PARTS.split(), "Goals"]
+    for text in parts.values():
+        _, _, rows = text.partition("| --- |")
+        assert re.search(r"\d", rows)
+    # torch.compile is left out.
+    assert parts["Goals"].count("not measured") == 1
+    assert out.endswith("\nFailures: none.\n")
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_without_a_gpu(environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"],
+        cwd=ROOT,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "no GPU" in line
