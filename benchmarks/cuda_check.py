@@ -92,30 +92,33 @@ class Compiled:
         return [(launch.times, one) for launch in self.launches for one in launch.products]
 
     def row(self) -> list[str]:
-        """Return the cells of the table."""
-        read = sum(launch.times * launch.read for launch in self.launches)
-        written = sum(launch.times * launch.written for launch in self.launches)
+        """Return the cells of the table; of a call of several steps, the mean of its steps."""
+        program = self.program
+        n_steps = program.n_steps
+        n_launches = count(self.launches) / n_steps
+        read = sum(launch.times * launch.read for launch in self.launches) / n_steps
+        written = sum(launch.times * launch.written for launch in self.launches) / n_steps
         repeated = [launch for launch in self.launches if launch.is_repeated]
-        traffic_per_round = sum(launch.traffic for launch in repeated)
+        launches_per_round = count(repeated) / n_steps
+        traffic_per_round = sum(launch.traffic for launch in repeated) / n_steps
         libraries = Counter(product.library for _, product in self.products)
-        flops = sum(times * product.flops for times, product in self.products)
+        flops = sum(times * product.flops for times, product in self.products) / n_steps
         computing = sum(times * H100.seconds_of(product) for times, product in self.products)
         bounds = [sum(map(card.seconds, self.launches)) for card in (H100, H200)]
-        program = self.program
         return [
             f"{program.name}, cuBLAS" if program.cublas else program.name,
             f"{program.d_sae:,}" if program.d_sae else "",
             program.precision,
             program.mesh,
-            str(count(self.launches)),
+            f"{n_launches:g}",
             f"{read / 1e9:.3f}",
             f"{written / 1e9:.3f}",
-            f"{count(repeated)}, {traffic_per_round / 1e9:.3f}" if repeated else "",
+            f"{launches_per_round:g}, {traffic_per_round / 1e9:.3f}" if repeated else "",
             f"{self.temporary / 1e6:,.0f}",
             ", ".join(f"{n} {library}" for library, n in libraries.items()),
             f"{flops / 1e12:.3f}",
             f"{self.seconds:.0f}",
-            *(f"{1e3 * bound:.3f}" for bound in bounds),
+            *(f"{1e3 * bound / n_steps:.3f}" for bound in bounds),
             f"{computing / bounds[0]:.0%}",
         ]
 

@@ -27,10 +27,12 @@ from minsae_jax.parallel.mesh import (
     DATA,
     SWEEP,
     batch_sharding,
+    batches_sharding,
     members_sharding,
     replicated,
     tile_batch,
 )
+from minsae_jax.sae.batches import STEPS_PER_CALL
 from minsae_jax.sae.config import SPARSITY_SETTINGS, TrainConfig
 from minsae_jax.sae.data import HELD_OUT_BATCH
 from minsae_jax.sae.grid import make_groups
@@ -103,6 +105,7 @@ class Program:
     lower: Callable[[], jax.stages.Lowered]
     cublas: bool = False  # products by cuBLAS alone, which XLA otherwise compares with Triton
     max_output: float = math.inf  # numbers that a launch may write as one array
+    n_steps: int = 1  # training steps of a call
 
     def __str__(self) -> str:
         size = "" if self.d_sae is None else f", d_sae {self.d_sae:,}"
@@ -156,6 +159,7 @@ def _steps(d_sae: int) -> Iterator[Program]:
             if d_sae == SIZES[0]:
                 # Here they share the tokens, and gradients are summed over the cards.
                 yield _step(kind, setting, d_sae, "bfloat16", "1x4")
+                yield _step(kind, setting, d_sae, "bfloat16", "1x1", STEPS_PER_CALL)
 
 
 def _measurements(kind: str, d_sae: int) -> Iterator[Program]:
@@ -169,10 +173,14 @@ def _measurements(kind: str, d_sae: int) -> Iterator[Program]:
     yield Program(f"pooling, {kind}", d_sae, "float32", "1x1", lower)
 
 
-def _step(kind: str, setting: str, d_sae: int, precision: str, mesh: str) -> Program:
+def _step(
+    kind: str, setting: str, d_sae: int, precision: str, mesh: str, n_steps: int = 1
+) -> Program:
     name = f"step, {kind}" if len(SPARSITY_SETTINGS[kind]) == 1 else f"step, {kind}, {setting}"
-    lower = partial(_lower_step, kind, setting, d_sae, precision, mesh)
-    return Program(name, d_sae, precision, mesh, lower)
+    if n_steps > 1:
+        name += f", in a call of {n_steps}"
+    lower = partial(_lower_step, kind, setting, d_sae, precision, mesh, n_steps)
+    return Program(name, d_sae, precision, mesh, lower, n_steps=n_steps)
 
 
 @lru_cache
@@ -201,9 +209,9 @@ def _shape(dtype: Any, sharding: NamedSharding, *shape: int) -> jax.ShapeDtypeSt
 
 
 def _lower_step(
-    kind: str, setting: str, d_sae: int, precision: str, mesh: str
+    kind: str, setting: str, d_sae: int, precision: str, mesh: str, n_steps: int
 ) -> jax.stages.Lowered:
-    """Lower one training step of 8 members."""
+    """Lower a call of one or several training steps of 8 members."""
     config = TrainConfig(
         kind=(kind,),
         seed=tuple(range(N_MEMBERS)),
@@ -227,10 +235,14 @@ def _lower_step(
         static_argnames="n_tokens",
         out_shardings=(shardings, replicated(cards)),
     )
+    if n_steps == 1:
+        x = _shape(jnp.float32, batch_sharding(cards), n_rows, D_MODEL)
+    else:
+        x = _shape(jnp.float32, batches_sharding(cards), n_steps, n_rows, D_MODEL)
     return step.lower(
         _on(cards, sweep.abstract_portable()),
         _on(cards, sweep.hyper),
-        _shape(jnp.float32, batch_sharding(cards), n_rows, D_MODEL),
+        x,
         _shape(jnp.float32, replicated(cards)),
         n_tokens=BATCH,
     )

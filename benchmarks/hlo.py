@@ -254,8 +254,14 @@ def _fusion_traffic(
     for parameter in fused.values():
         if parameter.opcode != "parameter":
             continue
-        users = [one for one in fused.values() if parameter.name in one.operands]
-        first = [one.opcode for one in users if one.operands[0] == parameter.name]
+        names = {parameter.name}
+        users = []
+        for one in fused.values():
+            if one.opcode == "bitcast" and one.operands[0] in names:
+                names.add(one.name)
+            elif names & set(one.operands):
+                users.append(one)
+        first = [one.opcode for one in users if one.operands[0] in names]
         if len(first) == len(users) and set(first) <= {"slice", "dynamic-slice", "gather"}:
             read += min(parameter.n_bytes, sum(one.n_bytes for one in users))
         elif first == ["dynamic-update-slice"] and len(users) == 1:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import hlo
-from benchmarks.cuda_check import check, is_off_tensor_cores
+from benchmarks.cuda_check import COLUMNS, check, is_off_tensor_cores
 from benchmarks.cuda_programs import D_MODEL, DEMO, N_MEMBERS, Program
 from convert.encoder import convert_encoder
 
@@ -51,6 +51,26 @@ def test_float32_passes(capsys):
     rows, failures = check([make_program(jnp.sin)], n_largest=1)
     assert failures == []
     assert capsys.readouterr().out.startswith(rows[0])
+
+
+def test_figures_of_a_call_of_several_steps_are_those_of_a_step():
+    def call(n_steps):
+        def run(a):
+            return jax.lax.fori_loop(0, n_steps, lambda _, b: jnp.sin(a @ b), a)
+
+        a = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+        program = Program("test", None, "float32", "1x1", lambda: jax.jit(run).lower(a))
+        (row,), _ = check([replace(program, n_steps=n_steps)], 0)
+        return dict(zip(COLUMNS, row.strip("| ").split(" | "), strict=True))
+
+    four, eight = call(4), call(8)
+    for name in ("TFLOP", "products", "H100 ms"):
+        assert four[name] == eight[name]
+    assert four["TFLOP"] == f"{2 * 1024**3 / 1e12:.3f}"
+    # Those of the loop; what comes before it is shared by more steps.
+    assert float(eight["launches"]) <= float(four["launches"]) < 4
+    # A step reads two factors and writes a product at least.
+    assert 3 * 4 * 1024**2 / 1e9 <= float(four["GB in"]) + float(four["GB out"]) < 0.05
 
 
 def test_program_that_does_not_compile_is_a_failure_and_others_run():

@@ -50,6 +50,25 @@ ENTRY %main (x: f32[10,10], c: f32[100]) -> f32[100] {
 }
 """
 
+# One of ten batches, of which the fusion has the array under two names.
+SLICE = """
+%fused (p0: f32[10,32,64], p1: s32[]) -> f32[32,64] {
+  %p0 = f32[10,32,64]{2,0,1} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %renamed = f32[32,10,64]{2,1,0} bitcast(%p0)
+  %one = f32[32,1,64]{2,1,0} dynamic-slice(%renamed, %zero, %p1, %zero), \
+dynamic_slice_sizes={32,1,64}
+  ROOT %result = f32[32,64]{1,0} bitcast(%one)
+}
+
+ENTRY %main (x: f32[10,32,64], i: s32[]) -> f32[32,64] {
+  %x = f32[10,32,64]{2,0,1} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %result = f32[32,64]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+}
+"""
+
 
 def compiled(function, *shapes, **options):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -122,6 +141,12 @@ def test_array_with_two_names_counts_once():
     (launch,) = hlo.launches(TWO_NAMES)
     assert launch.read == 2 * 400
     assert launch.written == 400
+
+
+def test_of_an_array_that_is_sliced_the_slice_is_read():
+    (launch,) = hlo.launches(SLICE)
+    assert launch.read == 4 * 32 * 64 + 4
+    assert launch.written == 4 * 32 * 64
 
 
 @pytest.mark.parametrize(("precision", "arithmetic"), [("DEFAULT", "tf32"), ("HIGHEST", "f32")])

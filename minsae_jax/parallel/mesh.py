@@ -123,6 +123,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(DATA))
 
 
+def batches_sharding(mesh: Mesh) -> NamedSharding:
+    """Split the second axis, tokens of several batches, over `data`."""
+    return NamedSharding(mesh, P(None, DATA))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Give every device the whole array."""
     return NamedSharding(mesh, P())
@@ -147,7 +152,7 @@ def put_batches(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
     x: [batches, rows, width].
     """
     x = _pad(x, 1, mesh.shape[DATA] * multiple)
-    return jax.device_put(x, NamedSharding(mesh, P(None, DATA)))
+    return jax.device_put(x, batches_sharding(mesh))
 
 
 def _pad(x: np.ndarray, axis: int, multiple: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
@@ -184,6 +185,16 @@ def sweep_steps(
         return sweep_step(program, hyper, scale, n_tokens, state, x), None
 
     state, _ = step(state, x) if x.ndim == 2 else jax.lax.scan(step, state, x)
+    # Outside the loop, where these small sums would be several launches of every step.
+    batches = (x.astype(jnp.float32) * scale).reshape(-1, *x.shape[-2:])
+    sums_done = state.groups[-1].metrics.active
+    mean, m2 = _token_moments(program.mesh, batches, n_tokens, sums_done)
+    new_tokens = len(batches) * n_tokens
+    tokens_seen = state.tokens_seen + min(new_tokens, program.dead_after)
+    state = state._replace(
+        tokens_seen=jnp.minimum(tokens_seen, program.dead_after),
+        moments=_merge_moments(state.moments, mean, m2, len(batches), new_tokens),
+    )
     return state, state.groups[0].metrics.loss[0]
 
 
@@ -195,7 +206,7 @@ def sweep_step(
     state: SweepState,
     x: Float[Array, "rows d_model"],
 ) -> SweepState:
-    """Make one step of all members, see `sweep_steps`."""
+    """Make one step of all members, see `sweep_steps`, which counts the tokens."""
     tiling = tile_batch(program.mesh, n_tokens, program.n_features)
     objectives = [program.objective] * len(program.kinds)
     if program.precision == "bfloat16":
@@ -215,13 +226,11 @@ def sweep_step(
         hyper: tuple[HyperArrays, ...],
         x: Array,
         factors: ScheduleFactors,
-    ) -> tuple[tuple[MemberState, ...], tuple[Array, Array]]:
-        first_row = jax.lax.axis_index(DATA) * len(x)
-        is_token = (first_row + jnp.arange(len(x)) < n_tokens).astype(x.dtype)
+    ) -> tuple[MemberState, ...]:
         # Known when the step is traced, so that batches without padding need no mask.
         is_padded = n_tokens < len(x) * program.mesh.shape[DATA]
-        tiles = x.reshape(*tiling, -1)
-        batch = Batch(tiles, is_token.reshape(tiling) if is_padded else None)
+        is_token = _is_token(x, n_tokens).reshape(tiling) if is_padded else None
+        batch = Batch(_row_major(x).reshape(*tiling, -1), is_token)
         new_groups = []
         for kind, objective, members, members_hyper in zip(
             program.kinds, objectives, groups, hyper, strict=True
@@ -230,26 +239,20 @@ def sweep_step(
                 program, kind, objective, factors, n_tokens, batch, members, members_hyper
             )
             new_groups.append(new_members)
-            batch, x = after((batch, x), new_members.metrics.loss)
-        return tuple(new_groups), _token_moments(x, is_token, n_tokens)
+            batch = after(batch, new_members.metrics.active)
+        return tuple(new_groups)
 
     x = x.astype(jnp.float32) * scale
     run = jax.shard_map(
         on_one_device,
         mesh=program.mesh,
         in_specs=(P(SWEEP), P(SWEEP), P(DATA), P()),
-        out_specs=(P(SWEEP), P()),
+        out_specs=P(SWEEP),
         check_vma=False,  # JAX cannot see that a scan's result is replicated after the psum
     )
     with jax.default_matmul_precision(matmul_precision(program.precision)):
-        groups, moments = run(state.groups, hyper, x, factors)
-    new_tokens = min(n_tokens, program.dead_after)
-    return SweepState(
-        groups=groups,
-        step=state.step + 1,
-        tokens_seen=jnp.minimum(state.tokens_seen + new_tokens, program.dead_after),
-        moments=_merge_moments(state.moments, *moments, n_tokens),
-    )
+        groups = run(state.groups, hyper, x, factors)
+    return state._replace(groups=groups, step=state.step + 1)
 
 
 def make_optimizer(plan: OptimizerPlan) -> optax.GradientTransformation:
@@ -283,19 +286,54 @@ def _linear_decay(end: int, n_steps: float, step: Float[ArrayLike, ""]) -> Float
     return jnp.minimum((end - jnp.asarray(step, jnp.float32)) / n_steps, 1)
 
 
+def _is_token(x: Float[Array, "rows d_model"], n_tokens: int) -> Float[Array, " rows"]:
+    """Return 1 for the tokens in this device's share of a batch, 0 for padding."""
+    first_row = jax.lax.axis_index(DATA) * len(x)
+    return (first_row + jnp.arange(len(x)) < n_tokens).astype(x.dtype)
+
+
+def _row_major(x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
+    """Return x, which an accelerator reads row by row.
+
+    Otherwise XLA for GPU transposes all batches before the loop over steps, since a step subtracts
+    x, transposed, from x̂.
+    """
+    return x if on_cpu() else with_layout_constraint(x, Layout((0, 1)))
+
+
 def _token_moments(
-    x: Float[Array, "rows d_model"], is_token: Float[Array, " rows"], n_tokens: int
+    mesh: Mesh, x: Float[Array, "steps rows d_model"], n_tokens: int, sums_done: Array
 ) -> tuple[Float[Array, " d_model"], Float[Array, ""]]:
-    """Return the mean token and Σ‖x - mean‖² over all devices; padding is 0."""
-    mean = sum_devices(x.sum(0)) / n_tokens
-    m2 = (jnp.square(x - mean[None]).sum(1) * is_token).sum()
-    return mean, sum_devices(m2)
+    """Return the mean token and Σ‖x - mean‖² of all batches and devices; padding is 0.
+
+    n_tokens: of a batch; sums_done: see `after`.
+    """
+
+    def on_one_device(x: Array, sums_done: Array) -> tuple[Array, Array]:
+        x = after(x, sums_done)
+        mean = sum_devices(x.sum((0, 1))) / (len(x) * n_tokens)
+        squares = jnp.square(x - mean[None, None]).sum(2)
+        m2 = (squares * _is_token(x[0], n_tokens)[None]).sum()
+        return mean, sum_devices(m2)
+
+    run = jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(P(None, DATA), P(SWEEP)),
+        out_specs=P(),
+        check_vma=False,  # JAX cannot see that `sums_done`, which differs, changes no result
+    )
+    return run(x, sums_done)
 
 
 def _merge_moments(
-    before: TokenMoments, mean: Float[Array, " d_model"], m2: Float[Array, ""], n_tokens: int
+    before: TokenMoments,
+    mean: Float[Array, " d_model"],
+    m2: Float[Array, ""],
+    n_steps: int,
+    n_tokens: int,
 ) -> TokenMoments:
-    """Add the moments of a batch (Chan, Golub & LeVeque 1983).
+    """Add the moments of the n_tokens tokens of n_steps batches (Chan, Golub & LeVeque 1983).
 
     The squared distance between the two means accounts for the variance between them.
     """
@@ -303,7 +341,7 @@ def _merge_moments(
     shift = mean - before.mean
     between = jnp.square(shift).sum() * before.tokens * n_tokens / total
     return TokenMoments(
-        steps=before.steps + 1,
+        steps=before.steps + n_steps,
         tokens=total,
         mean=before.mean + shift * (n_tokens / total),
         m2=before.m2 + m2 + between,

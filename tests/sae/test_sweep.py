@@ -34,8 +34,9 @@ def make_sweep(settings):
     return Sweep(settings.plan(), make_groups(settings.plan(), D), D)
 
 
-def make_step(sweep, state, x):
-    state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(1), n_tokens=len(x))
+def make_step(sweep, state, x, scale=1):
+    """Make a step on a batch, or a call of several steps on stacked batches."""
+    state, _ = sweep.step(state, sweep.hyper, sweep.put(x), np.float32(scale), n_tokens=x.shape[-2])
     return state
 
 
@@ -257,6 +258,24 @@ def test_fvu_is_of_the_whole_log_interval():
     x = np.concatenate(xs).astype(np.float64)
     expected = (x**2).sum() / ((x - x.mean(0)) ** 2).sum()
     assert read_metrics(ended)[0].fvu[0] == pytest.approx(expected, rel=1e-5)
+
+
+# 45 tokens do not divide evenly over four devices.
+@pytest.mark.parametrize("mesh", ["1x1", pytest.param("2x4", marks=pytest.mark.slow)])
+def test_moments_are_of_the_tokens_of_single_steps_and_of_calls_of_several(mesh):
+    sweep = make_sweep(replace(ONE_SIZE, lr=(1e-3,), seed=(0,), mesh=mesh, dead_after=200))
+    # The means of the batches differ by more than their standard deviations.
+    xs = np.stack([x + 5 + 3 * i for i, x in enumerate(batches(5, tokens=45))])
+    state = make_step(sweep, sweep.init(), xs[0], scale=2)
+    state = make_step(sweep, state, xs[1:4], scale=2)
+    assert (state.step, state.tokens_seen) == (4, 180)
+    state = make_step(sweep, state, xs[4], scale=2)
+    assert (state.step, state.tokens_seen) == (5, 200)  # at most dead_after
+    x = 2 * xs.reshape(-1, D).astype(np.float64)
+    moments = state.moments
+    assert (moments.steps, moments.tokens) == (5, 225)
+    np.testing.assert_allclose(moments.mean, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(moments.m2, np.square(x - x.mean(0)).sum(), rtol=1e-6)
 
 
 def test_dead_features():
