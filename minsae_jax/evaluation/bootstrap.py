@@ -48,6 +48,8 @@ class Resamples:
     weights: Weights
     # Unit of each recording
     unit: Int[np.ndarray, " recordings"]
+    # Whether units are patients
+    of_patients: bool = True
 
     def n_units(self, recording: Int[np.ndarray, " n"]) -> int:
         """Return the number of units among some recordings, which may be repeated."""
@@ -64,10 +66,11 @@ def draw_weights(n_units: int, seed: int, resamples: int = RESAMPLES) -> Weights
 def draw_patients(recordings: Sequence[str], seed: int) -> Resamples:
     """Draw patients with all of their recordings; of a single patient, draw recordings."""
     patients, unit = group_by_patient(recordings)
-    if len(patients) == 1:
+    of_patients = len(patients) > 1
+    if not of_patients:
         unit = np.arange(len(recordings))
     weights = draw_weights(len(np.unique(unit)), seed)
-    return Resamples(weights[:, unit], unit)
+    return Resamples(weights[:, unit], unit, of_patients)
 
 
 def interval(
@@ -93,10 +96,28 @@ def interval(
     defined = replicates[np.isfinite(replicates)]
     if n_units < 2 or len(defined) == 0 or np.ptp(defined) == 0:
         return None
-    n_sd = np.sqrt(n_units / (n_units - 1)) * student.ppf((1 + COVERAGE) / 2, n_units - 1)
+    n_sd = _half_width(n_units, (1 + COVERAGE) / 2)
     if n_units < MIN_PERCENTILES:
         ends = defined.mean() + np.array([-n_sd, n_sd]) * defined.std()
     else:
         ends = np.quantile(defined, norm.cdf([-n_sd, n_sd]))
     low, high = np.clip(ends, *limits).tolist()
     return Interval(low, high)
+
+
+def upper_limits(
+    replicates: Float[np.ndarray, "n resamples"], n_units: int
+) -> Float[np.ndarray, " n"]:
+    """Return the ends of one-sided 95 % intervals from -inf of some measures; see `interval`."""
+    n_sd = _half_width(n_units, COVERAGE)
+    if n_units < MIN_PERCENTILES:
+        return replicates.mean(axis=1) + n_sd * replicates.std(axis=1)
+    return np.quantile(replicates, norm.cdf(n_sd), axis=1)
+
+
+def _half_width(n_units: int, quantile: float) -> float:
+    """Return the SDs of replicates between a mean over units and the end of its interval.
+
+    quantile: of Student's distribution.
+    """
+    return np.sqrt(n_units / (n_units - 1)) * student.ppf(quantile, n_units - 1)

@@ -72,7 +72,8 @@ def _feature_result(saved: Arrays) -> FeatureResult:
 def _score(record: JsonObject) -> EventScore:
     record = _with_intervals(record)
     for name in ("ties", "ties_auc", "best_five"):
-        record[name] = tuple(record[name])
+        if record[name] is not None:
+            record[name] = tuple(record[name])
     return EventScore(**record)
 
 

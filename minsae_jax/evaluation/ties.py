@@ -1,0 +1,72 @@
+"""Features that could be the best one for a kind of events, as far as the val patients can tell.
+
+The feature with the largest AUC on some patients need not be the best one for all patients. The
+ties are a set of features that contains the best one for all patients with a probability of 95 %,
+from paired differences of AUC in the same resamples of the patients.
+
+The difference of a single feature to the one that is largest of many is too large by chance. So
+each feature is compared with the largest of all (multiple comparisons with the best: Gupta 1965,
+"On Some Multiple Decision (Selection and Ranking) Rules"; Hsu 1996, "Multiple Comparisons"). It
+stays if its distance from the largest AUC is below the 95 % quantile of
+
+    max over features j of (AUC_j* - AUC_j) - (AUC* - AUC),
+
+where * is a resample: how far behind it would be by chance if it were the best. Features that do
+not stay cannot be the largest by chance either, so that this is repeated without them until all
+stay, as in the model confidence set of Hansen, Lunde & Nason 2011 (Econometrica 79:453).
+
+AUC* - AUC is linear in the numbers of times that recordings are drawn (see `auc_influence`), which
+takes one matrix product for all features.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from minsae_jax.evaluation.bootstrap import Resamples, Weights, upper_limits
+
+MIN_PATIENTS = 2
+COLUMN_BLOCK = 1024  # features whose resamples are in memory
+
+
+def tied_features(
+    aucs: Float[np.ndarray, " d_sae"],
+    influence: Float[np.ndarray, "recordings d_sae"],
+    recording: Int[np.ndarray, " spans"],
+    resamples: Resamples,
+) -> Int[np.ndarray, " ties"] | None:
+    """Return the features that could be the best one, by decreasing AUC.
+
+    influence: of recordings on the AUCs. recording: of each span. None if fewer than two patients
+    have such spans: one patient says nothing about others.
+    """
+    n_patients = resamples.n_units(recording)
+    if not resamples.of_patients or n_patients < MIN_PATIENTS:
+        return None
+    features = np.argsort(-aucs, kind="stable")
+    while True:
+        distance = aucs[features[0]] - aucs[features]
+        stays = distance <= _largest_distances(influence[:, features], resamples, n_patients)
+        if stays.all():
+            return features
+        features = features[stays]
+
+
+def _largest_distances(
+    influence: Float[np.ndarray, "recordings n"], resamples: Resamples, n_patients: int
+) -> Float[np.ndarray, " n"]:
+    """Return how far each feature, if it were the best, may be behind the largest AUC by chance."""
+    blocks = []
+    for start in range(0, influence.shape[1], COLUMN_BLOCK):
+        blocks.append(influence[:, start : start + COLUMN_BLOCK].T)
+    weights = resamples.weights - 1
+    largest = np.max([_changes(block, weights).max(axis=0) for block in blocks], axis=0)
+    limits = [upper_limits(largest - _changes(block, weights), n_patients) for block in blocks]
+    # Below 0 by rounding only: the largest change is that of one of the features.
+    return np.maximum(np.concatenate(limits), 0)
+
+
+def _changes(
+    influence: Float[np.ndarray, "n recordings"], weights: Weights
+) -> Float[np.ndarray, "n resamples"]:
+    """Return the change of each feature's AUC in each resample; weights: less 1."""
+    return influence @ weights.T
