@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -105,14 +105,18 @@ def interval(
     return Interval(low, high)
 
 
-def upper_limits(
-    replicates: Float[np.ndarray, "n resamples"], n_units: int
-) -> Float[np.ndarray, " n"]:
-    """Return the ends of one-sided 95 % intervals from -inf of some measures; see `interval`."""
+def reached(
+    replicates: Float[np.ndarray, "n resamples"], values: Float[np.ndarray, " n"], n_units: int
+) -> Bool[np.ndarray, " n"]:
+    """Return whether values are inside the one-sided 95 % intervals of measures, up to their ends.
+
+    The ends are those of two-sided 90 % intervals; see `interval`.
+    """
     n_sd = _half_width(n_units, COVERAGE)
     if n_units < MIN_PERCENTILES:
-        return replicates.mean(axis=1) + n_sd * replicates.std(axis=1)
-    return np.quantile(replicates, norm.cdf(n_sd), axis=1)
+        return values <= replicates.mean(axis=1) + n_sd * replicates.std(axis=1)
+    # Faster than the percentile, which needs sorting
+    return (replicates >= values[:, None]).mean(axis=1) >= norm.sf(n_sd)
 
 
 def _half_width(n_units: int, quantile: float) -> float:

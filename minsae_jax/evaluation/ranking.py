@@ -52,10 +52,10 @@ def auc_influence(
 ) -> Influence:
     """Return each column's AUC, and its derivative by the weight of each recording at weights of 1.
 
-    That is the infinitesimal jackknife of `weighted_auc`. It follows from the number of others below
-    each event and of events above each other (the placements of DeLong et al. 1988, summed over
-    clusters as by Obuchowski 1997), where equal scores count half; both are differences of ranks.
-    The influences of all recordings add up to 0.
+    That is the infinitesimal jackknife of `weighted_auc`. It follows from how many others are below
+    each event, and how many events above each other (the placements of DeLong et al. 1988, summed
+    over clusters as by Obuchowski 1997), where equal scores count half; both are differences of
+    ranks. The influences of all recordings add up to 0.
     """
     ranks = rankdata(scores, axis=0).astype(np.float64)
     n_events = int(is_event.sum())
@@ -65,12 +65,15 @@ def auc_influence(
     n_pairs = n_events * n_others
     aucs = others_below.sum(axis=0) / n_pairs
     # Pairs in which the event scores higher, by the recording of the event and of the other
-    of_recording = recording == np.arange(n_recordings)[:, None]
-    higher = of_recording[:, is_event] @ others_below
-    higher += of_recording[:, ~is_event] @ (n_events - events_below)
-    share = of_recording[:, is_event].sum(axis=1) / n_events
-    share += of_recording[:, ~is_event].sum(axis=1) / n_others
-    return Influence(aucs, higher / n_pairs - share[:, None] * aucs)
+    influence = np.empty((n_recordings, scores.shape[1]))
+    for i in range(n_recordings):
+        of_events = recording[is_event] == i
+        of_others = recording[~is_event] == i
+        higher = others_below[of_events].sum(axis=0)
+        higher += (n_events - events_below[of_others]).sum(axis=0)
+        share = of_events.sum() / n_events + of_others.sum() / n_others
+        influence[i] = higher / n_pairs - share * aucs
+    return Influence(aucs, influence)
 
 
 def weighted_auc(

@@ -22,10 +22,11 @@ takes one matrix product for all features.
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from minsae_jax.evaluation.bootstrap import Resamples, Weights, upper_limits
+from minsae_jax.evaluation.bootstrap import Resamples, reached
 
 MIN_PATIENTS = 2
-COLUMN_BLOCK = 1024  # features whose resamples are in memory
+FEATURE_BLOCK = 1024  # whose resamples are in memory
+ROUNDING = 1e-12  # of an AUC
 
 
 def tied_features(
@@ -45,28 +46,27 @@ def tied_features(
     features = np.argsort(-aucs, kind="stable")
     while True:
         distance = aucs[features[0]] - aucs[features]
-        stays = distance <= _largest_distances(influence[:, features], resamples, n_patients)
+        stays = _is_by_chance(distance, influence[:, features], resamples, n_patients)
         if stays.all():
             return features
         features = features[stays]
 
 
-def _largest_distances(
-    influence: Float[np.ndarray, "recordings n"], resamples: Resamples, n_patients: int
-) -> Float[np.ndarray, " n"]:
-    """Return how far each feature, if it were the best, may be behind the largest AUC by chance."""
-    blocks = []
-    for start in range(0, influence.shape[1], COLUMN_BLOCK):
-        blocks.append(influence[:, start : start + COLUMN_BLOCK].T)
-    weights = resamples.weights - 1
-    largest = np.max([_changes(block, weights).max(axis=0) for block in blocks], axis=0)
-    limits = [upper_limits(largest - _changes(block, weights), n_patients) for block in blocks]
-    # Below 0 by rounding only: the largest change is that of one of the features.
-    return np.maximum(np.concatenate(limits), 0)
-
-
-def _changes(
-    influence: Float[np.ndarray, "n recordings"], weights: Weights
-) -> Float[np.ndarray, "n resamples"]:
-    """Return the change of each feature's AUC in each resample; weights: less 1."""
-    return influence @ weights.T
+def _is_by_chance(
+    distance: Float[np.ndarray, " n"],
+    influence: Float[np.ndarray, "recordings n"],
+    resamples: Resamples,
+    n_patients: int,
+) -> Bool[np.ndarray, " n"]:
+    """Return which features, if they were the best, could be so far from the largest AUC."""
+    blocks = [slice(i, i + FEATURE_BLOCK) for i in range(0, len(distance), FEATURE_BLOCK)]
+    weights = (resamples.weights - 1).T
+    # [n, resamples] is not in memory: the changes of a block are computed twice.
+    largest = np.full(len(resamples.weights), -np.inf)
+    for block in blocks:
+        np.maximum(largest, (influence[:, block].T @ weights).max(axis=0), out=largest)
+    is_by_chance = []
+    for block in blocks:
+        by_chance = largest - influence[:, block].T @ weights
+        is_by_chance.append(reached(by_chance, distance[block] - ROUNDING, n_patients))
+    return np.concatenate(is_by_chance)
