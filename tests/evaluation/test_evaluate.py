@@ -491,6 +491,10 @@ def test_kinds_without_spans_are_named_in_a_warning(trained, settings, tmp_path,
     (warning,) = caught
     assert "\n" not in str(warning.message)
     assert result.members[0].events.keys() <= set(scored)
+    # From saved measures
+    with pytest.warns(UserWarning, match=match) as caught_again:
+        evaluate(changed, trained.encoder)
+    assert [str(w.message) for w in caught_again] == [str(warning.message)]
 
 
 def test_without_events_there_are_no_scores(trained, settings, monkeypatch, without_figure):
