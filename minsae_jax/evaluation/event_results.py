@@ -34,7 +34,7 @@ class EventScore:
     auc_interval: Interval | None
     val_auc: float
     # Features that could be the best one for all patients, `feature` among them; see `ties.py`.
-    # None with fewer than two val patients
+    # None with fewer than three val patients
     n_ties: int | None
     ties: tuple[int, ...]  # the first MAX_TIES of them, by AUC on val
     # Smallest and largest test AUC among all of them

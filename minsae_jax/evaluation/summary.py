@@ -36,7 +36,7 @@ ties: other features that could be the best one for all patients; with it they
 contain that feature with 95 % confidence. recall: at 90 % precision among
 spans. 5-probe: logistic regression on the best five features."""
 NO_TIES_NOTE = """\
-ties "-": not known, since a single val patient has such events."""
+ties "-": not known, since fewer than three val patients have such events."""
 TOKENS_NOTE = """\
 Of the same features. chance: the precision of random tokens."""
 STABILITY_NOTE = """\

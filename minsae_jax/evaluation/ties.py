@@ -24,7 +24,8 @@ from jaxtyping import Bool, Float, Int
 
 from minsae_jax.evaluation.bootstrap import Resamples, reached
 
-MIN_PATIENTS = 2
+# With two, all features are ties, since Student's distribution with one degree of freedom is wide.
+MIN_PATIENTS = 3
 FEATURE_BLOCK = 1024  # whose resamples are in memory
 ROUNDING = 1e-12  # of an AUC
 
@@ -37,8 +38,8 @@ def tied_features(
 ) -> Int[np.ndarray, " ties"] | None:
     """Return the features that could be the best one, by decreasing AUC.
 
-    influence: of recordings on the AUCs. recording: of each span. None if fewer than two patients
-    have such spans: one patient says nothing about others.
+    influence: of recordings on the AUCs. recording: of each span. None if fewer than three
+    patients have such spans, who say too little about others.
     """
     n_patients = resamples.n_units(recording)
     if not resamples.of_patients or n_patients < MIN_PATIENTS:

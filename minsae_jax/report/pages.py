@@ -167,7 +167,7 @@ class EventPage:
     # Share of the test tokens that touch an event
     base_rate: float | None = None
     # Features that could be the best one for all patients, and the range of their AUCs on test;
-    # None with fewer than two val patients
+    # None with fewer than three val patients
     n_ties: int | None = 1
     ties_auc: Interval | None = None
     # Features whose strongest tokens nearly all touch an event of this kind

@@ -59,10 +59,11 @@ def test_a_copy_of_the_best_feature_is_a_tie():
     assert ties_of(values).tolist() == [1, 3]
 
 
-def test_one_patient_has_no_ties():
+def test_ties_require_three_patients():
     values = np.random.default_rng(0).normal(size=(3, 4))
     assert ties_of(values) is not None
     assert ties_of(values, of_patients=False) is None
+    assert ties_of(values[:2]) is None
     resamples = Resamples(draw_weights(3, seed=0), np.arange(3))
-    # Only the second of three patients has such events.
-    assert tied_features(values[0], values, np.array([1, 1, 1]), resamples) is None
+    # Only two of three patients have such events.
+    assert tied_features(values[0], values, np.array([1, 1, 2]), resamples) is None

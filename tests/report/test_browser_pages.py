@@ -195,7 +195,7 @@ def test_filters_and_order_are_in_the_address(page, report):
     assert "#" not in page.current_url
 
 
-def test_page_of_an_event_of_a_single_val_patient(page, report):
+def test_page_of_an_event_of_few_val_patients(page, report):
     visit(page, report, "#event=blink")
     assert make_pages(N).events[1].n_ties is None
     lead = texts(page, "#page .lead")[0]

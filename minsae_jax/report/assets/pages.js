@@ -112,7 +112,7 @@ function eventSentence({ feature, n_ties: ties, ties_auc: range, scores }) {
   const first = `Feature ${feature} separates events from spans without one with an AUC of ${fixed(sae.auc)}${within}.`;
   let tied = "";
   if (ties > 1) tied = ` By the val patients, the best one can be any of ${count(ties, "feature")}${range ? `, with test AUCs of ${fixed(range[0])} to ${fixed(range[1])}` : ""}.`;
-  if (missing(ties)) tied = " Events of a single val patient do not tell which other features could be the best one.";
+  if (missing(ties)) tied = " Events of fewer than three val patients do not tell which other features could be the best one.";
   const better = SETS.slice(1).filter(([key]) => scores[key] && scores[key].auc >= sae.auc).map(([, title]) => `best ${title}`);
   const baseline = better.length ? ` The ${better.join(" and the ")} ${better.length > 1 ? "do" : "does"} as well or better.` : "";
   return first + tied + baseline;
