@@ -225,7 +225,8 @@ def new_recordings(trained, tmp_path_factory):
     extract_config = ms.ExtractConfig(
         root_path=str(recordings), batch_size=4, out=str(folder / "store"), split=("all",)
     )
-    ms.extract(trained.encoder, extract_config)
+    with pytest.warns(UserWarning, match="are of one patient, new, since"):
+        ms.extract(trained.encoder, extract_config)
     return folder
 
 
