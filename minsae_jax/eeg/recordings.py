@@ -167,7 +167,7 @@ def find_windows(
     names = sorted(path.name for path in folder.iterdir() if path.suffix == ".npy")
     if not names:
         raise UserError(f"there are no recordings (.npy) in {folder}")
-    _warn_of_files_without_patient(folder, names, splits_path(root, split_seed))
+    _warn_of_names(folder, names, splits_path(root, split_seed))
     lengths = read_lengths(folder / LENGTHS)
     splits = patient_splits(root, names, split_seed)
     selected = list(splits) if split == "all" else [split]
@@ -210,8 +210,8 @@ def find_windows(
     return windows, bad
 
 
-def _warn_of_files_without_patient(folder: Path, names: Sequence[str], path: Path) -> None:
-    """Warn about names without `<patient>_`. path: of the pickle with the splits.
+def _warn_of_names(folder: Path, names: Sequence[str], path: Path) -> None:
+    """Warn about names without `<patient>_`, or all with the same. path: of the pickle of splits.
 
     `prepare` writes no such names. The splits of a folder have the same text, which is shown once.
     """
@@ -223,6 +223,14 @@ def _warn_of_files_without_patient(folder: Path, names: Sequence[str], path: Pat
             "patient before a `_`: each file counts as a patient, so that a person with several "
             "can be in both train and test; rename them to <patient>_<recording>.npy, also in "
             f"{LENGTHS}, and remove {path.name}",
+            stacklevel=2,
+        )
+    elif len(names) > 1 and len({patient_of(name) for name in names}) == 1:
+        warnings.warn(
+            f"all {len(names)} recordings in {folder} are of one patient, {patient_of(names[0])}, "
+            "since the patient is the part of a name before the first `_`; one patient cannot be "
+            "split into train, val and test: if there are several, rename their recordings to "
+            f"<patient>_<recording>.npy, also in {LENGTHS}",
             stacklevel=2,
         )
 

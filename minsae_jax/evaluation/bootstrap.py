@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -48,6 +48,8 @@ class Resamples:
     weights: Weights
     # Unit of each recording
     unit: Int[np.ndarray, " recordings"]
+    # Whether units are patients
+    of_patients: bool = True
 
     def n_units(self, recording: Int[np.ndarray, " n"]) -> int:
         """Return the number of units among some recordings, which may be repeated."""
@@ -64,10 +66,11 @@ def draw_weights(n_units: int, seed: int, resamples: int = RESAMPLES) -> Weights
 def draw_patients(recordings: Sequence[str], seed: int) -> Resamples:
     """Draw patients with all of their recordings; of a single patient, draw recordings."""
     patients, unit = group_by_patient(recordings)
-    if len(patients) == 1:
+    of_patients = len(patients) > 1
+    if not of_patients:
         unit = np.arange(len(recordings))
     weights = draw_weights(len(np.unique(unit)), seed)
-    return Resamples(weights[:, unit], unit)
+    return Resamples(weights[:, unit], unit, of_patients)
 
 
 def interval(
@@ -93,10 +96,32 @@ def interval(
     defined = replicates[np.isfinite(replicates)]
     if n_units < 2 or len(defined) == 0 or np.ptp(defined) == 0:
         return None
-    n_sd = np.sqrt(n_units / (n_units - 1)) * student.ppf((1 + COVERAGE) / 2, n_units - 1)
+    n_sd = _half_width(n_units, (1 + COVERAGE) / 2)
     if n_units < MIN_PERCENTILES:
         ends = defined.mean() + np.array([-n_sd, n_sd]) * defined.std()
     else:
         ends = np.quantile(defined, norm.cdf([-n_sd, n_sd]))
     low, high = np.clip(ends, *limits).tolist()
     return Interval(low, high)
+
+
+def reached(
+    replicates: Float[np.ndarray, "n resamples"], values: Float[np.ndarray, " n"], n_units: int
+) -> Bool[np.ndarray, " n"]:
+    """Return whether values are inside the one-sided 95 % intervals of measures, up to their ends.
+
+    The ends are those of two-sided 90 % intervals; see `interval`.
+    """
+    n_sd = _half_width(n_units, COVERAGE)
+    if n_units < MIN_PERCENTILES:
+        return values <= replicates.mean(axis=1) + n_sd * replicates.std(axis=1)
+    # Faster than the percentile, which needs sorting
+    return (replicates >= values[:, None]).mean(axis=1) >= norm.sf(n_sd)
+
+
+def _half_width(n_units: int, quantile: float) -> float:
+    """Return the SDs of replicates between a mean over units and the end of its interval.
+
+    quantile: of Student's distribution.
+    """
+    return np.sqrt(n_units / (n_units - 1)) * student.ppf(quantile, n_units - 1)

@@ -24,16 +24,19 @@ from minsae_jax.evaluation.event_results import EventScore, MeanIntervals
 from minsae_jax.evaluation.events import SpanActivations, max_over_spans
 from minsae_jax.evaluation.linear_probe import LinearProbe, fit_probe
 from minsae_jax.evaluation.ranking import (
+    Influence,
     auc,
+    auc_influence,
     recall_at_precision,
     weighted_auc,
     weighted_recall,
 )
 from minsae_jax.evaluation.span_features import EncodedSpans, encode_spans
+from minsae_jax.evaluation.ties import tied_features
 from minsae_jax.sae.member import SparseAutoencoder
 
 BEST = 5  # features of the larger sparse probe, and of an ablation
-MAX_TIES = 20  # listed
+MAX_TIES = 50  # listed, as many as the report ranks
 MAX_PROBE_TOKENS = 5_000
 COLUMN_BLOCK = 1024
 
@@ -181,10 +184,10 @@ def _measure_kind(
     x_hat_logits: of its probe. drops: of its probe and of the others'. n_patients: with test spans
     of this kind, and of any kind.
     """
-    val_auc = _by_columns(auc, val.maxima, kind.val.is_event)
+    val_auc, influence = _val_influence(val.maxima, kind.val, val_resamples)
     test_auc = _by_columns(auc, test.maxima, kind.test.is_event)
     best = np.argsort(-val_auc, kind="stable")[:BEST]
-    ties = _ties(val.maxima[:, best[0]], val_auc, kind.val, val_resamples)
+    ties = tied_features(val_auc, influence, kind.val.recording, val_resamples)
     of_best = test.maxima[:, best[0]]
     resampled = _Measures(
         auc=kind.test_auc(of_best, weights),
@@ -212,7 +215,7 @@ def _score(
     best: Int[np.ndarray, " best"],
     val_auc: Float[np.ndarray, " d_sae"],
     test_auc: Float[np.ndarray, " d_sae"],
-    ties: Int[np.ndarray, " ties"],
+    ties: Int[np.ndarray, " ties"] | None,
 ) -> EventScore:
     """Return the scores of a kind; those on single tokens are filled in later."""
     value = _Measures(*(float(values[0]) for values in resampled))
@@ -220,6 +223,9 @@ def _score(
     drop_others = None
     if not np.isnan(value.ablation_drop_others):
         drop_others = value.ablation_drop_others
+    ties_auc = None
+    if ties is not None:
+        ties_auc = (float(test_auc[ties].min()), float(test_auc[ties].max()))
     return EventScore(
         val_events=int(kind.val.is_event.sum()),
         test_events=int(kind.test.is_event.sum()),
@@ -227,9 +233,9 @@ def _score(
         auc=value.auc,
         auc_interval=within.auc,
         val_auc=float(val_auc[best[0]]),
-        n_ties=len(ties),
-        ties=tuple(ties[:MAX_TIES].tolist()),
-        ties_auc=(float(test_auc[ties].min()), float(test_auc[ties].max())),
+        n_ties=None if ties is None else len(ties),
+        ties=() if ties is None else tuple(ties[:MAX_TIES].tolist()),
+        ties_auc=ties_auc,
         recall=value.recall,
         recall_interval=within.recall,
         best_five=tuple(best.tolist()),
@@ -293,20 +299,17 @@ def _by_columns(
     return np.concatenate(measured)
 
 
-def _ties(
-    best: Float[np.ndarray, " spans"],
-    val_auc: Float[np.ndarray, " d_sae"],
-    spans: SpanActivations,
-    resamples: Resamples,
-) -> Int[np.ndarray, " ties"]:
-    """Return the features whose AUC is inside the interval of the best, the best first."""
-    lowest = val_auc.max()
-    aucs = weighted_auc(best, spans.is_event, spans.recording, resamples.weights)
-    of_best = interval(aucs, resamples.n_units(spans.recording), SHARE)
-    if of_best is not None:
-        lowest = min(lowest, of_best.low)
-    by_auc = np.argsort(-val_auc, kind="stable")
-    return by_auc[val_auc[by_auc] >= lowest]
+def _val_influence(
+    scores: Float[np.ndarray, "spans d_sae"], spans: SpanActivations, resamples: Resamples
+) -> Influence:
+    """Return every column's AUC with the influence of recordings, in blocks of columns."""
+    n_recordings = len(resamples.unit)
+    blocks = []
+    for start in range(0, scores.shape[1], COLUMN_BLOCK):
+        block = scores[:, start : start + COLUMN_BLOCK]
+        blocks.append(auc_influence(block, spans.is_event, spans.recording, n_recordings))
+    aucs = np.concatenate([block.auc for block in blocks])
+    return Influence(aucs, np.concatenate([block.influence for block in blocks], axis=1))
 
 
 def _sparse_probe(

@@ -33,11 +33,12 @@ class EventScore:
     auc: float
     auc_interval: Interval | None
     val_auc: float
-    # Features whose AUC on val is inside the interval of the best: any of them could be `feature`
-    n_ties: int
+    # Features that could be the best one for all patients, `feature` among them; see `ties.py`.
+    # None with fewer than three val patients
+    n_ties: int | None
     ties: tuple[int, ...]  # the first MAX_TIES of them, by AUC on val
     # Smallest and largest test AUC among all of them
-    ties_auc: tuple[float, float]
+    ties_auc: tuple[float, float] | None
     # Share of the events found by `feature` at a precision of 90 % among the spans
     recall: float
     recall_interval: Interval | None

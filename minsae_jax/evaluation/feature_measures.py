@@ -43,11 +43,14 @@ class FeatureResult(NamedTuple):
     # Mean over all tokens of f_i ‖W_dec,i‖
     contribution: Float[np.ndarray, " d_sae"]
     events: EventEvaluation | None
+    # Kinds of events without spans, and in brackets for which patients
+    left_out: tuple[str, ...]
 
     def to_arrays(self) -> Arrays:
         arrays = {
             "description_bits": np.array(self.description_bits),
             "contribution": self.contribution,
+            "left_out": np.array(json.dumps(self.left_out)),
         }
         if self.events is None:
             return arrays
@@ -58,21 +61,23 @@ class FeatureResult(NamedTuple):
 
 def _feature_result(saved: Arrays) -> FeatureResult:
     bits = float(saved["description_bits"])
+    left_out = tuple(json.loads(str(saved["left_out"])))
     if "record" not in saved:
-        return FeatureResult(bits, saved["contribution"], None)
+        return FeatureResult(bits, saved["contribution"], None, left_out)
     record = json.loads(str(saved["record"]))
     scores = {kind: _score(score) for kind, score in record["scores"].items()}
     summary = EventSummary(**_with_intervals(record["summary"]))
     names = [field.name for field in fields(FeatureEvents) if field.name != "kinds"]
     features = FeatureEvents(tuple(scores), **{name: saved[name] for name in names})
     events = EventEvaluation(scores, summary, features)
-    return FeatureResult(bits, saved["contribution"], events)
+    return FeatureResult(bits, saved["contribution"], events, left_out)
 
 
 def _score(record: JsonObject) -> EventScore:
     record = _with_intervals(record)
     for name in ("ties", "ties_auc", "best_five"):
-        record[name] = tuple(record[name])
+        if record[name] is not None:
+            record[name] = tuple(record[name])
     return EventScore(**record)
 
 
@@ -92,9 +97,12 @@ def measure_features(
     keys: Mapping[str, Keys],
     tokens: Mapping[str, TokenResult],
 ) -> dict[str, FeatureResult]:
-    """Return the measures of all members, by name; what is saved is not measured again."""
+    """Return the measures of all members, by name; what is saved is not measured again.
+
+    Warns of kinds of events that are not evaluated, also if all is saved.
+    """
     variance = next(iter(tokens.values())).variance
-    return saved_or_measured(
+    results = saved_or_measured(
         inputs.out,
         "features",
         members,
@@ -103,6 +111,14 @@ def measure_features(
         FeatureResult.to_arrays,
         _feature_result,
     )
+    # The same for all members
+    left_out = next(iter(results.values())).left_out
+    if left_out:
+        warnings.warn(
+            f"kinds of events that are not evaluated: {join_some(left_out)}; {WITHOUT_SPANS}",
+            stacklevel=2,
+        )
+    return results
 
 
 def _score_features(
@@ -113,7 +129,7 @@ def _score_features(
 ) -> dict[str, FeatureResult]:
     """Score the features of all members: on the spans of events, then over all test tokens."""
     test = inputs.test
-    kinds = _event_kinds(settings, inputs)
+    kinds, left_out = _event_kinds(settings, inputs)
     test_resamples = draw_patients(test.recordings, settings.seed)
     spans: dict[str, SpanMeasures] = {}
     if kinds:
@@ -140,19 +156,21 @@ def _score_features(
             variance,
         )
         contribution = features.mean * features.active / test.store.total_tokens
-        results[name] = FeatureResult(bits, contribution, events)
+        results[name] = FeatureResult(bits, contribution, events, left_out)
     return results
 
 
-def _event_kinds(settings: EvaluateConfig, inputs: EvaluationInputs) -> list[EventKind]:
-    """Return the kinds of events with spans of both sorts in val and test, by name.
+def _event_kinds(
+    settings: EvaluateConfig, inputs: EvaluationInputs
+) -> tuple[list[EventKind], tuple[str, ...]]:
+    """Return the kinds of events with spans of both sorts in val and test, by name; and the others.
 
-    Warns of the others.
+    Of the others, the names and for which patients there are no spans.
     """
     test = inputs.test
     val = inputs.val
     if val is None or not inputs.has_events:
-        return []
+        return [], ()
     kinds = []
     left_out = []
     val_events, test_events = inputs.read_events()
@@ -170,12 +188,7 @@ def _event_kinds(settings: EvaluateConfig, inputs: EvaluationInputs) -> list[Eve
             left_out.append(f"{name} ({' and '.join(without)})")
         else:
             kinds.append(make_kind(name, val_spans, test_spans, event_share(test, events)))
-    if left_out:
-        warnings.warn(
-            f"kinds of events that are not evaluated: {join_some(left_out)}; {WITHOUT_SPANS}",
-            stacklevel=2,
-        )
-    return kinds
+    return kinds, tuple(left_out)
 
 
 def _score_tokens(

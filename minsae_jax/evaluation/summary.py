@@ -32,9 +32,11 @@ pure: features whose strongest tokens nearly all touch one kind. TPP: drop of
 the AUC of a kind's probe when five features are ablated, less the mean drop of
 the other kinds' probes. [ ]: 95 % intervals over patients."""
 SPANS_NOTE = """\
-ties: other features whose AUC on val is inside the 95 % interval of the best
-feature's. recall: at 90 % precision among spans. 5-probe: logistic regression
-on the best five features."""
+ties: other features that could be the best one for all patients; with it they
+contain that feature with 95 % confidence. recall: at 90 % precision among
+spans. 5-probe: logistic regression on the best five features."""
+NO_TIES_NOTE = """\
+ties "-": not known, since fewer than three val patients have such events."""
 TOKENS_NOTE = """\
 Of the same features. chance: the precision of random tokens."""
 STABILITY_NOTE = """\
@@ -51,7 +53,7 @@ def summary(evaluation: "Evaluation") -> str:
         parts += [f"labelled events:\n{_events_table(evaluation)}", EVENTS_NOTE]
         # Two tables, since one would be wider than 80 columns.
         title = f"{evaluation.selected} by kind of event"
-        parts += [f"{title}, spans:\n{_spans_table(evaluation)}", SPANS_NOTE]
+        parts += [f"{title}, spans:\n{_spans_table(evaluation)}", _spans_note(evaluation)]
         parts += [f"{title}, tokens:\n{_tokens_table(evaluation)}", TOKENS_NOTE]
     verdict = [f"recommended: {recommendation.member}", f"reason: {recommendation.reason}"]
     if recommendation.runners_up:
@@ -148,6 +150,12 @@ def _spans_table(evaluation: "Evaluation") -> str:
     return table(columns, rows)
 
 
+def _spans_note(evaluation: "Evaluation") -> str:
+    if all(score.n_ties is not None for _, _, score in _scores(evaluation)):
+        return SPANS_NOTE
+    return f"{SPANS_NOTE}\n{NO_TIES_NOTE}"
+
+
 def _tokens_table(evaluation: "Evaluation") -> str:
     columns = ["event", "of", "token AUC", "precision", "chance", "pure"]
     rows = [[kind, of, *_token_cells(score)] for kind, of, score in _scores(evaluation)]
@@ -168,7 +176,7 @@ def _span_cells(score: "EventScore") -> list[str]:
     return [
         str(score.feature),
         f"{score.auc:.3f}{_range(score.auc_interval, '.3f')}",
-        str(score.n_ties - 1),
+        "-" if score.n_ties is None else str(score.n_ties - 1),
         f"{score.recall:.1%}",
         f"{score.probe_auc:.3f}",
     ]

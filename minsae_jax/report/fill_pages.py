@@ -194,7 +194,7 @@ def _mean_detection(summary: EventSummary) -> Detection:
 
 
 def _ranked(events: EventEvaluation, kind: int, score: EventScore) -> list[RankedFeature]:
-    """Return the features with the largest AUC on val, and all ties."""
+    """Return the features with the largest AUC on val, and which of them are ties."""
     features = events.features
     order = np.argsort(-features.val_auc[kind], kind="stable")[:RANKED]
     ties = set(score.ties)

@@ -165,8 +165,9 @@ class EventPage:
     val_events: int | None = None
     # Share of the test tokens that touch an event
     base_rate: float | None = None
-    # Features that could as well be the best by val, and the range of their AUCs on test
-    n_ties: int = 1
+    # Features that could be the best one for all patients, and the range of their AUCs on test;
+    # None with fewer than three val patients
+    n_ties: int | None = 1
     ties_auc: Interval | None = None
     # Features whose strongest tokens nearly all touch an event of this kind
     pure_features: int | None = None

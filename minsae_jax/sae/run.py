@@ -26,10 +26,11 @@ from minsae_jax.files import (
     sha256_of,
 )
 from minsae_jax.locks import lock_folder
-from minsae_jax.monitor import TFEVENTS_PREFIX, table
+from minsae_jax.monitor import TFEVENTS_PREFIX, table, wrap
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
 from minsae_jax.sae.grid import HYPER_NAMES
 from minsae_jax.sae.hyper import INTEGERS, SPARSITY, SYMBOLS, Hyper
+from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
 from minsae_jax.settings import JsonObject, Values, to_dict
 
@@ -93,6 +94,7 @@ HELD_OUT_METRICS = (
     "norm_ratio",
 )
 Metrics = dict[str, float]  # metric name -> value
+L0_TOLERANCE = 0.1  # share of k by which L0 on held-out tokens may differ without a warning
 
 
 class RunFolder:
@@ -224,6 +226,15 @@ class RunMember:
         """Load the member's weights."""
         return load_sae(self.folder)
 
+    def is_unsettled(self, num_steps: int) -> bool:
+        """Return whether its threshold had too few steps; no if L0 on held-out tokens is near k."""
+        if self.status == "diverged" or num_steps >= KINDS[str(self.hyper["kind"])].settling_steps:
+            return False
+        if not self.held_out:
+            return True
+        k = float(self.hyper["k"])
+        return abs(self.held_out["l0"] - k) > L0_TOLERANCE * k
+
     def read_metrics(self) -> np.ndarray:
         """Return metrics.csv as a structured array, one row for each log interval."""
         # np.genfromtxt returns an array of no dimensions for a single row.
@@ -236,6 +247,7 @@ class Run:
 
     folder: Path
     members: tuple[RunMember, ...]
+    num_steps: int
     was_finished: bool = False  # before `train` was called
 
     @property
@@ -244,7 +256,7 @@ class Run:
         return {member.name: member.metrics for member in self.members}
 
     def summary(self) -> str:
-        """Return the members as a table for the terminal."""
+        """Return the members as a table for the terminal, with a warning where k is not L0."""
         has_held_out = any(member.held_out for member in self.members)
         settings = {name for name in SPARSITY for m in self.members if name in m.hyper}
         # If members have different settings, their names contain the values.
@@ -266,7 +278,21 @@ class Run:
             if has_held_out:
                 row += [f"{member.held_out['l0']:.1f}", f"{member.held_out['fvu']:.3f}"]
             rows.append([*row, member.status])
-        return table([*columns, "status"], rows)
+        lines = table([*columns, "status"], rows)
+        warning = self._threshold_warning()
+        return f"{lines}\n{wrap(warning)}" if warning else lines
+
+    def _threshold_warning(self) -> str | None:
+        """Return a warning if thresholds for use after training had too few steps, else None."""
+        unsettled = [m for m in self.members if m.is_unsettled(self.num_steps)]
+        if not unsettled:
+            return None
+        required = max(KINDS[str(m.hyper["kind"])].settling_steps for m in unsettled)
+        return (
+            f"warning: the threshold of {', '.join(m.name for m in unsettled)} is an average over "
+            f"steps that has not settled, so that L0 after training can be far from k: it takes "
+            f"{required} steps, and the run has {self.num_steps}"
+        )
 
 
 def load_run(folder: str | Path, was_finished: bool = False) -> Run:
@@ -284,7 +310,9 @@ def load_run(folder: str | Path, was_finished: bool = False) -> Run:
         raise UserError(
             f"{SWEEP_CSV} or {EVAL_CSV} in {folder} is damaged ({e}); use --overwrite to train anew"
         ) from e
-    return Run(folder, members, was_finished)
+    num_steps = load_run_config(folder).resolved().num_steps
+    assert num_steps is not None  # every recipe has a number
+    return Run(folder, members, num_steps, was_finished)
 
 
 def _read_member(folder: Path, row: dict[str, str], held_out: dict[str, Metrics]) -> RunMember:

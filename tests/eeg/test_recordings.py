@@ -269,6 +269,26 @@ def test_names_without_a_patient_are_one_warning(tmp_path, recwarn, ending):
     assert {str(warning.message) for warning in recwarn} == {message}
 
 
+def test_recordings_of_one_patient_are_one_warning(tmp_path, recwarn):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = ["filename,time_len"]
+    for i in range(3):
+        np.save(folder / f"rec_{i:03d}.npy", np.zeros((200, 19), np.float32))
+        rows.append(f"rec_{i:03d}.npy,200")
+        (folder / "file_lengths_map.csv").write_text("\n".join(rows) + "\n")
+        recwarn.clear()
+        assert len(open_windows(folder, "all", 42, 100, 0, 19).files) == i + 1
+        messages = [str(warning.message) for warning in recwarn]
+        # A single recording is of one patient, whatever its name.
+        assert len(messages) == (i > 0)
+    assert messages[0].startswith(f"all 3 recordings in {folder} are of one patient, rec, since")
+    assert "rename their recordings to <patient>_<recording>.npy" in messages[0]
+    with pytest.raises(UserError, match="split train has no patients"):
+        open_windows(folder, "train", 42, 100, 0, 19)
+    assert {str(warning.message) for warning in recwarn} == set(messages)
+
+
 def test_empty_split_of_a_pickle_names_the_pickle(tmp_path):
     folder = write_noise(tmp_path / "few", 2)
     splits = {"train": ["p00"], "val": [], "test": ["p01"]}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm, ttest_1samp
 
-from minsae_jax.evaluation.bootstrap import draw_patients, draw_weights, interval
+from minsae_jax.evaluation.bootstrap import draw_patients, draw_weights, interval, reached
 
 
 def test_interval_of_a_mean_has_the_normal_width():
@@ -54,11 +54,13 @@ def test_patients_are_drawn_with_all_of_their_recordings():
     drawn = draw_patients(names, seed=0)
     np.testing.assert_array_equal(drawn.weights[:, ::2], drawn.weights[:, 1::2])
     np.testing.assert_array_equal(drawn.weights[:, ::2], draw_weights(3, seed=0))
+    assert drawn.of_patients
     assert drawn.n_units(np.arange(6)) == 3
     assert drawn.n_units(np.array([2, 3, 3, 5])) == 2
     of_one = draw_patients(names[:2], seed=0)
     np.testing.assert_array_equal(of_one.weights, draw_weights(2, seed=0))
     assert of_one.n_units(np.array([0, 1])) == 2
+    assert not of_one.of_patients
 
 
 @pytest.mark.parametrize(("n", "by_percentiles"), [(3, 0.75), (5, 0.84), (15, 0.9)])
@@ -79,3 +81,14 @@ def test_interval_of_many_recordings_of_few_patients_covers_the_truth(n, by_perc
     # 90 % or more; 356 or fewer have a probability below 1 %
     assert n_covered >= 345
     assert n_by_percentiles / 400 == pytest.approx(by_percentiles, abs=0.05)
+
+
+@pytest.mark.parametrize("n", [4, 8])
+def test_a_one_sided_interval_ends_where_a_two_sided_one_of_90_percent_does(n, monkeypatch):
+    rng = np.random.default_rng(0)
+    means = (draw_weights(n, seed=0) @ rng.normal(size=(n, 3)) / n).T
+    monkeypatch.setattr("minsae_jax.evaluation.bootstrap.COVERAGE", 0.9)
+    highs = np.array([interval(row, n).high for row in means])
+    monkeypatch.undo()
+    assert reached(means, highs - 0.03, n).all()
+    assert not reached(means, highs + 0.03, n).any()

@@ -229,7 +229,8 @@ def new_recordings(trained, tmp_path_factory):
     extract_config = ms.ExtractConfig(
         root_path=str(recordings), batch_size=4, out=str(folder / "store"), split=("all",)
     )
-    ms.extract(trained.encoder, extract_config)
+    with pytest.warns(UserWarning, match="are of one patient, new, since"):
+        ms.extract(trained.encoder, extract_config)
     return folder
 
 
@@ -500,6 +501,10 @@ def test_kinds_without_spans_are_named_in_a_warning(trained, settings, tmp_path,
     (warning,) = caught
     assert "\n" not in str(warning.message)
     assert result.members[0].events.keys() <= set(scored)
+    # From saved measures
+    with pytest.warns(UserWarning, match=match) as caught_again:
+        evaluate(changed, trained.encoder)
+    assert [str(w.message) for w in caught_again] == [str(warning.message)]
 
 
 def test_without_events_there_are_no_scores(trained, settings, monkeypatch, without_figure):

@@ -10,6 +10,7 @@ from minsae_jax.evaluation.bootstrap import draw_weights
 from minsae_jax.evaluation.ranking import (
     MIN_PRECISION,
     auc,
+    auc_influence,
     recall_at_precision,
     weighted_auc,
     weighted_recall,
@@ -50,6 +51,21 @@ def spans():
     is_event = rng.random(60) < 0.5
     scores = np.round(rng.normal(size=60) + 1.5 * is_event, 1)
     return scores, is_event, rng.integers(0, 5, 60)
+
+
+def test_influence_is_the_derivative_by_the_weight_of_a_recording():
+    rng = np.random.default_rng(0)
+    is_event = rng.random(60) < 0.4
+    scores = (rng.integers(0, 8, size=(60, 3)) + is_event[:, None]).astype(np.float32)
+    recording = rng.choice([0, 1, 3], 60)  # none of recording 2
+    result = auc_influence(scores, is_event, recording, n_recordings=4)
+    np.testing.assert_array_equal(result.auc, auc(scores, is_event))
+    step = 1e-5 * np.eye(4)
+    for column, influence in zip(scores.T, result.influence.T, strict=True):
+        above = weighted_auc(column, is_event, recording, 1 + step)
+        below = weighted_auc(column, is_event, recording, 1 - step)
+        np.testing.assert_allclose(influence, (above - below) / 2e-5, atol=1e-9)
+        assert influence[2] == 0
 
 
 def test_a_weight_is_a_number_of_copies(spans):

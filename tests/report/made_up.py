@@ -327,7 +327,7 @@ def _make_event(i: int, kind: str, scores: DetectionBySet, n: int) -> EventPage:
         val_events=71 - 8 * i,
         base_rate=0.021 * (i + 1),
         feature=i,
-        n_ties=4 if i == 0 else 1,
+        n_ties={0: 4, 1: None}.get(i, 1),
         ties_auc=(0.93, 0.99) if i == 0 else None,
         pure_features=11 - i,
         scores=scores,

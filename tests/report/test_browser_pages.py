@@ -195,13 +195,21 @@ def test_filters_and_order_are_in_the_address(page, report):
     assert "#" not in page.current_url
 
 
+def test_page_of_an_event_of_few_val_patients(page, report):
+    visit(page, report, "#event=blink")
+    assert make_pages(N).events[1].n_ties is None
+    lead = texts(page, "#page .lead")[0]
+    assert "do not tell which other features could be the best one" in lead
+    assert not find(page, "#page tr.marked")
+
+
 def test_page_of_an_event(page, report):
     visit(page, report, "#event=alpha")
     event = make_pages(N).events[0]
     assert heading(page) == "alpha"
     lead = texts(page, "#page .lead")[0]
     assert "Feature 0 separates events from spans without one with an AUC of 0.990" in lead
-    assert "4 features are as good on val patients" in lead
+    assert "By the val patients, the best one can be any of 4 features" in lead
     titles, *rows = table(page, "#page table:not(.scores)")
     assert titles == ["Feature", "Seeds", "AUC, val", "AUC, test", "Recall", "Precision", "Density"]
     assert [int(row[0].split()[0]) for row in rows] == [f.feature for f in event.features]

@@ -18,6 +18,9 @@ from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.data import geometric_median
 from minsae_jax.sae.grid import make_groups
 from minsae_jax.sae.hyper import sparsity
+from minsae_jax.sae.kinds import KINDS as KIND_OF_NAME
+from minsae_jax.sae.kinds import BatchContext
+from minsae_jax.sae.run import load_run
 from minsae_jax.sae.sweep import Sweep, read_metrics
 from minsae_jax.sae.trainer import train
 from tests.conftest import write_small_store
@@ -187,6 +190,42 @@ def test_eight_devices_select_the_same_features(mixed, n_tokens):
         for ours, theirs in zip(a, b, strict=True):
             np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
             np.testing.assert_array_equal(ours.active, theirs.active)
+
+
+@pytest.mark.parametrize("name", ["batchtopk", "matryoshka"])
+def test_threshold_has_settled_when_the_first_step_weighs_less_than_a_hundredth(name):
+    kind = KIND_OF_NAME[name]
+    params = {"W_dec": jnp.ones((1, 1)), "threshold": jnp.zeros(())}
+    context = BatchContext(is_dead=jnp.zeros(1, bool), any_dead=jnp.array(False))
+    # 1 in the first step, 0 in all others: the average is the weight of the first step.
+    weights = []
+    for step in range(kind.settling_steps):
+        of_step = context._replace(threshold=jnp.float32(step == 0))
+        params = kind.finish_update(params, of_step)
+        weights.append(float(params["threshold"]))
+    assert weights[-1] < 0.01 < weights[-2]
+
+
+def test_too_few_steps_for_the_threshold_are_a_warning(mixed):
+    """The second call finds the run finished, and says the same."""
+    settings = replace(
+        mixed, eval_every=0, kind=("topk", "batchtopk"), lambda_sparsity=(), target_l0=()
+    )
+    for _ in range(2):
+        run = train(settings)
+        table, warning = run.summary().split("\nwarning: ")
+        assert "topk,k=2" in table
+        text = " ".join(warning.split())
+        assert text.startswith("the threshold of batchtopk,k=2, batchtopk,k=4 is an average")
+        assert text.endswith("it takes 460 steps, and the run has 40")
+    # L0 on held-out tokens decides where it was measured.
+    for l0, is_warned in ((4.3, False), (3.5, True)):
+        members = [replace(m, held_out={"l0": l0, "fvu": 0.1}) for m in run.members]
+        of_k_4 = replace(run, members=tuple(m for m in members if m.hyper["k"] == 4))
+        assert ("warning: " in of_k_4.summary()) == is_warned
+    config = run.folder / "config.yaml"
+    config.write_text(config.read_text().replace("num_steps: 40", "num_steps: 460"))
+    assert "warning: " not in load_run(run.folder).summary()
 
 
 def test_threshold_moves_in_bfloat16(mixed):

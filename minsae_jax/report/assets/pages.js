@@ -37,7 +37,7 @@ function scoreTable(groups, firstTitle = null) {
     html("tbody", {}, body)));
 }
 
-/** Return a link to the best feature of a kind, or the number of features that are as good. */
+/** Return a link to the best feature of a kind, or the number of features that could be it. */
 function bestFeature(event) {
   if (event.n_ties > 1) return html("a", { href: address("event", event.kind) }, `${whole(event.n_ties)} tied`);
   return byId.has(event.feature) ? named(event.feature) : "–";
@@ -110,7 +110,9 @@ function eventSentence({ feature, n_ties: ties, ties_auc: range, scores }) {
   const { sae } = scores;
   const within = sae.auc_interval ? ` (95 % interval ${sae.auc_interval.map((v) => fixed(v)).join(" to ")})` : "";
   const first = `Feature ${feature} separates events from spans without one with an AUC of ${fixed(sae.auc)}${within}.`;
-  const tied = ties > 1 ? ` ${count(ties, "feature")} are as good on val patients${range ? `, with test AUCs of ${fixed(range[0])} to ${fixed(range[1])}` : ""}.` : "";
+  let tied = "";
+  if (ties > 1) tied = ` By the val patients, the best one can be any of ${count(ties, "feature")}${range ? `, with test AUCs of ${fixed(range[0])} to ${fixed(range[1])}` : ""}.`;
+  if (missing(ties)) tied = " Events of fewer than three val patients do not tell which other features could be the best one.";
   const better = SETS.slice(1).filter(([key]) => scores[key] && scores[key].auc >= sae.auc).map(([, title]) => `best ${title}`);
   const baseline = better.length ? ` The ${better.join(" and the ")} ${better.length > 1 ? "do" : "does"} as well or better.` : "";
   return first + tied + baseline;
@@ -143,7 +145,7 @@ function rankedFeatures(event) {
     { name: "density", title: "Density", hint: "share of tokens with the feature active", value: (r) => byId.get(r.feature)?.density, cell: (r) => percent(byId.get(r.feature)?.density) },
   ];
   const ties = event.n_ties > 1
-    ? ` Shaded: the ${whole(event.n_ties)} that the val patients do not tell apart; any of them could be the best.` : "";
+    ? ` Shaded: of the ${whole(event.n_ties)} features that contain the best one for all patients with 95 % confidence.` : "";
   return html("section", {}, html("h2", {}, "Features"),
     html("p", { class: "note" }, `By AUC on val patients; measured on test patients.${ties}`),
     dataTable(columns, event.features, "", (r) => r.is_tied && event.n_ties > 1));

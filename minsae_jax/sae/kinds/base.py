@@ -106,6 +106,8 @@ class SAEKind:
     independent: ClassVar[bool] = False
     # Whether b_dec starts at the geometric median of the data.
     starts_at_median: ClassVar[bool] = False
+    # Steps until averages over steps among the parameters have settled; 0 without such averages.
+    settling_steps: ClassVar[int] = 0
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ selection is over the whole batch, whatever its tiles and devices. After trainin
 features are the pre-activations above `threshold`, a moving average of the thresholds of the steps.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +20,9 @@ from minsae_jax.sae.kinds.select import kth_largest_of_batch
 
 # Share of the newest step in the threshold, a moving average over about 100 steps.
 THRESHOLD_RATE = 0.01
+# Weight of the first step's threshold, (1 - rate)^(steps - 1), when the average has settled.
+# Thresholds fall fast in the first steps.
+SETTLED_WEIGHT = 0.01
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class BatchTopK(LinearSAE):
     unit_decoder = True
     selects = True
     uses_aux = True
+    settling_steps = 1 + math.ceil(math.log(SETTLED_WEIGHT) / math.log(1 - THRESHOLD_RATE))
 
     @property
     def sparsity_name(self) -> str:
