@@ -163,12 +163,15 @@ def print_rates(
     member_counts: tuple[int, ...],
     batch: int,
     rounds: int,
-    with_compiled: bool = True,
+    quick: bool = False,
 ) -> None:
-    """Print one row for each number of members."""
-    flops = matrix_product_flops(precision)
+    """Print one row for each number of members.
+
+    quick: without torch.compile, which needs a C++ compiler.
+    """
+    flops = matrix_product_flops(precision, quick)
     for n_members in member_counts:
-        rates = measure_rates(d_sae, precision, n_members, batch, rounds, with_compiled)
+        rates = measure_rates(d_sae, precision, n_members, batch, rounds, with_compiled=not quick)
         print(rates_row(d_sae, precision, n_members, batch, rates, flops), flush=True)
 
 
@@ -248,7 +251,7 @@ def main() -> None:
     print(f"Training, {machine()}; d_model {D_MODEL}; thousand tokens x members per second.\n")
     print(table_head(*COLUMNS))
     if "--quick" in sys.argv:
-        print_rates(256, "float32", (2,), 512, rounds=1, with_compiled=False)
+        print_rates(256, "float32", (2,), 512, rounds=1, quick=True)
         return
     precisions = ["float32", "bfloat16"]
     if jax.default_backend() == "gpu":
