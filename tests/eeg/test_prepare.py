@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -200,8 +201,10 @@ def test_no_personal_field_is_copied(tmp_path):
         text = written.name.encode()
         if written.is_file() and written.suffix != ".npy":
             text += written.read_bytes()
+        # Hashes contain any four digits now and then.
+        text = re.sub(rb"[0-9a-f]{12,}", b"", text.lower())
         for personal in (b"4711", b"doe", b"jane", b"2001", b"eeg/"):
-            assert personal not in text.lower(), written
+            assert personal not in text, written
 
 
 WITHOUT_MNE = """
