@@ -25,7 +25,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Most tests compile for longer than they compute; LLVM's optimizations are a third of that time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Idle threads of PyTorch spin, and workers of pytest share the cores.
+# Idle threads of PyTorch and OpenBLAS spin, and workers of pytest share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
@@ -33,6 +33,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from selenium import webdriver
+from threadpoolctl import threadpool_limits
 
 from convert.encoder import convert_encoder
 from minsae_jax import load_sae
@@ -44,6 +45,9 @@ from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.trainer import train
 from tests.described import Described, read_described, write_described
+
+# jaxtyping's plugin imports NumPy before OMP_NUM_THREADS is set above.
+threadpool_limits(1)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
