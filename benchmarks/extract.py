@@ -181,10 +181,10 @@ def main() -> None:
     quick = "--quick" in sys.argv
     encoder, _ = convert_encoder(CHECKPOINT, CHECKPOINT.with_suffix(".yaml"))
     a = encoder.architecture
-    n_windows = 8 if quick else BATCH
+    n_windows = 2 if quick else BATCH
     rng = np.random.default_rng(0)
     x = rng.normal(size=(n_windows, a.seq_len, a.n_vars)).astype(np.float32)
-    limit = matrix_product_flops()
+    limit = matrix_product_flops(quick=quick)
     print(f"Extraction, {machine()}; demo encoder, float32; limit {limit / 1e9:,.0f} GFLOP/s.\n")
     print("| layer | | windows/s | minsae_jax is faster by | of the limit | peak memory |")
     print("| --- | --- | --- | --- | --- | --- |")

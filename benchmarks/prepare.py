@@ -2,7 +2,7 @@
 
     python -m benchmarks.prepare [--quick | NUMBER_OF_FILES]
 
-The files have 19 channels at 256 Hz for 30 minutes (--quick: one minute). MNE reads a file, and
+The files have 19 channels at 256 Hz for 30 minutes (--quick: two of one minute). MNE reads a file,
 filters, references, resamples and z-scores it as a whole; `prepare` does the same and also checks
 the signals. The last two columns are of the command line, with the start of its processes. Prints
 Markdown.
@@ -87,5 +87,6 @@ def main(n_files: int, quick: bool) -> None:
 
 
 if __name__ == "__main__":
+    quick = "--quick" in sys.argv
     numbers = [int(word) for word in sys.argv[1:] if word.isdecimal()]
-    main(*(numbers or [N_FILES]), quick="--quick" in sys.argv)
+    main(*(numbers or [2 if quick else N_FILES]), quick)

@@ -3,7 +3,7 @@
     python -m benchmarks.stream [--quick]
 
 The store contains recordings of 77 windows of 19 channels of 101 tokens, the mean of the TUH
-corpus, as many as fit into 4 GB (--quick: 0.2 GB). "From the cache" is the rate of reading the same
+corpus, as many as fit into 4 GB (--quick: 0.1 GB). "From the cache" is the rate of reading the same
 files in order, 64 MB at a time. Shuffling is measured by the number of other tokens of the same
 recording in a token's batch, against the expected number for tokens drawn from the whole store.
 Prints Markdown.
@@ -90,7 +90,7 @@ def measure(folder: Path, gigabytes: float, dtype: type) -> str:
 
 
 def main() -> None:
-    gigabytes = 0.2 if "--quick" in sys.argv else 4.0
+    gigabytes = 0.1 if "--quick" in sys.argv else 4.0
     print(f"Stream, {machine()}; d_model {D_MODEL}, batches of {BATCH:,}; million tokens/s.\n")
     columns = (
         "store",

@@ -39,13 +39,15 @@ def alternate_all(
     return seconds
 
 
-def matrix_product_flops(precision: str = "float32") -> float:
+def matrix_product_flops(precision: str = "float32", quick: bool = False) -> float:
     """Return the best FLOP/s of a large square product, JAX's or torch's, on one device.
 
-    precision: float32, tf32 or bfloat16.
+    precision: float32, tf32 or bfloat16. quick: of a small product, which says little.
     """
     on_gpu = torch.cuda.is_available()
     size = 8192 if on_gpu else 2048
+    if quick:
+        size = 256
     dtype = "bfloat16" if precision == "bfloat16" else "float32"
     a = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     on_device = jax.device_put(a).astype(dtype)

@@ -119,16 +119,19 @@ def print_rates(
     member_counts: tuple[int, ...],
     batch: int,
     rounds: int,
-    with_compiled: bool = True,
+    quick: bool = False,
 ) -> None:
-    """Print one row for each number of members: thousand tokens x members per second."""
-    limit = matrix_product_flops(precision) / (10 * D_MODEL * d_sae)
+    """Print one row for each number of members: thousand tokens x members per second.
+
+    quick: without torch.compile, which needs a C++ compiler.
+    """
+    limit = matrix_product_flops(precision, quick) / (10 * D_MODEL * d_sae)
     x = np.random.default_rng(0).normal(size=(batch, D_MODEL)).astype(np.float32)
     n_steps = STEPS if batch == BATCH else 1
     for n_members in member_counts:
         arguments = (n_members, d_sae, precision, x, n_steps)
         contestants = {"minsae_jax": jax_steps(*arguments), "eager": pytorch_steps(*arguments)}
-        if with_compiled:
+        if not quick:
             contestants["compiled"] = pytorch_steps(*arguments, compiled=True)
         seconds = alternate(contestants, rounds)
         tokens = n_members * batch * n_steps
@@ -202,7 +205,7 @@ def main() -> None:
     )
     print("| --- " * 10 + "|")
     if "--quick" in sys.argv:
-        print_rates(256, "float32", (2,), 512, rounds=1, with_compiled=False)
+        print_rates(256, "float32", (2,), 512, rounds=1, quick=True)
         return
     precisions = ["float32", "bfloat16"]
     if jax.default_backend() == "gpu":
