@@ -188,6 +188,7 @@ def checkout(tmp_path_factory):
         "checkpoint_every": 20,
         "feature_dim_factor": 1,
     }
+    config["evaluate"] |= {"substitution_windows": 4, "top": 2}
     (folder / "configs/demo.yaml").write_text(yaml.safe_dump(config))
     of_edf = yaml.safe_load((folder / "configs/edf.yaml").read_text())
     for section in ("demo", "train"):
@@ -243,7 +244,7 @@ def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, enviro
     command = (
         f"minsae train --store {small_store} --kind relu batchtopk "
         "--lambda_sparsity 0.1 1 --k 4 --feature_dim_factor 2 --aux_dead_after 500 --lr 1e-3 "
-        "--num_steps 600 --batch_size 64 --checkpoint_every 40 --eval_window 52 --run_dir "
+        "--num_steps 420 --batch_size 64 --checkpoint_every 40 --eval_window 52 --run_dir "
     )
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"

@@ -29,7 +29,8 @@ def best(tmp_path_factory, optimized):
     write_demo(DemoConfig(root_path=root_path, patients=16, minutes=2.0))
     encoder, _ = convert_encoder(DEMO / "encoder.pth", DEMO / "encoder.yaml")
     store = str(folder / "store")
-    extract(encoder, ExtractConfig(root_path=root_path, split=("train", "val", "test"), out=store))
+    splits = ("train", "val", "test")
+    extract(encoder, ExtractConfig(root_path=root_path, split=splits, out=store, batch_size=32))
     train_settings = TrainConfig(
         store=store,
         run_dir=str(folder / "run"),
@@ -41,6 +42,7 @@ def best(tmp_path_factory, optimized):
         num_steps=400,
         batch_size=512,
         eval_every=0,
+        mesh="1x1",
     )
     train(train_settings, encoder.fingerprint)
     settings = EvaluateConfig(
