@@ -3,7 +3,6 @@
 # Imports come after what they read.
 # ruff: noqa: E402
 
-import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -49,8 +48,6 @@ from tests.described import Described, read_described, write_described
 
 # jaxtyping's plugin imports NumPy before OMP_NUM_THREADS is set above.
 threadpool_limits(1)
-# Tracing makes many objects and few cycles; the default collects at every 700.
-gc.set_threshold(20_000)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
