@@ -173,9 +173,12 @@ class CBraMod(nnx.Module):
         return tuple(outputs[i] for i in layers)
 
     def run_from(
-        self, z: Float[Array, "B C P d_model"], first: int, end: int
-    ) -> Float[Array, "B C P d_model"]:
-        """Run the layers first to end - 1 on the output of the layer before them."""
+        self, z: Float[Array, "B C P d_model"], first: int, end: int, earlier: tuple[()] = ()
+    ) -> tuple[Float[Array, "B C P d_model"], tuple[()]]:
+        """Run the layers first to end - 1 on the output of the layer before them.
+
+        Returns the stream, and (): layers hand on nothing else.
+        """
         for layer in self.layers[first:end]:
             z = layer(z)
-        return z
+        return z, earlier

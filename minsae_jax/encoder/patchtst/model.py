@@ -154,8 +154,8 @@ class PatchTST(nnx.Module):
     """The whole model: RevIN, patch embedding, layers and head.
 
     `dtype` (float32 or bfloat16) is the precision of the products in the layers; parameters,
-    residual stream, embedding and head are float32. `Encoder` in patchtst/encoder.py wraps this
-    model for everyday use.
+    residual stream, embedding and head are float32. `PatchTSTEncoder` in patchtst/encoder.py wraps
+    this model for everyday use.
     """
 
     def __init__(self, a: Architecture, dtype: Dtype = jnp.float32, *, rngs: nnx.Rngs):
