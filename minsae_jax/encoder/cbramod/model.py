@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Num
 
+from minsae_jax.encoder.attention import attend
 from minsae_jax.encoder.cbramod.architecture import (
     NORM_GROUPS,
     STEM_PADDING,
     STEM_STRIDE,
     Architecture,
 )
-from minsae_jax.encoder.patchtst.attention import attend
-from minsae_jax.encoder.patchtst.linear import Dtype
+from minsae_jax.encoder.linear import Dtype
 
 # torch's default is the exact GELU, JAX's the tanh approximation.
 gelu = partial(jax.nn.gelu, approximate=False)

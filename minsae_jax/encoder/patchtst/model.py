@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from minsae_jax.encoder.linear import Dtype, linear
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.encoder.patchtst.attention import Attention, QueriesKeys
-from minsae_jax.encoder.patchtst.linear import Dtype, linear
 from minsae_jax.encoder.patchtst.revin import RevIN
 from minsae_jax.parallel.mesh import on_cpu
 
