@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from minsae_jax.encoder.base import ComputeOptions
 from minsae_jax.encoder.compute import sharded
 from minsae_jax.encoder.patchtst.architecture import Architecture
-from minsae_jax.encoder.patchtst.pure import abstract_params, hidden_function
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder, hidden_function
 from minsae_jax.evaluation import pooling, token_pass
 from minsae_jax.parallel.mesh import (
     DATA,
@@ -254,7 +254,8 @@ def _lower_extraction(layer: int, precision: str) -> jax.stages.Lowered:
     options = ComputeOptions(precision=precision)
     function = hidden_function(DEMO, (layer % DEMO.n_layers,), options)
     whole = replicated(cards)
-    params = jax.tree.map(lambda a: _shape(a.dtype, whole, *a.shape), abstract_params(DEMO))
+    abstract_params = PatchTSTEncoder.abstract_params(DEMO)
+    params = jax.tree.map(lambda a: _shape(a.dtype, whole, *a.shape), abstract_params)
     windows = _shape(jnp.float32, batch_sharding(cards), WINDOWS, DEMO.seq_len, DEMO.n_vars)
     return sharded(cards, function, "float32", precision).lower(params, windows)
 

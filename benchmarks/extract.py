@@ -36,9 +36,9 @@ from convert.patchtst_torch import forward
 from minsae_jax.encoder.base import ComputeOptions, HiddenFunction, Precision
 from minsae_jax.encoder.compute import sharded
 from minsae_jax.encoder.config import ExtractConfig
-from minsae_jax.encoder.converted import Encoder
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.patchtst.architecture import Architecture
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from minsae_jax.parallel.mesh import fetch_batch, make_mesh, put_batch, replicated
 from minsae_jax.parallel.processes import start_jax
 
@@ -61,7 +61,7 @@ def flops(a: Architecture, n_layers: int) -> int:
 
 
 def flax_forward(
-    encoder: Encoder, x: np.ndarray, n_layers: int, precision: Precision = "float32"
+    encoder: PatchTSTEncoder, x: np.ndarray, n_layers: int, precision: Precision = "float32"
 ) -> Callable[[], object]:
     """Return a function that computes the last of n_layers and copies it to the host."""
     mesh = make_mesh()
@@ -71,7 +71,7 @@ def flax_forward(
 
 
 def flax_program(
-    encoder: Encoder, mesh: Mesh, function: HiddenFunction, precision: Precision
+    encoder: PatchTSTEncoder, mesh: Mesh, function: HiddenFunction, precision: Precision
 ) -> Callable[[jax.Array], jax.Array]:
     """Return the compiled function of windows on the devices, with the encoder's parameters."""
     params = jax.device_put(encoder.params, replicated(mesh))
@@ -120,7 +120,7 @@ def write_recordings(root: Path, a: Architecture, n_windows: int) -> None:
     (root / "file_lengths_map.csv").write_text("\n".join(rows) + "\n")
 
 
-def end_to_end(encoder: Encoder, n_windows: int, folder: str, batch: int = BATCH) -> float:
+def end_to_end(encoder: PatchTSTEncoder, n_windows: int, folder: str, batch: int = BATCH) -> float:
     """Return windows per second of a whole extraction: reading, computing, hashing, writing."""
     root = Path(folder) / "recordings"
     write_recordings(root, encoder.architecture, n_windows)
@@ -157,7 +157,7 @@ def measure_alone(program: str, batch: int, n_layers: int) -> None:
 
 
 def measure_layer(
-    encoder: Encoder, x: np.ndarray, n_layers: int, rounds: int
+    encoder: PatchTSTEncoder, x: np.ndarray, n_layers: int, rounds: int
 ) -> tuple[dict[str, float], int]:
     """Return seconds of each contestant for the last of n_layers, and PyTorch's best batch."""
     a = encoder.architecture
@@ -175,7 +175,7 @@ def measure_layer(
 
 
 def print_layer(
-    encoder: Encoder, x: np.ndarray, layer: int, n_layers: int, limit: float, quick: bool
+    encoder: PatchTSTEncoder, x: np.ndarray, layer: int, n_layers: int, limit: float, quick: bool
 ) -> None:
     """Print the rows of one layer."""
     seconds, best = measure_layer(encoder, x, n_layers, rounds=1 if quick else 3)

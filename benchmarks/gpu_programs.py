@@ -17,7 +17,7 @@ from benchmarks import kinds
 from benchmarks.timing import row
 from minsae_jax.encoder.base import ComputeOptions, Precision
 from minsae_jax.encoder.patchtst import attention
-from minsae_jax.encoder.patchtst.pure import hidden_function
+from minsae_jax.encoder.patchtst.encoder import hidden_function
 from minsae_jax.errors import brief
 from minsae_jax.parallel.mesh import make_mesh, put_batch
 from minsae_jax.sae.batches import STEPS_PER_CALL

@@ -11,13 +11,8 @@ from convert.encoder import convert, describe, read_source
 from convert.patchtst import write_pytorch
 from convert.sae import Format, convert_sae
 from minsae_jax import cli
-from minsae_jax.encoder.converted import (
-    Encoder,
-    is_encoder,
-    load_encoder,
-    load_source,
-    save_encoder,
-)
+from minsae_jax.encoder.converted import is_encoder, load_encoder, load_source, save_encoder
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from minsae_jax.errors import UserError
 
 ABOUT = """
@@ -151,7 +146,7 @@ def _export_encoder(command: EncoderCommand, folder: Path) -> None:
     if command.architecture_settings() or any(flag is not None for flag in other_flags):
         raise UserError(f"{folder} is already converted; only --to and --out apply to its export")
     encoder = load_encoder(folder)
-    if not isinstance(encoder, Encoder):
+    if not isinstance(encoder, PatchTSTEncoder):
         raise UserError(f"{folder} is not a PatchTST, which alone can be exported to PyTorch")
     write_pytorch(Path(command.out), encoder, load_source(folder))
     print(f"written to {command.out}")

@@ -22,7 +22,7 @@ from minsae_jax.encoder.cbramod.architecture import (
     Architecture,
     stem_positions,
 )
-from minsae_jax.encoder.cbramod.pure import abstract_params
+from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.settings import JsonObject
 
@@ -149,7 +149,7 @@ def _check_sizes(settings: Mapping[str, Any]) -> None:
 
 def to_flax(a: Architecture, tensors: Tensors) -> Params:
     """Return the Flax model's parameters. Raises one UserError with everything that is wrong."""
-    return fill(abstract_params(a), rules(), tensors)
+    return fill(CBraModEncoder.abstract_params(a), rules(), tensors)
 
 
 def describe(a: Architecture, checkpoint: Checkpoint) -> list[str]:

@@ -16,10 +16,11 @@ from convert import cbramod, patchtst
 from convert.checkpoint import HALVES, Checkpoint, Program, Source, load_checkpoint
 from convert.huggingface import load_huggingface
 from convert.torch_files import Tensors
-from minsae_jax.encoder.base import NativeEncoder, Params
+from minsae_jax.encoder.base import Params
 from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
 from minsae_jax.encoder.converted import EncoderSource
-from minsae_jax.encoder.patchtst.encoder import Encoder
+from minsae_jax.encoder.native import NativeEncoder
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.settings import read_yaml
 
@@ -38,7 +39,7 @@ class Family:
 
 
 FAMILIES: dict[type, Family] = {
-    patchtst.Architecture: Family(Encoder, patchtst.to_flax, patchtst.describe),
+    patchtst.Architecture: Family(PatchTSTEncoder, patchtst.to_flax, patchtst.describe),
     cbramod.Architecture: Family(CBraModEncoder, cbramod.to_flax, cbramod.describe),
 }
 

@@ -16,11 +16,11 @@ from convert.checkpoint import HALVES, Checkpoint, Program, Source
 from convert.rules import Rule, fill, linear_rules, norm_rules
 from convert.settings import spelling
 from convert.torch_files import Tensors, save_torch
-from minsae_jax.encoder.base import NativeEncoder, Params, parameter_path
+from minsae_jax.encoder.base import Params, parameter_path
 from minsae_jax.encoder.converted import EncoderSource
+from minsae_jax.encoder.native import NativeEncoder
 from minsae_jax.encoder.patchtst.architecture import Architecture
-from minsae_jax.encoder.patchtst.encoder import Encoder
-from minsae_jax.encoder.patchtst.pure import abstract_params
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.settings import JsonObject
 
@@ -109,7 +109,7 @@ def to_flax(a: Architecture, tensors: Tensors) -> Params:
     broken = [key for key in counters if tensors[key].ndim or not np.isfinite(tensors[key])]
     complaints = [f"{key} is not a number" for key in sorted(broken)]
     weights = {key: tensor for key, tensor in tensors.items() if key not in counters}
-    return fill(abstract_params(a), rules(a), weights, complaints)
+    return fill(PatchTSTEncoder.abstract_params(a), rules(a), weights, complaints)
 
 
 def state_dict(a: Architecture, params: Params) -> Tensors:
@@ -149,7 +149,7 @@ def write_pytorch(path: Path, encoder: NativeEncoder, source: EncoderSource) -> 
     config, so that it can be converted again without a YAML. Raises UserError if the file exists,
     or if gPatchTST cannot run the encoder.
     """
-    if not isinstance(encoder, Encoder):
+    if not isinstance(encoder, PatchTSTEncoder):
         raise UserError("only PatchTST encoders can be written for PyTorch")
     if path.exists():
         raise UserError(

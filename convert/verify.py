@@ -10,7 +10,7 @@ from jaxtyping import Float
 from convert import cbramod
 from convert.torch_files import Tensors
 from minsae_jax.eeg.recordings import load_recording
-from minsae_jax.encoder.base import NativeEncoder
+from minsae_jax.encoder.native import NativeEncoder
 from minsae_jax.errors import UserError, brief
 from minsae_jax.monitor import table
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from minsae_jax.encoder.base import BaseEncoder
     from minsae_jax.encoder.config import ExtractConfig
     from minsae_jax.encoder.function import from_function
-    from minsae_jax.encoder.patchtst.encoder import Encoder
+    from minsae_jax.encoder.patchtst.encoder import Encoder, PatchTSTEncoder
     from minsae_jax.errors import UserError
     from minsae_jax.evaluation.config import EvaluateConfig
     from minsae_jax.evaluation.results import Evaluation
@@ -55,6 +55,7 @@ __all__ = [
     "EvaluateConfig",
     "Evaluation",
     "ExtractConfig",
+    "PatchTSTEncoder",
     "PlotConfig",
     "PrepareConfig",
     "Run",
@@ -110,7 +111,7 @@ _NAMES_OF_MODULES = {
     "encoder.base": ("BaseEncoder",),
     "encoder.config": ("ExtractConfig",),
     "encoder.function": ("from_function",),
-    "encoder.patchtst.encoder": ("Encoder",),
+    "encoder.patchtst.encoder": ("Encoder", "PatchTSTEncoder"),
     "errors": ("UserError",),
     "evaluation.config": ("EvaluateConfig",),
     "evaluation.results": ("Evaluation",),

@@ -28,8 +28,9 @@ from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 
 if TYPE_CHECKING:
     from minsae_jax.eeg.prepare.prepare import Prepared
-    from minsae_jax.encoder.base import BaseEncoder, NativeEncoder
+    from minsae_jax.encoder.base import BaseEncoder
     from minsae_jax.encoder.extract import ExtractedStore
+    from minsae_jax.encoder.native import NativeEncoder
     from minsae_jax.evaluation.feature_monitor import FeatureMonitor
     from minsae_jax.evaluation.results import Evaluation
     from minsae_jax.evaluation.steering.results import Steering
@@ -76,8 +77,9 @@ def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "Na
     encoder = converted.load_encoder(path)
     if config_path:
         from convert.architecture import check_yaml
+        from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 
-        if not isinstance(encoder, converted.Encoder):
+        if not isinstance(encoder, PatchTSTEncoder):
             raise UserError(f"--config_path is for PatchTST; {path} is another encoder")
         check_yaml(encoder.architecture, config_path)
     return encoder

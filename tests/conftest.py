@@ -39,8 +39,9 @@ from convert.encoder import convert_encoder
 from minsae_jax import load_sae
 from minsae_jax.eeg.synthetic import DemoConfig, write_demo
 from minsae_jax.encoder.config import ExtractConfig
-from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder
+from minsae_jax.encoder.converted import load_encoder, save_encoder
 from minsae_jax.encoder.extract import extract
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.trainer import train
@@ -175,7 +176,7 @@ def chromium():
 class Trained:
     """A trained sweep and everything that it was made from."""
 
-    encoder: Encoder
+    encoder: PatchTSTEncoder
     encoder_folder: Path
     recordings: Path
     stores: Path

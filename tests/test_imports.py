@@ -31,6 +31,7 @@ FLOORS = {  # a package may import from lower floors and from itself, never side
     "minsae_jax": 12,  # its __init__.py, the public names
     "minsae_jax.__main__": 13,
 }
+FAMILIES = ("minsae_jax.encoder.patchtst", "minsae_jax.encoder.cbramod")
 POSIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios"}
 FILES = sorted([*(ROOT / "minsae_jax").rglob("*.py"), *(ROOT / "convert").rglob("*.py")])
 
@@ -83,6 +84,16 @@ def test_imports_go_down(path):
             target = package_of(name)
             is_below = FLOORS[target] < FLOORS[package]
             assert target == package or is_below, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_encoders_do_not_import_each_other(family):
+    others = tuple(f"{name}." for name in FAMILIES if name != family)
+    files = [path for path in FILES if module_of(path).startswith(f"{family}.")]
+    assert files
+    for path in files:
+        for name in all_imports(path):
+            assert not name.startswith(others), f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

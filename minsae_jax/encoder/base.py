@@ -2,8 +2,8 @@
 
 To add an encoder, derive a class from `BaseEncoder`: set `spec`, `fingerprint` and `params`, and
 define `function`. Extraction, `--live` training, evaluation and report use nothing else. A family
-of Flax models whose parameters are converted once derives from `NativeEncoder`, and adds itself to
-FAMILIES in converted.py. Any other callable is wrapped by `from_function`.
+of Flax models whose parameters are converted once derives from `NativeEncoder` in native.py, and
+adds itself to FAMILIES in converted.py. Any other callable is wrapped by `from_function`.
 
 Three capabilities are optional: `reconstruction` for the measure "loss recovered", `waveform` for
 the report, and `function_from` for steering. Without the first two, evaluation and report leave
@@ -274,32 +274,6 @@ class BaseEncoder(ABC):
                 f"encoder, got {list(np.shape(past_values))}"
             )
         return jnp.asarray(past_values, jnp.float32)
-
-
-class NativeEncoder(BaseEncoder):
-    """A Flax encoder: an architecture (a frozen dataclass) and its parameters.
-
-    Derived classes set `architecture_type` and `spec`, and define `function`, `abstract_params` and
-    the call, which returns the output of the head.
-    """
-
-    architecture_type: type
-
-    def __init__(self, architecture: Any, params: Params):
-        self.architecture = architecture
-        self.params = params
-        self.fingerprint = fingerprint_of(architecture, params)
-
-    @abstractmethod
-    def __call__(
-        self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"]
-    ) -> Float[Array, "..."]:
-        """Return the output of the head. Raises UserError if the windows do not fit."""
-
-    @classmethod
-    @abstractmethod
-    def abstract_params(cls, architecture: Any) -> Params:
-        """Return shapes and dtypes of the parameters, to restore them from disk."""
 
 
 def fingerprint_of(architecture: Any, params: Params) -> str:

@@ -16,16 +16,20 @@ import jax
 import orbax.checkpoint as ocp
 
 from minsae_jax.checksums import SUMS, files_below, write_checksums
-from minsae_jax.encoder.base import NativeEncoder, Params
+from minsae_jax.encoder.base import Params
 from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
-from minsae_jax.encoder.patchtst.encoder import Encoder
+from minsae_jax.encoder.native import NativeEncoder
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from minsae_jax.errors import UserError, brief, system_reason
 from minsae_jax.files import foreign_entries, regular_file, replaced_folder
 from minsae_jax.settings import from_dict
 
 # The first family's folders do not name it.
 DEFAULT_FAMILY = "patchtst"
-FAMILIES: dict[str, type[NativeEncoder]] = {DEFAULT_FAMILY: Encoder, "cbramod": CBraModEncoder}
+FAMILIES: dict[str, type[NativeEncoder]] = {
+    DEFAULT_FAMILY: PatchTSTEncoder,
+    "cbramod": CBraModEncoder,
+}
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 PARAMS = "params"

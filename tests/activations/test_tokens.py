@@ -11,7 +11,7 @@ from flax import nnx
 
 from minsae_jax import TokenGrid, UserError
 from minsae_jax.activations.tokens import TOKENS, read_tokens
-from minsae_jax.encoder.patchtst.encoder import Encoder
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from minsae_jax.encoder.patchtst.model import PatchTST, patches
 from minsae_jax.evaluation.dataset import open_dataset
 from tests.random_encoder import BASE
@@ -39,7 +39,7 @@ def test_grid_of_patchtst_is_that_of_the_samples_that_move_its_tokens(change):
     one_moved = one_moved.at[jnp.arange(a.seq_len), jnp.arange(a.seq_len), 1].set(1.0)
     moves = np.asarray(jnp.abs(embedded(one_moved) - still).max(-1) > 0)  # [sample, channel, token]
     assert not moves[:, [0, 2]].any()
-    grid = Encoder(a, nnx.to_pure_dict(nnx.state(model))).spec.tokens
+    grid = PatchTSTEncoder(a, nnx.to_pure_dict(nnx.state(model))).spec.tokens
     sample = np.arange(a.seq_len)[:, None]
     expected = (grid.first >= 0) & (grid.first <= sample) & (sample <= grid.last)
     # Padding copies the last sample, so that it moves every token that reaches beyond the window.

@@ -7,7 +7,7 @@ import pytest
 from convert import verify
 from convert.__main__ import main
 from convert.encoder import convert, read_source
-from minsae_jax.encoder.converted import Encoder
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from tests.conftest import ENCODERS, FIXTURES
 
 SOURCE = FIXTURES / "layernorm_prenorm"
@@ -42,7 +42,7 @@ def test_wrong_encoder_fails(tmp_path, capsys, monkeypatch):
     encoder, _ = convert(source)
     params = jax.tree.map(np.array, encoder.params)
     params["layers"][2]["ff_out"]["bias"][0] += 1e-3
-    wrong = Encoder(source.architecture, params)
+    wrong = PatchTSTEncoder(source.architecture, params)
     differences = verify.verify(wrong, source.checkpoint.tensors, verify.read_windows(wrong, None))
     assert [d.passes for d in differences] == [True, True, False, False]
     assert differences[2].largest == pytest.approx(1e-3, rel=0.05)

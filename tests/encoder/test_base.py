@@ -7,7 +7,7 @@ import pytest
 from minsae_jax import UserError
 from minsae_jax.eeg.description import TUH
 from minsae_jax.encoder.base import check_recordings
-from minsae_jax.encoder.converted import Encoder
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 
 
 def test_unit_matters_without_revin(encoder):
@@ -15,12 +15,12 @@ def test_unit_matters_without_revin(encoder):
     in_microvolts = replace(TUH, unit="uV")
     with pytest.raises(UserError, match="expects EEG in SD, but the recordings are in uV"):
         check_recordings(encoder.spec, in_microvolts, allow_mismatch=False)
-    with_revin = Encoder(replace(encoder.architecture, revin=True), encoder.params)
+    with_revin = PatchTSTEncoder(replace(encoder.architecture, revin=True), encoder.params)
     check_recordings(with_revin.spec, in_microvolts, allow_mismatch=False)
 
 
 def test_repr_has_the_sizes(encoder):
     assert repr(encoder) == (
-        f"Encoder(1000 samples x 19 channels -> 11 tokens per channel, d_model 128, layers 0 to 2, "
-        f"fingerprint {encoder.fingerprint[:12]})"
+        "PatchTSTEncoder(1000 samples x 19 channels -> 11 tokens per channel, d_model 128, "
+        f"layers 0 to 2, fingerprint {encoder.fingerprint[:12]})"
     )

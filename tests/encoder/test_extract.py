@@ -20,7 +20,7 @@ from minsae_jax.activations import writer
 from minsae_jax.activations.store import open_store
 from minsae_jax.eeg.recordings import open_windows
 from minsae_jax.encoder import plan
-from minsae_jax.encoder.converted import Encoder
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from minsae_jax.locks import lock_folder
 from tests.conftest import FIXTURES
 from tests.encoder.extraction import contents, extract
@@ -245,7 +245,7 @@ def test_max_batches_limits_the_shards(encoder, settings, tmp_path):
 def test_another_store_is_never_overwritten(encoder, settings, tmp_path):
     extract(encoder, settings, "val")
     before = contents(tmp_path / "store" / "l-1")
-    other = Encoder(replace(encoder.architecture, activation="gelu"), encoder.params)
+    other = PatchTSTEncoder(replace(encoder.architecture, activation="gelu"), encoder.params)
     with pytest.raises(UserError, match=r"other settings: encoder \("):
         extract(other, settings, "val")
     for change, split in ((replace(settings, batch_size=5), "val"), (settings, "test")):

@@ -9,9 +9,9 @@ from scipy.stats import binom, norm, t
 
 from convert.encoder import convert_encoder
 from minsae_jax import SparseAutoencoder
-from minsae_jax.encoder.patchtst.masked_error import masked_errors
-from minsae_jax.encoder.patchtst.model import patches
-from minsae_jax.encoder.patchtst.pure import bind
+from minsae_jax.encoder.base import DEFAULT_OPTIONS
+from minsae_jax.encoder.native import bind
+from minsae_jax.encoder.patchtst.model import PatchTST, patches
 from minsae_jax.evaluation.loss_recovered import (
     SubstitutionErrors,
     loss_recovered,
@@ -92,10 +92,12 @@ def test_untouched_error_is_that_of_the_whole_model(name):
     x = rng.normal(size=(8, a.seq_len, a.n_vars)).astype(np.float32)
     masks = rng.random((8, a.n_patches)) < 0.4
     masks[:, 0] = True
-    run = masked_errors(make_mesh(), a, 0, a.revin, lambda params, z: z[None])
+    run = encoder.reconstruction.masked_errors(
+        make_mesh(), 0, DEFAULT_OPTIONS, lambda params, z: z[None]
+    )
     errors = np.asarray(run(encoder.params, {}, (x, masks)))
     assert errors.shape == (8, 1)
-    model = bind(a, encoder.params)
+    model = bind(PatchTST, a, encoder.params)
     for i in range(8):
         window = jax.numpy.asarray(x[i : i + 1])
         target = patches(a, model.revin(window) if a.revin else window)

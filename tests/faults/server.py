@@ -36,7 +36,7 @@ import minsae_jax.evaluation.evaluate
 import minsae_jax.report.report
 import minsae_jax.sae.trainer
 from minsae_jax import cli
-from minsae_jax.encoder.patchtst.pure import abstract_params
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from tests.faults.process import KINDS, ROOT
 
 PROGRAMS = {"minsae": minsae_jax.__main__.main, "convert": convert.__main__.main}
@@ -49,7 +49,7 @@ def warm_up() -> None:
     figure.savefig(io.BytesIO())
     plt.close(figure)
     source = convert.encoder.read_source(ROOT / "tests/fixtures/tuhab_patch_100/checkpoint.pth")
-    abstract_params(source.architecture)
+    PatchTSTEncoder.abstract_params(source.architecture)
     assert not jax._src.xla_bridge.backends_are_initialized()
 
 

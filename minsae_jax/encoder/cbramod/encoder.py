@@ -2,7 +2,6 @@
 
 from functools import lru_cache, partial
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -13,14 +12,14 @@ from minsae_jax.encoder.base import (
     EncoderSpec,
     FunctionFrom,
     HiddenFunction,
-    NativeEncoder,
     Params,
-    Precision,
     Substitutes,
 )
 from minsae_jax.encoder.cbramod.architecture import SAMPLING_RATE, Architecture
-from minsae_jax.encoder.cbramod.masked_error import PatchReconstruction, function_from
-from minsae_jax.encoder.cbramod.pure import abstract_params, bind
+from minsae_jax.encoder.cbramod.masked_error import downstream, window_errors
+from minsae_jax.encoder.cbramod.model import CBraMod
+from minsae_jax.encoder.masked_error import MaskedReconstruction, function_from
+from minsae_jax.encoder.native import NativeEncoder, bind
 from minsae_jax.errors import UserError
 
 
@@ -31,6 +30,7 @@ class CBraModEncoder(NativeEncoder):
     """
 
     architecture_type = Architecture
+    model_type = CBraMod
     architecture: Architecture
 
     def __init__(self, architecture: Architecture, params: Params):
@@ -47,12 +47,9 @@ class CBraModEncoder(NativeEncoder):
             tokens=TokenGrid.patches(a.n_patches, a.patch_len, n_channels=a.n_vars),
         )
         if a.has_head:
-            self.reconstruction = PatchReconstruction(a)
-
-    @classmethod
-    def abstract_params(cls, architecture: Architecture) -> Params:
-        """Return shapes and dtypes of the parameters, to restore them from disk."""
-        return abstract_params(architecture)
+            self.reconstruction = MaskedReconstruction(
+                CBraMod, a, (a.n_vars, a.n_patches), window_errors
+            )
 
     def __call__(
         self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"]
@@ -60,22 +57,19 @@ class CBraModEncoder(NativeEncoder):
         """Return the patches as the head reconstructs them. Raises UserError without a head."""
         if not self.architecture.has_head:
             raise UserError("this encoder has no reconstruction head")
-        return _forward(self.architecture, self.params, self.checked(past_values))
+        return super().__call__(past_values)
 
     def function(
         self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
     ) -> HiddenFunction:
         """Return (params, windows) -> the layers' outputs [batch, n_vars, n_patches, d_model]."""
-        return _hidden(self.architecture, layers, options.precision)
+        return hidden_function(self.architecture, layers, options)
 
     def function_from(
         self, layer: int, substitutes: Substitutes, options: ComputeOptions = DEFAULT_OPTIONS
     ) -> FunctionFrom:
-        """Return the function that runs the rest of the model; `BaseEncoder` describes it.
-
-        It is computed in float32.
-        """
-        return function_from(self.architecture, layer, substitutes)
+        run_window = partial(downstream, layer=layer)
+        return function_from(CBraMod, self.architecture, run_window, substitutes)
 
     def check_options(self, options: ComputeOptions) -> None:
         """Raise UserError if RevIN is requested: CBraMod reads absolute amplitudes."""
@@ -96,14 +90,12 @@ class CBraModEncoder(NativeEncoder):
 
 # Cached, so that equal arguments share one compilation.
 @lru_cache(32)
-def _hidden(a: Architecture, layers: tuple[int, ...], precision: Precision) -> HiddenFunction:
+def hidden_function(
+    architecture: Architecture, layers: tuple[int, ...], options: ComputeOptions
+) -> HiddenFunction:
+    """Return (params, windows) -> outputs of the layers, as `BaseEncoder.function` describes it."""
+
     def hidden(params: Params, x: Array) -> tuple[Array, ...]:
-        return bind(a, params, precision).hidden(x, layers)
+        return bind(CBraMod, architecture, params, options.precision).hidden(x, layers)
 
     return hidden
-
-
-@partial(jax.jit, static_argnums=0)
-def _forward(a: Architecture, params: Params, x: Array) -> Array:
-    with jax.default_matmul_precision("highest"):
-        return bind(a, params)(x)

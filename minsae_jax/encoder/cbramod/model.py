@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Num
 
+from minsae_jax.encoder.attention import attend
 from minsae_jax.encoder.cbramod.architecture import (
     NORM_GROUPS,
     STEM_PADDING,
     STEM_STRIDE,
     Architecture,
 )
-from minsae_jax.encoder.patchtst.attention import attend
-from minsae_jax.encoder.patchtst.linear import Dtype
+from minsae_jax.encoder.linear import Dtype
 
 # torch's default is the exact GELU, JAX's the tanh approximation.
 gelu = partial(jax.nn.gelu, approximate=False)
@@ -173,9 +173,12 @@ class CBraMod(nnx.Module):
         return tuple(outputs[i] for i in layers)
 
     def run_from(
-        self, z: Float[Array, "B C P d_model"], first: int, end: int
-    ) -> Float[Array, "B C P d_model"]:
-        """Run the layers first to end - 1 on the output of the layer before them."""
+        self, z: Float[Array, "B C P d_model"], first: int, end: int, earlier: tuple[()] = ()
+    ) -> tuple[Float[Array, "B C P d_model"], tuple[()]]:
+        """Run the layers first to end - 1 on the output of the layer before them.
+
+        Returns the stream, and (): layers hand on nothing else.
+        """
         for layer in self.layers[first:end]:
             z = layer(z)
-        return z
+        return z, earlier

@@ -1,14 +1,9 @@
 """PatchTST as an encoder for extraction, evaluation and report."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.eeg.montage import CHANNELS
@@ -19,22 +14,24 @@ from minsae_jax.encoder.base import (
     EncoderSpec,
     FunctionFrom,
     HiddenFunction,
-    NativeEncoder,
     Params,
     Substitutes,
 )
+from minsae_jax.encoder.masked_error import MaskedReconstruction, function_from
+from minsae_jax.encoder.native import NativeEncoder, bind
 from minsae_jax.encoder.patchtst.architecture import Architecture
-from minsae_jax.encoder.patchtst.masked_error import function_from, masked_errors
-from minsae_jax.encoder.patchtst.pure import abstract_params, bind, hidden_function
+from minsae_jax.encoder.patchtst.masked_error import downstream, window_errors
+from minsae_jax.encoder.patchtst.model import PatchTST
 
 
-class Encoder(NativeEncoder):
-    """PatchTST with its weights, compiled, in full float32 (no TF32 on GPU).
+class PatchTSTEncoder(NativeEncoder):
+    """PatchTST with its weights: one token for each patch of a channel, and CLS if it has one.
 
-    `fingerprint` identifies the encoder: SHA-256 of the architecture and all parameters.
+    Each channel of a window is a sequence.
     """
 
     architecture_type = Architecture
+    model_type = PatchTST
     architecture: Architecture
 
     def __init__(self, architecture: Architecture, params: Params):
@@ -44,13 +41,9 @@ class Encoder(NativeEncoder):
             f"the encoder's head is {architecture.head_type}, not the pretrain head"
         )
         if architecture.head_type == "pretrain":
-            self.reconstruction = MaskedPatches(architecture)
-
-    def __call__(
-        self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"]
-    ) -> Float[Array, "..."]:
-        """Return the output of the head; `patchtst.model.Head` lists its shapes."""
-        return _forward(self.architecture, self.params, self.checked(past_values))
+            self.reconstruction = MaskedReconstruction(
+                PatchTST, architecture, (architecture.n_patches,), window_errors
+            )
 
     def function(
         self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
@@ -60,11 +53,8 @@ class Encoder(NativeEncoder):
     def function_from(
         self, layer: int, substitutes: Substitutes, options: ComputeOptions = DEFAULT_OPTIONS
     ) -> FunctionFrom:
-        """Return the function that runs the rest of the model; `BaseEncoder` describes it.
-
-        It is computed in float32.
-        """
-        return function_from(self.architecture, layer, self.applies_revin(options), substitutes)
+        run_window = partial(downstream, layer=layer, options=options)
+        return function_from(PatchTST, self.architecture, run_window, substitutes)
 
     def check_options(self, options: ComputeOptions) -> None:
         """Do nothing: every option is possible."""
@@ -83,9 +73,9 @@ class Encoder(NativeEncoder):
             return None
         return direction @ np.asarray(self.params["head"]["linears"][0]["kernel"])
 
-    @classmethod
-    def abstract_params(cls, architecture: Architecture) -> Params:
-        return abstract_params(architecture)
+
+# The public name from before there were other families.
+Encoder = PatchTSTEncoder
 
 
 def _spec(a: Architecture) -> EncoderSpec:
@@ -108,27 +98,15 @@ def _spec(a: Architecture) -> EncoderSpec:
     )
 
 
-@dataclass(frozen=True)
-class MaskedPatches:
-    """gPatchTST's pretraining task: patches are masked in all channels alike."""
+# Cached, so that equal arguments share one compilation.
+@lru_cache(32)
+def hidden_function(
+    architecture: Architecture, layers: tuple[int, ...], options: ComputeOptions
+) -> HiddenFunction:
+    """Return (params, windows) -> outputs of the layers, as `BaseEncoder.function` describes it."""
 
-    architecture: Architecture
+    def hidden(params: Params, x: Array) -> tuple[Array, ...]:
+        model = bind(PatchTST, architecture, params, options.precision)
+        return model.hidden(x, layers, options.force_revin)
 
-    def draw_mask(self, ratio: float, rng: np.random.Generator) -> Bool[np.ndarray, " n_patches"]:
-        n_patches = self.architecture.n_patches
-        mask = np.zeros(n_patches, bool)
-        n_masked = max(1, int(n_patches * ratio))
-        mask[rng.permutation(n_patches)[:n_masked]] = True
-        return mask
-
-    def masked_errors(
-        self, mesh: Mesh, layer: int, options: ComputeOptions, substitutes: Substitutes
-    ) -> Callable[[Any, Any, Any], Float[Array, "batch variants"]]:
-        revin = self.architecture.revin or options.force_revin
-        return masked_errors(mesh, self.architecture, layer, revin, substitutes)
-
-
-@partial(jax.jit, static_argnums=0)
-def _forward(architecture: Architecture, params: Params, past_values: Array) -> Array:
-    with jax.default_matmul_precision("highest"):
-        return bind(architecture, params)(past_values)
+    return hidden

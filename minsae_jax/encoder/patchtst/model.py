@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from minsae_jax.encoder.linear import Dtype, linear
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.encoder.patchtst.attention import Attention, QueriesKeys
-from minsae_jax.encoder.patchtst.linear import Dtype, linear
 from minsae_jax.encoder.patchtst.revin import RevIN
 from minsae_jax.parallel.mesh import on_cpu
 
@@ -154,8 +154,8 @@ class PatchTST(nnx.Module):
     """The whole model: RevIN, patch embedding, layers and head.
 
     `dtype` (float32 or bfloat16) is the precision of the products in the layers; parameters,
-    residual stream, embedding and head are float32. `Encoder` in patchtst/encoder.py wraps this
-    model for everyday use.
+    residual stream, embedding and head are float32. `PatchTSTEncoder` in patchtst/encoder.py wraps
+    this model for everyday use.
     """
 
     def __init__(self, a: Architecture, dtype: Dtype = jnp.float32, *, rngs: nnx.Rngs):

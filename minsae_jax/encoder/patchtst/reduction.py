@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minsae_jax.encoder.patchtst.linear import Dtype
+from minsae_jax.encoder.linear import Dtype
 
 # XLA (jaxlib 0.10) lets one thread sum over all keys if there are at most 255 and an axis of one or
 # two elements follows them. So the last axis of the queries has this size. Otherwise threads share

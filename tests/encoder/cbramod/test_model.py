@@ -16,8 +16,8 @@ from minsae_jax import UserError
 from minsae_jax.encoder.base import ComputeOptions
 from minsae_jax.encoder.cbramod.architecture import Architecture
 from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
-from minsae_jax.encoder.cbramod.model import patches
-from minsae_jax.encoder.cbramod.pure import abstract_params, bind
+from minsae_jax.encoder.cbramod.model import CBraMod, patches
+from minsae_jax.encoder.native import bind
 from tests.encoder.cbramod.conftest import SOURCE
 
 TOLERANCE = 1e-4
@@ -34,7 +34,7 @@ def embedding(encoder):
 
     @jax.jit
     def run(params, x, masked):
-        return bind(a, params).embedding(patches(a, x), masked)
+        return bind(CBraMod, a, params).embedding(patches(a, x), masked)
 
     return lambda x, masked=None: np.asarray(run(encoder.params, x, masked))
 
@@ -79,7 +79,7 @@ PUBLISHED = Architecture(
 
 def test_published_size_has_the_published_number_of_parameters():
     """Counted with PyTorch in the authors' model."""
-    leaves = jax.tree.leaves(abstract_params(PUBLISHED))
+    leaves = jax.tree.leaves(CBraModEncoder.abstract_params(PUBLISHED))
     assert sum(leaf.size for leaf in leaves) == 4_924_000
 
 
@@ -156,7 +156,7 @@ def test_layers_mix_channels_and_time(encoder, expected):
 
     @partial(jax.jit, static_argnums=2)
     def run(params, z, n_layers):
-        return bind(encoder.architecture, params).run_from(z, 0, n_layers)
+        return bind(CBraMod, encoder.architecture, params).run_from(z, 0, n_layers)[0]
 
     z = expected["embedding"]
     changed = z.copy()
@@ -184,7 +184,7 @@ def test_bfloat16_is_close_and_float32_outside(encoder, expected):
 
 
 def test_waveform_is_what_the_head_adds(encoder, expected):
-    model = bind(encoder.architecture, encoder.params)
+    model = bind(CBraMod, encoder.architecture, encoder.params)
     z = expected["layer_2"]
     direction = np.random.default_rng(0).normal(size=40).astype(np.float32)
     after, before = (model.reconstruct(jnp.asarray(x)) for x in (z + direction, z))

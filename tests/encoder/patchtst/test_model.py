@@ -14,7 +14,8 @@ from convert.patchtst import to_flax
 from convert.patchtst_torch import forward
 from minsae_jax import UserError
 from minsae_jax.encoder.base import ComputeOptions
-from minsae_jax.encoder.converted import Encoder, load_encoder, save_encoder
+from minsae_jax.encoder.converted import load_encoder, save_encoder
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from minsae_jax.encoder.patchtst.model import patches
 from minsae_jax.encoder.patchtst.reduction import fits_reduction
 from minsae_jax.encoder.patchtst.revin import RevIN
@@ -88,7 +89,7 @@ def make_variant(a):
     state = random_state_dict(a)
     x = torch.randn(2, a.seq_len, a.n_vars, generator=torch.Generator().manual_seed(1)) + 0.5
     hidden, output = forward(a, {k: v.double() for k, v in state.items()}, x.double())
-    encoder = Encoder(a, to_flax(a, {k: v.numpy() for k, v in state.items()}))
+    encoder = PatchTSTEncoder(a, to_flax(a, {k: v.numpy() for k, v in state.items()}))
     return encoder, x.numpy(), hidden, output
 
 
@@ -151,7 +152,7 @@ def test_variants_differ():
     tensors = {k: v.numpy() for k, v in random_state_dict(BASE).items()}
     params = to_flax(BASE, tensors)
     outputs = [
-        np.asarray(Encoder(replace(BASE, **change), params).activations(x))
+        np.asarray(PatchTSTEncoder(replace(BASE, **change), params).activations(x))
         for change in (
             {},
             {"pre_norm": True},
@@ -180,9 +181,9 @@ def test_fingerprint_depends_on_weights_and_architecture():
     encoder, _ = convert_encoder(FIXTURES / "layernorm_prenorm/checkpoint.pth")
     params = jax.tree.map(np.array, encoder.params)
     params["position"][0, 0] += 1e-3
-    assert Encoder(encoder.architecture, params).fingerprint != encoder.fingerprint
+    assert PatchTSTEncoder(encoder.architecture, params).fingerprint != encoder.fingerprint
     other = replace(encoder.architecture, revin=False)
-    assert Encoder(other, encoder.params).fingerprint != encoder.fingerprint
+    assert PatchTSTEncoder(other, encoder.params).fingerprint != encoder.fingerprint
 
 
 def test_wrong_windows_layers_and_folders_are_refused(tmp_path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minsae_jax.encoder.patchtst.attention import attend
+from minsae_jax.encoder.attention import attend
 from minsae_jax.encoder.patchtst.reduction import attend_by_reduction, fits_reduction
 
 HEADS = 3
