@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,6 +41,16 @@ LABELS = "labels.csv"
 _header_lock = Lock()
 
 
+class WindowShape(NamedTuple):
+    """The samples of a window, [seq_len, n_vars], and those left out after it."""
+
+    seq_len: int
+    # The reference reserves this many samples after each window for a forecasting target, so a
+    # file of n samples has n // (seq_len + reserved_samples) windows.
+    reserved_samples: int
+    n_vars: int
+
+
 @dataclass(frozen=True)
 class Windows:
     """All windows of some recordings in order: file by file, consecutive from each file's start."""
@@ -49,16 +59,14 @@ class Windows:
     files: tuple[str, ...]
     lengths: tuple[int, ...]  # samples of each file
     seq_len: int  # samples per window
-    # The reference reserves this many samples after each window for a forecasting target, so a
-    # file of n samples has n // (seq_len + patch_len) windows.
-    patch_len: int
+    reserved_samples: int
     n_vars: int
     stamps: Mapping[str, tuple[int, int]]  # file_stamp of each file when it was opened
 
     @cached_property
     def counts(self) -> np.ndarray:
         """Number of windows of each file."""
-        counts = [length // (self.seq_len + self.patch_len) for length in self.lengths]
+        counts = [length // (self.seq_len + self.reserved_samples) for length in self.lengths]
         return np.array(counts, np.int64)
 
     @cached_property
@@ -84,7 +92,7 @@ class Windows:
         n_files = int(np.searchsorted(self.ends, count)) + 1
         counts = np.minimum(self.counts[:n_files], count - self._starts[:n_files])
         # `counts` follows from the lengths, so the last file is shortened to its windows.
-        lengths = tuple(int(n) * (self.seq_len + self.patch_len) for n in counts)
+        lengths = tuple(int(n) * (self.seq_len + self.reserved_samples) for n in counts)
         return replace(self, files=self.files[:n_files], lengths=lengths)
 
     def without(self, names: Collection[str]) -> "Windows":
@@ -146,16 +154,19 @@ def open_windows(
 ) -> Windows:
     """Return the windows of a split's patients, from headers alone: for use in notebooks.
 
+    patch_len: samples left out after each window, which gPatchTST reserves for a patch.
+
     `windows.read(start, stop)` returns float32 [windows, seq_len, n_vars] for an encoder. Raises
     UserError listing all unusable recordings; NaN is only detected by `scan.open_recordings`.
     """
-    windows, bad = find_windows(root_path, split, split_seed, seq_len, patch_len, n_vars)
+    shape = WindowShape(seq_len, patch_len, n_vars)
+    windows, bad = find_windows(root_path, split, split_seed, shape)
     check_usable(bad)
     return windows
 
 
 def find_windows(
-    root_path: str | Path, split: Split, split_seed: int, seq_len: int, patch_len: int, n_vars: int
+    root_path: str | Path, split: Split, split_seed: int, shape: WindowShape
 ) -> tuple[Windows, dict[str, str]]:
     """Return the windows of a split's patients, and unusable recordings with the reason for each.
 
@@ -188,7 +199,7 @@ def find_windows(
         files_of.setdefault(patient_of(name), []).append(name)
     files = [name for patient in patients for name in files_of.get(patient, [])]
     for name in files:
-        problem = _problem(folder / name, lengths.get(name), n_vars)
+        problem = _problem(folder / name, lengths.get(name), shape.n_vars)
         if problem:
             bad[name] = problem
 
@@ -197,15 +208,15 @@ def find_windows(
         folder=folder,
         files=good,
         lengths=tuple(lengths[name] for name in good),
-        seq_len=seq_len,
-        patch_len=patch_len,
-        n_vars=n_vars,
+        seq_len=shape.seq_len,
+        reserved_samples=shape.reserved_samples,
+        n_vars=shape.n_vars,
         stamps={name: file_stamp(folder / name) for name in good},
     )
     if len(windows) == 0 and not bad:
         raise UserError(
             f"split {split} is empty: {len(patients)} patients with {len(files)} recordings in "
-            f"{folder} have no window of {seq_len} samples"
+            f"{folder} have no window of {shape.seq_len} samples"
         )
     return windows, bad
 

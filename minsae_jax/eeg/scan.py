@@ -20,6 +20,7 @@ from minsae_jax.eeg.description import TUH, UV_PER_UNIT, Description, read_descr
 from minsae_jax.eeg.recordings import (
     OnBadRecording,
     Windows,
+    WindowShape,
     check_usable,
     find_windows,
     list_bad,
@@ -117,18 +118,18 @@ def open_recordings(
     root_path: str | Path,
     splits: Sequence[Split],
     split_seed: int,
-    sizes: tuple[int, int, int],
+    shape: WindowShape,
     max_windows: int | None = None,
     on_bad_recording: OnBadRecording = "error",
 ) -> list[Recordings]:
     """Return the scanned windows of each split.
 
-    sizes: seq_len, patch_len and n_vars. max_windows: limit for each split.
+    max_windows: limit for each split.
 
     Raises UserError listing all unusable recordings of all splits; with "skip" they are skipped.
     """
     skips = on_bad_recording == "skip"
-    scanned = [_scan_split(root_path, s, split_seed, sizes, max_windows, skips) for s in splits]
+    scanned = [_scan_split(root_path, s, split_seed, shape, max_windows, skips) for s in splits]
     if not skips:
         check_usable({name: reason for split in scanned for name, reason in split.bad.items()})
     return [_scanned_recordings(split, scan) for split, scan in zip(splits, scanned, strict=True)]
@@ -145,12 +146,12 @@ def _scan_split(
     root_path: str | Path,
     split: Split,
     split_seed: int,
-    sizes: tuple[int, int, int],
+    shape: WindowShape,
     max_windows: int | None,
     refill: bool,
 ) -> _SplitScan:
     """Scan a split's windows. refill: replace those of bad files by others, up to max_windows."""
-    windows, bad = find_windows(root_path, split, split_seed, *sizes)
+    windows, bad = find_windows(root_path, split, split_seed, shape)
     while True:
         selected = windows
         if max_windows:

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.eeg.description import DESCRIPTION, TUH, Description, Unit
 from minsae_jax.eeg.montage import canonical
+from minsae_jax.eeg.recordings import WindowShape
 from minsae_jax.errors import UserError
 
 Params = Any  # a pytree of arrays, for native encoders nested dicts and lists of float32
@@ -87,6 +88,10 @@ class EncoderSpec:
     per_channel: bool = False
     # Samples left out after each window. gPatchTST reserves a patch there for a forecasting target.
     reserved_samples: int = 0
+
+    @property
+    def window_shape(self) -> WindowShape:
+        return WindowShape(self.seq_len, self.reserved_samples, self.n_vars)
 
     @property
     def n_sequences(self) -> int:

@@ -145,7 +145,7 @@ def open_live(
         root_path,
         (split,),
         split_seed,
-        (spec.seq_len, spec.reserved_samples, spec.n_vars),
+        spec.window_shape,
         on_bad_recording=on_bad_recording,
     )
     if process_index() == 0:

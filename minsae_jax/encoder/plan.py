@@ -47,7 +47,7 @@ def plan_extraction(
         config.root_path,
         config.split,
         config.split_seed,
-        (spec.seq_len, spec.reserved_samples, spec.n_vars),
+        spec.window_shape,
         max_windows,
         config.on_bad_recording,
     )

@@ -10,12 +10,12 @@ import pytest
 
 from minsae_jax import UserError
 from minsae_jax.eeg.description import Description, write_description
-from minsae_jax.eeg.recordings import open_windows
+from minsae_jax.eeg.recordings import WindowShape, open_windows
 from minsae_jax.eeg.scan import open_recordings, scan_windows, warn_of
 from tests.conftest import FIXTURES
 
 EXPECTED = json.loads((FIXTURES / "tuh_layout/expected.json").read_text())
-SIZES = (EXPECTED["seq_len"], EXPECTED["patch_length"], EXPECTED["n_vars"])
+SHAPE = WindowShape(EXPECTED["seq_len"], EXPECTED["patch_length"], EXPECTED["n_vars"])
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def data(root):
 )  # splits from the pickle, or drawn again
 def test_splits_and_windows_equal_the_reference(root, split, folder):
     expected = EXPECTED["splits"][split]
-    windows = open_windows(root / folder, split, EXPECTED["split_seed"], *SIZES)
+    windows = open_windows(root / folder, split, EXPECTED["split_seed"], *SHAPE)
     assert list(windows.files) == expected["files"]
     assert windows.ends.tolist() == expected["cumulative"]
     assert len(windows) == expected["num_sequences"]
@@ -48,7 +48,7 @@ def test_splits_and_windows_equal_the_reference(root, split, folder):
 
 
 def test_written_splits_equal_the_reference(root, data):
-    open_windows(data, "train", 42, *SIZES)
+    open_windows(data, "train", 42, *SHAPE)
     written = pickle.loads((data / "tuh_patient_splits_seed_42.pkl").read_bytes())
     reference = pickle.loads((root / "tuh_patient_splits_seed_42.pkl").read_bytes())
     assert written == reference
@@ -56,8 +56,8 @@ def test_written_splits_equal_the_reference(root, data):
 
 def test_seed_changes_the_split(data):
     assert (
-        open_windows(data, "train", 42, *SIZES).files
-        != open_windows(data, "train", 7, *SIZES).files
+        open_windows(data, "train", 42, *SHAPE).files
+        != open_windows(data, "train", 7, *SHAPE).files
     )
     assert (data / "tuh_patient_splits_seed_7.pkl").exists()
 
@@ -66,18 +66,18 @@ def test_existing_pickle_is_used(data):
     splits = {"train": ["aaaaabgf"], "val": ["aaaaadpi", "gone"], "test": ["aaaaabxw"]}
     (data / "tuh_patient_splits_seed_42.pkl").write_bytes(pickle.dumps(splits))
     with pytest.warns(UserWarning, match="in no split"):
-        windows = open_windows(data, "val", 42, *SIZES)
+        windows = open_windows(data, "val", 42, *SHAPE)
     assert [f.split("_")[0] for f in windows.files] == ["aaaaadpi"] * 3
     with pytest.warns(UserWarning, match="in no split"):
-        everyone = open_windows(data, "all", 42, *SIZES)
+        everyone = open_windows(data, "all", 42, *SHAPE)
     assert [f.split("_")[0] for f in everyone.files] == ["aaaaabgf", *["aaaaadpi"] * 3, "aaaaabxw"]
 
 
 def test_all_joins_the_splits(data):
     files = []
     for split in ("train", "val", "test"):
-        files += open_windows(data, split, 42, *SIZES).files
-    assert list(open_windows(data, "all", 42, *SIZES).files) == files
+        files += open_windows(data, split, 42, *SHAPE).files
+    assert list(open_windows(data, "all", 42, *SHAPE).files) == files
 
 
 def test_windows_reserve_samples_for_a_target(tmp_path):
@@ -92,19 +92,19 @@ def test_windows_reserve_samples_for_a_target(tmp_path):
 
 
 def test_scan_detects_shifted_columns(data):
-    name = open_windows(data, "test", 42, *SIZES).files[1]
+    name = open_windows(data, "test", 42, *SHAPE).files[1]
     array = np.load(data / name)
     array[:, -1] = 0
     np.save(data / name, array)
-    windows = open_windows(data, "test", 42, *SIZES)
+    windows = open_windows(data, "test", 42, *SHAPE)
     assert [f for f, scan in scan_windows(windows).items() if scan.shifted] == [name]
 
 
 def test_checksum_covers_every_sample_of_the_windows(data):
     def digest():
-        return open_recordings(data, ["test"], 42, SIZES)[0].sha256
+        return open_recordings(data, ["test"], 42, SHAPE)[0].sha256
 
-    windows = open_windows(data, "test", 42, *SIZES)
+    windows = open_windows(data, "test", 42, *SHAPE)
     before = digest()
     assert digest() == before
     file = int(np.argmax(windows.counts))
@@ -122,7 +122,7 @@ def test_checksum_covers_every_sample_of_the_windows(data):
 
 @pytest.mark.parametrize("count", [1, 7, 8, 40])
 def test_first_keeps_a_prefix_of_the_windows(data, count):
-    windows = open_windows(data, "train", 42, *SIZES)
+    windows = open_windows(data, "train", 42, *SHAPE)
     first = windows.first(count)
     assert len(first) == count
     assert first.files == windows.files[: len(first.files)]
@@ -141,13 +141,13 @@ def test_invalid_pickles_are_refused_and_run_no_code(data, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     (data / "tuh_patient_splits_seed_42.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=r"tuh_patient_splits_seed_42\.pkl"):
-        open_windows(data, "train", 42, *SIZES)
+        open_windows(data, "train", 42, *SHAPE)
     assert not (tmp_path / "hacked").exists()
 
 
 def change(data, how):
     """Change one recording of the test split and return its name."""
-    name = open_windows(data, "test", 42, *SIZES).files[0]
+    name = open_windows(data, "test", 42, *SHAPE).files[0]
     how(data / name, np.load(data / name))
     return name
 
@@ -168,10 +168,10 @@ def change(data, how):
 def test_unusable_recordings_are_refused(data, how, message):
     name = change(data, how)
     with pytest.raises(UserError) as e:
-        open_windows(data, "test", 42, *SIZES)
+        open_windows(data, "test", 42, *SHAPE)
     assert message in str(e.value)
     assert name in str(e.value)
-    open_windows(data, "train", 42, *SIZES)  # has other patients
+    open_windows(data, "train", 42, *SHAPE)  # has other patients
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
@@ -183,7 +183,7 @@ def test_nan_and_infinity_are_refused(data, value):
 
     name = change(data, how)
     with pytest.raises(UserError, match=rf"{name} contains NaN or infinity at sample 130"):
-        open_recordings(data, ["test"], 42, SIZES)
+        open_recordings(data, ["test"], 42, SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -205,21 +205,21 @@ def test_nan_and_infinity_are_refused(data, value):
 def test_invalid_csv_is_refused(data, csv, message):
     (data / "file_lengths_map.csv").write_text(csv)
     with pytest.raises(UserError) as e:
-        open_windows(data, "train", 42, *SIZES)
+        open_windows(data, "train", 42, *SHAPE)
     assert message in str(e.value)
 
 
 def test_missing_files_are_refused(tmp_path, data):
     with pytest.raises(UserError, match="there is no folder"):
-        open_windows(tmp_path / "nowhere", "train", 42, *SIZES)
+        open_windows(tmp_path / "nowhere", "train", 42, *SHAPE)
     with pytest.raises(UserError, match=r"there is no file_lengths_map\.csv"):
-        open_windows(tmp_path, "train", 42, *SIZES)
+        open_windows(tmp_path, "train", 42, *SHAPE)
     with pytest.raises(UserError, match="split train is empty"):
-        open_windows(data, "train", 42, 100_000, *SIZES[1:])
+        open_windows(data, "train", 42, 100_000, *SHAPE[1:])
     for path in data.glob("*.npy"):
         path.unlink()
     with pytest.raises(UserError, match="there are no recordings"):
-        open_windows(data, "train", 42, *SIZES)
+        open_windows(data, "train", 42, *SHAPE)
 
 
 def write_noise(folder, n_patients, scale=1.0, zero_columns=()):
@@ -318,7 +318,7 @@ def test_amplitude_that_is_impossible_in_the_unit_is_a_warning(
     if unit != "SD":
         names = tuple(f"C{i}" for i in range(19))
         write_description(folder, Description(100.0, names, (None,) * 19, unit))
-    (recordings,) = open_recordings(folder, ["all"], 42, (100, 0, 19))
+    (recordings,) = open_recordings(folder, ["all"], 42, WindowShape(100, 0, 19))
     np.testing.assert_allclose(recordings.rms, scale, rtol=0.2)
     warn_of(recordings, "all")
     messages = [str(warning.message) for warning in recwarn]
@@ -328,7 +328,7 @@ def test_amplitude_that_is_impossible_in_the_unit_is_a_warning(
 
 def test_channels_of_zeros_are_named(tmp_path, recwarn):
     folder = write_noise(tmp_path / "data", 2, zero_columns=(4, 9, 14))
-    (recordings,) = open_recordings(folder, ["all"], 42, (100, 0, 19))
+    (recordings,) = open_recordings(folder, ["all"], 42, WindowShape(100, 0, 19))
     warn_of(recordings, "all")
     (message,) = [str(warning.message) for warning in recwarn]
     assert message.startswith("channels all zero: FZ, CZ, PZ (in p0")

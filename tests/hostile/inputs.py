@@ -22,7 +22,7 @@ from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.prepare.labels import read_labels as read_prepare_labels
 from minsae_jax.eeg.prepare.sources import Source
-from minsae_jax.eeg.recordings import find_windows
+from minsae_jax.eeg.recordings import WindowShape, find_windows
 from minsae_jax.eeg.splits import patient_of
 from minsae_jax.evaluation.dataset import open_dataset
 from minsae_jax.evaluation.events import read_events
@@ -36,6 +36,7 @@ from tests.hostile.attempt import Tally, attempt
 
 SECTIONS = {name: verb.settings for name, verb in VERBS.items()}
 ENCODER = FIXTURES / "layernorm_prenorm"
+SHAPE = WindowShape(100, 50, len(valid.CHANNELS))
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,13 @@ def _recordings(table: str, folder: Path) -> Path:
 
 
 def _read_windows(path: Path) -> None:
-    windows, bad = find_windows(path.parent, "all", 42, 100, 50, len(valid.CHANNELS))
+    windows, bad = find_windows(path.parent, "all", 42, SHAPE)
     assert set(windows.files) | set(bad) >= set(valid.names())
     assert windows.read(0, 2).shape[1:] == (100, len(valid.CHANNELS))
 
 
 def _read_splits(path: Path) -> None:
-    windows, bad = find_windows(path.parent, "all", 42, 100, 50, len(valid.CHANNELS))
+    windows, bad = find_windows(path.parent, "all", 42, SHAPE)
     assert set(windows.files) | set(bad) <= set(valid.names())
 
 
@@ -204,7 +205,7 @@ def _in_store(name: str, folder: Path) -> Path:
 
 def _splits(folder: Path) -> Path:
     data = valid.write_recordings(folder / "data")
-    find_windows(data, "all", 42, 100, 50, len(valid.CHANNELS))
+    find_windows(data, "all", 42, SHAPE)
     return data / "tuh_patient_splits_seed_42.pkl"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minsae_jax import UserError
-from minsae_jax.eeg.recordings import find_windows, open_windows
+from minsae_jax.eeg.recordings import WindowShape, find_windows, open_windows
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import load_encoder
 from minsae_jax.encoder.extract import extract
@@ -82,7 +82,7 @@ def test_name_that_is_not_text_is_refused(odd_recordings):
     """A CSV file in UTF-8 cannot list it."""
     name = os.fsdecode(b"caf\xe9") + ENDING
     shutil.copy(next(odd_recordings.glob("*.npy")), odd_recordings / name)
-    _, bad = find_windows(odd_recordings, "all", 42, 100, 50, 19)
+    _, bad = find_windows(odd_recordings, "all", 42, WindowShape(100, 50, 19))
     assert bad == {name: "cannot be used: file_lengths_map.csv has no row for it"}
     with pytest.raises(UserError, match="recording caf"):
         open_windows(odd_recordings, "all", 42, 100, 50, 19)
