@@ -41,7 +41,8 @@ PLAUSIBLE_UV = (0.01, 10_000.0)
 class Scan:
     """Result of reading all samples of a recording's windows once."""
 
-    sha256: str
+    n_samples: int
+    sha256: str  # as float32
     # The last channel is all zero: missing electrodes were packed to the end, so columns do not
     # correspond to the channel names.
     shifted: bool
@@ -49,23 +50,31 @@ class Scan:
     rms: tuple[float, ...]  # root mean square of each channel
 
 
-def scan_windows(windows: Windows) -> dict[str, Scan]:
-    """Read every sample of all windows once, file by file in parallel."""
-    scans = {}
+def scan_windows(windows: Windows, known: Mapping[str, Scan] | None = None) -> dict[str, Scan]:
+    """Read every sample of all windows once, file by file in parallel.
+
+    known: scans of some of the files, which are not read again if they are of as many samples.
+    """
+    scans = dict(known or {})
+    # Only the samples that the encoder gets.
+    n_samples = dict(zip(windows.files, (windows.counts * windows.seq_len).tolist(), strict=True))
+    missing = []
+    for name, count in n_samples.items():
+        if name not in scans or scans[name].n_samples != count:
+            missing.append(name)
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        progress("check recordings", len(windows.files), "recordings", delay=2.0) as bar,
+        progress("check recordings", len(missing), "recordings", delay=2.0) as bar,
     ):
-        results = pool.map(partial(_scan_file, windows), windows.files, windows.counts.tolist())
-        for name, scan in zip(windows.files, results, strict=True):
+        counts = [n_samples[name] for name in missing]
+        results = pool.map(partial(_scan_file, windows), missing, counts)
+        for name, scan in zip(missing, results, strict=True):
             bar.advance(1)
             scans[name] = scan
-    return scans
+    return {name: scans[name] for name in windows.files}
 
 
-def _scan_file(windows: Windows, name: str, count: int) -> Scan:
-    # Only the samples that the encoder gets are hashed, as float32.
-    n_samples = count * windows.seq_len
+def _scan_file(windows: Windows, name: str, n_samples: int) -> Scan:
     samples = load_recording(windows.folder / name)[:n_samples]
     digest = hashlib.sha256()
     squares = np.zeros(windows.n_vars)
@@ -75,7 +84,13 @@ def _scan_file(windows: Windows, name: str, count: int) -> Scan:
         finite = np.isfinite(block).all(1)
         if not finite.all():
             first_not_finite = start + int(np.flatnonzero(~finite)[0])
-            return Scan(sha256="", shifted=False, first_not_finite=first_not_finite, rms=())
+            return Scan(
+                n_samples=n_samples,
+                sha256="",
+                shifted=False,
+                first_not_finite=first_not_finite,
+                rms=(),
+            )
         digest.update(block.data)
         with np.errstate(over="ignore", under="ignore"):
             squares += np.einsum("tc,tc->c", block, block)
@@ -83,6 +98,7 @@ def _scan_file(windows: Windows, name: str, count: int) -> Scan:
     # Squares of tiny samples are 0 too.
     last_is_zero = windows.n_vars > 1 and n_samples > 0 and not samples[:, -1].any()
     return Scan(
+        n_samples=n_samples,
         sha256=digest.hexdigest(),
         shifted=last_is_zero,
         first_not_finite=None,
@@ -152,11 +168,12 @@ def _scan_split(
 ) -> _SplitScan:
     """Scan a split's windows. refill: replace those of bad files by others, up to max_windows."""
     windows, bad = find_windows(root_path, split, split_seed, shape)
+    scans: dict[str, Scan] = {}
     while True:
         selected = windows
         if max_windows:
             selected = windows.first(min(max_windows, len(windows)))
-        scans = scan_windows(selected)
+        scans = scan_windows(selected, scans)
         not_finite = {
             name: f"contains NaN or infinity at sample {scan.first_not_finite}"
             for name, scan in scans.items()

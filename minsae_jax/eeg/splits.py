@@ -9,6 +9,7 @@ import pickle
 import pickletools
 import random
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -77,14 +78,14 @@ def draw_splits(patients: list[str], seed: int) -> Splits:
 
 def _warn_about_patients(splits: Splits, names: Sequence[str], path: Path) -> None:
     listed = [patient for patients in splits.values() for patient in patients]
-    known = set(listed)
-    if len(listed) > len(known):
-        duplicates = sorted(patient for patient in known if listed.count(patient) > 1)
+    known = Counter(listed)
+    duplicates = sorted(patient for patient, count in known.items() if count > 1)
+    if duplicates:
         warnings.warn(
             f"{path.name} contains {join_some(duplicates)} more than once: splits overlap",
             stacklevel=3,
         )
-    unknown = sorted({patient_of(name) for name in names} - known)
+    unknown = sorted({patient_of(name) for name in names} - known.keys())
     if unknown:
         warnings.warn(
             f"{join_some(unknown)} of {path.parent} is in no split of {path.name} and is left out; "

@@ -3,41 +3,37 @@
 The unit is the patient: a feature's value is the mean over the patient's recordings of the pooled
 activation, so that many tokens or recordings of few patients prove nothing. Two categories are
 compared by the Mann-Whitney U test, more by the Kruskal-Wallis test, and numbers by Spearman's
-correlation. Features of few patients, whose rank sums are far from normal in a small category, have
-a p of their own (`rank_sum_p`). The false discovery rate over the features of a label is controlled
-by Benjamini & Hochberg's method.
+correlation. Where the usual approximation of p fails, p is that of a permutation test of the same
+statistic. The false discovery rate over the features of a label is controlled by Benjamini &
+Hochberg's method.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import chi2, false_discovery_control, mannwhitneyu, rankdata, skew
+from scipy.stats import chi2, false_discovery_control, mannwhitneyu, mode, rankdata, skew
 from scipy.stats import t as student
 
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.evaluation.labels import PatientLabel
+from minsae_jax.evaluation.permutations import permutation_p, product_size, share_between
 from minsae_jax.evaluation.pooling import PatientValues
-from minsae_jax.evaluation.rank_sums import is_sparse, rank_sum_p
 
 MIN_PATIENTS = 3  # of each category, or of all for a number
-# Patients up to which Spearman's p is from all orders of the label, and from random ones. The t
-# approximation is too small in the tail that is left after correction for the number of features:
-# for p = 1e-4 by a factor of 2.6 with 12 patients, 1.9 with 20, and 1.3 with 50.
-MAX_EXACT = 9
+# Patients expected in a category below which their number is not treated as normal (Cochran's
+# rule).
+MIN_EXPECTED = 5
+# Patients up to which Spearman's p is by permutation. The t approximation is too small in the tail
+# that is left after correction for the number of features: for p = 1e-4 by a factor of 2.6 with 12
+# patients, 1.9 with 20, and 1.3 with 50.
 MAX_PERMUTED = 50
-# With more patients, p of columns above this skewness of rho is from random orders as well. Without
+# With more patients, p of columns above this skewness of rho is by permutation as well. Without
 # ties in label or column it is 0; the t approximation is right to a factor of 1.6 down to 1e-4
 # below it, but up to 50 times too small above.
 MAX_SKEWNESS = 0.1
-N_ORDERS = 1_000_000
-ORDERS_BLOCK = 1000  # at a time
-PRODUCTS_BLOCK = 1 << 18  # of orders with ties at a time, which fit the cache
-# Random orders with as large a product after which p is known well enough, to a tenth.
-ENOUGH = 100
 LEVEL = 0.05
 TestName = Literal["Mann-Whitney", "Kruskal-Wallis", "Spearman"]
 EFFECT_NAMES: dict[TestName, str] = {
@@ -168,8 +164,8 @@ def mann_whitney(
 ) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]:
     """Return AUC and two-sided p of each column, as scipy.stats.mannwhitneyu with method "auto".
 
-    p is exact for columns without ties if one of the groups has at most eight members. In columns
-    where most patients are equal it is that of `rank_sum_p` if a group is small.
+    p is exact for columns without ties if one of the groups has at most eight members, and by
+    permutation for columns where `_is_sparse`.
     """
     first = values[~is_second]
     second = values[is_second]
@@ -183,8 +179,9 @@ def mann_whitney(
             result = mannwhitneyu(second[:, columns], first[:, columns], method=method)
             auc[columns] = result.statistic / (len(first) * len(second))
             p[columns] = result.pvalue
-    sparse = is_sparse(values, n_smaller)
-    p[sparse] = rank_sum_p(_ranks(values[:, sparse]), is_second)
+    sparse = _is_sparse(values, n_smaller)
+    deviation = _centred_ranks(values[:, sparse])
+    p[sparse] = permutation_p(deviation, is_second.astype(np.float64), product_size)
     return auc, p
 
 
@@ -194,27 +191,37 @@ def kruskal_wallis(
     """Return eta² of the ranks and the p of the H test of each column.
 
     H = (n - 1) eta², where eta² is the share of the ranks' variance between categories: this is the
-    usual statistic with its correction for ties, since ties reduce that variance alone. In columns
-    where most patients are equal, p is the smallest `rank_sum_p` of a category against the others,
-    times the number of categories (Bonferroni), if a category is small.
+    usual statistic with its correction for ties, since ties reduce that variance alone. p is by
+    permutation for columns where `_is_sparse`, and elsewhere of the chi-squared distribution.
     """
-    n = len(values)
-    ranks = _ranks(values)
-    deviation = ranks - (n + 1) / 2
-    membership = np.eye(category.max() + 1)[category]  # [n, categories]
-    counts = membership.sum(axis=0)
-    between = np.square(membership.T @ deviation).T @ (1 / counts)
-    eta2 = between / np.square(deviation).sum(axis=0)
-    p = chi2.sf((n - 1) * eta2, len(counts) - 1)
-    sparse = is_sparse(values, int(counts.min()))
-    of_categories = [rank_sum_p(ranks[:, sparse], inside) for inside in membership.T == 1]
-    p[sparse] = np.minimum(len(counts) * np.min(of_categories, axis=0), 1)
+    deviation = _centred_ranks(values)
+    label = category.astype(np.float64)
+    counts = np.bincount(category)
+    eta2 = share_between(deviation.T, label[None])[:, 0]
+    p = chi2.sf((len(values) - 1) * eta2, len(counts) - 1)
+    sparse = _is_sparse(values, int(counts.min()))
+    p[sparse] = permutation_p(deviation[:, sparse], label, share_between)
     return eta2, p
 
 
-def _ranks(values: Float[np.ndarray, "n features"]) -> Float[np.ndarray, "n features"]:
+def _is_sparse(
+    values: Float[np.ndarray, "n features"], n_smallest: int
+) -> Bool[np.ndarray, " features"]:
+    """Return the columns where most patients are equal, and few others expected in a category.
+
+    The normal and chi-squared approximations need a few patients with another value than most in
+    every category; p of a feature of one or two patients can be a thousandth of the true one.
+
+    n_smallest: patients of the smallest category.
+    """
+    n = len(values)
+    n_others = n - mode(values, axis=0).count
+    return (2 * n_others <= n) & (n_smallest * n_others < MIN_EXPECTED * n)
+
+
+def _centred_ranks(values: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "n ..."]:
     # In float64, since newer versions of SciPy return the type of the values.
-    return rankdata(values, axis=0).astype(np.float64)
+    return rankdata(values, axis=0).astype(np.float64) - (len(values) + 1) / 2
 
 
 def spearman(
@@ -222,91 +229,26 @@ def spearman(
 ) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, " features"]]:
     """Return Spearman's rho of each column with the label, and its two-sided p.
 
-    p is the share of the orders of the label with as large a |rho|: of all orders for up to nine
-    patients, of up to a million random ones for up to 50, and with more where label and column are
-    equal for many patients. Elsewhere it is that of t = rho sqrt((n - 2) / (1 - rho²)) with n - 2
-    degrees of freedom.
+    p is by permutation for up to 50 patients, and with more where label and column are equal for
+    many patients. Elsewhere it is that of t = rho sqrt((n - 2) / (1 - rho²)) with n - 2 degrees of
+    freedom.
     """
     n = len(label)
-    deviation = _ranks(values) - (n + 1) / 2
-    of_label = rankdata(label) - (n + 1) / 2
+    deviation = _centred_ranks(values)
+    of_label = _centred_ranks(label)
     products = of_label @ deviation
     squares = np.square(deviation).sum(axis=0) * np.square(of_label).sum()
     rho = np.clip(products / np.sqrt(squares), -1, 1)
     if n <= MAX_PERMUTED:
-        return rho, _permutation_p(deviation, of_label, products)
+        return rho, permutation_p(deviation, of_label, product_size)
     with np.errstate(divide="ignore"):  # infinite at rho = ±1, where p is 0
         t = rho * np.sqrt((n - 2) / (1 - np.square(rho)))
     p = 2 * student.sf(np.abs(t), n - 2)
     # Over random orders the skewness of rho is the product of both skewnesses over sqrt(n), up to
     # terms of 1 / n (Pitman 1937).
     skewed = np.abs(skew(of_label) * skew(deviation)) > MAX_SKEWNESS * np.sqrt(n)
-    p[skewed] = _permutation_p(deviation[:, skewed], of_label, products[skewed])
+    p[skewed] = permutation_p(deviation[:, skewed], of_label, product_size)
     return rho, p
-
-
-def _permutation_p(
-    deviation: Float[np.ndarray, "n features"],
-    of_label: Float[np.ndarray, " n"],
-    products: Float[np.ndarray, " features"],
-) -> Float[np.ndarray, " features"]:
-    """Return the share of the orders of the label whose product with a column is as far from 0.
-
-    deviation, of_label: ranks about their mean. They are multiples of a half, so that products are
-    exact and equal ones compare as equal.
-    """
-    # Columns with the same ties have the same products in all orders.
-    ties, ties_of_column = np.unique(np.sort(deviation.T), axis=0, return_inverse=True)
-    n_orders = np.zeros(len(products), np.int64)
-    n_as_large = np.zeros(len(products), np.int64)
-    # By their ties
-    columns = np.argsort(ties_of_column, kind="stable")
-    for orders in _orders(of_label):
-        if len(columns) == 0:
-            break
-        open_ties, row = np.unique(ties_of_column[columns], return_inverse=True)
-        block = max(1, PRODUCTS_BLOCK // len(orders))
-        for start in range(0, len(open_ties), block):
-            first, end = np.searchsorted(row, [start, start + block])
-            some = columns[first:end]
-            n_as_large[some] += _count_as_large(
-                ties[open_ties[start : start + block]],
-                orders,
-                row[first:end] - start,
-                np.abs(products[some]),
-            )
-        n_orders[columns] += len(orders)
-        # Large p need few random orders (Besag & Clifford 1991).
-        columns = columns[n_as_large[columns] < ENOUGH]
-    if len(of_label) > MAX_EXACT:
-        # The label's own order is one more, so that p is never 0 (Phipson & Smyth 2010).
-        return (n_as_large + 1) / (n_orders + 1)
-    return n_as_large / n_orders
-
-
-def _count_as_large(
-    ties: Float[np.ndarray, "ties n"],
-    orders: Float[np.ndarray, "orders n"],
-    row: Int[np.ndarray, " columns"],
-    sizes: Float[np.ndarray, " columns"],
-) -> Int[np.ndarray, " columns"]:
-    """Return for each size the number of orders whose product with a row of ties is as large."""
-    by_order = np.sort(np.abs(ties @ orders.T), axis=1)
-    # Rows one after the other on one line, so that one search finds all sizes, each in its row.
-    width = 1 + max(by_order.max(), sizes.max())
-    line = by_order + width * np.arange(len(ties))[:, None]
-    place = np.searchsorted(line.ravel(), sizes + width * row)
-    return (row + 1) * len(orders) - place
-
-
-def _orders(label: Float[np.ndarray, " n"]) -> Iterator[Float[np.ndarray, "orders n"]]:
-    """Yield all orders of a label, or random ones, always the same."""
-    if len(label) <= MAX_EXACT:
-        yield np.array(list(permutations(label)))
-        return
-    rng = np.random.default_rng(0)
-    for _ in range(N_ORDERS // ORDERS_BLOCK):
-        yield rng.permuted(np.tile(label, (ORDERS_BLOCK, 1)), axis=1)
 
 
 def regression_slope(

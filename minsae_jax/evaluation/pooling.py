@@ -20,6 +20,7 @@ from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
+from minsae_jax.sae.padding import pad_rows
 
 BATCH_VALUES = 1 << 23  # values of the features of a batch
 # On CPU: with temporary arrays they fit the cache, and malloc reuses their memory.
@@ -149,7 +150,7 @@ def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
         for first, x in dataset.batches(n_sequences):
             # The channel -1 of whole windows is the last group.
             channel = dataset.channel[first : first + len(x)] % (n_channels + 1)
-            rows = (padded(x, n_sequences), padded(channel, n_sequences))
+            rows = (pad_rows(x, n_sequences), pad_rows(channel, n_sequences))
             batch = jax.device_get(batch_sums(params, *rows, np.int32(len(x))))
             totals.add(int(dataset.recording[first]), len(x) * dataset.n_tokens, batch)
             bar.advance(len(x))
@@ -232,14 +233,6 @@ def group_by_patient(
     names = [patient_of(recording) for recording in recordings]
     index = {name: i for i, name in enumerate(dict.fromkeys(names))}
     return tuple(index), np.array([index[name] for name in names], np.int64)
-
-
-def padded(x: np.ndarray, rows: int) -> np.ndarray:
-    """Return x with zeros after its last row, so that all batches share one compiled program."""
-    if len(x) == rows:
-        return x
-    zeros = np.zeros((rows - len(x), *x.shape[1:]), x.dtype)
-    return np.concatenate([x, zeros])
 
 
 @lru_cache

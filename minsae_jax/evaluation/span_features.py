@@ -13,9 +13,9 @@ from minsae_jax.evaluation.events import (
     max_over_spans,
     span_groups,
 )
-from minsae_jax.evaluation.pooling import padded
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
+from minsae_jax.sae.padding import pad_rows, power_of_two
 
 
 class EncodedSpans(NamedTuple):
@@ -49,9 +49,9 @@ def encode_spans(
         x = np.concatenate([spans.activations[i] for i in group])
         side = np.repeat(spans.is_event[group], lengths[group])
         # Padded, so that all groups but those of a longer span share one compiled program.
-        n_rows = max(BATCH_TOKENS, 1 << (len(x) - 1).bit_length())
+        n_rows = max(BATCH_TOKENS, power_of_two(len(x)))
         sides = np.stack([side, ~side], axis=1).astype(np.float32)
-        rows = (padded(x, n_rows), padded(sides, n_rows).T)
+        rows = (pad_rows(x, n_rows), pad_rows(sides, n_rows).T)
         with jax.default_matmul_precision("highest"):
             encoded = _encode(sae.kind, sae.params, *rows, probes, chosen)
         features, side_sums, group_logits, group_chosen = map(np.asarray, encoded)

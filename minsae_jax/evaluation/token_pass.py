@@ -16,12 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minsae_jax.evaluation.bootstrap import SHARE, Interval, Resamples, interval
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.pooling import padded
 from minsae_jax.evaluation.ranking import auc
 from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
+from minsae_jax.sae.padding import pad_rows
 
 TOP = 50  # strongest tokens of a feature
 BATCH_VALUES = 2**23  # features of a batch, which bounds the memory
@@ -107,7 +107,7 @@ def read_features(
     n_rows = max(1, min(MAX_SEQUENCES, batch_values // (dataset.n_tokens * largest)))
     with progress("read features", n_sequences, "sequences", delay=2.0) as bar:
         for start, x in dataset.batches(n_rows):
-            batch = padded(x, n_rows)
+            batch = pad_rows(x, n_rows)
             for one in passes.values():
                 one.add(batch, len(x), start, located)
             bar.advance(len(x))

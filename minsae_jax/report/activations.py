@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Int
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
-from minsae_jax.report.entries import ENCODE_TILE, encode_rows
+from minsae_jax.report.entries import encode_padded
 from minsae_jax.report.examples import BATCH_TOKENS, batch_tokens
 from minsae_jax.sae.member import SparseAutoencoder
+from minsae_jax.sae.padding import pad_rows, power_of_two
 
 CHUNK = 256  # examples at a time, at most, where only their features are encoded
 MAX_EXAMPLES = 65_536  # at a time where all features are encoded, so that memory is bounded
@@ -200,12 +201,14 @@ def _measure_all(
     sae: SparseAutoencoder, chunk: _Chunk, feature: Int[np.ndarray, " chunk"]
 ) -> _Measured:
     """Encode each distinct token with all features."""
-    rows = _pad(chunk.rows, least=ENCODE_TILE, most=batch_tokens(sae))
-    with jax.default_matmul_precision("highest"):
-        features = encode_rows(sae.kind, sae.params, rows)
-    of_shown = feature[chunk.of_example].astype(np.int32)
-    values = _take(features, _pad(chunk.row.astype(np.int32)), _pad(of_shown))
-    return _Measured(values, *_strongest(features, _pad(chunk.middle.astype(np.int32))))
+    n_tokens = len(chunk.rows)
+    n_rows = power_of_two(n_tokens)
+    # A single example may have more tokens.
+    if n_tokens <= batch_tokens(sae):
+        n_rows = min(n_rows, batch_tokens(sae))
+    features = encode_padded(sae, chunk.rows, n_rows)
+    values = _take(features, _pad(chunk.row), _pad(feature[chunk.of_example]))
+    return _Measured(values, *_strongest(features, _pad(chunk.middle)))
 
 
 def _measure_some(
@@ -216,26 +219,14 @@ def _measure_some(
     indices = np.zeros(CHUNK, np.int64)
     indices[: len(feature)] = feature
     encoded = sae.encode_features(chunk.rows, indices.tolist())
-    middle = _pad(chunk.rows[chunk.middle], least=ENCODE_TILE)
-    with jax.default_matmul_precision("highest"):
-        features = encode_rows(sae.kind, sae.params, middle)
+    middle = chunk.rows[chunk.middle]
+    features = encode_padded(sae, middle, power_of_two(len(middle)))
     values = encoded[chunk.row, chunk.of_example]
-    return _Measured(values, *_strongest(features, np.arange(len(middle), dtype=np.int32)))
+    return _Measured(values, *_strongest(features, np.arange(len(features), dtype=np.int32)))
 
 
-def _pad(array: np.ndarray, least: int = 1, most: int | None = None) -> np.ndarray:
-    """Return an array with zeros at its end, so that many lengths share few compiled programs.
-
-    The length is a power of two, or `most` if that is nearer, and a multiple of `least`.
-    """
-    n = len(array)
-    n_padded = 1 << max(n - 1, 0).bit_length()
-    if most is not None and n <= most:
-        n_padded = min(n_padded, most)
-    n_padded += -n_padded % least
-    padded = np.zeros((n_padded, *array.shape[1:]), array.dtype)
-    padded[:n] = array
-    return padded
+def _pad(indices: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n_padded"]:
+    return pad_rows(indices.astype(np.int32), power_of_two(len(indices)))
 
 
 @jax.jit

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
+from minsae_jax.sae.padding import pad_rows, power_of_two
 
 WORD = 32  # bits
 ENCODE_TILE = 256  # tokens, a multiple of WORD
@@ -59,11 +60,7 @@ def encode_batch(
 ) -> EncodedBatch:
     """Start to encode activations, padded to `sequences`, so that all batches have one shape."""
     n_sequences, n_tokens, d_model = x.shape
-    n_rows = sequences * n_tokens
-    rows = np.zeros((n_rows + -n_rows % ENCODE_TILE, d_model), np.float32)
-    rows[: n_sequences * n_tokens] = x.reshape(-1, d_model)
-    with jax.default_matmul_precision("highest"):
-        features = encode_rows(sae.kind, sae.params, rows)
+    features = encode_padded(sae, x.reshape(-1, d_model), sequences * n_tokens)
     # A compilation of its own, since XLA for CPU would repeat the product for the sum.
     return EncodedBatch(
         first=first,
@@ -74,11 +71,22 @@ def encode_batch(
     )
 
 
+def encode_padded(
+    sae: SparseAutoencoder, tokens: Float[np.ndarray, "tokens d_model"], n_rows: int
+) -> Float[Array, "rows d_sae"]:
+    """Return the features of tokens, with those of padding after them.
+
+    rows: n_rows rounded up to a multiple of ENCODE_TILE.
+    """
+    rows = pad_rows(tokens, n_rows + -n_rows % ENCODE_TILE)
+    with jax.default_matmul_precision("highest"):
+        return _encode(sae.kind, sae.params, rows)
+
+
 @partial(jax.jit, static_argnums=0)
-def encode_rows(
+def _encode(
     kind: SAEKind, params: Params, rows: Float[Array, "rows d_model"]
 ) -> Float[Array, "rows d_sae"]:
-    """Return the features of tokens, whose number is a multiple of ENCODE_TILE."""
     if not on_cpu():
         return kind.encode(params, rows)
     # Biases and thresholds are applied while a tile is in the cache: two thirds of the time.
@@ -112,11 +120,9 @@ def find_active(batch: EncodedBatch) -> ActiveEntries:
     is_token = np.flatnonzero(row < batch.n_sequences * batch.n_tokens)
     row = row[is_token]
     feature = feature[is_token]
-    # Padded to a power of two, so that batches share few compiled programs.
     n_entries = len(row)
-    flat = np.zeros(1 << max(n_entries - 1, 0).bit_length(), np.int32)
-    flat[:n_entries] = row * np.int32(d_sae) + feature
-    value, histogram_bin = _take(batch.features, flat)
+    flat = row * np.int32(d_sae) + feature
+    value, histogram_bin = _take(batch.features, pad_rows(flat, power_of_two(n_entries)))
     return ActiveEntries(
         row=row,
         feature=feature,

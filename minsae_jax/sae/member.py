@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save
 from minsae_jax.errors import UserError, brief, is_system_error
 from minsae_jax.files import atomic_write, flush, make_folder, sha256_of
 from minsae_jax.sae.kinds import KINDS, Params, SAEKind, kind_of
+from minsae_jax.sae.padding import pad_rows, power_of_two
 from minsae_jax.settings import JsonObject, read_json, shown
 
 WEIGHTS = "sae.safetensors"
@@ -93,10 +94,7 @@ class SparseAutoencoder:
         """Return some of the features of raw activations [..., d_model], without the others."""
         x = np.asarray(self._to_array(x, self.d_model))
         tokens = x.reshape(-1, self.d_model)
-        # Padded to a power of two, so that calls with many lengths share few compiled programs.
-        n_padded = 1 << max(len(tokens) - 1, 0).bit_length()
-        padded = np.zeros((n_padded, self.d_model), np.float32)
-        padded[: len(tokens)] = tokens
+        padded = pad_rows(tokens, power_of_two(len(tokens)))
         with jax.default_matmul_precision("highest"):
             features = _encode_features(self.kind, self.params, padded, np.asarray(indices))
         without_padding = np.asarray(features)[: len(tokens)]

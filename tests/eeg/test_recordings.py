@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from minsae_jax import UserError
+from minsae_jax.eeg import scan
 from minsae_jax.eeg.description import Description, write_description
-from minsae_jax.eeg.recordings import WindowShape, open_windows
+from minsae_jax.eeg.recordings import WindowShape, load_recording, open_windows
 from minsae_jax.eeg.scan import open_recordings, scan_windows, warn_of
 from tests.conftest import FIXTURES
 
@@ -98,6 +99,28 @@ def test_scan_detects_shifted_columns(data):
     np.save(data / name, array)
     windows = open_windows(data, "test", 42, *SHAPE)
     assert [f for f, scan in scan_windows(windows).items() if scan.shifted] == [name]
+
+
+def test_replacing_a_bad_recording_does_not_read_the_others_again(data, monkeypatch):
+    windows = open_windows(data, "train", 42, *SHAPE)
+    first, second = windows.files[:2]
+    array = np.load(data / second)
+    array[0] = np.nan
+    np.save(data / second, array)
+    read = []
+
+    def count(path):
+        read.append(path.name)
+        return load_recording(path)
+
+    monkeypatch.setattr(scan, "load_recording", count)
+    n_windows = int(windows.counts[:2].sum())
+    (recordings,) = open_recordings(data, ["train"], 42, SHAPE, n_windows, "skip")
+    assert len(recordings.windows) == n_windows
+    assert recordings.windows.files[0] == first
+    assert recordings.skipped.keys() == {second}
+    assert sorted(set(read)) == sorted({*recordings.windows.files, second})
+    assert len(read) == len(set(read))
 
 
 def test_checksum_covers_every_sample_of_the_windows(data):

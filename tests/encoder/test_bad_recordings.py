@@ -69,9 +69,9 @@ def test_bad_recordings_are_listed_or_skipped(encoder, settings, demo_folder, tm
         extract(encoder, skipping, "all")
     store = open_store(tmp_path / "store" / "l-1")
     assert store.manifest.data["skipped"].keys() == reasons.keys()
-    origin = np.load(tmp_path / "store/l-1/provenance.npz")
     good = [n for n in names if n not in reasons]
-    assert origin["recordings"].tolist() == good
+    with np.load(tmp_path / "store/l-1/provenance.npz") as origin:
+        assert origin["recordings"].tolist() == good
     x = np.load(root / good[0])[None, :1000]
     np.testing.assert_allclose(
         store.read(0, 0, 11), np.asarray(encoder.activations(x))[0, 0], atol=1e-5
@@ -94,7 +94,8 @@ def test_skipped_recordings_are_replaced_by_others(encoder, settings, demo_folde
         extract(encoder, few, "train")
     store = open_store(tmp_path / "store" / "l-1")
     assert store.manifest.data["n_windows"] == 4
-    assert np.load(tmp_path / "store/l-1/provenance.npz")["recordings"][0] == others[0]
+    with np.load(tmp_path / "store/l-1/provenance.npz") as origin:
+        assert origin["recordings"][0] == others[0]
 
 
 @pytest.mark.parametrize("change", [lambda x: 2 * x, lambda x: x[:1500]])
@@ -124,8 +125,8 @@ def test_shifted_channels_are_marked_with_a_warning(encoder, settings, demo_fold
     np.save(root / name, eeg)
     with pytest.warns(UserWarning, match=f"all zero in {name}"):
         extract(encoder, replace(settings, root_path=str(root)), "val")
-    origin = np.load(tmp_path / "store" / "l-1" / "provenance.npz")
-    assert origin["recordings"][origin["shifted"]].tolist() == [name]
+    with np.load(tmp_path / "store/l-1/provenance.npz") as origin:
+        assert origin["recordings"][origin["shifted"]].tolist() == [name]
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])

@@ -241,7 +241,9 @@ INPUTS: dict[str, Input | Flags] = {
     ),
     "events.csv": Input(partial(_recordings, "events.csv"), mutations.csv_files, _read_events),
     "labels.csv": Input(partial(_recordings, "labels.csv"), mutations.csv_files, _read_labels),
-    "labels.csv of a report": Input(_feature_labels, mutations.csv_files, read_feature_labels),
+    "labels.csv of a report": Input(
+        _feature_labels, mutations.csv_files, partial(read_feature_labels, d_sae=8)
+    ),
     "dataset.json": Input(
         partial(_recordings, "dataset.json"), mutations.json_files, _read_description
     ),

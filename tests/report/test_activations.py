@@ -82,12 +82,12 @@ def test_each_token_is_encoded_once(trained, monkeypatch):
     sae = make_sae("topk", dataset.store.d_model, D_SAE)
     encoded = []
 
-    def encode_rows(kind, params, rows):
-        encoded.append(len(np.unique(rows[rows.any(axis=1)], axis=0)))
-        return original(kind, params, rows)
+    def encode_padded(sae, tokens, n_rows):
+        encoded.append(len(np.unique(tokens, axis=0)))
+        return original(sae, tokens, n_rows)
 
-    original = activations.encode_rows
-    monkeypatch.setattr(activations, "encode_rows", encode_rows)
+    original = activations.encode_padded
+    monkeypatch.setattr(activations, "encode_padded", encode_padded)
     feature, sequence, token = draw_examples(dataset, D_SAE, 200)
     list(measure_examples(dataset, sae, 2, feature, sequence, token))
     assert sum(encoded) <= len(dataset.recording) * dataset.n_tokens < 2 * len(feature)

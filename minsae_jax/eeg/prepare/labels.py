@@ -25,8 +25,9 @@ def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[dict[s
     of_key: dict[str, dict[str, str]] = {}
     columns: dict[str, None] = {}  # an ordered set
     for path in tables:
-        key_column = _key_column(path)
-        for row in read_rows(path, key_column):
+        rows = _read(path)
+        key_column = _key_column(path, rows)
+        for row in rows:
             key = row.pop(key_column)
             # participants.tsv has sub-01 for the patient 01.
             of_key.setdefault(key.removeprefix("sub-"), row)
@@ -46,30 +47,28 @@ def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[dict[s
     return labels
 
 
-def read_rows(path: Path, key_column: str) -> list[dict[str, str]]:
-    """Return the rows of a table. Raises UserError if it cannot be read or a key is there twice."""
-    rows = _read(path, (key_column,))
-    seen = set()
-    for row in rows:
-        key = row[key_column]
-        if not key or key in seen:
-            raise UserError(f"{path} must have different values of {key_column}, got {key!r}")
-        seen.add(key)
-    return rows
-
-
-def _key_column(path: Path) -> str:
-    rows = _read(path, ())
+def _key_column(path: Path, rows: Sequence[dict[str, str]]) -> str:
+    """Return the column that identifies rows. Raises UserError if none does."""
     columns = list(rows[0]) if rows else []
     for name in ("recording", *PATIENT_COLUMNS):
         if name in columns:
+            _check_different(path, name, rows)
             return name
     raise UserError(f"{path} must have rows and a column patient, participant_id or recording")
 
 
-def _read(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
+def _check_different(path: Path, column: str, rows: Sequence[dict[str, str]]) -> None:
+    seen = set()
+    for row in rows:
+        key = row[column]
+        if not key or key in seen:
+            raise UserError(f"{path} must have different values of {column}, got {key!r}")
+        seen.add(key)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
     try:
-        return read_table(path, required)
+        return read_table(path, ())
     except BadRecordingError as e:
         raise UserError(f"{path} {e}") from None
 

@@ -1,7 +1,6 @@
 """Reads EEG files with MNE: the channels that are needed, in microvolts, and the annotations."""
 
 import csv
-import glob
 import re
 import warnings
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.eeg.montage import canonical
-from minsae_jax.eeg.prepare.sources import bids_sidecar
+from minsae_jax.eeg.prepare.sources import bids_sidecar, files_with_stem
 from minsae_jax.errors import brief
 from minsae_jax.files import regular_file
 
@@ -56,7 +55,7 @@ def open_file(path: Path) -> EegFile:
     """
     try:
         # MNE would wait for a named pipe, also in the place of another part, such as .eeg of .vhdr.
-        for each in (path, *path.parent.glob(f"{glob.escape(path.stem)}.*")):
+        for each in (path, *files_with_stem(path.parent, path.stem)):
             regular_file(each)
         # Warnings can contain parts of the header, so they are not shown.
         with warnings.catch_warnings(), mne.utils.catch_logging() as log:

@@ -7,9 +7,11 @@ user. File names of recordings are `<patient>_s<session>_t<token>_preprocessed.n
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from minsae_jax.eeg.prepare.config import PrepareConfig
@@ -118,12 +120,31 @@ def files_of(path: Path) -> list[Path]:
         return sorted(file for file in path.rglob("*") if file.is_file())
     stem = path.name.removesuffix(".gz")
     stem = stem[: stem.rfind(".")]
-    files = {path, *path.parent.glob(f"{glob.escape(stem)}.*")}
+    files = {path, *files_with_stem(path.parent, stem)}
     for what in ("events", "channels"):
         sidecar = bids_sidecar(path, what)
         if sidecar is not None:
             files.add(sidecar)
     return sorted(file for file in files if file.is_file())
+
+
+def files_with_stem(folder: Path, stem: str) -> list[Path]:
+    """Return the files and folders in a readable folder that are named `<stem>.*`."""
+    if not os.access(folder, os.R_OK):
+        return []
+    return _by_stem(folder, folder.stat().st_mtime_ns).get(stem, [])
+
+
+# All recordings may be in one folder, which is not listed again for each of them. The time of its
+# last change is an argument, so that a new file is seen.
+@lru_cache(maxsize=16)
+def _by_stem(folder: Path, modified_ns: int) -> dict[str, list[Path]]:
+    """Return the content of a folder by each part of a name that ends before a dot."""
+    by_stem: dict[str, list[Path]] = {}
+    for path in folder.iterdir():
+        for dot in re.finditer(r"\.", path.name):
+            by_stem.setdefault(path.name[: dot.start()], []).append(path)
+    return by_stem
 
 
 def find_duplicates(sources: Sequence[Source]) -> dict[Path, Path]:
@@ -255,17 +276,15 @@ def _recording_names(parts: dict[Path, _Parts], is_hashed: bool) -> dict[Path, s
                 f"patients {patients[name]!r} and {part.patient!r} would both be {name}; choose "
                 f"another --patient_pattern ({path})"
             )
-    of_patient = {patient: name for name, patient in patients.items()}
+    # Tokens of the recordings of each session of each patient
+    tokens: dict[str, dict[str, dict[Path, str]]] = {}
+    for path, part in parts.items():
+        sessions = tokens.setdefault(part.patient, {})
+        sessions.setdefault(part.session, {})[path] = part.token
     names = {}
-    for patient, name in of_patient.items():
-        recordings = {path: part for path, part in parts.items() if part.patient == patient}
-        sessions = _numbers({part.session for part in recordings.values()}, first=1)
-        for session, number in sessions.items():
-            tokens = {}
-            for path, part in recordings.items():
-                if part.session == session:
-                    tokens[path] = part.token
-            for path, token in _token_numbers(tokens).items():
+    for name, patient in patients.items():
+        for session, number in _numbers(tokens[patient], first=1).items():
+            for path, token in _token_numbers(tokens[patient][session]).items():
                 names[path] = f"{name}_s{number:03d}_t{token:03d}_preprocessed.npy"
     return names
 
