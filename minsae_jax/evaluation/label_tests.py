@@ -4,8 +4,8 @@ The unit is the patient: a feature's value is the mean over the patient's record
 activation, so that many tokens or recordings of few patients prove nothing. Two categories are
 compared by the Mann-Whitney U test, more by the Kruskal-Wallis test, and numbers by Spearman's
 correlation. Features of few patients, whose rank sums are far from normal in a small category, have
-a p of their own (`rank_sum_p`). The false discovery rate over the features of a label is controlled
-by Benjamini & Hochberg's method.
+their own p-value (`rank_sum_p`). The false discovery rate over the features of a label is
+controlled by Benjamini & Hochberg's method.
 """
 
 from collections.abc import Iterator, Sequence
@@ -108,7 +108,7 @@ def compare_labels(pooled: PatientValues, labels: Sequence[PatientLabel]) -> lis
 def usable_label(
     label: PatientLabel, patients: Sequence[str], min_patients: int
 ) -> tuple[PatientLabel | None, str]:
-    """Return a label of some of the patients, without small categories, and what was left out.
+    """Return a label of some of the patients without small categories, and a note on omissions.
 
     None if fewer than two categories have min_patients patients; a number needs as many patients,
     and two different values.

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Keys(NamedTuple):
-    """Name of an autoencoder, and the checksums of what its measures depend on."""
+    """Name of an autoencoder, and the checksums of the inputs of its measures."""
 
     name: str
     tokens: str
@@ -70,7 +70,7 @@ def saved_or_measured(
     to_arrays: Callable[[T], Arrays],
     from_arrays: Callable[[Arrays], T],
 ) -> dict[str, T]:
-    """Return a part of the results of all members; what is not saved is measured and saved."""
+    """Return a part of the results of all members; missing results are measured and saved."""
     results = {}
     missing = []
     for member in members:

@@ -42,7 +42,7 @@ SCORE_NAMES = {"AUC": ("AUC", 0.5), "rho": ("Spearman's rho", 0.0)}
 def fill_pages(
     evaluation: Evaluation, associations: Associations, steering: Mapping[str, Steering]
 ) -> Pages:
-    """Return what the report shows beside the features of the selected member.
+    """Return the report's data other than the features of the selected member.
 
     steering: with the best feature of each kind of event, by kind; may be empty.
     """

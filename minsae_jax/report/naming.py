@@ -1,4 +1,4 @@
-"""Names of features: the user's own in labels.csv, and suggestions from channels and spectrum."""
+"""Feature names: those of the user in labels.csv, and suggestions from channels and spectrum."""
 
 import csv
 import warnings
@@ -165,7 +165,7 @@ def read_labels(path: Path, d_sae: int, member: str | None = None) -> dict[int, 
 
 
 def warn_of_other_member(path: Path, before: str | None, member: str) -> None:
-    """Warn if labels.csv says nothing of members and the older report was about another one."""
+    """Warn if labels.csv has no column `member` and the older report was about another member."""
     if before in (None, member) or not path.exists():
         return
     with regular_file(path).open(newline="", encoding="utf-8-sig") as file:

@@ -97,7 +97,7 @@ class Checkpoints:
         self._may_be_saving = False  # in a cluster
         self._agreed_at = 0.0  # when not all processes waited at different barriers
         for path in self._directory.glob("*/_CHECKPOINT_METADATA"):
-            # Orbax reads these files of all steps; from a named pipe it would wait for ever.
+            # Orbax reads these files of all steps; it would wait forever for a named pipe.
             if path.parent.name.isdecimal():
                 regular_file(path)
         options = ocp.CheckpointManagerOptions(

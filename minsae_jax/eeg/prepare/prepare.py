@@ -82,7 +82,7 @@ class Prepared:
 
 
 def prepare(config: PrepareConfig) -> Prepared:
-    """Write the recordings and tables of all EEG files in --source, or what is missing of them.
+    """Write the recordings and tables of all EEG files in --source, or the missing ones.
 
     Raises UserError if there are no files, some cannot be used, or the folder contains recordings
     of other settings.
@@ -134,7 +134,7 @@ def _prepare(
     missing = [source for source in sources if source.name not in records]
     _remove_stale(folder, plan, {source.name for source in sources}, config.overwrite)
     if missing:
-        # Without this file, no program takes the folder for a complete set of recordings.
+        # Without this file, programs do not accept the folder as a complete set of recordings.
         (folder / LENGTHS).unlink(missing_ok=True)
     with progress("prepare", len(sources), "recordings") as bar:
         bar.start_at(len(records))

@@ -52,7 +52,7 @@ def _has_fork_server() -> bool:
 def _start_worker() -> None:
     # On Ctrl-C, the main process lets recordings that were started finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A worker whose main process was killed would wait for work for ever.
+    # A worker would wait forever if its main process was killed.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

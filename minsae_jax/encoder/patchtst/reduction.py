@@ -4,7 +4,7 @@ XLA for GPU writes the result of every matrix product to memory, and in float32 
 without score matrices: these were more than half of the encoder's memory traffic. A reduction is
 one launch, which also computes everything elementwise that it reads. So here scores are not a
 matrix product but a sum over the head's dimensions, and go from there into the sums over keys
-without being written. benchmarks/CUDA.md lists what this saves and costs.
+without being written. benchmarks/CUDA.md lists the savings and costs.
 """
 
 from collections.abc import Sequence
