@@ -196,7 +196,7 @@ def _supervised_settings(settings: Settings, tensors: Tensors) -> Settings:
                 "model of the official supervised program, which this seems to be; if it is not, "
                 "use --program gpatchtst"
             )
-    return {name: Setting(value, "layout of this program") for name, value in fixed.items()}
+    return {name: Setting(value, "official supervised program") for name, value in fixed.items()}
 
 
 def _check_complete(settings: Settings, checkpoint: Checkpoint, yaml_file: str) -> None:

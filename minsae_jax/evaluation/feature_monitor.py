@@ -1,4 +1,4 @@
-"""Measures of features during training: the events that they find, and stability between seeds.
+"""Measures of features during training: detection of events, and stability between seeds.
 
 `train` calls a `FeatureMonitor` whenever it measures the members on held-out tokens, and writes the
 results to TensorBoard. The best feature for a kind of events is chosen and scored on the same val
@@ -44,7 +44,7 @@ class BestFeature(NamedTuple):
     auc: float
     # Share of events among as many of its strongest spans as there are events
     precision: float
-    # Spans by falling activation
+    # Spans by decreasing activation
     strongest: Int[np.ndarray, " spans"]
 
 

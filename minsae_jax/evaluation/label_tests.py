@@ -1,4 +1,4 @@
-"""Which features differ with a label of patients: a rank test of every feature.
+"""Rank tests of every feature against patient labels.
 
 The unit is the patient: a feature's value is the mean over the patient's recordings of the pooled
 activation, so that many tokens or recordings of few patients prove nothing. Two categories are

@@ -1,8 +1,8 @@
 """Measures of earlier evaluations of the run, saved to be used again.
 
 Each part of a result is a file `evaluation/<name>.<part>.npz` in the run, with a key: the checksum
-of everything that the part depends on. A part with another key is measured again, so that new
-labels, another encoder or a retrained member never meet old numbers.
+of everything that the part depends on. A part with another key is measured again, so that old
+measures are never used for new labels, another encoder or a retrained member.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from minsae_jax.errors import is_system_error
 from minsae_jax.evaluation.inputs import Member
 
 FOLDER = "evaluation"
-# Raise it when a measure changes, so that results of earlier versions are not used.
+# Increment when a measure changes, so that results of earlier versions are not used.
 MEASURES_VERSION = 6
 Arrays = Mapping[str, np.ndarray]
 T = TypeVar("T")

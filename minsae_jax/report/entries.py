@@ -64,7 +64,7 @@ def encode_batch(
     rows[: n_sequences * n_tokens] = x.reshape(-1, d_model)
     with jax.default_matmul_precision("highest"):
         features = encode_rows(sae.kind, sae.params, rows)
-    # A compilation of its own, since XLA for CPU would repeat the product for the sum.
+    # Compiled separately, since XLA for CPU would repeat the product for the sum.
     return EncodedBatch(
         first=first,
         n_sequences=n_sequences,

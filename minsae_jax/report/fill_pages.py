@@ -324,7 +324,7 @@ def best_features(events: EventEvaluation | None) -> dict[str, int]:
 
 
 def shown_features(pages: Pages) -> Sequence[int]:
-    """Return the features that the pages are about, without repetition, which need pages too."""
+    """Return the distinct features on the pages of events and labels, which need pages too."""
     features: dict[int, None] = {}
     for event in pages.events:
         features |= dict.fromkeys([event.feature, *(row.feature for row in event.features)])

@@ -28,7 +28,7 @@ class Findings:
     associations: Associations
 
     def events_of(self, feature: int) -> list[DetectedEvent]:
-        """Return how well the feature detects each kind of event, the best first."""
+        """Return the feature's scores for each kind of event, the best first."""
         if self.events is None:
             return []
         found = []
@@ -44,7 +44,7 @@ class Findings:
         return sorted(found, key=lambda event: -event.auc)
 
     def stability_of(self, feature: int) -> SeedStability | None:
-        """Return in how many seeds the feature is found, and its matches."""
+        """Return the number of seeds in which the feature is found, and its matches."""
         stability = self.stability
         if stability is None or not stability.is_live[feature]:
             return None
@@ -64,7 +64,7 @@ class Findings:
         return SeedStability(found, stability.n_seeds, matches)
 
     def explained_of(self, feature: int) -> Explained:
-        """Return which share of the feature's variance other things explain."""
+        """Return the shares of the feature's variance that position, channel and so on explain."""
         variance = self.associations.variance
         share = float(variance.top_patient_share[feature])
         return Explained(

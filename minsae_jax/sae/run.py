@@ -68,7 +68,7 @@ RUN_ENTRIES = (
     *_LOCKS,
     f"{TFEVENTS_PREFIX}*",
 )
-# Settings that do not change the result; they may differ when a run resumes.
+# Settings that do not change the result, and so may differ when a run resumes.
 _CHANGEABLE = (
     "run_dir",
     "mesh",

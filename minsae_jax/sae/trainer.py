@@ -111,7 +111,7 @@ def _check_processes_agree(folder: RunFolder, data: TrainData) -> None:
 
 
 class Trainer:
-    """A run from its last checkpoint, or from its start, to its end."""
+    """Trains a run from its last checkpoint, or from its start, to its end."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class Trainer:
             self.logger.export(self.progress, self.data.store, weights)
 
     def run_steps(self) -> None:
-        """Make the remaining steps."""
+        """Run the remaining steps."""
         scale = np.float32(self.progress.scale)
         calls_in_flight: deque[jax.Array] = deque()
         with (

@@ -48,7 +48,7 @@ class Prepared:
     rejected: tuple[Rejected, ...]
 
     def findings(self) -> list[str]:
-        """Return one line for each finding, with the recordings that it is about."""
+        """Return one line for each finding, with the recordings that have it."""
         recordings_of: dict[str, list[str]] = {}
         for record in self.records:
             for finding in record.findings:
