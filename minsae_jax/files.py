@@ -54,7 +54,7 @@ def atomic_write(path: Path, shared: bool = False, durable: bool = True) -> Iter
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files for a path of processes of this machine that run no more."""
+    """Remove the temporary files for a path that ended processes of this machine have left."""
     beginning = f"{path.name}.tmp"
     ending = f"-{socket.gethostname()}"
     for leftover in path.parent.iterdir():

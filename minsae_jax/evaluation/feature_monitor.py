@@ -72,9 +72,11 @@ class FeatureMonitor:
         metrics: dict[str, dict[str, float]] = {}
         best: dict[str, dict[str, BestFeature]] = {}
         for snapshot in snapshots:
-            found = {kind: best_feature(snapshot.sae, spans) for kind, spans in self.kinds.items()}
-            best[snapshot.name] = found
-            metrics[snapshot.name] = _event_metrics(found)
+            best_by_kind = {
+                kind: best_feature(snapshot.sae, spans) for kind, spans in self.kinds.items()
+            }
+            best[snapshot.name] = best_by_kind
+            metrics[snapshot.name] = _event_metrics(best_by_kind)
         members = [Member(snapshot.name, snapshot.sae) for snapshot in snapshots]
         is_live = {snapshot.name: snapshot.is_live for snapshot in snapshots}
         for name, stability in seed_stability(members, is_live).items():

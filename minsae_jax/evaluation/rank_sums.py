@@ -1,8 +1,9 @@
 """Rank sums of features that are active in few patients, in a small category.
 
-The normal approximation of the rank sum, and the chi-squared one of the Kruskal-Wallis test, need
-a few patients with another value than most in every category. Most features of an SAE are active in
-few patients, and the p of a feature of one or two of them can be a thousandth of the true one.
+The normal approximation of the rank sum, and the chi-squared one of the Kruskal-Wallis test, need,
+in every category, a few patients whose value differs from that of most. Most features of an SAE are
+active in few patients, and for one or two patients the approximate p can be a thousandth of the
+true one.
 """
 
 import numpy as np

@@ -4,7 +4,7 @@ The features of two members are matched one to one so that the sum of the cosine
 directions is largest (an assignment problem, solved exactly by the Jonker-Volgenant algorithm). A
 feature reappears if the cosine to its match is above 0.7, the threshold of Paulo & Belrose 2025
 (arXiv 2501.16615); its stability is the number of seeds in which it does, as in arXiv 2606.12138.
-The cosine of the encoder directions of a match is reported too. It does not decide, since the part
+The cosine of the encoder directions of a match is reported too. It does not count, since the part
 of an encoder direction along which activations hardly vary is arbitrary. Dead features are left
 out, and so are matches of negative cosine.
 

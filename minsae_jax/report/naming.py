@@ -18,7 +18,7 @@ WIDESPREAD_EXCESS = 0.3  # below it no channel is much more active than the othe
 LOBES = ("frontal", "central", "temporal", "posterior")
 MIN_VOTES = 0.5  # share of the lobe with most votes
 MIN_SIDE = 0.3  # distance from the midline
-MIN_SD = 4  # by which a region's share of the activation is above that of its channels
+MIN_SD = 4  # minimum excess of a region's share of the activation over that of its channels
 
 
 class Label(NamedTuple):

@@ -34,7 +34,7 @@ Tree = dict[str, Any]  # nested dicts and lists of arrays, as Orbax stores them
 
 @dataclass
 class Progress:
-    """Where a run is; with the state of the sweep all that a resumed run needs."""
+    """Progress of a run; together with the sweep's state, all that a resumed run needs."""
 
     scale: float  # factor of the activations in training
     store: str  # fingerprint of the train store

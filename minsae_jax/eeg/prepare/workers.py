@@ -1,4 +1,4 @@
-"""Processes of `prepare --jobs`: how they start, and how they end with the main process.
+"""Worker processes of `prepare --jobs`: their start, and their end with the main process.
 
 Importing MNE and its dependencies takes a second, as long as preparing five recordings. On Linux,
 one process, the fork server, imports them while the main process finds the recordings, and the

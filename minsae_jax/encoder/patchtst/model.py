@@ -48,7 +48,7 @@ class Layer(nnx.Module):
         # Flax's fast variance, E[x²] - E[x]², loses digits in float32.
         layer_norm = partial(nnx.LayerNorm, epsilon=a.norm_eps, use_fast_variance=False)
         norm = batch_norm if a.norm == "BatchNorm" else layer_norm
-        linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        dense = partial(nnx.Linear, dtype=dtype, rngs=rngs)
         # torch's default is the exact GELU, JAX's the tanh approximation.
         exact_gelu = partial(jax.nn.gelu, approximate=False)
         self.pre_norm = a.pre_norm
@@ -59,8 +59,8 @@ class Layer(nnx.Module):
         self.attention = Attention(a.d_model, a.n_heads, n_summed, dtype, rngs=rngs)
         self.norm_attention = norm(a.d_model, rngs=rngs)
         self.norm_ff = norm(a.d_model, rngs=rngs)
-        self.ff_in = linear(a.d_model, a.d_ff)
-        self.ff_out = linear(a.d_ff, a.d_model)
+        self.ff_in = dense(a.d_model, a.d_ff)
+        self.ff_out = dense(a.d_ff, a.d_model)
 
     def __call__(
         self, x: Float[Array, "N T d_model"], earlier: tuple[QueriesKeys, ...] = ()
@@ -130,7 +130,7 @@ class Head(nnx.Module):
             return pooled.swapaxes(1, 2)
         if len(self.linears) == 1:
             return self.linears[0](pooled).swapaxes(1, 2)
-        per_channel = [linear(pooled[:, i]) for i, linear in enumerate(self.linears)]
+        per_channel = [layer(pooled[:, i]) for i, layer in enumerate(self.linears)]
         return jnp.stack(per_channel, axis=-1)
 
     def _pool(self, z: Float[Array, "B n_vars T d_model"]) -> Float[Array, "B n_vars n_inputs"]:
@@ -220,7 +220,7 @@ class PatchTST(nnx.Module):
         if len(self.embeddings) == 1:
             z = self.embeddings[0](x)
         else:
-            per_channel = [linear(x[:, i]) for i, linear in enumerate(self.embeddings)]
+            per_channel = [layer(x[:, i]) for i, layer in enumerate(self.embeddings)]
             z = jnp.stack(per_channel, axis=1)
         # A position of width 1 is added to every dimension.
         position = self.position[...]
