@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from convert import verify
 from convert.encoder import convert, describe, read_source
@@ -30,7 +30,9 @@ Choice = Literal["true", "false"]  # a switch that can also be left to the check
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionFlags:
-    """Conversion"""
+    """Source, target and options of a conversion."""
+
+    heading: ClassVar[str] = "Conversion"
 
     source: Annotated[str, cli.Flag(positional=True)]
     """A .pth file, a folder of transformers or Braindecode, or a converted encoder (with --to
@@ -54,7 +56,11 @@ class ConversionFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureFlags:
-    """Settings that the weights do not determine; they override the YAML and the checkpoint"""
+    """Settings of a PatchTST or CBraMod; None is left to weights, YAML and checkpoint."""
+
+    heading: ClassVar[str] = (
+        "Settings that the weights do not determine; they override the YAML and the checkpoint"
+    )
 
     n_vars: int | None = None
     """Number of channels"""

@@ -1,4 +1,4 @@
-"""The architecture of a PatchTST, resolved from everything that determines it.
+"""Resolution of a PatchTST's architecture from its weights and stated settings.
 
 Every setting of `Architecture` takes the value of the first source that has it:
 
@@ -196,7 +196,7 @@ def _supervised_settings(settings: Settings, tensors: Tensors) -> Settings:
                 "model of the official supervised program, which this seems to be; if it is not, "
                 "use --program gpatchtst"
             )
-    return {name: Setting(value, "program's own way") for name, value in fixed.items()}
+    return {name: Setting(value, "official supervised program") for name, value in fixed.items()}
 
 
 def _check_complete(settings: Settings, checkpoint: Checkpoint, yaml_file: str) -> None:

@@ -1,4 +1,4 @@
-"""A sparse autoencoder between two file formats, and changes of its parameters that keep x̂."""
+"""A sparse autoencoder between two file formats, and parameter changes that preserve x̂."""
 
 import math
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def new_config(path: Path, kind: str, **settings: Any) -> JsonObject:
 
 
 def member_config(config: Any, kinds: tuple[str, ...]) -> JsonObject | None:
-    """Return a member's config.json that an export contains, or None if it is not of `kinds`."""
+    """Return the member's config.json inside an export, or None if its kind is not in `kinds`."""
     if not isinstance(config, dict) or config.get("format_version") != 1:
         return None
     return config if config.get("kind") in kinds else None

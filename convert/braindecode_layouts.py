@@ -34,9 +34,10 @@ class Layout:
     """How to run a model, and the places of its tokens.
 
     stages: the embedded tokens, then the stream after each layer. seq_len, n_vars: samples and
-    channels of a window. unit: of the EEG in pretraining. channels: their names as the model spells
-    them, where it depends on them. divides_by_quantile: pretraining divides each channel of a
-    window by the 95 % quantile of its absolute values. arguments: further ones of its forward.
+    channels of a window. unit: unit of the EEG in pretraining. channels: channel names in the
+    model's spelling, if it depends on them. divides_by_quantile: pretraining divides each channel
+    of a window by the 95 % quantile of its absolute values. arguments: additional arguments of its
+    forward.
     """
 
     stages: tuple[Stage, ...]

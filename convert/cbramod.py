@@ -148,7 +148,7 @@ def _check_sizes(settings: Mapping[str, Any]) -> None:
 
 
 def to_flax(a: Architecture, tensors: Tensors) -> Params:
-    """Return the Flax model's parameters. Raises one UserError with everything that is wrong."""
+    """Return the Flax model's parameters. Raises one UserError that lists all problems."""
     return fill(CBraModEncoder.abstract_params(a), rules(), tensors)
 
 

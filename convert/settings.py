@@ -132,7 +132,7 @@ def _parse_int(value: object, smallest: int) -> int | None:
 
 
 def _parse_float(value: object) -> float | None:
-    # PyYAML reads 1e-5 as text, and a checkpoint's config may contain what it read.
+    # PyYAML reads 1e-5 as text, and a checkpoint's config may contain such text.
     if type(value) not in (int, float, str):
         return None
     try:

@@ -158,9 +158,9 @@ def extract(encoder: "BaseEncoder", config: ExtractConfig) -> list["ExtractedSto
 def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     """Train a sweep of sparse autoencoders, or resume it, and return its results.
 
-    encoder: that of `config.model` or `config.checkpoint_path` unless passed. With `config.live`
-    activations come from it; otherwise the store must be of it, if there is one. Raises UserError,
-    before anything is written, if settings, store and run folder do not fit each other.
+    encoder: by default that of `config.model` or `config.checkpoint_path`. With `config.live` it
+    computes the activations; otherwise the store must come from it, if there is one. Raises
+    UserError, before anything is written, if settings, store and run folder do not fit each other.
 
     With `config.distributed`, JAX aborts this process, with its own stack trace, when another one
     of the cluster is lost. Call `minsae_jax.cli.watch_cluster()` before to end in one line with
@@ -216,7 +216,7 @@ def _open_feature_monitor(config: TrainConfig, encoder: "BaseEncoder | None") ->
 def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "Evaluation":
     """Measure a finished run on held-out recordings; with `config.report`, also write its report.
 
-    encoder: that at `config.checkpoint_path`, or else the run's, unless passed. Without any, loss
+    encoder: by default the one at `config.checkpoint_path`, or else the run's. Without any, loss
     recovered is not measured, with a warning. A model of --model has no head to measure it by, so
     it is not loaded. Raises UserError if there is no such run, encoder or store, or they do not
     belong together.
@@ -264,7 +264,7 @@ def _check_evaluation_folder(out: Path) -> None:
 def steer(config: SteerConfig, encoder: "BaseEncoder | None" = None) -> "Steering":
     """Scale features of an SAE at its layer, and measure what changes in the rest of the encoder.
 
-    encoder: that at `config.checkpoint_path`, or else the run's, unless passed. The files are in
+    encoder: by default the one at `config.checkpoint_path`, or else the run's. The files are in
     steering/MEMBER/ of the run. Raises UserError if there is no such run, member, feature,
     recording or encoder, they do not belong together, or the encoder cannot run from a layer on.
     """
@@ -284,7 +284,7 @@ def steer(config: SteerConfig, encoder: "BaseEncoder | None" = None) -> "Steerin
 def view(config: ViewConfig, encoder: "BaseEncoder | None" = None) -> "list[ViewPage]":
     """Write a page for each recording that shows features of an SAE over the whole recording.
 
-    encoder: that at `config.checkpoint_path`, or else the run's, unless passed. Raises UserError,
+    encoder: by default the one at `config.checkpoint_path`, or else the run's. Raises UserError,
     before anything is written, if encoder, member and recordings do not fit each other, there is no
     such feature, or a page would replace another file.
     """

@@ -1,7 +1,7 @@
 """Atomic writes and folder replacement: no half-written file ever looks complete.
 
-What is written here also survives a power cut: contents are flushed to the disk before a file or
-folder gets its name, and the names after that.
+Files also survive a power cut: their content is flushed to the disk before a file or folder gets
+its name, and the name after that.
 """
 
 import errno
@@ -54,7 +54,7 @@ def atomic_write(path: Path, shared: bool = False, durable: bool = True) -> Iter
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files for a path of processes of this machine that run no more."""
+    """Remove the temporary files for a path that ended processes of this machine have left."""
     beginning = f"{path.name}.tmp"
     ending = f"-{socket.gethostname()}"
     for leftover in path.parent.iterdir():
@@ -190,7 +190,7 @@ def make_folder(folder: Path) -> None:
 def flush(paths: Collection[Path]) -> None:
     """Write files to the disk that are in memory only; of a folder, the list of its entries.
 
-    A power cut loses what is not flushed. Raises OSError if the disk fails.
+    A power cut loses unflushed content. Raises OSError if the disk fails.
     """
     if len(paths) <= 1:
         for path in paths:
@@ -227,7 +227,7 @@ def regular_file(path: str | Path) -> Path:
     """Return the path of a file that is about to be read.
 
     Raises OSError if there is none, or if it is a named pipe, a socket or a device: reading from
-    those can wait for ever or never end. Opening a folder fails by itself.
+    those can wait forever or never end. Opening a folder fails by itself.
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):

@@ -1,4 +1,4 @@
-"""Results as values that JSON has, for the files that evaluation, steering and report write."""
+"""Conversion of results to JSON, for the files of evaluation, steering and report."""
 
 import base64
 import math
@@ -11,7 +11,7 @@ import numpy as np
 
 @no_type_check  # run-time checks of each number take longer than all else in tests
 def to_json(value: Any, rounded: Callable[[float], float] = float) -> Any:
-    """Return a value as JSON has it: dataclasses as objects, arrays as lists, NaN as null.
+    """Return a value in JSON types: dataclasses as objects, arrays as lists, NaN as null.
 
     rounded: applied to all finite floats. Infinities are null too, and int8 arrays are their bytes
     in base64.

@@ -1,4 +1,4 @@
-"""Settings dataclasses and the strict YAML that they can be read from.
+"""Settings dataclasses, and strict reading of YAML files.
 
 A file given by `--config` has one section for each verb, whose keys are the flags:
 

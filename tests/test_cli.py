@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 
@@ -199,10 +199,9 @@ def test_help_explains_every_setting_and_default_once(capsys, main, prog, name, 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Recordings to read.
+    """A class whose docstring is not shown."""
 
-    Not shown.
-    """
+    heading: ClassVar[str] = "Recordings to read"
 
     root_path: str
     """Folder of the recordings."""
@@ -213,7 +212,9 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Optimisation"""
+    """Another class."""
+
+    heading: ClassVar[str] = "Optimisation"
 
     lr: tuple[float, ...] = ()
     """Learning rate (default: 5e-5; minsae 1e-3)"""

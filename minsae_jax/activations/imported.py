@@ -22,7 +22,7 @@ SHARD_TOKENS = 1 << 18  # a shard ends with the part of the activations that rea
 
 @dataclass(frozen=True)
 class _Places:
-    """Where each sequence is from; see `write_store`."""
+    """Origin of each sequence; see `write_store`."""
 
     recording: Int[np.ndarray, " sequences"]
     window: Int[np.ndarray, " sequences"]

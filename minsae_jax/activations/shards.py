@@ -1,4 +1,4 @@
-"""The files of a store: their headers and bytes, and whether they are those of the manifest."""
+"""Files of a store: headers, bytes, and comparison with the manifest."""
 
 import io
 import math

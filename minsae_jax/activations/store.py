@@ -66,7 +66,7 @@ def sibling_store(store: Path, split: str = "val") -> Path | None:
 
 @dataclass(frozen=True)
 class Origin:
-    """Encoder and layer of some activations; None where a folder without a manifest is silent."""
+    """Encoder and layer of activations; a field is None if a folder without a manifest lacks it."""
 
     encoder: str | None = None  # fingerprint
     layer: int | None = None  # as requested

@@ -3,9 +3,9 @@
 Both streams are endless iterators of [tokens, d_model] in the source's dtype. Their position is
 plain JSON. The next batch depends on the source, the seed and the position alone.
 
-The processes of a cluster share the reading: each gets the same batches with zeros in place of the
-tokens that others read, and the sum over processes is the batch of a single process. Shares are
-whole chunks, so that reads are as long as without a cluster. The tokens of a batch are scattered
+The processes of a cluster share the reading: each gets the same batches with zeros for the tokens
+that others read, and the sum over processes is the batch of a single process. Shares are whole
+chunks, so that reads are as long as without a cluster. The tokens of a batch are scattered
 over a whole shuffle buffer: reading just those of some devices would take 20 times the time, and
 nearly all pages of the files.
 """

@@ -1,7 +1,7 @@
-"""Where each token of a sequence lies in its window: on which channel, from sample to sample.
+"""The token grid: channel, first and last sample in the window of each token of a sequence.
 
-A store keeps its grid in `tokens.npz` with the arrays `channel`, `first` and `last`. Stores written
-before this file existed are all of PatchTST, whose encoder knows the grid.
+A store has its grid in `tokens.npz` with the arrays `channel`, `first` and `last`. Older stores
+without this file are all from PatchTST, whose encoder defines the grid.
 """
 
 from dataclasses import dataclass

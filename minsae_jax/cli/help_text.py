@@ -12,15 +12,12 @@ from minsae_jax.settings import Values
 
 
 def topics(cls: type) -> dict[str, str]:
-    """Return the topic of every setting: the docstring of the base class that defines it."""
+    """Return the topic of every setting: `heading` of the base class that defines it."""
     titles = {}
     for field in dataclasses.fields(cls):
         # The last class in the order of method resolution, since others may change the default.
         owner = [c for c in cls.__mro__ if field.name in inspect.get_annotations(c)][-1]
-        title = inspect.getdoc(owner) or "settings"
-        if owner is cls:
-            title = "settings"
-        titles[field.name] = title.splitlines()[0].rstrip(".")
+        titles[field.name] = vars(owner).get("heading", "settings")
     return titles
 
 

@@ -1,10 +1,10 @@
-"""A process of a cluster ends in one line when another one has ended or does not answer.
+"""Ends a process of a cluster with a one-line error when another one is lost.
 
-Two things happen then, in any order. The collective that waits for the lost process raises, if the
-connection is closed. And JAX's coordination client prints many lines and aborts: at once where the
-first process is lost, to which all are connected, and after a time without a sign of life
-otherwise. JAX accepts a callback instead, but calls none in Python (in jaxlib 0.10 it ends with
-std::bad_cast), so what handles the abort is the signal SIGABRT.
+Two events follow, in either order. The collective that waits for the lost process raises if the
+connection is closed. JAX's coordination client prints many lines and aborts: at once if the first
+process is lost, to which all are connected, otherwise after a time without a heartbeat. JAX accepts
+a callback instead, but cannot call one in Python (in jaxlib 0.10 it ends with std::bad_cast). The
+abort is therefore caught as the signal SIGABRT.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ _ending = threading.Lock()  # taken by the first thread with an error, and never
 
 
 def watch() -> None:
-    """End this process in one line, with exit code 2, when JAX aborts for a lost process.
+    """End this process with one line and exit code 2 when JAX aborts because of a lost process.
 
-    What native code prints to stderr goes to a temporary file, and appears only where the process
+    Output of native code to stderr goes to a temporary file, and is shown only if the process
     aborts for another reason. With --debug nothing changes.
     """
     if "--debug" in sys.argv:
@@ -54,7 +54,7 @@ def watch() -> None:
 
 
 def end(process: str) -> None:
-    """End with exit code 2 and one line about a lost process, whatever the threads wait for."""
+    """End with exit code 2 and one line about a lost process, even if threads still wait."""
     print_error(f"{process} of the cluster has ended; see its message, then rerun")
     os._exit(2)
 
@@ -67,7 +67,7 @@ def print_error(message: str) -> None:
 
 
 def is_lost(error: Exception) -> bool:
-    """Return whether a collective failed since another process has ended."""
+    """Return whether a collective failed because another process has ended."""
     # Gloo is XLA's library for CPUs. Some of its errors are ValueErrors.
     return isinstance(error, RuntimeError | ValueError) and "Gloo" in str(error)
 

@@ -1,8 +1,8 @@
 """Commands under a limit of memory (`ulimit -v`), where native code ends the process.
 
-XLA and the C library abort, with stack traces or messages of their own, where Python would raise
+XLA and the C library abort with their own stack traces or messages where Python would raise
 MemoryError. Under a limit, a command therefore runs in a child process without native output, and
-its parent says in one line what happened.
+its parent reports the error in one line.
 """
 
 import os
@@ -51,7 +51,7 @@ def advice(limit: float) -> str:
 
 
 def _silence_native_code() -> None:
-    """Let native code, which writes to descriptor 2, write nowhere; Python's stderr stays."""
+    """Discard the output of native code to descriptor 2; Python's stderr stays."""
     stderr = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.stderr = open(stderr, "w", buffering=1, errors="replace")  # noqa: SIM115

@@ -77,7 +77,7 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
 
 
 def _open_missing_streams() -> None:
-    """Replace streams that are closed, as of a service, by ones to nowhere.
+    """Replace closed streams, such as those of a service, by ones that discard output.
 
     Otherwise files get the numbers of these streams, and native code prints into them.
     """

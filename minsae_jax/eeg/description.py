@@ -61,7 +61,7 @@ class Description:
     recordings: Mapping[str, RecordingDescription] = field(default_factory=dict)  # by file name
 
     def uv_per_unit(self, recording: str) -> Float[np.ndarray, " channels"] | None:
-        """Return by how much to multiply each channel of a recording for µV; None if not known."""
+        """Return the factor that converts each channel of a recording to µV; None if unknown."""
         if self.unit in UV_PER_UNIT:
             return np.full(len(self.channels), UV_PER_UNIT[self.unit])
         described = self.recordings.get(recording)

@@ -3,7 +3,7 @@
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import yaml
@@ -34,7 +34,9 @@ MORE_SPINDLES = 3.0  # times as many, in patients with this label
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOutput:
-    """Output"""
+    """The folder of a demo, and its content."""
+
+    heading: ClassVar[str] = "Output"
 
     root_path: str = "data/demo/tuhab_preprocessed"
     """Folder to write: recordings, file_lengths_map.csv and events.csv."""
@@ -49,7 +51,9 @@ class DemoOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSize:
-    """Recordings"""
+    """Number and length of synthetic recordings."""
+
+    heading: ClassVar[str] = "Recordings"
 
     patients: Annotated[int, Range(min=10)] = 16
     """Number of patients, with one or two recordings each; at least 10, so that one is in val."""

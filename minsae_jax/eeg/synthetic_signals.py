@@ -92,9 +92,9 @@ def recording(
 ) -> tuple[Float[np.ndarray, "samples 19"], list[Event]]:
     """Return a recording, z-scored per channel, and its events in order of time.
 
-    spindle_factor: times the usual number of spindles. The others are added after the z-score, so
-    that nothing else differs from the recording without them: with a z-score over everything,
-    more spindles would make all other waves of the recording smaller. The same seed gives the same
+    spindle_factor: times the usual number of spindles. Additional ones are added after the z-score,
+    so that nothing else differs from the recording without them: in a z-score over everything, more
+    spindles would make all other waves smaller. The same seed gives the same
     recording: the order of the random draws must not change.
     """
     rng = np.random.default_rng(seed)

@@ -39,7 +39,7 @@ Substitutes = Callable[[Any, Float[Array, "T d_model"]], Float[Array, "variants 
 
 
 class Downstream(NamedTuple):
-    """Outputs of a model in which a layer's output is replaced by each of its variants."""
+    """Model outputs after a layer's output was replaced by each of its variants."""
 
     # The layer's output before it is replaced
     hidden: Float[Array, "batch sequences n_tokens d_model"]
@@ -67,24 +67,24 @@ DEFAULT_OPTIONS = ComputeOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """The windows that an encoder reads, and the tokens that it makes of one."""
+    """An encoder's input windows, and the tokens of one window."""
 
     # Samples per window
     seq_len: int
     # Channels per window
     n_vars: int
-    # In Hz; None fits recordings of any rate
+    # In Hz; None accepts any rate
     sampling_rate: float | None
-    # None fits recordings in any
+    # None accepts any
     unit: Unit | None = None
-    # Names of the channels in order; None fits any
+    # Channel names in order; None accepts any
     channels: tuple[str, ...] | None
-    # Numbers of the layers, rising; range(n) for most encoders
+    # Layer numbers in ascending order; range(n) for most encoders
     layers: tuple[int, ...]
     d_model: int
-    # Places of the tokens of a sequence
+    # Channel and samples of each token in a sequence
     tokens: TokenGrid
-    # Whether each channel of a window is a sequence; otherwise the whole window is one
+    # True: each channel of a window is a sequence; False: the whole window is one
     per_channel: bool = False
     # Samples left out after each window. gPatchTST reserves a patch there for a forecasting target.
     reserved_samples: int = 0
@@ -156,8 +156,8 @@ def check_recordings(spec: EncoderSpec, description: Description, allow_mismatch
 class Reconstruction(Protocol):
     """The encoder's pretraining task: to reconstruct the masked parts of a window.
 
-    Loss recovered compares its error for the activations of a layer with that for their
-    substitutes: their mean, zero, and the x̂ of every SAE.
+    Loss recovered compares the error with a layer's activations to the error with their
+    substitutes: their mean, zero, and each SAE's x̂.
     """
 
     def draw_mask(self, ratio: float, rng: np.random.Generator) -> Bool[np.ndarray, "..."]:
@@ -182,9 +182,9 @@ class BaseEncoder(ABC):
     """An encoder of EEG: windows to activations of its layers."""
 
     spec: EncoderSpec
-    # Identifies the encoder and its weights: stores, runs and evaluation are matched by it.
+    # Identifies the encoder and its weights; stores, runs and evaluations must match it.
     fingerprint: str
-    # Given to `function`'s result; extraction puts them on the devices once.
+    # First argument of the function; extraction puts them on the devices once.
     params: Params = ()
     # True: `function` returns a host function of NumPy arrays, which is called once per batch.
     runs_on_host: bool = False

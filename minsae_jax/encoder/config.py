@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from minsae_jax.cli import Flag
 from minsae_jax.eeg.recordings import OnBadRecording
@@ -21,7 +21,9 @@ DEFAULT_OUT = "embeddings/store"
 
 @dataclass(frozen=True, kw_only=True)
 class RecordingsChoice:
-    """Recordings"""
+    """Recordings to extract activations from."""
+
+    heading: ClassVar[str] = "Recordings"
 
     root_path: str
     """Folder of the recordings and of file_lengths_map.csv."""
@@ -37,7 +39,9 @@ class RecordingsChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderChoice:
-    """Encoder"""
+    """The encoder and its layers."""
+
+    heading: ClassVar[str] = "Encoder"
 
     checkpoint_path: str | None = None
     """A converted encoder (a folder), or a PyTorch .pth, which is converted in memory; required
@@ -57,7 +61,9 @@ class EncoderChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOutput:
-    """Output"""
+    """The stores to write."""
+
+    heading: ClassVar[str] = "Output"
 
     out: str | None = None
     """Folder of the stores, in which each layer has a folder l{layer} (default: embeddings/store).
@@ -70,7 +76,9 @@ class StoreOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractCompute(ClusterConfig):
-    """Compute"""
+    """Batches and precision of extraction."""
+
+    heading: ClassVar[str] = "Compute"
 
     batch_size: Annotated[int, AtLeastOne] = 128
     """Windows per batch; every batch becomes one shard."""

@@ -1,4 +1,4 @@
-"""Relations of the features of one member to groups of tokens and to labels of patients.
+"""Associations of one member's features with groups of tokens and with patient labels.
 
 Activations are pooled once for each store. Labels are tested on the patients of the val and test
 splits together; probes are fitted on the val patients and scored on the test patients.

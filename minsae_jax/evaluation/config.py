@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from minsae_jax.settings import AtLeastOne, NonNegative, Range, check_ranges, require
 
@@ -19,7 +19,9 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationInputConfig:
-    """Inputs"""
+    """Run, stores, recordings and encoder of an evaluation."""
+
+    heading: ClassVar[str] = "Inputs"
 
     run: str
     """Folder of the finished run."""
@@ -40,7 +42,9 @@ class EvaluationInputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
-    """Measures"""
+    """Measures of the members."""
+
+    heading: ClassVar[str] = "Measures"
 
     member: str | None = None
     """Evaluate and report only this member (default: evaluate all, report the recommended)."""
@@ -60,7 +64,9 @@ class MeasureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Report"""
+    """Content of the report."""
+
+    heading: ClassVar[str] = "Report"
 
     report: bool = True
     """Write the report of the member's features, report/index.html in the run."""

@@ -26,8 +26,8 @@ MAX_OPEN_RECORDINGS = 64
 class TokenPlaces:
     """Sequences of tokens, each of one window or of one channel of it, sorted by recording.
 
-    `recording`, `window` and `channel` say where each sequence is from. The columns of a shifted
-    recording may not be the channels of their names, since electrodes were missing.
+    `recording`, `window` and `channel` locate each sequence. In a shifted recording, columns may
+    not correspond to the channel names, since electrodes were missing.
     """
 
     # Places of the tokens of a sequence
@@ -192,7 +192,7 @@ class Dataset(TokenPlaces):
     ) -> Iterator[tuple[int, Float[np.ndarray, "sequences n_tokens d_model"]]]:
         """Yield (first sequence, activations) of up to `sequences` sequences at a time, in order.
 
-        A batch is never of two recordings.
+        A batch never spans two recordings.
         """
         for recording in range(len(self.recordings)):
             start, stop = self.sequences_of(recording)
@@ -305,7 +305,7 @@ def _tokens_of(store: Store, manifest: Manifest, encoder: BaseEncoder | None) ->
 
 
 def _check_description(store: Store, manifest: Manifest, description: Description) -> None:
-    """Raise UserError if the store is of recordings that were described otherwise."""
+    """Raise UserError if the store's recordings had another description."""
     rate = manifest.data.get("sampling_rate", TUH.sampling_rate)
     channels = manifest.data.get("channels")
     if rate != description.sampling_rate:

@@ -1,4 +1,4 @@
-"""Description length: bits per token that it takes to say which features are active, and how much.
+"""Description length: bits per token needed to encode which features are active, and how much.
 
 Following Ayonrinde, Pearce & Sharkey (2024, arXiv 2410.11179), an autoencoder is a code for
 activations, and of two that are equally good the shorter code is the simpler explanation. Unlike L0

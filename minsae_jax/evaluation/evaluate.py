@@ -1,6 +1,6 @@
 """`minsae evaluate`: measure the members of a run on held-out recordings and recommend one.
 
-Measures of an earlier evaluation are used again where nothing changed that they depend on; see
+Measures of an earlier evaluation are reused if their inputs have not changed; see
 `minsae_jax.evaluation.saved`.
 """
 
@@ -39,7 +39,7 @@ from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.member import WEIGHTS
 
 BATCH_SEQUENCES = 64
-# Names of the baselines in saved files; no member and no PCA of k components is called so.
+# Names of the baselines in saved files; they differ from those of members and PCAs.
 RAW = "raw"
 COMPONENTS = "pca"
 
@@ -51,10 +51,10 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the members of a run, and write evaluation.json, .csv and .png into it.
 
-    With --member, only that one is measured; of the others, those stay in the evaluation whose
-    saved measures still hold. Without an encoder, or if it declares no reconstruction, loss
-    recovered is not measured. train_config: settings of the run, read from it unless passed. Raises
-    UserError if run, stores, encoder and recordings do not belong together.
+    With --member, only that one is measured; others stay in the evaluation if their saved measures
+    are still valid. Without an encoder, or if it declares no reconstruction, loss recovered is not
+    measured. train_config: settings of the run, read from it unless passed. Raises UserError if
+    run, stores, encoder and recordings do not belong together.
     """
     inputs = open_inputs(settings, encoder, train_config)
     with inputs.locked():
@@ -62,7 +62,7 @@ def evaluate(
 
 
 def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
-    """Evaluate the members of a run on inputs that nobody changes."""
+    """Evaluate the members of a run on locked inputs."""
     inputs.check_events()
     pca = _fit_pca(inputs)
     components = _pca_members(pca)
@@ -238,7 +238,7 @@ def _substitute(
     keys: Mapping[str, Keys],
     tokens: Mapping[str, TokenResult],
 ) -> dict[str, SubstitutionErrors]:
-    """Return the pretraining errors on each member's x̂, by name; none if there is no such task."""
+    """Return the pretraining errors on each member's x̂, by name; empty without such a task."""
     encoder = inputs.encoder
     if encoder is None or encoder.reconstruction is None:
         return {}

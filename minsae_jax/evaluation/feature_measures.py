@@ -97,9 +97,9 @@ def measure_features(
     keys: Mapping[str, Keys],
     tokens: Mapping[str, TokenResult],
 ) -> dict[str, FeatureResult]:
-    """Return the measures of all members, by name; what is saved is not measured again.
+    """Return the measures of all members, by name; saved ones are not measured again.
 
-    Warns of kinds of events that are not evaluated, also if all is saved.
+    Warns of kinds of events that are not evaluated, also if all measures are saved.
     """
     variance = next(iter(tokens.values())).variance
     results = saved_or_measured(

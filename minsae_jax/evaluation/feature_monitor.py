@@ -1,4 +1,4 @@
-"""Measures of features during training: the events that they find, and stability between seeds.
+"""Measures of features during training: detection of events, and stability between seeds.
 
 `train` calls a `FeatureMonitor` whenever it measures the members on held-out tokens, and writes the
 results to TensorBoard. The best feature for a kind of events is chosen and scored on the same val
@@ -44,7 +44,7 @@ class BestFeature(NamedTuple):
     auc: float
     # Share of events among as many of its strongest spans as there are events
     precision: float
-    # Spans by falling activation
+    # Spans by decreasing activation
     strongest: Int[np.ndarray, " spans"]
 
 
@@ -72,9 +72,11 @@ class FeatureMonitor:
         metrics: dict[str, dict[str, float]] = {}
         best: dict[str, dict[str, BestFeature]] = {}
         for snapshot in snapshots:
-            found = {kind: best_feature(snapshot.sae, spans) for kind, spans in self.kinds.items()}
-            best[snapshot.name] = found
-            metrics[snapshot.name] = _event_metrics(found)
+            best_by_kind = {
+                kind: best_feature(snapshot.sae, spans) for kind, spans in self.kinds.items()
+            }
+            best[snapshot.name] = best_by_kind
+            metrics[snapshot.name] = _event_metrics(best_by_kind)
         members = [Member(snapshot.name, snapshot.sae) for snapshot in snapshots]
         is_live = {snapshot.name: snapshot.is_live for snapshot in snapshots}
         for name, stability in seed_stability(members, is_live).items():

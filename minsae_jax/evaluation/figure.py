@@ -42,7 +42,7 @@ class Panel(NamedTuple):
 
     title: str
     read: "Callable[[MemberEvaluation | PCAEvaluation], Value | None]"
-    # Whether small values, over decades, are good
+    # Whether the axis is logarithmic
     is_log: bool = False
 
 

@@ -141,7 +141,7 @@ def open_inputs(
 
 
 def _can_use_events(test: Dataset, val: Dataset | None) -> bool:
-    """Return whether both splits have events; warn if those of the test patients are of no use."""
+    """Return whether both splits have events; warn if those of the test patients cannot be used."""
     if not (test.folder / EVENTS).exists():
         return False
     if val is None:
@@ -213,7 +213,7 @@ def _check_member(member: Member, encoder: BaseEncoder) -> None:
 
 
 def _check_stores(members: Sequence[Member], datasets: Sequence[Dataset]) -> None:
-    """Compare members and stores where there is no encoder to compare both with."""
+    """Compare members and stores with each other if there is no encoder."""
     for dataset in datasets:
         manifest = dataset.store.require_manifest()
         for member in members:

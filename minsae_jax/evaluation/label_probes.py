@@ -1,8 +1,8 @@
-"""How well a label of patients can be read from pooled features: fitted on val, scored on test.
+"""Probes for patient labels on pooled features, fitted on val and scored on test.
 
 A probe is a ridge regression on the few features that separate the val patients best. Features of
 an SAE are compared with equally many raw dimensions of the activations, pooled in the same way, and
-with the same probe after the labels were permuted over patients, whose scores show chance.
+with the same probe on labels that were permuted over patients, whose scores show chance level.
 """
 
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def probe_label(
     n_permutations: int = N_PERMUTATIONS,
     seed: int = 0,
 ) -> LabelProbe | str:
-    """Return the probes of a label, or in one sentence why there are none.
+    """Return the probes of a label, or one sentence that says why there are none.
 
     Patients without a value are left out, and categories with fewer than three val patients or two
     test patients. seed: of the permutations.

@@ -1,4 +1,4 @@
-"""Which features differ with a label of patients: a rank test of every feature.
+"""Rank tests of every feature against patient labels.
 
 The unit is the patient: a feature's value is the mean over the patient's recordings of the pooled
 activation, so that many tokens or recordings of few patients prove nothing. Two categories are
@@ -104,7 +104,7 @@ def compare_labels(pooled: PatientValues, labels: Sequence[PatientLabel]) -> lis
 def usable_label(
     label: PatientLabel, patients: Sequence[str], min_patients: int
 ) -> tuple[PatientLabel | None, str]:
-    """Return a label of some of the patients, without small categories, and what was left out.
+    """Return a label of some of the patients without small categories, and a note on omissions.
 
     None if fewer than two categories have min_patients patients; a number needs as many patients,
     and two different values.

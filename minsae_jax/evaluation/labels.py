@@ -1,8 +1,9 @@
 """`labels.csv`: labels of recordings and patients, such as age, sex, pathology or medication.
 
 The file is in the folder of the recordings. (Names of features are in another file,
-`report/labels.csv` of a run.) A row is of the recording in its column `recording`, or else of all
-recordings of the patient in its column `patient`; a recording's own row comes first. Every other
+`report/labels.csv` of a run.) A row applies to the recording in its column `recording`, or else to
+all recordings of the patient in its column `patient`; rows of recordings take precedence. Every
+other
 column is a label: a number if all its values are numbers other than 0 and 1, else a category.
 """
 
@@ -31,7 +32,7 @@ class PatientLabel:
 
     name: str
     patients: tuple[str, ...]
-    # Of a number its value, else an index into `categories`
+    # The value of a number, else an index into `categories`
     values: Float[np.ndarray, " patients"]
     # Sorted; empty for a number
     categories: tuple[str, ...]

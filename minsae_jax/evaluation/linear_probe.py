@@ -1,4 +1,4 @@
-"""A linear probe: logistic regression with a small penalty, which is the same everywhere."""
+"""A linear probe: logistic regression with a small, fixed penalty."""
 
 from typing import NamedTuple
 

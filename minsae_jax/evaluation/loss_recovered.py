@@ -66,7 +66,7 @@ class LossRecovered:
     loss_recovered_of_zero_ablation: float
     # Of loss_recovered, over patients; None if all windows are of one recording
     interval: Interval | None = None
-    # What it is measured by: the untouched encoder and mean- and zero-ablation on the same windows
+    # Errors of the untouched encoder, mean-ablation and zero-ablation on the same windows
     untouched_error: float = float("nan")
     mean_ablation_error: float = float("nan")
     zero_ablation_error: float = float("nan")
@@ -162,9 +162,9 @@ def loss_recovered(ablated: float, substituted: float, untouched: float) -> floa
 
 
 def _variants(kinds: Sequence[SAEKind]) -> Substitutes:
-    """Return a function of activations to all that replaces them.
+    """Return a function from activations to all their replacements.
 
-    The order is that of SubstitutionErrors; kinds: of the members.
+    They are in the order of SubstitutionErrors. kinds: SAE kind of each member.
     """
 
     def variants(

@@ -1,6 +1,6 @@
 """Baselines without training: principal components and raw dimensions as autoencoders.
 
-Their features are the positive and the negative parts, so that they can be measured as members are.
+Their features are the positive and the negative parts, so that they are measured like members.
 """
 
 from collections.abc import Iterable

@@ -73,7 +73,7 @@ def _threshold(member: MemberEvaluation) -> str:
 
 
 def _is_sufficient(member: MemberEvaluation) -> bool:
-    # Not the end of the interval, which is higher the less is known.
+    # Not the upper end of the interval, which rises with uncertainty.
     return _quality(member) >= (MIN_EXPLAINED if member.loss is None else MIN_RECOVERED)
 
 

@@ -52,8 +52,8 @@ class TokenMeasures:
     dense_fraction: float
     cosine: float
     norm_ratio: float
-    # Share of features active on no test token. In training, dead is another thing: a feature that
-    # was not active on the last --dead_after tokens.
+    # Share of features active on no test token. In training, dead means something else: not active
+    # on the last --dead_after tokens.
     never_active_fraction: float
     log10_density: DensityHistogram
 
@@ -99,7 +99,7 @@ class PCAEvaluation:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Scores of features that are not of an SAE, for one kind of events."""
+    """Scores of the baselines' features for one kind of events."""
 
     # Dimensions of the activations, with both signs
     raw: EventScore

@@ -1,8 +1,8 @@
 """Measures of earlier evaluations of the run, saved to be used again.
 
 Each part of a result is a file `evaluation/<name>.<part>.npz` in the run, with a key: the checksum
-of everything that the part depends on. A part with another key is measured again, so that new
-labels, another encoder or a retrained member never meet old numbers.
+of everything that the part depends on. A part with another key is measured again, so that old
+measures are never used for new labels, another encoder or a retrained member.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from minsae_jax.errors import is_system_error
 from minsae_jax.evaluation.inputs import Member
 
 FOLDER = "evaluation"
-# Raise it when a measure changes, so that results of earlier versions are not used.
+# Increment when a measure changes, so that results of earlier versions are not used.
 MEASURES_VERSION = 6
 Arrays = Mapping[str, np.ndarray]
 T = TypeVar("T")
 
 
 class Keys(NamedTuple):
-    """Name of an autoencoder, and the checksums of what its measures depend on."""
+    """Name of an autoencoder, and the checksums of the inputs of its measures."""
 
     name: str
     tokens: str
@@ -70,7 +70,7 @@ def saved_or_measured(
     to_arrays: Callable[[T], Arrays],
     from_arrays: Callable[[Arrays], T],
 ) -> dict[str, T]:
-    """Return a part of the results of all members; what is not saved is measured and saved."""
+    """Return a part of the results of all members; missing results are measured and saved."""
     results = {}
     missing = []
     for member in members:

@@ -3,13 +3,13 @@
 The features of two members are matched one to one so that the sum of the cosines of their decoder
 directions is largest (an assignment problem, solved exactly by the Jonker-Volgenant algorithm). A
 feature reappears if the cosine to its match is above 0.7, the threshold of Paulo & Belrose 2025
-(arXiv 2501.16615); in how many seeds it does is its stability, as in arXiv 2606.12138. The cosine
-of the encoder directions of a match is reported too. It does not decide, since the part of an
-encoder direction along which activations hardly vary is arbitrary. Dead features are left out, and
-so are matches of negative cosine.
+(arXiv 2501.16615); its stability is the number of seeds in which it does, as in arXiv 2606.12138.
+The cosine of the encoder directions of a match is reported too. It does not count, since the part
+of an encoder direction along which activations hardly vary is arbitrary. Dead features are left
+out, and so are matches of negative cosine.
 
 Candidates of each feature are its CANDIDATES most similar features of the other member, and those
-that have it among their own: memory grows as d_sae, not as d_sae². On random directions, where
+that have it among theirs: memory grows as d_sae, not as d_sae². On random directions, where
 competition is hardest, the mean cosine is that of the full problem to seven digits.
 """
 
@@ -52,7 +52,7 @@ class Stability:
         return len(self.others) + 1
 
     def seeds_with(self, threshold: float = MIN_COSINE) -> Int[np.ndarray, " d_sae"]:
-        """Return in how many seeds each feature occurs, its own included; 0 for dead features."""
+        """Return the number of seeds in which each feature occurs, its own included; 0 if dead."""
         # NaN compares as False.
         n_others = (self.decoder_cosine > threshold).sum(axis=0)
         return np.where(self.is_live, n_others + 1, 0)

@@ -50,7 +50,7 @@ def _token_result(saved: Arrays) -> TokenResult:
 def measure_tokens(
     inputs: EvaluationInputs, members: Sequence[Member], keys: Mapping[str, Keys]
 ) -> dict[str, TokenResult]:
-    """Return the measures of all members, by name; what is saved is not measured again."""
+    """Return the measures of all members, by name; saved ones are not measured again."""
     return saved_or_measured(
         inputs.out,
         "tokens",

@@ -1,7 +1,7 @@
-"""Checks of single files: each returns what is wrong, or None.
+"""Checks of single files: each returns the problem, or None.
 
 A file with a checksum is compared with it. Others are read in full, which finds damage where the
-format has checksums of its own (.npz, .png, TensorBoard's events) or the content is invalid.
+format has its own checksums (.npz, .png, TensorBoard's events) or the content is invalid.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""Kinds of folders that `verify` knows: how to recognise them, which checks their files need."""
+"""Kinds of folders that `verify` knows: how they are recognised, and the checks of their files."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ RESTORE = "restore it from a copy"
 EXTRACT = "remove it, then rerun `extract` to write it again"
 EVALUATE = "remove it, then rerun `evaluate`"
 EXPORT = f"remove {SWEEP_CSV}, then rerun `train` to export the members again"
-# Kind of folder -> patterns of paths below it, the first that matches counts -> the remedy
+# Kind of folder -> pattern of paths below it (the first match counts) -> remedy
 REMEDIES = {
     "store": {
         MANIFEST: f"{RESTORE}, or rerun `extract` with --overwrite",
@@ -86,7 +86,7 @@ class KnownFolder:
         OPEN[self.kind](self.folder)
 
     def remedy(self, path: Path) -> str:
-        """Return what to do if a file is damaged."""
+        """Return the remedy for a damaged file."""
         if path.name == SUMS:
             return "remove it, since nothing else needs it"
         name = Path(os.path.relpath(path, self.folder)).as_posix()

@@ -87,8 +87,8 @@ def verify(config: VerifyConfig) -> Verification:
 
 def _verify(known: KnownFolder, checks: Sequence[Check], pool: Executor, bar: Bar) -> Verified:
     problems = []
-    found = pool.map(lambda check: check.find_problem(), checks)
-    for check, problem in zip(checks, found, strict=True):
+    results = pool.map(lambda check: check.find_problem(), checks)
+    for check, problem in zip(checks, results, strict=True):
         bar.advance(1)
         if problem is not None:
             problems.append(f"{check.path} {problem}: {known.remedy(check.path)}")

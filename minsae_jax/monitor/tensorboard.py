@@ -32,7 +32,8 @@ class Board:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         earlier = len(event_files(folder))
-        # Names contain the second of their creation; the suffix keeps two of one second apart.
+        # Names contain the second of their creation; the suffix distinguishes two of the same
+        # second.
         suffix = f".{earlier}" if earlier else ""
         name = f"{TFEVENTS_PREFIX}{int(time.time())}.{socket.gethostname()}{suffix}"
         self.path = folder / name

@@ -73,7 +73,7 @@ def sum_devices(values: PyTree) -> PyTree:
 
 
 def after(values: PyTree, done: Array) -> PyTree:
-    """Return `values`, in a way that a sum of them over devices waits for `done`.
+    """Return `values`, such that their sum over devices waits for `done`.
 
     JAX gives all sums of a `shard_map` the same channel, and XLA for CPU (jaxlib 0.10) starts a sum
     before an independent one is complete. It then adds numbers of one to the other, or reads beyond

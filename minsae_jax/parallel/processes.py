@@ -1,4 +1,4 @@
-"""Start-up of JAX, alone or in a cluster, and decisions that the processes of a cluster share."""
+"""Start-up of JAX, alone or in a cluster, and decisions shared by the processes of a cluster."""
 
 import contextlib
 import hashlib
@@ -14,8 +14,8 @@ from minsae_jax.errors import UserError, brief
 
 # Each simulated device has all weights and takes part in every sum of gradients.
 MAX_CPU_DEVICES = 8
-HEARTBEAT_SECONDS = 30  # without a sign of life, after which JAX takes a process for dead
-SHUTDOWN_SECONDS = 20  # that a process which ends waits for the others
+HEARTBEAT_SECONDS = 30  # without a heartbeat, after which JAX considers a process dead
+SHUTDOWN_SECONDS = 20  # a process that ends waits this long for the others
 
 
 def start_jax(deterministic: bool = False, distributed: bool = False) -> None:
@@ -87,7 +87,7 @@ class Share:
     count: int
 
     def bounds(self, n: int) -> tuple[int, int]:
-        """Return the first of n items in this part, and the one after its last.
+        """Return the bounds (start, stop) of this part among n items.
 
         >>> [Share(i, 3).bounds(8) for i in range(3)]
         [(0, 2), (2, 5), (5, 8)]

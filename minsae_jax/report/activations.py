@@ -27,7 +27,7 @@ OTHER_FEATURES = 5  # listed with an example
 
 @dataclass(frozen=True)
 class Stretch:
-    """What is shown around a token."""
+    """Context shown around a token."""
 
     # First and last start of tokens, as indices into `TokenGrid.starts`
     first: int

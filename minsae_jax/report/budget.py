@@ -1,4 +1,4 @@
-"""Which features get a page, and with how many montages, so that the report stays small."""
+"""Number of feature pages and of montages that keep the report small."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Budget:
 def plan_pages(
     dataset: Dataset, n_samples: int, top: int, n_active: int, n_features: int | None
 ) -> Budget:
-    """Return how much of the features fits in REPORT_BYTES.
+    """Return the number of features and montages that fit in REPORT_BYTES.
 
     First the montages are reduced from MONTAGE_EXAMPLES to 1, then the number of features.
     n_samples: of EEG in an example. top: strongest examples. n_active: features that are active.

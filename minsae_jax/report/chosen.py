@@ -1,4 +1,4 @@
-"""Which tokens of a feature are shown as examples."""
+"""Selection of the tokens of a feature that are shown as examples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

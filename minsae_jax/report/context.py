@@ -44,7 +44,7 @@ class Context:
     n_samples: int
     # Top examples of a feature with all channels
     montage_examples: int
-    # Results of the evaluation; None without one
+    # Results of the evaluation, None if there is none
     findings: Findings | None
 
 

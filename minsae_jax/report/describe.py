@@ -1,4 +1,4 @@
-"""The card of a feature: all that the report shows of it, as typed arrays and numbers."""
+"""Feature cards: everything the report shows about a feature, as typed arrays and numbers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -163,7 +163,7 @@ def describe_all(context: Context, features: Sequence[int] | None = None) -> Ite
 
 
 def feature_row(context: Context, feature: int) -> FeatureRow:
-    """Return what is known of a feature without its EEG."""
+    """Return the parts of a feature's card that do not require EEG."""
     activity = context.activity
     n_active = int(activity.active[feature])
     ratio = np.zeros(0)

@@ -61,7 +61,7 @@ def encode_batch(
     """Start to encode activations, padded to `sequences`, so that all batches have one shape."""
     n_sequences, n_tokens, d_model = x.shape
     features = encode_padded(sae, x.reshape(-1, d_model), sequences * n_tokens)
-    # A compilation of its own, since XLA for CPU would repeat the product for the sum.
+    # Compiled separately, since XLA for CPU would repeat the product for the sum.
     return EncodedBatch(
         first=first,
         n_sequences=n_sequences,

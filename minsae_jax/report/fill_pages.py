@@ -42,7 +42,7 @@ SCORE_NAMES = {"AUC": ("AUC", 0.5), "rho": ("Spearman's rho", 0.0)}
 def fill_pages(
     evaluation: Evaluation, associations: Associations, steering: Mapping[str, Steering]
 ) -> Pages:
-    """Return what the report shows beside the features of the selected member.
+    """Return the report's data other than the features of the selected member.
 
     steering: with the best feature of each kind of event, by kind; may be empty.
     """
@@ -324,7 +324,7 @@ def best_features(events: EventEvaluation | None) -> dict[str, int]:
 
 
 def shown_features(pages: Pages) -> Sequence[int]:
-    """Return the features that the pages are about, without repetition, which need pages too."""
+    """Return the distinct features on the pages of events and labels, which need pages too."""
     features: dict[int, None] = {}
     for event in pages.events:
         features |= dict.fromkeys([event.feature, *(row.feature for row in event.features)])

@@ -28,10 +28,10 @@ class Findings:
     associations: Associations
 
     def events_of(self, feature: int) -> list[DetectedEvent]:
-        """Return how well the feature detects each kind of event, the best first."""
+        """Return the feature's scores for each kind of event, the best first."""
         if self.events is None:
             return []
-        found = []
+        detected = []
         for i, kind in enumerate(self.events.kinds):
             event = DetectedEvent(
                 kind=kind,
@@ -40,11 +40,11 @@ class Findings:
                 precision=float(self.events.precision[i, feature]),
                 val_auc=float(self.events.val_auc[i, feature]),
             )
-            found.append(event)
-        return sorted(found, key=lambda event: -event.auc)
+            detected.append(event)
+        return sorted(detected, key=lambda event: -event.auc)
 
     def stability_of(self, feature: int) -> SeedStability | None:
-        """Return in how many seeds the feature is found, and its matches."""
+        """Return the number of seeds in which the feature is found, and its matches."""
         stability = self.stability
         if stability is None or not stability.is_live[feature]:
             return None
@@ -60,11 +60,11 @@ class Findings:
                     is_same=cosine > MIN_COSINE,
                 )
                 matches.append(match)
-        found = int(stability.seeds_with()[feature])
-        return SeedStability(found, stability.n_seeds, matches)
+        n_found = int(stability.seeds_with()[feature])
+        return SeedStability(n_found, stability.n_seeds, matches)
 
     def explained_of(self, feature: int) -> Explained:
-        """Return which share of the feature's variance other things explain."""
+        """Return the shares of the feature's variance that position, channel and so on explain."""
         variance = self.associations.variance
         share = float(variance.top_patient_share[feature])
         return Explained(
@@ -78,7 +78,7 @@ class Findings:
 
     def labels_of(self, feature: int) -> Sequence[DetectedLabel]:
         """Return the labels that the feature is related to, by q."""
-        found = []
+        labels = []
         for association in self.associations.labels:
             test = association.tests.test
             if test is not None and test.q[feature] < LEVEL:
@@ -88,8 +88,8 @@ class Findings:
                     p=float(test.p[feature]),
                     q=float(test.q[feature]),
                 )
-                found.append(label)
-        return sorted(found, key=lambda label: label.q)
+                labels.append(label)
+        return sorted(labels, key=lambda label: label.q)
 
 
 def make_findings(evaluation: Evaluation, associations: Associations) -> Findings:

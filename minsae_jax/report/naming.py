@@ -1,4 +1,4 @@
-"""Names of features: the user's own in labels.csv, and suggestions from channels and spectrum."""
+"""Feature names: those of the user in labels.csv, and suggestions from channels and spectrum."""
 
 import csv
 import warnings
@@ -18,7 +18,7 @@ WIDESPREAD_EXCESS = 0.3  # below it no channel is much more active than the othe
 LOBES = ("frontal", "central", "temporal", "posterior")
 MIN_VOTES = 0.5  # share of the lobe with most votes
 MIN_SIDE = 0.3  # distance from the midline
-MIN_SD = 4  # by which a region's share of the activation is above that of its channels
+MIN_SD = 4  # minimum excess of a region's share of the activation over that of its channels
 
 
 class Label(NamedTuple):
@@ -165,7 +165,7 @@ def read_labels(path: Path, d_sae: int, member: str | None = None) -> dict[int, 
 
 
 def warn_of_other_member(path: Path, before: str | None, member: str) -> None:
-    """Warn if labels.csv says nothing of members and the older report was about another one."""
+    """Warn if labels.csv has no column `member` and the older report was about another member."""
     if before in (None, member) or not path.exists():
         return
     with regular_file(path).open(newline="", encoding="utf-8-sig") as file:

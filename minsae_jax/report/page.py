@@ -52,7 +52,7 @@ COLUMNS = tuple(field.name for field in fields(FeatureRow))
 
 @dataclass(frozen=True)
 class ReportMeta:
-    """All that the report shows but the features; field names are the keys in index_data.js."""
+    """The report except for its features; field names are the keys in index_data.js."""
 
     title: str
     member: str

@@ -1,8 +1,8 @@
-"""Everything that the report shows beside the features: recommendation, members, events, labels.
+"""Report data other than features: recommendation, members, events and labels.
 
-These are the records that report.js reads; field names are the keys in its data files. A part is
-shown only if there are data for it, so that nearly everything has a default. Intervals are 95 %
-intervals (low, high), and None where nothing varies.
+report.js reads these records; field names are the keys in its data files. Most fields have a
+default, since a part without data is not shown. Intervals are 95 % intervals (low, high), and None
+where nothing varies.
 """
 
 from collections.abc import Mapping, Sequence
@@ -226,7 +226,7 @@ class LabelPage:
     patients: int
     # Such as "21 to 83, median 52" or "female 9, male 7"
     values: str
-    # Such as "Spearman's rho", and what it is
+    # Name such as "Spearman's rho", and its definition
     effect_name: str
     n_tested: int
     n_significant: int
@@ -283,7 +283,7 @@ class RecommendedMember:
     """The recommended member, and why."""
 
     member: str
-    # One sentence, with the interval of what decided
+    # One sentence, with the interval of the deciding measure
     reason: str
     # By which members are ranked
     rule: str = ""
@@ -293,7 +293,7 @@ class RecommendedMember:
 
 @dataclass(frozen=True)
 class Pages:
-    """All of it."""
+    """All pages."""
 
     recommended: RecommendedMember | None = None
     members: Sequence[MemberMeasures] = ()

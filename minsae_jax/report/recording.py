@@ -120,8 +120,10 @@ class RecordingEncoder:
             is_requested[list(features)] = True
         parts = []
         for entries in self._entries("encode"):
-            kept = np.flatnonzero(is_requested[entries.feature])
-            parts.append((entries.token[kept], entries.feature[kept], entries.value[kept]))
+            requested = np.flatnonzero(is_requested[entries.feature])
+            parts.append(
+                (entries.token[requested], entries.feature[requested], entries.value[requested])
+            )
         token, feature, value = map(np.concatenate, zip(*parts, strict=True))
         places = self.places
         located = places.tokens.located
@@ -150,12 +152,14 @@ class RecordingEncoder:
                 x = self._layer_output(first, stop)
                 sequences = min(max(1, batch_tokens(self.sae) // places.n_tokens), len(x))
                 for i in range(0, len(x), sequences):
-                    found = find_active(encode_batch(self.sae, i, x[i : i + sequences], sequences))
-                    sequence, position = np.divmod(found.row, places.n_tokens)
+                    active = find_active(encode_batch(self.sae, i, x[i : i + sequences], sequences))
+                    sequence, position = np.divmod(active.row, places.n_tokens)
                     located = self._located_index[position]
                     token = (first * per_window + i + sequence) * n_located + located
-                    kept = np.flatnonzero(located >= 0)
-                    yield Entries(token[kept], found.feature[kept], found.value[kept])
+                    with_time = np.flatnonzero(located >= 0)
+                    yield Entries(
+                        token[with_time], active.feature[with_time], active.value[with_time]
+                    )
                 bar.advance(stop - first)
 
     def _layer_output(

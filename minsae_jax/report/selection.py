@@ -54,7 +54,7 @@ class LargestByFeature:
 
     def clear(self) -> None:
         """Remove all entries."""
-        # Sorted by feature, then by falling key.
+        # Sorted by feature, then by decreasing key.
         self._entries = _Entries.none()
         self._waiting: list[_Entries] = []
         # The smallest key of each feature that is full. Keys that do not exceed it are dropped
@@ -88,12 +88,12 @@ class LargestByFeature:
                 self.merged()
 
     def merged(self) -> "_Entries":
-        """Return the entries with the largest keys, sorted by feature, then by falling key."""
+        """Return the entries with the largest keys, sorted by feature, then by decreasing key."""
         if not self._waiting:
             return self._entries
         entries = _Entries.join([self._entries, *self._waiting])
         self._waiting = []
-        # By feature, then falling key, then position: lexsort takes the main key last.
+        # By feature, then decreasing key, then position: lexsort takes the main key last.
         order = np.lexsort((entries.position, -entries.key, entries.feature))
         rank = self._ranks(entries.feature[order])
         self._entries = entries.take(order[rank < self.size])

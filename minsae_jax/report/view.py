@@ -205,8 +205,8 @@ def choose_shown(
 ) -> tuple[list[int], str]:
     """Return the features to show by default, and the rule as a sentence.
 
-    Contribution is the mean activation times the norm of the decoder row, the length of what the
-    feature adds to x̂. With a report the order is by contribution times log2 of the ratio of the
+    Contribution is the mean activation times the norm of the decoder row, the mean length of the
+    feature's part in x̂. With a report the order is by contribution times log2 of the ratio of the
     mean here to that elsewhere, so that features that are as active everywhere are not in front.
     Dense features come last.
     """

@@ -1,7 +1,7 @@
 """Settings of `view`."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from minsae_jax.cli import Flag
 from minsae_jax.settings import (
@@ -15,7 +15,9 @@ from minsae_jax.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class ViewEncoder:
-    """Encoder"""
+    """The encoder of the viewed recordings."""
+
+    heading: ClassVar[str] = "Encoder"
 
     checkpoint_path: str | None = None
     """Encoder that the member was trained on (default: the one in the run's config.yaml)."""

@@ -1,4 +1,4 @@
-"""Batches of a run on the devices, from the stream or from a store that the devices hold."""
+"""Batches of a run on the devices, from the stream or from a store in the devices' memory."""
 
 import numpy as np
 from jaxtyping import Array, Float, Shaped

@@ -34,7 +34,7 @@ Tree = dict[str, Any]  # nested dicts and lists of arrays, as Orbax stores them
 
 @dataclass
 class Progress:
-    """Where a run is; with the state of the sweep all that a resumed run needs."""
+    """Progress of a run; together with the sweep's state, all that a resumed run needs."""
 
     scale: float  # factor of the activations in training
     store: str  # fingerprint of the train store
@@ -97,7 +97,7 @@ class Checkpoints:
         self._may_be_saving = False  # in a cluster
         self._agreed_at = 0.0  # when not all processes waited at different barriers
         for path in self._directory.glob("*/_CHECKPOINT_METADATA"):
-            # Orbax reads these files of all steps; from a named pipe it would wait for ever.
+            # Orbax reads these files of all steps; it would wait forever for a named pipe.
             if path.parent.name.isdecimal():
                 regular_file(path)
         options = ocp.CheckpointManagerOptions(

@@ -9,7 +9,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from minsae_jax.eeg.recordings import OnBadRecording, Split
 from minsae_jax.errors import UserError
@@ -45,7 +45,9 @@ SPARSITY_SETTINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFlags:
-    """Activations"""
+    """The store to train on, and its encoder."""
+
+    heading: ClassVar[str] = "Activations"
 
     store: str = "embeddings/store"
     """Store to train on: the folder with the shards, or its parent with l{cache_layer}/."""
@@ -59,7 +61,9 @@ class SourceFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveFlags:
-    """Live activations, without a store"""
+    """Recordings and encoder of activations that are computed during training."""
+
+    heading: ClassVar[str] = "Live activations, without a store"
 
     live: bool = False
     """Compute activations from the recordings in --root_path while training."""
@@ -85,7 +89,9 @@ class LiveFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepFlags:
-    """Sweep: every combination of these values is one member"""
+    """Values that a sweep combines."""
+
+    heading: ClassVar[str] = "Sweep: every combination of these values is one member"
 
     kind: tuple[str, ...] = ()
     """Kinds of autoencoder: relu, topk, batchtopk, jumprelu, matryoshka, see docs/kinds.md
@@ -110,7 +116,9 @@ class SweepFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFlags:
-    """Recipe"""
+    """The training procedure; None means the value of the recipe."""
+
+    heading: ClassVar[str] = "Recipe"
 
     recipe: Recipe = "april2024"
     """april2024: Anthropic's April 2024 update (Scaling Monosemanticity); minsae: minSAE's loop;
@@ -158,7 +166,9 @@ class RecipeFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFlags:
-    """Devices"""
+    """Devices and precision."""
+
+    heading: ClassVar[str] = "Devices"
 
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Number format of the factors of matrix products; sums and weights are float32. tf32 is for
@@ -176,7 +186,9 @@ class DeviceFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class LogFlags:
-    """Metrics"""
+    """Metrics, held-out measures and where they are logged."""
+
+    heading: ClassVar[str] = "Metrics"
 
     eval_window: Annotated[int, AtLeastOne] = 50
     """Log metrics every N steps (metrics.csv, act_freqs.csv or .npy, TensorBoard)."""
@@ -198,7 +210,9 @@ class LogFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags:
-    """Run folder"""
+    """The folder of a run, and its checkpoints."""
+
+    heading: ClassVar[str] = "Run folder"
 
     run_dir: str | None = None
     """Folder of the run (default: runs/{recipe})."""

@@ -11,7 +11,7 @@ from minsae_jax.sae.kinds import KINDS, SAEKind
 MAX_D_SAE = 2**24
 # Hyper-parameters that differ between members, in the order of the columns of sweep.csv.
 HYPER_NAMES = tuple(SYMBOLS)
-# How hyper-parameters are called in members' names.
+# Hyper-parameters in members' names.
 _SHORT_NAMES = {"lambda_sparsity": "lambda"}
 
 

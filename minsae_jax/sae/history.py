@@ -174,7 +174,7 @@ def _written_intervals(history: MemberHistory) -> Int[np.ndarray, " rows"]:
     path = history.frequencies
     if path.suffix == ".csv":
         return np.arange(n_intervals)
-    # The run may have gone on since metrics.csv was read.
+    # The run may have continued since metrics.csv was read.
     steps = open_table(path).steps()
     steps = steps[steps <= history.tokens[-1]]
     intervals = np.searchsorted(history.tokens, steps)

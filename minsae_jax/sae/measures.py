@@ -1,4 +1,4 @@
-"""Metrics of autoencoders on tokens that they were not trained on, all members side by side.
+"""Metrics of all members of a sweep on held-out tokens.
 
 For tokens x with mean x̄, reconstructions x̂, residuals r = x̂ - x with mean r̄, features f, and ⟨·⟩
 the mean over tokens:

@@ -36,7 +36,7 @@ MAX_SHARE = 0.6
 
 
 class RowNumbers:
-    """The numbers of a store's tokens in place of the tokens, as a `Source` of width 1."""
+    """The numbers of a store's tokens instead of the tokens, as a `Source` of width 1."""
 
     def __init__(self, store: Store):
         self.store = store

@@ -68,7 +68,7 @@ RUN_ENTRIES = (
     *_LOCKS,
     f"{TFEVENTS_PREFIX}*",
 )
-# Settings that do not change the result; they may differ when a run resumes.
+# Settings that do not change the result, and so may differ when a run resumes.
 _CHANGEABLE = (
     "run_dir",
     "mesh",
@@ -207,7 +207,7 @@ class RunFolder:
         """Return the files that training does not change any more, other than sweep.csv."""
         names = [f"members/{name}" for name in files_below(self.folder / "members")]
         names += ["config.yaml", EVAL_CSV, self.pareto_png.name]
-        # TensorBoard's files are still open; their records have checksums of their own.
+        # TensorBoard's files are still open; their records have their own checksums.
         return [n for n in names if TFEVENTS_PREFIX not in n and (self.folder / n).is_file()]
 
 

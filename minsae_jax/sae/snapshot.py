@@ -1,4 +1,4 @@
-"""Members in the middle of training, for measures that are made outside of this package."""
+"""Members during training, for measures that are made outside this package."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple

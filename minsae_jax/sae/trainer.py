@@ -1,4 +1,4 @@
-"""The training loop: one stream of tokens, all members of the sweep side by side."""
+"""The training loop: all members of a sweep train on one stream of tokens."""
 
 import json
 import signal
@@ -57,9 +57,9 @@ def train(
 
     encoder_fingerprint: of the encoder that the store must come from. open_live: opens live
     activations, which replace the store. on_step: called with the number of each finished step.
-    open_monitor: opens what is called with all members when they are measured on held-out tokens.
-    In a cluster every process calls this and one writes. Raises UserError before anything is
-    written if settings, store or run folder do not fit one another.
+    open_monitor: opens a monitor, which is called with all members when they are measured on
+    held-out tokens. In a cluster every process calls this and one writes. Raises UserError before
+    anything is written if settings, store or run folder do not fit one another.
     """
     plan = config.plan()
     folder = RunFolder(plan)
@@ -73,7 +73,7 @@ def train(
                 store = open_store(plan.config.store, plan.config.cache_layer)
             else:
                 store = open_live()
-            # Until the end, so that no other command replaces what the stream reads.
+            # Until the end, so that no other command replaces the stream's files.
             stack.enter_context(lock_folder(store.folder, shared=True))
             is_new = folder.is_new()
             data = open_train_data(plan, store, encoder_fingerprint, is_new)
@@ -111,7 +111,7 @@ def _check_processes_agree(folder: RunFolder, data: TrainData) -> None:
 
 
 class Trainer:
-    """A run from its last checkpoint, or from its start, to its end."""
+    """Trains a run from its last checkpoint, or from its start, to its end."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class Trainer:
             self.logger.export(self.progress, self.data.store, weights)
 
     def run_steps(self) -> None:
-        """Make the remaining steps."""
+        """Run the remaining steps."""
         scale = np.float32(self.progress.scale)
         calls_in_flight: deque[jax.Array] = deque()
         with (

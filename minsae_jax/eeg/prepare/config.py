@@ -7,7 +7,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from minsae_jax.cli import Flag
 from minsae_jax.eeg.description import Unit
@@ -31,7 +31,9 @@ Preset = Literal["tuh", "labram", "cbramod", "eegpt", "reve"]
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSource:
-    """Source"""
+    """EEG files, and the patients and labels in them."""
+
+    heading: ClassVar[str] = "Source"
 
     source: Annotated[tuple[str, ...], Flag(positional=True)]
     """EEG files, folders (with all folders below), globs, or the root of a BIDS dataset."""
@@ -47,7 +49,9 @@ class PrepareSource:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOutput:
-    """Output"""
+    """The folder of prepared recordings."""
+
+    heading: ClassVar[str] = "Output"
 
     out: str
     """Folder to write: recordings, file_lengths_map.csv, dataset.json, events.csv, labels.csv."""
@@ -57,7 +61,9 @@ class PrepareOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class SignalFlags:
-    """Signals"""
+    """Processing of the signals; None and () mean the value of the preset."""
+
+    heading: ClassVar[str] = "Signals"
 
     preset: Preset = "tuh"
     """Preprocessing of the data on which an encoder was pretrained (see docs/prepare.md); the flags
@@ -86,7 +92,9 @@ class SignalFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionFlags:
-    """Selection"""
+    """Recordings and channels that are accepted."""
+
+    heading: ClassVar[str] = "Selection"
 
     crop: Annotated[float, NonNegative] = 0.0
     """Seconds to leave out at both ends; 300 in the TUH corpus."""
@@ -106,7 +114,9 @@ class SelectionFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeFlags:
-    """Compute"""
+    """Processes that prepare recordings."""
+
+    heading: ClassVar[str] = "Compute"
 
     jobs: Annotated[int, AtLeastOne] = 1
     """Processes; each has one recording in memory."""

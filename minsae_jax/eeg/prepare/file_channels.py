@@ -1,4 +1,4 @@
-"""Which channels of a file are read, and which of them cannot be used."""
+"""Selection of the channels of a file, and of those that cannot be used."""
 
 import dataclasses
 from collections.abc import Sequence

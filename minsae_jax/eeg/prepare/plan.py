@@ -1,4 +1,4 @@
-"""The plan: what is done to every recording, from the settings of `prepare`."""
+"""The plan: the processing of every recording, from the settings of `prepare`."""
 
 import hashlib
 import json

@@ -48,7 +48,7 @@ class Prepared:
     rejected: tuple[Rejected, ...]
 
     def findings(self) -> list[str]:
-        """Return one line for each finding, with the recordings that it is about."""
+        """Return one line for each finding, with the recordings that have it."""
         recordings_of: dict[str, list[str]] = {}
         for record in self.records:
             for finding in record.findings:
@@ -82,7 +82,7 @@ class Prepared:
 
 
 def prepare(config: PrepareConfig) -> Prepared:
-    """Write the recordings and tables of all EEG files in --source, or what is missing of them.
+    """Write the recordings and tables of all EEG files in --source, or the missing ones.
 
     Raises UserError if there are no files, some cannot be used, or the folder contains recordings
     of other settings.
@@ -134,7 +134,7 @@ def _prepare(
     missing = [source for source in sources if source.name not in records]
     _remove_stale(folder, plan, {source.name for source in sources}, config.overwrite)
     if missing:
-        # Without this file, no program takes the folder for a complete set of recordings.
+        # Without this file, programs do not accept the folder as a complete set of recordings.
         (folder / LENGTHS).unlink(missing_ok=True)
     with progress("prepare", len(sources), "recordings") as bar:
         bar.start_at(len(records))

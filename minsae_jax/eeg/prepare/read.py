@@ -54,7 +54,7 @@ def open_file(path: Path) -> EegFile:
     Raises BadRecordingError if MNE cannot read it or its BIDS tables are invalid.
     """
     try:
-        # MNE would wait for a named pipe, also in the place of another part, such as .eeg of .vhdr.
+        # MNE would wait for a named pipe, also if another part is one, such as the .eeg of a .vhdr.
         for each in (path, *files_with_stem(path.parent, path.stem)):
             regular_file(each)
         # Warnings can contain parts of the header, so they are not shown.

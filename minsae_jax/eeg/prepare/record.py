@@ -1,6 +1,6 @@
 """Records of prepared recordings, in the folder `.prepare`.
 
-A record has everything that the tables of the folder need, so that a rerun skips what is done.
+A record contains everything the folder's tables need, so that a rerun skips prepared recordings.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def stamp_of(source: Source) -> str:
 
 
 def _with_tuples(values: Mapping[str, Any]) -> JsonObject:
-    """Return values with tuples in place of lists, since JSON has lists only."""
+    """Return values with tuples instead of lists, since JSON has lists only."""
     return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 

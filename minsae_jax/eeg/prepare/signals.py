@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from minsae_jax.eeg.description import UV_PER_UNIT, Unit
 from minsae_jax.eeg.prepare.read import BadRecordingError
 
-FLAT_UV = 0.1  # SD below which the TUH corpus's preprocessing takes a channel for flat
+FLAT_UV = 0.1  # SD below which the TUH corpus's preprocessing treats a channel as flat
 CLIPPED_SHARE = 1e-3  # of the samples, next to an equal sample at the limit of the channel
 WEAKEST_UV = 0.01  # median SD of the channels; EEG has 5 to 100
 STRONGEST_UV = 10_000.0

@@ -1,4 +1,4 @@
-"""Finds EEG files, and names the recordings that are made from them.
+"""Finds EEG files, and names the recordings made from them.
 
 Patient, session and token come from BIDS, from names as in the TUH corpus, or from a pattern of the
 user. File names of recordings are `<patient>_s<session>_t<token>_preprocessed.npy`.

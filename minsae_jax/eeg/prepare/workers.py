@@ -1,4 +1,4 @@
-"""Processes of `prepare --jobs`: how they start, and how they end with the main process.
+"""Worker processes of `prepare --jobs`: their start, and their end with the main process.
 
 Importing MNE and its dependencies takes a second, as long as preparing five recordings. On Linux,
 one process, the fork server, imports them while the main process finds the recordings, and the
@@ -52,7 +52,7 @@ def _has_fork_server() -> bool:
 def _start_worker() -> None:
     # On Ctrl-C, the main process lets recordings that were started finish.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A worker whose main process was killed would wait for work for ever.
+    # A worker would wait forever if its main process was killed.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

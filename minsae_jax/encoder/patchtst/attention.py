@@ -80,7 +80,7 @@ class Attention(nnx.Module):
     def _attend_by_reduction(
         self, x: Float[Array, "N T d_model"], earlier: tuple[QueriesKeys, ...]
     ) -> tuple[Float[Array, "N T d_model"], tuple[QueriesKeys, ...]]:
-        """Return what `__call__` returns; no score matrix is written to memory."""
+        """Return the result of `__call__`; no score matrix is written to memory."""
 
         def split_heads(y: Float[Array, "d_model N T"]) -> Float[Array, "heads d_head N T"]:
             return y.reshape(self.n_heads, -1, *y.shape[1:])

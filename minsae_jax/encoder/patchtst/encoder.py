@@ -79,7 +79,7 @@ Encoder = PatchTSTEncoder
 
 
 def _spec(a: Architecture) -> EncoderSpec:
-    # The settings of PatchTST contain none of these: its encoders are those of the TUH corpus.
+    # PatchTST's settings contain none of these; its encoders are trained on the TUH corpus.
     channels = CHANNELS if a.n_vars == len(CHANNELS) else None
     return EncoderSpec(
         seq_len=a.seq_len,

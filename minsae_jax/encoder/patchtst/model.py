@@ -130,7 +130,7 @@ class Head(nnx.Module):
             return pooled.swapaxes(1, 2)
         if len(self.linears) == 1:
             return self.linears[0](pooled).swapaxes(1, 2)
-        per_channel = [dense(pooled[:, i]) for i, dense in enumerate(self.linears)]
+        per_channel = [layer(pooled[:, i]) for i, layer in enumerate(self.linears)]
         return jnp.stack(per_channel, axis=-1)
 
     def _pool(self, z: Float[Array, "B n_vars T d_model"]) -> Float[Array, "B n_vars n_inputs"]:
@@ -220,7 +220,7 @@ class PatchTST(nnx.Module):
         if len(self.embeddings) == 1:
             z = self.embeddings[0](x)
         else:
-            per_channel = [dense(x[:, i]) for i, dense in enumerate(self.embeddings)]
+            per_channel = [layer(x[:, i]) for i, layer in enumerate(self.embeddings)]
             z = jnp.stack(per_channel, axis=1)
         # A position of width 1 is added to every dimension.
         position = self.position[...]

@@ -1,10 +1,10 @@
 """Attention in float32 as one reduction over keys, for GPUs.
 
 XLA for GPU writes the result of every matrix product to memory, and in float32 has no attention
-without score matrices: these were more than half of the encoder's memory traffic. A reduction is
-one launch, which also computes everything elementwise that it reads. So here scores are not a
+without score matrices, which would be more than half of the encoder's memory traffic. A reduction
+is one launch, which also computes everything elementwise that it reads. So here scores are not a
 matrix product but a sum over the head's dimensions, and go from there into the sums over keys
-without being written. benchmarks/CUDA.md lists what this saves and costs.
+without being written. benchmarks/CUDA.md lists the savings and costs.
 """
 
 from collections.abc import Sequence

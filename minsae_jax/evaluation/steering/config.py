@@ -1,7 +1,7 @@
 """Settings of steering."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from minsae_jax.evaluation.config import EvaluateConfig, EvaluationInputConfig, ReportConfig
 from minsae_jax.settings import (
@@ -16,7 +16,9 @@ from minsae_jax.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class EditConfig:
-    """Steering"""
+    """Features to steer, and windows to measure."""
+
+    heading: ClassVar[str] = "Steering"
 
     feature: tuple[Annotated[int, NonNegative], ...]
     """Features whose activations are scaled, all at once."""

@@ -5,7 +5,7 @@ The activations of some features are multiplied by scales, and the difference is
     x' = x + Σ_i (scale_i - 1) f_i(x) W_dec,i
 
 This is x̂' + (x - x̂): the reconstruction from the scaled features, with the SAE's error added back.
-Scale 1 is therefore the model itself, bit for bit, and scale 0 removes what the features write.
+Scale 1 is therefore the model itself, bit for bit, and scale 0 removes the features' contribution.
 """
 
 from collections.abc import Iterator, Sequence

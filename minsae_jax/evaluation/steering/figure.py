@@ -15,10 +15,10 @@ DPI = 130
 MAX_HZ = 45.0
 GREY = "#9aa3a8"
 # Keyword arguments of matplotlib
-Look = dict[str, Any]
-TITLE: Look = {"loc": "left", "fontsize": 9}
-LEGEND: Look = {"frameon": False, "fontsize": 7}
-CENTRED: Look = {"ha": "center", "va": "center", "fontsize": 6}
+Style = dict[str, Any]
+TITLE: Style = {"loc": "left", "fontsize": 9}
+LEGEND: Style = {"frameon": False, "fontsize": 7}
+CENTRED: Style = {"ha": "center", "va": "center", "fontsize": 6}
 
 
 def draw(steering: Steering, folder: Path) -> None:
@@ -66,7 +66,7 @@ def _label(effect: Effect) -> str:
     return "× 0 (ablated)" if effect.scale == 0 else f"× {effect.scale:g}"
 
 
-def _look(number: int, effect: Effect) -> Look:
+def _line_style(number: int, effect: Effect) -> Style:
     """Return colour and label of an effect, by its number."""
     return {"color": _colour(number), "label": _label(effect)}
 
@@ -86,7 +86,7 @@ def _draw_example(axes: "Axes", steering: Steering) -> None:
     axes.plot(seconds, example.traces[0], color="black", linewidth=1, label="untouched")
     for number, effect in enumerate(steering.effects):
         trace = example.traces[1 + number]
-        axes.plot(seconds, trace, linewidth=1, **_look(number, effect))
+        axes.plot(seconds, trace, linewidth=1, **_line_style(number, effect))
     axes.legend(**LEGEND, ncols=2)
     channel = steering.channels[example.channel]
     recording = example.place.recording.split("_preprocessed")[0]
@@ -99,7 +99,7 @@ def _draw_waveform(axes: "Axes", steering: Steering) -> None:
         assert effect.reconstruction is not None
         waveform = effect.reconstruction.waveform
         milliseconds = 1000 * np.arange(len(waveform)) / steering.sampling_rate
-        axes.plot(milliseconds, waveform, **_look(number, effect))
+        axes.plot(milliseconds, waveform, **_line_style(number, effect))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.legend(**LEGEND)
     title = f"mean change of a patch ({steering.n_affected:,} tokens)"
@@ -115,7 +115,7 @@ def _draw_spectrum(axes: "Axes", steering: Steering) -> None:
     for number, effect in enumerate(steering.effects):
         assert effect.reconstruction is not None
         power = effect.reconstruction.power[is_shown]
-        axes.plot(hz, power, **_look(number, effect))
+        axes.plot(hz, power, **_line_style(number, effect))
     axes.set_yscale("log")
     axes.legend(**LEGEND)
     _finish(
@@ -186,7 +186,7 @@ def _draw_changes(axes: "Axes", steering: Steering) -> None:
         changes = [reading.change for reading in effect.probes]
         kinds = np.arange(len(changes))
         shift = (number - (n_effects - 1) / 2) * width
-        axes.bar(kinds + shift, changes, width, **_look(number, effect))
+        axes.bar(kinds + shift, changes, width, **_line_style(number, effect))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.legend(**LEGEND)
     _kinds(axes, steering)

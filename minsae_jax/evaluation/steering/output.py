@@ -1,8 +1,8 @@
-"""Changes of what the encoder's head reconstructs, and of the last layer, over some windows.
+"""Changes of the head's reconstruction and of the last layer over some windows.
 
-Nothing in the windows is masked, while the head was trained on masked patches: what it reconstructs
-resembles the EEG, and `WindowChanges.r` says how closely. A token is affected if one of the steered
-features is active on it.
+Nothing in the windows is masked, whereas the head was trained on masked patches: its reconstruction
+resembles the EEG, and `WindowChanges.r` measures how closely. A token is affected if one of the
+steered features is active on it.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ TINY = 1e-20  # below any norm or power, to divide by
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What the head reconstructs at one scale; amplitudes in the unit of the encoder's input."""
+    """The head's reconstruction at one scale; amplitudes in the unit of the encoder's input."""
 
     # Change of a patch, mean over affected tokens
     waveform: Float[np.ndarray, " patch_len"]

@@ -34,12 +34,12 @@ MAX_SPANS = 2000  # per kind
 
 @dataclass(frozen=True)
 class ProbeReading:
-    """What the probe for one kind of event reads on the test patients, at one scale."""
+    """The scores of the probe for one kind of event on the test patients, at one scale."""
 
     kind: str
     # AUC over the kind's own spans
     auc: float
-    # Share of the kind's own events that the probe takes for one
+    # Share of the kind's events that the probe classifies as events
     positive_rate: float
     # Change of the logit, mean over the kind's own events, in SD of the untouched logits over all
     # of its spans

@@ -1,4 +1,4 @@
-"""The result of steering, and the table and the files that are made of it."""
+"""The result of steering, with its table and files."""
 
 import json
 from dataclasses import dataclass

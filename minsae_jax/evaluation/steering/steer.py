@@ -52,7 +52,7 @@ def steer(
 def _steer(
     settings: SteerConfig, encoder: BaseEncoder, inputs: EvaluationInputs, member_name: str
 ) -> Steering:
-    """Steer features on inputs that nobody changes."""
+    """Steer features on locked inputs."""
     member = next(m for m in inputs.members if m.name == member_name)
     features = settings.feature
     _check_features(member, features)
