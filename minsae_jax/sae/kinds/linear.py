@@ -390,20 +390,18 @@ class LinearSAE(SAEKind):
     def finish_update(self, params: Params, context: BatchContext) -> Params:
         if not self.unit_decoder:
             return params
-        return params | {"W_dec": params["W_dec"] / _row_norms(params["W_dec"])[:, None]}
+        norms = jnp.linalg.norm(params["W_dec"], axis=1, keepdims=True)
+        return params | {"W_dec": params["W_dec"] / norms}
 
     def normalize_decoder(self, params: Params) -> Params:
         if not self.unit_decoder:
             return params
-        norms = _row_norms(params["W_dec"])
+        w_dec = params["W_dec"]
+        norms = jnp.linalg.norm(w_dec, axis=1, keepdims=True)
+        # The feature of a row of zeros becomes 0, so that any direction leaves x̂ as it is.
+        any_direction = w_dec.shape[1] ** -0.5
         return params | {
-            "W_enc": params["W_enc"] * norms[None],
-            "b_enc": params["b_enc"] * norms,
-            "W_dec": params["W_dec"] / norms[:, None],
+            "W_enc": params["W_enc"] * norms.T,
+            "b_enc": params["b_enc"] * norms[:, 0],
+            "W_dec": jnp.where(norms > 0, w_dec / norms, any_direction),
         }
-
-
-def _row_norms(w_dec: Float[Array, "d_sae d_model"]) -> Float[Array, " d_sae"]:
-    """Return the L2 norm of each row, or 1 for a row of zeros, which then stays as it is."""
-    norms = jnp.linalg.norm(w_dec, axis=1)
-    return jnp.where(norms > 0, norms, 1)
