@@ -56,7 +56,7 @@ class ConversionFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureFlags:
-    """Settings of a PatchTST or CBraMod; None is left to weights, YAML and checkpoint."""
+    """Settings of a PatchTST or CBraMod; None if weights, YAML or checkpoint decide."""
 
     heading: ClassVar[str] = (
         "Settings that the weights do not determine; they override the YAML and the checkpoint"

@@ -7,6 +7,7 @@ import pytest
 
 import minsae_jax as ms
 from convert.encoder import convert_encoder
+from minsae_jax import api
 from tests.conftest import FIXTURES
 
 CHECKPOINT = FIXTURES / "tuhab_patch_100/checkpoint.pth"
@@ -62,6 +63,15 @@ def test_extract_and_train(encoder, demo_folder, tmp_path, live):
     ms.train(ms.TrainConfig(**data, **sizes, run_dir=run, lambda_sparsity=(1.0,), eval_every=0))
     sae = ms.load_sae(f"{run}/members/lambda=1")
     assert sae.config["encoder_fingerprint"] == encoder.fingerprint
+
+
+def test_another_encoder_is_loaded_without_the_settings_of_the_run(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(api, "load_encoder", lambda *paths: loaded.append(paths))
+    trained = ms.TrainConfig(checkpoint_path="old.pth", config_path="old.yaml")
+    for changes in ({}, {"config_path": "new.yaml"}, {"checkpoint_path": "new"}):
+        api._encoder_of(ms.EvaluateConfig(run="run", root_path="eeg", **changes), trained)
+    assert loaded == [("old.pth", "old.yaml"), ("old.pth", "new.yaml"), ("new", None)]
 
 
 def test_store_of_another_encoder_is_refused(encoder, demo_folder, tmp_path):

@@ -138,7 +138,7 @@ def draw_spans(dataset: Dataset, events: list[LabelledEvent], seed: int) -> list
     """Return the events inside the dataset's windows, each followed by a span without an event.
 
     Events without any free place of their length in the recording are left out: compared with other
-    recordings, they would show what differs between patients.
+    recordings, they would show differences between patients.
     """
     rng = np.random.default_rng(seed)
     step = dataset.tokens.step or 1  # if tokens are not evenly spaced, any offset will do

@@ -338,6 +338,13 @@ def test_init_with_a_decoder_row_of_zeros_keeps_reconstructions(settings, tmp_pa
     np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
 
 
+def test_integers_of_a_run_s_members_are_integers(settings, tmp_path):
+    run = train(replace(settings, lambda_sparsity=(1.0,), seed=(1_000_001,), num_steps=2))
+    assert [member.hyper["seed"] for member in run.members] == [1_000_001] * 2
+    for member in run.members:
+        assert type(member.hyper["seed"]) is type(member.hyper["d_sae"]) is int
+
+
 def test_a_run_resumes_with_the_same_config_path_spelled_otherwise(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "encoder.yaml").write_text("{}")

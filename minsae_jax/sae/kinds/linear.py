@@ -258,7 +258,7 @@ class LinearSAE(SAEKind):
         back_FxB = back.features
         if not on_cpu():
             # One pass over two arrays gives all that follows: it activates once more instead of
-            # reading what the first activation left for the gradient.
+            # reading the values that autodiff would store.
             source_FxB = stored_f_FxB if self.selects else pre_FxB
             source_FxB, back_FxB = materialize((source_FxB, back_FxB))
             again = _activate_selected if self.selects else activate
