@@ -11,7 +11,7 @@ import numpy as np
 
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member
 from minsae_jax.evaluation.label_probes import LabelProbe, PooledSplits, probe_label
-from minsae_jax.evaluation.label_tests import LabelResult, compare_labels
+from minsae_jax.evaluation.label_tests import LabelResult, LabelTest, compare_labels
 from minsae_jax.evaluation.labels import PatientLabel, read_labels
 from minsae_jax.evaluation.pooling import PatientValues, Pooled, Pooling, by_patient, pool
 from minsae_jax.evaluation.variance import VarianceShares, variance_shares
@@ -31,6 +31,20 @@ class LabelAssociation:
 
 
 @dataclass(frozen=True)
+class LabelledFeature:
+    """The association of one feature with one label; patients are the unit."""
+
+    label: str
+    feature: int
+    effect: float
+    p: float
+    # After correction for the number of features
+    q: float
+    # eta² of patients
+    patient_share: float
+
+
+@dataclass(frozen=True)
 class Associations:
     """Shares of variance and labels of the features of one member."""
 
@@ -41,6 +55,17 @@ class Associations:
     pooling: Pooling
     # Recordings in which labels were tested
     n_recordings: int
+
+    def of_feature(self, test: LabelTest, feature: int) -> LabelledFeature:
+        """Return a label's test of one feature."""
+        return LabelledFeature(
+            label=test.label,
+            feature=feature,
+            effect=float(test.effect[feature]),
+            p=float(test.p[feature]),
+            q=float(test.q[feature]),
+            patient_share=float(self.variance.patient[feature]),
+        )
 
 
 def measure_associations(

@@ -8,13 +8,13 @@ intervals too.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import norm
 from scipy.stats import t as student
 
+from minsae_jax.estimates import Estimate, Interval
 from minsae_jax.evaluation.pooling import group_by_patient
 
 RESAMPLES = 1000
@@ -29,13 +29,6 @@ DIFFERENCE: Limits = (-1.0, 1.0)  # of shares
 UNLIMITED: Limits = (-np.inf, np.inf)
 # How often each recording, or other unit, is drawn
 Weights = Float[np.ndarray, "resamples recordings"]
-
-
-class Interval(NamedTuple):
-    """A 95 % interval."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -103,6 +96,14 @@ def interval(
         ends = np.quantile(defined, norm.cdf([-n_sd, n_sd]))
     low, high = np.clip(ends, *limits).tolist()
     return Interval(low, high)
+
+
+def estimate(values: Float[np.ndarray, " n"], n_units: int, limits: Limits = UNLIMITED) -> Estimate:
+    """Return a measure with its interval, from its value and then its values in all resamples.
+
+    n_units, limits: see `interval`.
+    """
+    return Estimate(float(values[0]), interval(values[1:], n_units, limits))
 
 
 def reached(

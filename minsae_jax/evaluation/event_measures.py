@@ -8,7 +8,7 @@ parts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,7 @@ from minsae_jax.evaluation.bootstrap import (
     SHARE,
     Resamples,
     Weights,
-    interval,
+    estimate,
 )
 from minsae_jax.evaluation.event_results import EventScore, MeanIntervals
 from minsae_jax.evaluation.events import SpanActivations, max_over_spans
@@ -39,6 +39,8 @@ BEST = 5  # features of the larger sparse probe, and of an ablation
 MAX_TIES = 50  # listed, as many as the report ranks
 MAX_PROBE_TOKENS = 5_000
 COLUMN_BLOCK = 1024
+# A measure on the recordings as they are, then on each resample
+Resampled = Float[np.ndarray, " resamples"]
 
 
 @dataclass(frozen=True)
@@ -82,29 +84,25 @@ class SpanMeasures:
     intervals: MeanIntervals
 
 
-class _Measures(NamedTuple):
-    """The measures of one kind that have intervals; see `EventScore`.
+class _ResampledKind(NamedTuple):
+    """The measures of one kind that are resampled; see `EventScore`."""
 
-    All fields are arrays (the value on the recordings as they are, then on each resample), or all
-    are such values, or all are intervals.
-    """
-
-    auc: Any
-    recall: Any
-    probe_2_auc: Any
-    probe_auc: Any
-    x_probe_auc: Any
-    x_hat_probe_auc: Any
-    ablation_drop: Any
+    auc: Resampled
+    recall: Resampled
+    probe_2_auc: Resampled
+    probe_auc: Resampled
+    x_probe_auc: Resampled
+    x_hat_probe_auc: Resampled
+    ablation_drop: Resampled
     # NaN with a single kind
-    ablation_drop_others: Any
+    ablation_drop_others: Resampled
 
 
 class _KindMeasures(NamedTuple):
     """The measures of one kind of events; arrays are of every feature."""
 
     score: EventScore
-    resampled: _Measures
+    resampled: _ResampledKind
     val_auc: Float[np.ndarray, " d_sae"]
     auc: Float[np.ndarray, " d_sae"]
     recall: Float[np.ndarray, " d_sae"]
@@ -189,7 +187,7 @@ def _measure_kind(
     best = np.argsort(-val_auc, kind="stable")[:BEST]
     ties = tied_features(val_auc, influence, kind.val.recording, val_resamples)
     of_best = test.maxima[:, best[0]]
-    resampled = _Measures(
+    resampled = _ResampledKind(
         auc=kind.test_auc(of_best, weights),
         recall=weighted_recall(of_best, kind.test.is_event, kind.test.recording, weights),
         probe_2_auc=_sparse_probe(val.maxima, test.maxima, kind, best[:2], weights),
@@ -210,7 +208,7 @@ def _measure_kind(
 
 def _score(
     kind: EventKind,
-    resampled: _Measures,
+    resampled: _ResampledKind,
     n_patients: tuple[int, int],
     best: Int[np.ndarray, " best"],
     val_auc: Float[np.ndarray, " d_sae"],
@@ -218,11 +216,7 @@ def _score(
     ties: Int[np.ndarray, " ties"] | None,
 ) -> EventScore:
     """Return the scores of a kind; those on single tokens are filled in later."""
-    value = _Measures(*(float(values[0]) for values in resampled))
-    within = _intervals(resampled, *n_patients)
-    drop_others = None
-    if not np.isnan(value.ablation_drop_others):
-        drop_others = value.ablation_drop_others
+    n_of_kind, n_of_any = n_patients
     ties_auc = None
     if ties is not None:
         ties_auc = (float(test_auc[ties].min()), float(test_auc[ties].max()))
@@ -230,52 +224,37 @@ def _score(
         val_events=int(kind.val.is_event.sum()),
         test_events=int(kind.test.is_event.sum()),
         feature=int(best[0]),
-        auc=value.auc,
-        auc_interval=within.auc,
+        auc=estimate(resampled.auc, n_of_kind, SHARE),
         val_auc=float(val_auc[best[0]]),
         n_ties=None if ties is None else len(ties),
         ties=() if ties is None else tuple(ties[:MAX_TIES].tolist()),
         ties_auc=ties_auc,
-        recall=value.recall,
-        recall_interval=within.recall,
+        recall=estimate(resampled.recall, n_of_kind, SHARE),
         best_five=tuple(best.tolist()),
-        probe_2_auc=value.probe_2_auc,
-        probe_2_auc_interval=within.probe_2_auc,
-        probe_auc=value.probe_auc,
-        probe_auc_interval=within.probe_auc,
-        x_probe_auc=value.x_probe_auc,
-        x_hat_probe_auc=value.x_hat_probe_auc,
-        x_hat_probe_auc_interval=within.x_hat_probe_auc,
-        ablation_drop=value.ablation_drop,
-        ablation_drop_interval=within.ablation_drop,
-        ablation_drop_others=drop_others,
-        ablation_drop_others_interval=within.ablation_drop_others,
+        probe_2_auc=estimate(resampled.probe_2_auc, n_of_kind, SHARE),
+        probe_auc=estimate(resampled.probe_auc, n_of_kind, SHARE),
+        x_probe_auc=float(resampled.x_probe_auc[0]),
+        x_hat_probe_auc=estimate(resampled.x_hat_probe_auc, n_of_kind, SHARE),
+        ablation_drop=estimate(resampled.ablation_drop, n_of_kind, DIFFERENCE),
+        ablation_drop_others=estimate(resampled.ablation_drop_others, n_of_any, DIFFERENCE),
     )
 
 
-def _intervals(resampled: _Measures, n_of_kind: int, n_of_any: int) -> _Measures:
-    """Return the intervals of one kind; of other kinds' probes from the patients of any kind."""
-    *shares, drop, drop_others = [values[1:] for values in resampled]
-    intervals = [interval(share, n_of_kind, SHARE) for share in shares]
-    intervals.append(interval(drop, n_of_kind, DIFFERENCE))
-    intervals.append(interval(drop_others, n_of_any, DIFFERENCE))
-    return _Measures(*intervals)
-
-
-def _mean_intervals(resampled: Sequence[_Measures], n_patients: int) -> MeanIntervals:
+def _mean_intervals(resampled: Sequence[_ResampledKind], n_patients: int) -> MeanIntervals:
     """Return the intervals of the means over kinds and of what is computed from them.
 
     n_patients: with test spans of any kind.
     """
-    means = _Measures(*(np.mean(kinds, axis=0)[1:] for kinds in zip(*resampled, strict=True)))
+    by_measure = zip(*resampled, strict=True)
+    means = _ResampledKind(*(np.mean(kinds, axis=0) for kinds in by_measure))
     x = means.x_probe_auc - 0.5
     x_hat = means.x_hat_probe_auc - 0.5
     return MeanIntervals(
-        auc=interval(means.auc, n_patients, SHARE),
-        recall=interval(means.recall, n_patients, SHARE),
-        probe_auc=interval(means.probe_auc, n_patients, SHARE),
-        tpp=interval(means.ablation_drop - means.ablation_drop_others, n_patients),
-        probe_recovered=interval(x_hat / np.where(x > 0, x, np.nan), n_patients),
+        auc=estimate(means.auc, n_patients, SHARE).interval,
+        recall=estimate(means.recall, n_patients, SHARE).interval,
+        probe_auc=estimate(means.probe_auc, n_patients, SHARE).interval,
+        tpp=estimate(means.ablation_drop - means.ablation_drop_others, n_patients).interval,
+        probe_recovered=estimate(x_hat / np.where(x > 0, x, np.nan), n_patients).interval,
     )
 
 

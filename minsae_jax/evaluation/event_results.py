@@ -3,7 +3,8 @@
 A set of features is that of a member, of principal components, or of raw dimensions.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,8 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import binom
 
-from minsae_jax.evaluation.bootstrap import Interval
+from minsae_jax.estimates import Estimate, Interval
 
+UNDEFINED = Estimate(math.nan)
 PURE = 0.9  # precision above chance of a pure feature
 PURE_EXAMPLES = 16  # and its least number of strongest tokens
 PURE_BY_CHANCE = 0.001  # largest probability that random tokens are as precise
@@ -22,7 +24,8 @@ PURE_BY_CHANCE = 0.001  # largest probability that random tokens are as precise
 class EventScore:
     """How well features of one set separate one kind of events; on test patients unless said.
 
-    Intervals are over patients; features, probes and ties are those chosen on val.
+    Intervals are over patients; features, probes and ties are those chosen on val. Measures of
+    single tokens are undefined until these are read.
     """
 
     # Events in the val and test spans; each has a span without an event
@@ -30,8 +33,7 @@ class EventScore:
     test_events: int
     # The feature with the largest AUC on val
     feature: int
-    auc: float
-    auc_interval: Interval | None
+    auc: Estimate
     val_auc: float
     # Features that could be the best one for all patients, `feature` among them; see `ties.py`.
     # None with fewer than three val patients
@@ -40,35 +42,41 @@ class EventScore:
     # Smallest and largest test AUC among all of them
     ties_auc: tuple[float, float] | None
     # Share of the events found by `feature` at a precision of 90 % among the spans
-    recall: float
-    recall_interval: Interval | None
+    recall: Estimate
     # The five features with the largest AUC on val
     best_five: tuple[int, ...]
     # AUC of logistic regressions on the best two and the best five
-    probe_2_auc: float
-    probe_2_auc_interval: Interval | None
-    probe_auc: float
-    probe_auc_interval: Interval | None
+    probe_2_auc: Estimate
+    probe_auc: Estimate
     # AUC of a linear probe that was fitted on x, on x and on x̂
     x_probe_auc: float
-    x_hat_probe_auc: float
-    x_hat_probe_auc_interval: Interval | None
+    x_hat_probe_auc: Estimate
     # Drop of that AUC when the five most relevant features for this kind are ablated, and the mean
-    # drop of the other kinds' probes; None with a single kind
-    ablation_drop: float
-    ablation_drop_interval: Interval | None
-    ablation_drop_others: float | None
-    ablation_drop_others_interval: Interval | None
-    # AUC of `feature` over single tokens; None if all of them are covered, or none
-    token_auc: float | None = None
+    # drop of the other kinds' probes; NaN with a single kind
+    ablation_drop: Estimate
+    ablation_drop_others: Estimate
+    # AUC of `feature` over single tokens; NaN if all of them are covered, or none
+    token_auc: float = math.nan
     # Share of the test tokens that touch an event
-    token_base_rate: float | None = None
-    # Share of the strongest tokens of `feature` that touch an event, and number of these tokens
-    precision: float | None = None
-    precision_interval: Interval | None = None
+    token_base_rate: float = math.nan
+    # Share of the strongest tokens of `feature` that touch an event, and number of these tokens;
+    # NaN if it is never active
+    precision: Estimate = UNDEFINED
     examples: int = 0
     # Features of the whole set whose strongest tokens nearly all touch an event of this kind
     pure_features: int = 0
+
+
+@dataclass(frozen=True)
+class FeatureScore:
+    """How well one feature separates one kind of events; see `FeatureEvents`."""
+
+    kind: str
+    feature: int
+    val_auc: float
+    auc: float
+    recall: float
+    precision: float
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,18 @@ class FeatureEvents:
     examples: Int[np.ndarray, " d_sae"]
     # The precision of random tokens
     base_rate: Float[np.ndarray, " kinds"]
+
+    def score(self, kind: str, feature: int) -> FeatureScore:
+        """Return the measures of one feature for one kind."""
+        i = self.kinds.index(kind)
+        return FeatureScore(
+            kind=kind,
+            feature=feature,
+            val_auc=float(self.val_auc[i, feature]),
+            auc=float(self.auc[i, feature]),
+            recall=float(self.recall[i, feature]),
+            precision=float(self.precision[i, feature]),
+        )
 
     @property
     def is_pure(self) -> Bool[np.ndarray, "kinds d_sae"]:
@@ -108,23 +128,18 @@ class EventSummary:
     """Means over the kinds of events, for one set of features; on test."""
 
     # Of the best feature for each kind
-    auc: float
-    auc_interval: Interval | None
-    recall: float
-    recall_interval: Interval | None
+    auc: Estimate
+    recall: Estimate
     precision: float
     token_auc: float
     # Logistic regression on the best five
-    probe_auc: float
-    probe_auc_interval: Interval | None
+    probe_auc: Estimate
     # Features that are pure for at least one kind
     pure_features: int
     # Drop of the target kind's probe AUC by ablation of its features, less that of other kinds'
-    tpp: float
-    tpp_interval: Interval | None
+    tpp: Estimate
     # (AUC - 0.5) of the probes fitted on x, on x̂ over that on x, each a mean over kinds
-    probe_recovered: float
-    probe_recovered_interval: Interval | None
+    probe_recovered: Estimate
 
 
 @dataclass(frozen=True)
@@ -151,28 +166,25 @@ def summarise_events(
     scores: Mapping[str, EventScore], features: FeatureEvents, intervals: MeanIntervals
 ) -> EventSummary:
     """Return the means over kinds."""
-    x_hat = mean_over_kinds(scores, "x_hat_probe_auc") - 0.5
-    x = mean_over_kinds(scores, "x_probe_auc") - 0.5
-    tpp = mean_over_kinds(scores, "ablation_drop") - mean_over_kinds(scores, "ablation_drop_others")
+    kinds = scores.values()
+    x = _mean(kind.x_probe_auc for kind in kinds) - 0.5
+    x_hat = _mean(kind.x_hat_probe_auc.value for kind in kinds) - 0.5
+    drop = _mean(kind.ablation_drop.value for kind in kinds)
+    drop_others = _mean(kind.ablation_drop_others.value for kind in kinds)
+    recovered = x_hat / x if x > 0 else math.nan
     return EventSummary(
-        auc=mean_over_kinds(scores, "auc"),
-        auc_interval=intervals.auc,
-        recall=mean_over_kinds(scores, "recall"),
-        recall_interval=intervals.recall,
-        precision=mean_over_kinds(scores, "precision"),
-        token_auc=mean_over_kinds(scores, "token_auc"),
-        probe_auc=mean_over_kinds(scores, "probe_auc"),
-        probe_auc_interval=intervals.probe_auc,
+        auc=Estimate(_mean(kind.auc.value for kind in kinds), intervals.auc),
+        recall=Estimate(_mean(kind.recall.value for kind in kinds), intervals.recall),
+        precision=_mean(kind.precision.value for kind in kinds),
+        token_auc=_mean(kind.token_auc for kind in kinds),
+        probe_auc=Estimate(_mean(kind.probe_auc.value for kind in kinds), intervals.probe_auc),
         pure_features=int(features.is_pure.any(axis=0).sum()),
-        tpp=tpp,
-        tpp_interval=intervals.tpp,
-        probe_recovered=x_hat / x if x > 0 else float("nan"),
-        probe_recovered_interval=intervals.probe_recovered,
+        tpp=Estimate(drop - drop_others, intervals.tpp),
+        probe_recovered=Estimate(recovered, intervals.probe_recovered),
     )
 
 
-def mean_over_kinds(scores: Mapping[str, EventScore], name: str) -> float:
-    """Return the mean of a measure over all kinds that have it; NaN if none has."""
-    values = [getattr(score, name) for score in scores.values()]
-    defined = [value for value in values if value is not None]
-    return float(np.mean(defined)) if defined else float("nan")
+def _mean(values: Iterable[float]) -> float:
+    """Return the mean over all kinds for which a measure is defined; NaN if there are none."""
+    defined = [value for value in values if not math.isnan(value)]
+    return float(np.mean(defined)) if defined else math.nan

@@ -1,16 +1,18 @@
 """Measures of every feature of the members of a run: description length and events."""
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
-from typing import NamedTuple
+from dataclasses import fields, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.eeg.splits import join_some
-from minsae_jax.evaluation.bootstrap import Interval, Resamples, draw_patients
+from minsae_jax.estimates import Estimate, Interval
+from minsae_jax.evaluation.bootstrap import Resamples, draw_patients
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.description_length import description_length
@@ -32,8 +34,11 @@ from minsae_jax.evaluation.inputs import EvaluationInputs, Member
 from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
 from minsae_jax.evaluation.token_measures import TokenResult
 from minsae_jax.evaluation.token_pass import FeatureTokens, read_features, token_aucs
+from minsae_jax.json_values import to_json
 from minsae_jax.monitor import progress
 from minsae_jax.settings import JsonObject
+
+Measures = TypeVar("Measures", EventScore, EventSummary)
 
 
 class FeatureResult(NamedTuple):
@@ -54,8 +59,7 @@ class FeatureResult(NamedTuple):
         }
         if self.events is None:
             return arrays
-        scores = {kind: asdict(score) for kind, score in self.events.scores.items()}
-        record = {"scores": scores, "summary": asdict(self.events.summary)}
+        record = to_json({"scores": self.events.scores, "summary": self.events.summary})
         return arrays | {"record": np.array(json.dumps(record))} | vars(self.events.features)
 
 
@@ -65,29 +69,28 @@ def _feature_result(saved: Arrays) -> FeatureResult:
     if "record" not in saved:
         return FeatureResult(bits, saved["contribution"], None, left_out)
     record = json.loads(str(saved["record"]))
-    scores = {kind: _score(score) for kind, score in record["scores"].items()}
-    summary = EventSummary(**_with_intervals(record["summary"]))
+    scores = {kind: _from_json(EventScore, score) for kind, score in record["scores"].items()}
+    summary = _from_json(EventSummary, record["summary"])
     names = [field.name for field in fields(FeatureEvents) if field.name != "kinds"]
     features = FeatureEvents(tuple(scores), **{name: saved[name] for name in names})
     events = EventEvaluation(scores, summary, features)
     return FeatureResult(bits, saved["contribution"], events, left_out)
 
 
-def _score(record: JsonObject) -> EventScore:
-    record = _with_intervals(record)
-    for name in ("ties", "ties_auc", "best_five"):
-        if record[name] is not None:
-            record[name] = tuple(record[name])
-    return EventScore(**record)
-
-
-def _with_intervals(record: JsonObject) -> JsonObject:
-    """Return a record whose intervals are not lists any more."""
-    restored = dict(record)
-    for name, value in record.items():
-        if name.endswith("_interval") and value is not None:
-            restored[name] = Interval(*value)
-    return restored
+def _from_json(measures: type[Measures], record: JsonObject) -> Measures:
+    """Return measures that `to_json` converted: null is NaN in them, and a list a tuple."""
+    values = {}
+    for field in fields(measures):
+        value = record[field.name]
+        if value is None and field.type in (float, Estimate):
+            value = math.nan
+        if field.type is Estimate:
+            ends = record[f"{field.name}_interval"]
+            value = Estimate(value, None if ends is None else Interval(*ends))
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[field.name] = value
+    return measures(**values)
 
 
 def measure_features(
@@ -211,19 +214,17 @@ def _score_tokens(
         base_rate=base_rate,
     )
     n_pure = of_features.is_pure.sum(axis=1)
-    aucs = token_aucs(features.chosen, [kind.covered for kind in kinds])
+    # NaN instead of None
+    aucs = np.array(token_aucs(features.chosen, [kind.covered for kind in kinds]), np.float64)
     scores = {}
     for i, (kind, score) in enumerate(zip(kinds, spans.scores, strict=True)):
         best = score.feature
-        is_active = features.examples[best] > 0
+        within = features.precision_interval(best, kind.touched, test.recording, resamples)
         scores[kind.name] = replace(
             score,
-            token_auc=aucs[i],
+            token_auc=float(aucs[i]),
             token_base_rate=kind.base_rate,
-            precision=float(precision[i, best]) if is_active else None,
-            precision_interval=features.precision_interval(
-                best, kind.touched, test.recording, resamples
-            ),
+            precision=Estimate(float(precision[i, best]), within),
             examples=int(features.examples[best]),
             pure_features=int(n_pure[i]),
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from minsae_jax.evaluation.bootstrap import Interval
+from minsae_jax.estimates import Estimate
 from minsae_jax.files import atomic_write
 from minsae_jax.sae.figures import KIND_COLOURS, PCA, make_figure, tidy
 
@@ -14,17 +14,11 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import; results.py import
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
+    from minsae_jax.evaluation.event_results import EventSummary
     from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
 
 RAW_COLOUR = "#b0413e"
 UNKNOWN_COLOUR = "#222222"
-
-
-class Value(NamedTuple):
-    """A measure, with its 95 % interval if it has one."""
-
-    value: float
-    interval: Interval | None = None
 
 
 class Point(NamedTuple):
@@ -32,8 +26,7 @@ class Point(NamedTuple):
 
     kind: str
     l0: float
-    value: float
-    interval: Interval | None
+    measure: Estimate
     is_recommended: bool
 
 
@@ -41,7 +34,7 @@ class Panel(NamedTuple):
     """One measure; read returns None if it was not measured."""
 
     title: str
-    read: "Callable[[MemberEvaluation | PCAEvaluation], Value | None]"
+    read: "Callable[[MemberEvaluation | PCAEvaluation], Estimate | None]"
     # Whether the axis is logarithmic
     is_log: bool = False
 
@@ -85,15 +78,15 @@ def _points(panel: Panel, evaluation: "Evaluation") -> list[Point]:
     """Return the members and PCAs that have the measure, by increasing L0."""
     points = []
     for member in evaluation.members:
-        read = panel.read(member)
-        if read is not None and np.isfinite([read.value, member.tokens.l0]).all():
+        measure = panel.read(member)
+        if measure is not None and np.isfinite([measure.value, member.tokens.l0]).all():
             kind = str(member.hyper.get("kind", "relu"))
             is_recommended = member.member == evaluation.recommended
-            points.append(Point(kind, member.tokens.l0, *read, is_recommended))
+            points.append(Point(kind, member.tokens.l0, measure, is_recommended))
     for pca in evaluation.pca:
-        read = panel.read(pca)
-        if read is not None and np.isfinite(read.value):
-            points.append(Point(PCA, float(pca.k), *read, False))
+        measure = panel.read(pca)
+        if measure is not None and np.isfinite(measure.value):
+            points.append(Point(PCA, float(pca.k), measure, False))
     return sorted(points, key=lambda point: point.l0)
 
 
@@ -101,8 +94,8 @@ def _draw_panel(axes: "Axes", panel: Panel, points: Sequence[Point]) -> None:
     for kind in dict.fromkeys(point.kind for point in points):
         of_kind = [point for point in points if point.kind == kind]
         x = [point.l0 for point in of_kind]
-        y = [point.value for point in of_kind]
-        bars = np.array([_bar(point) for point in of_kind]).T
+        y = [point.measure.value for point in of_kind]
+        bars = np.array([_bar(point.measure) for point in of_kind]).T
         colour = KIND_COLOURS.get(kind, UNKNOWN_COLOUR)
         is_pca = kind == PCA
         axes.errorbar(
@@ -113,7 +106,7 @@ def _draw_panel(axes: "Axes", panel: Panel, points: Sequence[Point]) -> None:
     for point in points:
         if point.is_recommended:
             axes.plot(
-                [point.l0], [point.value], "o", markersize=13, markerfacecolor="none",
+                [point.l0], [point.measure.value], "o", markersize=13, markerfacecolor="none",
                 color=UNKNOWN_COLOUR, markeredgewidth=1.6, label="recommended",
             )  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -125,12 +118,12 @@ def _draw_panel(axes: "Axes", panel: Panel, points: Sequence[Point]) -> None:
     tidy(axes)
 
 
-def _bar(point: Point) -> tuple[float, float]:
+def _bar(measure: Estimate) -> tuple[float, float]:
     """Return the lengths of the error bar below and above a point."""
-    if point.interval is None:
+    if measure.interval is None:
         return (0.0, 0.0)
-    low, high = point.interval
-    return (max(point.value - low, 0.0), max(high - point.value, 0.0))
+    low, high = measure.interval
+    return (max(measure.value - low, 0.0), max(high - measure.value, 0.0))
 
 
 def _draw_baselines(axes: "Axes", panel: Panel, evaluation: "Evaluation") -> None:
@@ -139,38 +132,35 @@ def _draw_baselines(axes: "Axes", panel: Panel, evaluation: "Evaluation") -> Non
     pca = evaluation.pca_events
     if panel.title != AUC_TITLE or raw is None or pca is None:
         return
-    axes.axhline(raw.summary.auc, color=RAW_COLOUR, linestyle=":", label="best raw dimension")
-    axes.axhline(
-        pca.summary.auc, color=KIND_COLOURS[PCA], linestyle=":", label="best principal component"
-    )
+    for events, colour, label in (
+        (raw, RAW_COLOUR, "best raw dimension"),
+        (pca, KIND_COLOURS[PCA], "best principal component"),
+    ):
+        axes.axhline(events.summary.auc.value, color=colour, linestyle=":", label=label)
 
 
-def _loss(evaluated: "MemberEvaluation | PCAEvaluation") -> Value | None:
-    loss = evaluated.loss
-    return None if loss is None else Value(loss.loss_recovered, loss.interval)
+def _loss(evaluated: "MemberEvaluation | PCAEvaluation") -> Estimate | None:
+    return None if evaluated.loss is None else evaluated.loss.loss_recovered
 
 
 def _mean_over_events(
-    name: str,
-) -> "Callable[[MemberEvaluation | PCAEvaluation], Value | None]":
-    """Return a function that reads a field of the event summary, with its interval."""
+    read: "Callable[[EventSummary], Estimate]",
+) -> "Callable[[MemberEvaluation | PCAEvaluation], Estimate | None]":
+    """Return a function that reads a measure from the event summary, if there is one."""
 
-    def read(evaluated: "MemberEvaluation | PCAEvaluation") -> Value | None:
-        events = evaluated.event_evaluation
-        if events is None:
-            return None
-        interval = getattr(events.summary, f"{name}_interval", None)
-        return Value(getattr(events.summary, name), interval)
+    def read_evaluated(evaluated: "MemberEvaluation | PCAEvaluation") -> Estimate | None:
+        events = evaluated.event_summary
+        return None if events is None else read(events)
 
-    return read
+    return read_evaluated
 
 
 AUC_TITLE = "AUC of the best feature, mean over events"
 PANELS = (
-    Panel("variance unexplained (FVU)", lambda e: Value(e.fvu), is_log=True),
-    Panel("description, bits per token", lambda e: Value(e.description_bits), is_log=True),
+    Panel("variance unexplained (FVU)", lambda e: Estimate(e.fvu), is_log=True),
+    Panel("description, bits per token", lambda e: Estimate(e.description_bits), is_log=True),
     Panel("loss recovered", _loss),
-    Panel(AUC_TITLE, _mean_over_events("auc")),
-    Panel("precision of its strongest tokens", _mean_over_events("precision")),
-    Panel("targeted probe perturbation", _mean_over_events("tpp")),
+    Panel(AUC_TITLE, _mean_over_events(lambda e: e.auc)),
+    Panel("precision of its strongest tokens", _mean_over_events(lambda e: Estimate(e.precision))),
+    Panel("targeted probe perturbation", _mean_over_events(lambda e: e.tpp)),
 )

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import rankdata
 
+from minsae_jax.estimates import Estimate, Interval
 from minsae_jax.evaluation.label_tests import usable_label
 from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.pooling import PatientValues
@@ -31,19 +32,11 @@ class ProbeScore:
     # The chosen features
     features: tuple[int, ...]
     score: float
-    # Of every permutation of the labels over the val patients and over the test patients
-    permuted: Float[np.ndarray, " permutations"]
-
-    @property
-    def chance(self) -> float:
-        """Mean score of permuted labels."""
-        return float(self.permuted.mean())
-
-    @property
-    def p(self) -> float:
-        """Share of permutations that score at least as high, the true labels among them."""
-        n_as_high = int((self.permuted >= self.score).sum())
-        return (n_as_high + 1) / (len(self.permuted) + 1)
+    # Mean over permutations of the labels, over the val patients and over the test patients, with
+    # the middle 95 % of them
+    permuted: Estimate
+    # Share of permutations that score at least as high, the true labels among them
+    p: float
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,9 @@ class LabelProbe:
 
     label: str
     # AUC, for more than two categories the mean of each against all others; Spearman's rho
-    score_name: Literal["AUC", "rho"]
+    score_name: Literal["AUC", "Spearman's rho"]
+    # The score of a probe that knows nothing
+    chance: float
     n_val: int
     n_test: int
     features: ProbeScore
@@ -98,7 +93,8 @@ def probe_label(
         scores.append(_score(fit, held_out, n_features, n_permutations, seed))
     return LabelProbe(
         label=label.name,
-        score_name="rho" if label.is_number else "AUC",
+        score_name="Spearman's rho" if label.is_number else "AUC",
+        chance=0.0 if label.is_number else 0.5,
         n_val=len(val_label.patients),
         n_test=len(test_label.patients),
         features=scores[0],
@@ -144,7 +140,14 @@ def _score(
         val_order = rng.permutation(len(fit.targets))
         test_order = rng.permutation(len(held_out.targets))
         _, permuted[i] = probe(fit.targets[val_order], held_out.targets[test_order])
-    return ProbeScore(tuple(int(i) for i in chosen), score, permuted)
+    low, high = np.quantile(permuted, [0.025, 0.975]).tolist()
+    n_as_high = int((permuted >= score).sum())
+    return ProbeScore(
+        features=tuple(int(i) for i in chosen),
+        score=score,
+        permuted=Estimate(float(permuted.mean()), Interval(low, high)),
+        p=(n_as_high + 1) / (n_permutations + 1),
+    )
 
 
 def choose(

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, Substitutes
-from minsae_jax.evaluation.bootstrap import Interval, draw_patients, interval
+from minsae_jax.estimates import Estimate
+from minsae_jax.evaluation.bootstrap import draw_patients, interval
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import make_mesh, put_batch, replicated
@@ -62,10 +63,8 @@ class LossRecovered:
 
     masked_error: float
     # 1: nothing is lost; 0: as bad as mean-ablation
-    loss_recovered: float
+    loss_recovered: Estimate
     loss_recovered_of_zero_ablation: float
-    # Of loss_recovered, over patients; None if all windows are of one recording
-    interval: Interval | None = None
     # Errors of the untouched encoder, mean-ablation and zero-ablation on the same windows
     untouched_error: float = float("nan")
     mean_ablation_error: float = float("nan")
@@ -88,11 +87,11 @@ def summarise(errors: SubstitutionErrors, recordings: Sequence[str], seed: int) 
     ablation = resampled[:, 1] - resampled[:, 0]
     gain = resampled[:, 1] - resampled[:, 3]
     recovered = gain / np.where(ablation != 0, ablation, np.nan)
+    within = interval(recovered, resamples.n_units(index))
     return LossRecovered(
         masked_error=member,
-        loss_recovered=loss_recovered(by_mean, member, untouched),
+        loss_recovered=Estimate(loss_recovered(by_mean, member, untouched), within),
         loss_recovered_of_zero_ablation=loss_recovered(by_zero, member, untouched),
-        interval=interval(recovered, resamples.n_units(index)),
         untouched_error=untouched,
         mean_ablation_error=by_mean,
         zero_ablation_error=by_zero,

@@ -54,15 +54,15 @@ def _recommendation(
 ) -> Recommendation:
     best = ordered[0]
     runners_up = tuple(m.member for m in ordered[1 : 1 + MAX_RUNNERS_UP])
-    loss_interval = None if best.loss is None else best.loss.interval
-    return Recommendation(best.member, loss_interval, runners_up, reason, warnings)
+    within = None if best.loss is None else best.loss.loss_recovered.interval
+    return Recommendation(best.member, within, runners_up, reason, warnings)
 
 
 def _quality(member: MemberEvaluation) -> float:
     """Return loss recovered, or else explained variance; the lowest if it is NaN."""
     quality = member.tokens.explained_variance
     if member.loss is not None:
-        quality = member.loss.loss_recovered
+        quality = member.loss.loss_recovered.value
     return -math.inf if math.isnan(quality) else quality
 
 
@@ -90,9 +90,10 @@ def _n_pure(member: MemberEvaluation) -> int:
 def _describe(member: MemberEvaluation) -> str:
     if member.loss is None:
         return f"{member.member} ({percent(member.tokens.explained_variance, 1)})"
-    text = f"{member.member} ({percent(member.loss.loss_recovered, 1)}"
-    if member.loss.interval is not None:
-        low, high = member.loss.interval
+    recovered, within = member.loss.loss_recovered
+    text = f"{member.member} ({percent(recovered, 1)}"
+    if within is not None:
+        low, high = within
         text += f", interval {percent(low, 1)} to {percent(high, 1)}"
     return f"{text})"
 

@@ -1,35 +1,19 @@
 """The results of an evaluation, with their entries in evaluation.json and evaluation.csv."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, is_dataclass
 
-from minsae_jax.evaluation.bootstrap import Interval
+from minsae_jax.estimates import Estimate, Interval
 from minsae_jax.evaluation.event_results import EventEvaluation, EventScore, EventSummary
 from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.loss_recovered import LossRecovered, SubstitutionErrors
 from minsae_jax.evaluation.stability import Stability
 from minsae_jax.evaluation.summary import summary, write_files
+from minsae_jax.json_values import to_json
 from minsae_jax.sae.figures import PCA
 from minsae_jax.sae.hyper import Hyper
 from minsae_jax.settings import JsonObject
-
-# Scores of each kind of events in evaluation.csv
-CSV_SCORES = (
-    "feature",
-    "auc",
-    "auc_interval",
-    "n_ties",
-    "recall",
-    "precision",
-    "token_auc",
-    "probe_auc",
-    "probe_auc_interval",
-    "x_hat_probe_auc",
-    "ablation_drop",
-    "ablation_drop_interval",
-    "ablation_drop_others",
-    "pure_features",
-)
 
 
 @dataclass(frozen=True)
@@ -85,16 +69,20 @@ class PCAEvaluation:
     def name(self) -> str:
         return f"pca,k={self.k}"
 
+    @property
+    def event_summary(self) -> EventSummary | None:
+        """Means over the kinds of events."""
+        return None if self.event_evaluation is None else self.event_evaluation.summary
+
     def to_record(self) -> JsonObject:
-        """Return the entry in evaluation.json."""
+        """Return the entry in evaluation.json, for `to_json`."""
         record: JsonObject = {"k": self.k, "fvu": self.fvu}
         record["explained_variance"] = self.explained_variance
         return record | _shared_record(self)
 
     def to_row(self) -> JsonObject:
         """Return the row in evaluation.csv."""
-        row = {"member": self.name, "kind": PCA, "l0": self.k} | self.to_record()
-        return _row(row, self.event_evaluation)
+        return _row(self, {"member": self.name, "kind": PCA, "l0": self.k} | self.to_record())
 
 
 @dataclass(frozen=True)
@@ -105,14 +93,6 @@ class Baseline:
     raw: EventScore
     # Their principal components, with both signs
     pca: EventScore
-
-    @property
-    def raw_auc(self) -> float:
-        return self.raw.auc
-
-    @property
-    def pca_auc(self) -> float:
-        return self.pca.auc
 
 
 @dataclass(frozen=True)
@@ -163,9 +143,9 @@ class MemberEvaluation:
         return None if self.event_evaluation is None else self.event_evaluation.summary
 
     def to_record(self) -> JsonObject:
-        """Return the member's entry in evaluation.json."""
+        """Return the member's entry in evaluation.json, for `to_json`."""
         record: JsonObject = {"member": self.member, **self.hyper, "status": self.status}
-        record |= asdict(self.tokens)
+        record |= vars(self.tokens)
         record["decoder_cosine_mean"] = self.decoder.mean
         record["decoder_cosine_median"] = self.decoder.median
         record["decoder_cosine_over_0.9"] = self.decoder.over_0_9
@@ -177,47 +157,66 @@ class MemberEvaluation:
 
     def to_row(self) -> JsonObject:
         """Return the member's row in evaluation.csv."""
-        return _row(self.to_record(), self.event_evaluation)
+        return _row(self, self.to_record())
 
 
 def _shared_record(evaluated: MemberEvaluation | PCAEvaluation) -> JsonObject:
     """Return the part of an entry that members and PCA have in common."""
     record: JsonObject = {"description_bits": evaluated.description_bits}
     if evaluated.loss is not None:
-        loss = asdict(evaluated.loss)
-        loss["loss_recovered_interval"] = loss.pop("interval")
-        record |= loss
+        record |= vars(evaluated.loss)
     events = evaluated.event_evaluation
     if events is not None:
-        record["event_summary"] = asdict(events.summary)
-        record["events"] = {kind: asdict(score) for kind, score in events.scores.items()}
+        record["event_summary"] = events.summary
+        record["events"] = events.scores
     return record
 
 
-def _row(record: JsonObject, events: EventEvaluation | None) -> JsonObject:
-    """Return an entry as a row of a CSV, whose cells cannot contain histograms or intervals."""
-    row = {name: value for name, value in record.items() if not isinstance(value, dict)}
+def _row(evaluated: MemberEvaluation | PCAEvaluation, record: JsonObject) -> JsonObject:
+    """Return an entry as a row of a CSV, whose cells cannot contain records or intervals."""
+    row = {}
+    for name, value in record.items():
+        if isinstance(value, Estimate):
+            row[name] = value.value
+        elif not is_dataclass(value) and not isinstance(value, dict):
+            row[name] = value
+    if evaluated.loss is not None:  # the ends of its interval are after all values
+        row |= _cells("loss_recovered", evaluated.loss.loss_recovered)
+    events = evaluated.event_evaluation
     if events is not None:
-        for name, value in asdict(events.summary).items():
-            row[f"events_{name}"] = value
+        for name, value in vars(events.summary).items():
+            row |= _cells(f"events_{name}", value)
         for kind, score in events.scores.items():
-            for name in CSV_SCORES:
-                row[f"{kind}_{name}"] = getattr(score, name)
-    return _split_intervals(row)
+            row |= {f"{kind}_{name}": cell for name, cell in _score_cells(score).items()}
+    return row
 
 
-def _split_intervals(row: JsonObject) -> JsonObject:
-    """Replace intervals by columns for their ends, such as auc_low and auc_high."""
-    cells: JsonObject = {}
-    for name, value in row.items():
-        if name.endswith("_interval"):
-            low, high = value or ("", "")
-            measure = name.removesuffix("_interval")
-            cells[f"{measure}_low"] = low
-            cells[f"{measure}_high"] = high
-        else:
-            cells[name] = value
-    return cells
+def _score_cells(score: EventScore) -> JsonObject:
+    return {
+        "feature": score.feature,
+        **_cells("auc", score.auc),
+        "n_ties": score.n_ties,
+        "recall": score.recall.value,
+        "precision": _empty_if_nan(score.precision.value),
+        "token_auc": _empty_if_nan(score.token_auc),
+        **_cells("probe_auc", score.probe_auc),
+        "x_hat_probe_auc": score.x_hat_probe_auc.value,
+        **_cells("ablation_drop", score.ablation_drop),
+        "ablation_drop_others": _empty_if_nan(score.ablation_drop_others.value),
+        "pure_features": score.pure_features,
+    }
+
+
+def _cells(name: str, measure: Estimate | int | float) -> JsonObject:
+    """Return the cells of a measure: also the ends of an interval, such as auc_low and auc_high."""
+    if not isinstance(measure, Estimate):
+        return {name: measure}
+    low, high = measure.interval or ("", "")
+    return {name: measure.value, f"{name}_low": low, f"{name}_high": high}
+
+
+def _empty_if_nan(value: float) -> float | str:
+    return "" if math.isnan(value) else value
 
 
 @dataclass(frozen=True)
@@ -281,26 +280,26 @@ class Evaluation:
         store = self.inputs.test.store
         baselines = {}
         for kind, baseline in self.baselines.items():
-            aucs = {"raw_auc": baseline.raw_auc, "pca_auc": baseline.pca_auc}
-            baselines[kind] = aucs | asdict(baseline)
+            aucs = {"raw_auc": baseline.raw.auc.value, "pca_auc": baseline.pca.auc.value}
+            baselines[kind] = aucs | vars(baseline)
         summaries = {}
         for name, events in (("raw", self.raw_events), ("pca", self.pca_events)):
             if events is not None:
-                summaries[name] = asdict(events.summary)
-        recommendation = self.recommendation
-        return {
+                summaries[name] = events.summary
+        record = {
             "rule": self.rule,
             "run": str(self.inputs.run),
             "store": str(store.folder),
             "tokens": store.total_tokens,
             "substitution": self._substitution_record(),
             "recommended": self.recommended,
-            "recommendation": asdict(recommendation),
+            "recommendation": self.recommendation,
             "baselines": baselines,
             "baseline_summaries": summaries,
             "members": [member.to_record() for member in self.members],
             "pca": [components.to_record() for components in self.pca],
         }
+        return to_json(record)
 
     def _substitution_record(self) -> JsonObject | str:
         errors = self.substitution

@@ -7,22 +7,16 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from minsae_jax.checksums import update_checksums
-from minsae_jax.evaluation.bootstrap import Interval
+from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation.figure import draw_evaluation
 from minsae_jax.files import atomic_write
-from minsae_jax.json_values import to_json
 from minsae_jax.monitor import table, wrap
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.settings import JsonObject
 
 if TYPE_CHECKING:  # results.py imports this module
     from minsae_jax.evaluation.event_results import EventScore, EventSummary
-    from minsae_jax.evaluation.results import (
-        Evaluation,
-        LossRecovered,
-        MemberEvaluation,
-        PCAEvaluation,
-    )
+    from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
 
 EVENTS_NOTE = """\
 Means over the kinds of events, of the best feature for each, chosen on val
@@ -108,10 +102,7 @@ def _events_table(evaluation: "Evaluation") -> str:
 
 
 def _loss_cell(evaluated: "MemberEvaluation | PCAEvaluation") -> str:
-    loss: LossRecovered | None = evaluated.loss
-    if loss is None:
-        return ""
-    return f"{loss.loss_recovered:.1%}{_range(loss.interval, '.1%')}"
+    return "" if evaluated.loss is None else _cell(evaluated.loss.loss_recovered, ".1%")
 
 
 def _stability_cell(member: "MemberEvaluation") -> str:
@@ -121,23 +112,22 @@ def _stability_cell(member: "MemberEvaluation") -> str:
     return f"{stability.share:.1%} ({stability.weighted_share:.0%})"
 
 
-def _range(limits: Interval | None, digits: str) -> str:
-    """Return an interval in brackets after its value, or nothing."""
-    if limits is None:
-        return ""
-    return f" [{limits.low:{digits}}, {limits.high:{digits}}]"
+def _cell(measure: Estimate, digits: str) -> str:
+    """Return a measure, with its interval in brackets if it has one."""
+    value, within = measure
+    if within is None:
+        return f"{value:{digits}}"
+    return f"{value:{digits}} [{within.low:{digits}}, {within.high:{digits}}]"
 
 
 def _event_cells(events: "EventSummary") -> list[str]:
-    tpp = ""
-    if not math.isnan(events.tpp):  # it requires two kinds of events
-        tpp = f"{events.tpp:.2f}{_range(events.tpp_interval, '.2f')}"
+    has_tpp = not math.isnan(events.tpp.value)  # it requires two kinds of events
     return [
-        f"{events.auc:.3f}{_range(events.auc_interval, '.3f')}",
+        _cell(events.auc, ".3f"),
         f"{events.token_auc:.3f}",
         f"{events.precision:.1%}",
         str(events.pure_features),
-        tpp,
+        _cell(events.tpp, ".2f") if has_tpp else "",
     ]
 
 
@@ -175,18 +165,18 @@ def _scores(evaluation: "Evaluation") -> Iterator[tuple[str, str, "EventScore"]]
 def _span_cells(score: "EventScore") -> list[str]:
     return [
         str(score.feature),
-        f"{score.auc:.3f}{_range(score.auc_interval, '.3f')}",
+        _cell(score.auc, ".3f"),
         "-" if score.n_ties is None else str(score.n_ties - 1),
-        f"{score.recall:.1%}",
-        f"{score.probe_auc:.3f}",
+        f"{score.recall.value:.1%}",
+        f"{score.probe_auc.value:.3f}",
     ]
 
 
 def _token_cells(score: "EventScore") -> list[str]:
     return [
-        "" if score.token_auc is None else f"{score.token_auc:.3f}",
-        "" if score.precision is None else f"{score.precision:.0%}",
-        "" if score.token_base_rate is None else f"{score.token_base_rate:.1%}",
+        "" if math.isnan(score.token_auc) else f"{score.token_auc:.3f}",
+        "" if math.isnan(score.precision.value) else f"{score.precision.value:.0%}",
+        f"{score.token_base_rate:.1%}",
         str(score.pure_features),
     ]
 
@@ -195,8 +185,8 @@ def write_files(evaluation: "Evaluation") -> None:
     """Write evaluation.json, evaluation.csv and evaluation.png into the output folder."""
     out = evaluation.inputs.out
     with atomic_write(out / "evaluation.json") as temporary:
-        record = to_json(evaluation.to_record())
-        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+        text = json.dumps(evaluation.to_record(), indent=2, allow_nan=False)
+        temporary.write_text(text + "\n")
     rows = [member.to_row() for member in evaluation.members]
     rows += [components.to_row() for components in evaluation.pca]
     with (

@@ -6,21 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from minsae_jax.evaluation.associations import LabelledFeature
 from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.event_results import FeatureScore
 from minsae_jax.report.activations import ExampleActivations, measure_examples
 from minsae_jax.report.chosen import choose_all, choose_tokens
 from minsae_jax.report.context import SPECTRA_SEED, Context
 from minsae_jax.report.entries import EDGES
 from minsae_jax.report.excerpts import Example, cut_examples
+from minsae_jax.report.findings import Explained, SeedStability
 from minsae_jax.report.naming import Label, fits_region, region, suggest_name
 from minsae_jax.report.neighbours import coactive_features, nearest_features
-from minsae_jax.report.pages import (
-    DetectedEvent,
-    DetectedLabel,
-    Explained,
-    SeedStability,
-    best_event,
-)
 from minsae_jax.report.spectra import (
     BROADBAND_RATIO,
     SampleSpectra,
@@ -32,6 +28,7 @@ from minsae_jax.report.spectra import (
 )
 
 LISTED_PATIENTS = 12
+DETECTS = 0.8  # least AUC of a feature that detects a kind of event
 
 
 @dataclass(frozen=True)
@@ -42,30 +39,9 @@ class Histogram:
     counts: Int[np.ndarray, " bins"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureRow:
-    """A feature in the table of all features; see `FeatureCard`. NaN and "" where unknown."""
-
-    id: int
-    label: str
-    suggestion: str
-    density: float
-    mean: float
-    max: float
-    channel: str
-    band: str
-    patients: int
-    artefact: float
-    artefact_top: float
-    support: float
-    seeds: int | None = None
-    event: str = ""
-    event_auc: float | None = None
-
-
-@dataclass(frozen=True)
-class FeatureCard:
-    """One feature as the report shows it; field names are the keys of its data file."""
+    """A feature in the table of all features."""
 
     id: int
     # Share of tokens with the feature active
@@ -76,24 +52,59 @@ class FeatureCard:
     # Channel on which the feature is most active; "" if unknown
     channel: str
     # Dominant frequency band; "" if unknown
-    band: str
+    band: str = ""
     # Number of patients with any activation
     patients: int
-    # Share of the active tokens that the first patient has
-    patient_share: float
-    # Largest of `artefacts`, and of `artefacts_top`
-    artefact: float
-    artefact_top: float
-    # Share of the active tokens that are CLS tokens
-    cls: float
-    # The user's label and note, from labels.csv
+    # Largest share of sampled examples with an artefact hint, and of the strongest examples; NaN if
+    # unknown
+    artefact: float = np.nan
+    artefact_top: float = np.nan
+    # The user's label, from labels.csv
     label: str
-    note: str
     # Suggested label
-    suggestion: str
+    suggestion: str = ""
     # Share of sampled examples on a channel of the suggested region and with more power than usual
     # in the suggested band; NaN if it names neither
-    support: float
+    support: float = np.nan
+    # None if no other member differs in the seed only
+    stability: SeedStability | None = None
+    # By AUC, the best first; empty without labelled events
+    events: Sequence[FeatureScore] = ()
+
+    @property
+    def seeds(self) -> int | None:
+        """Number of seeds in which the feature is found."""
+        return None if self.stability is None else self.stability.found
+
+    @property
+    def best_event(self) -> FeatureScore | None:
+        """The kind of event that the feature detects best, or None if no AUC reaches DETECTS."""
+        detected = [event for event in self.events if event.auc >= DETECTS]
+        return max(detected, key=lambda event: event.auc, default=None)
+
+    @property
+    def event(self) -> str:
+        """The kind of event that the feature detects best; "" if it detects none."""
+        best = self.best_event
+        return "" if best is None else best.kind
+
+    @property
+    def event_auc(self) -> float | None:
+        """AUC for `event`."""
+        best = self.best_event
+        return None if best is None else best.auc
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureCard(FeatureRow):
+    """One feature as the report shows it; field names are the keys of its data file."""
+
+    # Share of the active tokens that the first patient has
+    patient_share: float
+    # Share of the active tokens that are CLS tokens
+    cls: float
+    # The user's note, from labels.csv
+    note: str
     examples: list[Example]
     histogram: Histogram
     # Mean activation on each channel over the mean on all channels; for tokens over all channels,
@@ -113,31 +124,10 @@ class FeatureCard:
     # Share of sampled examples with each artefact hint, and of the strongest examples
     artefacts: dict[str, float]
     artefacts_top: dict[str, float]
-    # None if no other member differs in the seed only
-    stability: SeedStability | None = None
     # Share of the variance by position, channel, recording and patient
     explained: Explained | None = None
-    # By AUC, the best first; empty without labelled events
-    events: Sequence[DetectedEvent] = ()
     # By q, the smallest first; empty without labels of recordings
-    labels: Sequence[DetectedLabel] = ()
-
-    @property
-    def seeds(self) -> int | None:
-        """Number of seeds in which the feature is found."""
-        return None if self.stability is None else self.stability.found
-
-    @property
-    def event(self) -> str:
-        """The kind of event that the feature detects best; "" if it detects none."""
-        best = best_event(self.events)
-        return "" if best is None else best.kind
-
-    @property
-    def event_auc(self) -> float | None:
-        """AUC for `event`."""
-        best = best_event(self.events)
-        return None if best is None else best.auc
+    labels: Sequence[LabelledFeature] = ()
 
 
 def describe(context: Context, feature: int) -> FeatureCard:
@@ -170,24 +160,16 @@ def feature_row(context: Context, feature: int) -> FeatureRow:
     if context.dataset.has_channels:
         ratio = _channel_ratio(context, feature)
     findings = context.findings
-    stability = None if findings is None else findings.stability_of(feature)
-    best = None if findings is None else best_event(findings.events_of(feature))
     return FeatureRow(
         id=feature,
-        label=context.labels.get(feature, Label()).label,
-        suggestion="",
         density=float(activity.density[feature]),
         mean=float(activity.mean[feature]),
         max=float(activity.largest[feature]),
         channel=_name_of(context.dataset, int(np.argmax(ratio))) if ratio.any() else "",
-        band="",
         patients=len(_patient_shares(context.dataset, activity.by_recording[feature], n_active)),
-        artefact=np.nan,
-        artefact_top=np.nan,
-        support=np.nan,
-        seeds=None if stability is None else stability.found,
-        event="" if best is None else best.kind,
-        event_auc=None if best is None else best.auc,
+        label=context.labels.get(feature, Label()).label,
+        stability=None if findings is None else findings.stability_of(feature),
+        events=() if findings is None else findings.events_of(feature),
     )
 
 

@@ -5,18 +5,45 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minsae_jax.evaluation.associations import Associations
-from minsae_jax.evaluation.event_results import FeatureEvents
+from minsae_jax.evaluation.associations import Associations, LabelledFeature
+from minsae_jax.evaluation.event_results import FeatureEvents, FeatureScore
 from minsae_jax.evaluation.label_tests import LEVEL
 from minsae_jax.evaluation.results import Evaluation
 from minsae_jax.evaluation.stability import MIN_COSINE, Stability
-from minsae_jax.report.pages import (
-    DetectedEvent,
-    DetectedLabel,
-    Explained,
-    SeedMatch,
-    SeedStability,
-)
+
+
+@dataclass(frozen=True)
+class SeedMatch:
+    """The feature that matches this one in a member trained from another seed."""
+
+    member: str
+    feature: int
+    encoder_cosine: float
+    decoder_cosine: float
+    # Whether it counts as the same feature
+    is_same: bool
+
+
+@dataclass(frozen=True)
+class SeedStability:
+    """In how many of the seeds a feature is found, its own included."""
+
+    found: int
+    seeds: int
+    matches: Sequence[SeedMatch] = ()
+
+
+@dataclass(frozen=True)
+class Explained:
+    """eta²: share of a feature's variance over tokens that each grouping explains."""
+
+    position: float
+    channel: float
+    recording: float
+    patient: float
+    # The patient with the largest mean activation, and that patient's share of the sum
+    top_patient: str = ""
+    top_patient_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -27,21 +54,12 @@ class Findings:
     stability: Stability | None
     associations: Associations
 
-    def events_of(self, feature: int) -> list[DetectedEvent]:
+    def events_of(self, feature: int) -> list[FeatureScore]:
         """Return the feature's scores for each kind of event, the best first."""
         if self.events is None:
             return []
-        detected = []
-        for i, kind in enumerate(self.events.kinds):
-            event = DetectedEvent(
-                kind=kind,
-                auc=float(self.events.auc[i, feature]),
-                recall=float(self.events.recall[i, feature]),
-                precision=float(self.events.precision[i, feature]),
-                val_auc=float(self.events.val_auc[i, feature]),
-            )
-            detected.append(event)
-        return sorted(detected, key=lambda event: -event.auc)
+        scores = [self.events.score(kind, feature) for kind in self.events.kinds]
+        return sorted(scores, key=lambda score: -score.auc)
 
     def stability_of(self, feature: int) -> SeedStability | None:
         """Return the number of seeds in which the feature is found, and its matches."""
@@ -76,19 +94,13 @@ class Findings:
             top_patient_share=None if np.isnan(share) else share,
         )
 
-    def labels_of(self, feature: int) -> Sequence[DetectedLabel]:
+    def labels_of(self, feature: int) -> Sequence[LabelledFeature]:
         """Return the labels that the feature is related to, by q."""
         labels = []
         for association in self.associations.labels:
             test = association.tests.test
             if test is not None and test.q[feature] < LEVEL:
-                label = DetectedLabel(
-                    label=test.label,
-                    effect=float(test.effect[feature]),
-                    p=float(test.p[feature]),
-                    q=float(test.q[feature]),
-                )
-                labels.append(label)
+                labels.append(self.associations.of_feature(test, feature))
         return sorted(labels, key=lambda label: label.q)
 
 

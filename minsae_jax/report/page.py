@@ -10,7 +10,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,11 @@ PAGE_FILES = (
 )
 WRITTEN = (*PAGE_FILES, "index_data.js", "data", SUMS)
 PACK = 64  # features in a file
-# Fields of FeatureCard in the table of all features.
-COLUMNS = tuple(field.name for field in fields(FeatureRow))
+# Of FeatureRow, in the table of all features
+COLUMNS = (
+    "id", "label", "suggestion", "density", "mean", "max", "channel", "band", "patients",
+    "artefact", "artefact_top", "support", "seeds", "event", "event_auc",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def read_member(folder: Path) -> str | None:
     return None if index is None else str(index["meta"]["member"])
 
 
-def _to_row(feature: FeatureCard | FeatureRow) -> list[Any]:
+def _to_row(feature: FeatureRow) -> list[Any]:
     row = {name: to_json(getattr(feature, name), _short) for name in COLUMNS}
     return list((row | {"event_auc": feature.event_auc}).values())
 

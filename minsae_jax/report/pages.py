@@ -1,251 +1,34 @@
 """Report data other than features: recommendation, members, events and labels.
 
-report.js reads these records; field names are the keys in its data files. Most fields have a
-default, since a part without data is not shown. Intervals are 95 % intervals (low, high), and None
-where nothing varies.
+The scripts in assets/ read these records, in which records of the evaluation are as they are. Names
+of fields are the keys in index_data.js, where an estimate has two: `auc` and `auc_interval`. Most
+fields have a default, since a part without data is not shown.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-from jaxtyping import Float
-
-Interval = tuple[float, float]
-DETECTS = 0.8  # least AUC of a feature that detects a kind of event
-
-
-# ---- of one feature
-
-
-@dataclass(frozen=True)
-class SeedMatch:
-    """The feature that matches this one in a member trained from another seed."""
-
-    member: str
-    feature: int
-    encoder_cosine: float
-    decoder_cosine: float
-    # Whether it counts as the same feature
-    is_same: bool
+from minsae_jax.evaluation.associations import Associations
+from minsae_jax.evaluation.event_results import EventSummary
+from minsae_jax.evaluation.label_tests import LEVEL
+from minsae_jax.evaluation.loss_recovered import LossRecovered
+from minsae_jax.evaluation.results import (
+    DecoderCosines,
+    Evaluation,
+    MemberEvaluation,
+    PCAEvaluation,
+    Recommendation,
+    TokenMeasures,
+)
+from minsae_jax.evaluation.steering.results import Steering
+from minsae_jax.report.event_pages import EventPage, event_means, event_pages
+from minsae_jax.report.label_pages import LabelPage, label_page
+from minsae_jax.sae.figures import PCA
+from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, sparsity, value_text, varied_names
 
 
 @dataclass(frozen=True)
-class SeedStability:
-    """In how many of the seeds a feature is found, its own included."""
-
-    found: int
-    seeds: int
-    matches: Sequence[SeedMatch] = ()
-
-
-@dataclass(frozen=True)
-class Explained:
-    """eta²: share of a feature's variance over tokens that each grouping explains."""
-
-    position: float
-    channel: float
-    recording: float
-    patient: float
-    # The patient with the largest mean activation, and that patient's share of the sum
-    top_patient: str = ""
-    top_patient_share: float | None = None
-
-
-@dataclass(frozen=True)
-class DetectedEvent:
-    """How well one feature detects one kind of event, on test patients."""
-
-    kind: str
-    auc: float
-    # Share of the events found at a precision of 90 %
-    recall: float | None = None
-    # Share of the feature's strongest tokens that touch an event
-    precision: float | None = None
-    val_auc: float | None = None
-
-
-@dataclass(frozen=True)
-class DetectedLabel:
-    """The association of one feature with one label; patients are the unit."""
-
-    label: str
-    effect: float
-    p: float
-    # After correction for the number of features
-    q: float
-
-
-def best_event(events: Sequence[DetectedEvent]) -> DetectedEvent | None:
-    """Return the kind that a feature detects best, or None if no AUC reaches DETECTS."""
-    detected = [event for event in events if event.auc >= DETECTS]
-    return max(detected, key=lambda event: event.auc, default=None)
-
-
-# ---- events
-
-
-@dataclass(frozen=True)
-class Detection:
-    """How well features of one set detect one kind of event, on test patients."""
-
-    # Of the best feature, chosen on val patients
-    auc: float
-    auc_interval: Interval | None = None
-    recall: float | None = None
-    recall_interval: Interval | None = None
-    token_auc: float | None = None
-    precision: float | None = None
-    # AUC of logistic regressions on the best two and the best five
-    probe_2_auc: float | None = None
-    probe_2_auc_interval: Interval | None = None
-    probe_5_auc: float | None = None
-    probe_5_auc_interval: Interval | None = None
-
-
-@dataclass(frozen=True)
-class DetectionBySet:
-    """The same measures for features and for their baselines."""
-
-    sae: Detection
-    # Raw dimensions of the activations, and their principal components
-    raw: Detection | None = None
-    pca: Detection | None = None
-
-
-@dataclass(frozen=True)
-class RankedFeature:
-    """A row in the table of a kind's features."""
-
-    feature: int
-    val_auc: float | None
-    auc: float
-    recall: float | None = None
-    precision: float | None = None
-    # Whether its AUC on val is inside the interval of the best
-    is_tied: bool = False
-
-
-@dataclass(frozen=True)
-class SteeringEffect:
-    """Changes when the activations of a feature are multiplied by `scale`."""
-
-    scale: float
-    # By kind of event: mean change of its probe's logit on its own events, in SD
-    changes: Mapping[str, float]
-    # |change| of the target over the largest |change| of another kind
-    selectivity: float | None = None
-    # Change of a reconstructed patch, mean over tokens with the feature active
-    waveform: Float[np.ndarray, " patch_len"] | None = None
-    # By band: power of the reconstruction over that of the untouched one
-    band_ratio: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class SteeringResult:
-    """Steering with the best feature of a kind of event."""
-
-    feature: int
-    # Of the waveform
-    unit: str
-    n_tokens: int
-    # Tokens with the feature active
-    n_affected: int
-    effects: Sequence[SteeringEffect]
-
-
-@dataclass(frozen=True)
-class EventPage:
-    """One kind of event: its row in the overview, and its page."""
-
-    kind: str
-    test_events: int
-    feature: int
-    scores: DetectionBySet
-    val_events: int | None = None
-    # Share of the test tokens that touch an event
-    base_rate: float | None = None
-    # Features that could be the best one for all patients, and the range of their AUCs on test;
-    # None with fewer than three val patients
-    n_ties: int | None = 1
-    ties_auc: Interval | None = None
-    # Features whose strongest tokens nearly all touch an event of this kind
-    pure_features: int | None = None
-    # By AUC on val, the best first
-    features: Sequence[RankedFeature] = ()
-    steering: SteeringResult | None = None
-
-
-# ---- labels
-
-
-@dataclass(frozen=True)
-class LabelledFeature:
-    """A row in the table of a label's features."""
-
-    feature: int
-    effect: float
-    p: float
-    q: float
-    # eta² of patients
-    patient_share: float | None = None
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """The score of a probe on test patients, and the scores of probes of permuted labels."""
-
-    score: float
-    # Share of permutations that score at least as high
-    p: float
-    # Mean over permutations, and the middle 95 % of them
-    permuted: float
-    permuted_interval: Interval | None = None
-
-
-@dataclass(frozen=True)
-class LabelProbe:
-    """Probes of one label on pooled values, fitted on val patients."""
-
-    # Such as "AUC", and the score of a probe that knows nothing
-    score_name: str
-    chance: float
-    n_val: int
-    n_test: int
-    features: ProbeResult
-    raw: ProbeResult | None = None
-
-
-@dataclass(frozen=True)
-class LabelPage:
-    """One label of recordings or patients: its row in the overview, and its page."""
-
-    name: str
-    # "number" or "categories"
-    type: str
-    patients: int
-    # Such as "21 to 83, median 52" or "female 9, male 7"
-    values: str
-    # Name such as "Spearman's rho", and its definition
-    effect_name: str
-    n_tested: int
-    n_significant: int
-    effect_hint: str = ""
-    recordings: int | None = None
-    # How activations are pooled over a recording
-    pooling: str = "mean"
-    # By q, the smallest first
-    features: Sequence[LabelledFeature] = ()
-    probe: LabelProbe | None = None
-    # Parts that were left out or not measured, with the reason
-    notes: Sequence[str] = ()
-
-
-# ---- members
-
-
-@dataclass(frozen=True)
-class MemberMeasures:
+class MemberRow:
     """A member of the sweep, or PCA with k components, in the comparison; None: not measured."""
 
     name: str
@@ -257,49 +40,99 @@ class MemberMeasures:
     line: str
     l0: float
     fvu: float
-    loss_recovered: float | None = None
-    loss_recovered_interval: Interval | None = None
-    # Share of the features that are never active on the test patients
-    never_active: float | None = None
+    # Bits per token
+    description_bits: float
+    loss: LossRecovered | None = None
+    # Means over kinds of event
+    events: EventSummary | None = None
     # Share of the live features found again with other seeds
     stability: float | None = None
-    pure_features: int | None = None
-    # Mean over kinds of event
-    event_auc: float | None = None
-    event_auc_interval: Interval | None = None
-    # Targeted probe perturbation, mean over kinds of event
-    tpp: float | None = None
-    tpp_interval: Interval | None = None
-    # Share of decoder rows with a cosine above 0.9 with another
-    twins: float | None = None
-    # Bits per token
-    description_bits: float | None = None
-    warnings: Sequence[str] = ()
-    is_recommended: bool = False
-
-
-@dataclass(frozen=True)
-class RecommendedMember:
-    """The recommended member, and why."""
-
-    member: str
-    # One sentence, with the interval of the deciding measure
-    reason: str
-    # By which members are ranked
-    rule: str = ""
-    runners_up: Sequence[str] = ()
-    warnings: Sequence[str] = ()
+    tokens: TokenMeasures | None = None
+    decoder: DecoderCosines | None = None
 
 
 @dataclass(frozen=True)
 class Pages:
     """All pages."""
 
-    recommended: RecommendedMember | None = None
-    members: Sequence[MemberMeasures] = ()
+    recommendation: Recommendation | None = None
+    # By which members are ranked
+    rule: str = ""
+    members: Sequence[MemberRow] = ()
     events: Sequence[EventPage] = ()
-    # Means over the kinds of event
-    event_means: DetectionBySet | None = None
+    # Means over the kinds of event, with the keys of `EventPage.scores`
+    event_means: Mapping[str, EventSummary] | None = None
     labels: Sequence[LabelPage] = ()
     # Number of seeds in which features can be found; None with one seed
     n_seeds: int | None = None
+
+
+def make_pages(
+    evaluation: Evaluation, associations: Associations, steering: Mapping[str, Steering]
+) -> Pages:
+    """Return the report's data other than the features of the selected member.
+
+    steering: with the best feature of each kind of event, by kind; may be empty.
+    """
+    stability = evaluation.find(evaluation.selected).stability
+    n_seeds = None
+    if stability is not None and stability.features is not None:
+        n_seeds = stability.features.n_seeds
+    has_seeds = "seed" in varied_names(member.hyper for member in evaluation.members)
+    members = [_member_row(member, has_seeds) for member in evaluation.members]
+    return Pages(
+        recommendation=evaluation.recommendation,
+        rule=evaluation.rule,
+        members=members + [_pca_row(pca) for pca in evaluation.pca],
+        events=event_pages(evaluation, steering),
+        event_means=event_means(evaluation),
+        labels=[label_page(each, associations) for each in associations.labels],
+        n_seeds=n_seeds,
+    )
+
+
+def _member_row(member: MemberEvaluation, has_seeds: bool) -> MemberRow:
+    setting = sparsity(member.hyper)
+    texts = [] if setting is None else [f"{SYMBOLS[setting[0]]} = {value_text(setting[1])}"]
+    if has_seeds:
+        texts.append(f"seed {member.hyper['seed']}")
+    return MemberRow(
+        name=member.member,
+        kind=str(member.hyper.get("kind", "relu")),
+        setting=", ".join(texts),
+        line=",".join(value_text(v) for name, v in member.hyper.items() if name not in SPARSITY),
+        l0=member.tokens.l0,
+        fvu=member.fvu,
+        description_bits=member.description_bits,
+        loss=member.loss,
+        events=member.event_summary,
+        stability=None if member.stability is None else member.stability.share,
+        tokens=member.tokens,
+        decoder=member.decoder,
+    )
+
+
+def _pca_row(pca: PCAEvaluation) -> MemberRow:
+    return MemberRow(
+        name=pca.name,
+        kind=PCA,
+        setting=f"k = {pca.k}",
+        line="",
+        l0=float(pca.k),
+        fvu=pca.fvu,
+        description_bits=pca.description_bits,
+        loss=pca.loss,
+        events=pca.event_summary,
+    )
+
+
+def shown_features(pages: Pages) -> Sequence[int]:
+    """Return the distinct features on the pages of events and labels, which need pages too."""
+    features: dict[int, None] = {}
+    for event in pages.events:
+        best = event.scores["sae"].feature
+        features |= dict.fromkeys([best, *(row.feature for row in event.features)])
+    for label in pages.labels:
+        related = [row.feature for row in label.features if row.q < LEVEL]
+        features |= dict.fromkeys(related)
+    return list(features)

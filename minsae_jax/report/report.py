@@ -19,12 +19,11 @@ from minsae_jax.report.context import make_context
 from minsae_jax.report.describe import describe_all, feature_row
 from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
-from minsae_jax.report.fill_pages import best_features, fill_pages, shown_features
 from minsae_jax.report.findings import make_findings
 from minsae_jax.report.montages import bipolar_chains
 from minsae_jax.report.naming import LABELS_CSV, read_labels, warn_of_other_member
 from minsae_jax.report.page import ReportMeta, read_member, write_pages
-from minsae_jax.report.pages import Pages
+from minsae_jax.report.pages import Pages, make_pages, shown_features
 
 
 def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
@@ -45,7 +44,7 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     budget = plan_pages(inputs.test, n_samples, settings.top, n_active, settings.report_features)
     associations = measure_associations(inputs, member, settings.pooling, settings.seed)
     steering = _steer(settings, evaluation, member)
-    pages = fill_pages(evaluation, associations, steering)
+    pages = make_pages(evaluation, associations, steering)
     context = make_context(
         inputs.test,
         member.sae,
@@ -84,7 +83,8 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
 
 def _steer(settings: EvaluateConfig, evaluation: Evaluation, member: Member) -> dict[str, Steering]:
     """Steer the best feature of each kind of event, if the encoder can run from a layer on."""
-    features = best_features(evaluation.find(member.name).event_evaluation)
+    scores = evaluation.find(member.name).events or {}
+    features = {kind: score.feature for kind, score in scores.items()}
     inputs = evaluation.inputs
     if not features or inputs.encoder is None or not can_steer(inputs.encoder, inputs.layer):
         return {}
@@ -141,5 +141,5 @@ def _summary_rows(evaluated: MemberEvaluation, member: Member) -> list[tuple[str
         ("active on over 10 % of tokens", percent(tokens.dense_fraction, 1)),
     ]
     if evaluated.loss is not None:
-        rows.append(("loss recovered", percent(evaluated.loss.loss_recovered, 1)))
+        rows.append(("loss recovered", percent(evaluated.loss.loss_recovered.value, 1)))
     return rows

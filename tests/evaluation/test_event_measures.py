@@ -78,14 +78,16 @@ def test_planted_features_are_found_and_pure_in_effect(directions, kinds):
     assert (first.feature, second.feature) == (0, 1)
     for found in (first, second):
         assert found.val_events == found.test_events == 40
-        assert found.auc > 0.95
-        assert found.recall > 0.8
+        assert found.auc.value > 0.95
+        assert found.recall.value > 0.8
         assert found.n_ties == 1
         # x̂ = x, so that nothing is lost.
-        assert found.x_hat_probe_auc == pytest.approx(found.x_probe_auc, abs=1e-3)
+        assert found.x_hat_probe_auc.value == pytest.approx(found.x_probe_auc, abs=1e-3)
         # Without the planted features the probe is at chance; the other one is not touched.
-        assert found.x_hat_probe_auc - found.ablation_drop == pytest.approx(0.5, abs=0.15)
-        assert abs(found.ablation_drop_others) < 0.05
+        assert found.x_hat_probe_auc.value - found.ablation_drop.value == pytest.approx(
+            0.5, abs=0.15
+        )
+        assert abs(found.ablation_drop_others.value) < 0.05
 
 
 def test_raw_dimensions_mix_the_kinds(directions, kinds):
@@ -93,8 +95,8 @@ def test_raw_dimensions_mix_the_kinds(directions, kinds):
     planted = score(autoencoder(directions), kinds)
     raw = score(raw_autoencoder(np.zeros(D_MODEL)), kinds)
     for of_planted, of_raw in zip(planted.scores, raw.scores, strict=True):
-        assert of_raw.auc < of_planted.auc - 0.05
-        assert of_raw.recall < of_planted.recall
+        assert of_raw.auc.value < of_planted.auc.value - 0.05
+        assert of_raw.recall.value < of_planted.recall.value
 
 
 def test_every_feature_by_brute_force(directions, kinds):
@@ -119,7 +121,7 @@ def test_every_feature_by_brute_force(directions, kinds):
         ).x
         logits = (test[:, five] - mean) / sd @ weights[1:]
         expected = pairs_auc(kind.test.is_event, logits)
-        assert measures.scores[i].probe_auc == pytest.approx(expected, abs=2e-3)
+        assert measures.scores[i].probe_auc.value == pytest.approx(expected, abs=2e-3)
 
 
 def relevant_features(sae, kind):
@@ -152,9 +154,9 @@ def test_ablation_runs_the_probe_without_the_features(directions, kinds):
             complete, without = probe_scores(sae, of, []), probe_scores(sae, of, features)
             return pairs_auc(of.test.is_event, complete) - pairs_auc(of.test.is_event, without)
 
-        assert measures.scores[i].ablation_drop == pytest.approx(drop(kind), abs=2e-3)
+        assert measures.scores[i].ablation_drop.value == pytest.approx(drop(kind), abs=2e-3)
         of_other = drop(kinds[1 - i])
-        assert measures.scores[i].ablation_drop_others == pytest.approx(of_other, abs=2e-3)
+        assert measures.scores[i].ablation_drop_others.value == pytest.approx(of_other, abs=2e-3)
 
 
 def test_copies_of_a_feature_are_ties(directions, kinds):
@@ -166,7 +168,7 @@ def test_copies_of_a_feature_are_ties(directions, kinds):
     first = measures.scores[0]
     assert first.n_ties == 2
     assert first.ties == (0, 7)
-    assert first.ties_auc == (first.auc, first.auc)
+    assert first.ties_auc == (first.auc.value, first.auc.value)
 
 
 def resampled_aucs(scores, spans):
@@ -192,7 +194,7 @@ def test_intervals_are_of_resampled_recordings(directions, kinds):
     sae = autoencoder(directions)
     maxima = span_maxima(sae, kinds[0].test)[:, 0]
     expected = limits(resampled_aucs(maxima, kinds[0].test))
-    assert tuple(score(sae, kinds).scores[0].auc_interval) == expected
+    assert tuple(score(sae, kinds).scores[0].auc.interval) == expected
 
 
 def test_interval_of_a_sparse_probe_keeps_the_probe(directions, kinds):
@@ -202,9 +204,9 @@ def test_interval_of_a_sparse_probe_keeps_the_probe(directions, kinds):
     val, test = span_maxima(sae, kinds[0].val), span_maxima(sae, kinds[0].test)
     probe = fit_probe(val[:, five].astype(np.float64), kinds[0].val.is_event)
     aucs = resampled_aucs(probe(test[:, five]), kinds[0].test)
-    assert tuple(found.probe_auc_interval) == limits(aucs)
-    low, high = found.probe_auc_interval
-    assert low < found.probe_auc < high
+    assert tuple(found.probe_auc.interval) == limits(aucs)
+    low, high = found.probe_auc.interval
+    assert low < found.probe_auc.value < high
 
 
 def test_interval_of_targeted_perturbation_is_of_differences(directions, kinds):

@@ -35,8 +35,8 @@ def test_planted_category_is_read_and_its_permutations_are_not(n_categories):
     assert abs(probe.raw.score - 0.5) < 0.3
     assert probe.raw.p > 0.01
     for score in (probe.features, probe.raw):
-        assert score.chance == pytest.approx(0.5, abs=0.03)
-    assert (probe.score_name, probe.n_val, probe.n_test) == ("AUC", 24, 30)
+        assert score.permuted.value == pytest.approx(0.5, abs=0.03)
+    assert (probe.score_name, probe.chance, probe.n_val, probe.n_test) == ("AUC", 0.5, 24, 30)
 
 
 def test_planted_number_is_read_and_its_permutations_are_not():
@@ -45,10 +45,10 @@ def test_planted_number_is_read_and_its_permutations_are_not():
     age = rng.uniform(20, 80, len(names))
     values[:, 3] += age / 5
     probe = probe_label(PatientLabel("age", names, age, ()), splits, splits)
-    assert probe.score_name == "rho"
+    assert (probe.score_name, probe.chance) == ("Spearman's rho", 0)
     assert 3 in probe.features.features
     assert probe.features.score > 0.8
-    assert probe.features.chance == pytest.approx(0, abs=0.05)
+    assert probe.features.permuted.value == pytest.approx(0, abs=0.05)
     # The same features for both: the same result.
     assert probe.raw.score == probe.features.score
 

@@ -67,17 +67,17 @@ def test_interval_is_over_patients():
         np.stack([untouched, untouched + 1, untouched + 2, untouched + lost]), recording
     )
     result = summarise(errors, names, seed=0)
-    assert result.loss_recovered == pytest.approx(0.75)
+    assert result.loss_recovered.value == pytest.approx(0.75)
     assert result.untouched_error == pytest.approx(1.5)
     assert result.mean_ablation_error == pytest.approx(2.5)
     assert result.zero_ablation_error == pytest.approx(3.5)
     # The number of lost patients among 16 is binomial.
     outside = norm.cdf(np.sqrt(16 / 15) * t.ppf(0.025, 15))
     lost_patients = binom.ppf([1 - outside, outside], 16, 0.25)
-    assert result.interval == pytest.approx(tuple(1 - lost_patients / 16), abs=1e-9)
+    assert result.loss_recovered.interval == pytest.approx(tuple(1 - lost_patients / 16), abs=1e-9)
     assert errors.of_member(0).members == errors.members
     one_patient = replace(errors, recording=np.zeros(80, int))
-    assert summarise(one_patient, names, seed=0).interval is None
+    assert summarise(one_patient, names, seed=0).loss_recovered.interval is None
 
 
 @pytest.mark.parametrize(

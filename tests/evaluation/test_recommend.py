@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minsae_jax.evaluation.bootstrap import Interval
+from minsae_jax.estimates import Estimate, Interval
 from minsae_jax.evaluation.event_results import EventEvaluation, EventSummary, FeatureEvents
 from minsae_jax.evaluation.loss_recovered import LossRecovered
 from minsae_jax.evaluation.recommend import dominating, member_warnings, recommend
@@ -23,19 +23,14 @@ NO_FEATURES = FeatureEvents((), NOTHING, NOTHING, NOTHING, NOTHING, np.zeros(0, 
 
 def summary(pure):
     return EventSummary(
-        auc=0.9,
-        auc_interval=None,
-        recall=0.5,
-        recall_interval=None,
+        auc=Estimate(0.9),
+        recall=Estimate(0.5),
         precision=0.5,
         token_auc=0.5,
-        probe_auc=0.9,
-        probe_auc_interval=None,
+        probe_auc=Estimate(0.9),
         pure_features=pure,
-        tpp=0.0,
-        tpp_interval=None,
-        probe_recovered=1.0,
-        probe_recovered_interval=None,
+        tpp=Estimate(0.0),
+        probe_recovered=Estimate(1.0),
     )
 
 
@@ -57,7 +52,7 @@ def member(
     loss = None
     if recovered is not None:
         limits = Interval(recovered - reach, recovered + reach)
-        loss = LossRecovered(0.1, recovered, recovered, limits)
+        loss = LossRecovered(0.1, Estimate(recovered, limits), recovered)
     events = None
     if pure is not None:
         events = EventEvaluation({}, summary(pure), NO_FEATURES)

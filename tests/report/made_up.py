@@ -7,31 +7,26 @@ from typing import Any
 import numpy as np
 
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
+from minsae_jax.estimates import Estimate, Interval
+from minsae_jax.evaluation.associations import LabelledFeature
 from minsae_jax.evaluation.config import Band
-from minsae_jax.report.describe import FeatureCard, Histogram
+from minsae_jax.evaluation.event_results import EventScore, EventSummary, FeatureScore
+from minsae_jax.evaluation.label_probes import LabelProbe, ProbeScore
+from minsae_jax.evaluation.loss_recovered import LossRecovered
+from minsae_jax.evaluation.results import (
+    DecoderCosines,
+    DensityHistogram,
+    Recommendation,
+    TokenMeasures,
+)
+from minsae_jax.report.describe import FeatureCard, FeatureRow, Histogram
+from minsae_jax.report.event_pages import EventPage, SteeringEffect, SteeringResult
 from minsae_jax.report.excerpts import EventSpan, Example
+from minsae_jax.report.findings import Explained, SeedMatch, SeedStability
+from minsae_jax.report.label_pages import LabelPage
 from minsae_jax.report.montages import bipolar_chains
 from minsae_jax.report.page import ReportMeta
-from minsae_jax.report.pages import (
-    DetectedEvent,
-    DetectedLabel,
-    Detection,
-    DetectionBySet,
-    EventPage,
-    Explained,
-    LabelledFeature,
-    LabelPage,
-    LabelProbe,
-    MemberMeasures,
-    Pages,
-    ProbeResult,
-    RankedFeature,
-    RecommendedMember,
-    SeedMatch,
-    SeedStability,
-    SteeringEffect,
-    SteeringResult,
-)
+from minsae_jax.report.pages import MemberRow, Pages
 from minsae_jax.report.spectra import Spectrum
 
 BANDS = (
@@ -95,6 +90,12 @@ def make_cards(n: int, dead: tuple[int, ...] = (), seed: int = 0) -> Iterator[Fe
             yield make_dead_card(i, n)
         else:
             yield make_card(i, n, np.random.default_rng([seed, i]))
+
+
+def make_row(i: int, **changes: Any) -> FeatureRow:
+    """Return a feature that has no page."""
+    values = {"density": 0.1, "mean": 1.0, "max": 2.0, "channel": "", "patients": 1, "label": ""}
+    return FeatureRow(id=i, **(values | changes))
 
 
 def _nearest(i: int, n: int) -> list[tuple[int, float]]:
@@ -225,12 +226,7 @@ def with_findings(card: FeatureCard) -> FeatureCard:
     rng = np.random.default_rng([1, card.id])
     auc = np.clip(rng.normal(0.6, 0.06, len(EVENTS)), 0, 1)
     auc[card.id % len(EVENTS)] = rng.uniform(0.85, 0.99)
-    events = [
-        DetectedEvent(
-            kind, float(auc[i]), float(0.8 * auc[i] ** 2), float(auc[i] ** 3), float(auc[i])
-        )
-        for i, kind in enumerate(EVENTS)
-    ]
+    events = [make_score(kind, card.id, float(auc[i])) for i, kind in enumerate(EVENTS)]
     events.sort(key=lambda event: -event.auc)
     found = 1 + card.id % 3
     matches = [
@@ -254,7 +250,16 @@ def with_findings(card: FeatureCard) -> FeatureCard:
         stability=SeedStability(found, 3, matches),
         explained=Explained(0.02, 0.21, patient + 0.05, patient, "demo007", 0.61),
         events=events,
-        labels=[DetectedLabel("age", -0.41, 0.002, 0.03), DetectedLabel("sex", 0.1, 0.4, 0.81)],
+        labels=[
+            LabelledFeature("age", card.id, -0.41, 0.002, 0.03, patient),
+            LabelledFeature("sex", card.id, 0.1, 0.4, 0.81, patient),
+        ],
+    )
+
+
+def make_score(kind: str, feature: int, auc: float) -> FeatureScore:
+    return FeatureScore(
+        kind=kind, feature=feature, val_auc=auc, auc=auc, recall=0.8 * auc**2, precision=auc**3
     )
 
 
@@ -269,68 +274,94 @@ def _event_spans(example: Example, kind: str) -> list[EventSpan]:
 
 def make_pages(n: int) -> Pages:
     """Return pages of a sweep with two kinds of SAE and PCA, six kinds of event and two labels."""
-    scores = [_make_scores(0.99 - 0.03 * i) for i in range(len(EVENTS))]
-    events = [_make_event(i, kind, scores[i], n) for i, kind in enumerate(EVENTS)]
-    recommended = RecommendedMember(
+    recommendation = Recommendation(
         member="topk,k=8",
+        interval=Interval(0.958, 0.98),
+        runners_up=("topk,k=16", "jumprelu,k=8"),
         reason=(
             "topk,k=8 (97.1 %, interval 95.8 % to 98.0 %) has the shortest description, 174 bits "
             "per token with L0 8.0, of the 5 that recover 95 % of the loss"
         ),
-        rule="of the members that recover 95 % of the loss, the one with the shortest description",
-        runners_up=("topk,k=16", "jumprelu,k=8"),
-        warnings=("12 % of the features have a twin (decoder cosine above 0.9)",),
+        warnings={"topk,k=8": ("12 % of the features have a twin (decoder cosine above 0.9)",)},
     )
     return Pages(
-        recommended=recommended,
+        recommendation=recommendation,
+        rule="of the members that recover 95 % of the loss, the one with the shortest description",
         members=_make_members(),
-        events=events,
-        event_means=_make_scores(0.92),
+        events=[_make_event(i, kind, n) for i, kind in enumerate(EVENTS)],
+        event_means={
+            "sae": _make_summary(0.92),
+            "raw": _make_summary(0.87),
+            "pca": _make_summary(0.93),
+        },
         labels=[_make_label("age", "number", n), _make_label("sex", "categories", n)],
         n_seeds=3,
     )
 
 
-def _make_scores(auc: float) -> DetectionBySet:
-    def detection(auc: float) -> Detection:
-        return Detection(
-            auc=auc,
-            auc_interval=(auc - 0.03, min(auc + 0.02, 1.0)),
-            recall=auc**3,
-            recall_interval=(auc**3 - 0.1, auc**3),
-            token_auc=auc - 0.3,
-            precision=auc**2,
-            probe_2_auc=auc + 0.004,
-            probe_2_auc_interval=(auc - 0.02, auc + 0.01),
-            probe_5_auc=auc + 0.008,
-            probe_5_auc_interval=(auc - 0.01, auc + 0.02),
-        )
-
-    return DetectionBySet(detection(auc), detection(auc - 0.05), detection(0.93))
+def _estimate(value: float, below: float, above: float) -> Estimate:
+    return Estimate(value, Interval(value - below, min(value + above, 1.0)))
 
 
-def _make_event(i: int, kind: str, scores: DetectionBySet, n: int) -> EventPage:
+def _make_summary(auc: float) -> EventSummary:
+    return EventSummary(
+        auc=_estimate(auc, 0.03, 0.02),
+        recall=_estimate(auc**3, 0.1, 0),
+        precision=auc**2,
+        token_auc=auc - 0.3,
+        probe_auc=_estimate(auc + 0.008, 0.018, 0.012),
+        pure_features=11,
+        tpp=_estimate(0.3, 0.05, 0.04),
+        probe_recovered=Estimate(0.9),
+    )
+
+
+def _make_scores(auc: float, i: int) -> EventScore:
+    return EventScore(
+        val_events=71 - 8 * i,
+        test_events=83 - 9 * i,
+        feature=i,
+        auc=_estimate(auc, 0.03, 0.02),
+        val_auc=0.98,
+        n_ties={0: 4, 1: None}.get(i, 1),
+        ties=tuple(len(EVENTS) * k for k in range(4)) if i == 0 else (i,),
+        ties_auc=(0.93, 0.99) if i == 0 else None,
+        recall=_estimate(auc**3, 0.1, 0),
+        best_five=(i, 6, 7, 8, 9),
+        probe_2_auc=_estimate(auc + 0.004, 0.024, 0.006),
+        probe_auc=_estimate(auc + 0.008, 0.018, 0.012),
+        x_probe_auc=0.99,
+        x_hat_probe_auc=Estimate(0.98),
+        ablation_drop=Estimate(0.3),
+        ablation_drop_others=Estimate(0.01),
+        token_auc=auc - 0.3,
+        token_base_rate=0.021 * (i + 1),
+        precision=Estimate(auc**2),
+        examples=50,
+        pure_features=11 - i,
+    )
+
+
+def _make_event(i: int, kind: str, n: int) -> EventPage:
+    auc = 0.99 - 0.03 * i
     ranked = [
-        RankedFeature(
+        FeatureScore(
+            kind=kind,
             feature=(i + len(EVENTS) * k) % n,
             val_auc=0.98 - 0.02 * k,
-            auc=scores.sae.auc - 0.018 * k,
+            auc=auc - 0.018 * k,
             recall=0.9 - 0.05 * k,
             precision=0.95 - 0.05 * k,
-            is_tied=i == 0 and k < 4,
         )
         for k in range(12)
     ]
     return EventPage(
         kind=kind,
-        test_events=83 - 9 * i,
-        val_events=71 - 8 * i,
-        base_rate=0.021 * (i + 1),
-        feature=i,
-        n_ties={0: 4, 1: None}.get(i, 1),
-        ties_auc=(0.93, 0.99) if i == 0 else None,
-        pure_features=11 - i,
-        scores=scores,
+        scores={
+            "sae": _make_scores(auc, i),
+            "raw": _make_scores(auc - 0.05, i),
+            "pca": _make_scores(0.93, i),
+        },
         features=ranked,
         steering=_make_steering(i) if i < 3 else None,
     )
@@ -352,6 +383,7 @@ def _make_label(name: str, type: str, n: int) -> LabelPage:
     is_number = type == "number"
     features = [
         LabelledFeature(
+            label=name,
             feature=(3 * k + 1) % n,
             effect=(-1) ** k * (0.62 - 0.04 * k),
             p=min(1e-5 * 3**k, 1.0),
@@ -360,17 +392,20 @@ def _make_label(name: str, type: str, n: int) -> LabelPage:
         )
         for k in range(12)
     ]
+    if is_number:
+        of_features = ProbeScore((1, 2), 0.61, Estimate(0.02, Interval(-0.42, 0.45)), 0.01)
+        raw = ProbeScore((1, 2), 0.66, Estimate(-0.01, Interval(-0.4, 0.44)), 0.005)
+    else:
+        of_features = ProbeScore((1, 2), 0.52, Estimate(0.5, Interval(0.24, 0.77)), 0.44)
+        raw = ProbeScore((1, 2), 0.61, Estimate(0.5, Interval(0.22, 0.76)), 0.2)
     probe = LabelProbe(
+        label=name,
         score_name="Spearman's rho" if is_number else "AUC",
         chance=0.0 if is_number else 0.5,
         n_val=14,
         n_test=16,
-        features=ProbeResult(0.61, 0.01, 0.02, (-0.42, 0.45))
-        if is_number
-        else ProbeResult(0.52, 0.44, 0.5, (0.24, 0.77)),
-        raw=ProbeResult(0.66, 0.005, -0.01, (-0.4, 0.44))
-        if is_number
-        else ProbeResult(0.61, 0.2, 0.5, (0.22, 0.76)),
+        features=of_features,
+        raw=raw,
     )
     return LabelPage(
         name=name,
@@ -389,34 +424,43 @@ def _make_label(name: str, type: str, n: int) -> LabelPage:
     )
 
 
-def _make_members() -> list[MemberMeasures]:
+def _make_members() -> list[MemberRow]:
     members = []
     for kind, fvu in (("topk", 0.19), ("jumprelu", 0.17), ("pca", 0.28)):
         for k in (4, 8, 16, 32):
             is_sae = kind != "pca"
-            recovered = 1 - 0.25 / k
             auc = (0.95 if is_sae else 0.92) - 0.002 * abs(k - 8)
-            is_best = (kind, k) == ("topk", 8)
-            member = MemberMeasures(
+            events = replace(
+                _make_summary(auc),
+                auc=_estimate(auc, 0.02, 0.02),
+                tpp=_estimate(0.3 - 0.02 * k, 0.05, 0.04),
+                pure_features=80 - k,
+            )
+            tokens = TokenMeasures(
+                fvu=fvu / k**0.8,
+                explained_variance=1 - fvu / k**0.8,
+                l0=float(k),
+                l1=1.0,
+                dense_fraction=0.0,
+                cosine=0.9,
+                norm_ratio=0.9,
+                never_active_fraction=0.3 / k,
+                log10_density=DensityHistogram([], []),
+            )
+            recovered = _estimate(1 - 0.25 / k, 0.01, 0.008)
+            member = MemberRow(
                 name=f"{kind},k={k}",
                 kind=kind,
                 setting=f"k = {k}",
-                line="" if kind == "pca" else f"{kind},0.01",
-                l0=float(k),
-                fvu=fvu / k**0.8,
-                loss_recovered=recovered,
-                loss_recovered_interval=(recovered - 0.01, recovered + 0.008),
-                never_active=0.3 / k if is_sae else None,
-                stability=0.1 + 0.4 / k if is_sae else None,
-                pure_features=80 - k,
-                event_auc=auc,
-                event_auc_interval=(auc - 0.02, auc + 0.02),
-                tpp=0.3 - 0.02 * k,
-                tpp_interval=(0.25 - 0.02 * k, 0.34 - 0.02 * k),
-                twins=0.02 * k if is_sae else None,
+                line=f"{kind},0.01" if is_sae else "",
+                l0=tokens.l0,
+                fvu=tokens.fvu,
                 description_bits=90 + 12.0 * k,
-                warnings=("12 % of the features have a twin",) if is_best else (),
-                is_recommended=is_best,
+                loss=LossRecovered(0.1, recovered, 0.99),
+                events=events,
+                stability=0.1 + 0.4 / k if is_sae else None,
+                tokens=tokens if is_sae else None,
+                decoder=DecoderCosines(0.1, 0.1, over_0_9=0.02 * k) if is_sae else None,
             )
             members.append(member)
     return members

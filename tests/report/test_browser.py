@@ -10,10 +10,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
-from minsae_jax.report.describe import FeatureRow
 from minsae_jax.report.page import write_pages
 from minsae_jax.report.pages import Pages
-from tests.report.made_up import make_cards, make_dead_card, make_meta, make_pages
+from tests.report.made_up import make_cards, make_dead_card, make_meta, make_pages, make_row
 
 pytestmark = pytest.mark.slow
 N = 40
@@ -24,7 +23,8 @@ HOSTILE = "</script><script>hacked=1</script><img src=x onerror='hacked=1'>\u202
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "report"
-    pages = Pages(events=make_pages(N).events, members=make_pages(N).members)
+    made = make_pages(N)
+    pages = Pages(made.recommendation, members=made.members, events=made.events)
     write_pages(folder, make_meta(pages=pages), make_cards(N, DEAD))
     return folder
 
@@ -354,10 +354,7 @@ def test_channels_without_places_are_bars(page, tmp_path):
 
 
 def test_every_feature_of_a_pack_and_those_without_a_page(page, tmp_path):
-    without = [
-        FeatureRow(i, "", "", 0.1 * (i % 2), 1.0, 2.0, "", "", 1, np.nan, np.nan, np.nan)
-        for i in (200, 201)
-    ]
+    without = [make_row(200, density=0.0), make_row(201)]
     meta = make_meta(pages_rule="Pages were written for 200 features.")
     cards = (make_dead_card(i, 200) for i in range(200))
     write_pages(tmp_path / "report", meta, cards, without)
@@ -377,10 +374,7 @@ def test_every_feature_of_a_pack_and_those_without_a_page(page, tmp_path):
 def test_the_index_of_many_features_opens(page, tmp_path, n):
     rng = np.random.default_rng(0)
     density = 10 ** rng.uniform(-5, 0, n)
-    rows = (
-        FeatureRow(i, "", "", float(value), 1.0, 2.0, "O1", "", 3, np.nan, np.nan, np.nan)
-        for i, value in enumerate(density)
-    )
+    rows = (make_row(i, density=float(value), channel="O1") for i, value in enumerate(density))
     write_pages(tmp_path / "report", make_meta(), [], rows)
     start = time.monotonic()
     visit(page, tmp_path / "report")

@@ -16,13 +16,14 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from minsae_jax.report.page import write_pages
-from minsae_jax.report.pages import DetectedEvent, Pages
+from minsae_jax.report.pages import Pages
 from tests.report.made_up import (
     EVENTS,
     make_cards,
     make_dead_card,
     make_meta,
     make_pages,
+    make_score,
     with_findings,
 )
 from tests.report.reading import read_script
@@ -90,11 +91,12 @@ def downloaded(page, folder, click):
 
 def test_overview_shows_the_recommendation(page, report):
     visit(page, report)
-    recommended = make_pages(N).recommended
+    pages = make_pages(N)
+    recommendation = pages.recommendation
     text = find(page, "#recommended")[0].text
-    for words in (recommended.reason, recommended.rule, *recommended.runners_up):
+    for words in (recommendation.reason, pages.rule, *recommendation.runners_up):
         assert words in text
-    assert recommended.warnings[0] in text
+    assert recommendation.warnings[recommendation.member][0] in text
     assert "This report is about" not in text
     assert find(page, "#overview path.curve.pca")
 
@@ -116,7 +118,7 @@ def test_overview_compares_features_with_their_baselines_by_event(page, report):
     scores = make_pages(N).events[0].scores
     kind, name, best, auc, _, recall, token_auc, precision, probe_2, probe_5 = rows[0]
     assert (kind, name, best) == ("alpha83 test events", "SAE feature", "4 tied")
-    assert auc == f"{scores.sae.auc:.3f} 0.960–1.000"
+    assert auc == f"{scores['sae'].auc.value:.3f} 0.960–1.000"
     assert token_auc == "0.690"
     assert probe_2 == "0.994 0.970–1.000"
     assert probe_5.startswith("0.998 0.98")
@@ -148,7 +150,7 @@ def test_the_best_detectors_of_events_are_first(page, tmp_path):
     """Then features that detect no event, the most active first; inactive ones are last."""
     active = [card for card in make_findings() if card.density]
     detectors = active[::2]
-    others = [replace(card, events=[DetectedEvent("spike", 0.7)]) for card in active[1::2]]
+    others = [replace(card, events=[make_score("spike", card.id, 0.7)]) for card in active[1::2]]
     dead = [make_dead_card(i, N) for i in DEAD]
     cards = sorted([*detectors, *others, *dead], key=lambda card: card.id)
     write_pages(tmp_path / "report", make_meta(pages=make_pages(N)), cards)
@@ -197,7 +199,7 @@ def test_filters_and_order_are_in_the_address(page, report):
 
 def test_page_of_an_event_of_few_val_patients(page, report):
     visit(page, report, "#event=blink")
-    assert make_pages(N).events[1].n_ties is None
+    assert make_pages(N).events[1].scores["sae"].n_ties is None
     lead = texts(page, "#page .lead")[0]
     assert "do not tell which other features could be the best one" in lead
     assert not find(page, "#page tr.marked")
@@ -438,8 +440,10 @@ def test_names_in_findings_are_never_markup(page, tmp_path):
     pages = make_pages(N)
     event = replace(pages.events[0], kind=HOSTILE)
     label = replace(pages.labels[0], name=HOSTILE, values=HOSTILE, notes=[HOSTILE])
-    member = replace(pages.members[0], name=HOSTILE, warnings=[HOSTILE])
-    pages = replace(pages, events=[event], labels=[label], members=[member, *pages.members[1:]])
+    member = replace(pages.members[0], name=HOSTILE)
+    warned = replace(pages.recommendation, warnings={HOSTILE: (HOSTILE,)})
+    members = [member, *pages.members[1:]]
+    pages = replace(pages, recommendation=warned, events=[event], labels=[label], members=members)
     write_pages(tmp_path / "report", make_meta(pages=pages), make_findings())
     visit(page, tmp_path / "report")
     find(page, "#events th a")[0].click()

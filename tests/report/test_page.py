@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from minsae_jax.errors import UserError
+from minsae_jax.estimates import Estimate, Interval
 from minsae_jax.report.budget import PAGE_BYTES, SAMPLE_BYTES
-from minsae_jax.report.describe import FeatureRow
 from minsae_jax.report.page import PACK, PAGE_FILES, read_member, write_pages
-from minsae_jax.report.pages import DetectedEvent
 from tests.report.made_up import (
     make_cards,
     make_dead_card,
     make_meta,
     make_pages,
+    make_row,
+    make_score,
     with_findings,
 )
 from tests.report.reading import read_cards, read_script
@@ -83,10 +84,9 @@ def test_keys_of_the_data_files(report):
     ]
     data = read_cards(report)[0]
     assert " ".join(data) == (
-        "id density mean max channel band patients patient_share artefact artefact_top cls "
-        "label note suggestion support examples histogram channel_ratio spectrum position "
-        "patient_list nearest coactive waveform artefacts artefacts_top stability explained "
-        "events labels"
+        "id density mean max channel band patients artefact artefact_top label suggestion support "
+        "stability events patient_share cls note examples histogram channel_ratio spectrum "
+        "position patient_list nearest coactive waveform artefacts artefacts_top explained labels"
     )
     assert " ".join(data["examples"][0]) == (
         "group activation recording patient channel start patch trace others strip strip_start "
@@ -103,18 +103,18 @@ def test_findings_of_the_evaluation(tmp_path):
         best = max(card.events, key=lambda event: event.auc)
         assert row[-4:] == [card.stability.found, best.kind, best.auc, 0]
     pages = index["meta"]["pages"]
-    assert list(pages) == ["recommended", "members", "events", "event_means", "labels", "n_seeds"]
+    assert " ".join(pages) == "recommendation rule members events event_means labels n_seeds"
     assert pages["events"][0]["kind"] == "alpha"
     assert pages["events"][0]["steering"]["effects"][1]["scale"] == 2
-    assert pages["members"][0]["loss_recovered_interval"] == [0.9275, 0.9455]
+    assert pages["members"][0]["loss"]["loss_recovered_interval"] == [0.9275, 0.9455]
 
 
 def test_a_feature_that_separates_nothing_has_no_event():
     (card,) = make_cards(1)
-    weak = [DetectedEvent("spike", 0.79), DetectedEvent("blink", float("nan"))]
+    weak = [make_score("spike", 0, 0.79), make_score("blink", 0, float("nan"))]
     assert replace(card, events=weak).event == ""
     assert replace(card, events=weak).event_auc is None
-    strong = [*weak, DetectedEvent("alpha", 0.8)]
+    strong = [*weak, make_score("alpha", 0, 0.8)]
     assert replace(card, events=strong[::-1]).event == "alpha"
     assert replace(card, events=strong).event == "alpha"
 
@@ -138,10 +138,7 @@ def test_sizes_are_as_planned(report):
 def test_features_are_packed(tmp_path):
     """In files of PACK features; those without a page are in the table only."""
     cards = [make_dead_card(i, 1, density=0.5) for i in range(0, 400, 2)]
-    without = [
-        FeatureRow(i, "", "", 0.1, 1.0, np.nan, "", "", 1, np.nan, np.nan, np.nan)
-        for i in range(1, 400, 2)
-    ]
+    without = [make_row(i) for i in range(1, 400, 2)]
     write_pages(tmp_path / "report", make_meta(), iter(cards), iter(without))
     assert len(list((tmp_path / "report/data").iterdir())) == -(-200 // PACK)
     assert [card["id"] for card in read_cards(tmp_path / "report")] == list(range(0, 400, 2))
@@ -215,19 +212,19 @@ def test_aucs_have_the_third_digit_of_the_terminal(tmp_path):
     """Also near a half of that digit: 0.95449 is 0.954, but rounded to four digits first, 0.955."""
     for i, auc in enumerate((0.95449, 0.954495, 0.9345001, 0.88851)):
         (card,) = make_cards(1)
-        card = replace(card, events=[DetectedEvent("spike", auc)])
+        events = [make_score("spike", 0, auc)]
+        card = replace(card, events=events)
         pages = make_pages(1)
-        member = replace(pages.members[0], event_auc=auc, event_auc_interval=(auc - 0.2, auc))
+        means = replace(pages.members[0].events, auc=Estimate(auc, Interval(auc - 0.2, auc)))
+        member = replace(pages.members[0], events=means)
         meta = replace(make_meta(), pages=replace(pages, members=[member]))
-        row = FeatureRow(
-            1, "", "", 0.1, 1.0, 2.0, "", "", 3, 0.0, 0.0, 0.0, event="spike", event_auc=auc
-        )
+        row = make_row(1, events=events)
         folder = tmp_path / f"report{i}"
         write_pages(folder, meta, [card], [row])
         index = read_script(folder / "index_data.js")
         (written,) = index["meta"]["pages"]["members"]
         column = index["columns"].index("event_auc")
-        shown = [written["event_auc"], written["event_auc_interval"][1]]
+        shown = [written["events"]["auc"], written["events"]["auc_interval"][1]]
         shown += [row[column] for row in index["rows"]]
         shown += [event["auc"] for card in read_cards(folder) for event in card["events"]]
         assert len(shown) == 5

@@ -1,22 +1,31 @@
 // The comparison of the sweep's members and of PCA (#members).
 "use strict";
 
-// Axes from 0, or logarithmic ones, say so; the others span the values.
+// A measure has `value` and, if it has one, `interval`. Axes from 0, or logarithmic ones, say so; the others span the values.
 const MEMBER_MEASURES = [
-  { key: "l0", title: "L0", hint: "active features per token", axis: "log", format: (v) => number(v) },
-  { key: "fvu", title: "FVU", hint: "fraction of variance unexplained", axis: "log", format: (v) => number(v) },
-  { key: "loss_recovered", title: "Loss recovered", interval: "loss_recovered_interval", format: (v) => fixed(100 * v, 1), unit: "%" },
-  { key: "description_bits", title: "Bits", hint: "description length per token", axis: "zero", format: (v) => whole(v) },
-  { key: "event_auc", title: "Event AUC", hint: "of the best feature, mean over kinds of event", interval: "event_auc_interval", format: (v) => fixed(v) },
-  { key: "tpp", title: "TPP", hint: "targeted probe perturbation: drop of the AUC of a kind's probe when its five features are ablated, less that of the other kinds", interval: "tpp_interval", format: (v) => fixed(v, 2) },
-  { key: "pure_features", title: "Pure", hint: "features whose strongest tokens nearly all touch one kind of event", axis: "zero", format: (v) => whole(v) },
-  { key: "stability", title: "Stability", hint: "share of the live features found again with other seeds", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
-  { key: "never_active", title: "Never active", hint: "share of the features, on the test patients", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
-  { key: "twins", title: "Twins", hint: "share of decoder rows with a cosine above 0.9 with another", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%" },
+  { key: "l0", title: "L0", hint: "active features per token", axis: "log", format: (v) => number(v), value: (m) => m.l0 },
+  { key: "fvu", title: "FVU", hint: "fraction of variance unexplained", axis: "log", format: (v) => number(v), value: (m) => m.fvu },
+  { key: "loss_recovered", title: "Loss recovered", format: (v) => fixed(100 * v, 1), unit: "%",
+    value: (m) => m.loss?.loss_recovered, interval: (m) => m.loss?.loss_recovered_interval },
+  { key: "description_bits", title: "Bits", hint: "description length per token", axis: "zero", format: (v) => whole(v), value: (m) => m.description_bits },
+  { key: "event_auc", title: "Event AUC", hint: "of the best feature, mean over kinds of event", format: (v) => fixed(v),
+    value: (m) => m.events?.auc, interval: (m) => m.events?.auc_interval },
+  { key: "tpp", title: "TPP", hint: "targeted probe perturbation: drop of the AUC of a kind's probe when its five features are ablated, less that of the other kinds", format: (v) => fixed(v, 2),
+    value: (m) => m.events?.tpp, interval: (m) => m.events?.tpp_interval },
+  { key: "pure_features", title: "Pure", hint: "features whose strongest tokens nearly all touch one kind of event", axis: "zero", format: (v) => whole(v),
+    value: (m) => m.events?.pure_features },
+  { key: "stability", title: "Stability", hint: "share of the live features found again with other seeds", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%",
+    value: (m) => m.stability },
+  { key: "never_active", title: "Never active", hint: "share of the features, on the test patients", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%",
+    value: (m) => m.tokens?.never_active_fraction },
+  { key: "twins", title: "Twins", hint: "share of decoder rows with a cosine above 0.9 with another", axis: "zero", format: (v) => fixed(100 * v, 1), unit: "%",
+    value: (m) => m.decoder?.over_0_9 },
 ];
 const [L0, FVU] = MEMBER_MEASURES;
 const measureTitle = ({ title, unit }) => (unit ? `${title}, ${unit}` : title);
 const isPca = (m) => m.kind === "pca";
+const isRecommended = (m) => m.name === meta.pages.recommendation?.member;
+const warningsOf = (name) => meta.pages.recommendation?.warnings[name] ?? [];
 
 function showMembers() {
   const { members } = meta.pages;
@@ -35,26 +44,28 @@ function showMembers() {
 
 /** Return a member's name and warnings, marked if it is recommended or if this report is about it. */
 function memberName(m) {
-  const chip = m.is_recommended ? html("span", { class: "chip fire" }, "recommended") : null;
+  const chip = isRecommended(m) ? html("span", { class: "chip fire" }, "recommended") : null;
   const here = m.name === meta.member ? html("a", { class: "chip", href: "#" }, "this report") : null;
-  const warnings = some(m.warnings) ? html("span", { class: "remark" }, m.warnings.join("; ")) : null;
-  return [m.name, " ", chip, " ", here, warnings];
+  const warnings = warningsOf(m.name);
+  return [m.name, " ", chip, " ", here, some(warnings) ? html("span", { class: "remark" }, warnings.join("; ")) : null];
 }
+
+/** Return a member's measure with its interval, or "–". */
+const measured = (m, { value, interval, format }) => (missing(value(m)) ? "–" : withInterval(value(m), interval?.(m), format));
 
 function memberTable(members) {
   const measures = MEMBER_MEASURES.map((measure) => ({
-    name: measure.key, title: measureTitle(measure), hint: measure.hint, value: (m) => m[measure.key],
-    cell: (m) => withInterval(m[measure.key], m[measure.interval], (v) => (missing(v) ? "–" : measure.format(v))),
+    name: measure.key, title: measureTitle(measure), hint: measure.hint, value: measure.value, cell: (m) => measured(m, measure),
   }));
   const name = { name: "name", title: "Member", words: true, value: (m) => m.name, cell: memberName };
-  return dataTable([name, ...measures], members, "", (m) => m.is_recommended);
+  return dataTable([name, ...measures], members, "", isRecommended);
 }
 
 // ---- the scatter plot
 
 function memberScatter(members, change) {
   const enough = Math.min(2, members.length);
-  const known = MEMBER_MEASURES.filter(({ key }) => members.filter((m) => !missing(m[key])).length >= enough);
+  const known = MEMBER_MEASURES.filter(({ value }) => members.filter((m) => !missing(value(m))).length >= enough);
   const address = parameters();
   const of = (name, other) => known.find(({ key }) => key === (address.get(name) ?? other)) ?? known[0];
   const [x, y] = [of("x", "l0"), of("y", some(known.filter(({ key }) => key === "event_auc")) ? "event_auc" : "fvu")];
@@ -79,7 +90,7 @@ function axisFromZero(label, least, most) {
 
 /** Return the axis of a measure that spans its values and intervals. */
 function memberAxis(measure, members, width) {
-  const values = members.flatMap((m) => [m[measure.key], ...(m[measure.interval] ?? [])]).filter((v) => !missing(v));
+  const values = members.flatMap((m) => [measure.value(m), ...(measure.interval?.(m) ?? [])]).filter((v) => !missing(v));
   const [least, most] = [Math.min(...values), Math.max(...values)];
   const format = measure.unit ? (v) => short(100 * v) : short;
   const explained = `${measureTitle(measure)}: ${measure.hint}`;
@@ -106,7 +117,7 @@ function flow(words, left, width) {
 
 /** Draw two measures of members and PCA against each other; lines join members that differ in sparsity alone. */
 function drawMembers(all, xMeasure, yMeasure, height = 340) {
-  const members = all.filter((m) => !missing(m[xMeasure.key]) && !missing(m[yMeasure.key]));
+  const members = all.filter((m) => !missing(xMeasure.value(m)) && !missing(yMeasure.value(m)));
   if (!members.length) return () => "";
   const kinds = [...new Set(members.filter((m) => !isPca(m)).map((m) => m.kind))];
   const colour = (m) => (isPca(m) ? "pca" : `kind-${kinds.indexOf(m.kind) % N_COLOURS}`);
@@ -115,24 +126,24 @@ function drawMembers(all, xMeasure, yMeasure, height = 340) {
     const places = flow(names.map(([name]) => name), 44, width);
     const [x, y] = [xMeasure, yMeasure].map((measure) => memberAxis(measure, members, width));
     const { root, sx, sy, box } = axes(width, height, x, y);
-    const at = (m) => [sx(m[xMeasure.key]), sy(m[yMeasure.key])];
+    const at = (m) => [sx(xMeasure.value(m)), sy(yMeasure.value(m))];
     for (const name of new Set(members.map(lineOf))) {
       const path = members.filter((m) => lineOf(m) === name).sort((a, b) => a.l0 - b.l0);
       root.append(svg("path", { class: `curve ${isPca(path[0]) ? "" : "faint"} ${colour(path[0])}`, d: line(path.map(at)) }));
     }
     const labels = [];
-    for (const m of members.toSorted((a, b) => (b.is_recommended ?? 0) - (a.is_recommended ?? 0))) {
+    for (const m of members.toSorted((a, b) => isRecommended(b) - isRecommended(a))) {
       const [cx, cy] = at(m);
-      const [across, up] = [m[xMeasure.interval], m[yMeasure.interval]];
+      const [across, up] = [xMeasure, yMeasure].map((measure) => measure.interval?.(m));
       if (across) root.append(svg("path", { class: `whisker ${colour(m)}`, d: `M${sx(across[0])} ${cy}H${sx(across[1])}` }));
       if (up) root.append(svg("path", { class: `whisker ${colour(m)}`, d: `M${cx} ${sy(up[0])}V${sy(up[1])}` }));
-      if (m.is_recommended) root.append(svg("circle", { cx, cy, r: 8.5, class: "ring" }));
-      const tip = `${m.name}: ${xMeasure.title} ${xMeasure.format(m[xMeasure.key])}, ${yMeasure.title} ${yMeasure.format(m[yMeasure.key])}`;
+      if (isRecommended(m)) root.append(svg("circle", { cx, cy, r: 8.5, class: "ring" }));
+      const tip = `${m.name}: ${[xMeasure, yMeasure].map(({ title, format, value }) => `${title} ${format(value(m))}`).join(", ")}`;
       root.append(svg("circle", { cx, cy, r: 4.5, class: `point ${colour(m)}` }, svg("title", {}, tip)));
       if (labels.some((l) => Math.abs(l.cx - cx) < 40 && Math.abs(l.cy - cy) < 12)) continue;
       labels.push({ cx, cy });
       const anchor = cx > box.right - 50 ? "end" : "start";
-      root.append(text(cx + (anchor === "end" ? -10 : 10), cy - 6, anchor, m.setting, m.is_recommended ? "halo strong" : "halo"));
+      root.append(text(cx + (anchor === "end" ? -10 : 10), cy - 6, anchor, m.setting, isRecommended(m) ? "halo strong" : "halo"));
     }
     for (const [i, [name, kind]] of names.entries()) {
       const [x, y] = [places[i].x, height + 16 * (places[i].row + 1)];
@@ -149,7 +160,7 @@ function sideBySide(members) {
   const byName = new Map(members.map((m) => [m.name, m]));
   const address = parameters();
   const first = byName.get(address.get("a")) ?? byName.get(meta.member) ?? members[0];
-  const rival = meta.pages.recommended?.runners_up.find((name) => name !== first.name);
+  const rival = meta.pages.recommendation?.runners_up.find((name) => name !== first.name);
   const second = byName.get(address.get("b")) ?? byName.get(rival) ?? members.find((m) => m !== first) ?? first;
   const choose = (name, chosen) => html("select", {
     "aria-label": name === "a" ? "first member" : "second member", "data-member": name,
@@ -158,16 +169,15 @@ function sideBySide(members) {
       section.replaceWith(sideBySide(members));
     },
   }, members.map((m) => html("option", { value: m.name, selected: m === chosen ? "" : null }, m.name)));
-  const known = MEMBER_MEASURES.filter(({ key }) => !missing(first[key]) || !missing(second[key]));
-  const cell = (m, { key, interval, format }) =>
-    html("td", { class: "num" }, missing(m[key]) ? "–" : withInterval(m[key], m[interval], format));
+  const known = MEMBER_MEASURES.filter(({ value }) => !missing(value(first)) || !missing(value(second)));
+  const cell = (m, measure) => html("td", { class: "num" }, measured(m, measure));
   const row = (measure) => html("tr", {}, html("th", { scope: "row", title: measure.hint ?? null }, measureTitle(measure)),
     cell(first, measure), cell(second, measure));
-  const remarks = [first, second].map((m) => html("td", { class: "remark" }, (m.warnings ?? []).join("; ") || "–"));
-  const warned = [first, second].some((m) => some(m.warnings));
+  const warnings = [first, second].map((m) => warningsOf(m.name));
+  const remarks = warnings.map((of) => html("td", { class: "remark" }, of.join("; ") || "–"));
   const section = html("section", { class: "card" }, html("h3", {}, "Side by side"),
     html("div", { class: "scroll" }, html("table", { class: "data compact two" },
       html("thead", {}, html("tr", {}, html("th", {}), html("th", { class: "num" }, choose("a", first)), html("th", { class: "num" }, choose("b", second)))),
-      html("tbody", {}, known.map(row), warned ? html("tr", {}, html("th", { scope: "row" }, "Warnings"), remarks) : null))));
+      html("tbody", {}, known.map(row), warnings.some(some) ? html("tr", {}, html("th", { scope: "row" }, "Warnings"), remarks) : null))));
   return section;
 }

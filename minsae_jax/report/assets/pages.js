@@ -10,7 +10,7 @@ const MEASURES = [
   { key: "token_auc", title: "Token AUC", hint: "AUC over single tokens instead of spans" },
   { key: "precision", title: "Precision", hint: "share of the strongest tokens that touch an event", format: percent },
   { key: "probe_2_auc", title: "Probe, 2", hint: "AUC of a logistic regression on the best two of the set, chosen on val", interval: "probe_2_auc_interval" },
-  { key: "probe_5_auc", title: "Probe, 5", hint: "AUC of a logistic regression on the best five of the set, chosen on val", interval: "probe_5_auc_interval" },
+  { key: "probe_auc", title: "Probe, 5", hint: "AUC of a logistic regression on the best five of the set, chosen on val", interval: "probe_auc_interval" },
 ];
 
 /** Return a table of scores, with the rows of each group together: {first, which, scores}. */
@@ -38,9 +38,9 @@ function scoreTable(groups, firstTitle = null) {
 }
 
 /** Return a link to the best feature of a kind, or the number of features that could be it. */
-function bestFeature(event) {
-  if (event.n_ties > 1) return html("a", { href: address("event", event.kind) }, `${whole(event.n_ties)} tied`);
-  return byId.has(event.feature) ? named(event.feature) : "–";
+function bestFeature({ kind, scores: { sae } }) {
+  if (sae.n_ties > 1) return html("a", { href: address("event", kind) }, `${whole(sae.n_ties)} tied`);
+  return byId.has(sae.feature) ? named(sae.feature) : "–";
 }
 
 /** Draw the overview's table of events. */
@@ -49,8 +49,7 @@ function drawEvents() {
   $("#events").hidden = !events.length;
   if (!events.length) return;
   const groups = events.map((event) => ({
-    first: [kindLink(event.kind),
-      missing(event.test_events) ? null : html("small", {}, count(event.test_events, "test event"))],
+    first: [kindLink(event.kind), html("small", {}, count(event.scores.sae.test_events, "test event"))],
     which: bestFeature(event),
     scores: event.scores,
   }));
@@ -70,7 +69,7 @@ function drawLabels() {
     { name: "patients", title: "Patients", value: (l) => l.patients, cell: (l) => whole(l.patients) },
     { name: "n_significant", title: `Features with q < ${SIGNIFICANT}`, value: (l) => l.n_significant, cell: (l) => `${whole(l.n_significant)} of ${whole(l.n_tested)}` },
     { name: "probe", title: "Probe on features", value: (l) => l.probe?.features.score, cell: (l) => probeText(l.probe, l.probe?.features.score) },
-    { name: "raw", title: "On raw dimensions", value: (l) => l.probe?.raw?.score, cell: (l) => probeText(l.probe, l.probe?.raw?.score) },
+    { name: "raw", title: "On raw dimensions", value: (l) => l.probe?.raw.score, cell: (l) => probeText(l.probe, l.probe?.raw.score) },
     { name: "permuted", title: "Labels permuted", hint: "the same probe on features with labels exchanged between patients", value: (l) => l.probe?.features.permuted, cell: (l) => probeText(l.probe, l.probe?.features.permuted) },
   ];
   $("#by-label .place").replaceChildren(dataTable(columns, labels, ""));
@@ -91,14 +90,15 @@ function showEvent(kind) {
   showPage(`Event: ${kind}`, navigation,
     html("header", {}, html("p", { class: "eyebrow" }, "Kind of event"),
       html("h1", {}, swatch(kind), kind),
-      html("p", { class: "lead" }, eventSentence(event)), eventFacts(event)),
+      html("p", { class: "lead" }, eventSentence(event)), eventFacts(event.scores.sae)),
     html("section", {}, html("h2", {}, "Against baselines"),
       html("p", { class: "note" }, "All are chosen on val patients and measured on test patients by the same rules. Raw dimensions and " +
         "principal components count with both signs."),
       scoreTable([{ which: bestFeature(event), scores: event.scores }])),
     rankedFeatures(event), steeringSection(event), examples);
-  if (byId.get(event.feature)?.density && hasPage(event.feature)) {
-    loadFeature(event.feature, (f) => {
+  const { feature } = event.scores.sae;
+  if (byId.get(feature)?.density && hasPage(feature)) {
+    loadFeature(feature, (f) => {
       examples.replaceWith(showExamples(f, `Examples of feature ${f.id}`));
       redraw();
     }, (words) => examples.replaceChildren(html("p", {}, words)));
@@ -106,8 +106,9 @@ function showEvent(kind) {
 }
 
 /** Return what the scores say, in one or two sentences. */
-function eventSentence({ feature, n_ties: ties, ties_auc: range, scores }) {
+function eventSentence({ scores }) {
   const { sae } = scores;
+  const { feature, n_ties: ties, ties_auc: range } = sae;
   const within = sae.auc_interval ? ` (95 % interval ${sae.auc_interval.map((v) => fixed(v)).join(" to ")})` : "";
   const first = `Feature ${feature} separates events from spans without one with an AUC of ${fixed(sae.auc)}${within}.`;
   let tied = "";
@@ -118,15 +119,12 @@ function eventSentence({ feature, n_ties: ties, ties_auc: range, scores }) {
   return first + tied + baseline;
 }
 
-function eventFacts(event) {
-  const rows = [
-    ["test events", event.test_events],
-    ["val events", event.val_events],
-    ["tokens that touch one", event.base_rate, percent],
-    ["pure features", event.pure_features],
-  ].filter(([, value]) => !missing(value));
-  return rows.length ? factList(rows.map(([key, value, format]) => [key, (format ?? whole)(value)])) : null;
-}
+const eventFacts = (sae) => factList([
+  ["test events", whole(sae.test_events)],
+  ["val events", whole(sae.val_events)],
+  ["tokens that touch one", percent(sae.token_base_rate)],
+  ["pure features", whole(sae.pure_features)],
+]);
 
 const featureColumns = [
   { name: "feature", title: "Feature", words: true, value: (r) => r.feature, cell: (r) => (byId.has(r.feature) ? named(r.feature) : String(r.feature)) },
@@ -134,8 +132,8 @@ const featureColumns = [
     cell: (r) => seedDots(byId.get(r.feature)?.seeds, meta.pages.n_seeds) },
 ];
 
-function rankedFeatures(event) {
-  if (!some(event.features)) return null;
+function rankedFeatures({ features, scores: { sae } }) {
+  if (!some(features)) return null;
   const columns = [
     ...featureColumns,
     { name: "val_auc", title: "AUC, val", hint: "by which features are chosen", value: (r) => r.val_auc, cell: (r) => fixed(r.val_auc) },
@@ -144,11 +142,12 @@ function rankedFeatures(event) {
     { name: "precision", title: "Precision", hint: MEASURES[2].hint, value: (r) => r.precision, cell: (r) => percent(r.precision) },
     { name: "density", title: "Density", hint: "share of tokens with the feature active", value: (r) => byId.get(r.feature)?.density, cell: (r) => percent(byId.get(r.feature)?.density) },
   ];
-  const ties = event.n_ties > 1
-    ? ` Shaded: of the ${whole(event.n_ties)} features that contain the best one for all patients with 95 % confidence.` : "";
+  const ties = new Set(sae.n_ties > 1 ? sae.ties : []);
+  const shaded = ties.size
+    ? ` Shaded: of the ${whole(sae.n_ties)} features that contain the best one for all patients with 95 % confidence.` : "";
   return html("section", {}, html("h2", {}, "Features"),
-    html("p", { class: "note" }, `By AUC on val patients; measured on test patients.${ties}`),
-    dataTable(columns, event.features, "", (r) => r.is_tied && event.n_ties > 1));
+    html("p", { class: "note" }, `By AUC on val patients; measured on test patients.${shaded}`),
+    dataTable(columns, features, "", (r) => ties.has(r.feature)));
 }
 
 // ---- steering
@@ -238,8 +237,8 @@ function labelSentence(label) {
 /** Return the probe's scores with a sentence that says what they mean, or null. */
 function probeSection({ name, probe }) {
   if (!probe) return null;
-  const rows = [["SAE features", probe.features, "sae"], ["raw dimensions", probe.raw, "raw"]].filter(([, result]) => result);
-  const lowest = Math.min(probe.chance, ...rows.flatMap(([, result]) => [result.score, ...(result.permuted_interval ?? [])]));
+  const rows = [["SAE features", probe.features, "sae"], ["raw dimensions", probe.raw, "raw"]];
+  const lowest = Math.min(probe.chance, ...rows.flatMap(([, result]) => [result.score, ...result.permuted_interval]));
   const from = Math.floor(10 * lowest) / 10;
   const head = [["Probe on"], [probe.score_name, null, "num"],
     [`${fixed(from, 1)} to 1`, "dot: the score; line: 95 % of the permuted labels", "plot"],
@@ -259,7 +258,6 @@ function probeSentence(name, { features: own, raw, n_val: fitted, n_test: scored
   const unit = `Fitted on ${count(fitted, "val patient")} and scored on ${count(scored, "test patient")}. The line is where 95 % of ` +
     "the probes of permuted labels score.";
   if (!(own.p < SIGNIFICANT)) return `${unit} Features do not predict ${name} better than permuted labels do.`;
-  if (!raw) return `${unit} Features predict ${name} better than permuted labels do.`;
   const than = own.score > raw.score ? "better than" : own.score === raw.score ? "as well as" : "less well than";
   return `${unit} Features predict ${name} better than permuted labels do, and ${than} raw dimensions.`;
 }

@@ -221,16 +221,17 @@ function drawIndex() {
 
 /** Draw the recommendation: one sentence, the runners-up and the warnings. */
 function drawRecommended() {
-  const recommended = meta.pages.recommended;
-  $("#recommended").hidden = !recommended;
-  if (!recommended) return;
+  const { recommendation, rule } = meta.pages;
+  $("#recommended").hidden = !recommendation;
+  if (!recommendation) return;
+  const { member, reason, runners_up: next } = recommendation;
   const rows = [
-    recommended.member === meta.member ? [] : ["This report is about", meta.member],
-    some(recommended.runners_up) ? ["Runners-up", recommended.runners_up.join(" · ")] : [],
-    some(recommended.warnings) ? ["Warnings", recommended.warnings.join("; ")] : [],
-    recommended.rule ? ["Rule", recommended.rule] : [],
+    member === meta.member ? [] : ["This report is about", meta.member],
+    some(next) ? ["Runners-up", next.join(" · ")] : [],
+    some(warningsOf(member)) ? ["Warnings", warningsOf(member).join("; ")] : [],
+    rule ? ["Rule", rule] : [],
   ].filter(some);
-  $("#recommended").append(html("h2", {}, "Recommended"), html("p", {}, recommended.reason),
+  $("#recommended").append(html("h2", {}, "Recommended"), html("p", {}, reason),
     html("dl", {}, rows.map(([key, value]) => [html("dt", {}, key), html("dd", {}, value)])));
 }
 
