@@ -1,6 +1,6 @@
 # The whole pipeline: `make extract train` runs the demo; CONFIG=my.yaml runs your own data.
-PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
-	$p -c 'import sys; sys.version_info >= (3, 11) and print("$p")' 2>/dev/null)) python3)
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(shell \
+	$p -c 'import sys; (3, 11) <= sys.version_info < (3, 15) and print("$p")' 2>/dev/null)) python3)
 CONFIG ?= configs/demo.yaml
 EXTRA  ?= $(if $(GPU),cuda12)
 TORCH  ?= torch==2.13.0
@@ -38,7 +38,7 @@ help: ## show this list
 setup: $(SETUP) ## create .venv and install the project in it (GPU=1, or EXTRA=cuda12 or cuda13, for CUDA)
 
 $(SETUP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("minsae_jax requires Python 3.11 or newer, got " + sys.version.split()[0] + "; choose another with PYTHON=...") if sys.version_info < (3, 11) else 0'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 15) else f"minsae_jax requires Python 3.11 to 3.14, got {v[0]}.{v[1]}; choose another with PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv; this takes minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[torch,dev$(if $(EXTRA),$(comma)$(EXTRA))]"
