@@ -73,7 +73,7 @@ class ReportConfig:
     w: Annotated[int, NonNegative] = 10
     """Patches shown before and after the patch of an example."""
     top: Annotated[int, AtLeastOne] = 16
-    """Number of strongest examples per feature."""
+    """Number of strongest examples per feature, each from another sequence."""
     per_recording: Annotated[int, AtLeastOne] = 3
     """Maximum number of strongest examples from one recording."""
     context_seconds: Annotated[float, Range(above=0)] | None = None

@@ -84,7 +84,7 @@ class FeatureMonitor:
         images = {}
         if self.val is not None and self.kinds:
             shown = max(best, key=lambda name: metrics[name]["mean_auc"])
-            images["strongest_examples"] = self._draw(self.val, shown, best[shown])
+            images["strongest_spans"] = self._draw(self.val, shown, best[shown])
         return FeatureMeasures(metrics, images)
 
     def _draw(self, val: Dataset, member: str, best: Mapping[str, BestFeature]) -> Image:

@@ -1,7 +1,10 @@
 """One pass over the test store: for every feature its moments and strongest tokens.
 
-The strongest tokens of a feature are at most one of each sequence (one channel of a window, or a
-whole window), since neighbouring tokens of one burst would all be the same example.
+The strongest tokens of a feature are those with its largest activations, at most one of each
+sequence (one channel of a window, or a whole window), since neighbouring tokens of one burst would
+all be the same example. Their shares in events are statistics of the feature, so that there is no
+limit for a recording, unlike for the examples in the report. CLS tokens, which have no samples, are
+left out.
 """
 
 from collections.abc import Mapping, Sequence

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from minsae_jax.report.context import Context
-from minsae_jax.report.excerpts import ChosenToken, shown_samples
+from minsae_jax.report.excerpts import ChosenToken
 
 RANDOM_EXAMPLES = 6
 
@@ -37,13 +37,12 @@ def choose_tokens(context: Context, feature: int) -> list[ChosenToken]:
     """Return the tokens of a feature to show as examples."""
     activity = context.activity
     quantiles = context.quantiles
+    n_top = activity.top.token.shape[1]
     n_quantiles = quantiles.token.shape[1]
     n_random = min(RANDOM_EXAMPLES, activity.random.token.shape[1])
-    top_ranks = _without_duplicates(context, feature)
-    ranked = [("top", activity.candidates, rank) for rank in top_ranks]
+    ranked = [("top", activity.top, rank) for rank in range(n_top)]
     ranked += [(f"q{rank + 1}", quantiles, rank) for rank in range(n_quantiles)]
     ranked += [("random", activity.random, rank) for rank in range(n_random)]
-    with_montage = set(top_ranks[: context.montage_examples])
     chosen = []
     for group, tokens, rank in ranked:
         token = int(tokens.token[feature, rank])
@@ -54,37 +53,7 @@ def choose_tokens(context: Context, feature: int) -> list[ChosenToken]:
             sequence=int(tokens.sequence[feature, rank]),
             token=token,
             activation=float(tokens.activation[feature, rank]),
-            has_montage=group == "top" and rank in with_montage,
+            has_montage=group == "top" and rank < context.montage_examples,
         )
         chosen.append(one)
     return chosen
-
-
-def _without_duplicates(context: Context, feature: int) -> list[int]:
-    """Return the ranks of the top examples among the candidates, without overlaps.
-
-    A candidate that overlaps a stronger example is left out. Examples overlap if `w` patches around
-    them share samples of the same channel.
-    """
-    dataset = context.dataset
-    top = context.activity.candidates
-    count = context.activity.top.token.shape[1]
-    ranks = np.flatnonzero(top.token[feature] >= 0)
-    sequence = top.sequence[feature, ranks]
-    token = top.token[feature, ranks]
-    recording = dataset.recording[sequence]
-    channel = dataset.channels_of(sequence, token)
-    begin = dataset.first_samples(sequence, token)
-    # A CLS token is of its whole window.
-    is_patch = dataset.tokens.first[token] >= 0
-    length = np.where(is_patch, shown_samples(dataset, context.w), dataset.seq_len)
-    selected: list[int] = []
-    for i in range(len(ranks)):
-        if len(selected) == count:
-            break
-        is_same = (recording[selected] == recording[i]) & (channel[selected] == channel[i])
-        distance = np.abs(begin[selected] - begin[i])
-        is_close = distance < np.minimum(length[selected], length[i])
-        if not (is_same & is_close).any():
-            selected.append(i)
-    return ranks[selected].tolist()

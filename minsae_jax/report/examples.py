@@ -1,8 +1,9 @@
 """One pass over a store: the top examples of every feature, and statistics of its activity.
 
-The top examples are exact: of all tokens of the store the `top` largest activations of a feature,
-with at most `per_recording` from one recording, and earlier tokens first if two are equal. The
-random examples are a uniform sample of the feature's active tokens.
+The top examples are the strongest tokens of a feature, as `evaluation/token_pass.py` defines them,
+but with at most `per_recording` from one recording, so that several recordings are shown. They are
+exact, and earlier tokens come first if two are equal. The random examples are a uniform sample of
+the feature's active tokens.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_TOKENS = 8192
 BATCH_FEATURES = 1 << 25  # 128 MB of features
-CANDIDATES = 2  # times the number of top examples
 COACTIVE_TOKENS = 65_536  # sample for co-activity
 COACTIVE_PAIRS = 100_000_000  # at most, of active features of the sampled tokens
 
@@ -33,14 +33,6 @@ class Tokens:
     token: Int[np.ndarray, "d_sae n"]
     activation: Float[np.ndarray, "d_sae n"]
 
-    def first(self, count: int) -> "Tokens":
-        """Return the best `count` tokens of each feature."""
-        return Tokens(
-            sequence=self.sequence[:, :count],
-            token=self.token[:, :count],
-            activation=self.activation[:, :count],
-        )
-
 
 @dataclass(frozen=True)
 class Activity:
@@ -48,8 +40,6 @@ class Activity:
 
     n_tokens: int
     top: Tokens
-    # `top`, and as many after it, to replace those that overlap a stronger one
-    candidates: Tokens
     random: Tokens
     # Number of active tokens
     active: Int[np.ndarray, " d_sae"]
@@ -114,7 +104,7 @@ def collect(
     Memory grows with d_sae, and by 4 bytes for each feature and recording.
     """
     n_tokens = dataset.n_tokens
-    strongest = StrongestExamples(sae.d_sae, CANDIDATES * top, per_recording)
+    strongest = StrongestExamples(sae.d_sae, n_tokens, top, per_recording)
     sample = LargestByFeature(sae.d_sae, random)
     counts = _Counts(dataset, sae.d_sae)
     n_sequences = len(dataset.recording)
@@ -137,11 +127,9 @@ def collect(
             counts.add(batch, entries)
             pairs.add(first_position, entries)
             bar.advance(batch.n_sequences)
-    candidates = _to_tokens(strongest.finish(), n_tokens)
     return Activity(
         n_tokens=counts.n_tokens,
-        top=candidates.first(top),
-        candidates=candidates,
+        top=_to_tokens(strongest.finish(), n_tokens),
         random=_to_tokens(sample, n_tokens),
         active=counts.by_token.sum(axis=1),
         total=counts.total,

@@ -103,8 +103,8 @@ def load_features(
 
     root_path: folder of the recordings that the store was extracted from. encoder: for the
     waveforms, and for stores without tokens.npz. layer: needed if the store's folder contains
-    several. w: patches shown before and after an example's patch. top, per_recording: number of top
-    examples of a feature, and of them from one recording.
+    several. w: patches shown before and after an example's patch. top, per_recording: number of
+    strongest examples of a feature, and of them from one recording.
 
     Raises UserError if member, store, recordings and encoder do not belong together.
     """

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from minsae_jax.report.entries import ActiveEntries
 
@@ -44,12 +44,14 @@ class _Entries:
 class LargestByFeature:
     """The `size` entries of each feature with the largest keys; the earlier position if equal.
 
-    New entries wait until they are many, since each merge sorts all entries.
+    At most one of each `group` successive positions, such as the tokens of a sequence. New entries
+    wait until they are many, since each merge sorts all entries.
     """
 
-    def __init__(self, d_sae: int, size: int):
+    def __init__(self, d_sae: int, size: int, group: int = 1):
         self.d_sae = d_sae
         self.size = size
+        self.group = group
         self.clear()
 
     def clear(self) -> None:
@@ -95,11 +97,22 @@ class LargestByFeature:
         self._waiting = []
         # By feature, then decreasing key, then position: lexsort takes the main key last.
         order = np.lexsort((entries.position, -entries.key, entries.feature))
+        if self.group > 1:
+            order = order[self._is_first(entries.feature[order], entries.position[order])]
         rank = self._ranks(entries.feature[order])
         self._entries = entries.take(order[rank < self.size])
         is_last = self._ranks(self._entries.feature) == self.size - 1
         self.threshold[self._entries.feature[is_last]] = self._entries.key[is_last]
         return self._entries
+
+    def _is_first(
+        self, feature: Int[np.ndarray, " n"], position: Int[np.ndarray, " n"]
+    ) -> Bool[np.ndarray, " n"]:
+        """Return which entries are the first ones of their feature and group."""
+        _, first = np.unique(position // self.group * self.d_sae + feature, return_index=True)
+        is_first = np.zeros(len(feature), bool)
+        is_first[first] = True
+        return is_first
 
     def _ranks(
         self,
@@ -121,17 +134,16 @@ class LargestByFeature:
 
 
 class StrongestExamples:
-    """The largest activations of each feature, at most per_recording of them from one recording.
+    """The strongest tokens of each feature, at most per_recording of them from one recording.
 
-    Batches come in the order of the recordings. The best of the current recording are merged into
-    the best of all once the recording ends.
+    At most one is from each sequence of n_tokens. Batches come in the order of the recordings. The
+    best of the current recording are merged into the best of all once the recording ends.
     """
 
-    def __init__(self, d_sae: int, top: int, per_recording: int):
-        # More than `top` from one recording are never needed.
-        self.count = min(top, per_recording)
+    def __init__(self, d_sae: int, n_tokens: int, top: int, per_recording: int):
         self.best = LargestByFeature(d_sae, top)
-        self.in_recording = LargestByFeature(d_sae, self.count)
+        # More than `top` from one recording are never needed.
+        self.in_recording = LargestByFeature(d_sae, min(top, per_recording), group=n_tokens)
         self.recording = -1
 
     def add(

@@ -41,7 +41,7 @@ def test_best_feature_equals_scipys_u_statistic_and_counted_precision(trained):
         assert precision == pytest.approx(is_event[strongest].mean())
         compared += 1
     assert compared > 1
-    image = measures.images["strongest_examples"]
+    image = measures.images["strongest_spans"]
     assert image.dtype == np.uint8
     assert image.std() > 1
 
@@ -78,7 +78,7 @@ def test_training_writes_them_to_tensorboard(trained, tmp_path):
         assert [scalar.step for scalar in scalars] == [10, 20]
         assert all(0 <= scalar.value <= 1 for scalar in scalars)
     images = EventAccumulator(str(tmp_path / "run"), {"images": 0}).Reload()
-    assert len(images.Images("strongest_examples")) == 2
+    assert len(images.Images("strongest_spans")) == 2
 
 
 def test_folder_without_events_is_refused(trained, tmp_path):

@@ -12,7 +12,7 @@ from minsae_jax.report import naming
 from minsae_jax.report.chosen import choose_tokens
 from minsae_jax.report.context import make_context
 from minsae_jax.report.describe import describe, describe_all
-from minsae_jax.report.examples import Tokens, collect
+from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import to_int8
 from minsae_jax.report.naming import Label, fits_region
 
@@ -74,31 +74,17 @@ def test_more_eeg_than_the_patches(trained, context, feature):
         assert example.start <= before.start
 
 
-def test_top_examples_do_not_overlap(context):
-    n_dropped = 0
+def test_top_examples_are_those_of_the_activity(context):
+    """So that the page and `load_features` agree; each is of another sequence."""
+    top = context.activity.top
     for card in describe_all(context):
-        top = [example for example in card.examples if example.group == "top"]
-        n_dropped += (context.activity.candidates.token[card.id] >= 0).sum() - len(top)
-        for i, example in enumerate(top):
-            for other in top[:i]:
-                is_same = (example.recording, example.channel) == (other.recording, other.channel)
-                if is_same and example.patch and other.patch:
-                    assert abs(example.patch[0] - other.patch[0]) >= 5
-        if top:
-            assert top[0].activation == card.max
-    assert n_dropped
-
-
-def test_next_candidates_replace_examples_that_overlap(context):
-    """The first three sequences are channels of one window; tokens are a second apart."""
-    places = [(0, 2), (0, 3), (1, 2), (1, 9), (1, 8), (2, 5)]
-    sequence, token = np.array(places).T[:, None]
-    candidates = Tokens(sequence, token, np.arange(6, 0, -1, np.float32)[None])
-    for count, expected in ((1, [0]), (3, [0, 2, 3]), (4, [0, 2, 3, 5])):
-        activity = replace(context.activity, top=candidates.first(count), candidates=candidates)
-        chosen = choose_tokens(replace(context, activity=activity), 0)
-        top = [(one.sequence, one.token) for one in chosen if one.group == "top"]
-        assert top == [places[i] for i in expected]
+        is_example = top.token[card.id] >= 0
+        shown = [example for example in card.examples if example.group == "top"]
+        activations = [example.activation for example in shown]
+        assert activations == top.activation[card.id, is_example].tolist()
+        assert len(set(top.sequence[card.id, is_example])) == len(shown)
+        if shown:
+            assert shown[0].activation == card.max
 
 
 def test_events_and_other_features_of_an_example(trained, context, feature):

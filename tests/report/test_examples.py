@@ -38,9 +38,12 @@ def test_top_examples_match_a_brute_force_search(
     for feature in range(sae.d_sae):
         expected = []
         used = np.zeros(len(dataset.recordings), int)
+        seen = set()
         for i in np.lexsort((np.arange(len(f)), -f[:, feature])):
             recording = dataset.recording[sequence[i]]
-            if f[i, feature] > 0 and used[recording] < per_recording and len(expected) < top:
+            is_full = used[recording] == per_recording or len(expected) == top
+            if f[i, feature] > 0 and sequence[i] not in seen and not is_full:
+                seen.add(sequence[i])
                 used[recording] += 1
                 expected.append(i)
         n = len(expected)

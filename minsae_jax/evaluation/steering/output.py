@@ -64,7 +64,7 @@ class WindowChanges:
     hz: Float[np.ndarray, " n_hz"]
     # Correlation of the untouched reconstruction with the EEG, mean over affected channels
     r: float
-    # The strongest tokens, each of another window
+    # Around the largest activations, each of another window
     examples: tuple[ExampleTrace, ...]
 
 
