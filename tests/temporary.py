@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
-ENOUGH = 4 << 30  # bytes; all tests together take 1 GB at their peak
+ENOUGH = 4 << 30  # bytes; all tests together take 1.6 GB at their peak
 
 
 def use_memory() -> None:

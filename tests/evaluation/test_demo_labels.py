@@ -4,6 +4,7 @@ The same patients without the added spindles show which features these affect: t
 found by such features only.
 """
 
+import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,7 +75,8 @@ def planted(tmp_path_factory, optimized):
         pooled = pool(datasets[name], sae)
         values[name] = by_patient(pooled.recordings, pooled.active)
     labels = read_labels(datasets["labelled"].folder, datasets["labelled"].recordings)
-    return Planted(sae, datasets["plain"], values["labelled"], values["plain"], labels)
+    yield Planted(sae, datasets["plain"], values["labelled"], values["plain"], labels)
+    shutil.rmtree(folder)  # 0.5 GB
 
 
 def test_more_spindles_are_found_by_features_that_respond_to_them(planted):

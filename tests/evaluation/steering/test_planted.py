@@ -1,5 +1,6 @@
 """Steering on the demo, whose events are planted: the alpha feature acts on alpha."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def best(tmp_path_factory, optimized):
     of_features = evaluation.members[0].event_evaluation.features
     features = {"alpha": int(of_features.auc[of_features.kinds.index("alpha")].argmax())}
     (member,) = evaluation.inputs.members
-    return steer_best(evaluation.inputs, member, features, SCALES, bands=BANDS)
+    yield steer_best(evaluation.inputs, member, features, SCALES, bands=BANDS)
+    shutil.rmtree(folder)  # 0.3 GB
 
 
 def power_by_band(steering, power):
