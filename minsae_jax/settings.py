@@ -81,8 +81,9 @@ def check_ranges(settings: Any) -> None:
     """Raise UserError naming the first setting whose value is out of its Range.
 
     Also for a single value where there can be several: with `split="train"`, each letter would be
-    read as a split.
+    read as a split. Values that only Python code can give are replaced first, see `make_plain`.
     """
+    make_plain(settings)
     types = get_type_hints(type(settings))
     for name, hint in get_type_hints(type(settings), include_extras=True).items():
         values = getattr(settings, name)
@@ -95,6 +96,27 @@ def check_ranges(settings: Any) -> None:
             for number in numbers:
                 require(abs(number) < FLOAT32_LIMIT, f"--{name} must be finite, got {number}")
                 require(allowed.contains(number), f"--{name} must be {allowed}, got {number}")
+
+
+def make_plain(settings: Any) -> None:
+    """Replace NumPy's numbers and arrays, lists and paths by plain numbers, tuples and texts.
+
+    Otherwise ranges would not be checked, and neither JSON nor YAML could be written.
+    """
+    for field in dataclasses.fields(settings):
+        value = _plain(getattr(settings, field.name))
+        # The settings are frozen.
+        object.__setattr__(settings, field.name, value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(_plain(each) for each in value)
+    return value
 
 
 def _ranges(hint: Any) -> list[Range]:

@@ -1,10 +1,12 @@
 """Settings: strict YAML, ranges, contradictions, recipes."""
 
+import json
 import time
 import tracemalloc
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 
 from minsae_jax.__main__ import VERBS
@@ -244,6 +246,42 @@ def test_single_value_is_refused_where_there_can_be_several():
     object.__setattr__(config, "split", "train")
     with pytest.raises(UserError, match=r"split must be a tuple such as \('train',\), got 'train'"):
         check_ranges(config)
+
+
+def test_values_of_numpy_and_paths_become_plain(tmp_path):
+    """Settings made in a notebook; JSON and YAML have none of these types."""
+    given = {
+        "store": tmp_path / "store",
+        "lambda_sparsity": np.array([0.5, 2.0]),
+        "lr": (np.float64(0.5), "auto"),
+        "seed": tuple(np.arange(2)),
+        "kind": ["relu"],
+        "num_steps": np.int64(3),
+        "deterministic": np.bool_(True),
+    }
+    settings = TrainConfig()
+    for name, value in given.items():
+        # Annotations are checked in tests when settings are made, and otherwise not.
+        object.__setattr__(settings, name, value)
+    check_ranges(settings)
+    plain = TrainConfig(
+        store=str(tmp_path / "store"),
+        lambda_sparsity=(0.5, 2.0),
+        lr=(0.5, "auto"),
+        seed=(0, 1),
+        kind=("relu",),
+        num_steps=3,
+        deterministic=True,
+    )
+    assert repr(settings) == repr(plain)
+    assert json.loads(json.dumps(to_dict(settings))) == to_dict(plain)
+
+
+def test_range_of_a_list_is_checked():
+    settings = TrainConfig()
+    object.__setattr__(settings, "lambda_sparsity", [1.0, -1.0])
+    with pytest.raises(UserError, match=r"--lambda_sparsity must be at least 0, got -1\.0"):
+        check_ranges(settings)
 
 
 def test_ranges_include_their_limits():

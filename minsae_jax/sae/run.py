@@ -179,6 +179,8 @@ class RunFolder:
         was_new: the earlier result of `is_new`. Raises UserError if another command has used the
         folder since then.
         """
+        # Before --overwrite discards anything.
+        content = yaml.safe_dump({"train": self.saved_settings()}, sort_keys=False)
         make_folder(self.folder)
         with lock_folder(self.folder):
             if self.is_finished() or self.is_new() != was_new:
@@ -187,8 +189,7 @@ class RunFolder:
                 empty_folder(self.folder)
             # Also on resume, since the settings in _CHANGEABLE may be others now.
             with atomic_write(self.folder / "config.yaml") as file:
-                content = {"train": self.saved_settings()}
-                file.write_text(yaml.safe_dump(content, sort_keys=False))
+                file.write_text(content)
             yield
 
     def finish(self, rows: list[JsonObject]) -> None:
