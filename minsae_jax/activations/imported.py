@@ -87,6 +87,9 @@ def write_store(
     Raises UserError if arrays do not fit each other or contain NaN or infinity, or if the folder
     contains other files or, unless `overwrite`, a store.
     """
+    # Integers of NumPy cannot be written to JSON.
+    layer = int(layer)
+    seq_len = int(seq_len)
     folder = store_folder(out, split, layer)
     if (folder / MANIFEST).exists() and not overwrite:
         raise UserError(f"{folder} contains a store; choose another folder, or use overwrite=True")

@@ -1,6 +1,6 @@
 """Activations of some layers, computed on this process's devices or by a host function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -67,12 +67,13 @@ class Activations:
         """
         if self.runs_on_host:
             outputs = self._function(self._params, x)
-            for z in outputs:
-                if len(z) != len(x):
-                    raise UserError(f"the function returned {len(z)} windows for {len(x)}")
+            _check_lengths(outputs, len(x))
             return tuple(np.asarray(z).astype(self.dtype, copy=False) for z in outputs)
         windows_per_device = -(-padded_windows // self._mesh.shape[DATA])
-        return self._function(self._params, put_batch(self._mesh, x, windows_per_device))
+        padded = put_batch(self._mesh, x, windows_per_device)
+        outputs = self._function(self._params, padded)
+        _check_lengths(outputs, len(padded))
+        return outputs
 
     def fetch(self, output: Output, n_windows: int) -> list[np.ndarray]:
         """Wait for an output and copy its first windows to the host.
@@ -82,6 +83,12 @@ class Activations:
         parts = fetch_batch(output, n_windows) if isinstance(output, jax.Array) else [output]
         sequence_shape = (self.spec.tokens.n_tokens, self.spec.d_model)
         return [part.reshape(-1, *sequence_shape) for part in parts]
+
+
+def _check_lengths(outputs: Sequence[Any], n_windows: int) -> None:
+    for z in outputs:
+        if len(z) != n_windows:
+            raise UserError(f"the function returned {len(z)} windows for {n_windows}")
 
 
 @lru_cache(8)

@@ -44,7 +44,7 @@ class FunctionEncoder(BaseEncoder):
     ) -> HiddenFunction:
         def hidden(params: Params, windows: Any) -> tuple[Any, ...]:
             outputs = _call(self._f, params, windows)
-            return tuple(outputs[layer] for layer in layers)
+            return tuple(_readable(outputs[layer]) for layer in layers)
 
         return self._functions.setdefault(layers, hidden)
 
@@ -128,6 +128,12 @@ def _call(f: Callable[..., Any], params: Params, windows: Any) -> Mapping[Any, A
     if isinstance(outputs, Mapping):
         return outputs
     return {0: outputs}
+
+
+def _readable(z: Any) -> Any:
+    """Return the output of a layer as an array that NumPy can read."""
+    # NumPy reads no tensors of PyTorch in bfloat16, and none with a gradient.
+    return z.detach().float() if hasattr(z, "detach") else z
 
 
 def _output_shapes(

@@ -1,5 +1,6 @@
 """Stores from arrays, and the examples of docs/activations.md."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -24,6 +25,16 @@ PLACES = {
 def write(out, activations=X, **changes):
     settings = {"encoder": "mine", "tokens": GRID, "seq_len": 30} | PLACES | changes
     return ms.write_store(out / "store", activations, **settings)
+
+
+def test_integers_of_numpy_are_numbers_of_the_manifest(tmp_path, monkeypatch):
+    # jaxtyping checks annotations in tests only.
+    integers = {"seq_len": np.int64(30), "layer": np.int32(2)}
+    store = inspect.unwrap(ms.write_store)(
+        tmp_path / "store", X, encoder="mine", tokens=GRID, **(PLACES | integers)
+    )
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    assert (manifest["data"]["seq_len"], manifest["layer"], manifest["layer_index"]) == (30, 2, 2)
 
 
 @pytest.mark.parametrize("in_parts", [False, True])

@@ -205,6 +205,34 @@ def test_function_must_return_all_windows(described, tmp_path):
         ms.extract(encoder, settings)
 
 
+def test_function_on_devices_must_return_all_windows(described, tmp_path):
+    """As one that averages over the batch, which has the right shape for a single window."""
+    grid = ms.TokenGrid.patches(N_PATCHES, PATCH)
+
+    def mean_window(x):
+        return x.reshape(len(x), N_PATCHES, -1).mean(0, keepdims=True)
+
+    encoder = make_encoder(mean_window, tokens=grid, backend="jax")
+    settings = ms.ExtractConfig(
+        root_path=str(described.folder), out=str(tmp_path / "store"), batch_size=16
+    )
+    # One from each of the eight devices.
+    with pytest.raises(ms.UserError, match="returned 8 windows for 16"):
+        ms.extract(encoder, settings)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, torch.Tensor.requires_grad_])
+def test_tensors_that_numpy_cannot_read(change):
+    def double(x):
+        return change(torch.from_numpy(x).reshape(len(x), N_PATCHES, -1)[:, :, :4] * 2)
+
+    encoder = make_encoder(double, tokens=ms.TokenGrid.patches(N_PATCHES, PATCH))
+    x = np.random.default_rng(0).integers(-9, 9, (2, WINDOW, N_CHANNELS)).astype(np.float32)
+    # These numbers have few digits.
+    expected = 2 * x.reshape(2, N_PATCHES, -1)[:, :, :4]
+    np.testing.assert_array_equal(encoder.activations(x), expected)
+
+
 def test_jax_function_without_parameters(described, tmp_path):
     """Weights in a closure; all devices compute, and the last batch is padded."""
     weights = np.random.default_rng(0).normal(size=(PATCH, 4)).astype(np.float32)
