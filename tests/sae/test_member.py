@@ -47,6 +47,29 @@ def test_folded_scale_reconstructs_raw_activations():
         np.testing.assert_allclose(value, scaled[name], atol=1e-6)
 
 
+@pytest.mark.parametrize("n_zero", [0, 6, 12])
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
+def test_threshold_of_a_normalized_decoder_does_not_count_rows_of_zeros(kind, n_zero):
+    kind = KINDS[kind]
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=s).astype(np.float32) for k, s in kind.shapes(4, 12).items()}
+    params["threshold"] = np.array(0.7, np.float32)
+    norms = np.linalg.norm(params["W_dec"], axis=1, keepdims=True)
+    params["W_dec"] *= 5 / norms
+    params["W_dec"][:n_zero] = 0
+    params = jax.tree.map(jnp.asarray, params)
+    x = jnp.asarray(rng.normal(size=(50, 4)).astype(np.float32))
+    normalized = kind.normalize_decoder(params)
+    features = kind.encode(params, x)
+    np.testing.assert_allclose(
+        kind.decode(normalized, kind.encode(normalized, x)),
+        kind.decode(params, features),
+        atol=1e-4,
+    )
+    of_others = np.asarray(kind.encode(normalized, x))[:, n_zero:]
+    np.testing.assert_allclose(of_others, 5 * features[:, n_zero:], rtol=1e-4, atol=1e-5)
+
+
 def test_member_files(tmp_path):
     params = {k: np.asarray(v) for k, v in RELU.init_torch(jax.random.key(0), 8, 20).items()}
     save_member(tmp_path / "m", params, {"layer": -1})

@@ -94,7 +94,10 @@ class BatchTopK(LinearSAE):
 
     def normalize_decoder(self, params: Params) -> Params:
         # The threshold is one number for all features: exact where all rows have the same norm.
-        mean_norm = jnp.linalg.norm(params["W_dec"], axis=1).mean()
+        norms = jnp.linalg.norm(params["W_dec"], axis=1)
+        # Features of rows of zeros are never active afterwards.
+        norms = norms[norms > 0]
+        mean_norm = norms.mean() if norms.size else 1.0
         normalized = super().normalize_decoder(params)
         return normalized | {"threshold": params["threshold"] * mean_norm}
 
