@@ -91,7 +91,14 @@ class SparseAutoencoder:
     def encode_features(
         self, x: Array | np.ndarray, indices: Sequence[int]
     ) -> Float[np.ndarray, "*tokens indices"]:
-        """Return some of the features of raw activations [..., d_model], without the others."""
+        """Return some of the features of raw activations [..., d_model], without the others.
+
+        Raises UserError if the last axis of x is not d_model, or if there is no such feature.
+        """
+        unknown = [i for i in indices if not 0 <= i < self.d_sae]
+        if unknown:
+            # JAX would return the last feature.
+            raise UserError(f"there is no feature {unknown[0]}: features are 0 to {self.d_sae - 1}")
         x = np.asarray(self._to_array(x, self.d_model))
         tokens = x.reshape(-1, self.d_model)
         padded = pad_rows(tokens, power_of_two(len(tokens)))

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from minsae_jax import UserError, load_sae
 from minsae_jax.sae.kinds import KINDS, JumpReLU, Matryoshka
-from minsae_jax.sae.member import save_member
+from minsae_jax.sae.member import SparseAutoencoder, save_member
 
 RELU = KINDS["relu"]
 
@@ -68,6 +68,15 @@ def test_threshold_of_a_normalized_decoder_does_not_count_rows_of_zeros(kind, n_
     )
     of_others = np.asarray(kind.encode(normalized, x))[:, n_zero:]
     np.testing.assert_allclose(of_others, 5 * features[:, n_zero:], rtol=1e-4, atol=1e-5)
+
+
+def test_feature_that_does_not_exist_is_refused():
+    params = {k: np.asarray(v) for k, v in RELU.init_torch(jax.random.key(0), 8, 20).items()}
+    sae = SparseAutoencoder(params)
+    x = np.ones((3, 8), np.float32)
+    for feature in (20, -1):
+        with pytest.raises(UserError, match=rf"no feature {feature}: features are 0 to 19"):
+            sae.encode_features(x, [0, feature])
 
 
 def test_member_files(tmp_path):
