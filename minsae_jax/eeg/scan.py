@@ -236,6 +236,8 @@ def _warn_of_zeros(recordings: Recordings) -> None:
     files = recordings.windows.files
     is_zero = recordings.rms == 0
     is_zero[recordings.shifted, -1] = False
+    # Of recordings that are shorter than a window no sample is read.
+    is_zero[recordings.windows.counts == 0] = False
     if not is_zero.any():
         return
     columns = np.flatnonzero(is_zero.any(axis=0))

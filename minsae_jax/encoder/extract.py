@@ -116,13 +116,16 @@ class Extraction:
 
     def _open_extracted(self, folder: Path, was_complete: bool) -> ExtractedStore:
         store = open_store(folder)
+        windows = self.windows
+        # Others are shorter than a window.
+        used = [file for file, n in zip(windows.files, windows.counts, strict=True) if n]
         # dataclasses.asdict would copy the shards into dicts.
         return ExtractedStore(
             **{field.name: getattr(store, field.name) for field in fields(store)},
             split=self.plan.split,
-            n_windows=len(self.windows),
-            n_recordings=len(self.windows.files),
-            n_patients=len({patient_of(file) for file in self.windows.files}),
+            n_windows=len(windows),
+            n_recordings=len(used),
+            n_patients=len({patient_of(file) for file in used}),
             was_complete=was_complete,
         )
 

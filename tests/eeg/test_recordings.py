@@ -355,3 +355,15 @@ def test_channels_of_zeros_are_named(tmp_path, recwarn):
     warn_of(recordings, "all")
     (message,) = [str(warning.message) for warning in recwarn]
     assert message.startswith("channels all zero: FZ, CZ, PZ (in p0")
+
+
+def test_recordings_shorter_than_a_window_are_not_channels_of_zeros(tmp_path, recwarn):
+    folder = write_noise(tmp_path / "data", 3)
+    short = folder / "p01_s001_t000_preprocessed.npy"
+    np.save(short, np.load(short)[:60])
+    lengths = folder / "file_lengths_map.csv"
+    lengths.write_text(lengths.read_text().replace(f"{short.name},500", f"{short.name},60"))
+    (recordings,) = open_recordings(folder, ["all"], 42, WindowShape(100, 0, 19))
+    assert sorted(recordings.windows.counts) == [0, 5, 5]
+    warn_of(recordings, "all")
+    assert not recwarn.list

@@ -98,6 +98,20 @@ def test_skipped_recordings_are_replaced_by_others(encoder, settings, demo_folde
         assert origin["recordings"][0] == others[0]
 
 
+def test_recording_shorter_than_a_window_is_not_counted(encoder, settings, demo_folder, tmp_path):
+    root = shutil.copytree(demo_folder, tmp_path / "data")
+    windows = open_windows(root, "train", 42, 1000, 100, 19)
+    short = windows.files[0]
+    np.save(root / short, np.load(root / short)[:999])
+    lengths = root / "file_lengths_map.csv"
+    lengths.write_text(lengths.read_text().replace(f"{short},{windows.lengths[0]}", f"{short},999"))
+    (store,) = extract(encoder, replace(settings, root_path=str(root)), "train")
+    assert store.n_windows == len(windows) - windows.counts[0]
+    assert store.n_recordings == len(windows.files) - 1
+    patients = {file.split("_")[0] for file in windows.files[1:]}
+    assert store.n_patients == len(patients)
+
+
 @pytest.mark.parametrize("change", [lambda x: 2 * x, lambda x: x[:1500]])
 def test_recording_that_changes_during_extraction_is_refused(
     encoder, settings, demo_folder, tmp_path, monkeypatch, change
