@@ -48,8 +48,8 @@ class TrainData:
     held_out: Store | None
     stream: TokenStream  # in a cluster, this process's share of the tokens
     groups: tuple[Group, ...]
+    # A resumed run has these three in its checkpoint, so they are None there.
     start: Params | None  # weights of --init, for raw activations
-    # A resumed run has both of these in its checkpoint, so they are None there.
     scale: float | None = None  # factor of the activations in training
     # Geometric median of the scaled tokens; None if no kind starts there.
     median: Float[np.ndarray, " d_model"] | None = None
@@ -76,7 +76,7 @@ def open_train_data(
         )
     groups = make_groups(plan, store.d_model)
     _check_memory(groups, store.d_model)
-    start = _load_start(config, groups, store.d_model)
+    start = _load_start(config, groups, store.d_model) if is_new else None
     read_errors: list[Exception] = []
     on_error = read_errors.append if process_count() > 1 else None
     stream = open_stream(plan, store, process_share(), on_error)

@@ -130,6 +130,7 @@ class RunFolder:
                 "choose another --run_dir"
             )
         if self.config.overwrite:
+            self._check_init_is_kept()
             return
         if has_config:
             self._refuse_other_settings()
@@ -137,6 +138,15 @@ class RunFolder:
             raise UserError(
                 f"{self.folder} contains checkpoints but no config.yaml; use --overwrite to start "
                 "anew"
+            )
+
+    def _check_init_is_kept(self) -> None:
+        """Raise UserError if --overwrite would delete the weights of --init."""
+        init = self.config.init
+        if init is not None and Path(init).resolve().is_relative_to(self.folder.resolve()):
+            raise UserError(
+                f"--init {init} is in the run that --overwrite would delete; choose another "
+                "--run_dir"
             )
 
     def is_finished(self) -> bool:

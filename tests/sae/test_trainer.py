@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -279,6 +280,32 @@ def test_init_starts_every_member_from_the_given_weights(settings, tmp_path):
             np.testing.assert_allclose(
                 value, load_file(init / "sae.safetensors")[key], rtol=1e-6, atol=1e-7
             )
+
+
+def test_resumed_run_does_not_need_the_weights_of_init(settings, tmp_path):
+    settings = replace(settings, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,), num_steps=12)
+    train(settings)
+    init = shutil.copytree(tmp_path / "run/members/lambda=3", tmp_path / "init")
+    settings = replace(settings, init=str(init), run_dir=str(tmp_path / "whole"))
+    train(settings)
+    killed = replace(settings, run_dir=str(tmp_path / "killed"))
+    train_until(killed, 11)
+    shutil.rmtree(init)
+    train(killed)
+    weights = "members/lambda=3/sae.safetensors"
+    assert (tmp_path / "killed" / weights).read_bytes() == (
+        tmp_path / "whole" / weights
+    ).read_bytes()
+
+
+def test_overwrite_never_deletes_the_weights_of_init(settings, tmp_path):
+    settings = replace(settings, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,), num_steps=2)
+    train(settings)
+    init = tmp_path / "run/members/lambda=3"
+    before = files(tmp_path / "run", "*.safetensors", "*.csv", "*.yaml")
+    with pytest.raises(UserError, match="is in the run that --overwrite would delete"):
+        train(replace(settings, init=str(init), overwrite=True))
+    assert files(tmp_path / "run", "*.safetensors", "*.csv", "*.yaml") == before
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
