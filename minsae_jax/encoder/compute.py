@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import jax
@@ -35,7 +36,8 @@ Output = jax.Array | np.ndarray
 class Activations:
     """Computes the outputs of some layers, batch by batch.
 
-    Every device computes its own windows. float32 precision is full float32, without TF32. Raises
+    Every device computes its own windows. float32 precision is full float32, without TF32. A host
+    function is never called by two threads at once, as models of PyTorch with hooks require. Raises
     UserError if the encoder cannot compute with the options.
     """
 
@@ -52,6 +54,7 @@ class Activations:
         self.runs_on_host = encoder.runs_on_host
         self._function = encoder.function(layers, options)
         self._params = encoder.params
+        self._host_lock = Lock()
         if not self.runs_on_host:
             self._mesh = make_local_mesh()
             self._params = jax.device_put(encoder.params, replicated(self._mesh))
@@ -66,7 +69,9 @@ class Activations:
         batch, to which all are padded, so that there is one compilation.
         """
         if self.runs_on_host:
-            outputs = self._function(self._params, x)
+            # `train --live` reads ahead in two threads.
+            with self._host_lock:
+                outputs = self._function(self._params, x)
             _check_lengths(outputs, len(x))
             return tuple(np.asarray(z).astype(self.dtype, copy=False) for z in outputs)
         windows_per_device = -(-padded_windows // self._mesh.shape[DATA])

@@ -75,7 +75,7 @@ def from_function(
     params: a pytree of arrays, which are put on the devices once. Without it, weights that `f`
     refers to become constants of the compiled program.
     backend: "jax" for a pure function of JAX arrays, which is compiled; "host" for one that takes
-    and returns NumPy arrays, or PyTorch tensors on the CPU, and is called once for each batch:
+    and returns NumPy arrays, or PyTorch tensors on the CPU, and is called for one batch at a time:
 
         @torch.inference_mode()
         def f(windows):

@@ -1,5 +1,6 @@
 """A PyTorch function with a CLS token and a token for each channel and patch."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import minsae_jax as ms
+from minsae_jax.activations.stream import shuffled_tokens
 from minsae_jax.eeg.recordings import load_recording
 from minsae_jax.encoder.live import open_live
 from minsae_jax.evaluation.dataset import open_dataset
@@ -82,6 +84,33 @@ def test_live_activations_are_those_of_the_store(encoder, described, dataset):
     assert live.d_model == 3
     tokens = np.concatenate([live.read(shard) for shard in range(3)])
     np.testing.assert_array_equal(tokens, dataset.read(0, 20).reshape(-1, 3))
+
+
+def test_live_training_calls_a_host_function_in_one_thread_at_a_time(described):
+    """PyTorch's hooks, by which layers are read, are those of the model, not of a thread."""
+    running = 0
+    most_running = 0
+
+    def slow(windows):
+        nonlocal running, most_running
+        running += 1
+        most_running = max(most_running, running)
+        time.sleep(0.05)
+        running -= 1
+        return amplitudes(windows)
+
+    live = open_live(
+        make_encoder(slow),
+        root_path=str(described.folder),
+        split="train",
+        split_seed=42,
+        layer=-1,
+        batch_size=8,
+    )
+    stream = shuffled_tokens(live, batch_size=sum(live.tokens_per_shard), shuffle_seed=0)
+    for _ in range(3):
+        next(stream)
+    assert most_running == 1
 
 
 def test_tokens_of_a_span_are_on_its_channels(dataset):
