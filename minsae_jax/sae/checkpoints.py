@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -46,8 +47,9 @@ class Progress:
     diverged: dict[str, int] = field(default_factory=dict)  # member -> the step that failed
 
     def to_json(self) -> JsonObject:
+        """Return a copy, which Orbax writes while training changes the progress."""
         # These keys are as old as _STORED_NAMES below, and stay for the same reason.
-        return {
+        content = {
             "tokens": self.tokens,
             "scale": self.scale,
             "figures": self.metrics,
@@ -56,6 +58,7 @@ class Progress:
             "store": self.store,
             "held_out": self.held_out_store,
         }
+        return deepcopy(content)
 
 
 def _from_json(step: int, notes: JsonObject) -> Progress:

@@ -1,5 +1,7 @@
 """Interrupted runs end with the same bytes as others."""
 
+import os
+import time
 from dataclasses import replace
 from os import mkfifo
 
@@ -8,7 +10,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minsae_jax import UserError
-from minsae_jax.sae.checkpoints import Checkpoints
+from minsae_jax.sae.checkpoints import Checkpoints, Progress
+from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae.grid import make_groups
+from minsae_jax.sae.sweep import Sweep
 from minsae_jax.sae.trainer import train
 from tests.interrupt import train_until
 from tests.sae.runs import files, minsae
@@ -70,6 +75,30 @@ def test_kill_between_the_last_checkpoint_and_the_export(settings, tmp_path):
     train(replace(settings, run_dir=str(tmp_path / "other")))
     names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
     assert files(tmp_path / "run", *names) == files(tmp_path / "other", *names)
+
+
+def test_checkpoint_is_of_its_step_on_a_slow_file_system(tmp_path, monkeypatch):
+    """Its folder, and then its metrics, are written when training has gone on."""
+    plan = TrainConfig(feature_dim_factor=(2.0,), mesh="1x1").plan()
+    sweep = Sweep(plan, make_groups(plan, 4), 4)
+    make_at_once = os.mkdir
+
+    def make_slowly(*args, **kwargs):
+        time.sleep(0.2)
+        make_at_once(*args, **kwargs)
+
+    progress = Progress(scale=1.0, store="a", held_out_store=None, step=3, tokens=10)
+    progress.metrics["m"] = {"mse": 1.0}
+    with Checkpoints(tmp_path / "checkpoints", max_to_keep=2) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mkdir", make_slowly)
+            checkpoints.save(progress, sweep.init(), {})
+            progress.metrics["m"] = {"mse": 2.0}
+            progress.diverged["m"] = 5
+            checkpoints.wait()
+        _, saved, _ = checkpoints.restore(3, sweep.abstract_portable())
+    assert saved.metrics == {"m": {"mse": 1.0}}
+    assert not saved.diverged
 
 
 def test_named_pipe_in_a_checkpoint_is_refused(tmp_path):
