@@ -210,6 +210,8 @@ class Store:
         return tokens
 
     def _read_into(self, out: Float[np.ndarray, "tokens d_model"], shard: int, start: int) -> None:
+        if not len(out):
+            return  # a memoryview cannot be empty
         target = out
         if self._file_dtype != out.dtype:
             target = np.empty(out.shape, self._file_dtype)

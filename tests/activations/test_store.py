@@ -88,6 +88,12 @@ def test_read_returns_the_written_tokens(folder, tmp_path, path):
     np.testing.assert_array_equal(store.read(1, 2, 7), arrays()[1].reshape(-1, 4)[2:7])
 
 
+def test_no_tokens_can_be_read(folder):
+    store = open_store(folder)
+    assert store.read(1, 5, 5).shape == (0, 4)
+    assert store.read_rows(7, 7).shape == (0, 4)
+
+
 def test_layer_may_count_from_the_start_or_the_end(folder):
     assert open_store(folder, 2).total_tokens == 30  # of three layers
     assert open_store(folder, -1).total_tokens == 30
