@@ -84,8 +84,14 @@ def from_function(
     Raises UserError if the output of `f` does not fit `tokens`.
     """
     runs_on_host = backend == "host"
-    names = None if isinstance(channels, int) else tuple(channels)
-    n_vars = channels if isinstance(channels, int) else len(channels)
+    # Integers of NumPy are no JSON, of which the fingerprint is made.
+    seq_len = int(seq_len)
+    names: tuple[str, ...] | None = None
+    if isinstance(channels, int | np.integer):
+        n_vars = int(channels)
+    else:
+        names = tuple(channels)
+        n_vars = len(names)
     if tokens.last.max() >= seq_len or tokens.channel.max() >= n_vars:
         raise UserError(
             f"the tokens reach to sample {tokens.last.max()} and channel {tokens.channel.max()}, "

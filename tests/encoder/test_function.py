@@ -1,5 +1,6 @@
 """A PyTorch function with a CLS token and a token for each channel and patch."""
 
+import inspect
 import time
 from dataclasses import replace
 
@@ -203,6 +204,21 @@ def test_activations_and_fingerprint(encoder):
     assert encoder.fingerprint != make_encoder(name="other weights").fingerprint
     with pytest.raises(ms.UserError, match=r"must be \[batch, 800 samples, 30 channels\]"):
         encoder.activations(x[:, :100])
+
+
+def test_integers_of_numpy_make_the_same_encoder(encoder):
+    # Annotations are checked in tests only.
+    from_function = inspect.unwrap(ms.from_function)
+    same = from_function(
+        amplitudes,
+        name="amplitudes",
+        seq_len=np.int64(WINDOW),
+        channels=np.int32(N_CHANNELS),
+        tokens=GRID,
+        backend="host",
+    )
+    assert same.fingerprint == encoder.fingerprint
+    assert repr(same.spec.window_shape) == repr(encoder.spec.window_shape)
 
 
 @pytest.mark.parametrize(
