@@ -24,7 +24,14 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.activations.manifest import Manifest, read_manifest
-from minsae_jax.activations.shards import find_damage, read_bytes, read_header, shard_files
+from minsae_jax.activations.shards import (
+    PROVENANCE,
+    find_damage,
+    read_bytes,
+    read_header,
+    shard_files,
+)
+from minsae_jax.checksums import read_npz
 from minsae_jax.errors import UserError
 from minsae_jax.files import sha256_of
 from minsae_jax.monitor import progress
@@ -221,6 +228,12 @@ class Store:
         if target is not out:
             # The assignment converts the dtype.
             out[:] = target
+
+    def recordings(self) -> set[str]:
+        """Return the file names of the recordings; none for a folder that minSAE wrote."""
+        if self.manifest is None:
+            return set()
+        return set(read_npz(self.folder / PROVENANCE)["recordings"].tolist())
 
     def verify(self, share: Share = WHOLE) -> None:
         """Read a share of the shards and compare their checksums.

@@ -10,8 +10,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minsae_jax import UserError, load_sae
+from minsae_jax.activations.imported import write_store
 from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import ShuffleBuffers
+from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.data import held_out_batches, measure_scale, physical_memory
 from minsae_jax.sae.run import HELD_OUT_METRICS, read_held_out
@@ -83,6 +85,36 @@ def test_held_out_metrics_equal_those_of_the_exported_member(
     of_run.Reload()
     assert [image.step for image in of_run.Images("pareto")] == [15, 30, 40]
     assert "val FVU" in summary
+
+
+def write_recordings(out, recordings, split):
+    """A store of three recordings with a window each."""
+    x = np.random.default_rng(0).normal(size=(3, 7, 16)).astype(np.float32)
+    return write_store(
+        out,
+        x,
+        encoder="mine",
+        tokens=TokenGrid.patches(7, 10),
+        seq_len=70,
+        recordings=recordings,
+        recording=[0, 1, 2],
+        window=[0, 0, 0],
+        split=split,
+    )
+
+
+def test_held_out_recordings_in_the_train_store_are_a_warning(settings, tmp_path, recwarn):
+    write_recordings(tmp_path / "mine", ["a_1.npy", "b_1.npy", "c_1.npy"], "train")
+    write_recordings(tmp_path / "mine", ["d_1.npy", "e_1.npy", "f_1.npy"], "val")
+    settings = replace(settings, store=str(tmp_path / "mine"), batch_size=8, num_steps=2)
+    train(settings)
+    assert not recwarn.list
+    other = tmp_path / "other_seed"
+    write_recordings(other, ["d_1.npy", "c_1.npy", "b_1.npy"], "val")
+    settings = replace(settings, val_store=f"{other}_val", run_dir=str(tmp_path / "second"))
+    message = r"2 of the 3 recordings in .*other_seed_val.* train store \(such as b_1\.npy\)"
+    with pytest.warns(UserWarning, match=message):
+        train(settings)
 
 
 def test_eval_every_0_measures_nothing(settings, small_store, val_store, tmp_path):
