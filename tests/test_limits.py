@@ -1,12 +1,14 @@
 """Commands under limits of the system: few open files, little memory."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from minsae_jax.cli.process import run
+from tests.cluster import ROOT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="requires ulimit")
 
@@ -51,6 +53,66 @@ def test_exit_codes_are_those_of_the_command(tmp_path):
     version = minsae("-v 8000000", "--version")
     assert version.returncode == 0
     assert version.stdout.startswith("minsae_jax ")
+
+
+CRASHES = """
+import ctypes, os, sys, time
+from minsae_jax.cli import run, watch_cluster
+
+def crash(args):
+    print("progress", file=sys.stderr)
+    os.write(2, b"Check failed: " + args[1].encode() + b"\\n")
+    if args[0] == "null pointer":
+        ctypes.string_at(0)
+    if args[0] == "abort":
+        os.abort()
+    if args[0] == "malloc":
+        malloc = ctypes.CDLL(None).malloc
+        malloc.restype = ctypes.c_void_p
+        while malloc(1 << 20):
+            pass
+        time.sleep(0.2)  # Such a peak is measured by samples.
+        ctypes.memset(malloc(1 << 20), 0, 1)
+    watch_cluster()
+    raise OSError("a full disk")
+
+run(crash)
+"""
+
+
+def crash(how: str, message: str) -> subprocess.CompletedProcess:
+    """Run a command that crashes under a limit of 2 GB, far more than it needs."""
+    script = 'ulimit -c 0; ulimit -v 2000000; exec "$@"'
+    command = ["bash", "-c", script, "bash", sys.executable, "-c", CRASHES, how, message]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.parametrize(("how", "name"), [("null pointer", "SIGSEGV"), ("abort", "SIGABRT")])
+def test_crash_shows_what_native_code_printed_and_where_python_was(how, name):
+    result = crash(how, "a bug")
+    assert result.returncode == 128 + signal.Signals[name]
+    lines = result.stderr.splitlines()
+    assert lines[:2] == ["progress", "Check failed: a bug"]
+    assert any(line.startswith('  File "<string>", line') for line in lines)
+    assert lines[-1] == f"error: native code crashed ({name})"
+    assert "memory" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("how", "message"), [("abort", "std::bad_alloc"), ("malloc", "no words about the reason")]
+)
+def test_crash_for_lack_of_memory_is_one_line(how, message):
+    result = crash(how, message)
+    assert result.returncode == 2
+    progress, line = result.stderr.splitlines()
+    assert progress == "progress"
+    assert line.startswith("error: native code crashed, probably for lack of memory, which is lim")
+
+
+def test_process_of_a_cluster_prints_its_error_under_a_limit():
+    result = crash("not at all", "")
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == ["progress", "error: a full disk"]
 
 
 @pytest.mark.parametrize("message", ["Unable to allocate 9.0 GiB", "RESOURCE_EXHAUSTED: 9 GB", ""])

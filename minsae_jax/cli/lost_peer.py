@@ -7,6 +7,7 @@ a callback instead, but cannot call one in Python (in jaxlib 0.10 it ends with s
 abort is therefore caught as the signal SIGABRT.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -33,7 +34,12 @@ def watch() -> None:
     """
     if "--debug" in sys.argv:
         return
-    stderr = os.dup(2)
+    descriptor = 2
+    # Python's stderr is another one under a limit of memory, see `memory.run_in_child`, and has
+    # none in some notebooks.
+    with contextlib.suppress(AttributeError, OSError):
+        descriptor = sys.stderr.fileno()
+    stderr = os.dup(descriptor)
     native = tempfile.TemporaryFile()  # noqa: SIM115
     os.dup2(native.fileno(), 2)
     sys.stderr = os.fdopen(stderr, "w", buffering=1, errors="replace")

@@ -1,17 +1,39 @@
 """Commands under a limit of memory (`ulimit -v`), where native code ends the process.
 
 XLA and the C library abort with their own stack traces or messages where Python would raise
-MemoryError. Under a limit, a command therefore runs in a child process without native output, and
-its parent reports the error in one line.
+MemoryError. Under a limit, a command therefore runs in a child process whose native output goes to
+a temporary file. If it crashes, its parent reports lack of memory in one line where there are signs
+of it, and otherwise shows the end of that output.
 """
 
+import contextlib
+import faulthandler
 import os
+import re
+import select
 import signal
 import sys
+import tempfile
+from pathlib import Path
+from typing import IO
 
-# How native code ends a process that gets no memory; 127 is the dynamic loader.
-FAILURES = (-signal.SIGABRT, -signal.SIGSEGV, -getattr(signal, "SIGBUS", 0), 127)
+# Exit codes of crashes in native code, where those of signals are negative; 127 is of the loader of
+# libraries. Windows lacks some signals.
+SIGNALS = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP")
+CRASHES = {-getattr(signal, name): name for name in SIGNALS if hasattr(signal, name)}
+CRASHES[127] = "exit code 127"
 SMALLER = "try a smaller --batch_size, --feature_dim_factor or sweep"
+# Messages of the C and C++ libraries, the dynamic loader and XLA
+OUT_OF_MEMORY = re.compile(
+    r"bad_alloc|out of memory|cannot allocate memory|failed to map segment|pthread_create|"
+    r"RESOURCE_EXHAUSTED|MemoryError",
+    re.IGNORECASE,
+)
+# LLVM crashes without a message. At a failed request of a few MB, over 99 % of the limit is used.
+NEARLY_ALL = 0.9
+SAMPLE_SECONDS = 0.05
+SHOWN_LINES = 100
+SHOWN_BYTES = 100_000
 
 
 def memory_limit() -> float | None:
@@ -26,23 +48,35 @@ def memory_limit() -> float | None:
 
 
 def run_in_child(limit: float) -> None:
-    """Return in a new process; this one waits for it and exits with its code."""
+    """Return in a new process; this one waits for it and exits with its code. limit: in GB."""
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        _silence_native_code()
+    with tempfile.TemporaryFile() as native:
+        child = os.fork()
+        if child == 0:
+            _redirect_native_output(native)
+            return
+        # Ctrl-C reaches the child by itself.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
+        code, peak = _wait(child)
+        _report(code, peak, limit, _end_of(native))
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def _report(code: int, peak: float, limit: float, output: str) -> None:
+    """Print the error of a child that crashed; exit with code 2 if it lacked memory.
+
+    peak: of its memory in GB, 0 if unknown. output: end of its native output.
+    """
+    if code not in CRASHES:
         return
-    # Ctrl-C reaches the child by itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if code in FAILURES:
+    if peak > NEARLY_ALL * limit or OUT_OF_MEMORY.search(output):
         message = f"error: native code crashed, probably for lack of memory, {advice(limit)}"
         print(message, file=sys.stderr, flush=True)
         os._exit(2)
-    os._exit(code if code >= 0 else 128 - code)
+    message = f"{output}\nerror: native code crashed ({CRASHES[code]})"
+    print(message.lstrip("\n"), file=sys.stderr, flush=True)
 
 
 def advice(limit: float) -> str:
@@ -50,8 +84,36 @@ def advice(limit: float) -> str:
     return f"which is limited to {limit:.1f} GB; raise the limit (ulimit -v), or {SMALLER}"
 
 
-def _silence_native_code() -> None:
-    """Discard the output of native code to descriptor 2; Python's stderr stays."""
+def _wait(child: int) -> tuple[int, float]:
+    """Wait for a process, and return its exit code and the peak of its memory in GB.
+
+    The peak is that of its address space, which `ulimit -v` limits; 0 if it is not known.
+    """
+    peak = 0.0
+    # Only Linux has both.
+    with contextlib.suppress(AttributeError, OSError):
+        descriptor = os.pidfd_open(child)
+        while not select.select([descriptor], [], [], SAMPLE_SECONDS)[0]:
+            status = Path(f"/proc/{child}/status").read_text(errors="replace")
+            kilobytes = re.search(r"VmPeak:\s*(\d+)", status)
+            if kilobytes:
+                peak = int(kilobytes[1]) * 1024 / 1e9
+    _, status_of_exit = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status_of_exit), peak
+
+
+def _redirect_native_output(native: IO[bytes]) -> None:
+    """Write the output of native code to descriptor 2 into a file; Python's stderr stays."""
     stderr = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.dup2(native.fileno(), 2)
     sys.stderr = open(stderr, "w", buffering=1, errors="replace")  # noqa: SIM115
+    # Where Python was at a crash.
+    faulthandler.enable(2)
+
+
+def _end_of(file: IO[bytes]) -> str:
+    """Return the last lines of a file."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - SHOWN_BYTES, 0))
+    text = file.read().decode(errors="replace")
+    return "\n".join(text.splitlines()[-SHOWN_LINES:])
