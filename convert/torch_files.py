@@ -1,7 +1,7 @@
 """Files that PyTorch programs saved, read as plain NumPy arrays: .pth, .pt and safetensors.
 
 Files may be hostile: no code from them runs, archives are checked before they are opened, no tensor
-may be larger than the file that contains it, and the memory for reading is limited.
+may be larger than the file that contains it, and commands limit the memory for reading.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from minsae_jax.cli import is_command
 from minsae_jax.errors import UserError, brief
 from minsae_jax.files import atomic_write, make_folder, regular_file
 
@@ -101,12 +102,16 @@ def _numpy_scalar_types() -> list[Any]:
 
 @contextlib.contextmanager
 def _limited_memory(path: Path) -> Iterator[None]:
-    """Limit this process's memory to little more than the file needs. Only Linux enforces it.
+    """Limit a command's memory to little more than the file needs. Only Linux enforces it.
 
-    Torch's restricted unpickler calls functions whose result can be far larger than the file:
-    bytearray(n), chains of codecs.encode(x, "hex"), numpy's dtype("V<n>"). Checks of the archive
-    cannot see them, since the arguments may be built by the pickle itself.
+    In a program that calls the Python API nothing is limited, since its other threads may need
+    memory meanwhile. Torch's restricted unpickler calls functions whose result can be far larger
+    than the file: bytearray(n), chains of codecs.encode(x, "hex"), numpy's dtype("V<n>"). Checks of
+    the archive cannot see them, since the arguments may be built by the pickle itself.
     """
+    if not is_command():
+        yield
+        return
     try:
         import resource  # POSIX only
 

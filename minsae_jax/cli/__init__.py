@@ -3,7 +3,17 @@
 from minsae_jax.cli.flags import Flag, parse
 from minsae_jax.cli.help_text import help_texts, topics
 from minsae_jax.cli.lost_peer import watch as watch_cluster
-from minsae_jax.cli.process import run
+from minsae_jax.cli.process import is_command, run
 from minsae_jax.cli.verbs import Verb, parse_verb
 
-__all__ = ["Flag", "Verb", "help_texts", "parse", "parse_verb", "run", "topics", "watch_cluster"]
+__all__ = [
+    "Flag",
+    "Verb",
+    "help_texts",
+    "is_command",
+    "parse",
+    "parse_verb",
+    "run",
+    "topics",
+    "watch_cluster",
+]

@@ -10,13 +10,19 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from minsae_jax.cli import lost_peer
 from minsae_jax.cli.memory import SMALLER, advice, memory_limit, run_in_child
 from minsae_jax.errors import Stopped, UserError, brief
 
 EXIT_SECONDS = 30  # that other threads may take to end after an error
+_is_command = False
+
+
+def is_command() -> bool:
+    """Return whether this process runs a command, and not a program that imports the package."""
+    return _is_command
 
 
 def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> None:
@@ -44,7 +50,8 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         with contextlib.suppress(io.UnsupportedOperation, AttributeError):
             faulthandler.enable()
     try:
-        main([argument for argument in args if argument != "--debug"])
+        with _as_command():
+            main([argument for argument in args if argument != "--debug"])
         # Flushed here, so that a closed pipe raises inside this block.
         sys.stdout.flush()
     except BrokenPipeError:
@@ -74,6 +81,16 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         _leave_cluster()
         _limit_exit()
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def _as_command() -> Iterator[None]:
+    global _is_command
+    _is_command = True
+    try:
+        yield
+    finally:
+        _is_command = False
 
 
 def _open_missing_streams() -> None:

@@ -11,6 +11,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import threading
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -24,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+import minsae_jax as ms
 from convert import verify
 from convert.encoder import convert, read_source
 from convert.patchtst import settings_of
@@ -183,14 +185,19 @@ import json, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
 from convert.__main__ import main
+from minsae_jax import cli
 from minsae_jax.errors import UserError
 messages = {}
-for path in sorted(Path(sys.argv[1]).iterdir()):
-    try:
-        main(["encoder", str(path), "--out", sys.argv[2]])
-        messages[path.name] = None
-    except UserError as e:
-        messages[path.name] = str(e)
+
+def convert_all(_):
+    for path in sorted(Path(sys.argv[1]).iterdir()):
+        try:
+            main(["encoder", str(path), "--out", sys.argv[2]])
+            messages[path.name] = None
+        except UserError as e:
+            messages[path.name] = str(e)
+
+cli.run(convert_all, [])
 lines = Path("/proc/self/status").read_text().splitlines()
 peak = next(line for line in lines if line.startswith("VmHWM"))
 print("RESULT" + json.dumps([messages, int(peak.split()[1])]))
@@ -219,6 +226,30 @@ def test_hostile_files_are_refused_with_one_line(hostile, tmp_path):
     assert "infinity" in messages["infinite.pth"]
     assert "infinity" in messages["double.pth"]
     assert "n_vars must be" in messages["many_channels.pth"]
+
+
+def test_other_threads_get_memory_while_an_encoder_is_loaded(tmp_path):
+    (tmp_path / "x.pth").write_bytes(GOOD)
+    is_loading = True
+    failures = []
+
+    def allocate() -> None:
+        while is_loading:
+            try:
+                # Not touched, so that it is address space only.
+                np.empty(3 * GIB, np.uint8)
+            except MemoryError as e:
+                failures.append(e)
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    try:
+        for _ in range(20):
+            ms.load_encoder(tmp_path / "x.pth")
+    finally:
+        is_loading = False
+        thread.join()
+    assert failures == []
 
 
 def test_hostile_recordings_are_refused(tmp_path):
