@@ -158,6 +158,24 @@ def test_events_of_channels_with_spaces_are_read_back(tmp_path):
     assert load(tmp_path / "out").shape == (2000, 3)
 
 
+def test_markers_of_brainvision_and_short_events_are_kept(tmp_path):
+    """BrainVision Recorder writes markers with a size of one sample."""
+    raw = make_raw(rate=500.0)
+    raw.set_annotations(mne.Annotations([2.0], [0.0], ["Stimulus/S  1"]))
+    path = write_file(raw, tmp_path / "a.vhdr")
+    # Number=type, text, sample from 1, size in samples, channel from 1 or 0 for all
+    markers = ["Stimulus,S  1,1001,1,0", "Stimulus,S  2,4501,1,0", "Response,R  1,9903,2,0"]
+    lines = [f"Mk{number}={marker}" for number, marker in enumerate(markers, start=1)]
+    head = path.with_suffix(".vmrk").read_text().partition("Mk1=")[0]
+    path.with_suffix(".vmrk").write_text(head + "\n".join(lines) + "\n")
+    run(path, tmp_path / "out", event_seconds=0.5)
+    with (tmp_path / "out/events.csv").open(newline="") as file:
+        events = [(row["event"], row["start"], row["stop"]) for row in csv.DictReader(file)]
+    # At 100 Hz; the last one is of 4 ms, and in the file at 19.804 s.
+    expected = [("Stimulus/S 1", "200", "250"), ("Stimulus/S 2", "900", "950")]
+    assert events == [*expected, ("Response/R 1", "1980", "1981")]
+
+
 def test_upsampling_and_low_pass(tmp_path):
     path = write_file(make_raw(rate=80.0), tmp_path / "a.bdf")
     prepared = run(path, tmp_path / "out", h_freq=30.0)

@@ -151,14 +151,21 @@ def _check_rate(rate: float, filters: Filters) -> None:
 def _events(
     file: EegFile, channels: FileChannels, plan: Plan, offset: float, n_samples: int
 ) -> tuple[Event, ...]:
-    """Return the annotations that are in the recording, in order of time. offset: in seconds."""
+    """Return the annotations that are in the recording, in order of time. offset: in seconds.
+
+    A marker, which has no duration or one of a single sample of the file, as in BrainVision files,
+    lasts `event_seconds`; other events last one sample of the recording at least.
+    """
     rate = plan.filters.sampling_rate
     events = []
     for annotation in file.annotations:
         onset = annotation.onset - offset
-        seconds = annotation.duration or plan.event_seconds
-        start = max(round(onset * rate), 0)
-        stop = min(round((onset + seconds) * rate), n_samples)
+        seconds = annotation.duration
+        if round(seconds * file.sampling_rate) <= 1:
+            seconds = plan.event_seconds
+        first = round(onset * rate)
+        start = max(first, 0)
+        stop = min(max(round((onset + seconds) * rate), first + 1), n_samples)
         of_event = plan.channels
         if annotation.channels:
             named = {canonical(name) for name in annotation.channels}
