@@ -77,45 +77,39 @@ Share = Range(min=0, max=1)
 Seed = Range(min=0, max=2**32 - 1)
 
 
-def check_ranges(settings: Any) -> None:
-    """Raise UserError naming the first setting whose value is out of its Range.
+def check_settings(settings: Any) -> None:
+    """Convert the values of new settings to their types, and check their ranges.
 
-    Also for a single value where there can be several: with `split="train"`, each letter would be
-    read as a split. Values that only Python code can give are replaced first, see `make_plain`.
+    From Python, values can be numbers and arrays of NumPy, paths, lists and ranges. Raises
+    UserError naming the first setting with a value of another type or out of its Range. A single
+    value is refused where there can be several: with `split="train"`, each letter would be read as
+    a split.
     """
-    make_plain(settings)
     types = get_type_hints(type(settings))
-    for name, hint in get_type_hints(type(settings), include_extras=True).items():
-        values = getattr(settings, name)
+    hints = get_type_hints(type(settings), include_extras=True)
+    for name in [field.name for field in dataclasses.fields(settings)]:
+        values = _plain(getattr(settings, name))
         is_single = get_origin(types[name]) is tuple and isinstance(values, str | int | float)
         require(not is_single, f"{name} must be a tuple such as ({values!r},), got {values!r}")
+        values = _coerce(values, types[name], name)
+        object.__setattr__(settings, name, values)  # the class is frozen
         if not isinstance(values, tuple):
             values = (values,)
         numbers = [value for value in values if isinstance(value, int | float)]
-        for allowed in _ranges(hint):
+        for allowed in _ranges(hints[name]):
             for number in numbers:
                 require(abs(number) < FLOAT32_LIMIT, f"--{name} must be finite, got {number}")
                 require(allowed.contains(number), f"--{name} must be {allowed}, got {number}")
 
 
-def make_plain(settings: Any) -> None:
-    """Replace NumPy's numbers and arrays, lists and paths by plain numbers, tuples and texts.
-
-    Otherwise ranges would not be checked, and neither JSON nor YAML could be written.
-    """
-    for field in dataclasses.fields(settings):
-        value = _plain(getattr(settings, field.name))
-        # The settings are frozen.
-        object.__setattr__(settings, field.name, value)
-
-
 def _plain(value: Any) -> Any:
+    """Return a value as YAML has it: numbers of Python, text instead of paths, and lists."""
+    if hasattr(value, "tolist"):  # of NumPy
+        value = value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return tuple(_plain(each) for each in value)
+    if isinstance(value, list | tuple | range):
+        return [_plain(each) for each in value]
     return value
 
 

@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+import yaml
 
 from minsae_jax.__main__ import VERBS
 from minsae_jax.eeg.synthetic import DemoConfig
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
+from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.settings import (
     AtLeastOne,
@@ -21,7 +23,7 @@ from minsae_jax.settings import (
     Range,
     Seed,
     Share,
-    check_ranges,
+    check_settings,
     did_you_mean,
     from_dict,
     load_sections,
@@ -215,7 +217,7 @@ class Ranges:
     layers: tuple[Annotated[int, AtLeastOne] | Literal["all"], ...] = ("all",)
 
     def __post_init__(self):
-        check_ranges(self)
+        check_settings(self)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,38 @@ def test_single_value_is_refused_where_there_can_be_several():
     config = ExtractConfig(root_path="x")
     object.__setattr__(config, "split", "train")
     with pytest.raises(UserError, match=r"split must be a tuple such as \('train',\), got 'train'"):
-        check_ranges(config)
+        check_settings(config)
+
+
+def test_values_of_python_become_those_of_yaml():
+    from_python = Ranges(
+        count=np.int64(3),
+        factor=np.geomspace(1, 100, 3),
+        share=np.float32(0.25),
+        seed=np.array(7),
+        layers=range(1, 3),
+    )
+    values = {"count": 3, "factor": [1.0, 10.0, 100.0], "share": 0.25, "seed": 7, "layers": [1, 2]}
+    assert to_dict(from_python) == to_dict(Ranges()) | values
+    assert yaml.safe_load(yaml.safe_dump(to_dict(from_python))) == to_dict(from_python)
+    hash(from_python)
+    assert VerifyConfig(path=("runs", "stores")).path == ("runs", "stores")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": "3"}, "count must be a whole number, got '3'"),
+        ({"count": 1.5}, "count must be a whole number, got 1.5"),
+        ({"factor": [1, -1]}, "--factor must be above 0, got -1.0"),
+        ({"factor": None}, "factor must be a number, got None"),
+        ({"layers": ["al"]}, "layers must be a whole number or all, got 'al'"),
+    ],
+)
+def test_wrong_types_from_python_are_user_errors(values, message):
+    with pytest.raises(UserError) as e:
+        Ranges(**values)
+    assert str(e.value).startswith(message)
 
 
 def test_values_of_numpy_and_paths_become_plain(tmp_path):

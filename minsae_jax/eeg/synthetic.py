@@ -16,7 +16,7 @@ from minsae_jax.eeg.synthetic_edf import write_edf
 from minsae_jax.eeg.synthetic_signals import recording
 from minsae_jax.errors import UserError
 from minsae_jax.files import foreign_entries, replaced_folder
-from minsae_jax.settings import NonNegative, Range, check_ranges, read_yaml
+from minsae_jax.settings import NonNegative, Range, check_settings, read_yaml
 
 SETTINGS = "demo.yaml"
 OWNED_FILES = (
@@ -69,7 +69,7 @@ class DemoConfig(DemoSize, DemoOutput):
     """Write synthetic EEG with planted, labelled events in the layout of the TUH corpus."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_settings(self)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from minsae_jax.settings import (
     AtLeastOne,
     NonNegative,
     check_no_duplicates,
-    check_ranges,
+    check_settings,
     require,
 )
 
@@ -92,7 +92,7 @@ class ExtractConfig(ExtractCompute, StoreOutput, EncoderChoice, RecordingsChoice
     """Run recordings through the encoder and store the activations of its layers."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_settings(self)
         check_no_duplicates(self, "split")
         require(self.out != "", "--out must be the name of a folder")
         require(len(self.split) > 0, "--split requires at least one of train, val, test, all")

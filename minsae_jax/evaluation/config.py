@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from minsae_jax.settings import AtLeastOne, NonNegative, Range, check_ranges, require
+from minsae_jax.settings import AtLeastOne, NonNegative, Range, check_settings, require
 
 _BAND = re.compile(r"(\w+) (\d+\.?\d*)-(\d+\.?\d*)")
 
@@ -90,7 +90,7 @@ class EvaluateConfig(ReportConfig, MeasureConfig, EvaluationInputConfig):
     """Evaluate the members of a run on held-out recordings and report on the features of one."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_settings(self)
         for band in self.bands:
             match = _BAND.fullmatch(band)
             is_band = match is not None and float(match[2]) < float(match[3])

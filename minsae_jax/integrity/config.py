@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from minsae_jax.cli import Flag
+from minsae_jax.settings import check_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,3 +13,6 @@ class VerifyConfig:
 
     path: Annotated[tuple[str, ...], Flag(positional=True)]
     """Folders of stores, encoders, runs, members or recordings, or folders that contain these."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)

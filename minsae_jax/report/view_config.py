@@ -8,7 +8,7 @@ from minsae_jax.settings import (
     AtLeastOne,
     NonNegative,
     check_no_duplicates,
-    check_ranges,
+    check_settings,
     require,
 )
 
@@ -49,6 +49,6 @@ class ViewConfig(ViewEncoder):
     """Number of features to show, unless --feature names them."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_settings(self)
         check_no_duplicates(self, "feature")
         require(bool(self.recording), "minsae view requires at least one RECORDING")

@@ -23,7 +23,7 @@ from minsae_jax.settings import (
     Share,
     Values,
     check_no_duplicates,
-    check_ranges,
+    check_settings,
     did_you_mean,
     load_sections,
     require,
@@ -232,7 +232,7 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
     """Train a sweep of sparse autoencoders, one for each combination of λ, lr, seed and size."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_settings(self)
         check_no_duplicates(
             self, "kind", "lambda_sparsity", "k", "target_l0", "lr", "seed", "feature_dim_factor"
         )

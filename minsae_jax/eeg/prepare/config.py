@@ -19,7 +19,7 @@ from minsae_jax.settings import (
     Range,
     Values,
     check_no_duplicates,
-    check_ranges,
+    check_settings,
     require,
     to_dict,
 )
@@ -128,7 +128,7 @@ class PrepareConfig(ComputeFlags, SelectionFlags, SignalFlags, PrepareOutput, Pr
     """Convert EEG files into recordings for `extract`."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_settings(self)
         check_no_duplicates(self, "channels", "notch", "reference")
         require(len(self.source) > 0, "prepare requires SOURCE")
         require(self.out != "", "--out must be the name of a folder")

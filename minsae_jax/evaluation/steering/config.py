@@ -9,7 +9,7 @@ from minsae_jax.settings import (
     NonNegative,
     Range,
     check_no_duplicates,
-    check_ranges,
+    check_settings,
     require,
 )
 
@@ -44,7 +44,7 @@ class SteerConfig(EditConfig, EvaluationInputConfig):
     """Scale features of a run's SAE and measure what changes downstream."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_settings(self)
         check_no_duplicates(self, "feature", "scale", "window")
         require(bool(self.feature), "--feature requires at least one feature")
         require(bool(self.scale), "--scale requires at least one number")
