@@ -1,5 +1,6 @@
 """`verify`: one flipped byte in any file is reported with the file, or has no effect."""
 
+import pickle
 import shutil
 import subprocess
 from dataclasses import replace
@@ -123,6 +124,19 @@ def test_a_flipped_byte_in_any_file_is_named(finished, copy, group):
                 assert ": " in lines[0]
             shutil.copyfile(original, path)
     assert problems(copy) == []
+
+
+def test_files_of_users_beside_recordings_are_only_read(tmp_path):
+    np.save(tmp_path / "p1_s001_t000.npy", np.zeros((100, 2), np.float32))
+    (tmp_path / "file_lengths_map.csv").write_text("filename,time_len\np1_s001_t000.npy,100\n")
+    (tmp_path / "notes.csv").write_text("date,note\n1 May\n")
+    (tmp_path / "ages.pkl").write_bytes(pickle.dumps({"p1": 40}))
+    (tmp_path / "log.json").write_text('{"line": 1}\n{"line": 2}\n')
+    (tmp_path / "params.yaml").write_text("rate: !hertz 100\n")
+    assert problems(tmp_path) == []
+    (tmp_path / "events.csv").write_text("recording,event,start,stop,channels\nhalf a row\n")
+    (problem,) = problems(tmp_path)
+    assert problem.startswith(f"{tmp_path / 'events.csv'} is damaged (line 2 has 1 columns, not 5)")
 
 
 def test_files_of_earlier_versions_are_read_in_full(copy, finished):

@@ -39,10 +39,11 @@ def differs(path: Path, digest: str) -> str | None:
     return None if is_equal else "differs from its checksum"
 
 
-def unreadable(path: Path) -> str | None:
-    """Read a file that has no checksum, by the rules of its format."""
+def unreadable(path: Path, is_known: bool = True) -> str | None:
+    """Read a file that has no checksum, by the rules of its format if that is known."""
+    read = _reader_of(path) if is_known else _read_bytes
     try:
-        _reader_of(path)(path)
+        read(path)
     except UserError as e:
         return f"is damaged ({e})"
     except Exception as e:  # readers raise many types on damaged files

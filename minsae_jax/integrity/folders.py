@@ -13,7 +13,8 @@ from minsae_jax.activations.store import open_store
 from minsae_jax.activations.tokens import TOKENS
 from minsae_jax.checksums import SUMS, read_checksums
 from minsae_jax.eeg.description import DESCRIPTION, read_description
-from minsae_jax.eeg.recordings import LENGTHS, read_lengths
+from minsae_jax.eeg.events import EVENTS
+from minsae_jax.eeg.recordings import LABELS, LENGTHS, read_lengths
 from minsae_jax.encoder.converted import is_encoder, load_encoder
 from minsae_jax.errors import UserError
 from minsae_jax.integrity.files import differs, unreadable
@@ -53,6 +54,8 @@ REMEDIES = {
         "*": f"{RESTORE}, or remove it and write the recordings again",
     },
 }
+# Files in a folder of recordings whose format is known; others, of users, are only read.
+RECORDINGS = ("*.npy", LENGTHS, DESCRIPTION, EVENTS, LABELS, "tuh_patient_splits_*.pkl")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ class KnownFolder:
 
     def checks(self) -> list[Check]:
         """Return the checks of all files, in order of their paths."""
-        checks = {path: Check(path, partial(unreadable, path), False) for path in self._files()}
+        checks = {}
+        for path in self._files():
+            checks[path] = Check(path, partial(unreadable, path, self._is_known(path)), False)
         if self.kind == "store":
             checks |= {check.path: check for check in _shard_checks(self.folder)}
         for path in list(checks):
@@ -92,6 +97,10 @@ class KnownFolder:
         name = Path(os.path.relpath(path, self.folder)).as_posix()
         patterns = REMEDIES[self.kind]
         return next(remedy for pattern, remedy in patterns.items() if fnmatch(name, pattern))
+
+    def _is_known(self, path: Path) -> bool:
+        is_recording = any(fnmatch(path.name, pattern) for pattern in RECORDINGS)
+        return self.kind != "recordings" or is_recording
 
     def _files(self) -> Iterator[Path]:
         # A folder of recordings can contain the folders of other kinds.
