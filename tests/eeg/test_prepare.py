@@ -176,6 +176,52 @@ def test_markers_of_brainvision_and_short_events_are_kept(tmp_path):
     assert events == [*expected, ("Response/R 1", "1980", "1981")]
 
 
+def make_discontinuous(path: Path, gap: float) -> None:
+    """Move the second half of an EDF+ file of 20 records of 1 s by some seconds.
+
+    The annotation channel is the last one; header fields of 8 characters, see edfplus.info.
+    """
+    content = bytearray(path.read_bytes())
+    n_channels = int(content[252:256])
+    first_size = 256 + 216 * n_channels
+    places = [first_size + 8 * i for i in range(n_channels)]
+    sizes = [2 * int(content[place : place + 8]) for place in places]
+    header = int(content[184:192])
+    content[192:197] = b"EDF+D"
+    for record in range(10, 20):
+        end = header + (record + 1) * sum(sizes)
+        texts = bytes(content[end - sizes[-1] : end]).rstrip(b"\0") + b"\0"
+
+        def later(match: re.Match) -> bytes:
+            return b"+%g" % (float(match[0]) + gap)
+
+        moved = re.sub(rb"\+[\d.]+", later, texts)
+        content[end - sizes[-1] : end] = moved.ljust(sizes[-1], b"\0")
+        assert len(moved) <= sizes[-1]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("gap", [3.5, 1000.0])
+def test_events_after_a_gap_of_a_discontinuous_file_keep_their_places(tmp_path, gap):
+    raw = make_raw()
+    # The first one makes room in all records.
+    kinds = ["of many words", "lost", "b", "c"]
+    raw.set_annotations(mne.Annotations([2.0, 4.0, 9.5, 15.0], [0.5, 0.5, 1.0, 0.5], kinds))
+    path = write_file(raw, tmp_path / "x.edf")
+    run(path, tmp_path / "whole")
+    make_discontinuous(path, gap)
+    in_gap = path.read_bytes().replace(b"+4\x150.5\x14lost", b"+12\x150.5\x14los")
+    path.write_bytes(in_gap)
+    prepared = run(path, tmp_path / "out")
+    np.testing.assert_array_equal(load(tmp_path / "out"), load(tmp_path / "whole"))
+    with (tmp_path / "out/events.csv").open(newline="") as file:
+        events = [(row["event"], row["start"], row["stop"]) for row in csv.DictReader(file)]
+    # The second one ends in the gap.
+    assert events == [("of many words", "200", "250"), ("b", "950", "1000"), ("c", "1500", "1550")]
+    finding, *_ = prepared.findings()
+    assert finding.startswith("gaps (EDF+D) across which windows are cut: 1 (in")
+
+
 def test_upsampling_and_low_pass(tmp_path):
     path = write_file(make_raw(rate=80.0), tmp_path / "a.bdf")
     prepared = run(path, tmp_path / "out", h_freq=30.0)

@@ -4,7 +4,7 @@ import csv
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mne
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.eeg.montage import canonical
+from minsae_jax.eeg.prepare.edf_gaps import Records, read_records
 from minsae_jax.eeg.prepare.sources import bids_sidecar, files_with_stem
 from minsae_jax.errors import brief
 from minsae_jax.files import regular_file
@@ -46,6 +47,7 @@ class EegFile:
     bad: frozenset[str]  # canonical names of channels that the source marks as bad
     annotations: tuple[Annotation, ...]
     is_truncated: bool  # shorter than its header says
+    n_gaps: int = 0  # across which the samples are joined
 
 
 def open_file(path: Path) -> EegFile:
@@ -63,6 +65,9 @@ def open_file(path: Path) -> EegFile:
             raw = mne.io.read_raw(path, preload=False, verbose="WARNING")
         sampling_rate = float(raw.info["sfreq"])
         n_samples = len(raw.times)
+        records = None
+        if path.suffix.lower() in (".edf", ".bdf"):
+            records = read_records(path)
     except Exception as e:  # damaged files raise almost anything
         raise BadRecordingError(f"cannot be read ({_without_quotes(e)})") from None
     if not (np.isfinite(sampling_rate) and sampling_rate > 0 and n_samples > 0):
@@ -72,9 +77,13 @@ def open_file(path: Path) -> EegFile:
     if channels_table is not None:
         bad |= _bads_in_bids(channels_table)
     annotations = _annotations(raw)
+    if records is not None:
+        annotations = _annotations_of(records)
     events_table = bids_sidecar(path, "events")
     if events_table is not None:
         annotations = _bids_events(events_table)
+    if records is not None:
+        annotations = _without_gaps(annotations, records)
     return EegFile(
         raw=raw,
         sampling_rate=sampling_rate,
@@ -83,6 +92,7 @@ def open_file(path: Path) -> EegFile:
         bad=frozenset(bad),
         annotations=annotations,
         is_truncated=TRUNCATED in log.getvalue(),
+        n_gaps=0 if records is None else records.n_gaps,
     )
 
 
@@ -132,6 +142,25 @@ def _annotations(raw: mne.io.BaseRaw) -> tuple[Annotation, ...]:
         channels = tuple(each.get("ch_names", ()))
         annotations.append(Annotation(kind, onset, float(each["duration"]), channels))
     return tuple(annotations)
+
+
+def _annotations_of(records: Records) -> tuple[Annotation, ...]:
+    annotations = []
+    for note in records.notes:
+        kind, *channel = note.text.split("@@")  # one channel, as MNE reads and writes it
+        annotations.append(Annotation(kind, note.onset, note.duration, tuple(channel)))
+    return tuple(annotations)
+
+
+def _without_gaps(annotations: Sequence[Annotation], records: Records) -> tuple[Annotation, ...]:
+    """Return annotations by the times of the joined records; those within a gap are left out."""
+    placed = []
+    for each in annotations:
+        onset = records.without_gaps(each.onset)
+        duration = records.without_gaps(each.onset + each.duration) - onset
+        if duration > 0 or not records.is_in_gap(each.onset):
+            placed.append(replace(each, onset=onset, duration=duration))
+    return tuple(placed)
 
 
 def _bads_in_bids(path: Path) -> set[str]:

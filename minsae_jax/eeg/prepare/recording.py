@@ -107,6 +107,8 @@ def _findings(file: EegFile, plan: Plan, channels: FileChannels) -> tuple[str, .
     findings = []
     if file.is_truncated:
         findings.append("file is shorter or longer than its header says")
+    if file.n_gaps:
+        findings.append(f"gaps (EDF+D) across which windows are cut: {file.n_gaps}")
     if file.sampling_rate < plan.filters.sampling_rate:
         findings.append(f"sampling rate {file.sampling_rate:g} Hz is below the target")
     marked = [key for key in channels.bad if key not in channels.flat]
