@@ -53,6 +53,18 @@ def test_unusable_recording_is_named_and_nothing_is_written(tmp_path, change, se
     assert not (tmp_path / "out").exists()
 
 
+def test_electrode_with_two_channels_of_one_name_is_refused(tmp_path):
+    path = write_file(make_raw(), tmp_path / "a.edf")
+    content = bytearray(path.read_bytes())
+    # Labels have 16 characters each: the second channel gets the name of the first.
+    content[256 + 16 : 256 + 32] = content[256 : 256 + 16]
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="has several channels of one electrode: Fp1-0, Fp1-1"):
+        run(path, tmp_path / "out")
+    settings = {"channels": ("F7", "Fz", "Cz")}
+    assert len(run(path, tmp_path / "others", **settings).records) == 1
+
+
 def test_wrong_unit_is_corrected_by_scale(tmp_path):
     good = write_file(make_raw(), tmp_path / "a_raw.fif")
     wrong = write_file(with_samples(scaled(1e6)), tmp_path / "b_raw.fif")

@@ -119,9 +119,15 @@ def read_signals(
 
 
 def _names(in_file: Sequence[str]) -> dict[str, list[str]]:
+    """Return names in the file by canonical names."""
+    # MNE numbers equal names, as Fz-0 and Fz-1.
+    repeated = {name.removesuffix("-1") for name in in_file if name.endswith("-1")}
+    repeated = {name for name in repeated if f"{name}-0" in in_file}
     names: dict[str, list[str]] = {}
     for name in in_file:
-        names.setdefault(canonical(name), []).append(name)
+        stem, _, number = name.rpartition("-")
+        is_copy = stem in repeated and number.isdecimal()
+        names.setdefault(canonical(stem if is_copy else name), []).append(name)
     return names
 
 
