@@ -62,7 +62,7 @@ class LossRecovered:
     """The pretraining task on one SAE's x̂: errors are means over windows and masked patches."""
 
     masked_error: float
-    # 1: nothing is lost; 0: as bad as mean-ablation
+    # 1: nothing is lost; 0: as bad as mean-ablation; NaN: ablation loses nothing
     loss_recovered: Estimate
     loss_recovered_of_zero_ablation: float
     # Errors of the untouched encoder, mean-ablation and zero-ablation on the same windows
@@ -87,10 +87,13 @@ def summarise(errors: SubstitutionErrors, recordings: Sequence[str], seed: int) 
     ablation = resampled[:, 1] - resampled[:, 0]
     gain = resampled[:, 1] - resampled[:, 3]
     recovered = gain / np.where(ablation != 0, ablation, np.nan)
-    within = interval(recovered, resamples.n_units(index))
+    value = loss_recovered(by_mean, member, untouched)
+    within = None
+    if not np.isnan(value):
+        within = interval(recovered, resamples.n_units(index))
     return LossRecovered(
         masked_error=member,
-        loss_recovered=Estimate(loss_recovered(by_mean, member, untouched), within),
+        loss_recovered=Estimate(value, within),
         loss_recovered_of_zero_ablation=loss_recovered(by_zero, member, untouched),
         untouched_error=untouched,
         mean_ablation_error=by_mean,
@@ -152,10 +155,12 @@ def substitution_errors(
 def loss_recovered(ablated: float, substituted: float, untouched: float) -> float:
     """Return 1 if nothing is lost, 0 for the error of ablation, NaN if ablation loses nothing.
 
+    Where ablation lowers the error, the ratio would be the largest for the largest error.
+
     >>> loss_recovered(ablated=5.0, substituted=2.0, untouched=1.0)
     0.75
     """
-    if ablated == untouched:
+    if ablated <= untouched:
         return float("nan")
     return (ablated - substituted) / (ablated - untouched)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from minsae_jax.evaluation.results import MemberEvaluation, PCAEvaluation, Recommendation
 from minsae_jax.monitor import percent
@@ -15,7 +16,7 @@ MANY_TWINS = 0.1
 MANY_INACTIVE = 0.2
 DENSE = 0.5  # L0 as a share of d_model
 RULE = (
-    f"of the members that recover {percent(MIN_RECOVERED)} of the loss (without a pretrain head: "
+    f"of the members that recover {percent(MIN_RECOVERED)} of the loss (where that is undefined: "
     f"explain {percent(MIN_EXPLAINED)} of the variance) and that PCA does not dominate, the one "
     "with the shortest description; of those up to 5 % longer, the one whose features are most "
     "stable over seeds, then the one with most pure features"
@@ -31,6 +32,9 @@ def recommend(
         of_member = member_warnings(member, pca, d_model)
         if of_member:
             warnings[member.member] = of_member
+    if all(m.loss is None or math.isnan(m.loss.loss_recovered.value) for m in members):
+        # Undefined, since mean-ablation loses nothing.
+        members = [replace(m, loss=None) for m in members]
     candidates = [m for m in members if m.status != "diverged"] or list(members)
     sufficient = [m for m in candidates if _is_sufficient(m)]
     if not sufficient:

@@ -56,6 +56,20 @@ def test_loss_recovered_is_1_for_identity_and_0_for_ablation(trained, layer):
     assert untouched < by_mean
 
 
+@pytest.mark.parametrize("ablated", [0.9, 1.0])
+def test_loss_recovered_is_undefined_where_ablation_does_not_raise_the_error(ablated):
+    """Otherwise the SAE with the largest error would recover most."""
+    assert np.isnan(loss_recovered(ablated, substituted=1.5, untouched=1.0))
+    untouched = np.array([0.9, 1.1])
+    by_window = np.stack([untouched, untouched - 1 + ablated, untouched + 2, untouched + 0.5])
+    names = ["p1_s001_t000.npy", "p2_s001_t000.npy"]
+    result = summarise(SubstitutionErrors(by_window, np.array([0, 1])), names, seed=0)
+    assert np.isnan(result.loss_recovered.value)
+    assert result.loss_recovered.interval is None
+    assert result.masked_error == pytest.approx(1.5)
+    assert result.loss_recovered_of_zero_ablation == pytest.approx(0.75)
+
+
 def test_interval_is_over_patients():
     """Mean-ablation adds 1 to the error of each window; so does the SAE for one patient in four."""
     untouched = np.linspace(1, 2, 80)

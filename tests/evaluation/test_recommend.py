@@ -141,6 +141,15 @@ def test_without_a_head_the_explained_variance_decides():
     assert "explain 85 % of the variance" in result.reason
 
 
+def test_where_loss_recovered_is_undefined_the_explained_variance_decides():
+    a = member("a", 50, np.nan, fvu=0.2)
+    b = member("b", 90, np.nan, fvu=0.1)
+    result = recommend([a, b], [], D_MODEL)
+    assert result.member == "b"
+    assert result.interval is None
+    assert "explain 85 % of the variance" in result.reason
+
+
 def test_warnings():
     bad = member("bad", 10, 0.99, l0=109.0, fvu=0.015, twins=0.77, inactive=0.29)
     assert member_warnings(bad, [pca(32, 0.005)], D_MODEL) == (
