@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.events import COLUMNS, EVENTS, split_channels
 from minsae_jax.eeg.montage import canonical
+from minsae_jax.eeg.recordings import LENGTHS
 from minsae_jax.errors import UserError, brief
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.files import regular_file
@@ -86,7 +87,10 @@ class SpanActivations:
 
 
 def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
-    """Return the events of every kind. Raises UserError if events.csv is invalid."""
+    """Return the events of every kind.
+
+    Raises UserError if events.csv is invalid, or names no recording in its folder.
+    """
     names = [canonical(name) for name in read_description(folder).channels]
     events: dict[str, list[LabelledEvent]] = {}
     path = folder / EVENTS
@@ -106,6 +110,12 @@ def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
                 f"{path}, line {rows.line_num}: expected recording, event, start, stop and "
                 f"channels ({brief(e)})"
             ) from None
+    named = {event.recording: None for of_kind in events.values() for event in of_kind}
+    if named and not any((folder / name).is_file() for name in named):
+        raise UserError(
+            f"{path} names no recording in its folder, such as {brief(next(iter(named)))}; the "
+            f"column recording must have file names as in {LENGTHS}"
+        )
     return events
 
 

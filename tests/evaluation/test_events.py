@@ -133,6 +133,18 @@ def test_patches_that_an_event_covers_for_half(trained):
     assert share[share > 0].tolist() == pytest.approx([0.1, 1, 0.1])
 
 
+def test_events_of_other_names_than_the_recordings_are_an_error(trained, tmp_path):
+    """As without `_preprocessed.npy`; otherwise no event would be evaluated, and nothing said."""
+    text = (trained.recordings / "events.csv").read_text()
+    (tmp_path / "events.csv").write_text(text)
+    recording = trained.dataset("test").recordings[0]
+    (tmp_path / recording).touch()
+    assert read_events(tmp_path) == read_events(trained.recordings)
+    (tmp_path / "events.csv").write_text(text.replace("_preprocessed.npy", ""))
+    with pytest.raises(UserError, match=r"events.csv names no recording .*, such as demo0000_s001"):
+        read_events(tmp_path)
+
+
 def test_events_csv_without_a_column_is_an_error(tmp_path):
     (tmp_path / "events.csv").write_text("recording,event,begin,stop,channels\n")
     with pytest.raises(UserError, match=r"events.csv has no column start; it requires recording,"):

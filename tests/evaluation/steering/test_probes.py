@@ -126,6 +126,7 @@ def test_kinds_without_spans_are_named_in_a_warning(inputs, steered, tmp_path):
     """In the val recordings one kind is missing."""
     folder = tmp_path / "recordings"
     folder.mkdir()
+    (folder / inputs.val.recordings[0]).touch()
     missing, *others = sorted(read_events(inputs.val.folder))
     with (inputs.val.folder / "events.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["event"] != missing]
