@@ -65,10 +65,13 @@ class Stability:
         """Return the share of live features that reappear, averaged over the other seeds.
 
         weights: of features, such as their mean activation times the norm of their decoder row,
-        which gives the share of the reconstruction that reappears. Equal by default.
+        which gives the share of the reconstruction that reappears. Equal by default; NaN if all of
+        live features are 0.
         """
         reappears = self.decoder_cosine[:, self.is_live] > threshold
         live_weights = None if weights is None else weights[self.is_live]
+        if live_weights is not None and not live_weights.any():
+            return float("nan")
         return float(np.average(reappears.mean(axis=0), weights=live_weights))
 
     def share_by_chance(self, threshold: float = MIN_COSINE) -> float:

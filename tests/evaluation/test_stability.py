@@ -58,6 +58,15 @@ def test_dead_features_neither_count_nor_match():
     assert seed_stability(members, is_live | {"a": np.zeros(3, bool)}) == {}
 
 
+def test_weights_of_zero_have_no_share():
+    """Of a member whose decoder is 0, whose features add nothing to x̂."""
+    x, y = np.eye(2)
+    members = [make_member("a", [x, y], 0), make_member("b", [x, y], 1)]
+    stability = seed_stability(members, {"a": np.ones(2, bool), "b": np.ones(2, bool)})
+    assert np.isnan(stability["a"].share(weights=np.zeros(2)))
+    assert stability["a"].share(weights=np.array([0, 1.0])) == 1
+
+
 def test_one_feature_is_not_the_match_of_two():
     x, y = np.eye(2)
     members = [make_member("a", [x, x], 0), make_member("b", [x, y], 1)]
