@@ -151,7 +151,7 @@ def _is_complete(folder: Path, has_labels: bool) -> bool:
 
 def _open_demo(folder: Path, n_patients: int, is_new: bool) -> Demo:
     lengths = read_lengths(folder / LENGTHS)
-    with (folder / EVENTS).open(newline="") as file:
+    with (folder / EVENTS).open(newline="", encoding="utf-8") as file:
         n_events = sum(1 for _ in csv.DictReader(file))
     hours = sum(lengths.values()) / SAMPLING_RATE / 3600
     return Demo(folder, n_patients, len(lengths), n_events, hours, is_new)
@@ -181,7 +181,7 @@ def _write_recordings(folder: Path, settings: DemoConfig) -> None:
                 np.save(folder / name, eeg)
             lengths.append((name, samples))
             events += [(name, event) for event in planted]
-    with (folder / LENGTHS).open("w", newline="") as file:
+    with (folder / LENGTHS).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("filename", "time_len"))
         writer.writerows(lengths)
@@ -195,7 +195,7 @@ def _write_labels(path: Path, settings: DemoConfig) -> Bool[np.ndarray, " patien
     has_more_spindles = rng.permutation(np.arange(settings.patients) % 2 == 1)
     age = rng.integers(20, 81, settings.patients)
     is_male = rng.random(settings.patients) < 0.5
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("patient", "age", "sex", "more_spindles"))
         for patient in range(settings.patients):

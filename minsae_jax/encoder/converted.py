@@ -109,7 +109,7 @@ def _can_be_replaced(folder: Path) -> bool:
     if not config.exists():
         return True
     try:
-        return "fingerprint" in json.loads(regular_file(config).read_text())
+        return "fingerprint" in json.loads(regular_file(config).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, TypeError):
         return False
 
@@ -119,7 +119,7 @@ def load_source(folder: str | Path) -> EncoderSource:
 
     Raises UserError if the values within an entry have a wrong type: the file can be edited.
     """
-    config = json.loads(regular_file(Path(folder) / CONFIG).read_text())
+    config = json.loads(regular_file(Path(folder) / CONFIG).read_text(encoding="utf-8"))
     default = EncoderSource()
     entries = {}
     for setting in dataclasses.fields(EncoderSource):
@@ -154,7 +154,7 @@ def load_encoder(folder: str | Path) -> NativeEncoder:
 
 
 def _load(folder: Path) -> NativeEncoder:
-    config = json.loads(regular_file(folder / CONFIG).read_text())
+    config = json.loads(regular_file(folder / CONFIG).read_text(encoding="utf-8"))
     version = config["format_version"]
     if version > FORMAT_VERSION:
         raise UserError(

@@ -368,15 +368,15 @@ def write_view(path: Path, meta: ViewMeta) -> None:
     """Write a page with all its styles, scripts and data."""
     data = json.dumps(to_json(meta), allow_nan=False, separators=(",", ":"))
     # "<" is only in texts; without it no text can end the script.
-    scripts = "\n".join((ASSETS / name).read_text() for name in SCRIPTS)
+    scripts = "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS)
     parts = {
         "<!-- generator -->": MARKER,
         "<!-- title -->": html.escape(meta.recording),
-        "/* styles */": "\n".join((ASSETS / name).read_text() for name in STYLES),
+        "/* styles */": "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in STYLES),
         "/* scripts */": scripts,
         "/* data */": f"start({data.replace('<', chr(92) + 'u003c')});",
     }
-    page = (ASSETS / "view.html").read_text()
+    page = (ASSETS / "view.html").read_text(encoding="utf-8")
     for place, content in parts.items():
         page = page.replace(place, content)
     make_folder(path.parent)

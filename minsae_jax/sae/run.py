@@ -206,7 +206,10 @@ class RunFolder:
         """Write sweep.csv, one row for each member, which marks the run as finished."""
         used = [name for name in HYPER_NAMES if any(name in row for row in rows)]
         columns = ("member", *used, *TRAIN_METRICS, "status")
-        with atomic_write(self.folder / SWEEP_CSV) as path, path.open("w", newline="") as file:
+        with (
+            atomic_write(self.folder / SWEEP_CSV) as path,
+            path.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from minsae_jax.encoder.converted import save_encoder
 from minsae_jax.report.recording import FeatureTotals, open_places
 from minsae_jax.report.view import Elsewhere, choose_shown, token_table
 from minsae_jax.sae.member import SparseAutoencoder, save_member
+from tests.cluster import ROOT
 from tests.conftest import FIXTURES
 from tests.report.viewing import encode_by_hand, read_view
 
@@ -52,6 +56,18 @@ def by_hand(trained, place):
 def view(trained, place, out, *flags):
     member = trained.run / "members" / MEMBER
     main(["view", str(place / "mine.npy"), "--member", str(member), "--out", str(out), *flags])
+
+
+@pytest.mark.slow
+def test_page_does_not_depend_on_the_encoding_of_the_system(trained, place, tmp_path):
+    """As on Windows, whose default is not UTF-8."""
+    view(trained, place, tmp_path / "here.html")
+    member = trained.run / "members" / MEMBER
+    command = [sys.executable, "-X", "utf8=0", "-m", "minsae_jax", "view", str(place / "mine.npy")]
+    command += ["--member", str(member), "--out", str(tmp_path / "there.html")]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    assert (tmp_path / "there.html").read_bytes() == (tmp_path / "here.html").read_bytes()
 
 
 def strongest_features(tokens, count):
