@@ -98,6 +98,9 @@ class EvaluateConfig(ReportConfig, MeasureConfig, EvaluationInputConfig):
                 is_band,
                 f'--bands must be a name and two limits in Hz like "alpha 8-13", got {band!r}',
             )
+        names = [band.name for band in self.band_limits()]
+        for name in names:
+            require(names.count(name) == 1, f"--bands contains the name {name} twice")
 
     def band_limits(self) -> tuple[Band, ...]:
         """Return name, lower and upper limit in Hz of every band."""

@@ -556,6 +556,8 @@ def test_without_events_there_are_no_scores(trained, settings, monkeypatch, with
     [
         ({"bands": ("alpha",)}, "--bands must be a name and two limits"),
         ({"bands": ("alpha 13-8",)}, "--bands must be a name and two limits"),
+        # Results are by name: the second one would replace the first.
+        ({"bands": ("a 8-10", "b 13-25", "a 10-13")}, "--bands contains the name a twice"),
         ({"mask_ratio": 1.0}, "--mask_ratio must be above 0 and below 1, got 1.0"),
         ({"w": -1}, "--w must be at least 0"),
         ({"top": 0}, "--top must be at least 1"),
