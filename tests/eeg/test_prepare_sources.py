@@ -86,6 +86,22 @@ def test_bids_entities_name_recordings(tmp_path):
     }
 
 
+def test_patients_of_one_name_in_two_bids_datasets_are_refused(tmp_path):
+    """They were one patient, with the labels of the first."""
+    for dataset in ("a", "b"):
+        write_file(make_raw(), tmp_path / dataset / "sub-01/eeg/sub-01_task-rest_eeg.edf")
+        (tmp_path / dataset / "dataset_description.json").write_text("{}")
+    for source in ([tmp_path], [tmp_path / "a", tmp_path / "b"]):
+        with pytest.raises(
+            UserError, match=r"datasets .*a and .*b both have a patient 01; prepare"
+        ):
+            run(source, tmp_path / "out")
+    pattern = r"(?P<patient>[^/]+/sub-[^_/]+)/eeg/[^/]+$"
+    prepared = run(tmp_path, tmp_path / "out", patient_pattern=pattern, on_bad_recording="skip")
+    assert [record.patient for record in prepared.records] == ["a-sub-01"]  # b's is a copy
+    assert len(run(tmp_path / "a", tmp_path / "one").records) == 1
+
+
 def test_glob_matches_and_hashes_hide_names(tmp_path):
     names = names_of(tmp_path, "a/x1.edf", "b/x2.edf", "b/y.edf", source="*/x*")
     assert list(names) == ["a/x1.edf", "b/x2.edf"]

@@ -55,7 +55,8 @@ def find_sources(config: PrepareConfig) -> list[Source]:
     """Return all EEG files in the order of their paths.
 
     Raises UserError if there are none, a pattern does not match, two patients have one name, or
-    names of files that should be a patient each occur in several folders.
+    names of files that should be a patient each occur in several folders, or patients in several
+    BIDS datasets.
     """
     paths: set[Path] = set()
     for source in config.source:
@@ -68,6 +69,7 @@ def find_sources(config: PrepareConfig) -> list[Source]:
     names = _recording_names(parts, config.hash_patients)
     if not config.patient_pattern:
         _check_folders(parts)
+        _check_datasets(parts)
     sources = []
     for path in ordered:
         label = path.name
@@ -261,6 +263,21 @@ def _check_folders(parts: dict[Path, _Parts]) -> None:
                 f"{first} and {path} have the same name, which does not identify the patient; give "
                 "--patient_pattern, such as '(?P<patient>[^/]+)/[^/]+$' if each patient has a "
                 "folder"
+            )
+
+
+def _check_datasets(parts: dict[Path, _Parts]) -> None:
+    """Raise UserError if two BIDS datasets have patients of one name, who are other persons."""
+    root_of: dict[str, Path] = {}
+    for path, part in parts.items():
+        root = _folders_up_to_root(path.parent)[-1]
+        if not is_bids(root):
+            continue
+        first = root_of.setdefault(part.patient, root)
+        if first != root:
+            raise UserError(
+                f"the BIDS datasets {first} and {root} both have a patient {part.patient}; prepare "
+                "them into different folders, or give a --patient_pattern"
             )
 
 
