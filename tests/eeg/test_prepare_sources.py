@@ -216,6 +216,20 @@ def test_tables_of_bids_are_inherited(tmp_path):
     assert prepared.records[0].events[0].kind == "changed!"
 
 
+def test_patients_of_a_table_of_recordings_are_hashed(tmp_path):
+    for seed, patient in enumerate(("smith", "jones")):
+        write_file(make_raw(seed=seed), tmp_path / f"in/{patient}_s001_t000.edf")
+    table = "recording,patient,age\nsmith_s001_t000,smith,20\njones_s001_t000,jones,30\n"
+    (tmp_path / "table.csv").write_text(table)
+    labels = str(tmp_path / "table.csv")
+    run(tmp_path / "in", tmp_path / "out", labels=labels, hash_patients=True)
+    rows = rows_of(tmp_path / "out/labels.csv")
+    assert {row["age"] for row in rows} == {"20", "30"}
+    assert all(row["patient"] == row["recording"].split("_")[0] for row in rows)
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or b"smith" not in path.read_bytes(), path
+
+
 def test_labels_of_recordings(tmp_path):
     write_file(make_raw(), tmp_path / "eeg/a.edf")
     write_file(make_raw(seed=1), tmp_path / "eeg/b.edf")

@@ -8,12 +8,12 @@ from minsae_jax.eeg.prepare.read import BadRecordingError, read_table
 from minsae_jax.eeg.prepare.sources import Source, is_bids
 from minsae_jax.errors import UserError
 
-PATIENT_COLUMNS = ("patient", "participant_id")
+KEY_COLUMNS = ("recording", "patient", "participant_id")
 PARTICIPANTS = "participants.tsv"
 
 
 def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[dict[str, str]]:
-    """Return a row for each recording that has labels: recording, patient, and all other columns.
+    """Return a row for each recording that has labels: recording, patient, and all labels.
 
     Rows of recordings take precedence over those of their patients. Raises UserError if a table is
     invalid.
@@ -28,7 +28,9 @@ def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[dict[s
         rows = _read(path)
         key_column = _key_column(path, rows)
         for row in rows:
-            key = row.pop(key_column)
+            key = row[key_column]
+            # They are those of the output, whose patients may be hashes.
+            row = {name: value for name, value in row.items() if name not in KEY_COLUMNS}
             # participants.tsv has sub-01 for the patient 01.
             of_key.setdefault(key.removeprefix("sub-"), row)
             columns |= dict.fromkeys(row)
@@ -50,7 +52,7 @@ def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[dict[s
 def _key_column(path: Path, rows: Sequence[dict[str, str]]) -> str:
     """Return the column that identifies rows. Raises UserError if none does."""
     columns = list(rows[0]) if rows else []
-    for name in ("recording", *PATIENT_COLUMNS):
+    for name in KEY_COLUMNS:
         if name in columns:
             _check_different(path, name, rows)
             return name
