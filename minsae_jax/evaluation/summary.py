@@ -102,7 +102,10 @@ def _events_table(evaluation: "Evaluation") -> str:
 
 
 def _loss_cell(evaluated: "MemberEvaluation | PCAEvaluation") -> str:
-    return "" if evaluated.loss is None else _cell(evaluated.loss.loss_recovered, ".1%")
+    if evaluated.loss is None:
+        return ""
+    recovered = evaluated.loss.loss_recovered
+    return "undefined" if math.isnan(recovered.value) else _cell(recovered, ".1%")
 
 
 def _stability_cell(member: "MemberEvaluation") -> str:

@@ -141,5 +141,7 @@ def _summary_rows(evaluated: MemberEvaluation, member: Member) -> list[tuple[str
         ("active on over 10 % of tokens", percent(tokens.dense_fraction, 1)),
     ]
     if evaluated.loss is not None:
-        rows.append(("loss recovered", percent(evaluated.loss.loss_recovered.value, 1)))
+        recovered = evaluated.loss.loss_recovered.value
+        text = "undefined" if np.isnan(recovered) else percent(recovered, 1)
+        rows.append(("loss recovered", text))
     return rows

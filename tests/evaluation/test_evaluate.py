@@ -245,6 +245,15 @@ def test_summary(evaluation):
         assert f"{recovered:.1%} [{low:.1%}, {high:.1%}]" in text
 
 
+def test_summary_of_undefined_loss_recovered(evaluation):
+    members = []
+    for member in evaluation.members:
+        loss = replace(member.loss, loss_recovered=Estimate(float("nan")))
+        members.append(replace(member, loss=loss))
+    lines = replace(evaluation, members=tuple(members)).summary().splitlines()
+    assert [line.split()[-1] for line in lines[1:3]] == ["undefined", "undefined"]
+
+
 @pytest.fixture(scope="module")
 def new_recordings(trained, tmp_path_factory):
     """Copies of the test recordings with other names, too few patients for a split, extracted."""
