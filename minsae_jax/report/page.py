@@ -83,6 +83,8 @@ class ReportMeta:
     summary: Sequence[tuple[str, str]]
     waveform_exact: bool
     shifted_recordings: int
+    # Folder of the recordings, for the command that shows one in full
+    recordings: str = ""
     # Chains of the longitudinal bipolar montage, as pairs of channels; empty without its channels
     bipolar: Sequence[Chain] = ()
     # Whether tokens are of single channels; False if all are over all channels

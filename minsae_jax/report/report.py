@@ -128,6 +128,7 @@ def _make_meta(
         # The head, which makes the waveform, reads the last layer.
         waveform_exact=inputs.is_last_layer,
         shifted_recordings=int(test.shifted.sum()),
+        recordings=str(test.folder.resolve()),
     )
 
 

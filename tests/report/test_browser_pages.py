@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import subprocess
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -201,7 +202,7 @@ def test_page_of_an_event_of_few_val_patients(page, report):
     visit(page, report, "#event=blink")
     assert make_pages(N).events[1].scores["sae"].n_ties is None
     lead = texts(page, "#page .lead")[0]
-    assert "do not tell which other features could be the best one" in lead
+    assert "it is unknown which other features could be the best one" in lead
     assert not find(page, "#page tr.marked")
 
 
@@ -404,6 +405,42 @@ def test_keys(page, report):
     find(page, "#search")[0].send_keys(Keys.ESCAPE)
     press(page, "m")
     wait(page, "return document.title === 'Members of the sweep'")
+
+
+def test_command_for_the_whole_recording(page, tmp_path):
+    """A shell reads the paths in it as they are, and the address shows the example."""
+    folders = {"run": "/data/Ann's runs/a b", "recordings": "/data/my EEG"}
+    card = with_findings(next(make_cards(1)))
+    write_pages(tmp_path / "report", make_meta(member="lambda=5,lr=5e-05", **folders), [card])
+    visit(page, tmp_path / "report", "#f=0")
+    wait_for_feature(page, 0)
+    find(page, "figcaption button")[0].click()
+    example = card.examples[0]
+    expected = ["minsae", "view", f"/data/my EEG/{example.recording}"]
+    expected += ["--member", "/data/Ann's runs/a b/members/lambda=5,lr=5e-05"]
+    expected += ["--feature", "0", "--out", "views"]
+    script = "printf '%s\\n' " + texts(page, "#view-command")[0]
+    words = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert words.splitlines() == expected
+    middle = sum(example.patch) / 2
+    address, second = texts(page, "#view-page")[0].split("&t=")
+    assert address == f"views/{example.recording.removesuffix('.npy')}.html#f=0"
+    assert float(second) == pytest.approx(middle, abs=0.01)
+    press(page, Keys.ESCAPE)
+    wait(page, "return !document.querySelector('#whole').open")
+    assert page.title.startswith("Feature 0")
+
+
+def test_bands_of_the_spectrum_are_as_wide_as_their_frequencies(page, report):
+    visit(page, report, "#f=1")
+    wait_for_feature(page, 1)
+    widths = page.execute_script(
+        "return [...document.querySelectorAll('svg rect.band')]"
+        ".map((band) => band.getBoundingClientRect().width)"
+    )
+    hz = [high - low for _, low, high in make_meta().bands][::2]
+    # Bands are in the order in which they were put before the others.
+    assert np.divide(widths[::-1], widths[-1]) == pytest.approx(np.divide(hz, hz[0]), rel=0.01)
 
 
 @pytest.mark.parametrize("hash", ["#event=none", "#label=none"])

@@ -12,6 +12,9 @@ async function inflate(base64) {
 
 const parameters = () => new URLSearchParams(location.hash.slice(1));
 
+/** Return a word of a command line, in quotes if a shell would read it otherwise. */
+const shellWord = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
+
 /** Change parameters of the address without a step in the history; null removes one. */
 function setParameters(changes) {
   const changed = parameters();

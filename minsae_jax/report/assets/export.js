@@ -7,6 +7,16 @@ function download(name, type, content) {
   setTimeout(() => URL.revokeObjectURL(href), 60_000);
 }
 
+/** Copy a text to the clipboard; where the browser refuses, select it in its element. */
+async function copyText(content, node) {
+  getSelection().selectAllChildren(node);
+  try {
+    await navigator.clipboard.writeText(content);
+  } catch {
+    // The text is selected, so that Ctrl-C copies it.
+  }
+}
+
 const fileName = (words, end) => `${words.toLowerCase().replace(/[^\p{L}\p{N}=.]+/gu, "-").replace(/^-|-$/g, "").slice(0, 100)}.${end}`;
 
 // Style that the page's CSS gives to parts of a figure.

@@ -100,6 +100,7 @@ function showExamples(f, title = "Examples") {
     reference: references.some(([name]) => name === view.reference) ? view.reference : "stored",
     largest: Math.max(f.max ?? 0, ...examples.map((e) => e.activation)),
     channels: meta.channels, rate: meta.sampling_rate, seconds: meta.patch_seconds,
+    feature: f.id,
   };
   look.spread = look.montage ? rowAmplitude(f.examples, look) : 1;
   const choose = (change) => () => {
@@ -163,9 +164,28 @@ function showExample(example, look) {
     html("figcaption", {},
       html("div", {}, html("b", {}, example.channel), html("span", {}, when), shown, tenth, recorded, hints,
         html("span", { class: "value", title: "activation" }, number(example.activation))),
-      html("div", { class: "where", title: `${example.recording}, patient ${example.patient}` }, example.recording)),
+      html("div", { class: "place" },
+        html("span", { class: "where", title: `${example.recording}, patient ${example.patient}` }, example.recording), viewLink(example, look.feature))),
     figure(drawExample(example, { ...look, reference }), `${example.recording} ${seconds ?? "cls"}`),
     alsoActive(example));
+}
+
+/** Return a button that says how `minsae view` shows the recording of an example, or null without a folder of recordings. */
+function viewLink(example, feature) {
+  if (!meta.recordings) return null;
+  return html("button", { type: "button", class: "link", title: "How to see this feature over the whole recording",
+    onclick: () => explainView(example, feature) }, "whole recording");
+}
+
+/** Show the command that writes the page of the example's recording, and the page's address at the example. */
+function explainView(example, feature) {
+  const parts = [`minsae view ${shellWord(`${meta.recordings}/${example.recording}`)}`, `--member ${shellWord(`${meta.run}/members/${meta.member}`)}`,
+    `--feature ${feature} --out views`];
+  const time = example.patch ? `&t=${((example.patch[0] + example.patch[1]) / 2).toFixed(2)}` : "";
+  $("#view-command").textContent = parts.join(" \\\n  ");
+  $("#view-page").textContent = `views/${example.recording.replace(/\.npy$/, "")}.html#f=${feature}${time}`;
+  $("#copy").onclick = () => copyText(parts.join(" "), $("#view-command"));
+  $("#whole").showModal();
 }
 
 /** Return links to the other features that are active at an example, or null. */
@@ -207,7 +227,7 @@ function otherCards(f, active) {
     [active && some(f.events), "Events", "AUC of the feature on test patients, from 0.5 (chance) to 1.", () => featureEvents(f.events)],
     [active && some(f.labels), "Labels", "Association with labels of recordings; q is corrected for the number of features.",
       () => featureLabels(f.labels)],
-    [some(f.stability?.matches), "Other seeds", "The best match in members trained from other seeds, by the mean of the cosines of encoder and decoder.",
+    [some(f.stability?.matches), "Other seeds", "The match in members trained from other seeds, by the cosine of decoder directions; that of encoder directions does not count.",
       () => seedMatches(f.stability.matches)],
     [active && some(f.histogram?.counts), "Activations", "Number of active tokens by activation.",
       () => figure(drawHistogram(f.histogram))],

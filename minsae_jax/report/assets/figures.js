@@ -63,7 +63,10 @@ function ticks(from, to, log, n) {
     for (let p = Math.floor(Math.log10(from)); p <= Math.log10(to); p++) powers.push(p);
     const all = (steps) => powers.flatMap((p) => steps.map((m) => Number(`${m}e${p}`))).filter((v) => v >= from && v <= 1.0001 * to);
     const fine = all([1, 2, 5]);
-    return fine.length <= n ? fine : all([1]);
+    if (fine.length <= n) return fine;
+    const coarse = all([1]);
+    const step = Math.ceil(coarse.length / n);
+    return coarse.filter((_, i) => (coarse.length - 1 - i) % step === 0);
   }
   const rough = (to - from) / n || 1;
   const unit = 10 ** Math.floor(Math.log10(rough));
@@ -72,6 +75,9 @@ function ticks(from, to, log, n) {
   for (let i = Math.ceil(from / step - 1e-9); i * step <= to + 1e-9 * step; i++) values.push(i * step);
   return values;
 }
+
+/** Return how many ticks fit the x axis of a plot; those of a logarithmic one have long labels. */
+const tickCount = (width, log = false) => Math.max(2, Math.floor(width / (log ? 70 : 50)));
 
 /** Return axes with a grid: the svg, both scales and the box. x and y: {from, to, label, log, format}; a y of no extent has no ticks. */
 function axes(width, height, x, y, left = 44) {
@@ -83,7 +89,7 @@ function axes(width, height, x, y, left = 44) {
     root.append(svg("path", { class: "grid", d: `M${box.left} ${sy(value)}H${box.right}` }));
     root.append(text(box.left - 6, sy(value) + 3.5, "end", (y.format ?? short)(value)));
   }
-  for (const value of ticks(x.from, x.to, x.log, Math.max(2, Math.floor(width / 70)))) {
+  for (const value of ticks(x.from, x.to, x.log, tickCount(width, x.log))) {
     root.append(text(sx(value), box.bottom + 14, "middle", (x.format ?? short)(value)));
   }
   root.append(svg("path", { class: "axis", d: `M${box.left} ${box.bottom}H${box.right}` }));

@@ -36,7 +36,7 @@ function showMembers() {
   };
   showPage("Members of the sweep", bar("← Overview"),
     html("header", {}, html("p", { class: "eyebrow" }, meta.run), html("h1", {}, "Members of the sweep"),
-      html("p", { class: "lead" }, "All on the same test patients. PCA keeps the principal components of largest magnitude of every token.")),
+      html("p", { class: "lead" }, `All on the same test patients.${members.some(isPca) ? " PCA keeps the principal components of largest magnitude of every token." : ""}`)),
     html("div", { class: "pair" }, scatter, sideBySide(members)),
     html("section", {}, html("h2", {}, "All members"), memberTable(members)));
   drawScatter();
@@ -79,7 +79,7 @@ function memberScatter(members, change) {
   return html("section", { class: "card" },
     html("div", { class: "controls" }, html("h3", {}, "Trade-offs"), choose("x", x), choose("y", y)),
     figure(drawMembers(members, x, y), `members ${x.title} ${y.title}`),
-    html("p", { class: "note" }, "Lines join members that differ in sparsity alone, and PCA (dashed). Whiskers: 95 % intervals. Ringed: recommended."));
+    html("p", { class: "note" }, `Lines join members that differ in sparsity alone${members.some(isPca) ? ", and PCA (dashed)" : ""}. Whiskers: 95 % intervals. Ringed: recommended.`));
 }
 
 /** Return an axis from 0, or a logarithmic one if the values span more than a decade. */
@@ -101,6 +101,10 @@ function memberAxis(measure, members, width) {
   return { label, format, from: least - room, to: most + room };
 }
 
+// With the colours of KIND_COLOURS in sae/figures.py, so that a kind has one colour in all plots; others share one.
+const KNOWN_KINDS = ["relu", "topk", "batchtopk", "jumprelu", "matryoshka", "gated"];
+const kindColour = ({ kind }) => (kind === "pca" ? "pca" : KNOWN_KINDS.includes(kind) ? `kind-${kind}` : "kind-4");
+
 const lineOf = (m) => `${m.kind} ${m.line}`;
 
 /** Return places of words one after the other, in rows of a width: {x, row}. */
@@ -120,31 +124,32 @@ function drawMembers(all, xMeasure, yMeasure, height = 340) {
   const members = all.filter((m) => !missing(xMeasure.value(m)) && !missing(yMeasure.value(m)));
   if (!members.length) return () => "";
   const kinds = [...new Set(members.filter((m) => !isPca(m)).map((m) => m.kind))];
-  const colour = (m) => (isPca(m) ? "pca" : `kind-${kinds.indexOf(m.kind) % N_COLOURS}`);
   return (width) => {
-    const names = [...kinds.map((kind) => [kind, colour({ kind })]), ...(members.some(isPca) ? [["PCA, dashed", "pca"]] : [])];
+    const names = [...kinds.map((kind) => [kind, kindColour({ kind })]), ...(members.some(isPca) ? [["PCA, dashed", "pca"]] : [])];
     const places = flow(names.map(([name]) => name), 44, width);
     const [x, y] = [xMeasure, yMeasure].map((measure) => memberAxis(measure, members, width));
     const { root, sx, sy, box } = axes(width, height, x, y);
     const at = (m) => [sx(xMeasure.value(m)), sy(yMeasure.value(m))];
     for (const name of new Set(members.map(lineOf))) {
       const path = members.filter((m) => lineOf(m) === name).sort((a, b) => a.l0 - b.l0);
-      root.append(svg("path", { class: `curve ${isPca(path[0]) ? "" : "faint"} ${colour(path[0])}`, d: line(path.map(at)) }));
+      root.append(svg("path", { class: `curve ${isPca(path[0]) ? "" : "faint"} ${kindColour(path[0])}`, d: line(path.map(at)) }));
     }
     const labels = [];
     for (const m of members.toSorted((a, b) => isRecommended(b) - isRecommended(a))) {
       const [cx, cy] = at(m);
       const [across, up] = [xMeasure, yMeasure].map((measure) => measure.interval?.(m));
-      if (across) root.append(svg("path", { class: `whisker ${colour(m)}`, d: `M${sx(across[0])} ${cy}H${sx(across[1])}` }));
-      if (up) root.append(svg("path", { class: `whisker ${colour(m)}`, d: `M${cx} ${sy(up[0])}V${sy(up[1])}` }));
+      if (across) root.append(svg("path", { class: `whisker ${kindColour(m)}`, d: `M${sx(across[0])} ${cy}H${sx(across[1])}` }));
+      if (up) root.append(svg("path", { class: `whisker ${kindColour(m)}`, d: `M${cx} ${sy(up[0])}V${sy(up[1])}` }));
       if (isRecommended(m)) root.append(svg("circle", { cx, cy, r: 8.5, class: "ring" }));
       const tip = `${m.name}: ${[xMeasure, yMeasure].map(({ title, format, value }) => `${title} ${format(value(m))}`).join(", ")}`;
-      root.append(svg("circle", { cx, cy, r: 4.5, class: `point ${colour(m)}` }, svg("title", {}, tip)));
-      if (labels.some((l) => Math.abs(l.cx - cx) < 40 && Math.abs(l.cy - cy) < 12)) continue;
-      labels.push({ cx, cy });
+      root.append(svg("circle", { cx, cy, r: 4.5, class: `point ${kindColour(m)}` }, svg("title", {}, tip)));
+      const y = [cy - 6, cy + 15].find((at) => labels.every((l) => Math.abs(l.cx - cx) > 44 || Math.abs(l.y - at) > 11));
+      if (y === undefined) continue;
       const anchor = cx > box.right - 50 ? "end" : "start";
-      root.append(text(cx + (anchor === "end" ? -10 : 10), cy - 6, anchor, m.setting, isRecommended(m) ? "halo strong" : "halo"));
+      const node = text(cx + (anchor === "end" ? -10 : 10), y, anchor, m.setting, isRecommended(m) ? "halo strong" : "halo");
+      labels.push({ cx, y, node });
     }
+    root.append(...labels.map(({ node }) => node)); // above all lines
     for (const [i, [name, kind]] of names.entries()) {
       const [x, y] = [places[i].x, height + 16 * (places[i].row + 1)];
       root.append(svg("circle", { class: `point ${kind}`, cx: x + 4, cy: y - 4, r: 4 }), text(x + 13, y, "start", name));

@@ -25,7 +25,7 @@ function scoreTable(groups, firstTitle = null) {
     const first = i || !firstTitle ? null : html("th", { scope: "rowgroup", rowspan: rows.length }, group.first);
     return html("tr", { class: `${key}${i ? "" : " first"}` }, first, html("td", {}, title), html("td", { class: "which" }, key === "sae" ? group.which : null),
       html("td", { class: `num ${isLargest ? "strong" : ""}` }, withInterval(scores.auc, scores.auc_interval)),
-      html("td", { class: "plot" }, track(scores.auc, { interval: scores.auc_interval, kind: key })),
+      html("td", { class: "plot" }, track(scores.auc, { interval: scores.auc_interval, kind: key, width: 108 })),
       measures.map((m) => html("td", { class: "num" }, withInterval(scores[m.key], scores[m.interval], m.format))));
   };
   const body = groups.flatMap((group) => {
@@ -113,7 +113,7 @@ function eventSentence({ scores }) {
   const first = `Feature ${feature} separates events from spans without one with an AUC of ${fixed(sae.auc)}${within}.`;
   let tied = "";
   if (ties > 1) tied = ` By the val patients, the best one can be any of ${count(ties, "feature")}${range ? `, with test AUCs of ${fixed(range[0])} to ${fixed(range[1])}` : ""}.`;
-  if (missing(ties)) tied = " Events of fewer than three val patients do not tell which other features could be the best one.";
+  if (missing(ties)) tied = " With events of fewer than three val patients, it is unknown which other features could be the best one.";
   const better = SETS.slice(1).filter(([key]) => scores[key] && scores[key].auc >= sae.auc).map(([, title]) => `best ${title}`);
   const baseline = better.length ? ` The ${better.join(" and the ")} ${better.length > 1 ? "do" : "does"} as well or better.` : "";
   return first + tied + baseline;
@@ -165,10 +165,10 @@ function steeringSection({ kind, steering }) {
   const best = effects.map((effect) => effect.selectivity).filter((value) => !missing(value));
   const lead = `The activations of feature ${steering.feature} are multiplied where it is active (${whole(steering.n_affected)} of ` +
     `${whole(steering.n_tokens)} tokens), and the rest of the encoder runs on.`;
-  const target = best.length ? `At most ${number(Math.max(...best), 2)} times as much as any other kind.` : "";
+  const target = best.length ? ` It changes ${number(Math.max(...best), 2)} times as much as the kind that changes most of the others.` : "";
   return html("section", {}, html("h2", {}, "Steering"), html("p", { class: "note" }, lead), legend,
     html("div", { class: "cards" },
-      card("Probes of events", `Mean change of each probe's logit on its own events, in SD. ${kind} is the target. ${target}`,
+      card("Probes of events", `Mean change of each probe's logit on its own events, in SD. The target is ${kind}.${target}`,
         figure(drawGroups(effects.map((effect) => effect.changes), kind, colour, "change [SD]"))),
       waves.length ? card("Waveform", "Change of the reconstructed patch, mean over tokens with the feature active.",
         figure(drawWaveforms(waves, meta.sampling_rate, steering.unit))) : null,
@@ -189,7 +189,7 @@ function drawGroups(series, target, colour, label) {
   return (width) => {
     const indent = Math.min(6.8 * Math.max(...names.map((name) => name.length)) + 14, width / 3);
     const { root, box, sx } = axes(width, names.length * tall + 52, x, { from: 0, to: 0 }, indent);
-    for (const value of ticks(x.from, x.to, false, Math.max(2, Math.floor(width / 70)))) {
+    for (const value of ticks(x.from, x.to, false, tickCount(width))) {
       root.append(svg("path", { class: "grid", d: `M${sx(value)} ${box.top}V${box.bottom}` }));
     }
     names.forEach((name, k) => {

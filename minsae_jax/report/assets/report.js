@@ -137,7 +137,7 @@ function bar(back, previous = null, where = "", next = null) {
 }
 
 function onKey(event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || $("#help").open) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || $("dialog[open]")) return;
   if (event.target.matches("input, select")) {
     if (event.key === "Escape") event.target.blur();
     return;
@@ -191,13 +191,13 @@ const COLUMNS = [
 const ROW = 34; // px, as in report.css
 
 function drawIndex() {
-  $("#origin").textContent = [meta.run, meta.member, meta.encoder, `layer ${meta.layer}`].join(" · ");
+  $("#origin").textContent = [meta.run, meta.member, `encoder ${meta.encoder}`, `layer ${meta.layer}`].join(" · ");
   $("#title").textContent = meta.title;
   $("#corpus").textContent = `${count(meta.n_tokens, "token")} of ${count(meta.n_windows, "window")}, ` +
-    `${count(meta.n_recordings, "recording")} and ${count(meta.n_patients, "patient")}, from the ${meta.split} split.`;
+    `${count(meta.n_recordings, "recording")} and ${count(meta.n_patients, "patient")}, from ${meta.split === "all" ? "all splits" : `the ${meta.split} split`}.`;
   if (meta.shifted_recordings) {
     const warning = `${count(meta.shifted_recordings, "recording")} may have shifted channel names, since electrodes were ` +
-      "missing and the last channel is all zero. They do not count in the activations by channel.";
+      `missing and the last channel is all zero. ${meta.shifted_recordings === 1 ? "It is" : "They are"} left out of activations by channel.`;
     $("#notes").append(html("li", { class: "warn" }, warning));
   }
   if (meta.pages_rule) $("#notes").append(html("li", {}, meta.pages_rule));
