@@ -246,13 +246,13 @@ def test_help_is_grouped_by_topic_with_one_default(capsys):
         parse_example("--help")
     text = capsys.readouterr().out
     groups = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
-    assert groups == ["Recordings to read:", "Optimisation:", "settings:", "general:"]
+    assert groups == ["Recordings to read:", "Optimisation:", "Settings:", "General:"]
     text = " ".join(text.split())
     for line in (
         "--root_path TEXT Folder of the recordings (required)",
         "--layers INT|all [INT|all ...] Layers, from 0, or all (default: -1)",
         "--lr FLOAT [FLOAT ...] Learning rate (default: 5e-5; minsae 1e-3) --num_steps",
-        "--num_steps INT Number of steps settings:",
+        "--num_steps INT Number of steps Settings:",
         "--share FLOAT Share, in 0 to 100 % (default: 0.05)",
         '--bands TEXT [TEXT ...] Bands (default: "alpha 8-13" beta)',
         "--live, --no_live Without a store (default: false)",

@@ -236,6 +236,13 @@ def test_progress_in_a_pipe_is_lines(capsys, monkeypatch):
     assert all(line.endswith("steps/s, waiting 3%") for line in lines)
 
 
+def test_progress_of_finished_work_has_no_rate(capsys):
+    with progress("prepare", 3, "recordings") as bar:
+        bar.start_at(3)
+        bar.advance(0)
+    assert set(capsys.readouterr().err.splitlines()) == {"prepare 100%, 3/3"}
+
+
 def test_short_progress_in_a_pipe_is_a_line_at_start_and_end_or_none(capsys):
     with progress("train", 8, "steps") as bar:
         advance(bar, 4)

@@ -235,7 +235,7 @@ def _make_parser(
         if argument.flag.positional:
             usage.append(argument.written)
     parser.usage = " ".join([*usage, "[flags]"])
-    general = parser.add_argument_group("general")
+    general = parser.add_argument_group("General")
     if has_config:
         text = "YAML file with a section for each verb; flags override it"
         # `append`, so that `parse` sees a second file instead of only the last.

@@ -17,7 +17,7 @@ def topics(cls: type) -> dict[str, str]:
     for field in dataclasses.fields(cls):
         # The last class in the order of method resolution, since others may change the default.
         owner = [c for c in cls.__mro__ if field.name in inspect.get_annotations(c)][-1]
-        titles[field.name] = vars(owner).get("heading", "settings")
+        titles[field.name] = vars(owner).get("heading", "Settings")
     return titles
 
 

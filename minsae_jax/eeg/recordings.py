@@ -248,7 +248,10 @@ def _warn_of_names(folder: Path, names: Sequence[str], path: Path) -> None:
 
 def _no_patients(split: Split, splits: Splits, folder: Path, path: Path) -> UserError:
     counts = ", ".join(f"{len(members)} {name}" for name, members in splits.items())
-    advice = f"add recordings: {MIN_PATIENTS} patients are enough for all three"
+    advice = (
+        f"add recordings: {MIN_PATIENTS} patients are enough for all three; or use --split all, "
+        "which makes one store of all patients"
+    )
     if path.exists():
         advice += f"; then remove {path.name} to draw a new split"
     return UserError(f"split {split} has no patients in {folder} ({counts}); {advice}")

@@ -16,6 +16,7 @@ from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, EncoderSpec, ch
 from minsae_jax.encoder.compute import DTYPES
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
+from minsae_jax.monitor import size_text
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,6 @@ def check_free_space(spec: EncoderSpec, config: ExtractConfig, plans: list[Split
         free = shutil.disk_usage(place).free
         if n_bytes > free:
             raise UserError(
-                f"the activations need {n_bytes / 1e9:.1f} GB, but {place} has {free / 1e9:.1f} GB "
+                f"the activations need {size_text(n_bytes)}, but {place} has {size_text(free)} "
                 "free; free some space, choose another --out, or use --dtype bfloat16"
             )

@@ -28,10 +28,12 @@ class EvaluationInputConfig:
     root_path: str
     """Folder of the recordings; its events.csv, if any, has labelled events."""
     store: str | None = None
-    """Store of the test patients (default: store_test, if the run was trained on store)."""
+    """Store of the test patients (default: that beside the train store, stores/mine_test for
+    stores/mine)."""
     val_store: str | None = None
     """Store of the val patients, on which principal components and probes are fitted and features
-    for events are chosen (default: store_val)."""
+    for events are chosen (default: that beside the train store, stores/mine_val for
+    stores/mine)."""
     val_root_path: str | None = None
     """Folder of the recordings of the val store, with their events.csv (default: --root_path)."""
     checkpoint_path: str | None = None

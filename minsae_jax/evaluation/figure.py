@@ -8,7 +8,7 @@ import numpy as np
 
 from minsae_jax.estimates import Estimate
 from minsae_jax.files import atomic_write
-from minsae_jax.sae.figures import KIND_COLOURS, PCA, make_figure, tidy
+from minsae_jax.sae.figures import KIND_COLOURS, PCA, make_figure, plain_log_ticks, tidy
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import; results.py imports this module
     from matplotlib.artist import Artist
@@ -113,6 +113,7 @@ def _draw_panel(axes: "Axes", panel: Panel, points: Sequence[Point]) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     if panel.is_log:
         axes.set_yscale("log")
+        plain_log_ticks(axes.yaxis)
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel("L0: active features per token", fontsize=9)
     tidy(axes)

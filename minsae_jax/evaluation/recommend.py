@@ -93,9 +93,9 @@ def _n_pure(member: MemberEvaluation) -> int:
 
 def _describe(member: MemberEvaluation) -> str:
     if member.loss is None:
-        return f"{member.member} ({percent(member.tokens.explained_variance, 1)})"
+        return f"{member.member} ({percent(member.tokens.explained_variance, 1)} explained)"
     recovered, within = member.loss.loss_recovered
-    text = f"{member.member} ({percent(recovered, 1)}"
+    text = f"{member.member} ({percent(recovered, 1)} recovered"
     if within is not None:
         low, high = within
         text += f", interval {percent(low, 1)} to {percent(high, 1)}"
@@ -150,7 +150,7 @@ def member_warnings(
         share = percent(member.decoder.over_0_9)
         warnings.append(f"{share} of the features have a twin (decoder cosine above 0.9)")
     if tokens.l0 > DENSE * d_model:
-        warnings.append(f"L0 {tokens.l0:.0f} is close to the {d_model} dimensions")
+        warnings.append(f"L0 {tokens.l0:.0f} is more than half of the {d_model} dimensions")
     if tokens.never_active_fraction > MANY_INACTIVE:
         warnings.append(f"{percent(tokens.never_active_fraction)} of the features are never active")
     return tuple(warnings)

@@ -10,7 +10,7 @@ from minsae_jax.monitor.frequencies import (
 )
 from minsae_jax.monitor.member_log import METRICS, MemberLog
 from minsae_jax.monitor.progress_bar import Bar, progress
-from minsae_jax.monitor.tables import percent, short_count, table, wrap
+from minsae_jax.monitor.tables import percent, short_count, size_text, table, wrap
 from minsae_jax.monitor.tensorboard import TFEVENTS_PREFIX, RunLog
 from minsae_jax.monitor.throughput import Throughput
 from minsae_jax.monitor.wandb_log import Wandb
@@ -33,6 +33,7 @@ __all__ = [
     "percent",
     "progress",
     "short_count",
+    "size_text",
     "table",
     "wrap",
 ]

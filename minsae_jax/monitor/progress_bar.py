@@ -10,6 +10,7 @@ from tqdm import tqdm
 COUNTS = "{n_fmt}/{total_fmt}, {remaining} left, {rate_noinv_fmt}{postfix}"
 BAR = "{desc} {percentage:.0f}%|{bar}| " + COUNTS
 LINE = "{desc} {percentage:.0f}%, " + COUNTS
+START_LINE = "{desc} {percentage:.0f}%, {n_fmt}/{total_fmt}"  # there is no rate yet
 LINE_SECONDS = 10.0  # from one line to the next
 
 
@@ -90,7 +91,7 @@ class _Lines(Bar):
             now - self._started,
             prefix=self._title,
             unit=f" {self._unit}",
-            bar_format=LINE,
+            bar_format=LINE if self._count > self._initial else START_LINE,
             postfix=self._note,
             initial=self._initial,
         )

@@ -44,6 +44,15 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def size_text(n_bytes: int) -> str:
+    """Return a number of bytes in MB, or in GB from one GB on.
+
+    >>> size_text(38_600_000), size_text(2_500_000_000)
+    ('38.6 MB', '2.5 GB')
+    """
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
 def short_count(count: float) -> str:
     """Return three digits of a count, with k for thousands and M for millions.
 

@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from minsae_jax.files import atomic_write
-from minsae_jax.sae.figures import COLOURS, KIND_COLOURS, PCA, STYLES, make_figure, tidy
+from minsae_jax.sae.figures import (
+    COLOURS,
+    KIND_COLOURS,
+    PCA,
+    STYLES,
+    make_figure,
+    plain_log_ticks,
+    tidy,
+)
 from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, Hyper, hyper_label, sparsity, value_text
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and few verbs need it
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 DPI = 120
@@ -89,10 +96,10 @@ def draw_pareto(path: Path, points: Sequence[ParetoPoint], title: str) -> None:
         axes.plot(x, y, alpha=0.85, markersize=6, linewidth=1.2, **vars(styles[key]))
     if _spans_decade([m.l0 for m in finite]):
         axes.set_xscale("log")
-        _set_ticks(axes.xaxis)
+        plain_log_ticks(axes.xaxis)
     if _spans_decade([m.fvu for m in finite]):
         axes.set_yscale("log")
-        _set_ticks(axes.yaxis)
+        plain_log_ticks(axes.yaxis)
     axes.set(xlabel="L0: active features per token", ylabel="FVU: fraction of variance unexplained")
     axes.set_title(title, loc="left", parse_math=False)
     axes.margins(0.08)
@@ -242,12 +249,3 @@ def _places(x: float, y: float, n_digits: int) -> "list[Box]":
 def _spans_decade(values: Sequence[float]) -> bool:
     """Return whether values are positive and span more than a decade."""
     return bool(values) and min(values) > 0 and max(values) > 10 * min(values)
-
-
-def _set_ticks(axis: "Axis") -> None:
-    """Put ticks of a logarithmic axis at 1, 2 and 5, as plain numbers."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:g}")

@@ -175,7 +175,7 @@ def test_full_disk_is_reported_before_anything_is_written(encoder, settings, tmp
 
     free(needed - 1)
     with pytest.raises(
-        UserError, match=rf"need {needed / 1e9:.1f} GB, but .* has {needed / 1e9:.1f} GB free"
+        UserError, match=rf"need {needed / 1e6:.1f} MB, but .* has {needed / 1e6:.1f} MB free"
     ):
         extract(encoder, both, "train")
     assert list(tmp_path.iterdir()) == []

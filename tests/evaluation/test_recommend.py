@@ -79,7 +79,8 @@ def test_the_shortest_description_among_those_that_reach_95_percent():
     assert result.interval == pytest.approx((0.945, 0.965))
     assert result.runners_up == ("dense",)
     assert (
-        "enough (95.5 %, interval 94.5 % to 96.5 %) has the shortest description" in result.reason
+        "enough (95.5 % recovered, interval 94.5 % to 96.5 %) has the shortest description"
+        in result.reason
     )
     assert "60 bits per token (L0 8.0), of the 2 that recover 95 % of the loss" in result.reason
 
@@ -155,7 +156,7 @@ def test_warnings():
     assert member_warnings(bad, [pca(32, 0.005)], D_MODEL) == (
         "32 principal components explain more variance",
         "77 % of the features have a twin (decoder cosine above 0.9)",
-        "L0 109 is close to the 128 dimensions",
+        "L0 109 is more than half of the 128 dimensions",
         "29 % of the features are never active",
     )
     assert member_warnings(member("good", 10, 0.99), [pca(4, 0.07)], D_MODEL) == ()
