@@ -296,7 +296,7 @@ def test_values_of_numpy_and_paths_become_plain(tmp_path):
     for name, value in given.items():
         # Annotations are checked in tests when settings are made, and otherwise not.
         object.__setattr__(settings, name, value)
-    check_ranges(settings)
+    check_settings(settings)
     plain = TrainConfig(
         store=str(tmp_path / "store"),
         lambda_sparsity=(0.5, 2.0),
@@ -314,7 +314,7 @@ def test_range_of_a_list_is_checked():
     settings = TrainConfig()
     object.__setattr__(settings, "lambda_sparsity", [1.0, -1.0])
     with pytest.raises(UserError, match=r"--lambda_sparsity must be at least 0, got -1\.0"):
-        check_ranges(settings)
+        check_settings(settings)
 
 
 def test_ranges_include_their_limits():

@@ -89,7 +89,7 @@ class SpanActivations:
 def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
     """Return the events of every kind.
 
-    Raises UserError if events.csv is invalid, or names no recording in its folder.
+    Raises UserError if events.csv is invalid, or has no event of any recording in the folder.
     """
     names = [canonical(name) for name in read_description(folder).channels]
     events: dict[str, list[LabelledEvent]] = {}
@@ -110,11 +110,12 @@ def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
                 f"{path}, line {rows.line_num}: expected recording, event, start, stop and "
                 f"channels ({brief(e)})"
             ) from None
-    named = {event.recording: None for of_kind in events.values() for event in of_kind}
-    if named and not any((folder / name).is_file() for name in named):
+    named = {event.recording for of_kind in events.values() for event in of_kind}
+    recordings = sorted(path.name for path in folder.glob("*.npy"))
+    if named and recordings and named.isdisjoint(recordings):
         raise UserError(
-            f"{path} names no recording in its folder, such as {brief(next(iter(named)))}; the "
-            f"column recording must have file names as in {LENGTHS}"
+            f"{path} has no event of any recording in its folder; recordings are named like "
+            f"{recordings[0]}, got {min(named)}"
         )
     return events
 
@@ -122,6 +123,9 @@ def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
 def _parse_event(row: Mapping[str, str], channel_names: list[str]) -> LabelledEvent:
     """Raises KeyError, TypeError, ValueError, AttributeError or csv.Error on an invalid row."""
     in_cell = split_channels(row["channels"])
+    for name in in_cell:
+        if canonical(name) not in channel_names:
+            raise ValueError(f"unknown channel {name}")
     channels = tuple(channel_names.index(canonical(name)) for name in in_cell)
     start = int(row["start"])
     stop = int(row["stop"])

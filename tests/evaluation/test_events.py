@@ -133,15 +133,21 @@ def test_patches_that_an_event_covers_for_half(trained):
     assert share[share > 0].tolist() == pytest.approx([0.1, 1, 0.1])
 
 
-def test_events_of_other_names_than_the_recordings_are_an_error(trained, tmp_path):
-    """As without `_preprocessed.npy`; otherwise no event would be evaluated, and nothing said."""
-    text = (trained.recordings / "events.csv").read_text()
-    (tmp_path / "events.csv").write_text(text)
-    recording = trained.dataset("test").recordings[0]
-    (tmp_path / recording).touch()
-    assert read_events(tmp_path) == read_events(trained.recordings)
-    (tmp_path / "events.csv").write_text(text.replace("_preprocessed.npy", ""))
-    with pytest.raises(UserError, match=r"events.csv names no recording .*, such as demo0000_s001"):
+def test_events_of_other_recordings_alone_are_an_error(tmp_path):
+    """As of names without their ending, which would leave out all events."""
+    header = "recording,event,start,stop,channels"
+    (tmp_path / "events.csv").write_text(f"{header}\na_s001,spike,1,2,O1\n")
+    (tmp_path / "a_s001.npy").touch()
+    with pytest.raises(UserError, match=r"named like a_s001\.npy, got a_s001$"):
+        read_events(tmp_path)
+    (tmp_path / "events.csv").write_text(f"{header}\na_s001.npy,spike,1,2,O1\nb,spike,1,2,O1\n")
+    assert len(read_events(tmp_path)["spike"]) == 2
+
+
+def test_unknown_channels_of_events_are_named(tmp_path):
+    header = "recording,event,start,stop,channels"
+    (tmp_path / "events.csv").write_text(f"{header}\na.npy,spike,1,2,O1 XX\n")
+    with pytest.raises(UserError, match=r"line 2: .*unknown channel XX"):
         read_events(tmp_path)
 
 
