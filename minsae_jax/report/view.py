@@ -239,7 +239,7 @@ def make_meta(
     """Encode a recording and return the content of its page."""
     places = runner.places
     shown = list(config.feature)
-    rule = "Features as they were named."
+    rule = "The features that --feature names."
     if not shown:
         totals = runner.totals()
         shown, rule = choose_shown(runner.sae, totals, elsewhere, config.num_features)
