@@ -310,13 +310,6 @@ def test_values_of_numpy_and_paths_become_plain(tmp_path):
     assert json.loads(json.dumps(to_dict(settings))) == to_dict(plain)
 
 
-def test_range_of_a_list_is_checked():
-    settings = TrainConfig()
-    object.__setattr__(settings, "lambda_sparsity", [1.0, -1.0])
-    with pytest.raises(UserError, match=r"--lambda_sparsity must be at least 0, got -1\.0"):
-        check_settings(settings)
-
-
 def test_ranges_include_their_limits():
     largest = {"share": 1, "seed": 2**32 - 1, "limit": 1, "layers": [1, "all"]}
     assert from_dict(Ranges, largest).share == 1.0

@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float, Int
 from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.events import COLUMNS, EVENTS, split_channels
 from minsae_jax.eeg.montage import canonical
-from minsae_jax.eeg.recordings import LENGTHS
 from minsae_jax.errors import UserError, brief
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.files import regular_file
