@@ -109,6 +109,12 @@ def _reason(equal: Sequence[MemberEvaluation], n_eligible: int, is_better: bool)
     verb = "explain" if best.loss is None else "recover"
     what = "variance" if best.loss is None else "loss"
     share = MIN_EXPLAINED if best.loss is None else MIN_RECOVERED
+    if n_eligible == 1:
+        by_pca = " and that PCA does not dominate" if is_better else ", yet PCA dominates it"
+        return (
+            f"{_describe(best)} is the only member that {verb}s {percent(share)} of the {what}"
+            f"{by_pca}"
+        )
     dominated = "" if is_better else ", all of them dominated by PCA"
     place = "the shortest description" if n_equal == 1 else "one of the shortest descriptions"
     reason = (

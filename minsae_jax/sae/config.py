@@ -30,6 +30,7 @@ from minsae_jax.settings import (
     shown,
 )
 
+MAX_LISTED_RUNS = 5  # in an error
 Recipe = Literal["april2024", "minsae", "modern"]
 # The kinds that can be trained, each with the settings that can control its sparsity: the last one
 # that is given does. A new kind adds a line here and in `sae/kinds/__init__.py`; that is not
@@ -426,9 +427,15 @@ class PlotConfig:
     """Folder for the plots (default: plots/ in the run)."""
 
 
+def runs_in(folder: Path) -> str:
+    """Return a hint at the runs in a folder, or "" if there are none."""
+    names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+    return f"; runs in it: {', '.join(names[:MAX_LISTED_RUNS])}" if names else ""
+
+
 def load_run_config(run: Path) -> TrainConfig:
     """Read the settings that a run was started with from its config.yaml."""
     path = run / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{run} is not a run: config.yaml is missing")
+        raise UserError(f"{run} is not a run: config.yaml is missing{runs_in(run)}")
     return load_sections(path, {"train": TrainConfig}).get("train", TrainConfig())

@@ -94,7 +94,7 @@ HELD_OUT_METRICS = (
     "norm_ratio",
 )
 Metrics = dict[str, float]  # metric name -> value
-L0_TOLERANCE = 0.1  # share of k by which L0 on held-out tokens may differ without a warning
+L0_TOLERANCE = 0.1  # share of k or target L0 by which L0 may differ without a warning
 
 
 class RunFolder:
@@ -249,6 +249,13 @@ class RunMember:
         k = float(self.hyper["k"])
         return abs(self.held_out["l0"] - k) > L0_TOLERANCE * k
 
+    def misses_target(self) -> bool:
+        """Return whether L0 in training is far from --target_l0."""
+        target = self.hyper.get("target_l0")
+        if self.status == "diverged" or target is None:
+            return False
+        return abs(self.metrics["l0"] - float(target)) > L0_TOLERANCE * float(target)
+
     def read_metrics(self) -> np.ndarray:
         """Return metrics.csv as a structured array, one row for each log interval."""
         # np.genfromtxt returns an array of no dimensions for a single row.
@@ -270,7 +277,7 @@ class Run:
         return {member.name: member.metrics for member in self.members}
 
     def summary(self) -> str:
-        """Return the members as a table for the terminal, with a warning where k is not L0."""
+        """Return the members as a table for the terminal, with warnings of a wrong L0."""
         has_held_out = any(member.held_out for member in self.members)
         settings = {name for name in SPARSITY for m in self.members if name in m.hyper}
         # If members have different settings, their names contain the values.
@@ -292,9 +299,9 @@ class Run:
             if has_held_out:
                 row += [f"{member.held_out['l0']:.1f}", f"{member.held_out['fvu']:.3f}"]
             rows.append([*row, member.status])
-        lines = table([*columns, "status"], rows)
-        warning = self._threshold_warning()
-        return f"{lines}\n{wrap(warning)}" if warning else lines
+        warnings = [self._threshold_warning(), self._target_warning()]
+        shown_warnings = [wrap(warning) for warning in warnings if warning is not None]
+        return "\n".join([table([*columns, "status"], rows), *shown_warnings])
 
     def _threshold_warning(self) -> str | None:
         """Return a warning if thresholds for use after training had too few steps, else None."""
@@ -306,6 +313,17 @@ class Run:
             f"warning: the threshold of {', '.join(m.name for m in unsettled)} is an average over "
             f"steps that has not settled, so that L0 after training can be far from k: it takes "
             f"{required} steps, and the run has {self.num_steps}"
+        )
+
+    def _target_warning(self) -> str | None:
+        """Return a warning if members are far from their target L0, else None."""
+        far = [m for m in self.members if m.misses_target()]
+        if not far:
+            return None
+        values = [f"{m.name} ({m.metrics['l0']:.1f})" for m in far]
+        return (
+            f"warning: L0 is far from the target of {', '.join(values)}; it takes more steps, or a "
+            "higher lr"
         )
 
 

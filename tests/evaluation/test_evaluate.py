@@ -483,6 +483,7 @@ def test_inputs_that_do_not_belong_together_are_errors(trained, settings, tmp_pa
     check("does not contain demo.*, which the store", root_path=str(tmp_path / "others"))
     (tmp_path / "run").mkdir()
     check("is not a finished run", run=str(tmp_path / "run"))
+    check(f"runs in it: {trained.run.name}", run=str(trained.run.parent))
     other = tmp_path / "other"
     shutil.copytree(trained.run, other)
     path = other / "members/lambda=1/config.json"

@@ -93,10 +93,17 @@ def test_members_that_pca_dominates_come_last():
     assert dominating(better, components) is None
     result = recommend([dominated, better], components, D_MODEL)
     assert result.member == "better"
+    assert result.reason.endswith(
+        "is the only member that recovers 95 % of the loss and that PCA does not dominate"
+    )
     assert result.warnings == {"dominated": ("8 principal components explain more variance",)}
     alone = recommend([dominated], components, D_MODEL)
     assert alone.member == "dominated"
-    assert "all of them dominated by PCA" in alone.reason
+    assert alone.reason.endswith("that recovers 95 % of the loss, yet PCA dominates it")
+    also_dominated = member("also_dominated", 60, 0.99, l0=8.0, fvu=0.05)
+    both = recommend([dominated, also_dominated], components, D_MODEL)
+    assert both.member == "dominated"
+    assert "of the 2 that recover 95 % of the loss, all of them dominated by PCA" in both.reason
 
 
 def test_equal_lengths_are_decided_by_stability_then_purity():
@@ -139,7 +146,7 @@ def test_without_a_head_the_explained_variance_decides():
     result = recommend([a, b], [], D_MODEL)
     assert result.member == "b"
     assert result.interval is None
-    assert "explain 85 % of the variance" in result.reason
+    assert "explains 85 % of the variance" in result.reason
 
 
 def test_where_loss_recovered_is_undefined_the_explained_variance_decides():
@@ -148,7 +155,7 @@ def test_where_loss_recovered_is_undefined_the_explained_variance_decides():
     result = recommend([a, b], [], D_MODEL)
     assert result.member == "b"
     assert result.interval is None
-    assert "explain 85 % of the variance" in result.reason
+    assert "explains 85 % of the variance" in result.reason
 
 
 def test_warnings():

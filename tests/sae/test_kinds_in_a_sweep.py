@@ -228,6 +228,19 @@ def test_too_few_steps_for_the_threshold_are_a_warning(mixed):
     assert "warning: " not in load_run(run.folder).summary()
 
 
+def test_members_far_from_their_target_l0_are_named(mixed):
+    settings = replace(
+        mixed, eval_every=0, kind=("jumprelu",), k=(), lambda_sparsity=(), target_l0=(3.0,)
+    )
+    run = train(settings)
+    (trained,) = run.members
+    for l0, is_named in ((3.2, False), (3.4, True), (2.6, True)):
+        member = replace(trained, metrics=trained.metrics | {"l0": l0})
+        summary = " ".join(replace(run, members=(member,)).summary().split())
+        name = f"L0 is far from the target of {trained.name} ({l0})"
+        assert (name in summary) == is_named
+
+
 def test_threshold_moves_in_bfloat16(mixed):
     settings = replace(mixed, kind=("jumprelu",), k=(), lambda_sparsity=(), precision="bfloat16")
     run = train(settings)
