@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import gc
 import io
 import logging
 import os
@@ -18,9 +17,6 @@ from minsae_jax.cli.memory import SMALLER, advice, memory_limit, run_in_child
 from minsae_jax.errors import Stopped, UserError, brief
 
 EXIT_SECONDS = 30  # that other threads may take to end after an error
-# Imports and traces make hundreds of thousands of objects that stay. Python's default, to search
-# them for garbage at every 700 new ones, takes a tenth of the CPU time of a short training.
-GARBAGE_COLLECTION_EVERY = 20_000  # new objects
 _is_command = False
 
 
@@ -38,7 +34,6 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
     if args is None:
         args = sys.argv[1:]
     debug = "--debug" in args
-    gc.set_threshold(GARBAGE_COLLECTION_EVERY)
     _open_missing_streams()
     limit = memory_limit()
     if limit is not None and not debug:
