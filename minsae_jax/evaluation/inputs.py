@@ -15,7 +15,7 @@ from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.evaluation.events import LabelledEvent, read_events
 from minsae_jax.locks import lock_folder
-from minsae_jax.sae.config import TrainConfig, load_run_config, runs_in
+from minsae_jax.sae.config import TrainConfig, hint_at_runs, load_run_config
 from minsae_jax.sae.hyper import Hyper, member_hyper, sort_key
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
 
@@ -172,7 +172,8 @@ def open_members(run: Path) -> tuple[Member, ...]:
         names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if not names or not (run / "sweep.csv").exists():
         raise UserError(
-            f"{run} is not a finished run; choose one with --run, or rerun `train`{runs_in(run)}"
+            f"{run} is not a finished run; choose one with --run, or rerun `train`"
+            f"{hint_at_runs(run)}"
         )
     members = [Member(n, load_sae(folder / n)) for n in names]
     return tuple(sorted(members, key=lambda member: sort_key(member.hyper)))

@@ -427,7 +427,7 @@ class PlotConfig:
     """Folder for the plots (default: plots/ in the run)."""
 
 
-def runs_in(folder: Path) -> str:
+def hint_at_runs(folder: Path) -> str:
     """Return a hint at the runs in a folder, or "" if there are none."""
     names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
     return f"; runs in it: {', '.join(names[:MAX_LISTED_RUNS])}" if names else ""
@@ -437,5 +437,5 @@ def load_run_config(run: Path) -> TrainConfig:
     """Read the settings that a run was started with from its config.yaml."""
     path = run / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{run} is not a run: config.yaml is missing{runs_in(run)}")
+        raise UserError(f"{run} is not a run: config.yaml is missing{hint_at_runs(run)}")
     return load_sections(path, {"train": TrainConfig}).get("train", TrainConfig())
