@@ -30,7 +30,7 @@ from minsae_jax.activations.writer import StoreWriter
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.parallel.processes import start_jax
 from minsae_jax.report.budget import choose_features, plan_pages
-from minsae_jax.report.context import make_context
+from minsae_jax.report.context import Context
 from minsae_jax.report.describe import describe_all, feature_row
 from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
@@ -145,10 +145,7 @@ def write_report(
     budget = plan_pages(dataset, n_samples, TOP, n_active, n_features)
     print(f"{budget.n_features:,} of {n_active:,} active features have a page, "
           f"with {budget.montage_examples} montages")  # fmt: skip
-    with measured("context"):
-        context = make_context(
-            dataset, sae, activity, None, W, montage_examples=budget.montage_examples
-        )
+    context = Context(dataset, sae, activity, None, W, montage_examples=budget.montage_examples)
     chosen = choose_features(sae, activity, [], budget.n_features)
     others = sorted(set(range(sae.d_sae)) - set(chosen))
     rows = (feature_row(context, feature) for feature in others)

@@ -1,36 +1,9 @@
 """Selection of the tokens of a feature that are shown as examples."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from jaxtyping import Int
-
 from minsae_jax.report.context import Context
 from minsae_jax.report.excerpts import ChosenToken
 
 RANDOM_EXAMPLES = 6
-
-
-@dataclass(frozen=True)
-class ChosenTokens:
-    """The tokens that `choose_tokens` returns for several features, as arrays."""
-
-    feature: Int[np.ndarray, " n"]
-    sequence: Int[np.ndarray, " n"]
-    token: Int[np.ndarray, " n"]
-
-
-def choose_all(context: Context, features: Sequence[int]) -> ChosenTokens:
-    """Return the tokens of several features to show as examples."""
-    counts = []
-    places: list[tuple[int, int]] = []
-    for feature in features:
-        chosen = choose_tokens(context, feature)
-        counts.append(len(chosen))
-        places.extend((one.sequence, one.token) for one in chosen)
-    sequence, token = np.array(places, np.int64).reshape(-1, 2).T
-    return ChosenTokens(np.repeat(np.asarray(features), counts), sequence, token)
 
 
 def choose_tokens(context: Context, feature: int) -> list[ChosenToken]:

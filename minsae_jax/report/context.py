@@ -1,10 +1,8 @@
 """The data that all feature cards share."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
-from jaxtyping import Float
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from minsae_jax.eeg.montage import BANDS
 from minsae_jax.encoder.base import BaseEncoder
@@ -24,60 +22,37 @@ SPECTRA_SEED = 0  # of the segments for the base rates, and of the bootstrap
 
 @dataclass(frozen=True)
 class Context:
-    """Data that all feature cards share."""
+    """The data that all feature cards share; base rates and events are read on first use."""
 
     dataset: Dataset
     sae: SparseAutoencoder
     activity: Activity
     # None if only the store is at hand
     encoder: BaseEncoder | None
-    # Patches shown before and after an example's patch
-    w: int
-    bands: Sequence[Band]
-    base: BaseSpectra
-    # Decoder rows
-    directions: Float[np.ndarray, "d_sae d_model"]
-    labels: Mapping[int, Label]
-    quantiles: Tokens
-    events: EventsByRecording
-    # Samples of EEG shown with an example
-    n_samples: int
+    # Patches with activations before and after an example's patch
+    w: int = 10
+    bands: Sequence[Band] = DEFAULT_BANDS
+    labels: Mapping[int, Label] = field(default_factory=dict)
+    # Of EEG shown with an example; None for that of its patches
+    context_seconds: float | None = None
     # Top examples of a feature with all channels
-    montage_examples: int
+    montage_examples: int = MONTAGE_EXAMPLES
     # Results of the evaluation, None if there is none
-    findings: Findings | None
+    findings: Findings | None = None
 
+    @cached_property
+    def base(self) -> BaseSpectra:
+        return measure_base_spectra(self.dataset, self.w, SPECTRA_SEED, self.bands)
 
-def make_context(
-    dataset: Dataset,
-    sae: SparseAutoencoder,
-    activity: Activity,
-    encoder: BaseEncoder | None,
-    w: int = 10,
-    bands: Sequence[Band] = DEFAULT_BANDS,
-    labels: Mapping[int, Label] | None = None,
-    context_seconds: float | None = None,
-    montage_examples: int = MONTAGE_EXAMPLES,
-    findings: Findings | None = None,
-) -> Context:
-    """Compute the data that all cards share.
+    @cached_property
+    def quantiles(self) -> Tokens:
+        return self.activity.quantiles()
 
-    w: patches before and after an example's patch with activations. context_seconds: of EEG shown
-    with it, by default that of these patches.
-    """
-    return Context(
-        dataset=dataset,
-        sae=sae,
-        activity=activity,
-        encoder=encoder,
-        w=w,
-        bands=bands,
-        base=measure_base_spectra(dataset, w, SPECTRA_SEED, bands),
-        directions=sae.decoder_directions,
-        labels=labels or {},
-        quantiles=activity.quantiles(),
-        events=events_by_recording(dataset),
-        n_samples=shown_samples(dataset, w, context_seconds),
-        montage_examples=montage_examples,
-        findings=findings,
-    )
+    @cached_property
+    def events(self) -> EventsByRecording:
+        return events_by_recording(self.dataset)
+
+    @cached_property
+    def n_samples(self) -> int:
+        """Samples of EEG shown with an example."""
+        return shown_samples(self.dataset, self.w, self.context_seconds)

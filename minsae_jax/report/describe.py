@@ -10,10 +10,10 @@ from minsae_jax.evaluation.associations import LabelledFeature
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.event_results import FeatureScore
 from minsae_jax.report.activations import ExampleActivations, measure_examples
-from minsae_jax.report.chosen import choose_all, choose_tokens
+from minsae_jax.report.chosen import choose_tokens
 from minsae_jax.report.context import SPECTRA_SEED, Context
 from minsae_jax.report.entries import EDGES
-from minsae_jax.report.excerpts import Example, cut_examples
+from minsae_jax.report.excerpts import Example, cut_example
 from minsae_jax.report.findings import Explained, SeedStability
 from minsae_jax.report.naming import Label, fits_region, region, suggest_name
 from minsae_jax.report.neighbours import coactive_features, nearest_features
@@ -119,7 +119,8 @@ class FeatureCard(FeatureRow):
     nearest: list[tuple[int, float]]
     # Features by Jaccard index of active tokens
     coactive: list[tuple[int, float]]
-    # Samples that a unit of the feature adds to a patch, by the encoder's head
+    # Samples that a unit of the feature adds to a patch, by the encoder's head if there is one;
+    # exact after the last layer only, since layers between the SAE and the head are skipped
     waveform: Float[np.ndarray, " patch_len"] | None
     # Share of sampled examples with each artefact hint, and of the strongest examples
     artefacts: dict[str, float]
@@ -138,13 +139,17 @@ def describe(context: Context, feature: int) -> FeatureCard:
 def describe_all(context: Context, features: Sequence[int] | None = None) -> Iterator[FeatureCard]:
     """Yield the cards of features by number, by default of all; the store is read once for them."""
     features = sorted(range(context.sae.d_sae) if features is None else features)
-    chosen = choose_all(context, features)
+    shown = []
+    for feature in features:
+        tokens = choose_tokens(context, feature)
+        shown += [(feature, one.sequence, one.token) for one in tokens]
+    of_example, sequence, token = np.array(shown, np.int64).reshape(-1, 3).T
     measured = measure_examples(
-        context.dataset, context.sae, context.w, chosen.feature, chosen.sequence, chosen.token
+        context.dataset, context.sae, context.w, of_example, sequence, token
     )
     nearest = nearest_features(context.sae.unit_directions, features)
     coactive = coactive_features(context.activity.together, features)
-    with_examples = set(chosen.feature.tolist())
+    with_examples = set(of_example.tolist())
     for feature, near, together in zip(features, nearest, coactive, strict=True):
         activations = ExampleActivations([], [])
         if feature in with_examples:
@@ -193,16 +198,26 @@ def _describe(
     shares = _patient_shares(dataset, activity.by_recording[feature], n_active)
     by_position = activity.by_token[feature] / n_active
     is_located = dataset.tokens.first >= 0
-    examples = cut_examples(
-        dataset,
-        choose_tokens(context, feature),
-        activations,
-        context.events,
-        context.w,
-        context.n_samples,
-        top_channel,
-    )
-    artefacts_top = _artefacts_of(examples, "top", list(artefacts))
+    examples = []
+    chosen = choose_tokens(context, feature)
+    for token, around, others in zip(chosen, activations.around, activations.others, strict=True):
+        example = cut_example(
+            dataset,
+            token,
+            around,
+            others,
+            context.events,
+            context.w,
+            context.n_samples,
+            top_channel,
+        )
+        examples.append(example)
+    strongest = [example.hints for example in examples if example.group == "top"]
+    artefacts_top = {}
+    if strongest:
+        artefacts_top = {
+            hint: np.mean([hint in hints for hints in strongest]) for hint in artefacts
+        }
     label = context.labels.get(feature, Label())
     # No ratio is known if all tokens are CLS tokens or in recordings with shifted columns.
     has_ratio = is_alive and bool(channel_ratio.any())
@@ -218,6 +233,9 @@ def _describe(
         suggestion = suggest_name(context.bands, relative, band, positions, n_counted)
         place = "" if positions is None else region(relative, positions, n_counted)
         support = _support(context, feature, sample, place, band)
+    waveform = None
+    if context.encoder is not None:
+        waveform = context.encoder.waveform(context.sae.decoder_directions[feature])
     findings = context.findings
     return FeatureCard(
         id=feature,
@@ -243,7 +261,7 @@ def _describe(
         patient_list=shares[:LISTED_PATIENTS],
         nearest=nearest,
         coactive=coactive,
-        waveform=_waveform(context, feature),
+        waveform=waveform,
         artefacts=artefacts,
         artefacts_top=artefacts_top,
         stability=None if findings is None else findings.stability_of(feature),
@@ -251,16 +269,6 @@ def _describe(
         events=() if findings is None else findings.events_of(feature),
         labels=() if findings is None else findings.labels_of(feature),
     )
-
-
-def _artefacts_of(
-    examples: Sequence[Example], group: str, hints: Sequence[str]
-) -> dict[str, float]:
-    """Return the share of a group's examples with each artefact hint."""
-    of_group = [example.hints for example in examples if example.group == group]
-    if not of_group:
-        return {}
-    return {hint: float(np.mean([hint in one for one in of_group])) for hint in hints}
 
 
 def _support(
@@ -335,14 +343,3 @@ def _histogram(counts: Int[np.ndarray, " bins"]) -> Histogram:
     first = int(filled[0])
     stop = int(filled[-1]) + 1
     return Histogram(EDGES[first : stop + 1], counts[first:stop])
-
-
-def _waveform(context: Context, feature: int) -> Float[np.ndarray, " samples"] | None:
-    """Return the samples that a unit of the feature adds to a patch, by the encoder's head.
-
-    None if the encoder has no such head. Exact after the last layer only, since layers between the
-    SAE and the head are skipped.
-    """
-    if context.encoder is None:
-        return None
-    return context.encoder.waveform(context.directions[feature])

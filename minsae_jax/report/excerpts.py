@@ -10,7 +10,7 @@ from scipy.signal import resample_poly
 from minsae_jax.eeg.events import EVENTS
 from minsae_jax.evaluation.dataset import Dataset, TokenPlaces
 from minsae_jax.evaluation.events import LabelledEvent, read_events
-from minsae_jax.report.activations import ExampleActivations, Stretch, stretch_of
+from minsae_jax.report.activations import stretch_of
 from minsae_jax.report.spectra import artefact_hints
 
 TRACE_STEP = 0.1  # SD per unit of an int8 trace
@@ -101,43 +101,26 @@ def shown_samples(dataset: Dataset, w: int, context_seconds: float | None = None
     return 2 * w * grid.mean_step + grid.longest
 
 
-def cut_examples(
+def cut_example(
     dataset: Dataset,
-    chosen: Sequence[ChosenToken],
-    activations: ExampleActivations,
+    chosen: ChosenToken,
+    around: Float[np.ndarray, " n_shown"],
+    other_features: list[tuple[int, float]],
     events: EventsByRecording,
     w: int,
     n_samples: int,
     top_channel: int,
-) -> list[Example]:
-    """Return the EEG around tokens, and the feature's activations there.
-
-    w: patches to either side with activations. n_samples: of EEG, see `shown_samples`; a CLS token
-    is shown with its whole window. top_channel: shown where a token is over all channels.
-    """
-    examples = []
-    for one, around, others in zip(chosen, activations.around, activations.others, strict=True):
-        stretch = stretch_of(dataset.tokens, one.token, w)
-        strip = np.zeros(stretch.last - stretch.first + 1, around.dtype)
-        np.maximum.at(strip, dataset.tokens.slot[stretch.tokens] - stretch.first, around)
-        example = _make_example(
-            dataset, one, stretch, strip, others, events, n_samples, top_channel
-        )
-        examples.append(example)
-    return examples
-
-
-def _make_example(
-    dataset: Dataset,
-    chosen: ChosenToken,
-    stretch: Stretch,
-    strip: Float[np.ndarray, " starts"],
-    other_features: list[tuple[int, float]],
-    events: EventsByRecording,
-    n_samples: int,
-    top_channel: int,
 ) -> Example:
+    """Return the EEG around a token, and the feature's activations there.
+
+    around, other_features: see `ExampleActivations`. w: patches to either side with activations.
+    n_samples: of EEG, see `shown_samples`; a CLS token is shown with its whole window. top_channel:
+    shown where a token is over all channels.
+    """
     grid = dataset.tokens
+    stretch = stretch_of(grid, chosen.token, w)
+    strip = np.zeros(stretch.last - stretch.first + 1, around.dtype)
+    np.maximum.at(strip, grid.slot[stretch.tokens] - stretch.first, around)
     recording = int(dataset.recording[chosen.sequence])
     sequence = np.array([chosen.sequence])
     channel = int(dataset.channels_of(sequence, np.array([chosen.token]))[0])

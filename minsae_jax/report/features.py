@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
-from minsae_jax.report.context import Context, make_context
+from minsae_jax.report.context import Context
 from minsae_jax.report.describe import FeatureCard, describe, describe_all
 from minsae_jax.report.examples import Activity, Tokens, collect
 from minsae_jax.report.excerpts import Example
@@ -111,4 +111,4 @@ def load_features(
     sae = load_sae(member)
     dataset = open_dataset(store, layer, encoder, root_path)
     activity = collect(dataset, sae, top, per_recording)
-    return Features(activity, make_context(dataset, sae, activity, encoder, w))
+    return Features(activity, Context(dataset, sae, activity, encoder, w))

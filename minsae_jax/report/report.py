@@ -15,7 +15,7 @@ from minsae_jax.evaluation.steering.results import Steering
 from minsae_jax.evaluation.steering.steer import steer_best
 from minsae_jax.monitor import percent
 from minsae_jax.report.budget import choose_features, plan_pages
-from minsae_jax.report.context import make_context
+from minsae_jax.report.context import Context
 from minsae_jax.report.describe import describe_all, feature_row
 from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
@@ -45,7 +45,7 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     associations = measure_associations(inputs, member, settings.pooling, settings.seed)
     steering = _steer(settings, evaluation, member)
     pages = make_pages(evaluation, associations, steering)
-    context = make_context(
+    context = Context(
         inputs.test,
         member.sae,
         activity,

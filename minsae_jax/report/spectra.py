@@ -1,6 +1,6 @@
 """Spectra of the EEG around a feature's tokens, compared with any EEG, and artefact hints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,10 +188,11 @@ def measure_spectrum(
     ratios = (parts @ power) / np.maximum(parts @ base_power, 1e-12)
     ratios = ratios.reshape(BOOTSTRAP_SAMPLES, -1)
     low, high = np.quantile(ratios, [0.025, 0.975], axis=0)
+    hints = artefact_hints(segments, dataset.sampling_rate)
     return SampleSpectra(
         spectrum=Spectrum(base.hz, ratio, low, high),
         ratios=power / np.maximum(base_power, 1e-12),
-        artefacts=share_hints(artefact_hints(segments, dataset.sampling_rate)),
+        artefacts={hint: float(is_present.mean()) for hint, is_present in hints.items()},
     )
 
 
@@ -247,11 +248,6 @@ def _token_variances(
         eeg = dataset.eeg_of(sequence)[samples]
         variances.append(eeg.var(axis=0, dtype=np.float64))
     return np.stack(variances)
-
-
-def share_hints(hints: Mapping[str, Bool[np.ndarray, " n"]]) -> dict[str, float]:
-    """Return the share of the segments with each hint."""
-    return {name: float(np.mean(is_present)) for name, is_present in hints.items()}
 
 
 def artefact_hints(

@@ -14,7 +14,7 @@ from minsae_jax.eeg.recordings import load_recording
 from minsae_jax.encoder.live import open_live
 from minsae_jax.evaluation.dataset import open_dataset
 from minsae_jax.evaluation.events import Span, event_share, read_events, tokens_of
-from minsae_jax.report.context import make_context
+from minsae_jax.report.context import Context
 from minsae_jax.report.describe import describe
 from minsae_jax.report.examples import collect
 from tests.described import BURST, HZ, N_CHANNELS, RATE
@@ -152,7 +152,7 @@ def test_card_of_a_feature_is_of_its_channels(described, dataset):
     )
     assert activity.channel_tokens.tolist() == [20 * N_PATCHES] * N_CHANNELS
 
-    card = describe(make_context(dataset, sae, activity, None, w=1), 1)
+    card = describe(Context(dataset, sae, activity, None, w=1), 1)
     is_planted = np.isin(described.names, described.planted)
     assert card.channel_ratio[is_planted].min() > 2 * card.channel_ratio[~is_planted].max()
     assert card.channel in described.planted

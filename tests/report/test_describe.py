@@ -10,7 +10,7 @@ from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.eeg.recordings import load_recording
 from minsae_jax.report import naming
 from minsae_jax.report.chosen import choose_tokens
-from minsae_jax.report.context import make_context
+from minsae_jax.report.context import Context
 from minsae_jax.report.describe import describe, describe_all
 from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import to_int8
@@ -23,7 +23,7 @@ def context(trained):
     sae = trained.sae()
     activity = collect(dataset, sae)
     labels = {3: Label("mine", "a note")}
-    return make_context(dataset, sae, activity, trained.encoder, w=2, labels=labels)
+    return Context(dataset, sae, activity, trained.encoder, w=2, labels=labels)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,7 @@ def test_examples_are_cut_from_the_recordings(trained, context, feature):
 
 
 def test_more_eeg_than_the_patches(trained, context, feature):
-    more = make_context(
-        context.dataset, context.sae, context.activity, None, w=2, context_seconds=12.0
-    )
+    more = Context(context.dataset, context.sae, context.activity, None, w=2, context_seconds=12.0)
     short = describe(context, feature).examples
     for example, before in zip(describe(more, feature).examples, short, strict=True):
         assert len(example.trace) == 1200
