@@ -79,39 +79,39 @@ def measure_examples(
     """
     stretches = [stretch_of(dataset.tokens, one, w) for one in token.tolist()]
     lengths = np.array([len(stretch.tokens) for stretch in stretches], np.int64)
-    ends = np.cumsum(lengths)
+    starts = np.cumsum(lengths) - lengths
     values = np.zeros(int(lengths.sum()), np.float32)
-    others = np.zeros((len(feature), OTHER_FEATURES), np.int32)
-    activations = np.zeros((len(feature), OTHER_FEATURES), np.float32)
-    order = np.argsort(sequence, kind="stable")
+    n_others = min(OTHER_FEATURES, sae.d_sae - 1)
+    others = np.zeros((len(feature), n_others), np.int32)
+    activations = np.zeros((len(feature), n_others), np.float32)
+    by_sequence = np.argsort(sequence, kind="stable")
     measure = _measure_some if sae.kind.independent else _measure_all
     with progress("read examples", len(feature), "examples", delay=2.0) as bar:
-        for examples in _chunks(dataset, sae, order, sequence, lengths):
+        for examples in _chunks(dataset, sae, by_sequence, sequence, lengths):
             shown = [stretches[i].tokens for i in examples.tolist()]
             chunk = _read_chunk(dataset, shown, sequence[examples], token[examples])
-            measured = measure(sae, chunk, feature[examples])
+            chunk_values, largest, index = measure(sae, chunk, feature[examples])
             n_shown = lengths[examples]
-            place = np.repeat((ends - lengths)[examples], n_shown) + count_up(n_shown)
-            values[place] = np.asarray(measured.values)[: len(place)]
-            largest = np.asarray(measured.largest)[chunk.place]
-            index = np.asarray(measured.index)[chunk.place]
-            others[examples], activations[examples] = _without(feature[examples], index, largest)
+            place = np.repeat(starts[examples], n_shown) + count_up(n_shown)
+            values[place] = np.asarray(chunk_values)[: len(place)]
+            index = np.asarray(index)[chunk.place]
+            # The example's feature comes last, which leaves the others.
+            is_same = index == feature[examples, None]
+            order = np.argsort(is_same, axis=1, kind="stable")[:, :n_others]
+            largest = np.where(is_same, 0, np.asarray(largest)[chunk.place])
+            others[examples] = np.take_along_axis(index, order, axis=1)
+            activations[examples] = np.take_along_axis(largest, order, axis=1)
             bar.advance(len(examples))
+    around = np.split(values, starts[1:])
     first = 0
     for count in np.unique(feature, return_counts=True)[1].tolist():
-        of_feature = range(first, first + count)
-        yield ExampleActivations(
-            around=[values[ends[j] - lengths[j] : ends[j]] for j in of_feature],
-            others=[_pairs(others[j], activations[j]) for j in of_feature],
-        )
+        of_feature = slice(first, first + count)
+        listed = []
+        for example in range(first, first + count):
+            pairs = zip(others[example].tolist(), activations[example].tolist(), strict=True)
+            listed.append([(other, activation) for other, activation in pairs if activation > 0])
+        yield ExampleActivations(around[of_feature], listed)
         first += count
-
-
-def _pairs(
-    others: Int[np.ndarray, " n"], activations: Float[np.ndarray, " n"]
-) -> list[tuple[int, float]]:
-    pairs = zip(others.tolist(), activations.tolist(), strict=True)
-    return [(other, activation) for other, activation in pairs if activation > 0]
 
 
 def _chunks(
@@ -186,15 +186,9 @@ def _read_chunk(
     )
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Results for a chunk, perhaps padded."""
-
-    # Of each example's feature on the tokens that it shows
-    values: Array | np.ndarray
-    # The largest activations of each distinct token in the middle, and their features
-    largest: Array
-    index: Array
+# Of each example's feature on the tokens that it shows; then the largest activations of each
+# distinct token in the middle, and their features. There may be padding at the end.
+_Measured = tuple[Array | np.ndarray, Array, Array]
 
 
 def _measure_all(
@@ -208,7 +202,7 @@ def _measure_all(
         n_rows = min(n_rows, batch_tokens(sae))
     features = encode_padded(sae, chunk.rows, n_rows)
     values = _take(features, _pad(chunk.row), _pad(feature[chunk.of_example]))
-    return _Measured(values, *_strongest(features, _pad(chunk.middle)))
+    return values, *_strongest(features, _pad(chunk.middle))
 
 
 def _measure_some(
@@ -222,7 +216,7 @@ def _measure_some(
     middle = chunk.rows[chunk.middle]
     features = encode_padded(sae, middle, power_of_two(len(middle)))
     values = encoded[chunk.row, chunk.of_example]
-    return _Measured(values, *_strongest(features, np.arange(len(features), dtype=np.int32)))
+    return values, *_strongest(features, np.arange(len(features), dtype=np.int32))
 
 
 def _pad(indices: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n_padded"]:
@@ -244,21 +238,6 @@ def _strongest(
     count = min(OTHER_FEATURES + 1, features.shape[1])
     largest, index = jax.lax.top_k(features[row], count)
     return largest, index
-
-
-def _without(
-    feature: Int[np.ndarray, " n"],
-    index: Int[np.ndarray, "n largest"],
-    largest: Float[np.ndarray, "n largest"],
-) -> tuple[Int[np.ndarray, "n others"], Float[np.ndarray, "n others"]]:
-    """Return indices and activations without those of each example's feature."""
-    is_same = index == feature[:, None]
-    n_missing = max(0, OTHER_FEATURES - index.shape[1])
-    order = np.argsort(is_same, axis=1, kind="stable")[:, :OTHER_FEATURES]
-    others = np.take_along_axis(index, order, axis=1)
-    activations = np.take_along_axis(np.where(is_same, 0, largest), order, axis=1)
-    padding = ((0, 0), (0, n_missing))
-    return np.pad(others, padding), np.pad(activations, padding)
 
 
 def count_up(lengths: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:

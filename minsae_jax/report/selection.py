@@ -1,44 +1,22 @@
 """The entries of each feature with the largest keys, merged batch by batch on the host."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from minsae_jax.report.entries import ActiveEntries
 
 MERGE = 1 << 17  # entries: at least so many wait for a merge
 
 
-@dataclass(frozen=True)
-class _Entries:
-    """Active entries with the keys by which they are chosen."""
-
-    feature: Int[np.ndarray, " n"]
-    key: Float[np.ndarray, " n"]
-    position: Int[np.ndarray, " n"]
-    activation: Float[np.ndarray, " n"]
-
-    @classmethod
-    def none(cls) -> "_Entries":
-        return cls(
-            np.zeros(0, np.int32), np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.float32)
-        )
-
-    @classmethod
-    def join(cls, parts: Sequence["_Entries"]) -> "_Entries":
-        return cls(
-            np.concatenate([part.feature for part in parts]),
-            np.concatenate([part.key for part in parts]),
-            np.concatenate([part.position for part in parts]),
-            np.concatenate([part.activation for part in parts]),
-        )
-
-    def take(self, order: Int[np.ndarray, " n"]) -> "_Entries":
-        return _Entries(
-            self.feature[order], self.key[order], self.position[order], self.activation[order]
-        )
+# An active entry with the key by which it is chosen
+ENTRY = np.dtype(
+    [
+        ("feature", np.int32),
+        ("key", np.float64),
+        ("position", np.int64),
+        ("activation", np.float32),
+    ]
+)
 
 
 class LargestByFeature:
@@ -57,8 +35,8 @@ class LargestByFeature:
     def clear(self) -> None:
         """Remove all entries."""
         # Sorted by feature, then by decreasing key.
-        self._entries = _Entries.none()
-        self._waiting: list[_Entries] = []
+        self._entries = np.zeros(0, ENTRY)
+        self._waiting: list[np.ndarray] = []
         # The smallest key of each feature that is full. Keys that do not exceed it are dropped
         # before anything is sorted, which is nearly all of them after a few merges.
         self.threshold = np.full(self.d_sae, -np.inf)
@@ -75,7 +53,6 @@ class LargestByFeature:
 
         above: for each feature, a second threshold that keys must exceed.
         """
-        entries = _Entries(feature, key, position, activation)
         # In parts, so that the first of them raise the thresholds for the others.
         for first in range(0, len(feature), MERGE):
             part = slice(first, first + MERGE)
@@ -83,41 +60,36 @@ class LargestByFeature:
             # Not >=: of equal keys the earlier position wins, and that one is already here.
             exceeds = key[part] > threshold[feature[part]]
             candidates = first + np.flatnonzero(exceeds)
-            if len(candidates):
-                self._waiting.append(entries.take(candidates))
-            n_waiting = sum(len(waiting.feature) for waiting in self._waiting)
-            if n_waiting > max(MERGE, len(self._entries.feature) // 2):
+            if not len(candidates):
+                continue
+            entries = np.empty(len(candidates), ENTRY)
+            entries["feature"] = feature[candidates]
+            entries["key"] = key[candidates]
+            entries["position"] = position[candidates]
+            entries["activation"] = activation[candidates]
+            self._waiting.append(entries)
+            if sum(map(len, self._waiting)) > max(MERGE, len(self._entries) // 2):
                 self.merged()
 
-    def merged(self) -> "_Entries":
+    def merged(self) -> np.ndarray:
         """Return the entries with the largest keys, sorted by feature, then by decreasing key."""
-        if not self._waiting:
-            return self._entries
-        entries = _Entries.join([self._entries, *self._waiting])
+        entries = np.concatenate([self._entries, *self._waiting])
         self._waiting = []
-        # By feature, then decreasing key, then position: lexsort takes the main key last.
-        order = np.lexsort((entries.position, -entries.key, entries.feature))
+        # lexsort takes the main key last.
+        order = np.lexsort((entries["position"], -entries["key"], entries["feature"]))
+        entries = entries[order]
         if self.group > 1:
-            order = order[self._is_first(entries.feature[order], entries.position[order])]
-        rank = self._ranks(entries.feature[order])
-        self._entries = entries.take(order[rank < self.size])
-        is_last = self._ranks(self._entries.feature) == self.size - 1
-        self.threshold[self._entries.feature[is_last]] = self._entries.key[is_last]
-        return self._entries
+            group = entries["position"] // self.group
+            _, first = np.unique(group * self.d_sae + entries["feature"], return_index=True)
+            entries = entries[np.sort(first)]
+        entries = entries[self._ranks(entries["feature"]) < self.size]
+        is_last = self._ranks(entries["feature"]) == self.size - 1
+        last = entries[is_last]
+        self.threshold[last["feature"]] = last["key"]
+        self._entries = entries
+        return entries
 
-    def _is_first(
-        self, feature: Int[np.ndarray, " n"], position: Int[np.ndarray, " n"]
-    ) -> Bool[np.ndarray, " n"]:
-        """Return which entries are the first ones of their feature and group."""
-        _, first = np.unique(position // self.group * self.d_sae + feature, return_index=True)
-        is_first = np.zeros(len(feature), bool)
-        is_first[first] = True
-        return is_first
-
-    def _ranks(
-        self,
-        feature: Int[np.ndarray, " n"],
-    ) -> Int[np.ndarray, " n"]:
+    def _ranks(self, feature: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Return each entry's place among those of its feature; `feature` is sorted."""
         starts = np.searchsorted(feature, np.arange(self.d_sae))
         return np.arange(len(feature)) - starts[feature]
@@ -125,11 +97,11 @@ class LargestByFeature:
     def to_table(self) -> tuple[Int[np.ndarray, "d_sae size"], Float[np.ndarray, "d_sae size"]]:
         """Return positions and activations; the position is -1 if a feature has fewer entries."""
         entries = self.merged()
-        rank = self._ranks(entries.feature)
+        place = (entries["feature"], self._ranks(entries["feature"]))
         position = np.full((self.d_sae, self.size), -1, np.int64)
-        position[entries.feature, rank] = entries.position
+        position[place] = entries["position"]
         activation = np.zeros((self.d_sae, self.size), np.float32)
-        activation[entries.feature, rank] = entries.activation
+        activation[place] = entries["activation"]
         return position, activation
 
 
@@ -171,7 +143,7 @@ class StrongestExamples:
 
     def _merge(self) -> None:
         current = self.in_recording.merged()
-        self.best.add(current.feature, current.key, current.position, current.activation)
+        self.best.add(*(current[name] for name in ENTRY.names))
         self.in_recording.clear()
 
     def finish(self) -> LargestByFeature:
