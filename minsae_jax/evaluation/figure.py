@@ -1,24 +1,25 @@
 """evaluation.png: every measure over L0, with PCA and the recommended member."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from minsae_jax.estimates import Estimate
+from minsae_jax.evaluation.event_results import UNDEFINED
+from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
 from minsae_jax.files import atomic_write
 from minsae_jax.sae.figures import KIND_COLOURS, PCA, make_figure, plain_log_ticks, tidy
 
-if TYPE_CHECKING:  # matplotlib takes half a second to import; results.py imports this module
+if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-    from minsae_jax.evaluation.event_results import EventSummary
-    from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
-
 RAW_COLOUR = "#b0413e"
 UNKNOWN_COLOUR = "#222222"
+AUC_TITLE = "AUC of the best feature, mean over events"
+LOG_TITLES = ("variance unexplained (FVU)", "description, bits per token")
 
 
 class Point(NamedTuple):
@@ -30,37 +31,24 @@ class Point(NamedTuple):
     is_recommended: bool
 
 
-class Panel(NamedTuple):
-    """One measure; read returns None if it was not measured."""
-
-    title: str
-    read: "Callable[[MemberEvaluation | PCAEvaluation], Estimate | None]"
-    # Whether the axis is logarithmic
-    is_log: bool = False
-
-
-def draw_evaluation(path: Path, evaluation: "Evaluation") -> None:
+def draw_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Write a PNG with a panel for each measure that the evaluation has.
 
     Bars are 95 % intervals, horizontal lines the baselines that have no L0, and the ring is the
     recommended member.
     """
-    panels = []
-    for panel in PANELS:
-        points = _points(panel, evaluation)
-        if any(point.kind != PCA for point in points):
-            panels.append((panel, points))
+    panels = _panels(evaluation)
     n_columns = min(len(panels), 3)
     n_rows = -(-len(panels) // n_columns)
     figure = make_figure(4.4 * n_columns, 3.6 * n_rows + 0.6)
     grid = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    for axes, (panel, points) in zip(grid, panels, strict=False):
-        _draw_panel(axes, panel, points)
-        _draw_baselines(axes, panel, evaluation)
     handles: dict[str, Artist] = {}
-    for axes in grid[: len(panels)]:
+    for axes, (title, points) in zip(grid, panels.items(), strict=False):
+        _draw_panel(axes, title, points)
+        if title == AUC_TITLE:
+            _draw_baselines(axes, evaluation)
         artists, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, artists, strict=True))
     figure.legend(
@@ -74,23 +62,44 @@ def draw_evaluation(path: Path, evaluation: "Evaluation") -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _points(panel: Panel, evaluation: "Evaluation") -> list[Point]:
-    """Return the members and PCAs that have the measure, by increasing L0."""
-    points = []
+def _panels(evaluation: Evaluation) -> dict[str, list[Point]]:
+    """Return the points, by increasing L0, of each measure that a member has, by its title."""
+    panels: dict[str, list[Point]] = {}
     for member in evaluation.members:
-        measure = panel.read(member)
-        if measure is not None and np.isfinite([measure.value, member.tokens.l0]).all():
-            kind = str(member.hyper.get("kind", "relu"))
-            is_recommended = member.member == evaluation.recommended
-            points.append(Point(kind, member.tokens.l0, measure, is_recommended))
+        kind = str(member.hyper.get("kind", "relu"))
+        l0 = member.tokens.l0
+        is_recommended = member.member == evaluation.recommended
+        for title, measure in _measures(member).items():
+            points = panels.setdefault(title, [])
+            if np.isfinite([measure.value, l0]).all():
+                points.append(Point(kind, l0, measure, is_recommended))
+    panels = {title: points for title, points in panels.items() if points}
     for pca in evaluation.pca:
-        measure = panel.read(pca)
-        if measure is not None and np.isfinite(measure.value):
-            points.append(Point(PCA, float(pca.k), measure, False))
-    return sorted(points, key=lambda point: point.l0)
+        for title, measure in _measures(pca).items():
+            if title in panels and np.isfinite(measure.value):
+                panels[title].append(Point(PCA, float(pca.k), measure, False))
+    for points in panels.values():
+        points.sort(key=lambda point: point.l0)
+    return panels
 
 
-def _draw_panel(axes: "Axes", panel: Panel, points: Sequence[Point]) -> None:
+def _measures(evaluated: MemberEvaluation | PCAEvaluation) -> dict[str, Estimate]:
+    """Return the measures by the title of their panel; NaN for those that were not made."""
+    loss = UNDEFINED if evaluated.loss is None else evaluated.loss.loss_recovered
+    measures = {
+        "variance unexplained (FVU)": Estimate(evaluated.fvu),
+        "description, bits per token": Estimate(evaluated.description_bits),
+        "loss recovered": loss,
+    }
+    events = evaluated.event_summary
+    if events is not None:
+        measures[AUC_TITLE] = events.auc
+        measures["precision of its strongest tokens"] = Estimate(events.precision)
+        measures["targeted probe perturbation"] = events.tpp
+    return measures
+
+
+def _draw_panel(axes: "Axes", title: str, points: Sequence[Point]) -> None:
     for kind in dict.fromkeys(point.kind for point in points):
         of_kind = [point for point in points if point.kind == kind]
         x = [point.l0 for point in of_kind]
@@ -111,10 +120,10 @@ def _draw_panel(axes: "Axes", panel: Panel, points: Sequence[Point]) -> None:
             )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    if panel.is_log:
+    if title in LOG_TITLES:
         axes.set_yscale("log")
         plain_log_ticks(axes.yaxis)
-    axes.set_title(panel.title, fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("L0: active features per token", fontsize=9)
     tidy(axes)
 
@@ -127,41 +136,11 @@ def _bar(measure: Estimate) -> tuple[float, float]:
     return (max(measure.value - low, 0.0), max(high - measure.value, 0.0))
 
 
-def _draw_baselines(axes: "Axes", panel: Panel, evaluation: "Evaluation") -> None:
+def _draw_baselines(axes: "Axes", evaluation: Evaluation) -> None:
     """Draw the mean over kinds of events of raw dimensions and of all principal components."""
-    raw = evaluation.raw_events
-    pca = evaluation.pca_events
-    if panel.title != AUC_TITLE or raw is None or pca is None:
-        return
     for events, colour, label in (
-        (raw, RAW_COLOUR, "best raw dimension"),
-        (pca, KIND_COLOURS[PCA], "best principal component"),
+        (evaluation.raw_events, RAW_COLOUR, "best raw dimension"),
+        (evaluation.pca_events, KIND_COLOURS[PCA], "best principal component"),
     ):
-        axes.axhline(events.summary.auc.value, color=colour, linestyle=":", label=label)
-
-
-def _loss(evaluated: "MemberEvaluation | PCAEvaluation") -> Estimate | None:
-    return None if evaluated.loss is None else evaluated.loss.loss_recovered
-
-
-def _mean_over_events(
-    read: "Callable[[EventSummary], Estimate]",
-) -> "Callable[[MemberEvaluation | PCAEvaluation], Estimate | None]":
-    """Return a function that reads a measure from the event summary, if there is one."""
-
-    def read_evaluated(evaluated: "MemberEvaluation | PCAEvaluation") -> Estimate | None:
-        events = evaluated.event_summary
-        return None if events is None else read(events)
-
-    return read_evaluated
-
-
-AUC_TITLE = "AUC of the best feature, mean over events"
-PANELS = (
-    Panel("variance unexplained (FVU)", lambda e: Estimate(e.fvu), is_log=True),
-    Panel("description, bits per token", lambda e: Estimate(e.description_bits), is_log=True),
-    Panel("loss recovered", _loss),
-    Panel(AUC_TITLE, _mean_over_events(lambda e: e.auc)),
-    Panel("precision of its strongest tokens", _mean_over_events(lambda e: Estimate(e.precision))),
-    Panel("targeted probe perturbation", _mean_over_events(lambda e: e.tpp)),
-)
+        if events is not None:
+            axes.axhline(events.summary.auc.value, color=colour, linestyle=":", label=label)

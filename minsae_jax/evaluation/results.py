@@ -9,7 +9,6 @@ from minsae_jax.evaluation.event_results import EventEvaluation, EventScore, Eve
 from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.loss_recovered import LossRecovered, SubstitutionErrors
 from minsae_jax.evaluation.stability import Stability
-from minsae_jax.evaluation.summary import summary, write_files
 from minsae_jax.json_values import to_json
 from minsae_jax.sae.figures import PCA
 from minsae_jax.sae.hyper import Hyper
@@ -273,6 +272,8 @@ class Evaluation:
 
     def summary(self) -> str:
         """Return the members as a table for the terminal, and the recommended member."""
+        from minsae_jax.evaluation.summary import summary
+
         return summary(self)
 
     def to_record(self) -> JsonObject:
@@ -317,4 +318,6 @@ class Evaluation:
 
     def write(self) -> None:
         """Write evaluation.json, evaluation.csv and evaluation.png into the run."""
+        from minsae_jax.evaluation.summary import write_files
+
         write_files(self)

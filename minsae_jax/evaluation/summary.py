@@ -3,20 +3,16 @@
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 from minsae_jax.checksums import update_checksums
 from minsae_jax.estimates import Estimate
+from minsae_jax.evaluation.event_results import EventScore
 from minsae_jax.evaluation.figure import draw_evaluation
+from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
 from minsae_jax.files import atomic_write
 from minsae_jax.monitor import table, wrap
 from minsae_jax.sae.hyper import SYMBOLS
-from minsae_jax.settings import JsonObject
-
-if TYPE_CHECKING:  # results.py imports this module
-    from minsae_jax.evaluation.event_results import EventScore, EventSummary
-    from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
 
 EVENTS_NOTE = """\
 Means over the kinds of events, of the best feature for each, chosen on val
@@ -37,18 +33,22 @@ STABILITY_NOTE = """\
 stability: share of the features that other seeds find again (weighted by their part in x̂)."""
 
 
-def summary(evaluation: "Evaluation") -> str:
+def summary(evaluation: Evaluation) -> str:
     """Return the members as a table, the events of the selected member, and the recommendation."""
     recommendation = evaluation.recommendation
-    parts = [_members_table(evaluation)]
-    if any(member.stability is not None for member in evaluation.members):
+    has_stability = any(member.stability is not None for member in evaluation.members)
+    parts = [_members_table(evaluation, has_stability)]
+    if has_stability:
         parts.append(STABILITY_NOTE)
     if evaluation.baselines:
         parts += [f"labelled events:\n{_events_table(evaluation)}", EVENTS_NOTE]
         # Two tables, since one would be wider than 80 columns.
         title = f"{evaluation.selected} by kind of event"
-        parts += [f"{title}, spans:\n{_spans_table(evaluation)}", _spans_note(evaluation)]
-        parts += [f"{title}, tokens:\n{_tokens_table(evaluation)}", TOKENS_NOTE]
+        scores = list(_scores(evaluation))
+        parts += [f"{title}, spans:\n{_spans_table(scores)}", SPANS_NOTE]
+        if any(score.n_ties is None for _, _, score in scores):
+            parts[-1] += f"\n{NO_TIES_NOTE}"
+        parts += [f"{title}, tokens:\n{_tokens_table(scores)}", TOKENS_NOTE]
     verdict = [f"recommended: {recommendation.member}", f"reason: {recommendation.reason}"]
     if recommendation.runners_up:
         verdict.append(f"runners-up: {'; '.join(recommendation.runners_up)}")
@@ -59,12 +59,11 @@ def summary(evaluation: "Evaluation") -> str:
     return "\n\n".join(parts)
 
 
-def _members_table(evaluation: "Evaluation") -> str:
+def _members_table(evaluation: Evaluation, has_stability: bool) -> str:
     columns = ["member", "L0", "FVU", "bits", "never active"]
     has_loss = evaluation.substitution is not None
     if has_loss:
         columns.append("loss recovered")
-    has_stability = any(member.stability is not None for member in evaluation.members)
     if has_stability:
         columns.append("stability")
     rows = []
@@ -78,41 +77,23 @@ def _members_table(evaluation: "Evaluation") -> str:
         ]
         if has_loss:
             row.append(_loss_cell(member))
-        if has_stability:
-            row.append(_stability_cell(member))
+        if member.stability is not None:
+            shares = member.stability
+            row.append(f"{shares.share:.1%} ({shares.weighted_share:.0%})")
         rows.append(row)
     for pca in evaluation.pca:
         row = [pca.name, f"{pca.k:.1f}", f"{pca.fvu:.4f}", f"{pca.description_bits:.0f}", ""]
         if has_loss:
             row.append(_loss_cell(pca))
-        rows.append(row + [""] * (len(columns) - len(row)))
-    return table(columns, rows)
+        rows.append(row)
+    return table(columns, [row + [""] * (len(columns) - len(row)) for row in rows])
 
 
-def _events_table(evaluation: "Evaluation") -> str:
-    columns = ["features of", "AUC", "token AUC", "precision", "pure", "TPP"]
-    summaries = {member.member: member.event_summary for member in evaluation.members}
-    baselines = {pca.name: pca.event_evaluation for pca in evaluation.pca}
-    baselines["principal components"] = evaluation.pca_events
-    baselines["raw dimensions"] = evaluation.raw_events
-    for name, events in baselines.items():
-        summaries[name] = None if events is None else events.summary
-    rows = [[name, *_event_cells(each)] for name, each in summaries.items() if each is not None]
-    return table(columns, rows)
-
-
-def _loss_cell(evaluated: "MemberEvaluation | PCAEvaluation") -> str:
+def _loss_cell(evaluated: MemberEvaluation | PCAEvaluation) -> str:
     if evaluated.loss is None:
         return ""
     recovered = evaluated.loss.loss_recovered
     return "undefined" if math.isnan(recovered.value) else _cell(recovered, ".1%")
-
-
-def _stability_cell(member: "MemberEvaluation") -> str:
-    stability = member.stability
-    if stability is None:
-        return ""
-    return f"{stability.share:.1%} ({stability.weighted_share:.0%})"
 
 
 def _cell(measure: Estimate, digits: str) -> str:
@@ -123,39 +104,32 @@ def _cell(measure: Estimate, digits: str) -> str:
     return f"{value:{digits}} [{within.low:{digits}}, {within.high:{digits}}]"
 
 
-def _event_cells(events: "EventSummary") -> list[str]:
-    has_tpp = not math.isnan(events.tpp.value)  # it requires two kinds of events
-    return [
-        _cell(events.auc, ".3f"),
-        f"{events.token_auc:.3f}",
-        f"{events.precision:.1%}",
-        str(events.pure_features),
-        _cell(events.tpp, ".2f") if has_tpp else "",
-    ]
-
-
-def _spans_table(evaluation: "Evaluation") -> str:
-    columns = ["event", "n", "of", "feature", "AUC", "ties", "recall", "5-probe"]
+def _events_table(evaluation: Evaluation) -> str:
+    summaries = {member.member: member.event_summary for member in evaluation.members}
+    summaries |= {pca.name: pca.event_summary for pca in evaluation.pca}
+    for name, events in (
+        ("principal components", evaluation.pca_events),
+        ("raw dimensions", evaluation.raw_events),
+    ):
+        summaries[name] = None if events is None else events.summary
     rows = []
-    for kind, of, score in _scores(evaluation):
-        n_events = str(score.test_events) if kind else ""
-        rows.append([kind, n_events, of, *_span_cells(score)])
-    return table(columns, rows)
+    for name, means in summaries.items():
+        if means is None:
+            continue
+        row = [
+            name,
+            _cell(means.auc, ".3f"),
+            f"{means.token_auc:.3f}",
+            f"{means.precision:.1%}",
+            str(means.pure_features),
+            # It requires two kinds of events.
+            "" if math.isnan(means.tpp.value) else _cell(means.tpp, ".2f"),
+        ]
+        rows.append(row)
+    return table(["features of", "AUC", "token AUC", "precision", "pure", "TPP"], rows)
 
 
-def _spans_note(evaluation: "Evaluation") -> str:
-    if all(score.n_ties is not None for _, _, score in _scores(evaluation)):
-        return SPANS_NOTE
-    return f"{SPANS_NOTE}\n{NO_TIES_NOTE}"
-
-
-def _tokens_table(evaluation: "Evaluation") -> str:
-    columns = ["event", "of", "token AUC", "precision", "chance", "pure"]
-    rows = [[kind, of, *_token_cells(score)] for kind, of, score in _scores(evaluation)]
-    return table(columns, rows)
-
-
-def _scores(evaluation: "Evaluation") -> Iterator[tuple[str, str, "EventScore"]]:
+def _scores(evaluation: Evaluation) -> Iterator[tuple[str, str, EventScore]]:
     """Yield the scores of each kind: the kind in the first row only, whose features, the score."""
     scores = evaluation.find(evaluation.selected).events or {}
     for kind, score in scores.items():
@@ -165,26 +139,39 @@ def _scores(evaluation: "Evaluation") -> Iterator[tuple[str, str, "EventScore"]]
         yield "", "raw", baseline.raw
 
 
-def _span_cells(score: "EventScore") -> list[str]:
-    return [
-        str(score.feature),
-        _cell(score.auc, ".3f"),
-        "-" if score.n_ties is None else str(score.n_ties - 1),
-        f"{score.recall.value:.1%}",
-        f"{score.probe_auc.value:.3f}",
-    ]
+def _spans_table(scores: Sequence[tuple[str, str, EventScore]]) -> str:
+    rows = []
+    for kind, of, score in scores:
+        row = [
+            kind,
+            str(score.test_events) if kind else "",
+            of,
+            str(score.feature),
+            _cell(score.auc, ".3f"),
+            "-" if score.n_ties is None else str(score.n_ties - 1),
+            f"{score.recall.value:.1%}",
+            f"{score.probe_auc.value:.3f}",
+        ]
+        rows.append(row)
+    return table(["event", "n", "of", "feature", "AUC", "ties", "recall", "5-probe"], rows)
 
 
-def _token_cells(score: "EventScore") -> list[str]:
-    return [
-        "" if math.isnan(score.token_auc) else f"{score.token_auc:.3f}",
-        "" if math.isnan(score.precision.value) else f"{score.precision.value:.0%}",
-        f"{score.token_base_rate:.1%}",
-        str(score.pure_features),
-    ]
+def _tokens_table(scores: Sequence[tuple[str, str, EventScore]]) -> str:
+    rows = []
+    for kind, of, score in scores:
+        row = [
+            kind,
+            of,
+            "" if math.isnan(score.token_auc) else f"{score.token_auc:.3f}",
+            "" if math.isnan(score.precision.value) else f"{score.precision.value:.0%}",
+            f"{score.token_base_rate:.1%}",
+            str(score.pure_features),
+        ]
+        rows.append(row)
+    return table(["event", "of", "token AUC", "precision", "chance", "pure"], rows)
 
 
-def write_files(evaluation: "Evaluation") -> None:
+def write_files(evaluation: Evaluation) -> None:
     """Write evaluation.json, evaluation.csv and evaluation.png into the output folder."""
     out = evaluation.inputs.out
     with atomic_write(out / "evaluation.json") as temporary:
@@ -192,20 +179,16 @@ def write_files(evaluation: "Evaluation") -> None:
         temporary.write_text(text + "\n")
     rows = [member.to_row() for member in evaluation.members]
     rows += [components.to_row() for components in evaluation.pca]
+    # Member, hyper-parameters in their order, measures
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    hyper = [name for name in SYMBOLS if name in names]
+    measures = [name for name in names if name not in SYMBOLS and name != "member"]
     with (
         atomic_write(out / "evaluation.csv") as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.DictWriter(file, _column_names(rows))
+        writer = csv.DictWriter(file, ["member", *hyper, *measures])
         writer.writeheader()
         writer.writerows(rows)
     draw_evaluation(out / "evaluation.png", evaluation)
     update_checksums(out, ["evaluation.json", "evaluation.csv", "evaluation.png"])
-
-
-def _column_names(rows: Iterable[JsonObject]) -> list[str]:
-    """Return the names in any of the rows: member, hyper-parameters in their order, measures."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    hyper = [name for name in SYMBOLS if name in names]
-    measures = [name for name in names if name not in SYMBOLS and name != "member"]
-    return ["member", *hyper, *measures]
