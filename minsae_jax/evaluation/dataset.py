@@ -291,13 +291,12 @@ def _tokens_of(store: Store, manifest: Manifest, encoder: BaseEncoder | None) ->
                 "extract it again"
             )
     tokens = read_tokens(store.folder)
-    if tokens is None and encoder is None:
-        raise UserError(
-            f"{store.folder} has no tokens.npz, as stores of earlier versions; it can only be used "
-            "with its encoder (--checkpoint_path)"
-        )
     if tokens is None:
-        assert encoder is not None
+        if encoder is None:
+            raise UserError(
+                f"{store.folder} has no tokens.npz, as stores of earlier versions; it can only be "
+                "used with its encoder (--checkpoint_path)"
+            )
         return encoder.spec.tokens
     if tokens.n_tokens != manifest.n_tokens:
         raise UserError(f"tokens.npz of {store.folder} is of another store; extract it again")

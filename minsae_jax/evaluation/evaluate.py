@@ -66,19 +66,17 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     inputs.check_events()
     pca = _fit_pca(inputs)
     components = _pca_members(pca)
-    sources = _Sources(settings, inputs)
-    keys = sources.keys([*inputs.members, *components])
+    baselines = _baselines(pca, inputs)
     members = inputs.members
+    keys = _keys(settings, inputs, [*members, *components, *baselines])
     if settings.member is not None:
         # The others stay if nothing has to be measured.
         members = tuple(
-            m for m in members if m.name == settings.member or sources.is_saved(keys[m.name])
+            m for m in members if m.name == settings.member or _is_saved(inputs, m.name, keys)
         )
     measured = [*members, *components]
     tokens = measure_tokens(inputs, measured, keys)
     errors = _substitute(settings, inputs, measured, keys, tokens)
-    baselines = _baselines(pca, inputs)
-    keys |= sources.keys(baselines)
     features = measure_features(settings, inputs, [*measured, *baselines], keys, tokens)
     losses = {}
     for name, of_one in errors.items():
@@ -95,9 +93,15 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     pca_evaluations = []
     for member in components:
         name = member.name
-        pca_evaluations.append(
-            _evaluate_pca(member, tokens[name], features[name], losses.get(name))
+        pca_evaluation = PCAEvaluation(
+            k=member.sae.config["k"],
+            fvu=tokens[name].measures.fvu,
+            explained_variance=tokens[name].measures.explained_variance,
+            description_bits=features[name].description_bits,
+            loss=losses.get(name),
+            event_evaluation=features[name].events,
         )
+        pca_evaluations.append(pca_evaluation)
     recommendation = recommend(evaluations, pca_evaluations, inputs.test.store.d_model)
     evaluation = Evaluation(
         inputs=inputs,
@@ -151,58 +155,35 @@ def _evaluate_member(
     )
 
 
-def _evaluate_pca(
-    member: Member, tokens: TokenResult, features: FeatureResult, loss: LossRecovered | None
-) -> PCAEvaluation:
-    return PCAEvaluation(
-        k=member.sae.config["k"],
-        fvu=tokens.measures.fvu,
-        explained_variance=tokens.measures.explained_variance,
-        description_bits=features.description_bits,
-        loss=loss,
-        event_evaluation=features.events,
-    )
+def _keys(
+    settings: EvaluateConfig, inputs: EvaluationInputs, members: Sequence[Member]
+) -> dict[str, Keys]:
+    """Return the checksums of the inputs of each member's measures, by name."""
+    val = None if inputs.val is None else _fingerprint(inputs.val)
+    test = _fingerprint(inputs.test)
+    encoder = None if inputs.encoder is None else inputs.encoder.fingerprint
+    windows = [settings.substitution_windows, settings.mask_ratio, settings.seed]
+    events = [sha256_of(path) for path in inputs.event_files]
+    keys = {}
+    for member in members:
+        weights = inputs.run / "members" / member.name / WEIGHTS
+        # Baselines have no file, since they are made from the val store.
+        source = sha256_of(weights) if weights.is_file() else val
+        about = [source, member.sae.config.get("kind", "relu"), member.sae.d_sae]
+        keys[member.name] = Keys(
+            tokens=make_key("tokens", about, [test]),
+            loss=make_key("loss", about, [test, encoder, *windows]),
+            features=make_key("features", about, [test, val, events, settings.seed]),
+        )
+    return keys
 
 
-class _Sources:
-    """Checksums of the inputs of an evaluation."""
-
-    def __init__(self, settings: EvaluateConfig, inputs: EvaluationInputs):
-        self.run = inputs.run
-        self.out = inputs.out
-        self.has_loss = inputs.encoder is not None and inputs.encoder.reconstruction is not None
-        val = None if inputs.val is None else _fingerprint(inputs.val)
-        test = _fingerprint(inputs.test)
-        encoder = None if inputs.encoder is None else inputs.encoder.fingerprint
-        windows = [settings.substitution_windows, settings.mask_ratio, settings.seed]
-        events = [sha256_of(path) for path in inputs.event_files]
-        self.tokens = [test]
-        self.loss = [test, encoder, *windows]
-        self.features = [test, val, events, settings.seed]
-        self.val = val
-
-    def keys(self, members: Sequence[Member]) -> dict[str, Keys]:
-        """Return the keys of members, by name; those without a file are made from the val store."""
-        keys = {}
-        for member in members:
-            weights = self.run / "members" / member.name / WEIGHTS
-            source = sha256_of(weights) if weights.is_file() else self.val
-            about = [source, member.sae.config.get("kind", "relu"), member.sae.d_sae]
-            keys[member.name] = Keys(
-                member.name,
-                make_key("tokens", about, self.tokens),
-                make_key("loss", about, self.loss),
-                make_key("features", about, self.features),
-            )
-        return keys
-
-    def is_saved(self, keys: Keys) -> bool:
-        """Whether all measures of a member are saved."""
-        parts = ["tokens", "features"]
-        if self.has_loss:
-            parts.append("loss")
-        saved = [load_part(self.out, keys.name, part, getattr(keys, part)) for part in parts]
-        return all(arrays is not None for arrays in saved)
+def _is_saved(inputs: EvaluationInputs, name: str, keys: Mapping[str, Keys]) -> bool:
+    """Whether all measures of a member are saved."""
+    parts = keys[name]._asdict()
+    if inputs.encoder is None or inputs.encoder.reconstruction is None:
+        del parts["loss"]
+    return all(load_part(inputs.out, name, part, key) is not None for part, key in parts.items())
 
 
 def _fingerprint(dataset: Dataset) -> str:

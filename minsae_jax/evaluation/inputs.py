@@ -1,7 +1,7 @@
 """Inputs of an evaluation: the members of a run, its settings and the stores, each opened once."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +85,6 @@ class EvaluationInputs:
         """Raise UserError if an events.csv is invalid, before anything is measured."""
         if self.has_events:
             self.read_events()
-
-    @property
-    def is_last_layer(self) -> bool:
-        """Whether the layer is the encoder's last; False without an encoder."""
-        return self.encoder is not None and self.layer == self.encoder.spec.layers[-1]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -213,6 +208,15 @@ def _check_member(member: Member, encoder: BaseEncoder) -> None:
         raise UserError(
             f"{member.name} has d_model {member.sae.d_model}, but the encoder has {d_model}"
         )
+
+
+def check_features(sae: SparseAutoencoder, features: Collection[int], name: str = "it") -> None:
+    """Raise UserError if an SAE does not have one of the features."""
+    for feature in features:
+        if not 0 <= feature < sae.d_sae:
+            raise UserError(
+                f"there is no feature {feature}: {name} has the features 0 to {sae.d_sae - 1}"
+            )
 
 
 def _check_stores(members: Sequence[Member], datasets: Sequence[Dataset]) -> None:

@@ -25,9 +25,8 @@ T = TypeVar("T")
 
 
 class Keys(NamedTuple):
-    """Name of an autoencoder, and the checksums of the inputs of its measures."""
+    """Checksums of the inputs of an autoencoder's measures, by part."""
 
-    name: str
     tokens: str
     loss: str
     features: str

@@ -19,7 +19,6 @@ need an index, which a kill can separate from the rows.
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -34,20 +33,9 @@ MAX_CSV_NUMBERS = 2**24  # 40 to 100 MB of text
 MAX_NUMBERS = 2**26  # 256 MiB
 
 
-@runtime_checkable
-class FrequencyLog(Protocol):
-    """A file of feature frequencies that rows are appended to."""
-
-    path: Path
-
-    def write(self, interval: int, tokens: int, active: Int[np.ndarray, " d_sae"]) -> None:
-        """Add the row of log interval number `interval`, from 0, which ended after `tokens`."""
-
-    def flush(self) -> None:
-        """Hand everything written to the system."""
-
-
-def open_frequencies(folder: Path, d_sae: int, n_intervals: int, tokens: int) -> FrequencyLog:
+def open_frequencies(
+    folder: Path, d_sae: int, n_intervals: int, tokens: int
+) -> "FrequencyCsv | FrequencyArray":
     """Open the file of a member, without the rows after a checkpoint at `tokens`; 0 for a new one.
 
     n_intervals: log intervals of the whole run. Raises UserError if the file of a resumed run is
@@ -56,9 +44,9 @@ def open_frequencies(folder: Path, d_sae: int, n_intervals: int, tokens: int) ->
     # Runs of earlier versions have a CSV of any size.
     is_old = tokens > 0 and (folder / ACT_FREQS_CSV).exists()
     if is_old or d_sae * n_intervals <= MAX_CSV_NUMBERS:
-        return _FrequencyCsv(folder / ACT_FREQS_CSV, d_sae, tokens)
+        return FrequencyCsv(folder / ACT_FREQS_CSV, d_sae, tokens)
     stride = interval_stride(d_sae, n_intervals)
-    return _FrequencyArray(folder / ACT_FREQS_NPY, d_sae, stride, tokens)
+    return FrequencyArray(folder / ACT_FREQS_NPY, d_sae, stride, tokens)
 
 
 def interval_stride(d_sae: int, n_intervals: int) -> int:
@@ -75,7 +63,9 @@ def interval_stride(d_sae: int, n_intervals: int) -> int:
     return stride
 
 
-class _FrequencyCsv:
+class FrequencyCsv:
+    """Rows of act_freqs.csv."""
+
     def __init__(self, path: Path, d_sae: int, tokens: int):
         self.path = path
         features = [f"feat_{i}" for i in range(d_sae)]
@@ -83,13 +73,17 @@ class _FrequencyCsv:
         self._csv = open_csv(path, ("step", *features), last=tokens)
 
     def write(self, interval: int, tokens: int, active: Int[np.ndarray, " d_sae"]) -> None:
+        """Add the row of log interval number `interval`, from 0, which ended after `tokens`."""
         self._csv.writerow([tokens, *active.tolist()])
 
     def flush(self) -> None:
+        """Hand everything written to the system."""
         self._csv.flush()
 
 
-class _FrequencyArray:
+class FrequencyArray:
+    """Rows of act_freqs.npy."""
+
     def __init__(self, path: Path, d_sae: int, stride: int, tokens: int):
         self.path = path
         self._dtype = row_dtype(d_sae)
@@ -114,6 +108,7 @@ class _FrequencyArray:
         return len(_header(self._dtype, 0)) + self._n_rows * self._dtype.itemsize
 
     def write(self, interval: int, tokens: int, active: Int[np.ndarray, " d_sae"]) -> None:
+        """Add the row of log interval number `interval`, from 0, which ended after `tokens`."""
         if interval % self._stride:
             return
         row = np.array((tokens, active), self._dtype)

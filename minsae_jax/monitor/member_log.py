@@ -107,6 +107,6 @@ class MemberLog:
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
 
     def close(self) -> None:
-        self._metrics.close()
+        self._metrics.flush()
         self._frequencies.flush()
-        self._board.close()
+        self._board.flush()

@@ -20,7 +20,7 @@ COMPARED = ("mse", "l1", "l0", "dead_fraction")  # metrics in charts that compar
 
 
 class Board:
-    """A file of TensorBoard events. They are written by `flush` and `close`.
+    """A file of TensorBoard events. They are written by `flush`.
 
     The file is open only then, and there is no thread, unlike in the SummaryWriter of PyTorch or
     tensorboardX, which has open files and threads for each of 200 members.
@@ -92,9 +92,6 @@ class Board:
         with self.path.open("ab") as file:
             file.write(records)
 
-    def close(self) -> None:
-        self.flush()
-
 
 def _histogram_edges() -> Float[np.ndarray, " edges"]:
     """Return TensorFlow's edges of bins: from 1e-12 to 1e20 by factors of 1.1, and their mirror."""
@@ -158,7 +155,7 @@ class RunLog:
         return [*event_files(self.folder), self.folder]
 
     def close(self) -> None:
-        self._board.close()
+        self._board.flush()
 
 
 def _tags(prefix: str, names: Sequence[str]) -> dict[str, str]:

@@ -90,17 +90,17 @@ def measure_examples(
         for examples in _chunks(dataset, sae, by_sequence, sequence, lengths):
             shown = [stretches[i].tokens for i in examples.tolist()]
             chunk = _read_chunk(dataset, shown, sequence[examples], token[examples])
-            chunk_values, largest, index = measure(sae, chunk, feature[examples])
+            chunk_values, *strongest = measure(sae, chunk, feature[examples])
             n_shown = lengths[examples]
             place = np.repeat(starts[examples], n_shown) + count_up(n_shown)
             values[place] = np.asarray(chunk_values)[: len(place)]
-            index = np.asarray(index)[chunk.place]
+            largest, index = (np.asarray(array)[chunk.place] for array in strongest)
             # The example's feature comes last, which leaves the others.
             is_same = index == feature[examples, None]
             order = np.argsort(is_same, axis=1, kind="stable")[:, :n_others]
-            largest = np.where(is_same, 0, np.asarray(largest)[chunk.place])
             others[examples] = np.take_along_axis(index, order, axis=1)
-            activations[examples] = np.take_along_axis(largest, order, axis=1)
+            of_others = np.where(is_same, 0, largest)
+            activations[examples] = np.take_along_axis(of_others, order, axis=1)
             bar.advance(len(examples))
     around = np.split(values, starts[1:])
     first = 0

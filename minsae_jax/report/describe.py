@@ -215,9 +215,8 @@ def _describe(
     strongest = [example.hints for example in examples if example.group == "top"]
     artefacts_top = {}
     if strongest:
-        artefacts_top = {
-            hint: np.mean([hint in hints for hints in strongest]) for hint in artefacts
-        }
+        for hint in artefacts:
+            artefacts_top[hint] = float(np.mean([hint in hints for hints in strongest]))
     label = context.labels.get(feature, Label())
     # No ratio is known if all tokens are CLS tokens or in recordings with shifted columns.
     has_ratio = is_alive and bool(channel_ratio.any())

@@ -6,7 +6,6 @@ exact, and earlier tokens come first if two are equal. The random examples are a
 the feature's active tokens.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,13 +107,15 @@ def collect(
     sample = LargestByFeature(sae.d_sae, random)
     counts = _Counts(dataset, sae.d_sae)
     n_sequences = len(dataset.recording)
+    at_once = min(max(1, batch_tokens(sae) // n_tokens), n_sequences)
     pairs = _PairSample(every=max(1, n_sequences * n_tokens // COACTIVE_TOKENS))
     with progress("find examples", n_sequences, "sequences", delay=2.0) as bar:
-        for batch in _encode_all(dataset, sae):
+        for first in range(0, n_sequences, at_once):
+            batch = encode_batch(sae, first, dataset.read(first, first + at_once), at_once)
             entries = find_active(batch)
-            first_position = batch.first * n_tokens
-            sequences = dataset.recording[batch.first : batch.first + batch.n_sequences]
-            strongest.add(first_position, np.repeat(sequences, n_tokens), entries)
+            first_position = first * n_tokens
+            recording = dataset.recording[first : first + at_once]
+            strongest.add(first_position, np.repeat(recording, n_tokens), entries)
             # Each token gets a random key; the active tokens with the largest keys are a
             # uniform sample of all active tokens.
             keys = _random_keys(seed, first_position, batch.n_sequences * n_tokens)
@@ -141,15 +142,6 @@ def collect(
         channel_tokens=counts.channel_tokens,
         together=pairs.count(sae.d_sae),
     )
-
-
-def _encode_all(dataset: Dataset, sae: SparseAutoencoder) -> Iterator[EncodedBatch]:
-    """Yield the features of all sequences, batch by batch."""
-    n_sequences = len(dataset.recording)
-    sequences = min(max(1, batch_tokens(sae) // dataset.n_tokens), n_sequences)
-    for first in range(0, n_sequences, sequences):
-        x = dataset.read(first, min(first + sequences, n_sequences))
-        yield encode_batch(sae, first, x, sequences)
 
 
 def batch_tokens(sae: SparseAutoencoder) -> int:
@@ -208,15 +200,12 @@ class _Counts:
         if self.dataset.has_channels:
             channel = self.dataset.channels_of(sequence, token)
             channel = np.where(self.dataset.shifted[recording], -1, channel)
-            self._count_channels(entries, channel)
-
-    def _count_channels(self, entries: ActiveEntries, channel: Int[np.ndarray, " rows"]) -> None:
-        of_entry = channel[entries.row]
-        has_channel = np.flatnonzero(of_entry >= 0)
-        feature = entries.feature[has_channel]
-        _add(self.by_channel, feature, of_entry[has_channel], entries.value[has_channel])
-        n_vars = len(self.channel_tokens)
-        self.channel_tokens += np.bincount(channel[channel >= 0], minlength=n_vars)
+            n_vars = len(self.channel_tokens)
+            self.channel_tokens += np.bincount(channel[channel >= 0], minlength=n_vars)
+            of_entry = channel[entries.row]
+            has_channel = np.flatnonzero(of_entry >= 0)
+            feature = entries.feature[has_channel]
+            _add(self.by_channel, feature, of_entry[has_channel], entries.value[has_channel])
 
 
 def _add(

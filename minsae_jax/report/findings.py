@@ -78,8 +78,7 @@ class Findings:
                     is_same=cosine > MIN_COSINE,
                 )
                 matches.append(match)
-        n_found = int(stability.seeds_with()[feature])
-        return SeedStability(n_found, stability.n_seeds, matches)
+        return SeedStability(int(stability.seeds_with()[feature]), stability.n_seeds, matches)
 
     def explained_of(self, feature: int) -> Explained:
         """Return the shares of the feature's variance that position, channel and so on explain."""

@@ -129,7 +129,8 @@ def write_pages(
             shutil.copyfile(ASSETS / name, temporary / name)
         write_checksums(temporary, files_below(temporary))
         for name in foreign_entries(folder, WRITTEN):
-            _copy(folder / name, temporary / name)
+            copy = shutil.copytree if (folder / name).is_dir() else shutil.copy2
+            copy(folder / name, temporary / name)
 
 
 def read_index(folder: Path) -> JsonObject | None:
@@ -157,29 +158,19 @@ def _to_row(feature: FeatureRow) -> list[Any]:
     return list((row | {"event_auc": feature.event_auc}).values())
 
 
-def _to_record(card: FeatureCard) -> JsonObject:
-    return to_json(card, _short) | {"events": to_json(card.events)}
-
-
 def _write_packs(folder: Path, cards: Iterable[FeatureCard]) -> Iterator[list[Any]]:
     """Write the data of features, and yield the row of each in the table."""
     iterator = iter(cards)
     pack = 0
     while of_pack := list(islice(iterator, PACK)):
-        content = _to_text([_to_record(card) for card in of_pack])
+        records = [to_json(card, _short) | {"events": to_json(card.events)} for card in of_pack]
+        content = _to_text(records)
         # Without a time, so that the same data are the same bytes.
         packed = base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
         _write_script(folder / f"p{pack:04d}.js", {"pack": pack, "cards": packed})
         for card in of_pack:
             yield [*_to_row(card), pack]
         pack += 1
-
-
-def _copy(source: Path, target: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copy2(source, target)
 
 
 def _write_script(path: Path, value: Any) -> None:

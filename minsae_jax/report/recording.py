@@ -8,6 +8,7 @@ memory at once.
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -19,6 +20,7 @@ from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, check_recording
 from minsae_jax.encoder.compute import Activations
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import TokenPlaces, open_recording
+from minsae_jax.evaluation.inputs import check_features
 from minsae_jax.monitor import progress
 from minsae_jax.report.entries import encode_batch, find_active
 from minsae_jax.report.examples import batch_tokens
@@ -59,8 +61,7 @@ class FeatureTotals:
     largest: Float[np.ndarray, " d_sae"]
 
 
-@dataclass(frozen=True)
-class Entries:
+class Entries(NamedTuple):
     """Activations that are not 0."""
 
     # Index of the token, without CLS tokens
@@ -121,9 +122,7 @@ class RecordingEncoder:
         parts = []
         for entries in self._entries("encode"):
             requested = np.flatnonzero(is_requested[entries.feature])
-            parts.append(
-                (entries.token[requested], entries.feature[requested], entries.value[requested])
-            )
+            parts.append([array[requested] for array in entries])
         token, feature, value = map(np.concatenate, zip(*parts, strict=True))
         places = self.places
         located = places.tokens.located
@@ -204,15 +203,6 @@ def encode_recording(
     """
     runner = RecordingEncoder(encoder, sae, recording, layer, allow_mismatch, force_revin)
     return runner.encode(features)
-
-
-def check_features(sae: SparseAutoencoder, features: Collection[int], name: str = "it") -> None:
-    """Raise UserError if an SAE does not have one of the features."""
-    for feature in features:
-        if not 0 <= feature < sae.d_sae:
-            raise UserError(
-                f"there is no feature {feature}: {name} has the features 0 to {sae.d_sae - 1}"
-            )
 
 
 def open_places(encoder: BaseEncoder, path: Path, allow_mismatch: bool = False) -> TokenPlaces:

@@ -95,7 +95,9 @@ def _make_meta(
     settings: EvaluateConfig, evaluation: Evaluation, member: Member, pages: Pages
 ) -> ReportMeta:
     inputs = evaluation.inputs
+    encoder = inputs.encoder
     test = inputs.test
+    manifest = test.store.require_manifest()
     grid = test.tokens
     run = inputs.run.resolve()
     sampling_rate = test.sampling_rate
@@ -106,14 +108,14 @@ def _make_meta(
         title=f"{run.name}: {member.name}",
         member=member.name,
         run=str(run),
-        encoder=test.store.require_manifest().encoder[:12],
-        layer=test.store.require_manifest().layer,
+        encoder=manifest.encoder[:12],
+        layer=manifest.layer,
         created_with=f"minsae_jax {version('minsae_jax')}",
         n_tokens=test.store.total_tokens,
         n_windows=windows.shape[1],
         n_recordings=len(test.recordings),
         n_patients=len(set(test.patients)),
-        split=test.store.require_manifest().data.get("split", "test"),
+        split=manifest.data.get("split", "test"),
         sampling_rate=int(sampling_rate) if sampling_rate.is_integer() else sampling_rate,
         patch_seconds=grid.mean_step / sampling_rate,
         n_patches=len(grid.starts),
@@ -126,7 +128,7 @@ def _make_meta(
         summary=_summary_rows(evaluation.find(member.name), member),
         pages=pages,
         # The head, which makes the waveform, reads the last layer.
-        waveform_exact=inputs.is_last_layer,
+        waveform_exact=encoder is not None and inputs.layer == encoder.spec.layers[-1],
         shifted_recordings=int(test.shifted.sum()),
         recordings=str(test.folder.resolve()),
     )

@@ -142,8 +142,8 @@ class StrongestExamples:
             )
 
     def _merge(self) -> None:
-        current = self.in_recording.merged()
-        self.best.add(*(current[name] for name in ENTRY.names))
+        best = self.in_recording.merged()
+        self.best.add(best["feature"], best["key"], best["position"], best["activation"])
         self.in_recording.clear()
 
     def finish(self) -> LargestByFeature:

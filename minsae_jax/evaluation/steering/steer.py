@@ -10,7 +10,7 @@ from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band
 from minsae_jax.evaluation.dataset import Dataset, open_recording
-from minsae_jax.evaluation.inputs import EvaluationInputs, Member, open_inputs
+from minsae_jax.evaluation.inputs import EvaluationInputs, Member, check_features, open_inputs
 from minsae_jax.evaluation.steering.config import SteerConfig
 from minsae_jax.evaluation.steering.edit import Place, SteeredEncoder
 from minsae_jax.evaluation.steering.output import WindowChanges, measure_windows
@@ -55,7 +55,7 @@ def _steer(
     """Steer features on locked inputs."""
     member = next(m for m in inputs.members if m.name == member_name)
     features = settings.feature
-    _check_features(member, features)
+    check_features(member.sae, features, member.name)
     steered = SteeredEncoder(encoder, inputs.test, inputs.layer, member.sae)
     places = _choose_places(settings, steered)
     # A variant for each scale, which is that of all features.
@@ -69,8 +69,7 @@ def _steer(
         values = read_spans(steered, probes.test, features, scales)
         target = find_target(probes, features, values)
         readings = read_probes(probes, values)
-    effects = _effects(settings.scale, changes, readings)
-    steering = _result(inputs, member, features, places, changes, target, effects)
+    steering = _result(inputs, member, features, settings.scale, places, changes, target, readings)
     steering.write()
     return steering
 
@@ -120,9 +119,10 @@ def steer_best(
         changes = measure_windows(steered, places, [feature], of_one_feature, bands)
         first = i * n_scales
         of_feature = [untouched, *readings[first : first + n_scales]]
-        effects = _effects(scales, changes, of_feature)
         target = find_target(probes, distinct, values, (kind, feature))
-        results[kind] = _result(inputs, member, [feature], places, changes, target, effects)
+        results[kind] = _result(
+            inputs, member, [feature], scales, places, changes, target, of_feature
+        )
     return results
 
 
@@ -137,24 +137,26 @@ def _recommended(run: Path) -> str:
     return recommended
 
 
-def _check_features(member: Member, features: Sequence[int]) -> None:
-    for feature in features:
-        if feature >= member.sae.d_sae:
-            raise UserError(
-                f"there is no feature {feature}: {member.name} has the features 0 to "
-                f"{member.sae.d_sae - 1}"
-            )
-
-
 def _result(
     inputs: EvaluationInputs,
     member: Member,
     features: Sequence[int],
+    scales: Sequence[float],
     places: Sequence[Place],
     changes: WindowChanges,
     target: Target | None,
-    effects: Sequence[Effect],
+    readings: Readings,
 ) -> Steering:
+    effects = []
+    for i, scale in enumerate([1.0, *scales]):
+        effect = Effect(
+            scale=scale,
+            last_layer=float(changes.last[i]),
+            last_layer_elsewhere=float(changes.last_elsewhere[i]),
+            reconstruction=changes.reconstructions[i] if changes.reconstructions else None,
+            probes=readings[i],
+        )
+        effects.append(effect)
     dataset = inputs.test
     is_normalized = dataset.store.require_manifest().data["revin"]
     return Steering(
@@ -176,21 +178,6 @@ def _result(
         effects=tuple(effects[1:]),
         examples=changes.examples,
     )
-
-
-def _effects(scales: Sequence[float], changes: WindowChanges, readings: Readings) -> list[Effect]:
-    """Return the effect of scale 1, then those of the scales."""
-    effects = []
-    for i, scale in enumerate([1.0, *scales]):
-        effect = Effect(
-            scale=scale,
-            last_layer=float(changes.last[i]),
-            last_layer_elsewhere=float(changes.last_elsewhere[i]),
-            reconstruction=changes.reconstructions[i] if changes.reconstructions else None,
-            probes=readings[i],
-        )
-        effects.append(effect)
-    return effects
 
 
 def _choose_places(settings: SteerConfig, steered: SteeredEncoder) -> list[Place]:
