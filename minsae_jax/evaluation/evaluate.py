@@ -25,13 +25,7 @@ from minsae_jax.evaluation.results import (
     PCAEvaluation,
     StabilitySummary,
 )
-from minsae_jax.evaluation.saved import (
-    Keys,
-    load_part,
-    make_key,
-    save_part,
-    saved_or_measured,
-)
+from minsae_jax.evaluation.saved import Keys, load_part, make_key, save_part, saved_or_measured
 from minsae_jax.evaluation.stability import Stability, seed_stability
 from minsae_jax.evaluation.token_measures import TokenResult, decoder_cosines, measure_tokens
 from minsae_jax.files import sha256_of

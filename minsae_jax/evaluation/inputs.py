@@ -117,7 +117,7 @@ def open_inputs(
         raise UserError(f"unknown member {settings.member} in {run}; members: {', '.join(names)}")
     if encoder is not None:
         for member in members:
-            _check_member(member, encoder)
+            check_encoder(member.sae, encoder, member.name)
     train_config = train_config or load_run_config(run)
     test = _open_split(settings, train_config, encoder, "test", settings.store)
     if test is None:
@@ -196,18 +196,17 @@ def _warn_of_val_patients(val: Dataset, test: Dataset) -> None:
         )
 
 
-def _check_member(member: Member, encoder: BaseEncoder) -> None:
-    trained_on = member.sae.config.get("encoder_fingerprint")
+def check_encoder(sae: SparseAutoencoder, encoder: BaseEncoder, name: str) -> None:
+    """Raise UserError if an SAE was trained on another encoder or is of another size."""
+    trained_on = sae.config.get("encoder_fingerprint")
     if trained_on and trained_on != encoder.fingerprint:
         raise UserError(
-            f"{member.name} was trained on another encoder ({trained_on[:12]}…) than "
-            f"--checkpoint_path ({encoder.fingerprint[:12]}…)"
+            f"{name} was trained on another encoder ({trained_on[:12]}…) than this one "
+            f"({encoder.fingerprint[:12]}…); choose its encoder with --checkpoint_path"
         )
     d_model = encoder.spec.d_model
-    if member.sae.d_model != d_model:
-        raise UserError(
-            f"{member.name} has d_model {member.sae.d_model}, but the encoder has {d_model}"
-        )
+    if sae.d_model != d_model:
+        raise UserError(f"{name} has d_model {sae.d_model}, but the encoder has {d_model}")
 
 
 def check_features(sae: SparseAutoencoder, features: Collection[int], name: str = "it") -> None:

@@ -27,8 +27,7 @@ MIN_PATIENTS = 3  # of each category, or of all for a number
 # rule).
 MIN_EXPECTED = 5
 # Patients up to which Spearman's p is by permutation. The t approximation is too small in the tail
-# that is left after correction for the number of features: for p = 1e-4 by a factor of 2.6 with 12
-# patients, 1.9 with 20, and 1.3 with 50.
+# that is left after correction for the number of features (docs/labels.md has figures).
 MAX_PERMUTED = 50
 # With more patients, p of columns above this skewness of rho is by permutation as well. Without
 # ties in label or column it is 0; the t approximation is right to a factor of 1.6 down to 1e-4

@@ -3,8 +3,7 @@
 The file is in the folder of the recordings. (Names of features are in another file,
 `report/labels.csv` of a run.) A row applies to the recording in its column `recording`, or else to
 all recordings of the patient in its column `patient`; rows of recordings take precedence. Every
-other
-column is a label: a number if all its values are numbers other than 0 and 1, else a category.
+other column is a label: a number if all its values are numbers other than 0 and 1, else a category.
 """
 
 import csv

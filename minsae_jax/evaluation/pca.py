@@ -49,25 +49,23 @@ def pca_autoencoder(pca: PCA, k: int) -> SparseAutoencoder:
     It is a TopK autoencoder whose features are the components' positive and negative parts: of the
     two at most one is positive, so that the k largest features are the k largest magnitudes.
     """
-    both_signs = np.concatenate([pca.directions, -pca.directions], axis=1)
-    params = {
-        "W_enc": both_signs,
-        "b_enc": -pca.mean @ both_signs,
-        "W_dec": both_signs.T,
-        "b_dec": pca.mean,
-        "k": np.array(k),
-    }
+    params = _both_signs(pca.mean, pca.directions) | {"k": np.array(k)}
     return SparseAutoencoder(params, {"kind": "topk", "k": k})
 
 
 def raw_autoencoder(mean: Float[np.ndarray, " d_model"]) -> SparseAutoencoder:
     """Return x̂ = x, whose features are the positive and negative parts of each dimension - mean."""
-    axes = np.eye(len(mean))
-    both_signs = np.concatenate([axes, -axes], axis=1)
-    params = {
+    return SparseAutoencoder(_both_signs(mean, np.eye(len(mean))), {"kind": "relu"})
+
+
+def _both_signs(
+    mean: Float[np.ndarray, " d_model"], directions: Float[np.ndarray, "d_model n"]
+) -> dict[str, np.ndarray]:
+    """Return parameters with a feature for each direction, and one for its opposite."""
+    both_signs = np.concatenate([directions, -directions], axis=1)
+    return {
         "W_enc": both_signs,
         "b_enc": -mean @ both_signs,
         "W_dec": both_signs.T,
         "b_dec": mean,
     }
-    return SparseAutoencoder(params, {"kind": "relu"})

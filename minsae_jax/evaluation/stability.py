@@ -65,8 +65,8 @@ class Stability:
         """Return the share of live features that reappear, averaged over the other seeds.
 
         weights: of features, such as their mean activation times the norm of their decoder row,
-        which gives the share of the reconstruction that reappears. Equal by default; NaN if all of
-        live features are 0.
+        which gives the share of the reconstruction that reappears; equal by default. NaN if those
+        of all live features are 0.
         """
         reappears = self.decoder_cosine[:, self.is_live] > threshold
         live_weights = None if weights is None else weights[self.is_live]
@@ -74,14 +74,9 @@ class Stability:
             return float("nan")
         return float(np.average(reappears.mean(axis=0), weights=live_weights))
 
-    def share_by_chance(self, threshold: float = MIN_COSINE) -> float:
+    def share_by_chance(self) -> float:
         """Return the share of features that random directions match."""
-        return float((self.chance > threshold).mean())
-
-    @property
-    def mean_cosine(self) -> float:
-        """Mean decoder cosine over live features and other seeds."""
-        return float(self.decoder_cosine[:, self.is_live].mean())
+        return float((self.chance > MIN_COSINE).mean())
 
 
 def seed_stability(

@@ -12,11 +12,9 @@ Groups differ by chance too. Without any effect and with independent tokens, eta
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from minsae_jax.evaluation.pooling import GroupMeans, Pooled, group_by_patient
-
-LARGE_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,6 @@ class VarianceShares:
     # sum of the feature over all tokens (NaN where the sum is 0)
     top_patient: tuple[str, ...]
     top_patient_share: Float[np.ndarray, " features"]
-
-    def is_patient_effect(self, share: float = LARGE_SHARE) -> Bool[np.ndarray, " features"]:
-        """Return which features have a larger share explained by the patient than `share`."""
-        return self.patient > share
 
 
 def variance_shares(pooled: Pooled) -> VarianceShares:

@@ -41,7 +41,7 @@ def differs(path: Path, digest: str) -> str | None:
 
 def unreadable(path: Path, is_known: bool = True) -> str | None:
     """Read a file that has no checksum, by the rules of its format if that is known."""
-    read = _reader_of(path) if is_known else _read_bytes
+    read = _reader_of(path) if is_known else sha256_of
     try:
         read(path)
     except UserError as e:
@@ -54,24 +54,18 @@ def unreadable(path: Path, is_known: bool = True) -> str | None:
 
 
 def _reader_of(path: Path) -> Callable[[Path], object]:
+    """Return the reader of a format; of unknown ones all bytes are read, by `sha256_of`."""
     if path.name.startswith(TFEVENTS_PREFIX):
         return _read_events
     if path.name == ACT_FREQS_NPY:
         return open_table
-    return READERS.get(path.suffix, _read_bytes)
-
-
-def _read_bytes(path: Path) -> None:
-    """Read all bytes, which raises OSError where the disk cannot."""
-    with path.open("rb") as file:
-        while file.read(1 << 20):
-            pass
+    return READERS.get(path.suffix, sha256_of)
 
 
 def _read_npy(path: Path) -> None:
     array = load_recording(path)
     if array.dtype.kind != "f":
-        _read_bytes(path)
+        sha256_of(path)
         return
     for start in range(0, len(array), BLOCK):
         if not np.isfinite(array[start : start + BLOCK]).all():

@@ -78,7 +78,9 @@ class KnownFolder:
         """Return the checks of all files, in order of their paths."""
         checks = {}
         for path in self._files():
-            checks[path] = Check(path, partial(unreadable, path, self._is_known(path)), False)
+            is_recording = any(fnmatch(path.name, pattern) for pattern in RECORDINGS)
+            is_known = self.kind != "recordings" or is_recording
+            checks[path] = Check(path, partial(unreadable, path, is_known), False)
         if self.kind == "store":
             checks |= {check.path: check for check in _shard_checks(self.folder)}
         for path in list(checks):
@@ -97,10 +99,6 @@ class KnownFolder:
         name = Path(os.path.relpath(path, self.folder)).as_posix()
         patterns = REMEDIES[self.kind]
         return next(remedy for pattern, remedy in patterns.items() if fnmatch(name, pattern))
-
-    def _is_known(self, path: Path) -> bool:
-        is_recording = any(fnmatch(path.name, pattern) for pattern in RECORDINGS)
-        return self.kind != "recordings" or is_recording
 
     def _files(self) -> Iterator[Path]:
         # A folder of recordings can contain the folders of other kinds.

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,22 +65,14 @@ def verify(config: VerifyConfig) -> Verification:
     ):
         verified = []
         for known, of_folder in zip(folders, checks, strict=True):
-            with ExitStack() as lock:
-                try:
-                    lock.enter_context(lock_folder(known.folder, shared=True))
-                except UserError as e:
-                    in_use = Verified(
-                        folder=known.folder,
-                        kind=known.kind,
-                        n_files=0,
-                        without_checksum=(),
-                        problems=(str(e),),
-                        is_in_use=True,
-                    )
-                    verified.append(in_use)
-                    bar.advance(len(of_folder))
-                    continue
-                verified.append(_verify(known, of_folder, pool, bar))
+            try:
+                with lock_folder(known.folder, shared=True):
+                    verified.append(_verify(known, of_folder, pool, bar))
+            except UserError as e:  # of the lock: `_verify` returns problems
+                bar.advance(len(of_folder))
+                problems = (str(e),)
+                in_use = Verified(known.folder, known.kind, 0, (), problems, is_in_use=True)
+                verified.append(in_use)
     return Verification(tuple(verified))
 
 

@@ -17,7 +17,11 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     """
     lines = [columns, *rows]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    return "\n".join(_line(cells, widths) for cells in lines)
+    rows_of_text = []
+    for first, *others in lines:
+        aligned = map(str.rjust, others, widths[1:])
+        rows_of_text.append("  ".join([first.ljust(widths[0]), *aligned]))
+    return "\n".join(rows_of_text)
 
 
 def wrap(text: str) -> str:
@@ -60,9 +64,3 @@ def short_count(count: float) -> str:
     '3.32k'
     """
     return tqdm.format_sizeof(count)
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    others = map(str.rjust, cells[1:], widths[1:])
-    return "  ".join([first, *others])

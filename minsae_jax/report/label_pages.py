@@ -45,6 +45,10 @@ def label_page(association: LabelAssociation, associations: Associations) -> Lab
     notes = [association.tests.note] if association.tests.note else []
     if label.n_ambiguous:
         notes.append(f"{label.n_ambiguous} patients with several categories are left out")
+    features = []
+    if test is not None:
+        order = np.argsort(test.p, kind="stable")[:RANKED]
+        features = [associations.of_feature(test, feature) for feature in order.tolist()]
     probe = None
     if isinstance(association.probe, str):
         notes.append(f"no probe: {association.probe}")
@@ -61,7 +65,7 @@ def label_page(association: LabelAssociation, associations: Associations) -> Lab
         n_tested=0 if test is None else len(test.q),
         n_significant=0 if test is None else len(test.significant()),
         pooling=associations.pooling,
-        features=() if test is None else _ranked(test, associations),
+        features=features,
         probe=probe,
         notes=notes,
     )
@@ -84,9 +88,3 @@ def _effect_hint(test: LabelTest) -> str:
     if test.test == "Kruskal-Wallis":
         return "share of the variance of ranks between categories"
     return f"rank correlation with {test.label}"
-
-
-def _ranked(test: LabelTest, associations: Associations) -> list[LabelledFeature]:
-    """Return the features with the smallest p."""
-    order = np.argsort(test.p, kind="stable")[:RANKED]
-    return [associations.of_feature(test, feature) for feature in order.tolist()]

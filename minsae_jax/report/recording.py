@@ -20,7 +20,7 @@ from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, check_recording
 from minsae_jax.encoder.compute import Activations
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import TokenPlaces, open_recording
-from minsae_jax.evaluation.inputs import check_features
+from minsae_jax.evaluation.inputs import check_encoder, check_features
 from minsae_jax.monitor import progress
 from minsae_jax.report.entries import encode_batch, find_active
 from minsae_jax.report.examples import batch_tokens
@@ -251,16 +251,7 @@ def open_places(encoder: BaseEncoder, path: Path, allow_mismatch: bool = False) 
 
 def _layer_index(encoder: BaseEncoder, sae: SparseAutoencoder, layer: int | None) -> int:
     """Return the layer's number. Raises UserError if the SAE is of another encoder or layer."""
-    trained_on = sae.config.get("encoder_fingerprint")
-    if trained_on and trained_on != encoder.fingerprint:
-        raise UserError(
-            f"the SAE was trained on another encoder ({trained_on[:12]}…) than this one "
-            f"({encoder.fingerprint[:12]}…); choose its encoder with --checkpoint_path"
-        )
-    if sae.d_model != encoder.spec.d_model:
-        raise UserError(
-            f"the SAE has d_model {sae.d_model}, but the encoder has {encoder.spec.d_model}"
-        )
+    check_encoder(sae, encoder, "the SAE")
     recorded = sae.config.get("layer")
     if layer is None:
         layer = -1 if recorded is None else recorded

@@ -42,7 +42,6 @@ def test_share_of_live_features_that_reappear():
     assert stability["a"].seeds_with().tolist() == [2, 2, 1]
     assert stability["a"].seeds_with(0.9).tolist() == [2, 1, 1]
     assert stability["a"].share(0.9) == stability["b"].share(0.9) == pytest.approx(1 / 3)
-    assert stability["a"].mean_cosine == pytest.approx((1 + np.sqrt(0.5)) / 3)
 
 
 def test_dead_features_neither_count_nor_match():

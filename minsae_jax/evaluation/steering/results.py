@@ -111,21 +111,19 @@ def _table(steering: Steering) -> str:
     columns += [reading.kind for reading in steering.untouched.probes]
     if steering.target is not None:
         columns.append("selectivity")
-    rows = [_row(steering, effect) for effect in steering.effects]
+    rows = []
+    for effect in steering.effects:
+        row = [f"{effect.scale:g}", f"{effect.last_layer:.3f}"]
+        if effect.reconstruction is not None:
+            rms = np.sqrt(np.square(effect.reconstruction.rms).mean())
+            row.append(f"{rms:.3f}")
+            row += [f"{ratio:.2f}" for ratio in effect.reconstruction.band_ratio.values()]
+        row += [f"{reading.change:+.2f}" for reading in effect.probes]
+        if steering.target is not None:
+            selectivity = effect.selectivity(steering.target)
+            row.append("" if selectivity is None else f"{selectivity:.2f}")
+        rows.append(row)
     return table(columns, rows)
-
-
-def _row(steering: Steering, effect: Effect) -> list[str]:
-    row = [f"{effect.scale:g}", f"{effect.last_layer:.3f}"]
-    if effect.reconstruction is not None:
-        rms = np.sqrt(np.square(effect.reconstruction.rms).mean())
-        row.append(f"{rms:.3f}")
-        row += [f"{ratio:.2f}" for ratio in effect.reconstruction.band_ratio.values()]
-    row += [f"{reading.change:+.2f}" for reading in effect.probes]
-    if steering.target is not None:
-        selectivity = effect.selectivity(steering.target)
-        row.append("" if selectivity is None else f"{selectivity:.2f}")
-    return row
 
 
 def _explanation(steering: Steering) -> list[str]:
