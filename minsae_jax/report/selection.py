@@ -77,12 +77,12 @@ class LargestByFeature:
         self._waiting = []
         # lexsort takes the main key last.
         order = np.lexsort((entries["position"], -entries["key"], entries["feature"]))
-        entries = entries[order]
         if self.group > 1:
-            group = entries["position"] // self.group
-            _, first = np.unique(group * self.d_sae + entries["feature"], return_index=True)
-            entries = entries[np.sort(first)]
-        entries = entries[self._ranks(entries["feature"]) < self.size]
+            group = entries["position"] // self.group * self.d_sae + entries["feature"]
+            _, first = np.unique(group[order], return_index=True)
+            order = order[np.sort(first)]
+        rank = self._ranks(entries["feature"][order])
+        entries = entries[order[rank < self.size]]
         is_last = self._ranks(entries["feature"]) == self.size - 1
         last = entries[is_last]
         self.threshold[last["feature"]] = last["key"]
