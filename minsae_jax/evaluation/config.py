@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
+from minsae_jax.errors import UserError
 from minsae_jax.settings import AtLeastOne, NonNegative, Range, check_settings, require
 
 _BAND = re.compile(r"(\w+) (\d+\.?\d*)-(\d+\.?\d*)")
@@ -51,8 +52,8 @@ class MeasureConfig:
     member: str | None = None
     """Evaluate and report only this member (default: evaluate all, report the recommended)."""
     out: str | None = None
-    """Folder for measures and report (default: the run). Choose another one for recordings other
-    than the test patients', whose evaluation would be replaced."""
+    """Folder for measures and report (default: the run). With other recordings than those of the
+    test patients, choose another folder, so that their evaluation is not replaced."""
     substitution_windows: Annotated[int, AtLeastOne] = 64
     """Number of windows for the loss-recovered measure."""
     mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.3
@@ -93,23 +94,18 @@ class EvaluateConfig(ReportConfig, MeasureConfig, EvaluationInputConfig):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for band in self.bands:
-            match = _BAND.fullmatch(band)
-            is_band = match is not None and float(match[2]) < float(match[3])
-            require(
-                is_band,
-                f'--bands must be a name and two limits in Hz like "alpha 8-13", got {band!r}',
-            )
         names = [band.name for band in self.band_limits()]
         for name in names:
             require(names.count(name) == 1, f"--bands contains the name {name} twice")
 
     def band_limits(self) -> tuple[Band, ...]:
-        """Return name, lower and upper limit in Hz of every band."""
+        """Return name, lower and upper limit in Hz of every band; UserError if one is invalid."""
         limits = []
         for band in self.bands:
             match = _BAND.fullmatch(band)
-            assert match is not None  # see __post_init__
-            name, low, high = match.groups()
-            limits.append(Band(name, float(low), float(high)))
+            if match is None or float(match[2]) >= float(match[3]):
+                raise UserError(
+                    f'--bands must be a name and two limits in Hz like "alpha 8-13", got {band!r}'
+                )
+            limits.append(Band(match[1], float(match[2]), float(match[3])))
         return tuple(limits)

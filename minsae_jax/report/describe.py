@@ -223,15 +223,7 @@ def _describe(
     suggestion = ""
     support = np.nan
     if is_alive:
-        # For tokens over all channels: where power rises most, even if it rises everywhere.
-        scale = 1.0 if dataset.has_channels or not has_ratio else channel_ratio.mean()
-        relative = channel_ratio / scale
-        positions = dataset.positions if has_ratio else None
-        # Without channels of tokens, the ratios are of power.
-        n_counted = n_active if dataset.has_channels else None
-        suggestion = suggest_name(context.bands, relative, band, positions, n_counted)
-        place = "" if positions is None else region(relative, positions, n_counted)
-        support = _support(context, feature, sample, place, band)
+        suggestion, support = _suggest(context, feature, channel_ratio, band, sample)
     waveform = None
     if context.encoder is not None:
         waveform = context.encoder.waveform(context.sae.decoder_directions[feature])
@@ -270,28 +262,41 @@ def _describe(
     )
 
 
-def _support(
-    context: Context, feature: int, sample: SampleSpectra | None, place: str, band: str
-) -> float:
-    """Return `FeatureCard.support`."""
+def _suggest(
+    context: Context,
+    feature: int,
+    channel_ratio: Float[np.ndarray, " n_vars"],
+    band: str,
+    sample: SampleSpectra | None,
+) -> tuple[str, float]:
+    """Return the suggested name of an active feature, and `FeatureCard.support` for it."""
+    dataset = context.dataset
+    relative = channel_ratio
+    n_active = None
+    if dataset.has_channels:
+        n_active = int(context.activity.active[feature])
+    elif channel_ratio.any():
+        # Ratios of power: where it rises most, even if it rises everywhere.
+        relative = channel_ratio / channel_ratio.mean()
+    positions = dataset.positions if channel_ratio.any() else None
+    name = suggest_name(context.bands, relative, band, positions, n_active)
+    place = "" if positions is None else region(relative, positions, n_active)
     limits = {known.name: known for known in context.bands}
     has_place = place not in ("", "widespread")
     if sample is None or not (has_place or band in limits):
-        return np.nan
+        return name, np.nan
     random = context.activity.random
     is_example = random.token[feature] >= 0
     fits = np.ones(int(is_example.sum()), bool)
     if has_place:
-        positions = context.dataset.positions
         assert positions is not None
         sequences = random.sequence[feature, is_example]
         tokens = random.token[feature, is_example]
-        channels = context.dataset.channels_of(sequences, tokens)
-        fits &= fits_region(place, channels, positions)
+        fits &= fits_region(place, dataset.channels_of(sequences, tokens), positions)
     if band in limits:
         ratios = band_ratio(sample.spectrum.hz, sample.ratios, limits[band])
         fits &= ratios > BROADBAND_RATIO
-    return float(fits.mean())
+    return name, float(fits.mean())
 
 
 def _patient_shares(

@@ -1,6 +1,5 @@
 """The report of one member: its evaluation, and every feature with the EEG that activates it."""
 
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,10 +56,10 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
         montage_examples=budget.montage_examples,
         findings=make_findings(evaluation, associations),
     )
-    meta = _make_meta(settings, evaluation, member, pages)
     chosen = choose_features(
         member.sae, activity, [*labels, *shown_features(pages)], budget.n_features
     )
+    rule = ""
     if len(chosen) == n_active and settings.report_features is None:
         # The inactive ones too: their pages are short.
         chosen = list(range(member.sae.d_sae))
@@ -70,11 +69,10 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
             "events and labels, and those with the largest sum of activations times decoder norm. "
             "Set --report_features for more."
         )
-        meta = replace(meta, pages_rule=rule)
     others = sorted(set(range(member.sae.d_sae)) - set(chosen))
     write_pages(
         folder,
-        meta,
+        _make_meta(settings, evaluation, member, pages, rule),
         describe_all(context, chosen),
         (feature_row(context, feature) for feature in others),
     )
@@ -92,7 +90,11 @@ def _steer(settings: EvaluateConfig, evaluation: Evaluation, member: Member) -> 
 
 
 def _make_meta(
-    settings: EvaluateConfig, evaluation: Evaluation, member: Member, pages: Pages
+    settings: EvaluateConfig,
+    evaluation: Evaluation,
+    member: Member,
+    pages: Pages,
+    pages_rule: str,
 ) -> ReportMeta:
     inputs = evaluation.inputs
     encoder = inputs.encoder
@@ -127,6 +129,7 @@ def _make_meta(
         bands=settings.band_limits(),
         summary=_summary_rows(evaluation.find(member.name), member),
         pages=pages,
+        pages_rule=pages_rule,
         # The head, which makes the waveform, reads the last layer.
         waveform_exact=encoder is not None and inputs.layer == encoder.spec.layers[-1],
         shifted_recordings=int(test.shifted.sum()),
