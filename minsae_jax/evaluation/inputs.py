@@ -69,7 +69,10 @@ class EvaluationInputs:
         return [self.val.folder / EVENTS, self.test.folder / EVENTS]
 
     def read_events(self) -> "SplitEvents":
-        """Return the events of the kinds that val or test recordings have."""
+        """Return the events of the kinds that val or test recordings have.
+
+        Raises UserError if an events.csv is invalid.
+        """
         assert self.val is not None  # see `open_inputs`
         test = read_events(self.test.folder)
         if self.val.folder == self.test.folder:
@@ -80,11 +83,6 @@ class EvaluationInputs:
             {kind: val.get(kind, []) for kind in kinds},
             {kind: test.get(kind, []) for kind in kinds},
         )
-
-    def check_events(self) -> None:
-        """Raise UserError if an events.csv is invalid, before anything is measured."""
-        if self.has_events:
-            self.read_events()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """Settings of steering."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar
 
 from minsae_jax.evaluation.config import EvaluateConfig, EvaluationInputConfig, ReportConfig
@@ -56,15 +56,5 @@ class SteerConfig(EditConfig, EvaluationInputConfig):
 
         Raises UserError if a band is invalid.
         """
-        return EvaluateConfig(
-            run=self.run,
-            root_path=self.root_path,
-            store=self.store,
-            val_store=self.val_store,
-            val_root_path=self.val_root_path,
-            checkpoint_path=self.checkpoint_path,
-            config_path=self.config_path,
-            member=member,
-            bands=self.bands,
-            seed=self.seed,
-        )
+        inputs = {field.name: getattr(self, field.name) for field in fields(EvaluationInputConfig)}
+        return EvaluateConfig(**inputs, member=member, bands=self.bands, seed=self.seed)
