@@ -51,10 +51,10 @@ class BestFeature(NamedTuple):
 class FeatureMonitor:
     """Scores and pictures of features on the events of the val patients."""
 
-    def __init__(self, val: Dataset | None, seed: int = 0):
+    def __init__(self, val: Dataset | None):
         """Read the events of the dataset's recordings. Without one only stability is measured.
 
-        seed: of the spans without an event. Raises UserError if events.csv is invalid.
+        Raises UserError if events.csv is invalid.
         """
         self.val = val
         self.kinds: dict[str, SpanActivations] = {}
@@ -63,7 +63,8 @@ class FeatureMonitor:
         if not (val.folder / EVENTS).exists():
             raise UserError(f"--events_path {val.folder} has no {EVENTS}")
         for kind, events in sorted(read_events(val.folder).items()):
-            spans = gather(val, sample_spans(draw_spans(val, events, seed), MAX_SPANS, seed))
+            drawn = draw_spans(val, events, seed=0)
+            spans = gather(val, sample_spans(drawn, MAX_SPANS, seed=0))
             if spans.has_both:
                 self.kinds[kind] = spans
 

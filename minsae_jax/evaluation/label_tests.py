@@ -68,10 +68,10 @@ class LabelTest:
         """AUC, eta² or rho."""
         return EFFECT_NAMES[self.test]
 
-    def significant(self, level: float = LEVEL) -> Int[np.ndarray, " n"]:
-        """Return the features with q below the level, smallest p first."""
+    def significant(self) -> Int[np.ndarray, " n"]:
+        """Return the features with q below LEVEL, smallest p first."""
         by_p = np.argsort(self.p, kind="stable")
-        return by_p[self.q[by_p] < level]
+        return by_p[self.q[by_p] < LEVEL]
 
 
 @dataclass(frozen=True)

@@ -80,12 +80,12 @@ class Stability:
 
 
 def seed_stability(
-    members: Sequence[Member], is_live: Mapping[str, Bool[np.ndarray, " d_sae"]], seed: int = 0
+    members: Sequence[Member], is_live: Mapping[str, Bool[np.ndarray, " d_sae"]]
 ) -> dict[str, Stability]:
     """Return the stability of every member that has a partner which differs in the seed only.
 
-    is_live: by member's name. Members without a live feature are left out. seed: of the random
-    directions, drawn once for each setting.
+    is_live: by member's name. Members without a live feature are left out. Random directions are
+    drawn once for each setting, always the same.
     """
     by_setting: dict[tuple, list[Member]] = {}
     for member in members:
@@ -95,7 +95,7 @@ def seed_stability(
     stability: dict[str, Stability] = {}
     for partners in by_setting.values():
         if len(partners) > 1:
-            stability |= _setting_stability(partners, is_live, np.random.default_rng(seed))
+            stability |= _setting_stability(partners, is_live, np.random.default_rng(0))
     return stability
 
 
