@@ -135,23 +135,20 @@ def open_inputs(
 
 def _can_use_events(test: Dataset, val: Dataset | None) -> bool:
     """Return whether both splits have events; warn if those of the test patients cannot be used."""
-    if not (test.folder / EVENTS).exists():
+    path = test.folder / EVENTS
+    if not path.exists():
         return False
     if val is None:
-        warnings.warn(
-            f"events in {test.folder / EVENTS} are not evaluated, since there is no store of the "
-            "val patients to choose features on; set --val_store, or run extract with --split val",
-            stacklevel=2,
+        reason = (
+            "there is no store of the val patients to choose features on; set --val_store, or run "
+            "extract with --split val"
         )
-        return False
-    if not (val.folder / EVENTS).exists():
-        warnings.warn(
-            f"events in {test.folder / EVENTS} are not evaluated, since {val.folder} has no "
-            f"{EVENTS} to choose features on; set --val_root_path",
-            stacklevel=2,
-        )
-        return False
-    return True
+    elif not (val.folder / EVENTS).exists():
+        reason = f"{val.folder} has no {EVENTS} to choose features on; set --val_root_path"
+    else:
+        return True
+    warnings.warn(f"events in {path} are not evaluated, since {reason}", stacklevel=2)
+    return False
 
 
 def open_members(run: Path) -> tuple[Member, ...]:
@@ -239,9 +236,7 @@ def _open_split(
 ) -> Dataset | None:
     """Open the store at `named`, else the sibling of the train store, or None if it is missing."""
     path = Path(named) if named else sibling_store(Path(train_config.store), split)
-    if path is None:
-        return None
-    if not named and not path.is_dir():
+    if path is None or not (named or path.is_dir()):
         return None
     layer = train_config.cache_layer
     root_path = settings.root_path

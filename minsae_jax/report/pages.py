@@ -128,11 +128,9 @@ def _pca_row(pca: PCAEvaluation) -> MemberRow:
 
 def shown_features(pages: Pages) -> Sequence[int]:
     """Return the distinct features on the pages of events and labels, which need pages too."""
-    features: dict[int, None] = {}
+    features = []
     for event in pages.events:
-        best = event.scores["sae"].feature
-        features |= dict.fromkeys([best, *(row.feature for row in event.features)])
+        features += [event.scores["sae"].feature, *(row.feature for row in event.features)]
     for label in pages.labels:
-        related = [row.feature for row in label.features if row.q < LEVEL]
-        features |= dict.fromkeys(related)
-    return list(features)
+        features += [row.feature for row in label.features if row.q < LEVEL]
+    return list(dict.fromkeys(features))
