@@ -46,7 +46,7 @@ class EvaluationInputs:
     run: Path
     # Where measures and report are written: the run, or another folder
     out: Path
-    # None if only the store is at hand
+    # None without an encoder
     encoder: BaseEncoder | None
     # Sorted by hyper-parameters
     members: tuple[Member, ...]

@@ -27,7 +27,7 @@ class Context:
     dataset: Dataset
     sae: SparseAutoencoder
     activity: Activity
-    # None if only the store is at hand
+    # None without an encoder
     encoder: BaseEncoder | None
     # Patches with activations before and after an example's patch
     w: int = 10
