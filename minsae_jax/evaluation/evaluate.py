@@ -58,7 +58,7 @@ def evaluate(
 def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     """Evaluate the members of a run on locked inputs."""
     if inputs.has_events:
-        inputs.read_events()  # raises errors in them before anything is measured
+        inputs.read_events()  # an invalid file is an error before anything is measured
     pca = _fit_pca(inputs)
     components = _pca_members(pca)
     baselines = _baselines(pca, inputs)
