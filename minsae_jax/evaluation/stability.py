@@ -95,14 +95,12 @@ def seed_stability(
     stability: dict[str, Stability] = {}
     for partners in by_setting.values():
         if len(partners) > 1:
-            stability |= _setting_stability(partners, is_live, np.random.default_rng(0))
+            stability |= _setting_stability(partners, is_live)
     return stability
 
 
 def _setting_stability(
-    members: Sequence[Member],
-    is_live: Mapping[str, Bool[np.ndarray, " d_sae"]],
-    rng: np.random.Generator,
+    members: Sequence[Member], is_live: Mapping[str, Bool[np.ndarray, " d_sae"]]
 ) -> dict[str, Stability]:
     """Return the stability of the members of one setting; each pair is matched once."""
     live = [np.flatnonzero(is_live[member.name]) for member in members]
@@ -120,7 +118,7 @@ def _setting_stability(
         b_to_a[a_to_b[is_matched]] = np.flatnonzero(is_matched)
         matches[a, b] = a_to_b
         matches[b, a] = b_to_a
-    random = random_directions(directions[1], rng)
+    random = random_directions(directions[1], np.random.default_rng(0))
     chance = matched_cosines(directions[0], random, match_directions(directions[0], random))
     stability = {}
     for a, member in enumerate(members):
