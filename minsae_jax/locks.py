@@ -1,8 +1,8 @@
 """Locks on folders, so that commands do not write files that another one writes or reads.
 
 The kernel locks the folder itself (`flock`), which leaves no file and ends with the process. Where
-that fails, or where other machines cannot see the lock, as on NFS, a lock file next to the folder
-names the host and the process. On Windows, the system locks a file next to the folder.
+that fails, or where other machines cannot see the lock, as on NFS or Lustre, a lock file next to
+the folder names the host and the process. On Windows, the system locks a file next to the folder.
 """
 
 import os
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 READER_SECONDS = 0.5  # to wait for another reader
 # File systems on which a lock of a folder does not reach other machines: their drivers in Linux
-# have no function for it, so that the kernel locks its own copy.
-REMOTE = ("nfs", "nfs4", "cifs", "smb3")
+# have no function for it, so that the kernel locks its own copy. Some FUSE are local, but few.
+REMOTE = ("nfs", "nfs4", "cifs", "smb3", "lustre", "afs", "9p", "virtiofs", "fuse")
 
 
 @contextmanager
@@ -100,7 +100,8 @@ def _is_remote(descriptor: int) -> bool:
         for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
             mount, _, file_system = line.partition(" - ")
             if mount.split()[2] == number:
-                return file_system.split()[0] in REMOTE
+                # FUSE is named with its program, as in fuse.sshfs.
+                return file_system.split()[0].partition(".")[0] in REMOTE
     return False
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from minsae_jax import locks
 from minsae_jax.errors import UserError
 from minsae_jax.locks import lock_folder
 
@@ -222,13 +221,22 @@ def test_folder_that_cannot_be_locked_is_a_warning(folder, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="requires Linux")
-def test_lock_file_is_used_on_file_systems_of_other_machines(folder, monkeypatch):
+@pytest.mark.parametrize("remote", ["nfs4", "lustre", "fuse.sshfs"])
+def test_lock_file_is_used_on_file_systems_of_other_machines(folder, monkeypatch, remote):
     command = ["df", "--output=fstype", str(folder)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     file_system = result.stdout.split()[-1]
     with lock_folder(folder):
         assert names(folder.parent) == ["demo"]
-    monkeypatch.setattr(locks, "REMOTE", (file_system,))
+    read_text = Path.read_text
+
+    def mounts(path: Path, *args, **kwargs) -> str:
+        text = read_text(path, *args, **kwargs)
+        if path == Path("/proc/self/mountinfo"):
+            text = text.replace(f" - {file_system} ", f" - {remote} ")
+        return text
+
+    monkeypatch.setattr(Path, "read_text", mounts)
     with lock_folder(folder):
         assert names(folder.parent) == [".demo.lock", "demo"]
         assert_locked(folder)

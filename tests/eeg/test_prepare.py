@@ -1,17 +1,21 @@
 """`prepare` against MNE's own pipeline, on files of every format that these tests write."""
 
 import csv
+import itertools
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import date, time
 from pathlib import Path
 
+import edfio
 import mne
 import numpy as np
 import pytest
 
+from minsae_jax import UserError
 from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.eeg.recordings import open_windows, read_lengths
@@ -219,7 +223,105 @@ def test_events_after_a_gap_of_a_discontinuous_file_keep_their_places(tmp_path, 
     # The second one ends in the gap.
     assert events == [("of many words", "200", "250"), ("b", "950", "1000"), ("c", "1500", "1550")]
     finding, *_ = prepared.findings()
-    assert finding.startswith("gaps (EDF+D) across which windows are cut: 1 (in")
+    assert finding.startswith("gaps across which windows are cut: 1 (in")
+
+
+def write_edf(path: Path, signals: Sequence[tuple], notes: Sequence[tuple] = (), **fields) -> Path:
+    """Write channels (name, µV, rate) and annotations (onset, duration, text)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    channels = [
+        edfio.EdfSignal(x, sampling_frequency=rate, label=name, physical_dimension="uV")
+        for name, x, rate in signals
+    ]
+    annotations = [edfio.EdfAnnotation(*note) for note in notes]
+    edfio.Edf(channels, annotations=annotations, **fields).write(path)
+    return path
+
+
+def test_fast_channels_that_are_not_used_leave_the_others_unchanged(tmp_path):
+    """MNE resamples all channels of a file to the highest rate, and a part of it wrongly."""
+    raw = make_raw(rate=250.0)
+    eeg = list(zip(NEW_NAMES, raw.get_data(units="uV"), [250] * 19, strict=True))
+    ecg = np.random.default_rng(0).normal(0, 100, SECONDS * 1000)
+    write_edf(tmp_path / "alone.edf", eeg)
+    write_edf(tmp_path / "mixed.edf", [*eeg, ("ECG", ecg, 1000)], [(3.0, 1.0, "spike")])
+    for crop in (0.0, 3.3):
+        alone = run(tmp_path / "alone.edf", tmp_path / f"alone{crop}", crop=crop)
+        mixed = run(tmp_path / "mixed.edf", tmp_path / f"mixed{crop}", crop=crop)
+        np.testing.assert_array_equal(
+            load(tmp_path / f"mixed{crop}"), load(tmp_path / f"alone{crop}")
+        )
+        assert mixed.records[0].unused_channels == ("ECG",)
+        assert mixed.records[0].description.original_sampling_rate == 250
+        assert alone.records[0].n_samples == round((SECONDS - 2 * crop) * 100)
+    # Annotations are read as well: the last one, from 3 s to 4 s, was cut at 3.3 s.
+    assert [(e.start, e.stop) for e in mixed.records[0].events] == [(0, 70)]
+
+
+def test_used_channels_of_different_rates_are_cut_at_one_time(tmp_path):
+    raw = make_raw(("Fz", "Cz"), rate=250.0)
+    fz, cz = raw.get_data(units="uV")
+    path = write_edf(tmp_path / "a.edf", [("Fz", fz, 250), ("Cz", cz[::2], 125)])
+    settings = {"channels": ("Cz", "Fz"), "sampling_rate": 250.0, "normalize": "uV"}
+    run(path, tmp_path / "out", **settings, reference=("none",), crop=3.3)
+    whole = mne.io.read_raw(path, preload=True, verbose="ERROR")
+    expected = whole.get_data(["Cz", "Fz"], start=825, stop=SECONDS * 250 - 825, units="uV")
+    np.testing.assert_allclose(load(tmp_path / "out").T, expected, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("gap", [None, 100.0])
+def test_annotations_in_latin_1_are_read(tmp_path, gap):
+    raw = make_raw()
+    # The longest text is first: it makes room in all records.
+    raw.set_annotations(mne.Annotations([2.0, 9.0], [0.5, 0.5], ["Anfall am Morgen", "Anfall"]))
+    path = write_file(raw, tmp_path / "x.edf")
+    if gap:
+        make_discontinuous(path, gap)
+    path.write_bytes(path.read_bytes().replace(b"Anfall", "Anfäll".encode("latin-1")))
+    (record,) = run(path, tmp_path / "out").records
+    events = [(event.kind, event.start) for event in record.events]
+    assert events == [("Anfäll am Morgen", 200), ("Anfäll", 900)]
+
+
+def test_markers_of_gaps_are_no_events(tmp_path):
+    """EEGLAB marks cut parts, with their lengths, and BrainVision each start."""
+    raw = make_raw()
+    marks = [(0.0, 0.0, "boundary"), (5.0, 7.0, "boundary"), (9.0, 0.0, "New Segment/")]
+    onsets, durations, kinds = zip(*marks, (8.0, 1.0, "go"), strict=True)
+    raw.set_annotations(mne.Annotations(onsets, durations, kinds))
+    prepared = run(write_file(raw, tmp_path / "a.set"), tmp_path / "out")
+    assert [(e.kind, e.start, e.stop) for e in prepared.records[0].events] == [("go", 800, 900)]
+    assert prepared.findings()[0].startswith("gaps across which windows are cut: 2 (in")
+
+
+def test_hypnogram_gives_events_to_the_recording_of_its_patient_and_session(tmp_path):
+    """Named as in Sleep-EDF; the second one starts 5 s after its recording."""
+    rng = np.random.default_rng(0)
+    for night, delay in (("SC4011", 0), ("SC4012", 5)):
+        signals = [(name, rng.normal(0, 20, 2000), 100) for name in ("EEG Fpz-Cz", "EEG Pz-Oz")]
+        start = {"recording": edfio.Recording(startdate=date(1989, 4, 24))}
+        write_edf(tmp_path / f"eeg/{night}E0-PSG.edf", signals, starttime=time(16, 13), **start)
+        stages = [(0.0, 4.0, "Sleep stage W"), (4.0, 20.0, "Sleep stage 2")]
+        path = tmp_path / f"eeg/{night}EC-Hypnogram.edf"
+        write_edf(path, [], stages, starttime=time(16, 13, delay), **start)
+    settings = {"channels": ("Fpz-Cz", "Pz-Oz"), "reference": ("none",)}
+    with pytest.raises(UserError, match=r"Hypnogram.edf contains annotations and no signals"):
+        run(tmp_path / "eeg", tmp_path / "out", **settings)
+    settings["patient_pattern"] = r"SC4(?P<patient>\d\d)(?P<session>\d)"
+    prepared = run(tmp_path / "eeg", tmp_path / "nights", **settings)
+    events = {
+        record.name.removesuffix("_preprocessed.npy"): [
+            (event.kind, event.start, event.stop) for event in record.events
+        ]
+        for record in prepared.records
+    }
+    assert events == {
+        "01_s001_t000": [("Sleep stage W", 0, 400), ("Sleep stage 2", 400, 2000)],
+        "01_s002_t000": [("Sleep stage W", 500, 900), ("Sleep stage 2", 900, 2000)],
+    }
+    assert run(tmp_path / "eeg", tmp_path / "nights", **settings).n_new == 0
+    path.touch()  # a changed hypnogram
+    assert run(tmp_path / "eeg", tmp_path / "nights", **settings).n_new == 1
 
 
 def test_upsampling_and_low_pass(tmp_path):
@@ -240,6 +342,50 @@ def test_spellings_of_channels_are_matched(tmp_path):
     expected = mne.io.read_raw(path, verbose="ERROR").get_data(old, units="uV")
     np.testing.assert_allclose(load(tmp_path / "out").T, expected, rtol=1e-6, atol=1e-4)
     assert prepared.findings() == ["channels not used (recordings): ECG (1)"]
+
+
+def test_reference_of_most_channels_is_no_part_of_their_names(tmp_path):
+    """Others have other references: they are not of the same electrode."""
+    names = [f"EEG {name}-A2" for name in NEW_NAMES]
+    names[3] = "EEG F3-A1"
+    raw = make_raw([*names, "ECG"])
+    raw.info["bads"] = ["EEG Cz-A2"]
+    raw.set_annotations(mne.Annotations([2.0], [0.5], ["spike"], ch_names=[["EEG O1-A2"]]))
+    prepared = run(write_file(raw, tmp_path / "a_raw.fif"), tmp_path / "out")
+    (record,) = prepared.records
+    assert record.description.interpolated_channels == ("F3", "CZ")
+    assert record.unused_channels == ("ECG", "F3-A1")
+    assert [event.channels for event in record.events] == [("O1",)]
+    # By its whole name, a channel can still be used.
+    settings = {"channels": ("O1-A2", "F3-A1"), "normalize": "uV", "sampling_rate": 256.0}
+    run(tmp_path / "a_raw.fif", tmp_path / "two", **settings, reference=("none",))
+    expected = raw.get_data(["EEG O1-A2", "EEG F3-A1"], units="uV")
+    np.testing.assert_allclose(load(tmp_path / "two").T, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_channels_of_a_file_that_cannot_be_used_are_named(tmp_path):
+    pairs = [f"{a}-{b}" for a, b in itertools.pairwise(NEW_NAMES)]
+    path = write_file(make_raw(pairs), tmp_path / "a.edf")
+    with pytest.raises(UserError, match=r"the file's other channels are C3-CZ, .* and 8 more"):
+        run(path, tmp_path / "out")
+
+
+def test_montage_with_two_names_of_an_electrode_is_a_list_of_channels(tmp_path):
+    names = mne.channels.make_standard_montage("colin27_1020").ch_names
+    channels = [name for name in names if name not in ("T3", "T4", "T5", "T6")]
+    path = write_file(make_raw(channels, seconds=10), tmp_path / "a_raw.fif")
+    run(path, tmp_path / "out", channels=("colin27_1020",))
+    assert read_description(tmp_path / "out").channels == tuple(channels)
+
+
+def test_channels_without_a_position_are_reported(tmp_path):
+    names = mne.channels.make_standard_montage("GSN-HydroCel-32").ch_names[:32]
+    path = write_file(make_raw(names), tmp_path / "a.set")
+    finding, *_ = run(path, tmp_path / "out", channels=tuple(names)).findings()
+    assert finding.startswith("channels without a position in --montage standard_1005, which")
+    assert "E1, E2" in finding
+    net = {"montage": "GSN-HydroCel-32"}
+    assert run(path, tmp_path / "net", channels=tuple(names), **net).findings() == []
 
 
 def test_extract_reads_the_output(tmp_path):

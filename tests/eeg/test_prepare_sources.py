@@ -2,16 +2,18 @@
 
 import csv
 import json
+import os
 import random
 from pathlib import Path
 
+import mne
 import numpy as np
 import pytest
 from mne_bids import get_bids_path_from_fname
 
 from minsae_jax import PrepareConfig, UserError
 from minsae_jax.eeg.prepare.sources import bids_sidecar, find_sources
-from tests.eeg.eeg_files import NEW_NAMES, make_raw, run, write_file
+from tests.eeg.eeg_files import NEW_NAMES, load, make_raw, run, write_file
 from tests.samples import sample
 
 DAMAGES = 50  # all files of a dataset in all ways
@@ -126,7 +128,7 @@ def test_unusable_source_is_one_line(tmp_path, files, source, message):
 
 def write_bids(root: Path) -> Path:
     """Write a BIDS dataset of two patients with events, a bad channel and labels."""
-    root.mkdir()
+    root.mkdir(parents=True)
     (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.8.0"}')
     (root / "participants.tsv").write_text(
         "participant_id\tage\tpathology\nsub-01\t34\tn/a\nsub-02\t61\tepilepsy\n"
@@ -175,6 +177,118 @@ def test_tables_of_bids(tmp_path):
             "pathology": "epilepsy",
         },
     ]
+
+
+def test_channels_of_other_types_are_interpolated_where_an_electrode_is(tmp_path):
+    """As MNE does with Fp1 marked as bad. HEOG is no electrode, and is used if it is named."""
+    names = (*NEW_NAMES, "HEOG", "M1")
+    path = write_file(make_raw(names), tmp_path / "sub-01/eeg/sub-01_task-rest_eeg.bdf")
+    types = {"Fp1": "EOG", "HEOG": "EOG", "M1": "misc", "Fp2": "n/a"}
+    rows = "".join(f"{name}\t{types.get(name, 'EEG')}\tuV\n" for name in names)
+    (path.parent / "sub-01_channels.tsv").write_text(f"name\ttype\tunits\n{rows}")
+    prepared = run(path, tmp_path / "out", normalize="uV", sampling_rate=256.0)
+    assert prepared.records[0].description.bad_channels == ("FP1",)
+    assert "channels of another type than EEG: FP1 (in 01_s001" in "\n".join(prepared.findings())
+    raw = mne.io.read_raw(path, preload=True, verbose="ERROR").pick(list(NEW_NAMES))
+    raw.set_montage("colin27_1005", verbose="ERROR")
+    raw.info["bads"] = ["Fp1"]
+    raw.interpolate_bads(verbose="ERROR").set_eeg_reference("average", verbose="ERROR")
+    expected = raw.get_data(units="uV")
+    np.testing.assert_allclose(load(tmp_path / "out").T, expected, rtol=1e-6, atol=1e-4)
+    settings = {"channels": ("HEOG", "Cz"), "reference": ("M1",), "normalize": "uV"}
+    prepared = run(path, tmp_path / "eog", **settings)
+    assert prepared.records[0].description.bad_channels == ()
+
+
+@pytest.mark.parametrize(
+    ("table", "kinds"),
+    [
+        ("onset\tduration\teventType\tchannels\n1\t2\tsz_foc\tall\n", ["sz_foc"]),
+        ("onset\tduration\ttrial_type\tvalue\n1\t2\tn/a\t7\n2\t1\tgo\t8\n", ["7", "go"]),
+        ("onset\tduration\tvalue\teventType\n1\t2\t7\tbckg\n", ["bckg"]),
+        ("onset\tduration\ttrial_type\n0\t0\tNew Segment/\n2\t1\tboundary\n", []),
+        ("onset\tduration\tsample\n1\t2\t256\n", ["spike", "blink", "end"]),  # of the file
+        ("onset\tduration\tsample\n", []),
+    ],
+)
+def test_kinds_of_events_in_bids(tmp_path, table, kinds):
+    path = write_file(make_raw(), tmp_path / "sub-01/eeg/sub-01_task-rest_eeg.bdf")
+    (path.parent / "sub-01_task-rest_events.tsv").write_text(table)
+    (record,) = run(path, tmp_path / "out").records
+    assert [event.kind for event in record.events] == kinds
+
+
+def test_folder_of_bids_datasets_is_read_without_derivatives(tmp_path):
+    root = write_bids(tmp_path / "data/bids")
+    for folder in ("derivatives/clean/sub-01/eeg", "sourcedata/sub-01"):
+        write_file(make_raw(seed=9), root / folder / "sub-01_task-rest_desc-clean_eeg.bdf")
+    assert len(run(tmp_path / "data", tmp_path / "out").records) == 2
+    assert len(run(root / "derivatives", tmp_path / "derived").records) == 1
+
+
+def test_labels_of_bids_do_not_depend_on_the_source_or_the_pattern(tmp_path):
+    """participants.tsv may have a column `patient`, such as 1 for patients and 0 for controls."""
+    root = write_bids(tmp_path / "bids")
+    table = "participant_id\tpatient\tage\nsub-01\t1\t34\nsub-02\t1\t61\n"
+    (root / "participants.tsv").write_text(table)
+    run(root, tmp_path / "root")
+    run(root / "sub-02", tmp_path / "folder")
+    run(root, tmp_path / "pattern", patient_pattern=r"(?P<patient>sub-\d+)")
+    for out, ages in (("root", ["34", "61"]), ("folder", ["61"]), ("pattern", ["34", "61"])):
+        assert [row["age"] for row in rows_of(tmp_path / out / "labels.csv")] == ages
+
+
+def test_labels_of_bids_files_by_name(tmp_path):
+    root = write_bids(tmp_path / "bids")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("recording,sleep\nsub-01_task-rest_eeg.bdf,7\nsub-02_task-rest_eeg,8\n")
+    run(root, tmp_path / "out", labels=str(labels))
+    assert [row["sleep"] for row in rows_of(tmp_path / "out/labels.csv")] == ["7", "8"]
+
+
+def test_copies_with_another_header_are_found(tmp_path):
+    """Their patients, who are one person, could be in train and test."""
+    path = write_file(make_raw(), tmp_path / "eeg/smith.edf")
+    content = bytearray(path.read_bytes())
+    content[8:11] = b"ID7"
+    (tmp_path / "eeg/p007.edf").write_bytes(content)
+    with pytest.raises(UserError, match=r"smith.edf is a copy of \S*p007.edf"):
+        run(tmp_path / "eeg", tmp_path / "out")
+    assert not (tmp_path / "out/file_lengths_map.csv").exists()
+    for _ in range(2):
+        prepared = run(tmp_path / "eeg", tmp_path / "out", on_bad_recording="skip")
+        assert [record.name for record in prepared.records] == ["p007_s001_t000_preprocessed.npy"]
+        assert_is_complete(tmp_path / "out")
+
+
+def test_new_file_that_changes_numbers_does_not_inherit_a_recording(tmp_path):
+    """Files of one name, size and time, as archives contain them, in folders of a patient."""
+
+    def add(folder: str, seed: int) -> np.ndarray:
+        path = write_file(make_raw(seed=seed), tmp_path / f"eeg/p1/{folder}/night.edf")
+        os.utime(path, (1e9, 1e9))
+        run(path, tmp_path / f"alone{seed}")
+        return load(tmp_path / f"alone{seed}")
+
+    pattern = {"patient_pattern": r"(?P<patient>p\d)/"}
+    expected = [add("b", 1), add("c", 2)]
+    run(tmp_path / "eeg", tmp_path / "out", **pattern)
+    expected.insert(0, add("a", 3))
+    run(tmp_path / "eeg", tmp_path / "out", **pattern)
+    for token, recording in enumerate(expected):
+        path = tmp_path / f"out/p1_s001_t{token:03d}_preprocessed.npy"
+        np.testing.assert_array_equal(np.load(path), recording)
+
+
+def test_files_that_count_as_a_patient_are_reported(tmp_path):
+    for night in (1, 2):
+        write_file(make_raw(seed=night), tmp_path / f"eeg/p1_night{night}.edf")
+    finding, *_ = run(tmp_path / "eeg", tmp_path / "out").findings()
+    assert finding.startswith(
+        "files that count as a patient each: p1_night1.edf, p1_night2.edf; if a patient has"
+    )
+    pattern = {"patient_pattern": r"(?P<patient>p\d)_"}
+    assert run(tmp_path / "eeg", tmp_path / "patients", **pattern).findings() == []
 
 
 def test_tables_of_bids_are_inherited(tmp_path):

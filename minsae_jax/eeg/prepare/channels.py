@@ -28,7 +28,11 @@ def target_channels(names: Sequence[str]) -> tuple[str, ...]:
     if names == ("tuh",):
         channels = CHANNELS
     elif len(names) == 1 and _is_montage(names[0]):
-        channels = tuple(_montage(names[0]).ch_names)
+        in_montage: dict[str, str] = {}
+        for name in _montage(names[0]).ch_names:
+            # Some have an electrode by two names, such as T7 and T3.
+            in_montage.setdefault(canonical(name), name)
+        channels = tuple(in_montage.values())
     first_of: dict[str, str] = {}
     for channel in channels:
         same = first_of.setdefault(canonical(channel), channel)

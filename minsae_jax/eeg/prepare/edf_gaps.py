@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-HEADER_BYTES = 256  # of the file, and of each of its channels
-ANNOTATIONS = ("EDF Annotations", "BDF Annotations")  # labels of channels
-SAMPLE_BYTES = {b"EDF+D": 2, b"BDF+D": 3}
+from minsae_jax.eeg.prepare.edf_header import ANNOTATIONS, Header
+
 # Texts at one time: onset, perhaps a duration, and texts; the first of a record has none.
 TEXTS = re.compile(rb"([+-]\d+\.?\d*)(?:\x15(\d+\.?\d*))?\x14(.*?)\x14\0", re.DOTALL)
 ROUNDING = 1e-3  # of a record's time in seconds
@@ -54,36 +53,32 @@ class Records:
         return max(int(np.searchsorted(self.starts, time, side="right")) - 1, 0)
 
 
-def read_records(path: Path) -> Records | None:
-    """Return the records of a discontinuous file; None for any other.
+def read_records(path: Path, header: Header) -> Records:
+    """Return the records of a discontinuous file.
 
-    Raises ValueError or IndexError if its header or a record's time is invalid.
+    Raises ValueError or IndexError if a record's time is invalid.
     """
+    n_bytes = [header.sample_bytes * n for n in header.n_samples]
+    n_records = (path.stat().st_size - header.size) // sum(n_bytes)
+    has_notes = [i for i, label in enumerate(header.labels) if label in ANNOTATIONS]
+    times = []
+    notes = []
     with path.open("rb") as file:
-        header = file.read(HEADER_BYTES)
-        sample_bytes = SAMPLE_BYTES.get(header[192:197])
-        if sample_bytes is None:
-            return None
-        n_channels = int(header[252:256])
-        of_channels = file.read(HEADER_BYTES * n_channels).decode("latin-1")
-        # The fields of all channels one after the other: the label is first, of 16 characters;
-        # samples per record are behind 216, of 8.
-        labels = [of_channels[16 * i : 16 * i + 16].strip() for i in range(n_channels)]
-        sizes = of_channels[216 * n_channels :]
-        n_bytes = [sample_bytes * int(sizes[8 * i : 8 * i + 8]) for i in range(n_channels)]
-        start = HEADER_BYTES * (1 + n_channels)
-        n_records = (path.stat().st_size - start) // sum(n_bytes)
-        has_notes = [i for i, label in enumerate(labels) if label in ANNOTATIONS]
-        times = []
-        notes = []
         for record in range(n_records):
             lists = []
             for i in has_notes:
-                file.seek(start + record * sum(n_bytes) + sum(n_bytes[:i]))
+                file.seek(header.size + record * sum(n_bytes) + sum(n_bytes[:i]))
                 lists += TEXTS.findall(file.read(n_bytes[i]))
             times.append(float(lists[0][0]))
             for onset, duration, texts in lists:
                 at = (float(onset) - times[0], float(duration or 0))
-                words = texts.decode(errors="replace").split("\x14")
-                notes += [Note(*at, text) for text in words if text]
-    return Records(float(header[244:252]), np.array(times) - times[0], tuple(notes))
+                notes += [Note(*at, text) for text in _decoded(texts).split("\x14") if text]
+    return Records(header.seconds, np.array(times) - times[0], tuple(notes))
+
+
+def _decoded(texts: bytes) -> str:
+    """Return texts as UTF-8, as EDF+ requires, or else as Latin-1, which many programs write."""
+    try:
+        return texts.decode()
+    except UnicodeDecodeError:
+        return texts.decode("latin-1")

@@ -11,6 +11,7 @@ from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.plan import Plan
 from minsae_jax.eeg.prepare.read import BadRecordingError, EegFile
 from minsae_jax.eeg.prepare.signals import check_quality
+from minsae_jax.eeg.splits import join_some
 
 
 class SkippedError(Exception):
@@ -25,9 +26,11 @@ class FileChannels:
     missing: tuple[str, ...]  # of the target channels
     references: tuple[str, ...]
     read: tuple[str, ...]  # target channels in the file, then references
+    unused: tuple[str, ...]  # of the file
+    not_eeg: tuple[str, ...]  # target channels that are not of an electrode
     flat: tuple[str, ...] = ()  # of `read`, once the samples are known, and so are these
     clipped: tuple[str, ...] = ()
-    bad: tuple[str, ...] = ()  # target channels that are flat or marked as bad
+    bad: tuple[str, ...] = ()  # target channels that are flat, marked as bad or not EEG
 
     @property
     def interpolated(self) -> tuple[str, ...]:
@@ -48,11 +51,20 @@ def find_channels(file: EegFile, plan: Plan) -> FileChannels:
     absent = [name for name in references if name not in file.names]
     if absent:
         raise BadRecordingError(f"has no reference channel {' '.join(absent)}")
+    read = (*present, *(key for key in references if key not in present))
+    in_file = {name for key in read for name in file.names[key]}
+    unused = [key for key, same in file.names.items() if in_file.isdisjoint(same)]
+    # No EEG is expected of a channel without a position, such as HEOG.
+    electrodes = [
+        key for key, position in zip(names, plan.positions, strict=True) if position is not None
+    ]
     return FileChannels(
         names=names,
         missing=tuple(key for key in names if key not in file.names),
         references=tuple(references),
-        read=(*present, *(key for key in references if key not in present)),
+        read=read,
+        unused=tuple(sorted(unused)),
+        not_eeg=tuple(key for key in electrodes if file.is_among(key, file.not_eeg)),
     )
 
 
@@ -66,7 +78,8 @@ def check_channels(
     quality = check_quality(data)
     read = np.array(channels.read)
     flat = tuple(read[quality.is_flat].tolist())
-    unusable = [key for key in channels.references if key in flat or key in file.bad]
+    bad = [key for key in channels.read if key in flat or file.is_among(key, file.bad)]
+    unusable = [key for key in channels.references if key in bad]
     if unusable:
         raise BadRecordingError(f"has a flat or bad reference channel: {' '.join(unusable)}")
     targets = [key for key in channels.read if key in channels.names]
@@ -74,7 +87,7 @@ def check_channels(
         channels,
         flat=flat,
         clipped=tuple(read[quality.is_clipped].tolist()),
-        bad=tuple(key for key in targets if key in flat or key in file.bad),
+        bad=tuple(key for key in targets if key in bad or key in channels.not_eeg),
     )
 
 
@@ -90,7 +103,8 @@ def check_interpolated(channels: FileChannels, plan: Plan) -> None:
     if len(names) > plan.max_interpolated * n_channels:
         raise BadRecordingError(
             f"has {n_channels - len(names)} usable channels of {n_channels}; missing, flat or bad "
-            f"are {' '.join(names)}"
+            f"are {' '.join(names)}; the file's other channels are "
+            f"{join_some(channels.unused, limit=10) or 'none'}"
         )
     positions = dict(zip(plan.channels, plan.positions, strict=True))
     unknown = [name for name in names if positions[name] is None]

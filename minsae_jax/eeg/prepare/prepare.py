@@ -17,7 +17,7 @@ from minsae_jax.eeg.prepare.labels import read_labels
 from minsae_jax.eeg.prepare.plan import Plan, make_plan, versions
 from minsae_jax.eeg.prepare.record import RECORDS, Record, Rejected, read_record, record_path
 from minsae_jax.eeg.prepare.recording import prepare_recording
-from minsae_jax.eeg.prepare.sources import Source, files_of, find_duplicates, find_sources
+from minsae_jax.eeg.prepare.sources import Source, files_of, find_sources
 from minsae_jax.eeg.prepare.workers import worker_pool
 from minsae_jax.eeg.recordings import LABELS, LENGTHS, check_usable, list_bad
 from minsae_jax.eeg.splits import join_some
@@ -46,6 +46,7 @@ class Prepared:
     records: tuple[Record, ...]
     n_new: int  # of these, written now
     rejected: tuple[Rejected, ...]
+    patients: tuple[str, ...]  # files that count as a patient each
 
     def findings(self) -> list[str]:
         """Return one line for each finding, with the recordings that have it."""
@@ -61,6 +62,11 @@ class Prepared:
         if unused:
             names = [f"{name} ({count})" for name, count in sorted(unused.items())]
             lines.append(f"channels not used (recordings): {join_some(names, limit=20)}")
+        if len(self.patients) > 1:
+            lines.append(
+                f"files that count as a patient each: {join_some(self.patients, limit=3)}; if a "
+                "patient has several, give --patient_pattern, or train and test share patients"
+            )
         lines += [f"left out: {each.source.path} {each.reason}" for each in self.rejected]
         return lines
 
@@ -122,13 +128,7 @@ def _prepare(
     labels: Sequence[dict[str, str]],
     folder: Path,
 ) -> Prepared:
-    copies = find_duplicates(sources)
-    rejected = []
-    for source in sources:
-        if source.path in copies:
-            reason = f"is a copy of {copies[source.path]}"
-            rejected.append(Rejected(source, reason))
-    sources = [source for source in sources if source.path not in copies]
+    rejected: list[Rejected] = []
     done = {source.name: read_record(source, plan, folder) for source in sources}
     records = {name: record for name, record in done.items() if record is not None}
     missing = [source for source in sources if source.name not in records]
@@ -144,12 +144,16 @@ def _prepare(
             else:
                 rejected.append(outcome)
             bar.advance(1)
+    rejected += _remove_copies(folder, sources, records)
     rejected.sort(key=lambda each: each.source.path.as_posix())
     _check_outcomes(rejected, len(records), config)
     ordered = tuple(records[name] for name in sorted(records))
     _write_tables(folder, config, plan, ordered, labels)
     n_new = sum(source.name in records for source in missing)
-    return Prepared(folder, ordered, n_new, tuple(rejected))
+    patients: list[str] = []
+    if not config.patient_pattern:
+        patients += [each.label for each in sources if each.is_patient and each.name in records]
+    return Prepared(folder, ordered, n_new, tuple(rejected), tuple(patients))
 
 
 def _remove_stale(folder: Path, plan: Plan, names: set[str], overwrite: bool) -> None:
@@ -173,6 +177,29 @@ def _remove_stale(folder: Path, plan: Plan, names: set[str], overwrite: bool) ->
     for name in stale:
         (folder / name).unlink(missing_ok=True)
         record_path(folder, name).unlink()
+
+
+def _remove_copies(
+    folder: Path, sources: Sequence[Source], records: dict[str, Record]
+) -> list[Rejected]:
+    """Remove recordings of the same samples as an earlier one, which could be of another patient.
+
+    Their files can differ, as those of a copy with another header do.
+    """
+    first_of: dict[str, Source] = {}
+    copies = []
+    for source in sources:
+        if source.name not in records or not records[source.name].sha256:
+            continue
+        first = first_of.setdefault(records[source.name].sha256, source)
+        if first is not source:
+            del records[source.name]
+            (folder / source.name).unlink()
+            record_path(folder, source.name).unlink()
+            copies.append(Rejected(source, f"is a copy of {first.path}"))
+    if copies:
+        (folder / LENGTHS).unlink(missing_ok=True)
+    return copies
 
 
 def _outcomes(

@@ -3,9 +3,12 @@
 import csv
 import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import mne
 import numpy as np
@@ -13,12 +16,17 @@ from jaxtyping import Float
 
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.edf_gaps import Records, read_records
+from minsae_jax.eeg.prepare.edf_header import SUFFIXES, has_signals, read_header
 from minsae_jax.eeg.prepare.sources import bids_sidecar, files_with_stem
 from minsae_jax.errors import brief
 from minsae_jax.files import regular_file
 
-# Annotations that MNE adds itself, or that mark the start of a file.
-IGNORED = re.compile(r"^(EDGE boundary|BAD boundary|New Segment/.*)$")
+# Annotations at the start of a file and at gaps, by MNE, EEGLAB and BrainVision.
+BOUNDARY = re.compile(r"^(EDGE boundary|BAD boundary|boundary|New Segment/.*)$")
+# Columns of BIDS's events.tsv with the kind of an event; the first that is not n/a is used.
+EVENT_COLUMNS = ("trial_type", "eventType", "value")
+NOT_AVAILABLE = ("", "n/a")
+MIN_SHARED = 10  # channels, for a reference that is shared
 TRUNCATED = "does not match the file size"
 
 
@@ -45,16 +53,30 @@ class EegFile:
     n_samples: int
     names: dict[str, list[str]]  # canonical name -> names in the file, of which one is usual
     bad: frozenset[str]  # canonical names of channels that the source marks as bad
+    not_eeg: frozenset[str]  # canonical names of channels of other types in BIDS's channels.tsv
     annotations: tuple[Annotation, ...]
     is_truncated: bool  # shorter than its header says
     n_gaps: int = 0  # across which the samples are joined
+    is_resampled: bool = False  # by MNE, since channels of `raw` have different rates
+
+    def is_among(self, channel: str, names: Collection[str]) -> bool:
+        """Return whether a channel, by its canonical name, is among such names.
+
+        They can also have the reference that is part of its name in the file.
+        """
+        spellings = {channel, *map(canonical, self.names.get(channel, ()))}
+        return not spellings.isdisjoint(names)
 
 
-def open_file(path: Path) -> EegFile:
+def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -> EegFile:
     """Open an EEG file.
+
+    wanted: canonical names of the channels that will be read. notes: EDF+ files of annotations.
 
     Raises BadRecordingError if MNE cannot read it or its BIDS tables are invalid.
     """
+    records = None
+    rates: dict[str, int] = {}
     try:
         # MNE would wait for a named pipe, also if another part is one, such as the .eeg of a .vhdr.
         for each in (path, *files_with_stem(path.parent, path.stem)):
@@ -62,38 +84,105 @@ def open_file(path: Path) -> EegFile:
         # Warnings can contain parts of the header, so they are not shown.
         with warnings.catch_warnings(), mne.utils.catch_logging() as log:
             warnings.simplefilter("ignore")
-            raw = mne.io.read_raw(path, preload=False, verbose="WARNING")
+            raw = _read_raw(path)
+            start = raw.info["meas_date"]
+            more_annotations = [each for note in notes for each in _annotations_in(note, start)]
+            names = _names(raw.ch_names)
+            if path.suffix.lower() in SUFFIXES:
+                header = read_header(path)
+                rates = dict(zip(raw.ch_names, header.samples_of_signals, strict=True))
+                if header.is_discontinuous:
+                    records = read_records(path, header)
+                if len(set(rates.values())) > 1:
+                    raw = _without_unused(path, raw, names, wanted)
         sampling_rate = float(raw.info["sfreq"])
         n_samples = len(raw.times)
-        records = None
-        if path.suffix.lower() in (".edf", ".bdf"):
-            records = read_records(path)
     except Exception as e:  # damaged files raise almost anything
         raise BadRecordingError(f"cannot be read ({_without_quotes(e)})") from None
+    if not has_signals(path):
+        raise BadRecordingError(
+            "contains annotations and no signals; these would be of the recording of the same "
+            "patient and session, if there is only one (see --patient_pattern)"
+        )
     if not (np.isfinite(sampling_rate) and sampling_rate > 0 and n_samples > 0):
         raise BadRecordingError("contains no samples")
     bad = {canonical(name) for name in raw.info["bads"]}
+    not_eeg: set[str] = set()
     channels_table = bids_sidecar(path, "channels")
     if channels_table is not None:
-        bad |= _bads_in_bids(channels_table)
+        rows = read_table(channels_table, ("name",))
+        bad |= {canonical(row["name"]) for row in rows if _cell(row, "status").lower() == "bad"}
+        not_eeg |= {canonical(row["name"]) for row in rows if not _is_eeg(row)}
     annotations = _annotations(raw)
     if records is not None:
         annotations = _annotations_of(records)
+        n_gaps = records.n_gaps
+    else:
+        boundaries = [each.onset for each in annotations if BOUNDARY.match(each.kind)]
+        n_gaps = len({onset for onset in boundaries if onset > 0})
     events_table = bids_sidecar(path, "events")
     if events_table is not None:
-        annotations = _bids_events(events_table)
+        annotations = _bids_events(events_table, default=annotations)
+    annotations += tuple(more_annotations)
     if records is not None:
         annotations = _without_gaps(annotations, records)
     return EegFile(
         raw=raw,
         sampling_rate=sampling_rate,
         n_samples=n_samples,
-        names=_names(raw.ch_names),
+        names=names,
         bad=frozenset(bad),
-        annotations=annotations,
+        not_eeg=frozenset(not_eeg),
+        annotations=tuple(each for each in annotations if not BOUNDARY.match(each.kind)),
         is_truncated=TRUNCATED in log.getvalue(),
-        n_gaps=0 if records is None else records.n_gaps,
+        n_gaps=n_gaps,
+        is_resampled=len({rates.get(name) for name in raw.ch_names}) > 1,
     )
+
+
+def _read_raw(path: Path, exclude: Sequence[str] = ()) -> mne.io.BaseRaw:
+    """Open a file with MNE. exclude: names of channels to leave out of an EDF or BDF file."""
+    settings: dict[str, Any] = {"preload": False, "verbose": "WARNING"}
+    if path.suffix.lower() not in SUFFIXES:
+        return mne.io.read_raw(path, **settings)
+    settings |= {"exclude": exclude, "exclude_after_unique": True}
+    return _in_either_encoding(mne.io.read_raw, path, **settings)
+
+
+def _annotations_in(path: Path, start: datetime | None) -> list[Annotation]:
+    """Return the annotations of an EDF+ file without signals, for a recording from `start` on."""
+    delay = 0.0
+    begin = _read_raw(path).info["meas_date"]
+    if start is not None and begin is not None:
+        delay = (begin - start).total_seconds()
+    rows = _in_either_encoding(mne.read_annotations, path)
+    return [
+        Annotation(str(row["description"]), float(row["onset"]) + delay, float(row["duration"]), ())
+        for row in rows
+    ]
+
+
+def _in_either_encoding(read: Callable[..., Any], path: Path, **settings: Any) -> Any:
+    """Read an EDF or BDF file with texts in UTF-8, as EDF+ requires, or else in Latin-1."""
+    try:
+        return read(path, **settings)
+    except Exception:  # the type that MNE raises for other encodings
+        return read(path, encoding="latin1", **settings)
+
+
+def _without_unused(
+    path: Path, raw: mne.io.BaseRaw, names: dict[str, list[str]], wanted: Collection[str]
+) -> mne.io.BaseRaw:
+    """Open an EDF or BDF file without its unused channels.
+
+    MNE resamples all channels to the highest rate, so that a fast ECG would change the EEG, most of
+    all near the ends.
+    """
+    used = {name for key in wanted for name in names.get(key, ())}
+    unused = [name for name in raw.ch_names if name not in used]
+    if not used or not unused:
+        return raw
+    return _read_raw(path, exclude=unused)
 
 
 def read_signals(
@@ -109,7 +198,11 @@ def read_signals(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             file.raw.pick(names, verbose="ERROR")
-            data, _ = file.raw[:, start:stop]
+            if file.is_resampled:
+                # MNE cuts such channels at other times than the others.
+                data = file.raw.get_data()[:, start:stop]
+            else:
+                data, _ = file.raw[:, start:stop]
     except Exception as e:  # as in open_file
         raise BadRecordingError(f"cannot be read ({_without_quotes(e)})") from None
     data *= 1e6 * scale
@@ -128,7 +221,23 @@ def _names(in_file: Sequence[str]) -> dict[str, list[str]]:
         stem, _, number = name.rpartition("-")
         is_copy = stem in repeated and number.isdecimal()
         names.setdefault(canonical(stem if is_copy else name), []).append(name)
+    for electrode, name in _shared_reference(names).items():
+        names.setdefault(electrode, names[name])
     return names
+
+
+def _shared_reference(names: Collection[str]) -> dict[str, str]:
+    """Return electrodes and their channels if most channels have one reference, such as C3-A2."""
+    pairs = {name: name.rpartition("-") for name in names if "-" in name}
+    counts = Counter(reference.strip() for _, _, reference in pairs.values())
+    for reference, count in counts.most_common(1):
+        if count >= MIN_SHARED and count > len(names) / 2:
+            return {
+                canonical(electrode): name
+                for name, (electrode, _, of_name) in pairs.items()
+                if of_name.strip() == reference
+            }
+    return {}
 
 
 def _only_name(names: list[str]) -> str:
@@ -141,8 +250,6 @@ def _annotations(raw: mne.io.BaseRaw) -> tuple[Annotation, ...]:
     annotations = []
     for each in raw.annotations:
         kind = str(each["description"])
-        if IGNORED.match(kind):
-            continue
         # Onsets are times of the acquisition system, for which the file may start later than 0.
         onset = float(each["onset"]) - raw.first_time
         channels = tuple(each.get("ch_names", ()))
@@ -169,17 +276,27 @@ def _without_gaps(annotations: Sequence[Annotation], records: Records) -> tuple[
     return tuple(placed)
 
 
-def _bads_in_bids(path: Path) -> set[str]:
-    rows = read_table(path, ("name",))
-    bad = [row["name"] for row in rows if (row.get("status") or "").lower() == "bad"]
-    return {canonical(name) for name in bad}
+def _cell(row: dict[str, str], column: str) -> str:
+    """Return a value of a BIDS table, "" if it is not available."""
+    value = row.get(column, "")
+    return "" if value in NOT_AVAILABLE else value
 
 
-def _bids_events(path: Path) -> tuple[Annotation, ...]:
+def _is_eeg(row: dict[str, str]) -> bool:
+    """Return whether a channel of channels.tsv is EEG or of no known type."""
+    return _cell(row, "type").upper() in ("", "EEG")
+
+
+def _bids_events(path: Path, default: tuple[Annotation, ...]) -> tuple[Annotation, ...]:
+    """Return the events of a table, or the default if no column has their kinds."""
+    rows = read_table(path, ("onset", "duration"))
+    if rows and not any(column in rows[0] for column in EVENT_COLUMNS):
+        return default
     events = []
-    for number, row in enumerate(read_table(path, ("onset", "duration")), start=2):
-        kind = row.get("trial_type") or row.get("value") or "n/a"
-        if kind == "n/a":
+    for number, row in enumerate(rows, start=2):
+        kinds = [_cell(row, column) for column in EVENT_COLUMNS]
+        kind = next((kind for kind in kinds if kind), None)
+        if kind is None:
             continue
         try:
             onset = float(row["onset"])

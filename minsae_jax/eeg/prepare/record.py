@@ -6,6 +6,7 @@ A record contains everything the folder's tables need, so that a rerun skips pre
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +74,14 @@ def record_path(folder: Path, name: str) -> Path:
 
 
 def stamp_of(source: Source) -> str:
-    """Return a hash of names, sizes and modification times of all files of a source."""
+    """Return a hash of paths, sizes and modification times of all files of a source.
+
+    Names are not enough: a new file can change the numbers of others in its patient's folders.
+    """
     stamps = []
-    for path in files_of(source.path):
+    for path in (*files_of(source.path), *source.notes):
         status = path.stat()
-        stamps.append([path.name, status.st_size, status.st_mtime_ns])
+        stamps.append([os.path.abspath(path), status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 

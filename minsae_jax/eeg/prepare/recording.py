@@ -27,6 +27,7 @@ from minsae_jax.eeg.prepare.signals import (
     write_recording,
 )
 from minsae_jax.eeg.prepare.sources import Source
+from minsae_jax.eeg.splits import join_some
 from minsae_jax.files import atomic_write, sha256_of
 
 
@@ -34,7 +35,8 @@ def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Reje
     """Write one recording and its record, and return the record, or why there is none."""
     stamp = stamp_of(source)
     try:
-        file = open_file(source.path)
+        wanted = {canonical(name) for name in (*plan.channels, *plan.reference)}
+        file = open_file(source.path, wanted, source.notes)
         # The products are small: threads of BLAS cost more than they save, and with --jobs they
         # take the cores of the other processes.
         with threadpool_limits(1):
@@ -70,7 +72,7 @@ def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamp: str
         description=_describe(source, file, plan, channels, statistics, n_samples),
         events=_events(file, channels, plan, start / file.sampling_rate, n_samples),
         findings=_findings(file, plan, channels),
-        unused_channels=tuple(sorted(file.names.keys() - set(channels.read))),
+        unused_channels=channels.unused,
     )
     # The record comes first, and is valid only with the recording: a recording without a record
     # could not be distinguished from one of another program.
@@ -108,14 +110,23 @@ def _findings(file: EegFile, plan: Plan, channels: FileChannels) -> tuple[str, .
     if file.is_truncated:
         findings.append("file is shorter or longer than its header says")
     if file.n_gaps:
-        findings.append(f"gaps (EDF+D) across which windows are cut: {file.n_gaps}")
+        findings.append(f"gaps across which windows are cut: {file.n_gaps}")
     if file.sampling_rate < plan.filters.sampling_rate:
         findings.append(f"sampling rate {file.sampling_rate:g} Hz is below the target")
-    marked = [key for key in channels.bad if key not in channels.flat]
+    positions = zip(plan.channels, plan.positions, strict=True)
+    unlocated = [name for name, position in positions if position is None]
+    if unlocated:
+        findings.append(
+            f"channels without a position in --montage {plan.montage}, which scalp maps leave out: "
+            f"{join_some(unlocated, limit=10)}"
+        )
+    not_eeg = [key for key in channels.not_eeg if key in channels.bad]
+    marked = [key for key in channels.bad if key not in (*channels.flat, *not_eeg)]
     problems = {
         "missing": channels.missing,
         "flat": channels.flat,
         "marked as bad": marked,
+        "of another type than EEG": not_eeg,
         "clipped": channels.clipped,
     }
     for problem, keys in problems.items():
@@ -171,7 +182,7 @@ def _events(
         of_event = plan.channels
         if annotation.channels:
             named = {canonical(name) for name in annotation.channels}
-            of_event = tuple(name for key, name in channels.names.items() if key in named)
+            of_event = tuple(n for key, n in channels.names.items() if file.is_among(key, named))
         if start < stop and of_event:
             kind = " ".join(annotation.kind.split())
             events.append(Event(kind, start, stop, of_event))

@@ -6,6 +6,7 @@ user. File names of recordings are `<patient>_s<session>_t<token>_preprocessed.n
 
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,8 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from minsae_jax.eeg.prepare.config import PrepareConfig
+from minsae_jax.eeg.prepare.edf_header import has_signals
 from minsae_jax.errors import UserError, brief
-from minsae_jax.files import regular_file, sha256_of
+from minsae_jax.files import regular_file
 
 # Endings of the files that start a recording; a file of any other format can be given by name.
 SUFFIXES = (
@@ -29,7 +31,7 @@ TUH = r"(?:^|[/\\])(?P<patient>[^_/\\]+)_s(?P<session>\d+)_t(?P<token>\d+)[^/\\]
 # Parts of a recording after the first, which MNE reads together with it.
 CONTINUATION = re.compile(r"(_split-(?!0*1_)\d+_)|(-\d+\.fif(\.gz)?$)")
 HASH_LENGTH = 12
-END_BYTES = 1 << 16
+NOT_RAW = ("derivatives", "sourcedata")  # folders of a BIDS dataset
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Source:
     name: str  # of the recording's file
     label: str  # of the file in dataset.json: its name, or a hash of it
     patient: str  # as in the source
+    notes: tuple[Path, ...] = ()  # EDF+ files without signals, with annotations of this one
+
+    @property
+    def is_patient(self) -> bool:
+        """Whether the file counts as a patient, since nothing in its path names one."""
+        return self.patient == _stem(self.path)
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,10 @@ class _Parts:
 def find_sources(config: PrepareConfig) -> list[Source]:
     """Return all EEG files in the order of their paths.
 
-    Raises UserError if there are none, a pattern does not match, two patients have one name, or
-    names of files that should be a patient each occur in several folders, or patients in several
-    BIDS datasets.
+    An EDF+ file without signals, such as a hypnogram, belongs to the recording of its patient and
+    session; if there are none or several, it is a source that cannot be used. Raises UserError if
+    there are no files, a pattern does not match, two patients have one name, or names of files that
+    should be a patient each occur in several folders, or patients in several BIDS datasets.
     """
     paths: set[Path] = set()
     for source in config.source:
@@ -66,22 +75,38 @@ def find_sources(config: PrepareConfig) -> list[Source]:
     if config.patient_pattern:
         patterns = [config.patient_pattern]
     parts = {path: _parts_of(path, patterns, bool(config.patient_pattern)) for path in ordered}
+    notes_of = _notes(parts)
+    for path in itertools.chain.from_iterable(notes_of.values()):
+        del parts[path]
     names = _recording_names(parts, config.hash_patients)
     if not config.patient_pattern:
         _check_folders(parts)
         _check_datasets(parts)
     sources = []
-    for path in ordered:
+    for path, part in parts.items():
         label = path.name
         if config.hash_patients:
             label = _hashed(path.name) + path.suffix
-        sources.append(Source(path, names[path], label, parts[path].patient))
+        notes = tuple(notes_of.get(path, ()))
+        sources.append(Source(path, names[path], label, part.patient, notes))
     return sources
 
 
 def is_bids(folder: Path) -> bool:
     """Return whether a folder is the root of a BIDS dataset."""
     return (folder / BIDS_FILE).is_file()
+
+
+def bids_root(path: Path) -> Path | None:
+    """Return the root of the BIDS dataset that a recording is in; None if it is in none."""
+    root = _folders_up_to_root(path.parent)[-1]
+    return root if is_bids(root) else None
+
+
+def bids_patient(path: Path) -> str | None:
+    """Return the patient in the name of a BIDS recording; None for other names."""
+    match = re.search(BIDS, path.as_posix())
+    return match["patient"] if match else None
 
 
 def bids_sidecar(path: Path, what: str) -> Path | None:
@@ -149,38 +174,6 @@ def _by_stem(folder: Path, modified_ns: int) -> dict[str, list[Path]]:
     return by_stem
 
 
-def find_duplicates(sources: Sequence[Source]) -> dict[Path, Path]:
-    """Return for each copy of an earlier recording the path of that recording.
-
-    The largest file of each recording, which contains the samples, is compared. Files of different
-    sizes or last bytes are not read completely.
-    """
-    alike: dict[tuple[int, bytes], list[Path]] = {}
-    largest = {}
-    for source in sources:
-        file = max(files_of(source.path), key=lambda file: file.stat().st_size, default=source.path)
-        largest[source.path] = file
-        alike.setdefault(_size_and_end(file), []).append(source.path)
-    copies = {}
-    for paths in alike.values():
-        first_of: dict[str, Path] = {}
-        if len(paths) > 1:
-            for path in paths:
-                first = first_of.setdefault(sha256_of(largest[path]), path)
-                if first != path:
-                    copies[path] = first
-    return copies
-
-
-def _size_and_end(path: Path) -> tuple[int, bytes]:
-    size = path.stat().st_size
-    if path.is_dir():
-        return size, b""
-    with regular_file(path).open("rb") as file:
-        file.seek(max(size - END_BYTES, 0))
-        return size, file.read()
-
-
 def _files_in(source: str) -> list[Path]:
     path = Path(source)
     if path.is_dir() and path.suffix.lower() not in SUFFIXES:
@@ -223,7 +216,14 @@ def _check_bids(path: Path) -> None:
 
 
 def _search(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if _starts_a_recording(path)]
+    """Return the EEG files below a folder, without processed copies in BIDS datasets there."""
+    files = [path for path in sorted(folder.rglob("*")) if _starts_a_recording(path)]
+    return [path for path in files if not _is_derived(path, folder)]
+
+
+def _is_derived(path: Path, folder: Path) -> bool:
+    parents = [parent for parent in path.parents if parent.is_relative_to(folder)]
+    return any(parent.name in NOT_RAW and is_bids(parent.parent) for parent in parents[:-1])
 
 
 def _starts_a_recording(path: Path) -> bool:
@@ -245,6 +245,21 @@ def _parts_of(path: Path, patterns: Sequence[str], is_given: bool) -> _Parts:
     if is_given:
         raise UserError(f"--patient_pattern does not match {path}")
     return _Parts(_stem(path))
+
+
+def _notes(parts: dict[Path, _Parts]) -> dict[Path, list[Path]]:
+    """Return recordings and the files of annotations for them."""
+    without_signals = [path for path in parts if not has_signals(path)]
+    recordings: dict[tuple[str, str], list[Path]] = {}
+    for path, part in parts.items():
+        if path not in without_signals:
+            recordings.setdefault((part.patient, part.session), []).append(path)
+    notes: dict[Path, list[Path]] = {}
+    for path in without_signals:
+        matching = recordings.get((parts[path].patient, parts[path].session), [])
+        if len(matching) == 1:
+            notes.setdefault(matching[0], []).append(path)
+    return notes
 
 
 def _stem(path: Path) -> str:
@@ -270,8 +285,8 @@ def _check_datasets(parts: dict[Path, _Parts]) -> None:
     """Raise UserError if two BIDS datasets have patients of one name, who are other persons."""
     root_of: dict[str, Path] = {}
     for path, part in parts.items():
-        root = _folders_up_to_root(path.parent)[-1]
-        if not is_bids(root):
+        root = bids_root(path)
+        if root is None:
             continue
         first = root_of.setdefault(part.patient, root)
         if first != root:
