@@ -1,12 +1,15 @@
 """Checkpoints of encoders: float32 tensors under gPatchTST's names, and the program's settings."""
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from convert.torch_files import Tensors, load_torch, to_numpy
+from convert.torch_files import Tensors, load_torch, shown, to_numpy
+from minsae_jax.eeg.splits import join_some
 from minsae_jax.errors import UserError
 from minsae_jax.files import sha256_of
 from minsae_jax.settings import JsonObject
@@ -16,6 +19,8 @@ Form = Literal["checkpoint", "state dict"]
 HALVES = ("float16", "bfloat16")
 ROUNDED = (*HALVES, "float64")  # dtypes that are converted to float32
 STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model")
+# Ends of the key that every PatchTST has once
+EMBEDDINGS = ("backbone.W_P.weight", "backbone.W_P.0.weight")
 # Prefixes of every key, from DataParallel, torch.compile and a wrapping module.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 
@@ -55,14 +60,15 @@ class Source:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a .pth of gPatchTST or of the official PatchTST.
 
-    It may be a checkpoint of gPatchTST's training, a bare state dict, or one under `model` or
-    `state_dict`, with the prefixes of wrapping modules.
+    It may be a checkpoint of gPatchTST's training, a bare state dict, or one under `model`,
+    `state_dict` or any other name, with the prefixes of wrapping modules. Warns about weights that
+    are left out.
     """
     path = Path(path)
     content = load_torch(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} contains a {type(content).__name__}, not a checkpoint")
-    key = next((k for k in STATE_DICT_KEYS if isinstance(content.get(k), dict)), None)
+    key = _state_dict_key(content, path)
     state = content if key is None else content[key]
     tensors, prefixes = without_prefixes(to_numpy(state, path))
     if any(name.startswith("model_trend.") for name in tensors):
@@ -70,6 +76,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} decomposes its input for two PatchTSTs (model_trend, model_res), "
             "which is not supported"
         )
+    tensors = _only_model(tensors, path)
     config = {}
     if key is not None:
         tensors |= _revin_tensors(content, path)
@@ -85,6 +92,57 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         program = "supervised"
     form: Form = "checkpoint" if key == "model_state_dict" else "state dict"
     return make_checkpoint(path, program, tensors, config, form)
+
+
+def _state_dict_key(content: JsonObject, path: Path) -> str | None:
+    """Return the entry that is the model's state dict; None if the content itself is one."""
+    named = [key for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)]
+    of_tensors = [key for key, value in content.items() if _is_state_dict(value)]
+    others = [key for key in of_tensors if key not in (*named[:1], "revin_state_dict")]
+    if not named and len(others) > 1:
+        raise UserError(
+            f"{path} contains several state dicts ({_listed(others)}); save one of them alone"
+        )
+    if named and others:
+        warnings.warn(
+            f"{path.name} also contains {_listed(others)}; only {named[0]} is converted",
+            stacklevel=4,
+        )
+    return next(iter((*named, *others)), None)
+
+
+def _is_state_dict(value: Any) -> bool:
+    import torch
+
+    is_dict = isinstance(value, dict) and len(value) > 0
+    return is_dict and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+
+
+def _only_model(tensors: Tensors, path: Path) -> Tensors:
+    """Return the tensors of the PatchTST in a larger model, without its prefix.
+
+    Raises UserError if there are several. Other models are returned unchanged.
+    """
+    ends = [(key, end) for key in tensors for end in EMBEDDINGS if key.endswith(end)]
+    prefixes = [key.removesuffix(end) for key, end in ends]
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{path} contains several PatchTSTs ({_listed(prefixes)}); save one of them alone"
+        )
+    if prefixes in ([], [""]):
+        return tensors
+    prefix = prefixes[0]
+    others = [key for key in tensors if not key.startswith(prefix)]
+    if others:
+        warnings.warn(
+            f"only {shown(prefix)} of {path.name} is converted, without {_listed(others)}",
+            stacklevel=4,
+        )
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return join_some([shown(name) for name in names], limit=3)
 
 
 def _revin_tensors(content: JsonObject, path: Path) -> Tensors:

@@ -60,7 +60,8 @@ def load_torch(path: str | Path) -> Any:
         unsafe = _unsafe_globals(path)
         if unsafe:
             raise UserError(
-                f"{path} contains code or objects ({unsafe}), not only weights; it was not opened"
+                f"{path} contains code or objects ({unsafe}), not only weights; it was not opened; "
+                "save the state dict alone with torch.save"
             ) from e
         raise UserError(_not_a_checkpoint(path)) from e
     except MemoryError as e:

@@ -60,6 +60,40 @@ def test_bare_state_dict_and_prefixes(through_files, checkpoint, settings):
         assert through_files(prefixed, settings)[0].fingerprint == expected
 
 
+def under(prefix: str, state: dict) -> dict:
+    return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+
+
+def test_model_in_a_larger_one_is_found(through_files, checkpoint, settings):
+    """As in checkpoints of Lightning, with any name of the attribute, and of AveragedModel."""
+    expected = through_files(checkpoint, settings)[0].fingerprint
+    state = checkpoint["model_state_dict"]
+    lightning = {"hyper_parameters": {"lr": 1e-3}, "epoch": 3, "optimizer_states": []}
+    content = lightning | {"state_dict": under("net.", state)}
+    assert through_files(content, settings)[0].fingerprint == expected
+    content["state_dict"]["loss.weight"] = torch.ones(2)
+    with pytest.warns(UserWarning, match=r"only 'net.' of \S+ is converted, without 'loss.weight'"):
+        assert through_files(content, settings)[0].fingerprint == expected
+    content["state_dict"] = under("student.", state) | under("teacher.", state)
+    with pytest.raises(UserError, match=r"several PatchTSTs \('student.', 'teacher.'\)"):
+        through_files(content, settings)
+    average = under("module.", state) | {"n_averaged": torch.tensor(5)}
+    with pytest.warns(UserWarning, match="without 'n_averaged'"):
+        assert through_files(average, settings)[0].fingerprint == expected
+
+
+def test_state_dict_of_an_average_is_not_taken_silently(through_files, checkpoint, settings):
+    expected = through_files(checkpoint, settings)[0].fingerprint
+    state = checkpoint["model_state_dict"]
+    average = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    both = {"model": state, "ema": average}
+    with pytest.warns(UserWarning, match="also contains 'ema'; only model is converted"):
+        assert through_files(both, settings)[0].fingerprint == expected
+    assert through_files({"ema": state, "epoch": 1}, settings)[0].fingerprint == expected
+    with pytest.raises(UserError, match=r"several state dicts \('ema', 'raw'\)"):
+        through_files({"ema": average, "raw": state}, settings)
+
+
 def test_numpy_scalars_beside_the_weights(through_files, checkpoint, settings):
     import numpy as np
 
