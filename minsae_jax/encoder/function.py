@@ -1,5 +1,6 @@
 """Any callable as an encoder: `from_function`."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from minsae_jax.encoder.base import (
     fingerprint_of,
 )
 from minsae_jax.errors import UserError
+
+MAX_DEVIATION = 0.02  # of the activations of one window, relative to their SD
 
 
 class FunctionEncoder(BaseEncoder):
@@ -65,8 +68,8 @@ def from_function(
     f: `f(windows)`, or `f(params, windows)` if `params` is given. windows are float32
     [batch, seq_len, n_vars] in the unit of the recordings. It returns the activations of a layer,
     [batch, n_tokens, d_model] or any shape with the numbers in this order, such as
-    [batch, n_vars, n_patches, d_model]; or several layers as {number: activations}, all of one
-    shape. A single layer has the number 0.
+    [batch, n_vars, n_patches, d_model]; or several layers as {number: activations}, or a list or
+    tuple of layers from 0 on, all of one shape. A single layer has the number 0.
     name: identifies the model and its weights. Stores, runs and evaluations are matched by it (and
     by `params`), so that another checkpoint needs another name.
     seq_len: samples per window. channels: names, or their number if names do not matter.
@@ -81,7 +84,8 @@ def from_function(
         def f(windows):
             return model(torch.from_numpy(windows))
 
-    Raises UserError if the output of `f` does not fit `tokens`.
+    Raises UserError if the output of `f` does not fit `tokens`. Warns if a host function depends on
+    chance or on other windows, as models in training mode do.
     """
     runs_on_host = backend == "host"
     # Integers of NumPy are no JSON, of which the fingerprint is made.
@@ -98,13 +102,16 @@ def from_function(
             f"but windows have {seq_len} samples and {n_vars} channels"
         )
     shapes = _output_shapes(f, params, (1, seq_len, n_vars), runs_on_host)
+    d_model = _d_model(shapes, tokens)
+    if runs_on_host:
+        _warn_of_chance(f, params, (2, seq_len, n_vars))
     spec = EncoderSpec(
         seq_len=seq_len,
         n_vars=n_vars,
         sampling_rate=None if sampling_rate is None else float(sampling_rate),
         channels=names,
         layers=tuple(sorted(shapes)),
-        d_model=_d_model(shapes, tokens.n_tokens),
+        d_model=d_model,
         tokens=tokens,
     )
     identity = _Identity(
@@ -133,6 +140,8 @@ def _call(f: Callable[..., Any], params: Params, windows: Any) -> Mapping[Any, A
     outputs = f(windows) if params is None else f(params, windows)
     if isinstance(outputs, Mapping):
         return outputs
+    if isinstance(outputs, tuple | list):
+        return dict(enumerate(outputs))
     return {0: outputs}
 
 
@@ -157,8 +166,9 @@ def _output_shapes(
     return {layer: tuple(np.shape(x)) for layer, x in outputs.items()}
 
 
-def _d_model(shapes: Mapping[int, tuple[int, ...]], n_tokens: int) -> int:
+def _d_model(shapes: Mapping[int, tuple[int, ...]], tokens: TokenGrid) -> int:
     """Return the last size of all shapes. Raises UserError if they do not fit the tokens."""
+    n_tokens = tokens.n_tokens
     d_model = next((shape[-1] for shape in shapes.values() if shape), 0)
     for layer, shape in shapes.items():
         is_valid = len(shape) > 2 and shape[0] == 1 and shape[-1] == d_model
@@ -167,4 +177,34 @@ def _d_model(shapes: Mapping[int, tuple[int, ...]], n_tokens: int) -> int:
                 f"layer {layer} of one window has the shape {list(shape)}, but the {n_tokens} "
                 f"tokens require [1, {n_tokens}, {d_model or 'd_model'}]"
             )
+        if len(shape) == 4 and not _are_axes(tokens, shape[1:3]):
+            raise UserError(
+                f"layer {layer} of one window has the shape {list(shape)}, but its second and "
+                "third axes are not the channels and times of the tokens, or the reverse: "
+                "transpose them, or change the tokens"
+            )
     return d_model
+
+
+def _are_axes(tokens: TokenGrid, shape: tuple[int, ...]) -> bool:
+    """Return whether the channels of tokens change along one axis only, and so do their times."""
+    grids = (tokens.channel.reshape(shape), tokens.first.reshape(shape))
+    return all((grid == grid[:1]).all() or (grid == grid[:, :1]).all() for grid in grids)
+
+
+def _warn_of_chance(f: Callable[..., Any], params: Params, shape: tuple[int, ...]) -> None:
+    """Warn if a window has other activations alone than beside another window."""
+    windows = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    beside = _call(f, params, windows)
+    alone = _call(f, params, windows[:1])
+    for layer, output in alone.items():
+        expected = np.asarray(_readable(output), np.float64)[0]
+        actual = np.asarray(_readable(beside[layer]), np.float64)[0]
+        # Far above rounding, also of half precision; dropout of 1 % exceeds it.
+        if np.std(actual - expected) > MAX_DEVIATION * np.std(expected):
+            warnings.warn(
+                f"layer {layer} of the function differs each time, or depends on other windows; "
+                "for the activations of a trained model, call model.eval(), and mask nothing",
+                stacklevel=3,
+            )
+            return

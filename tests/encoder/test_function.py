@@ -241,6 +241,52 @@ def test_output_must_fit_the_tokens(f, changes, message):
         make_encoder(f, **changes)
 
 
+def patches_of(x: np.ndarray) -> torch.Tensor:
+    """Return [batch, channels, patches, samples]."""
+    return torch.from_numpy(x).transpose(1, 2).reshape(len(x), N_CHANNELS, N_PATCHES, PATCH)
+
+
+def test_transposed_output_is_refused():
+    """It has as many numbers as the tokens require, which would be of other channels and times."""
+    grid = ms.TokenGrid.patches(N_PATCHES, PATCH, n_channels=N_CHANNELS)
+    make_encoder(patches_of, tokens=grid)
+    with pytest.raises(ms.UserError, match=r"\[1, 8, 30, 100\], but its second and third axes"):
+        make_encoder(lambda x: patches_of(x).transpose(1, 2), tokens=grid)
+    by_time = ms.TokenGrid(
+        channel=np.tile(np.arange(N_CHANNELS), N_PATCHES),
+        first=np.repeat(PATCH * np.arange(N_PATCHES), N_CHANNELS),
+        last=np.repeat(PATCH * np.arange(1, N_PATCHES + 1) - 1, N_CHANNELS),
+    )
+    make_encoder(lambda x: patches_of(x).transpose(1, 2), tokens=by_time)
+
+
+def test_list_of_layers_is_numbered_from_0():
+    """As the hidden states of transformers, which are tensors with a gradient in a tuple."""
+    weight = torch.nn.Parameter(torch.tensor(2.0))
+    grid = ms.TokenGrid.patches(N_PATCHES, PATCH, n_channels=N_CHANNELS)
+
+    def layers(x):
+        return patches_of(x) * weight, patches_of(x) * weight**2
+
+    encoder = make_encoder(layers, tokens=grid)
+    assert encoder.spec.layers == (0, 1)
+    x = np.random.default_rng(0).normal(size=(2, WINDOW, N_CHANNELS)).astype(np.float32)
+    np.testing.assert_array_equal(encoder.activations(x, 1), 4 * patches_of(x).numpy())
+
+
+@pytest.mark.parametrize("part", [torch.nn.Dropout(0.01), torch.nn.BatchNorm1d(PATCH)])
+def test_model_in_training_mode_is_reported(part):
+    grid = ms.TokenGrid.patches(N_PATCHES, PATCH, n_channels=N_CHANNELS)
+
+    def layer(x):
+        return part(patches_of(x).flatten(0, 2)).reshape(len(x), -1, PATCH)
+
+    with pytest.warns(UserWarning, match=r"layer 0 .* differs each time, or depends on other"):
+        make_encoder(layer, tokens=grid)
+    part.eval()
+    make_encoder(layer, tokens=grid)
+
+
 def test_function_must_return_all_windows(described, tmp_path):
     encoder = make_encoder(lambda x: amplitudes(x[:1]))
     settings = ms.ExtractConfig(
