@@ -72,7 +72,6 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
     """Open an EEG file.
 
     wanted: canonical names of the channels that will be read. notes: EDF+ files of annotations.
-
     Raises BadRecordingError if MNE cannot read it or its BIDS tables are invalid.
     """
     records = None
@@ -88,6 +87,7 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
             start = raw.info["meas_date"]
             more_annotations = [each for note in notes for each in _annotations_in(note, start)]
             names = _names(raw.ch_names)
+            annotations = _annotations(raw)
             if path.suffix.lower() in SUFFIXES:
                 header = read_header(path)
                 rates = dict(zip(raw.ch_names, header.samples_of_signals, strict=True))
@@ -106,14 +106,6 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
         )
     if not (np.isfinite(sampling_rate) and sampling_rate > 0 and n_samples > 0):
         raise BadRecordingError("contains no samples")
-    bad = {canonical(name) for name in raw.info["bads"]}
-    not_eeg: set[str] = set()
-    channels_table = bids_sidecar(path, "channels")
-    if channels_table is not None:
-        rows = read_table(channels_table, ("name",))
-        bad |= {canonical(row["name"]) for row in rows if _cell(row, "status").lower() == "bad"}
-        not_eeg |= {canonical(row["name"]) for row in rows if not _is_eeg(row)}
-    annotations = _annotations(raw)
     if records is not None:
         annotations = _annotations_of(records)
         n_gaps = records.n_gaps
@@ -126,18 +118,31 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
     annotations += tuple(more_annotations)
     if records is not None:
         annotations = _without_gaps(annotations, records)
+    bad, not_eeg = _marked_channels(path, raw)
     return EegFile(
         raw=raw,
         sampling_rate=sampling_rate,
         n_samples=n_samples,
         names=names,
-        bad=frozenset(bad),
-        not_eeg=frozenset(not_eeg),
+        bad=bad,
+        not_eeg=not_eeg,
         annotations=tuple(each for each in annotations if not BOUNDARY.match(each.kind)),
         is_truncated=TRUNCATED in log.getvalue(),
         n_gaps=n_gaps,
         is_resampled=len({rates.get(name) for name in raw.ch_names}) > 1,
     )
+
+
+def _marked_channels(path: Path, raw: mne.io.BaseRaw) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the canonical names of channels that are marked as bad, and as of other types."""
+    bad = {canonical(name) for name in raw.info["bads"]}
+    not_eeg: set[str] = set()
+    table = bids_sidecar(path, "channels")
+    if table is not None:
+        rows = read_table(table, ("name",))
+        bad |= {canonical(row["name"]) for row in rows if _cell(row, "status").lower() == "bad"}
+        not_eeg |= {canonical(row["name"]) for row in rows if not _is_eeg(row)}
+    return frozenset(bad), frozenset(not_eeg)
 
 
 def _read_raw(path: Path, exclude: Sequence[str] = ()) -> mne.io.BaseRaw:
