@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -14,6 +14,7 @@ from minsae_jax.activations.manifest import MANIFEST, ON_DISK, StoreIdentity
 from minsae_jax.activations.store import Store, open_store, store_folder
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.activations.writer import StoreWriter
+from minsae_jax.eeg.splits import Split
 from minsae_jax.errors import UserError
 from minsae_jax.settings import JsonObject
 
@@ -76,7 +77,8 @@ def write_store(
 
     out: "_val" and "_test" are added for these splits, so that training and evaluation find them.
     activations: floats [sequences, n_tokens, d_model], or an iterable of parts of them in order, so
-    that memory does not grow with the store. float16 and bfloat16 stay, others become float32.
+    that memory does not grow with the store. float16 and bfloat16 stay, others become float32, and
+    so do tensors of PyTorch.
     encoder: names the model and its weights; stores, runs and evaluations are matched by it.
     tokens: places of the tokens of a sequence. seq_len: samples per window.
     recordings: file names. Each sequence is a window, or a single channel of one: `recording` is
@@ -98,7 +100,15 @@ def write_store(
     if len({len(recording), len(window), len(channel)}) > 1:
         raise UserError("recording, window and channel must have one entry for each sequence")
     places = _Places(*(np.asarray(each, np.int32) for each in (recording, window, channel)))
-    places.check(len(recordings), None if channels is None else len(channels))
+    n_vars = None if channels is None else len(channels)
+    places.check(len(recordings), n_vars)
+    if len(set(recordings)) < len(recordings):
+        raise UserError("recordings contains duplicate names")
+    if split not in get_args(Split):
+        raise UserError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
+    # A padded patch can end after the window, but not begin there.
+    _check_range("first of tokens", tokens.first, -1, seq_len)
+    _check_range("channel of tokens", tokens.channel, -1, np.inf if n_vars is None else n_vars)
     parts = _checked_parts(activations, tokens.n_tokens)
     first = next(parts, None)
     if first is None:
@@ -146,9 +156,14 @@ def _checked_parts(activations: Any, n_tokens: int) -> Iterator[np.ndarray]:
         parts = [activations]
     expected = None
     for part in parts:
+        if hasattr(part, "detach"):
+            # NumPy reads no tensors of PyTorch in bfloat16, with a gradient, or on a GPU.
+            part = part.detach().cpu().float()
         x = np.asarray(part)
         if str(x.dtype) not in ON_DISK:
-            x = x.astype(np.float32)
+            # Numbers beyond float32 become infinite, which is refused below.
+            with np.errstate(over="ignore"):
+                x = x.astype(np.float32)
         if x.ndim != 3 or x.shape[1] != n_tokens or 0 in x.shape:
             raise UserError(
                 f"activations must be [sequences, {n_tokens} tokens, d_model], got {list(x.shape)}"

@@ -35,7 +35,7 @@ class RecordingDescription:
     source: str  # file name without folders
     mean_uv: tuple[float, ...]  # of the prepared signal before it was brought to its unit, in µV
     sd_uv: tuple[float, ...]  # population SD, likewise
-    bad_channels: tuple[str, ...]  # flat, or marked as bad in the source
+    bad_channels: tuple[str, ...]  # flat, marked as bad in the source, or not EEG there
     interpolated_channels: tuple[str, ...]  # bad or missing
     original_sampling_rate: float  # Hz
     duration: float  # seconds

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import minsae_jax as ms
 from minsae_jax.activations import imported
@@ -62,6 +63,14 @@ def test_half_precision_stays(tmp_path, dtype, stored):
     np.testing.assert_array_equal(store.read(0), (4 * X).astype(dtype).reshape(-1, 4))
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, torch.Tensor.requires_grad_])
+def test_tensors_of_pytorch_become_float32(tmp_path, change):
+    x = np.random.default_rng(0).integers(-9, 9, X.shape).astype(np.float32)  # of few digits
+    store = write(tmp_path, change(torch.from_numpy(x)))
+    assert store.dtype_on_disk == "float32"
+    np.testing.assert_array_equal(store.read(0).reshape(X.shape), x)
+
+
 def test_existing_store_is_replaced_on_request_only(tmp_path):
     write(tmp_path)
     with pytest.raises(ms.UserError, match=r"contains a store; .* overwrite=True"):
@@ -73,6 +82,13 @@ def test_existing_store_is_replaced_on_request_only(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"split": "training"}, "split must be one of train, val, test, all, got 'training'"),
+        ({"recordings": ["a.npy", "a.npy"]}, "recordings contains duplicate names"),
+        ({"seq_len": 20}, "first of tokens is 0 to 20; expected -1 to 19"),
+        (
+            {"tokens": ms.TokenGrid.patches(1, 10, n_channels=3), "channels": ["Fz", "Cz"]},
+            "channel of tokens is 0 to 2; expected -1 to 1",
+        ),
         ({"activations": X[:, :2]}, r"must be \[sequences, 3 tokens, d_model\], got \[5, 2, 4\]"),
         ({"activations": [X[:2], X[2:, :, :3]]}, "one d_model and dtype, got 3, float32 after 4"),
         ({"activations": np.where(X > 1, np.nan, X)}, "contain NaN or infinity"),

@@ -9,8 +9,9 @@ from jaxtyping import Float
 
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.plan import Plan
-from minsae_jax.eeg.prepare.read import BadRecordingError, EegFile
+from minsae_jax.eeg.prepare.read import EegFile
 from minsae_jax.eeg.prepare.signals import check_quality
+from minsae_jax.eeg.prepare.tables import BadRecordingError
 from minsae_jax.eeg.splits import join_some
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minsae_jax.eeg.prepare.config import PrepareConfig
-from minsae_jax.eeg.prepare.read import BadRecordingError, read_table
 from minsae_jax.eeg.prepare.sources import Source, bids_patient, bids_root
+from minsae_jax.eeg.prepare.tables import BadRecordingError, read_table
 from minsae_jax.errors import UserError
 
 KEY_COLUMNS = ("recording", "patient", "participant_id")

@@ -1,6 +1,5 @@
 """Reads EEG files with MNE: the channels that are needed, in microvolts, and the annotations."""
 
-import csv
 import re
 import warnings
 from collections import Counter
@@ -18,30 +17,19 @@ from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.edf_gaps import Records, read_records
 from minsae_jax.eeg.prepare.edf_header import SUFFIXES, has_signals, read_header
 from minsae_jax.eeg.prepare.sources import bids_sidecar, files_with_stem
+from minsae_jax.eeg.prepare.tables import (
+    Annotation,
+    BadRecordingError,
+    read_channels,
+    read_events,
+)
 from minsae_jax.errors import brief
 from minsae_jax.files import regular_file
 
 # Annotations at the start of a file and at gaps, by MNE, EEGLAB and BrainVision.
 BOUNDARY = re.compile(r"^(EDGE boundary|BAD boundary|boundary|New Segment/.*)$")
-# Columns of BIDS's events.tsv with the kind of an event; the first that is not n/a is used.
-EVENT_COLUMNS = ("trial_type", "eventType", "value")
-NOT_AVAILABLE = ("", "n/a")
 MIN_SHARED = 10  # channels, for a reference that is shared
 TRUNCATED = "does not match the file size"
-
-
-class BadRecordingError(Exception):
-    """A recording that cannot be used; the message continues "recording NAME …"."""
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """A labelled stretch of a recording, as in its source."""
-
-    kind: str
-    onset: float  # seconds from the first sample
-    duration: float  # seconds; 0 if the source gives none
-    channels: tuple[str, ...]  # names in the file; () for all
 
 
 @dataclass(frozen=True)
@@ -114,35 +102,28 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
         n_gaps = len({onset for onset in boundaries if onset > 0})
     events_table = bids_sidecar(path, "events")
     if events_table is not None:
-        annotations = _bids_events(events_table, default=annotations)
+        annotations = read_events(events_table, default=annotations)
     annotations += tuple(more_annotations)
     if records is not None:
         annotations = _without_gaps(annotations, records)
-    bad, not_eeg = _marked_channels(path, raw)
+    bad = {canonical(name) for name in raw.info["bads"]}
+    not_eeg: set[str] = set()
+    channels_table = bids_sidecar(path, "channels")
+    if channels_table is not None:
+        marked, not_eeg = read_channels(channels_table)
+        bad |= marked
     return EegFile(
         raw=raw,
         sampling_rate=sampling_rate,
         n_samples=n_samples,
         names=names,
-        bad=bad,
-        not_eeg=not_eeg,
+        bad=frozenset(bad),
+        not_eeg=frozenset(not_eeg),
         annotations=tuple(each for each in annotations if not BOUNDARY.match(each.kind)),
         is_truncated=TRUNCATED in log.getvalue(),
         n_gaps=n_gaps,
         is_resampled=len({rates.get(name) for name in raw.ch_names}) > 1,
     )
-
-
-def _marked_channels(path: Path, raw: mne.io.BaseRaw) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the canonical names of channels that are marked as bad, and as of other types."""
-    bad = {canonical(name) for name in raw.info["bads"]}
-    not_eeg: set[str] = set()
-    table = bids_sidecar(path, "channels")
-    if table is not None:
-        rows = read_table(table, ("name",))
-        bad |= {canonical(row["name"]) for row in rows if _cell(row, "status").lower() == "bad"}
-        not_eeg |= {canonical(row["name"]) for row in rows if not _is_eeg(row)}
-    return frozenset(bad), frozenset(not_eeg)
 
 
 def _read_raw(path: Path, exclude: Sequence[str] = ()) -> mne.io.BaseRaw:
@@ -279,68 +260,6 @@ def _without_gaps(annotations: Sequence[Annotation], records: Records) -> tuple[
         if duration > 0 or not records.is_in_gap(each.onset):
             placed.append(replace(each, onset=onset, duration=duration))
     return tuple(placed)
-
-
-def _cell(row: dict[str, str], column: str) -> str:
-    """Return a value of a BIDS table, "" if it is not available."""
-    value = row.get(column, "")
-    return "" if value in NOT_AVAILABLE else value
-
-
-def _is_eeg(row: dict[str, str]) -> bool:
-    """Return whether a channel of channels.tsv is EEG or of no known type."""
-    return _cell(row, "type").upper() in ("", "EEG")
-
-
-def _bids_events(path: Path, default: tuple[Annotation, ...]) -> tuple[Annotation, ...]:
-    """Return the events of a table, or the default if no column has their kinds."""
-    rows = read_table(path, ("onset", "duration"))
-    if rows and not any(column in rows[0] for column in EVENT_COLUMNS):
-        return default
-    events = []
-    for number, row in enumerate(rows, start=2):
-        kinds = [_cell(row, column) for column in EVENT_COLUMNS]
-        kind = next((kind for kind in kinds if kind), None)
-        if kind is None:
-            continue
-        try:
-            onset = float(row["onset"])
-            duration = 0.0
-            if row["duration"] != "n/a":
-                duration = float(row["duration"])
-        except ValueError:
-            raise BadRecordingError(
-                f"has invalid events: {path.name}, line {number}, onset and duration must be "
-                "seconds"
-            ) from None
-        if not np.isfinite([onset, duration]).all() or duration < 0:
-            raise BadRecordingError(f"has invalid events: {path.name}, line {number}")
-        events.append(Annotation(kind, onset, duration, ()))
-    return tuple(events)
-
-
-def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
-    """Return the rows of a CSV or TSV file. Raises BadRecordingError if it is invalid."""
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    try:
-        with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
-            rows = list(reader)
-            columns = reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise BadRecordingError(f"has an invalid table: {path.name} ({brief(e)})") from None
-    missing = [name for name in required if name not in columns]
-    if missing:
-        raise BadRecordingError(
-            f"has an invalid table: {path.name} lacks the column {' and '.join(missing)}"
-        )
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
-            raise BadRecordingError(
-                f"has an invalid table: {path.name}, line {number}, does not have "
-                f"{len(columns)} fields"
-            )
-    return rows
 
 
 def _without_quotes(error: Exception) -> str:

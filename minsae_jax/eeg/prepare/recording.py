@@ -17,7 +17,7 @@ from minsae_jax.eeg.prepare.file_channels import (
     find_channels,
 )
 from minsae_jax.eeg.prepare.plan import Plan
-from minsae_jax.eeg.prepare.read import BadRecordingError, EegFile, open_file, read_signals
+from minsae_jax.eeg.prepare.read import EegFile, open_file, read_signals
 from minsae_jax.eeg.prepare.record import Record, Rejected, stamp_of, write_record
 from minsae_jax.eeg.prepare.signals import (
     Filters,
@@ -27,6 +27,7 @@ from minsae_jax.eeg.prepare.signals import (
     write_recording,
 )
 from minsae_jax.eeg.prepare.sources import Source
+from minsae_jax.eeg.prepare.tables import BadRecordingError
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.files import atomic_write, sha256_of
 
