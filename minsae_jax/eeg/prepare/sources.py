@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -249,15 +249,17 @@ def _parts_of(path: Path, patterns: Sequence[str], is_given: bool) -> _Parts:
 
 def _notes(parts: dict[Path, _Parts]) -> dict[Path, list[Path]]:
     """Return recordings and the files of annotations for them."""
-    without_signals = [path for path in parts if not has_signals(path)]
-    recordings: dict[tuple[str, str], list[Path]] = {}
-    for path, part in parts.items():
-        if path not in without_signals:
-            recordings.setdefault((part.patient, part.session), []).append(path)
+    signals = {path for path in parts if has_signals(path)}
+    recordings: dict[_Parts, list[Path]] = {}
     notes: dict[Path, list[Path]] = {}
-    for path in without_signals:
-        matching = recordings.get((parts[path].patient, parts[path].session), [])
-        if len(matching) == 1:
+    # Tokens are not compared.
+    sessions = {path: replace(part, token="") for path, part in parts.items()}
+    for path, session in sessions.items():
+        if path in signals:
+            recordings.setdefault(session, []).append(path)
+    for path, session in sessions.items():
+        matching = recordings.get(session, [])
+        if path not in signals and len(matching) == 1:
             notes.setdefault(matching[0], []).append(path)
     return notes
 
