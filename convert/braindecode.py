@@ -47,7 +47,7 @@ class BraindecodeEncoder(BaseEncoder):
         if name not in supported:
             raise UserError(f"{name} is not supported; choose one of {', '.join(supported)}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.eval().to(device)
+        self.model = model.eval().float().to(device)
         self.layout = supported[name].layout(model, channels)
         silence = np.zeros((1, self.layout.seq_len, self.layout.n_vars), np.float32)
         self.spec = EncoderSpec(

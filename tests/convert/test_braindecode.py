@@ -200,6 +200,14 @@ def test_saved_folder_is_loaded_with_its_fingerprint(make, tmp_path):
     assert loaded.fingerprint != BraindecodeEncoder(model, CHANNELS).fingerprint
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_model_of_another_dtype_runs_in_float32(make, x, dtype):
+    rounded = make("CBraMod").to(dtype).float()
+    expected = BraindecodeEncoder(rounded).activations(x, -1)
+    encoder = BraindecodeEncoder(make("CBraMod").to(dtype))
+    np.testing.assert_array_equal(encoder.activations(x, -1), expected)
+
+
 def test_windows_are_cut_to_whole_patches(make, models):
     """A model can be saved without its window, or with one that ends within a patch."""
     assert BraindecodeEncoder(make("CBraMod", n_times=750), CHANNELS).spec.seq_len == 600
