@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 READER_SECONDS = 0.5  # to wait for another reader
 # File systems on which a lock of a folder does not reach other machines: their drivers in Linux
-# have no function for it, so that the kernel locks its own copy. Some FUSE are local, but few.
-REMOTE = ("nfs", "nfs4", "cifs", "smb3", "lustre", "afs", "9p", "virtiofs", "fuse")
+# have no function for it, so that the kernel locks its own copy. Some FUSE are local, but few. The
+# folders of a host in its virtual machine (9p, virtiofs) are not listed: one kernel has them all,
+# and a lock file of a killed container would remain, since the next one has another host name.
+REMOTE = ("nfs", "nfs4", "cifs", "smb3", "lustre", "afs", "fuse")
 
 
 @contextmanager
