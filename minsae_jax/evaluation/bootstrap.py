@@ -1,9 +1,9 @@
 """Bootstrap intervals over patients.
 
 Spans of one patient are not independent, so whole patients are resampled (a cluster bootstrap;
-Field & Welsh 2007). A resample is a weight for each recording: how often its patient was drawn. All
-measures of a resample use the same weights, so that differences and means of measures have
-intervals too.
+Field & Welsh 2007). A resample is a weight for each patient: how often it was drawn, with all of
+its recordings. All measures of a resample use the same weights, so that differences and means of
+measures have intervals too.
 """
 
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ Limits = tuple[float, float]
 SHARE: Limits = (0.0, 1.0)  # also of an AUC
 DIFFERENCE: Limits = (-1.0, 1.0)  # of shares
 UNLIMITED: Limits = (-np.inf, np.inf)
-# How often each recording, or other unit, is drawn
-Weights = Float[np.ndarray, "resamples recordings"]
+# How often each patient, or other unit, is drawn
+Weights = Float[np.ndarray, "resamples units"]
 
 
 @dataclass(frozen=True)
 class Resamples:
-    """How often each recording is drawn in each resample, as part of its unit.
+    """How often each unit is drawn in each resample, with all of its recordings.
 
     Units are patients, or the recordings of a single patient.
     """
@@ -50,7 +50,7 @@ class Resamples:
 
 
 def draw_weights(n_units: int, seed: int, resamples: int = RESAMPLES) -> Weights:
-    """Return for each resample how often each recording, or other unit, is drawn."""
+    """Return for each resample how often each unit is drawn."""
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n_units, np.full(n_units, 1 / n_units), size=resamples)
     return counts.astype(np.float64)
@@ -63,7 +63,7 @@ def draw_patients(recordings: Sequence[str], seed: int) -> Resamples:
     if not of_patients:
         unit = np.arange(len(recordings))
     weights = draw_weights(len(np.unique(unit)), seed)
-    return Resamples(weights[:, unit], unit, of_patients)
+    return Resamples(weights, unit, of_patients)
 
 
 def interval(

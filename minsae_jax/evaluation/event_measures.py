@@ -6,8 +6,8 @@ scored by the same functions: they are autoencoders whose features are the posit
 parts.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,6 @@ from minsae_jax.evaluation.bootstrap import (
     DIFFERENCE,
     SHARE,
     Resamples,
-    Weights,
     estimate,
 )
 from minsae_jax.evaluation.event_results import EventScore, MeanIntervals
@@ -38,7 +37,7 @@ from minsae_jax.sae.member import SparseAutoencoder
 BEST = 5  # features of the larger sparse probe, and of an ablation
 MAX_TIES = 50  # listed, as many as the report ranks
 MAX_PROBE_TOKENS = 5_000
-COLUMN_BLOCK = 1024
+SORTED_AT_ONCE = 1 << 22  # scores of all spans by some of the features
 # A measure on the recordings as they are, then on each resample
 Resampled = Float[np.ndarray, " resamples"]
 
@@ -66,10 +65,11 @@ class EventKind:
     def test_auc(
         self,
         scores: Float[np.ndarray, " test_spans"],
-        weights: Weights,
+        resamples: Resamples,
     ) -> Float[np.ndarray, " resamples"]:
         """Return the AUC of a score of the test spans in each resample of their patients."""
-        return weighted_auc(scores, self.test.is_event, self.test.recording, weights)
+        unit = resamples.unit[self.test.recording]
+        return weighted_auc(scores, self.test.is_event, unit, resamples.weights)
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,26 @@ class _ResampledKind(NamedTuple):
     ablation_drop_others: Resampled
 
 
-class _KindMeasures(NamedTuple):
-    """The measures of one kind of events; arrays are of every feature."""
+class _Chosen(NamedTuple):
+    """The features that are chosen for one kind on its val spans."""
 
-    score: EventScore
-    resampled: _ResampledKind
     val_auc: Float[np.ndarray, " d_sae"]
+    # With the largest of these AUCs
+    best: Int[np.ndarray, " best"]
+    # Their largest activations in the val spans
+    maxima: Float[np.ndarray, "val_spans best"]
+    ties: Int[np.ndarray, " ties"] | None
+    # Ablated for this kind
+    relevant: Int[np.ndarray, " best"]
+
+
+class _TestSpans(NamedTuple):
+    """The features on the test spans of one kind."""
+
     auc: Float[np.ndarray, " d_sae"]
     recall: Float[np.ndarray, " d_sae"]
+    # Its maxima are those of the best features for this kind
+    encoded: EncodedSpans
 
 
 def make_kind(
@@ -133,76 +145,98 @@ def measure_spans(
     val_resamples: Resamples,
     test_resamples: Resamples,
 ) -> SpanMeasures:
-    """Score an autoencoder's features on all kinds of events."""
+    """Score an autoencoder's features on all kinds of events.
+
+    The activations of all features are in memory for the spans of one kind at a time.
+    """
     weights = np.insert(test_resamples.weights, 0, 1, axis=0)
+    with_original = replace(test_resamples, weights=weights)
     n_of_kinds = [test_resamples.n_units(kind.test.recording) for kind in kinds]
     n_of_any = test_resamples.n_units(np.concatenate([kind.test.recording for kind in kinds]))
     probes = np.stack([kind.probe.weights for kind in kinds], axis=1).astype(np.float32)
-    no_features = np.zeros(0, np.int32)
-    val = [encode_spans(sae, kind.val, probes, no_features) for kind in kinds]
-    relevant = [_most_relevant(sae, kind.probe, one) for kind, one in zip(kinds, val, strict=True)]
-    ablated = np.stack(relevant).astype(np.int32)
-    test = [encode_spans(sae, kind.test, probes, ablated.reshape(-1)) for kind in kinds]
-    drops = _ablation_drops(sae, kinds, test, ablated, probes, weights)
-    measured = []
+    chosen = [_choose(sae, kind, probes, val_resamples) for kind in kinds]
+    ablated = np.stack([one.relevant for one in chosen]).astype(np.int32)
+    tests = []
+    for kind, of_kind in zip(kinds, chosen, strict=True):
+        tests.append(_encode_test(sae, kind, probes, of_kind.best, ablated))
+    encoded = [test.encoded for test in tests]
+    drops = _ablation_drops(sae, kinds, encoded, ablated, probes, with_original)
+    scores = []
+    resampled = []
     for i, kind in enumerate(kinds):
         drops_of_kind = (drops[i, i], _mean_without(drops[i], i))
-        one = _measure_kind(
-            kind,
-            val[i],
-            test[i],
-            test[i].logits[:, i],
-            drops_of_kind,
-            val_resamples,
-            weights,
-            (n_of_kinds[i], n_of_any),
+        of_kind = _resample(
+            kind, chosen[i], encoded[i], encoded[i].logits[:, i], drops_of_kind, with_original
         )
-        measured.append(one)
+        resampled.append(of_kind)
+        scores.append(_score(kind, of_kind, (n_of_kinds[i], n_of_any), chosen[i], tests[i].auc))
     return SpanMeasures(
-        scores=[one.score for one in measured],
-        val_auc=np.stack([one.val_auc for one in measured]),
-        auc=np.stack([one.auc for one in measured]),
-        recall=np.stack([one.recall for one in measured]),
-        intervals=_mean_intervals([one.resampled for one in measured], n_of_any),
+        scores=scores,
+        val_auc=np.stack([one.val_auc for one in chosen]),
+        auc=np.stack([test.auc for test in tests]),
+        recall=np.stack([test.recall for test in tests]),
+        intervals=_mean_intervals(resampled, n_of_any),
     )
 
 
-def _measure_kind(
+def _choose(
+    sae: SparseAutoencoder,
     kind: EventKind,
-    val: EncodedSpans,
+    probes: Float[np.ndarray, "d_model kinds"],
+    resamples: Resamples,
+) -> _Chosen:
+    """Choose features on the val spans of a kind."""
+    val = encode_spans(sae, kind.val, probes, np.zeros(0, np.int32))
+    val_auc, influence = _val_influence(val.maxima, kind.val, resamples)
+    best = np.argsort(-val_auc, kind="stable")[:BEST]
+    return _Chosen(
+        val_auc=val_auc,
+        best=best,
+        maxima=val.maxima[:, best],
+        ties=tied_features(val_auc, influence, kind.val.recording, resamples),
+        relevant=_most_relevant(sae, kind.probe, val),
+    )
+
+
+def _encode_test(
+    sae: SparseAutoencoder,
+    kind: EventKind,
+    probes: Float[np.ndarray, "d_model kinds"],
+    best: Int[np.ndarray, " best"],
+    ablated: Int[np.ndarray, "kinds ablated"],
+) -> _TestSpans:
+    """Measure all features on the test spans of a kind, and encode these for further measures."""
+    encoded = encode_spans(sae, kind.test, probes, ablated.reshape(-1))
+    return _TestSpans(
+        auc=_by_columns(auc, encoded.maxima, kind.test.is_event),
+        recall=_by_columns(recall_at_precision, encoded.maxima, kind.test.is_event),
+        encoded=encoded._replace(maxima=encoded.maxima[:, best]),
+    )
+
+
+def _resample(
+    kind: EventKind,
+    chosen: _Chosen,
     test: EncodedSpans,
     x_hat_logits: Float[np.ndarray, " tokens"],
     drops: tuple[Float[np.ndarray, " resamples"], Float[np.ndarray, " resamples"]],
-    val_resamples: Resamples,
-    weights: Weights,
-    n_patients: tuple[int, int],
-) -> _KindMeasures:
-    """Measure one kind.
+    resamples: Resamples,
+) -> _ResampledKind:
+    """Measure one kind in each resample.
 
-    x_hat_logits: of its probe. drops: of its probe and of the others'. n_patients: with test spans
-    of this kind, and of any kind.
+    x_hat_logits: of its probe. drops: of its probe and of the others'.
     """
-    val_auc, influence = _val_influence(val.maxima, kind.val, val_resamples)
-    test_auc = _by_columns(auc, test.maxima, kind.test.is_event)
-    best = np.argsort(-val_auc, kind="stable")[:BEST]
-    ties = tied_features(val_auc, influence, kind.val.recording, val_resamples)
-    of_best = test.maxima[:, best[0]]
-    resampled = _ResampledKind(
-        auc=kind.test_auc(of_best, weights),
-        recall=weighted_recall(of_best, kind.test.is_event, kind.test.recording, weights),
-        probe_2_auc=_sparse_probe(val.maxima, test.maxima, kind, best[:2], weights),
-        probe_auc=_sparse_probe(val.maxima, test.maxima, kind, best, weights),
-        x_probe_auc=kind.test_auc(kind.x_logits, weights),
-        x_hat_probe_auc=_probe_auc(test, x_hat_logits, kind, weights),
+    of_best = test.maxima[:, 0]
+    unit = resamples.unit[kind.test.recording]
+    return _ResampledKind(
+        auc=kind.test_auc(of_best, resamples),
+        recall=weighted_recall(of_best, kind.test.is_event, unit, resamples.weights),
+        probe_2_auc=_sparse_probe(chosen.maxima[:, :2], test.maxima[:, :2], kind, resamples),
+        probe_auc=_sparse_probe(chosen.maxima, test.maxima, kind, resamples),
+        x_probe_auc=kind.test_auc(kind.x_logits, resamples),
+        x_hat_probe_auc=_probe_auc(test, x_hat_logits, kind, resamples),
         ablation_drop=drops[0],
         ablation_drop_others=drops[1],
-    )
-    return _KindMeasures(
-        score=_score(kind, resampled, n_patients, best, val_auc, test_auc, ties),
-        resampled=resampled,
-        val_auc=val_auc,
-        auc=test_auc,
-        recall=_by_columns(recall_at_precision, test.maxima, kind.test.is_event),
     )
 
 
@@ -210,13 +244,16 @@ def _score(
     kind: EventKind,
     resampled: _ResampledKind,
     n_patients: tuple[int, int],
-    best: Int[np.ndarray, " best"],
-    val_auc: Float[np.ndarray, " d_sae"],
+    chosen: _Chosen,
     test_auc: Float[np.ndarray, " d_sae"],
-    ties: Int[np.ndarray, " ties"] | None,
 ) -> EventScore:
-    """Return the scores of a kind; those on single tokens are filled in later."""
+    """Return the scores of a kind; those on single tokens are filled in later.
+
+    n_patients: with test spans of this kind, and of any kind.
+    """
     n_of_kind, n_of_any = n_patients
+    best = chosen.best
+    ties = chosen.ties
     ties_auc = None
     if ties is not None:
         ties_auc = (float(test_auc[ties].min()), float(test_auc[ties].max()))
@@ -225,7 +262,7 @@ def _score(
         test_events=int(kind.test.is_event.sum()),
         feature=int(best[0]),
         auc=estimate(resampled.auc, n_of_kind, SHARE),
-        val_auc=float(val_auc[best[0]]),
+        val_auc=float(chosen.val_auc[best[0]]),
         n_ties=None if ties is None else len(ties),
         ties=() if ties is None else tuple(ties[:MAX_TIES].tolist()),
         ties_auc=ties_auc,
@@ -271,47 +308,50 @@ def _by_columns(
     is_event: Bool[np.ndarray, " spans"],
 ) -> Float[np.ndarray, " d_sae"]:
     """Return a measure of every column; in blocks, since it sorts them, which takes memory."""
-    measured = []
-    for start in range(0, scores.shape[1], COLUMN_BLOCK):
-        block = scores[:, start : start + COLUMN_BLOCK]
-        measured.append(measure(block, is_event))
-    return np.concatenate(measured)
+    return np.concatenate([measure(block, is_event) for block in _column_blocks(scores)])
+
+
+def _column_blocks(
+    scores: Float[np.ndarray, "spans d_sae"],
+) -> Iterator[Float[np.ndarray, "spans columns"]]:
+    n_columns = max(1, SORTED_AT_ONCE // len(scores))
+    for start in range(0, scores.shape[1], n_columns):
+        yield scores[:, start : start + n_columns]
 
 
 def _val_influence(
     scores: Float[np.ndarray, "spans d_sae"], spans: SpanActivations, resamples: Resamples
 ) -> Influence:
-    """Return every column's AUC with the influence of recordings, in blocks of columns."""
-    n_recordings = len(resamples.unit)
-    blocks = []
-    for start in range(0, scores.shape[1], COLUMN_BLOCK):
-        block = scores[:, start : start + COLUMN_BLOCK]
-        blocks.append(auc_influence(block, spans.is_event, spans.recording, n_recordings))
+    """Return every column's AUC with the influence of units, in blocks of columns."""
+    unit = resamples.unit[spans.recording]
+    n_units = resamples.weights.shape[1]
+    blocks = [
+        auc_influence(block, spans.is_event, unit, n_units) for block in _column_blocks(scores)
+    ]
     aucs = np.concatenate([block.auc for block in blocks])
     return Influence(aucs, np.concatenate([block.influence for block in blocks], axis=1))
 
 
 def _sparse_probe(
-    val: Float[np.ndarray, "val_spans d_sae"],
-    test: Float[np.ndarray, "test_spans d_sae"],
+    val: Float[np.ndarray, "val_spans k"],
+    test: Float[np.ndarray, "test_spans k"],
     kind: EventKind,
-    features: Int[np.ndarray, " k"],
-    weights: Weights,
+    resamples: Resamples,
 ) -> Float[np.ndarray, " resamples"]:
     """Return the test AUC of a probe on some features, fitted on val."""
-    probe = fit_probe(val[:, features].astype(np.float64), kind.val.is_event)
-    return kind.test_auc(probe(test[:, features]), weights)
+    probe = fit_probe(val.astype(np.float64), kind.val.is_event)
+    return kind.test_auc(probe(test), resamples)
 
 
 def _probe_auc(
     spans: EncodedSpans,
     logits: Float[np.ndarray, " tokens"],
     kind: EventKind,
-    weights: Weights,
+    resamples: Resamples,
 ) -> Float[np.ndarray, " resamples"]:
     """Return the AUC of a span's largest logit."""
     largest = max_over_spans(logits[:, None], spans.lengths)[:, 0]
-    return kind.test_auc(largest, weights)
+    return kind.test_auc(largest, resamples)
 
 
 def _most_relevant(
@@ -332,18 +372,18 @@ def _ablation_drops(
     test: Sequence[EncodedSpans],
     ablated: Int[np.ndarray, "kinds best"],
     probes: Float[np.ndarray, "d_model kinds"],
-    weights: Weights,
+    resamples: Resamples,
 ) -> Float[np.ndarray, "kinds kinds resamples"]:
     """Return the drop of each kind's probe AUC on x̂ (columns) by the ablation for each (rows)."""
     # The probe is linear: without feature i its logit is lower by f_i (W_dec,i · w).
     on_probes = sae.decoder_directions[ablated] @ probes
-    drops = np.zeros((len(kinds), len(kinds), len(weights)))
+    drops = np.zeros((len(kinds), len(kinds), len(resamples.weights)))
     for j, (kind, spans) in enumerate(zip(kinds, test, strict=True)):
         logits = spans.logits[:, j]
-        complete = _probe_auc(spans, logits, kind, weights)
+        complete = _probe_auc(spans, logits, kind, resamples)
         features = spans.chosen.reshape(len(logits), *ablated.shape)
         for i in range(len(kinds)):
             part = features[:, i] @ on_probes[i, :, j]
-            without = _probe_auc(spans, logits - part, kind, weights)
+            without = _probe_auc(spans, logits - part, kind, resamples)
             drops[i, j] = complete - without
     return drops

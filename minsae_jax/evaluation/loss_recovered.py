@@ -82,7 +82,7 @@ def summarise(errors: SubstitutionErrors, recordings: Sequence[str], seed: int) 
     sums = np.zeros((len(present), len(errors.by_window)))
     np.add.at(sums, index, errors.by_window.T)
     # Sums, not means, over windows: their number cancels in the ratio.
-    resampled = resamples.weights @ sums
+    resampled = resamples.weights[:, resamples.unit] @ sums
     # NaN in resamples where ablation loses nothing
     ablation = resampled[:, 1] - resampled[:, 0]
     gain = resampled[:, 1] - resampled[:, 3]

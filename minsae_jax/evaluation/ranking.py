@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.sparse import csr_array
 from scipy.stats import rankdata
 
 from minsae_jax.evaluation.bootstrap import Weights
@@ -38,24 +39,25 @@ def auc(
 
 
 class Influence(NamedTuple):
-    """The area under the ROC curve of every column, and how it depends on each recording."""
+    """The area under the ROC curve of every column, and how it depends on each unit."""
 
     auc: Float[np.ndarray, " features"]
-    influence: Float[np.ndarray, "recordings features"]
+    influence: Float[np.ndarray, "units features"]
 
 
 def auc_influence(
     scores: Float[np.ndarray, "n features"],
     is_event: Bool[np.ndarray, " n"],
-    recording: Int[np.ndarray, " n"],
-    n_recordings: int,
+    unit: Int[np.ndarray, " n"],
+    n_units: int,
 ) -> Influence:
-    """Return each column's AUC, and its derivative by the weight of each recording at weights of 1.
+    """Return each column's AUC, and its derivative by the weight of each unit at weights of 1.
 
-    That is the infinitesimal jackknife of `weighted_auc`. It follows from how many others are below
-    each event, and how many events above each other (the placements of DeLong et al. 1988, summed
-    over clusters as by Obuchowski 1997), where equal scores count half; both are differences of
-    ranks. The influences of all recordings add up to 0.
+    Units are patients, for example. The derivative is the infinitesimal jackknife of
+    `weighted_auc`. It follows from how many others are below each event, and how many events above
+    each other (the placements of DeLong et al. 1988, summed over clusters as by Obuchowski 1997),
+    where equal scores count half; both are differences of ranks. The influences of all units add up
+    to 0.
     """
     ranks = rankdata(scores, axis=0).astype(np.float64)
     n_events = int(is_event.sum())
@@ -64,41 +66,48 @@ def auc_influence(
     events_below = ranks[~is_event] - rankdata(scores[~is_event], axis=0)
     n_pairs = n_events * n_others
     aucs = others_below.sum(axis=0) / n_pairs
-    # Pairs in which the event scores higher, by the recording of the event and of the other
-    influence = np.empty((n_recordings, scores.shape[1]))
-    for i in range(n_recordings):
-        of_events = recording[is_event] == i
-        of_others = recording[~is_event] == i
-        higher = others_below[of_events].sum(axis=0)
-        higher += (n_events - events_below[of_others]).sum(axis=0)
-        share = of_events.sum() / n_events + of_others.sum() / n_others
-        influence[i] = higher / n_pairs - share * aucs
-    return Influence(aucs, influence)
+    # Pairs in which the event scores higher, by the unit of the event and by that of the other
+    higher = _sum_by_unit(others_below, unit[is_event], n_units)
+    higher += _sum_by_unit(n_events - events_below, unit[~is_event], n_units)
+    share = np.bincount(unit[is_event], minlength=n_units) / n_events
+    share += np.bincount(unit[~is_event], minlength=n_units) / n_others
+    return Influence(aucs, higher / n_pairs - share[:, None] * aucs)
+
+
+def _sum_by_unit(
+    values: Float[np.ndarray, "n features"], unit: Int[np.ndarray, " n"], n_units: int
+) -> Float[np.ndarray, "units features"]:
+    """Return the sums of the rows of each unit."""
+    cells = (unit, np.arange(len(unit)))
+    return csr_array((np.ones(len(unit)), cells), shape=(n_units, len(unit))) @ values
 
 
 def weighted_auc(
     scores: Float[np.ndarray, " n"],
     is_event: Bool[np.ndarray, " n"],
-    recording: Int[np.ndarray, " n"],
+    unit: Int[np.ndarray, " n"],
     weights: Weights,
 ) -> Float[np.ndarray, " resamples"]:
     """Return the area under the ROC curve of each resample; NaN without events or others.
 
     It is the weight of the pairs (event, other) in which the event scores higher, where equal
     scores count half, over that of all pairs. The weight of a pair is the product of those of its
-    recordings, so that pairs are counted once by recordings, for all resamples.
+    units, so that pairs are counted once by units, for all resamples.
     """
-    _, place = np.unique(scores, return_inverse=True)
-    # Numbers of spans at each place in the order of scores, by recording
-    events = np.zeros((len(scores), weights.shape[1]))
-    np.add.at(events, (place[is_event], recording[is_event]), 1)
-    others = np.zeros_like(events)
-    np.add.at(others, (place[~is_event], recording[~is_event]), 1)
-    below = np.cumsum(others, axis=0) - others / 2
-    higher = events.T @ below  # [recordings of events, recordings of others]
+    present, unit = np.unique(unit, return_inverse=True)
+    weights = weights[:, present]
+    order = np.argsort(scores)  # sorted scores are found faster
+    of_events = order[is_event[order]]
+    of_others = order[~is_event[order]]
+    higher = np.zeros((len(present), len(present)))  # [units of events, units of others]
+    for i in range(len(present)):
+        others = scores[of_others[unit[of_others] == i]]
+        n_below = np.searchsorted(others, scores[of_events], side="left")
+        n_up_to = np.searchsorted(others, scores[of_events], side="right")
+        higher[:, i] = np.bincount(unit[of_events], (n_below + n_up_to) / 2, len(present))
     above = (weights @ higher * weights).sum(axis=1)
-    n_events = weights @ events.sum(axis=0)
-    n_others = weights @ others.sum(axis=0)
+    n_events = weights @ np.bincount(unit[of_events], minlength=len(present))
+    n_others = weights @ np.bincount(unit[of_others], minlength=len(present))
     pairs = n_events * n_others
     return above / np.where(pairs > 0, pairs, np.nan)
 
@@ -126,7 +135,7 @@ def recall_at_precision(
 def weighted_recall(
     scores: Float[np.ndarray, " n"],
     is_event: Bool[np.ndarray, " n"],
-    recording: Int[np.ndarray, " n"],
+    unit: Int[np.ndarray, " n"],
     weights: Weights,
 ) -> Float[np.ndarray, " resamples"]:
     """Return the largest recall at a precision of at least 90 % of each resample.
@@ -140,7 +149,7 @@ def weighted_recall(
     thresholds = np.flatnonzero(np.append(ordered[1:] < ordered[:-1], True))
     recalls = []
     for first in range(0, len(weights), RESAMPLES_AT_ONCE):
-        of_spans = weights[first : first + RESAMPLES_AT_ONCE, recording[order]]
+        of_spans = weights[first : first + RESAMPLES_AT_ONCE, unit[order]]
         n_above = np.cumsum(of_spans, axis=1)[:, thresholds]
         detected = np.cumsum(of_spans * is_event[order], axis=1)[:, thresholds]
         is_precise = detected >= MIN_PRECISION * n_above

@@ -15,7 +15,7 @@ where * is a resample: how far behind it would be by chance if it were the best.
 not stay cannot be the largest by chance either, so that this is repeated without them until all
 stay, as in the model confidence set of Hansen, Lunde & Nason 2011 (Econometrica 79:453).
 
-AUC* - AUC is linear in the numbers of times that recordings are drawn (see `auc_influence`), which
+AUC* - AUC is linear in the numbers of times that patients are drawn (see `auc_influence`), which
 takes one matrix product for all features.
 """
 
@@ -32,14 +32,14 @@ ROUNDING = 1e-12  # of an AUC
 
 def tied_features(
     aucs: Float[np.ndarray, " d_sae"],
-    influence: Float[np.ndarray, "recordings d_sae"],
+    influence: Float[np.ndarray, "units d_sae"],
     recording: Int[np.ndarray, " spans"],
     resamples: Resamples,
 ) -> Int[np.ndarray, " ties"] | None:
     """Return the features that could be the best one, by decreasing AUC.
 
-    influence: of recordings on the AUCs. recording: of each span. None if fewer than three
-    patients have such spans, who say too little about others.
+    influence: of the units of `resamples` on the AUCs. recording: of each span. None if fewer than
+    three patients have such spans, who say too little about others.
     """
     n_patients = resamples.n_units(recording)
     if not resamples.of_patients or n_patients < MIN_PATIENTS:
@@ -55,7 +55,7 @@ def tied_features(
 
 def _is_by_chance(
     distance: Float[np.ndarray, " n"],
-    influence: Float[np.ndarray, "recordings n"],
+    influence: Float[np.ndarray, "units n"],
     resamples: Resamples,
     n_patients: int,
 ) -> Bool[np.ndarray, " n"]:

@@ -84,7 +84,7 @@ class FeatureTokens:
         if len(sequence) == 0:
             return None
         hits = is_inside[sequence, self.token[feature, : len(sequence)]]
-        of_examples = resamples.weights[:, recording[sequence]]
+        of_examples = resamples.weights[:, resamples.unit[recording[sequence]]]
         total = of_examples.sum(axis=1)
         # NaN in resamples without any of the tokens.
         precision = of_examples @ hits / np.where(total > 0, total, np.nan)

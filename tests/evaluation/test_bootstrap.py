@@ -52,12 +52,13 @@ def test_a_single_recording_has_no_interval():
 def test_patients_are_drawn_with_all_of_their_recordings():
     names = [f"{patient}_s001_t{i:03d}_preprocessed.npy" for patient in "abc" for i in range(2)]
     drawn = draw_patients(names, seed=0)
-    np.testing.assert_array_equal(drawn.weights[:, ::2], drawn.weights[:, 1::2])
-    np.testing.assert_array_equal(drawn.weights[:, ::2], draw_weights(3, seed=0))
+    assert drawn.unit.tolist() == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_array_equal(drawn.weights, draw_weights(3, seed=0))
     assert drawn.of_patients
     assert drawn.n_units(np.arange(6)) == 3
     assert drawn.n_units(np.array([2, 3, 3, 5])) == 2
     of_one = draw_patients(names[:2], seed=0)
+    assert of_one.unit.tolist() == [0, 1]
     np.testing.assert_array_equal(of_one.weights, draw_weights(2, seed=0))
     assert of_one.n_units(np.array([0, 1])) == 2
     assert not of_one.of_patients
@@ -72,7 +73,8 @@ def test_interval_of_many_recordings_of_few_patients_covers_the_truth(n, by_perc
     n_by_percentiles = 0
     for seed in range(400):
         values = np.repeat(rng.normal(size=n), 8) + rng.normal(size=8 * n)
-        weights = draw_patients(names, seed).weights
+        drawn = draw_patients(names, seed)
+        weights = drawn.weights[:, drawn.unit]
         means = weights @ values / weights.sum(axis=1)
         low, high = interval(means, n)
         n_covered += low < 0 < high

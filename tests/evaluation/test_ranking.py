@@ -58,7 +58,7 @@ def test_influence_is_the_derivative_by_the_weight_of_a_recording():
     is_event = rng.random(60) < 0.4
     scores = (rng.integers(0, 8, size=(60, 3)) + is_event[:, None]).astype(np.float32)
     recording = rng.choice([0, 1, 3], 60)  # none of recording 2
-    result = auc_influence(scores, is_event, recording, n_recordings=4)
+    result = auc_influence(scores, is_event, recording, n_units=4)
     np.testing.assert_array_equal(result.auc, auc(scores, is_event))
     step = 1e-5 * np.eye(4)
     for column, influence in zip(scores.T, result.influence.T, strict=True):
@@ -103,6 +103,27 @@ def test_recalls_of_many_spans_are_exact_and_fit_in_memory():
         detected = len(events) - np.searchsorted(events, scores)
         is_precise = 10 * detected >= 9 * n_above
         assert recalls[i] == detected[is_precise].max(initial=0) / len(events)
+
+
+def test_aucs_of_many_spans_and_patients_are_exact_and_fit_in_memory():
+    """Counts of 20,000 spans by 500 patients would be 80 MB."""
+    rng = np.random.default_rng(3)
+    n = 20_000
+    is_event = rng.random(n) < 0.4
+    scores = np.maximum(np.round(rng.normal(size=n) + is_event, 2), 0)
+    patient = 3 * rng.integers(0, 500, n)  # two of three have no spans
+    weights = draw_weights(1500, seed=2)
+    tracemalloc.start()
+    aucs = weighted_auc(scores, is_event, patient, weights)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6
+    for i in (0, 1, 500, 999):
+        counts = weights[i, patient].astype(int)
+        events = np.repeat(scores[is_event], counts[is_event])
+        others = np.repeat(scores[~is_event], counts[~is_event])
+        u = mannwhitneyu(events, others, method="asymptotic").statistic
+        assert aucs[i] == pytest.approx(u / (len(events) * len(others)), rel=1e-12)
 
 
 def test_recall_at_precision_tries_every_threshold(spans):
