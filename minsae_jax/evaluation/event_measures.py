@@ -20,7 +20,7 @@ from minsae_jax.evaluation.bootstrap import (
     estimate,
 )
 from minsae_jax.evaluation.event_results import EventScore, MeanIntervals
-from minsae_jax.evaluation.events import SpanActivations, max_over_spans
+from minsae_jax.evaluation.events import LabelledEvent, SpanActivations, max_over_spans
 from minsae_jax.evaluation.linear_probe import LinearProbe, fit_probe
 from minsae_jax.evaluation.ranking import (
     Influence,
@@ -47,20 +47,20 @@ class EventKind:
     """Everything about one kind of events that does not depend on an autoencoder."""
 
     name: str
+    # Of the test recordings
+    events: Sequence[LabelledEvent]
     val: SpanActivations
     test: SpanActivations
     # Fitted on the tokens of the val spans
     probe: LinearProbe
     # Its largest logit on x in each test span
     x_logits: Float[np.ndarray, " test_spans"]
-    # Which test tokens touch an event on their channel, and which are in one for half of it
+    # Which test tokens touch an event on their channel
     touched: Bool[np.ndarray, "sequences n_located"]
-    covered: Bool[np.ndarray, "sequences n_located"]
-
-    @property
-    def base_rate(self) -> float:
-        """Share of the test tokens that touch an event: the precision of random tokens."""
-        return float(self.touched.mean())
+    # Which tokens of labelled recordings are in one for half of it
+    covered: Bool[np.ndarray, "labelled n_located"]
+    # Share of the tokens of labelled recordings that touch an event: the precision of random tokens
+    base_rate: float
 
     def test_auc(
         self,
@@ -122,11 +122,17 @@ class _TestSpans(NamedTuple):
 
 def make_kind(
     name: str,
+    events: Sequence[LabelledEvent],
     val: SpanActivations,
     test: SpanActivations,
     share: Float[np.ndarray, "sequences n_located"],
+    is_labelled: Bool[np.ndarray, " sequences"],
 ) -> EventKind:
-    """Return a kind of events with its probe; share: see `event_share` of the test tokens."""
+    """Return a kind of events with its probe.
+
+    events: of test recordings. share: see `event_share` of the test tokens. is_labelled: test
+    sequences of recordings with labelled events of any kind.
+    """
     x = np.concatenate(val.activations)
     is_event = np.repeat(val.is_event, val.lengths)
     if len(x) > MAX_PROBE_TOKENS:
@@ -136,7 +142,20 @@ def make_kind(
     probe = fit_probe(x.astype(np.float64), is_event)
     logits = probe(np.concatenate(test.activations))
     x_logits = max_over_spans(logits[:, None], test.lengths)[:, 0]
-    return EventKind(name, val, test, probe, x_logits, share > 0, share >= 0.5)
+    touched = share > 0
+    of_labelled = share[is_labelled]
+    base_rate = float((of_labelled > 0).mean())
+    return EventKind(
+        name=name,
+        events=events,
+        val=val,
+        test=test,
+        probe=probe,
+        x_logits=x_logits,
+        touched=touched,
+        covered=of_labelled >= 0.5,
+        base_rate=base_rate,
+    )
 
 
 def measure_spans(
@@ -165,11 +184,10 @@ def measure_spans(
     resampled = []
     for i, kind in enumerate(kinds):
         drops_of_kind = (drops[i, i], _mean_without(drops[i], i))
-        of_kind = _resample(
-            kind, chosen[i], encoded[i], encoded[i].logits[:, i], drops_of_kind, with_original
-        )
-        resampled.append(of_kind)
-        scores.append(_score(kind, of_kind, (n_of_kinds[i], n_of_any), chosen[i], tests[i].auc))
+        logits = encoded[i].logits[:, i]
+        one = _resample(kind, chosen[i], encoded[i], logits, drops_of_kind, with_original)
+        resampled.append(one)
+        scores.append(_score(kind, one, (n_of_kinds[i], n_of_any), chosen[i], tests[i].auc))
     return SpanMeasures(
         scores=scores,
         val_auc=np.stack([one.val_auc for one in chosen]),

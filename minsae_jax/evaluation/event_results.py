@@ -10,14 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import binom
 
 from minsae_jax.estimates import Estimate, Interval
 
 UNDEFINED = Estimate(math.nan)
-PURE = 0.9  # precision above chance of a pure feature
-PURE_EXAMPLES = 16  # and its least number of strongest tokens
-PURE_BY_CHANCE = 0.001  # largest probability that random tokens are as precise
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class EventScore:
     ablation_drop_others: Estimate
     # AUC of `feature` over single tokens; NaN if all of them are covered, or none
     token_auc: float = math.nan
-    # Share of the test tokens that touch an event
+    # Share of the tokens of test recordings with events that touch one of this kind
     token_base_rate: float = math.nan
     # Share of the strongest tokens of `feature` that touch an event, and number of these tokens;
     # NaN if it is never active
@@ -94,6 +90,8 @@ class FeatureEvents:
     examples: Int[np.ndarray, " d_sae"]
     # The precision of random tokens
     base_rate: Float[np.ndarray, " kinds"]
+    # Whether the strongest tokens nearly all touch an event; see `pure_features`
+    is_pure: Bool[np.ndarray, "kinds d_sae"]
 
     def score(self, kind: str, feature: int) -> FeatureScore:
         """Return the measures of one feature for one kind."""
@@ -106,21 +104,6 @@ class FeatureEvents:
             recall=float(self.recall[i, feature]),
             precision=float(self.precision[i, feature]),
         )
-
-    @property
-    def is_pure(self) -> Bool[np.ndarray, "kinds d_sae"]:
-        """Whether the strongest tokens nearly all touch an event of a kind.
-
-        That is a precision of 90 % above chance, (precision - base rate) / (1 - base rate), among
-        at least 16 tokens, which random tokens have with a probability below 0.1 % (16 tokens are
-        enough below a base rate of 64 %).
-        """
-        base = self.base_rate[:, None]
-        above_chance = (self.precision - base) / np.maximum(1 - base, 1e-12)
-        n_inside = np.rint(self.precision * self.examples)
-        by_chance = binom.sf(n_inside - 1, self.examples, base)
-        is_precise = (above_chance >= PURE) & (self.examples >= PURE_EXAMPLES)
-        return is_precise & (by_chance < PURE_BY_CHANCE)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def _parse_event(row: Mapping[str, str], channel_names: list[str]) -> LabelledEv
     return LabelledEvent(row["recording"], start, stop, channels)
 
 
-def _by_recording(events: Sequence[LabelledEvent]) -> dict[str, list[LabelledEvent]]:
+def events_by_recording(events: Sequence[LabelledEvent]) -> dict[str, list[LabelledEvent]]:
     """Return the events of each recording, in their order."""
     by_recording: dict[str, list[LabelledEvent]] = {}
     for event in events:
@@ -147,19 +147,25 @@ def sample_spans(spans: Sequence[Span], n: int, seed: int) -> list[Span]:
     return [spans[i] for i in np.sort(order[:n])]
 
 
-def draw_spans(dataset: Dataset, events: list[LabelledEvent], seed: int) -> list[Span]:
+def draw_spans(
+    dataset: Dataset, events: list[LabelledEvent], seed: int, max_events: int | None = None
+) -> list[Span]:
     """Return the events inside the dataset's windows, each followed by a span without an event.
 
     Events without any free place of their length in the recording are left out: compared with other
-    recordings, they would show differences between patients.
+    recordings, they would show differences between patients. max_events: of more events in the
+    dataset's recordings, so many are drawn.
     """
     rng = np.random.default_rng(seed)
     step = dataset.tokens.step or 1  # if tokens are not evenly spaced, any offset will do
     spans = []
-    by_recording = _by_recording(events)
+    by_recording = events_by_recording(events)
+    drawn = _draw_events([by_recording.get(name, []) for name in dataset.recordings], max_events)
     for recording, name in enumerate(dataset.recordings):
         in_recording = by_recording.get(name, [])
-        end = _windows_end(dataset, recording)
+        if not drawn[recording]:
+            continue
+        end = windows_end(dataset, recording)
         # is_taken[i + 1] says whether sample i is part of a token that an event touches, so that
         # its cumulative sum counts such samples before each sample. A span is free if it does not
         # grow in it.
@@ -171,21 +177,39 @@ def draw_spans(dataset: Dataset, events: list[LabelledEvent], seed: int) -> list
             last = stop[is_touched].max(initial=event.stop)
             is_taken[first + 1 : last + 1] = 1
         n_taken = np.cumsum(is_taken)
-        for event in in_recording:
+        windows = np.arange(0, end, dataset.seq_len)
+        for event in drawn[recording]:
             if event.stop > end:
                 continue
             length = event.stop - event.start
-            n_before_start = n_taken[: end + 1 - length]
-            n_before_stop = n_taken[length:]
-            free_starts = np.flatnonzero(n_before_start == n_before_stop)
             offset = event.start % dataset.seq_len % step
-            starts = free_starts[free_starts % dataset.seq_len % step == offset]
+            starts = windows[:, None] + np.arange(offset, dataset.seq_len, step)
+            starts = starts[starts <= end - length]
+            starts = starts[n_taken[starts] == n_taken[starts + length]]
             if len(starts):
                 start = int(rng.choice(starts))
                 span = Span(recording, event.start, event.stop, event.channels, is_event=True)
                 spans.append(span)
                 spans.append(replace(span, start=start, stop=start + length, is_event=False))
     return spans
+
+
+def _draw_events(
+    in_recordings: Sequence[list[LabelledEvent]], max_events: int | None
+) -> list[list[LabelledEvent]]:
+    """Return up to max_events events at random, always the same, in their order."""
+    n_events = sum(map(len, in_recordings))
+    is_drawn = np.ones(n_events, bool)
+    if max_events is not None and n_events > max_events:
+        left_out = np.random.default_rng(0).permutation(n_events)[max_events:]
+        is_drawn[left_out] = False
+    first = 0
+    drawn = []
+    for events in in_recordings:
+        of_recording = is_drawn[first : first + len(events)]
+        drawn.append([events[i] for i in np.flatnonzero(of_recording)])
+        first += len(events)
+    return drawn
 
 
 def _tokens_between(
@@ -200,7 +224,7 @@ def _tokens_between(
     return begin, stop
 
 
-def _windows_end(dataset: Dataset, recording: int) -> int:
+def windows_end(dataset: Dataset, recording: int) -> int:
     """Return the sample after the last window of a recording."""
     first, last = dataset.sequences_of(recording)
     if first == last:
@@ -295,14 +319,16 @@ def event_share(
     """
     located = dataset.tokens.located
     share = np.zeros((len(dataset.recording), len(located)), np.float32)
-    by_recording = _by_recording(events)
+    by_recording = events_by_recording(events)
     for recording, name in enumerate(dataset.recordings):
+        if name not in by_recording:
+            continue
         first, last = dataset.sequences_of(recording)
         # The last patch of a window may end after it: one more window of room.
-        n_samples = _windows_end(dataset, recording) + dataset.seq_len
+        n_samples = windows_end(dataset, recording) + dataset.seq_len
         # The last row is of any channel, so that -1 is its index.
         is_event = np.zeros((dataset.n_vars + 1, n_samples + 1), bool)
-        for event in by_recording.get(name, []):
+        for event in by_recording[name]:
             is_event[[*event.channels, -1], event.start + 1 : event.stop + 1] = True
         # Event samples before each sample; a day at 256 Hz has 22 million.
         n_before = is_event.cumsum(axis=1, dtype=np.int32)

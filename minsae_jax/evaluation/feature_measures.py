@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.estimates import Estimate, Interval
@@ -31,6 +31,7 @@ from minsae_jax.evaluation.event_results import (
 )
 from minsae_jax.evaluation.events import WITHOUT_SPANS, draw_spans, event_share, gather
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member
+from minsae_jax.evaluation.purity import pure_features
 from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
 from minsae_jax.evaluation.token_measures import TokenResult
 from minsae_jax.evaluation.token_pass import FeatureTokens, read_features, token_aucs
@@ -38,6 +39,7 @@ from minsae_jax.json_values import to_json
 from minsae_jax.monitor import progress
 from minsae_jax.settings import JsonObject
 
+MAX_EVENTS = 5000  # of each kind in spans, which bounds the memory
 Measures = TypeVar("Measures", EventScore, EventSummary)
 
 
@@ -132,7 +134,7 @@ def _score_features(
 ) -> dict[str, FeatureResult]:
     """Score the features of all members: on the spans of events, then over all test tokens."""
     test = inputs.test
-    kinds, left_out = _event_kinds(settings, inputs)
+    kinds, left_out, is_labelled = _event_kinds(settings, inputs)
     test_resamples = draw_patients(test.recordings, settings.seed)
     spans: dict[str, SpanMeasures] = {}
     if kinds:
@@ -145,7 +147,8 @@ def _score_features(
     chosen: dict[str, list[int]] = {member.name: [] for member in members}
     for name, measures in spans.items():
         chosen[name] = [score.feature for score in measures.scores]
-    read = read_features(test, {member.name: member.sae for member in members}, chosen)
+    saes = {member.name: member.sae for member in members}
+    read = read_features(test, saes, chosen, is_labelled)
     results = {}
     for name, features in read.items():
         events = None
@@ -165,23 +168,26 @@ def _score_features(
 
 def _event_kinds(
     settings: EvaluateConfig, inputs: EvaluationInputs
-) -> tuple[list[EventKind], tuple[str, ...]]:
+) -> tuple[list[EventKind], tuple[str, ...], Bool[np.ndarray, " recordings"]]:
     """Return the kinds of events with spans of both sorts in val and test, by name; and the others.
 
-    Of the others, the names and for which patients there are no spans.
+    Of the others, the names and for which patients there are no spans. The third result says which
+    test recordings have labelled events.
     """
     test = inputs.test
     val = inputs.val
     if val is None or not inputs.has_events:
-        return [], ()
+        return [], (), np.ones(len(test.recordings), bool)
     kinds = []
     left_out = []
     val_events, test_events = inputs.read_events()
+    labelled = {event.recording for events in test_events.values() for event in events}
+    is_labelled = np.array([name in labelled for name in test.recordings])
     for name, events in sorted(test_events.items()):
         # Features are chosen on val patients and scored on test patients, so that the best of
         # many features does not win by chance.
-        val_spans = gather(val, draw_spans(val, val_events[name], settings.seed))
-        test_spans = gather(test, draw_spans(test, events, settings.seed))
+        val_spans = gather(val, draw_spans(val, val_events[name], settings.seed, MAX_EVENTS))
+        test_spans = gather(test, draw_spans(test, events, settings.seed, MAX_EVENTS))
         without = [
             split
             for split, spans in (("val", val_spans), ("test", test_spans))
@@ -189,9 +195,11 @@ def _event_kinds(
         ]
         if without:
             left_out.append(f"{name} ({' and '.join(without)})")
-        else:
-            kinds.append(make_kind(name, val_spans, test_spans, event_share(test, events)))
-    return kinds, tuple(left_out)
+            continue
+        share = event_share(test, events)
+        kind = make_kind(name, events, val_spans, test_spans, share, is_labelled[test.recording])
+        kinds.append(kind)
+    return kinds, tuple(left_out), is_labelled
 
 
 def _score_tokens(
@@ -203,7 +211,9 @@ def _score_tokens(
 ) -> EventEvaluation:
     """Return the scores on spans with those over tokens."""
     precision = np.stack([features.precision(kind.touched) for kind in kinds])
-    base_rate = np.array([kind.base_rate for kind in kinds])
+    is_pure = []
+    for kind, of_kind in zip(kinds, precision, strict=True):
+        is_pure.append(pure_features(test, kind.events, features, of_kind, kind.base_rate))
     of_features = FeatureEvents(
         kinds=tuple(kind.name for kind in kinds),
         val_auc=spans.val_auc,
@@ -211,7 +221,8 @@ def _score_tokens(
         recall=spans.recall,
         precision=precision,
         examples=features.examples,
-        base_rate=base_rate,
+        base_rate=np.array([kind.base_rate for kind in kinds]),
+        is_pure=np.stack(is_pure),
     )
     n_pure = of_features.is_pure.sum(axis=1)
     # NaN instead of None

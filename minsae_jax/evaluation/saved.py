@@ -19,7 +19,7 @@ from minsae_jax.evaluation.inputs import Member
 
 FOLDER = "evaluation"
 # Increment when a measure changes, so that results of earlier versions are not used.
-MEASURES_VERSION = 6
+MEASURES_VERSION = 7
 Arrays = Mapping[str, np.ndarray]
 T = TypeVar("T")
 

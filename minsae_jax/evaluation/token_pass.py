@@ -4,7 +4,7 @@ The strongest tokens of a feature are those with its largest activations, at mos
 sequence (one channel of a window, or a whole window), since neighbouring tokens of one burst would
 all be the same example. Their shares in events are statistics of the feature, so that there is no
 limit for a recording, unlike for the examples in the report. CLS tokens, which have no samples, are
-left out.
+left out, and so are recordings without any labelled event, whose events nobody may have labelled.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,8 +56,8 @@ class FeatureTokens:
     value: Float[np.ndarray, "d_sae top"]
     sequence: Int[np.ndarray, "d_sae top"]
     token: Int[np.ndarray, "d_sae top"]
-    # Activations of the features asked for, at the tokens with samples
-    chosen: Float[np.ndarray, "chosen sequences n_located"]
+    # Activations of the features asked for, at the tokens with samples of labelled recordings
+    chosen: Float[np.ndarray, "chosen labelled n_located"]
 
     @property
     def examples(self) -> Int[np.ndarray, " d_sae"]:
@@ -92,18 +92,22 @@ class FeatureTokens:
 
 
 def read_features(
-    dataset: Dataset, saes: Mapping[str, SparseAutoencoder], chosen: Mapping[str, Sequence[int]]
+    dataset: Dataset,
+    saes: Mapping[str, SparseAutoencoder],
+    chosen: Mapping[str, Sequence[int]],
+    is_labelled: Bool[np.ndarray, " recordings"],
 ) -> dict[str, FeatureTokens]:
     """Return the features of several autoencoders, by name, from one pass over a store.
 
-    chosen: features whose activations are returned for all tokens with samples. Memory does not
-    grow with the store otherwise.
+    chosen: features whose activations are returned for all tokens with samples of labelled
+    recordings. Memory does not grow with the store otherwise.
     """
     n_sequences = len(dataset.recording)
+    n_labelled = int(is_labelled[dataset.recording].sum())
     located = dataset.tokens.located
     passes = {}
     for name, sae in saes.items():
-        values = np.empty((len(chosen[name]), n_sequences, len(located)), np.float32)
+        values = np.empty((len(chosen[name]), n_labelled, len(located)), np.float32)
         passes[name] = _Pass(sae, chosen[name], values)
     largest = max((sae.d_sae for sae in saes.values()), default=1)
     batch_values = CPU_BATCH_VALUES if on_cpu() else BATCH_VALUES
@@ -111,8 +115,10 @@ def read_features(
     with progress("read features", n_sequences, "sequences", delay=2.0) as bar:
         for start, x in dataset.batches(n_rows):
             batch = pad_rows(x, n_rows)
+            # All sequences of a batch are of one recording.
+            are_labelled = bool(is_labelled[dataset.recording[start]])
             for one in passes.values():
-                one.add(batch, len(x), start, located)
+                one.add(batch, len(x), start, located, are_labelled)
             bar.advance(len(x))
     return {name: one.finish() for name, one in passes.items()}
 
@@ -124,6 +130,7 @@ class _Pass:
         self.sae = sae
         self.chosen = np.asarray(chosen, np.int32)
         self.values = values
+        self.n_values = 0  # sequences
         self.sums = np.zeros((3, sae.d_sae))
         zeros = jnp.zeros((sae.d_sae, TOP))
         # Two arrays, since each is donated.
@@ -140,6 +147,7 @@ class _Pass:
         n_valid: int,
         start: int,
         located: Int[np.ndarray, " n_located"],
+        are_labelled: bool,
     ) -> None:
         """Add the first n_valid sequences of x, which begin at sequence `start`."""
         places = np.array([start, n_valid], np.int32)
@@ -147,13 +155,16 @@ class _Pass:
             sums, strongest, chosen = measure_batch(
                 self.sae.kind, self.sae.params, x, places, located, self.chosen
             )
+        self.sums += np.asarray(sums, np.float64)
+        if not are_labelled:
+            return
         self.batches.append(strongest)
         self.n_waiting += len(x)
         if self.n_waiting + len(x) > MAX_SEQUENCES:
             self._merge()
-        self.sums += np.asarray(sums, np.float64)
         by_feature = np.moveaxis(np.asarray(chosen), -1, 0)
-        self.values[:, start : start + n_valid] = by_feature[:, :n_valid]
+        self.values[:, self.n_values : self.n_values + n_valid] = by_feature[:, :n_valid]
+        self.n_values += n_valid
 
     def _merge(self) -> None:
         # A merge sorts, and takes as long for one sequence as for many.
@@ -227,10 +238,10 @@ def merge_top(top: TopTokens, batches: Sequence[TopTokens]) -> TopTokens:
 
 
 def token_aucs(
-    values: Float[np.ndarray, "chosen sequences n_located"],
-    covered: Sequence[Bool[np.ndarray, "sequences n_located"]],
+    values: Float[np.ndarray, "chosen labelled n_located"],
+    covered: Sequence[Bool[np.ndarray, "labelled n_located"]],
 ) -> list[float | None]:
-    """Return the AUC of each feature over all tokens with samples: covered by an event or not.
+    """Return the AUC of each feature over tokens with samples: covered by an event or not.
 
     None if all tokens are covered, or no token is.
     """

@@ -8,7 +8,6 @@ from scipy.stats import mannwhitneyu, norm, t
 from minsae_jax import SparseAutoencoder
 from minsae_jax.evaluation.bootstrap import Resamples, draw_weights
 from minsae_jax.evaluation.event_measures import make_kind, measure_spans
-from minsae_jax.evaluation.event_results import FeatureEvents
 from minsae_jax.evaluation.events import Span, SpanActivations
 from minsae_jax.evaluation.linear_probe import fit_probe
 from minsae_jax.evaluation.pca import raw_autoencoder
@@ -51,7 +50,7 @@ def kinds(directions):
     for i, name in enumerate(("first", "second")):
         val = planted_spans(directions[i], 10 + i)
         test = planted_spans(directions[i], 20 + i)
-        made.append(make_kind(name, val, test, share))
+        made.append(make_kind(name, [], val, test, share, np.ones(1, bool)))
     return made
 
 
@@ -223,27 +222,3 @@ def test_interval_of_targeted_perturbation_is_of_differences(directions, kinds):
     low, high = expanded_percentiles(np.mean(differences, axis=0))
     assert tuple(score(sae, kinds).intervals.tpp) == pytest.approx((low, high), abs=2e-3)
     assert high - low > 0.02
-
-
-@pytest.mark.parametrize("base_rate", [0.05, 0.5, 0.7, 0.8, 0.9])
-@pytest.mark.parametrize("examples", [16, 50])
-def test_random_tokens_are_not_pure(base_rate, examples):
-    """By the precision above chance alone, 19 % are with 16 tokens at a base rate of 90 %."""
-    rng = np.random.default_rng(0)
-    unknown = np.full((1, 5001), np.nan)
-    hits = rng.binomial(examples, base_rate, 5001)
-    hits[0] = 50
-    n_examples = np.full(5001, examples)
-    n_examples[0] = 50
-    features = FeatureEvents(
-        kinds=("event",),
-        val_auc=unknown,
-        auc=unknown,
-        recall=unknown,
-        precision=(hits / n_examples)[None],
-        examples=n_examples,
-        base_rate=np.array([base_rate]),
-    )
-    # All of 50 tokens in events are pure, unless random tokens often are.
-    assert features.is_pure[0, 0] == (base_rate < 0.9)
-    assert features.is_pure[0, 1:].mean() < 0.002

@@ -98,6 +98,40 @@ def test_spans_without_an_event_share_no_token_with_one(noise):
         assert is_touched[sequences, tokens].all() == span.is_event
 
 
+def test_spans_without_an_event_are_drawn_from_all_free_places(noise):
+    """A place is free if its tokens are not those of an event, and its offset is the event's."""
+    name = noise.recordings[0]
+    event = LabelledEvent(name, 23, 38, (0,))
+    wall = LabelledEvent(name, 100, 1500, (0,))
+    # Tokens have 10 samples, of which the events take 20 to 40 and 100 to 1,500.
+    is_taken = np.zeros(1601, bool)
+    is_taken[20:40] = True
+    is_taken[100:1500] = True
+    starts = range(3, 1600 - 14, 10)
+    expected = {start for start in starts if not is_taken[start : start + 15].any()}
+    drawn = set()
+    for seed in range(300):
+        spans = draw_spans(noise, [event, wall], seed)
+        drawn.add(spans[1].start)
+    assert drawn == expected
+
+
+def test_some_of_many_events_are_drawn(noise):
+    rng = np.random.default_rng(4)
+    events = []
+    for name in noise.recordings:
+        starts = rng.choice(1600, 20, replace=False).tolist()
+        events += [LabelledEvent(name, start, start + 1, (0,)) for start in starts]
+    assert draw_spans(noise, events, 0, len(events)) == draw_spans(noise, events, 0)
+    spans = draw_spans(noise, events, 0, max_events=300)
+    assert [span.is_event for span in spans] == [True, False] * 300
+    assert len({span.recording for span in spans}) == len(noise.recordings)
+    is_touched = event_share(noise, events) > 0
+    for span in spans:
+        sequences, tokens = tokens_of(noise, span)
+        assert is_touched[sequences, tokens].all() == span.is_event
+
+
 def test_events_without_a_free_place_are_left_out(noise):
     name, other = noise.recordings[:2]
     whole = LabelledEvent(name, 0, 40 * SEQ_LEN, (0,))

@@ -18,7 +18,16 @@ from minsae_jax.evaluation.results import (
 
 D_MODEL = 128
 NOTHING = np.zeros((0, 0))
-NO_FEATURES = FeatureEvents((), NOTHING, NOTHING, NOTHING, NOTHING, np.zeros(0, int), np.zeros(0))
+NO_FEATURES = FeatureEvents(
+    kinds=(),
+    val_auc=NOTHING,
+    auc=NOTHING,
+    recall=NOTHING,
+    precision=NOTHING,
+    examples=np.zeros(0, int),
+    base_rate=np.zeros(0),
+    is_pure=NOTHING > 0,
+)
 
 
 def summary(pure):

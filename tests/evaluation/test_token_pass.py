@@ -14,7 +14,9 @@ def read(request, trained):
     original = token_pass.CPU_BATCH_VALUES
     token_pass.CPU_BATCH_VALUES = request.param
     saes = {name: trained.sae(name) for name in ("lambda=0.1", "lambda=1")}
-    yield read_features(trained.dataset("test"), saes, {"lambda=0.1": [5], "lambda=1": [3, 0]})
+    dataset = trained.dataset("test")
+    all_recordings = np.ones(len(dataset.recordings), bool)
+    yield read_features(dataset, saes, {"lambda=0.1": [5], "lambda=1": [3, 0]}, all_recordings)
     token_pass.CPU_BATCH_VALUES = original
 
 
@@ -51,6 +53,22 @@ def test_strongest_tokens_are_the_largest_of_each_sequence(trained, read):
         assert len(set(sequence)) == TOP
         at_token = f[sequence, features.token[feature], feature]
         np.testing.assert_allclose(at_token, strongest[feature], rtol=2**-10)
+
+
+def test_recordings_without_labels_have_no_strongest_tokens(trained, read):
+    dataset = trained.dataset("test")
+    is_labelled = np.arange(len(dataset.recordings)) != 1
+    sequences = np.flatnonzero(is_labelled[dataset.recording])
+    assert 0 < len(sequences) < len(dataset.recording)
+    sae = trained.sae()
+    part = read_features(dataset, {"sae": sae}, {"sae": [3, 0]}, is_labelled)["sae"]
+    np.testing.assert_array_equal(part.active, read["lambda=1"].active)
+    np.testing.assert_array_equal(part.chosen, read["lambda=1"].chosen[:, sequences])
+    x = dataset.read(0, len(dataset.recording))[:, dataset.tokens.located]
+    f = np.asarray(sae.encode(x))[sequences]
+    strongest = -np.sort(-f.max(axis=1), axis=0)[:TOP].T
+    np.testing.assert_allclose(part.value, strongest, rtol=2**-10, atol=1e-6)
+    assert np.isin(part.sequence[part.value > 0], sequences).all()
 
 
 def test_precision_counts_the_tokens_inside():
