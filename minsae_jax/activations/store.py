@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from warnings import warn
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +33,7 @@ from minsae_jax.activations.shards import (
     shard_files,
 )
 from minsae_jax.checksums import read_npz
+from minsae_jax.eeg.splits import patient_of
 from minsae_jax.errors import UserError
 from minsae_jax.files import sha256_of
 from minsae_jax.monitor import progress
@@ -324,3 +326,19 @@ def _open_without_manifest(folder: Path, layer: int | None) -> Store:
         dtype_on_disk=dtype_name,
         manifest=None,
     )
+
+
+def warn_of_common_patients(held_out: Store, train_recordings: set[str]) -> None:
+    """Warn if patients are in both stores, as after `extract` with two --split_seed.
+
+    train_recordings: file names of the recordings that members are trained on.
+    """
+    patients = set(map(patient_of, held_out.recordings()))
+    common = patients & set(map(patient_of, train_recordings))
+    if common:
+        warn(
+            f"{len(common)} of the {len(patients)} patients in {held_out.folder} are also in the "
+            f"train store (such as {min(common)}), so that measures on them are too good; extract "
+            "all splits with the same --split_seed",
+            stacklevel=3,
+        )

@@ -55,6 +55,7 @@ class Source(Protocol):
     def d_model(self) -> int: ...
     @property
     def dtype(self) -> np.dtype: ...  # after reading
+    def recordings(self) -> set[str]: ...  # file names; none if they are unknown
     def verify(self, share: Share = WHOLE) -> None: ...  # raises UserError if checksums differ
 
     # Shards: the parts of the source in order, as minSAE reads them.

@@ -109,6 +109,10 @@ class LiveStore:
         out[: len(tokens)] = tokens
         return len(tokens)
 
+    def recordings(self) -> set[str]:
+        """Return the file names of the recordings."""
+        return set(self.windows.files)
+
     def verify(self, share: Share = WHOLE) -> None:
         """Do nothing: `open_recordings` has checked all samples."""
 

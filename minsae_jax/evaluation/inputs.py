@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from minsae_jax.activations.store import sibling_store
+from minsae_jax.activations.store import open_store, sibling_store, warn_of_common_patients
 from minsae_jax.eeg.events import EVENTS
+from minsae_jax.eeg.recordings import LENGTHS, read_lengths, recordings_folder
+from minsae_jax.eeg.splits import patient_of, read_splits, splits_path
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
@@ -125,8 +127,10 @@ def open_inputs(
     val = _open_split(settings, train_config, encoder, "val", settings.val_store)
     if encoder is None:
         _check_stores(members, [test] if val is None else [test, val])
-    _warn_of_training_patients(Path(train_config.store), test)
+    train_recordings = _train_recordings(train_config)
+    _warn_of_training_patients(train_config, train_recordings, test)
     if val is not None:
+        warn_of_common_patients(val.store, train_recordings)
         _warn_of_val_patients(val, test)
     has_events = _can_use_events(test, val)
     out = Path(settings.out or run)
@@ -169,11 +173,30 @@ def open_members(run: Path) -> tuple[Member, ...]:
     return tuple(sorted(members, key=lambda member: sort_key(member.hyper)))
 
 
-def _warn_of_training_patients(train_store: Path, test: Dataset) -> None:
-    """Warn if the store to evaluate on is the one that the members were trained on."""
+def _train_recordings(config: TrainConfig) -> set[str]:
+    """Return the file names of the recordings that members were trained on; none if unknown."""
+    try:
+        if not config.live:
+            return open_store(config.store, config.cache_layer).recordings()
+        folder = recordings_folder(Path(str(config.root_path)))
+        names = set(read_lengths(folder / LENGTHS))
+        if config.split == "all":
+            return names
+        patients = set(read_splits(splits_path(folder, config.split_seed))[config.split])
+    except UserError:
+        return set()  # the store or the recordings were moved or removed since
+    return {name for name in names if patient_of(name) in patients}
+
+
+def _warn_of_training_patients(
+    config: TrainConfig, train_recordings: set[str], test: Dataset
+) -> None:
+    """Warn if patients to evaluate on are among those that the members were trained on."""
     folder = test.store.folder.resolve()
     is_train_split = test.store.require_manifest().data.get("split") == "train"
-    if is_train_split or train_store.resolve() in (folder, folder.parent):
+    if not is_train_split and Path(config.store).resolve() not in (folder, folder.parent):
+        warn_of_common_patients(test.store, train_recordings)
+    else:
         warnings.warn(
             f"{test.store.folder} contains the patients that the members were trained on; the "
             "measures are not those of held-out patients",

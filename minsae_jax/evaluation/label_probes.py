@@ -15,6 +15,7 @@ from scipy.stats import rankdata
 from minsae_jax.estimates import Estimate, Interval
 from minsae_jax.evaluation.label_tests import usable_label
 from minsae_jax.evaluation.labels import PatientLabel
+from minsae_jax.evaluation.permutations import ROUNDING
 from minsae_jax.evaluation.pooling import PatientValues
 from minsae_jax.evaluation.ranking import auc
 
@@ -141,7 +142,7 @@ def _score(
         test_order = rng.permutation(len(held_out.targets))
         _, permuted[i] = probe(fit.targets[val_order], held_out.targets[test_order])
     low, high = np.quantile(permuted, [0.025, 0.975]).tolist()
-    n_as_high = int((permuted >= score).sum())
+    n_as_high = int((permuted >= score - ROUNDING).sum())
     return ProbeScore(
         features=tuple(int(i) for i in chosen),
         score=score,

@@ -83,10 +83,10 @@ def summarise(errors: SubstitutionErrors, recordings: Sequence[str], seed: int) 
     np.add.at(sums, index, errors.by_window.T)
     # Sums, not means, over windows: their number cancels in the ratio.
     resampled = resamples.weights[:, resamples.unit] @ sums
-    # NaN in resamples where ablation loses nothing
+    # NaN in resamples where ablation loses nothing, as in `loss_recovered`
     ablation = resampled[:, 1] - resampled[:, 0]
     gain = resampled[:, 1] - resampled[:, 3]
-    recovered = gain / np.where(ablation != 0, ablation, np.nan)
+    recovered = gain / np.where(ablation > 0, ablation, np.nan)
     value = loss_recovered(by_mean, member, untouched)
     within = None
     if not np.isnan(value):
@@ -187,7 +187,8 @@ def _variants(kinds: Sequence[SAEKind]) -> Substitutes:
 def _draw_windows(dataset: Dataset, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Return up to `count` distinct (recording, window), sorted."""
     # A store has one sequence per channel, so each window is in it several times.
-    places = np.unique(np.stack([dataset.recording, dataset.window], axis=1), axis=0)
+    n_windows = int(dataset.window.max()) + 1
+    places = np.unique(dataset.recording.astype(np.int64) * n_windows + dataset.window)
     # Sorted, so that recordings are read one after the other.
     chosen = np.sort(rng.permutation(len(places))[:count])
-    return [(int(recording), int(window)) for recording, window in places[chosen]]
+    return [divmod(place, n_windows) for place in places[chosen].tolist()]

@@ -79,7 +79,8 @@ def _members_table(evaluation: Evaluation, has_stability: bool) -> str:
             row.append(_loss_cell(member))
         if member.stability is not None:
             shares = member.stability
-            row.append(f"{shares.share:.1%} ({shares.weighted_share:.0%})")
+            weighted = _number(shares.weighted_share, ".0%") or "undefined"
+            row.append(f"{shares.share:.1%} ({weighted})")
         rows.append(row)
     for pca in evaluation.pca:
         row = [pca.name, f"{pca.k:.1f}", f"{pca.fvu:.4f}", f"{pca.description_bits:.0f}", ""]
@@ -104,6 +105,11 @@ def _cell(measure: Estimate, digits: str) -> str:
     return f"{value:{digits}} [{within.low:{digits}}, {within.high:{digits}}]"
 
 
+def _number(value: float, digits: str) -> str:
+    """Return a measure, or nothing where it is undefined."""
+    return "" if math.isnan(value) else f"{value:{digits}}"
+
+
 def _events_table(evaluation: Evaluation) -> str:
     summaries = {member.member: member.event_summary for member in evaluation.members}
     summaries |= {pca.name: pca.event_summary for pca in evaluation.pca}
@@ -119,8 +125,8 @@ def _events_table(evaluation: Evaluation) -> str:
         row = [
             name,
             _cell(means.auc, ".3f"),
-            f"{means.token_auc:.3f}",
-            f"{means.precision:.1%}",
+            _number(means.token_auc, ".3f"),
+            _number(means.precision, ".1%"),
             str(means.pure_features),
             # It requires two kinds of events.
             "" if math.isnan(means.tpp.value) else _cell(means.tpp, ".2f"),
@@ -162,8 +168,8 @@ def _tokens_table(scores: Sequence[tuple[str, str, EventScore]]) -> str:
         row = [
             kind,
             of,
-            "" if math.isnan(score.token_auc) else f"{score.token_auc:.3f}",
-            "" if math.isnan(score.precision.value) else f"{score.precision.value:.0%}",
+            _number(score.token_auc, ".3f"),
+            _number(score.precision.value, ".0%"),
             f"{score.token_base_rate:.1%}",
             str(score.pure_features),
         ]

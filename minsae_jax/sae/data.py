@@ -11,7 +11,12 @@ from warnings import warn
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.activations.store import Store, open_store, sibling_store
+from minsae_jax.activations.store import (
+    Store,
+    open_store,
+    sibling_store,
+    warn_of_common_patients,
+)
 from minsae_jax.activations.stream import (
     OnError,
     ShuffleBuffers,
@@ -89,8 +94,8 @@ def open_train_data(
             f"it must be below {2**31:,}"
         )
     held_out = open_held_out(config, store)
-    if held_out and isinstance(store, Store) and process_index() == 0:
-        _warn_of_common_recordings(store, held_out)
+    if held_out and process_index() == 0:
+        warn_of_common_patients(held_out, store.recordings())
     if is_new:
         store.verify(process_share())
         if held_out:
@@ -230,19 +235,6 @@ def _mismatch(store: Source, held_out: Store) -> str | None:
         if is_known and expected != actual:
             return f"is from another {name.removesuffix('_index')} than the train store"
     return None
-
-
-def _warn_of_common_recordings(store: Store, held_out: Store) -> None:
-    """Warn if recordings are in both stores, as after `extract` with two --split_seed."""
-    recordings = held_out.recordings()
-    common = recordings & store.recordings()
-    if common:
-        warn(
-            f"{len(common)} of the {len(recordings)} recordings in {held_out.folder} are also in "
-            f"the train store (such as {min(common)}), so that metrics on held-out tokens are too "
-            "good; extract both with the same --split_seed",
-            stacklevel=2,
-        )
 
 
 def held_out_batches(

@@ -58,6 +58,9 @@ class RowNumbers:
     def fingerprint(self) -> str:
         return self.store.fingerprint
 
+    def recordings(self) -> set[str]:
+        return self.store.recordings()
+
     def verify(self, share: Share = WHOLE) -> None:
         self.store.verify(share)
 

@@ -88,6 +88,7 @@ def test_live_tokens_equal_those_of_a_store(encoder, settings, tmp_path, few_mix
     assert source.tokens_per_shard == store.tokens_per_shard
     assert (sum(source.tokens_per_shard), source.d_model) == (store.total_tokens, store.d_model)
     assert source.origin == store.origin
+    assert source.recordings() == store.recordings() != set()
     whole = np.concatenate([store.read(i) for i in range(len(store.shards))])
     np.testing.assert_allclose(
         np.concatenate([source.read(i) for i in range(len(store.shards))]), whole, atol=1e-5

@@ -16,6 +16,7 @@ from minsae_jax.evaluation import inputs, saved, summary
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate
 from minsae_jax.evaluation.loss_recovered import substitution_errors
+from minsae_jax.sae.config import load_run_config
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.member import load_sae, save_member
 
@@ -442,10 +443,45 @@ def test_saved_measures_are_used_until_something_changes(
     assert {part for name, part in written if name != "lambda=1"} == {"features"}
 
 
+def test_member_without_any_active_feature_has_no_nan_in_its_table(trained, settings, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    for name in ("lambda=0.1", "lambda=1"):
+        sae = load_sae(run / "members" / name)
+        save_member(
+            run / "members" / name, sae.params | {"b_enc": sae.params["b_enc"] - 1e6}, sae.config
+        )
+    evaluation = evaluate(replace(settings, run=str(run)), trained.encoder)
+    dead = evaluation.members[0]
+    assert dead.tokens.never_active_fraction == 1
+    assert dead.description_bits == 0
+    assert dead.event_summary.auc.value == 0.5
+    assert dead.event_summary.pure_features == 0
+    assert "nan" not in evaluation.summary()
+
+
 def test_evaluation_on_training_patients_warns(trained, settings):
     """Warnings are errors in tests, so that nothing is measured."""
     with pytest.raises(UserWarning, match="contains the patients that the members were trained on"):
         evaluate(replace(settings, store=str(trained.stores)), trained.encoder)
+
+
+def test_patients_that_are_also_in_the_train_store_are_a_warning(trained, settings):
+    """As if the val patients had been trained on, from their store or from their recordings."""
+    val = f"{trained.stores}_val"
+    settings = replace(settings, store=f"{trained.stores}_test", val_store=val)
+    config = load_run_config(trained.run)
+    live = replace(config, live=True, root_path=str(trained.recordings), val_store=val)
+    for right in (config, live, replace(config, store="moved")):
+        inputs.open_inputs(settings, trained.encoder, right)
+    n = len(set(trained.dataset("val").patients))
+    for wrong in (replace(config, store=val), replace(live, split="val")):
+        with pytest.warns(UserWarning, match=f"{n} of the {n} patients in .*_val.* train store"):
+            inputs.open_inputs(settings, trained.encoder, wrong)
+    with pytest.warns(UserWarning, match="are also in the train store") as caught:
+        inputs.open_inputs(settings, trained.encoder, replace(live, split="all"))
+    assert len(caught) == 2  # of val and test
 
 
 def test_evaluation_on_val_patients_warns(trained, settings):

@@ -12,6 +12,7 @@ from minsae_jax import SparseAutoencoder
 from minsae_jax.encoder.base import DEFAULT_OPTIONS
 from minsae_jax.encoder.native import bind
 from minsae_jax.encoder.patchtst.model import PatchTST, patches
+from minsae_jax.evaluation.bootstrap import draw_weights
 from minsae_jax.evaluation.loss_recovered import (
     SubstitutionErrors,
     loss_recovered,
@@ -68,6 +69,22 @@ def test_loss_recovered_is_undefined_where_ablation_does_not_raise_the_error(abl
     assert result.loss_recovered.interval is None
     assert result.masked_error == pytest.approx(1.5)
     assert result.loss_recovered_of_zero_ablation == pytest.approx(0.75)
+
+
+def test_resamples_in_which_ablation_lowers_the_error_are_left_out():
+    """The SAE loses a tenth of each window; mean-ablation gains in those of one patient."""
+    untouched = np.ones(6)
+    ablated = np.array([2, 2, 2, 2, 2, -1.5])
+    member = np.full(6, 1.1)
+    names = [f"p{i}_s001_t000.npy" for i in range(6)]
+    errors = SubstitutionErrors(np.stack([untouched, ablated, ablated, member]), np.arange(6))
+    low, high = summarise(errors, names, seed=0).loss_recovered.interval
+    # What remains after the loss of 0.6 is between 0 and all of it.
+    n_lowered = draw_weights(6, seed=0)[:, 5]
+    raised = 6 - 3.5 * n_lowered
+    recovered = 1 - 0.6 / raised[raised > 0]
+    assert (raised < 0).sum() > 50
+    assert recovered.min() <= low <= high <= recovered.max() < 1
 
 
 def test_interval_is_over_patients():

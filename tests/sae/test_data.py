@@ -103,16 +103,16 @@ def write_recordings(out, recordings, split):
     )
 
 
-def test_held_out_recordings_in_the_train_store_are_a_warning(settings, tmp_path, recwarn):
+def test_held_out_patients_in_the_train_store_are_a_warning(settings, tmp_path, recwarn):
     write_recordings(tmp_path / "mine", ["a_1.npy", "b_1.npy", "c_1.npy"], "train")
     write_recordings(tmp_path / "mine", ["d_1.npy", "e_1.npy", "f_1.npy"], "val")
     settings = replace(settings, store=str(tmp_path / "mine"), batch_size=8, num_steps=2)
     train(settings)
     assert not recwarn.list
     other = tmp_path / "other_seed"
-    write_recordings(other, ["d_1.npy", "c_1.npy", "b_1.npy"], "val")
+    write_recordings(other, ["d_1.npy", "c_2.npy", "b_1.npy"], "val")
     settings = replace(settings, val_store=f"{other}_val", run_dir=str(tmp_path / "second"))
-    message = r"2 of the 3 recordings in .*other_seed_val.* train store \(such as b_1\.npy\)"
+    message = r"2 of the 3 patients in .*other_seed_val.* train store \(such as b\)"
     with pytest.warns(UserWarning, match=message):
         train(settings)
 
