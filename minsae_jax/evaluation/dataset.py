@@ -91,8 +91,21 @@ class TokenPlaces:
 
     def sequences_of(self, recording: int) -> tuple[int, int]:
         """Return the first sequence of a recording and the one after its last."""
-        start, stop = np.searchsorted(self.recording, [recording, recording + 1])
-        return int(start), int(stop)
+        return int(self._bounds[recording]), int(self._bounds[recording + 1])
+
+    @property
+    def windows(self) -> Int[np.ndarray, "windows 2"]:
+        """Recording and window of all windows, in order."""
+        # A store has one sequence per channel, so each window is in it several times. Single
+        # numbers are sorted faster than pairs.
+        n_windows = int(self.window.max()) + 1
+        number = np.unique(self.recording.astype(np.int64) * n_windows + self.window)
+        return np.stack(np.divmod(number, n_windows), axis=1)
+
+    @cached_property
+    def _bounds(self) -> Int[np.ndarray, " recordings+1"]:
+        """First sequence of each recording, and the number of sequences."""
+        return np.searchsorted(self.recording, np.arange(len(self.recordings) + 1))
 
     def first_samples(
         self,

@@ -186,9 +186,7 @@ def _variants(kinds: Sequence[SAEKind]) -> Substitutes:
 
 def _draw_windows(dataset: Dataset, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:
     """Return up to `count` distinct (recording, window), sorted."""
-    # A store has one sequence per channel, so each window is in it several times.
-    n_windows = int(dataset.window.max()) + 1
-    places = np.unique(dataset.recording.astype(np.int64) * n_windows + dataset.window)
+    windows = dataset.windows
     # Sorted, so that recordings are read one after the other.
-    chosen = np.sort(rng.permutation(len(places))[:count])
-    return [divmod(place, n_windows) for place in places[chosen].tolist()]
+    chosen = np.sort(rng.permutation(len(windows))[:count])
+    return [(recording, window) for recording, window in windows[chosen].tolist()]

@@ -105,7 +105,6 @@ def _make_meta(
     sampling_rate = test.sampling_rate
     names = test.channel_names
     positions = test.positions
-    windows = np.unique(np.stack([test.recording, test.window]), axis=1)
     return ReportMeta(
         title=f"{run.name}: {member.name}",
         member=member.name,
@@ -114,7 +113,7 @@ def _make_meta(
         layer=manifest.layer,
         created_with=f"minsae_jax {version('minsae_jax')}",
         n_tokens=test.store.total_tokens,
-        n_windows=windows.shape[1],
+        n_windows=len(test.windows),
         n_recordings=len(test.recordings),
         n_patients=len(set(test.patients)),
         split=manifest.data.get("split", "test"),

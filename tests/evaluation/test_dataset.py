@@ -29,6 +29,16 @@ def test_batches_are_in_order_and_of_one_recording(trained):
     assert next_sequence == len(dataset.recording)
 
 
+def test_sequences_and_windows_of_each_recording(trained):
+    dataset = trained.dataset("test")
+    places = set(zip(dataset.recording.tolist(), dataset.window.tolist(), strict=True))
+    assert [tuple(place) for place in dataset.windows.tolist()] == sorted(places)
+    for recording in range(len(dataset.recordings)):
+        first, stop = dataset.sequences_of(recording)
+        expected = np.flatnonzero(dataset.recording == recording)
+        assert list(range(first, stop)) == expected.tolist()
+
+
 def test_window_is_cut_from_the_recording(trained):
     dataset = trained.dataset("test")
     eeg = load_recording(trained.recordings / dataset.recordings[1])
