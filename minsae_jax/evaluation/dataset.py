@@ -103,7 +103,7 @@ class TokenPlaces:
         return np.stack(np.divmod(number, n_windows), axis=1)
 
     @cached_property
-    def _bounds(self) -> Int[np.ndarray, " recordings+1"]:
+    def _bounds(self) -> Int[np.ndarray, " bounds"]:
         """First sequence of each recording, and the number of sequences."""
         return np.searchsorted(self.recording, np.arange(len(self.recordings) + 1))
 

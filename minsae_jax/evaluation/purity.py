@@ -30,7 +30,7 @@ class _Events(NamedTuple):
     # In order
     start: Int[np.ndarray, " events"]
     # Largest stop of the first i events; 0 before the first
-    latest_stop: Int[np.ndarray, " events+1"]
+    latest_stop: Int[np.ndarray, " counts"]
 
     def touch(
         self, begin: Int[np.ndarray, "*n"], stop: Int[np.ndarray, "*n"]
