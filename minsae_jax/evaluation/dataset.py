@@ -120,8 +120,12 @@ class TokenPlaces:
         return self.window[sequence].astype(np.int64) * self.seq_len + sample_in_window
 
     def lengths(self, token: Int[np.ndarray, "*n"]) -> Int[np.ndarray, "*n"]:
-        """Return the number of samples of each token; that of a CLS token is meaningless."""
-        return self.tokens.last[token] - self.tokens.first[token] + 1
+        """Return the number of samples of each token; that of a CLS token is meaningless.
+
+        Samples that a padded patch has after its window are not those of the recording there.
+        """
+        last = np.minimum(self.tokens.last[token], self.seq_len - 1)
+        return last - self.tokens.first[token] + 1
 
     def channels_of(
         self,

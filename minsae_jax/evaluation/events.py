@@ -4,7 +4,7 @@
 compared with a random span of the same length, on the same channels of the same recording. The
 score of a span is the largest activation of a feature over the tokens of its channels that it
 touches. No token of the random span touches an event of the same kind. Both spans begin at the same
-offset from the tokens and so touch equally many: the largest of more tokens is larger by chance.
+offset from the tokens and touch equally many: the largest of more tokens is larger by chance.
 """
 
 import csv
@@ -169,14 +169,17 @@ def draw_spans(
         # is_taken[i + 1] says whether sample i is part of a token that an event touches, so that
         # its cumulative sum counts such samples before each sample. A span is free if it does not
         # grow in it.
-        is_taken = np.zeros(end + 1, np.int64)
+        is_taken = np.zeros(end + 1, np.int32)
         begin, stop = _tokens_between(dataset, end)
+        # Tokens that begin before each sample, and those that end there or before
+        n_begun = np.insert(np.bincount(begin, minlength=end).cumsum(dtype=np.int32), 0, 0)
+        n_ended = np.bincount(stop, minlength=end + 1).cumsum(dtype=np.int32)
         for event in in_recording:
             is_touched = (begin < event.stop) & (stop > event.start)
             first = begin[is_touched].min(initial=event.start)
             last = stop[is_touched].max(initial=event.stop)
             is_taken[first + 1 : last + 1] = 1
-        n_taken = np.cumsum(is_taken)
+        n_taken = np.cumsum(is_taken, dtype=np.int32)
         windows = np.arange(0, end, dataset.seq_len)
         for event in drawn[recording]:
             if event.stop > end:
@@ -186,6 +189,9 @@ def draw_spans(
             starts = windows[:, None] + np.arange(offset, dataset.seq_len, step)
             starts = starts[starts <= end - length]
             starts = starts[n_taken[starts] == n_taken[starts + length]]
+            n_touched = n_begun[starts + length] - n_ended[starts]
+            # It differs where tokens overlap, or do not fill the window.
+            starts = starts[n_touched == n_begun[event.stop] - n_ended[event.start]]
             if len(starts):
                 start = int(rng.choice(starts))
                 span = Span(recording, event.start, event.stop, event.channels, is_event=True)
@@ -217,7 +223,8 @@ def _tokens_between(
 ) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " tokens"]]:
     """Return first sample, and the one after the last, of the tokens in all windows up to `end`."""
     located = dataset.tokens.located
-    in_window = np.stack([dataset.tokens.first[located], dataset.tokens.last[located] + 1])
+    first = dataset.tokens.first[located]
+    in_window = np.stack([first, first + dataset.lengths(located)])
     distinct = np.unique(in_window, axis=1).astype(np.int64)
     windows = np.arange(0, end, dataset.seq_len)
     begin, stop = (distinct[:, None, :] + windows[None, :, None]).reshape(2, -1)
@@ -324,8 +331,7 @@ def event_share(
         if name not in by_recording:
             continue
         first, last = dataset.sequences_of(recording)
-        # The last patch of a window may end after it: one more window of room.
-        n_samples = windows_end(dataset, recording) + dataset.seq_len
+        n_samples = windows_end(dataset, recording)
         # The last row is of any channel, so that -1 is its index.
         is_event = np.zeros((dataset.n_vars + 1, n_samples + 1), bool)
         for event in by_recording[name]:

@@ -11,6 +11,7 @@ from minsae_jax.evaluation.dataset import Dataset, open_dataset
 CHANNELS = 2
 TOKENS = 4  # per sequence, of 10 samples each
 SEQ_LEN = 40
+GRID = TokenGrid.patches(TOKENS, SEQ_LEN // TOKENS)
 SAMPLING_RATE = 100  # Hz, that of recordings without a description
 
 
@@ -54,7 +55,14 @@ def draw_dictionary(rng: np.random.Generator, n_features: int, d_model: int) -> 
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def write_planted(folder: Path, activations: np.ndarray, places: Places, split="test") -> Dataset:
+def write_planted(
+    folder: Path,
+    activations: np.ndarray,
+    places: Places,
+    split: str = "test",
+    tokens: TokenGrid = GRID,
+    seq_len: int = SEQ_LEN,
+) -> Dataset:
     """Write recordings of zeros and a store, and open them."""
     recordings = folder / "recordings"
     recordings.mkdir(exist_ok=True)
@@ -66,8 +74,8 @@ def write_planted(folder: Path, activations: np.ndarray, places: Places, split="
         folder / "store",
         activations.astype(np.float32),
         encoder="planted",
-        tokens=TokenGrid.patches(TOKENS, SEQ_LEN // TOKENS),
-        seq_len=SEQ_LEN,
+        tokens=tokens,
+        seq_len=seq_len,
         recordings=places.recordings,
         recording=places.recording,
         window=places.window,

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from minsae_jax import UserError
+from minsae_jax import TokenGrid, UserError
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.evaluation.events import (
     LabelledEvent,
@@ -21,7 +21,13 @@ from minsae_jax.evaluation.events import (
     tokens_of,
 )
 from minsae_jax.evaluation.ranking import auc
-from tests.evaluation.planted import SEQ_LEN, make_places, true_autoencoder, write_planted
+from tests.evaluation.planted import (
+    SEQ_LEN,
+    Places,
+    make_places,
+    true_autoencoder,
+    write_planted,
+)
 
 
 def test_tokens_of_a_span(trained):
@@ -58,6 +64,64 @@ def test_spans_without_an_event_touch_no_event(trained):
             if event.recording == dataset.recordings[span.recording]:
                 assert span.stop <= event.start or span.start >= event.stop
     assert spans == draw_spans(dataset, events, seed=0)
+
+
+GRIDS = {
+    "overlapping": (TokenGrid.patches(7, 10, 5), 40),
+    "gaps": (TokenGrid.patches(3, 10, n_cls=1), 37),
+    "padded": (TokenGrid.patches(4, 10, 9, first_sample=3), 37),
+    "channels": (TokenGrid.patches(4, 10, n_channels=2, n_cls=1), 40),
+    "uneven": (TokenGrid(np.full(3, -1), np.array([0, 3, 20]), np.array([5, 9, 39])), 40),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_spans_and_shares_of_any_grid_by_brute_force(name, tmp_path):
+    grid, seq_len = GRIDS[name]
+    places = make_places(3, 12)
+    if name == "channels":  # a sequence is a whole window
+        first = places.channel == 0
+        arrays = (places.recording[first], places.window[first], np.full(first.sum(), -1))
+        places = Places(places.recordings, *arrays)
+    x = np.zeros((len(places.recording), grid.n_tokens, 4))
+    dataset = write_planted(tmp_path, x, places, tokens=grid, seq_len=seq_len)
+    rng = np.random.default_rng(0)
+    events = []
+    for recording in dataset.recordings[:3]:
+        for start in rng.integers(0, 12 * seq_len, 5).tolist():
+            channels = ((0,), (1,), (0, 1))[start % 3]
+            events.append(LabelledEvent(recording, start, start + 1 + start % 29, channels))
+    # Padding after a window is not part of the recording.
+    begin = dataset.window[:, None] * seq_len + grid.first
+    stop = dataset.window[:, None] * seq_len + np.minimum(grid.last + 1, seq_len)
+    channel = np.where(grid.channel >= 0, grid.channel, dataset.channel[:, None])
+    share = np.zeros(channel.shape)
+    for event in events:
+        is_there = np.isin(channel, event.channels)
+        is_there &= (dataset.recording == dataset.recordings.index(event.recording))[:, None]
+        for sequence, token in np.argwhere(is_there & (grid.first >= 0)):
+            samples = np.arange(begin[sequence, token], stop[sequence, token])
+            same = [other for other in events if other.recording == event.recording]
+            same = [other for other in same if channel[sequence, token] in other.channels]
+            inside = np.zeros(len(samples), bool)
+            for other in same:
+                inside |= (samples >= other.start) & (samples < other.stop)
+            share[sequence, token] = inside.mean()
+    expected = share[:, grid.located]
+    np.testing.assert_allclose(event_share(dataset, events), expected, atol=1e-6)
+
+    def touched(span):
+        is_touched = (begin < span.stop) & (stop > span.start) & np.isin(channel, span.channels)
+        is_touched &= (dataset.recording == span.recording)[:, None] & (grid.first >= 0)
+        found = set(zip(*(places.tolist() for places in tokens_of(dataset, span)), strict=True))
+        assert found == set(map(tuple, np.argwhere(is_touched).tolist()))
+        return is_touched
+
+    spans = draw_spans(dataset, events, seed=0)
+    assert len(spans) > 10
+    for of_event, other in zip(spans[::2], spans[1::2], strict=True):
+        assert touched(of_event).sum() == touched(other).sum()
+        assert share[touched(other)].sum() == 0
 
 
 @pytest.fixture(scope="module")
