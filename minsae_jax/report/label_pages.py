@@ -43,8 +43,6 @@ def label_page(association: LabelAssociation, associations: Associations) -> Lab
     label = association.label
     test = association.tests.test
     notes = [association.tests.note] if association.tests.note else []
-    if label.n_ambiguous:
-        notes.append(f"{label.n_ambiguous} patients with several categories are left out")
     features = []
     if test is not None:
         order = np.argsort(test.p, kind="stable")[:RANKED]
@@ -72,6 +70,8 @@ def label_page(association: LabelAssociation, associations: Associations) -> Lab
 
 
 def _values(label: PatientLabel) -> str:
+    if len(label.values) == 0:
+        return "none"
     if label.is_number:
         low, middle, high = np.quantile(label.values, [0, 0.5, 1])
         return f"{low:g} to {high:g}, median {middle:g}"

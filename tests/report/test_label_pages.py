@@ -1,0 +1,39 @@
+"""Pages of labels, made from a labels.csv."""
+
+import numpy as np
+
+from minsae_jax.evaluation.associations import measure_associations
+from minsae_jax.evaluation.inputs import EvaluationInputs, Member
+from minsae_jax.report.label_pages import label_page
+from tests.evaluation.planted import (
+    draw_codes,
+    draw_dictionary,
+    make_places,
+    true_autoencoder,
+    write_planted,
+)
+
+
+def test_pages_of_labels_without_values_and_of_ambiguous_patients(tmp_path):
+    """`empty` has no value at all, `other` none of these patients; p001 has two recordings."""
+    rng = np.random.default_rng(0)
+    dictionary = draw_dictionary(rng, 4, 8)
+    places = make_places(3, 2)
+    dataset = write_planted(tmp_path, draw_codes(rng, places, 4) @ dictionary, places)
+    names = dataset.recordings
+    lengths = dataset.folder / "file_lengths_map.csv"
+    lengths.write_text(f"{lengths.read_text()}p009_s001_t000.npy,9\n")
+    rows = [f"{name},,,{drug}" for name, drug in zip(names, "abca", strict=True)]
+    text = "\n".join(["recording,empty,other,drug", *rows, "p009_s001_t000.npy,,7.5,a"])
+    (dataset.folder / "labels.csv").write_text(text)
+    member = Member("planted", true_autoencoder(dictionary))
+    inputs = EvaluationInputs(
+        tmp_path, tmp_path, None, (member,), dataset, val=None, has_events=False
+    )
+    associations = measure_associations(inputs, member, "mean", seed=0)
+    pages = {label.label.name: label_page(label, associations) for label in associations.labels}
+    for name in ("empty", "other"):
+        assert (pages[name].patients, pages[name].values) == (0, "none")
+        assert pages[name].notes[0] == "not tested: 0 patients with a value"
+    assert pages["drug"].values == "a 2, b 0, c 0"
+    assert sum("several categories" in note for note in pages["drug"].notes) == 1
