@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import mannwhitneyu
 
 import minsae_jax as ms
 from minsae_jax import UserError
@@ -15,6 +16,7 @@ from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation import inputs, saved, summary
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate
+from minsae_jax.evaluation.events import event_share, read_events
 from minsae_jax.evaluation.loss_recovered import substitution_errors
 from minsae_jax.sae.config import load_run_config
 from minsae_jax.sae.hyper import SYMBOLS
@@ -587,6 +589,45 @@ def test_kinds_without_spans_are_named_in_a_warning(trained, settings, tmp_path,
     with pytest.warns(UserWarning, match=match) as caught_again:
         evaluate(changed, trained.encoder)
     assert [str(w.message) for w in caught_again] == [str(warning.message)]
+
+
+def test_tokens_of_recordings_without_labels_do_not_count(
+    trained, settings, tmp_path, without_figure
+):
+    recordings = tmp_path / "recordings"
+    shutil.copytree(trained.recordings, recordings)
+    test = trained.dataset("test")
+    lines = (recordings / "events.csv").read_text().splitlines(keepends=True)
+    unlabelled = test.recordings[0]
+    kept = [line for line in lines if not line.startswith(f"{unlabelled},")]
+    assert len(kept) < len(lines)
+    (recordings / "events.csv").write_text("".join(kept))
+    out = tmp_path / "out"
+    out.mkdir()
+    changed = replace(settings, member="lambda=1", root_path=str(recordings), out=str(out))
+    result = evaluate(changed, trained.encoder)
+    is_labelled = test.recording != 0
+    assert 0 < is_labelled.sum() < len(is_labelled)
+    f = np.asarray(trained.sae().encode(test.read(0, len(test.recording))))
+    f = f[is_labelled][:, test.tokens.located]
+    for kind, events in read_events(recordings).items():
+        if kind not in result.members[0].events:
+            continue
+        share = event_share(test, events)[is_labelled]
+        score = result.members[0].events[kind]
+        assert score.token_base_rate == (share > 0).mean()
+        values = f[..., score.feature]
+        # Each sequence has one of the strongest tokens.
+        strongest = np.argsort(-values.max(axis=1), kind="stable")[: score.examples]
+        hits = share[strongest, values[strongest].argmax(axis=1)] > 0
+        assert score.precision.value == pytest.approx(hits.mean(), abs=0.03)
+        covered = share >= 0.5
+        if not covered.any():
+            assert np.isnan(score.token_auc)
+            continue
+        u = mannwhitneyu(values[covered], values[~covered]).statistic
+        expected = u / (covered.sum() * (~covered).sum())
+        assert score.token_auc == pytest.approx(expected, abs=1e-3)
 
 
 def test_without_events_there_are_no_scores(trained, settings, monkeypatch, without_figure):
