@@ -337,8 +337,8 @@ def warn_of_common_patients(held_out: Store, train_recordings: set[str]) -> None
     common = patients & set(map(patient_of, train_recordings))
     if common:
         warn(
-            f"{len(common)} of the {len(patients)} patients in {held_out.folder} are also in the "
-            f"train store (such as {min(common)}), so that measures on them are too good; extract "
-            "all splits with the same --split_seed",
+            f"{len(common)} of the {len(patients)} patients in {held_out.folder} have names of "
+            f"patients in the train store (such as {min(common)}); if they are the same people, "
+            "measures on them are too good: extract all splits with the same --split_seed",
             stacklevel=3,
         )
