@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from minsae_jax.interrupts import exit_during_imports
+
+exit_during_imports()
+
 from convert import verify
 from convert.encoder import convert, describe, read_source
 from convert.patchtst import write_pytorch

@@ -5,7 +5,6 @@ for JAX.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -130,6 +129,8 @@ _NAMES_OF_MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("minsae_jax")
     for module, names in _NAMES_OF_MODULES.items():
         if name in names:

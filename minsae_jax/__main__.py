@@ -7,6 +7,10 @@ import sys
 from typing import TYPE_CHECKING
 
 import minsae_jax
+from minsae_jax.interrupts import exit_during_imports
+
+exit_during_imports()
+
 from minsae_jax import api, cli
 from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.synthetic import DemoConfig

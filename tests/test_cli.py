@@ -183,6 +183,37 @@ def test_interrupt_exits_with_130(capsys):
     assert capsys.readouterr().err == "interrupted; rerun the same command to resume\n"
 
 
+INTERRUPTED_IMPORT = """
+import runpy, signal, sys
+
+program, module, *arguments = sys.argv[1:]
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv = [program, *arguments]
+runpy.run_module(program, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("minsae_jax", "minsae_jax.api", "--help"),
+        ("minsae_jax", "jax", "extract", "--root_path", "recordings", "--out", "store"),
+        ("convert", "convert.verify", "--help"),
+    ],
+)
+def test_interrupt_during_imports_is_one_line(words):
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT, *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr == "interrupted; rerun the same command to resume\n"
+
+
 @pytest.mark.parametrize(("main", "prog", "name", "verb"), COMMANDS)
 def test_help_explains_every_setting_and_default_once(capsys, main, prog, name, verb):
     text = help_of(capsys, main, name, "--help")

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {  # a package may import from lower floors and from itself, never sideways or up
     "minsae_jax.errors": 0,
     "minsae_jax.estimates": 0,
+    "minsae_jax.interrupts": 0,
     "minsae_jax.locks": 1,
     "minsae_jax.files": 2,
     "minsae_jax.settings": 3,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from minsae_jax.cli import lost_peer
 from minsae_jax.cli.memory import SMALLER, advice, memory_limit, run_in_child
 from minsae_jax.errors import Stopped, UserError, brief
+from minsae_jax.interrupts import INTERRUPTED, INTERRUPTED_CODE
 
 EXIT_SECONDS = 30  # that other threads may take to end after an error
 _is_command = False
@@ -63,8 +64,8 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         print(e, file=sys.stderr)
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; rerun the same command to resume", file=sys.stderr)
-        sys.exit(130)
+        print(INTERRUPTED, file=sys.stderr)
+        sys.exit(INTERRUPTED_CODE)
     except Exception as e:
         if debug:
             traceback.print_exc()
