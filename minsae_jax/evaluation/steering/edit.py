@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, Downstream
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import Dataset, open_recording
+from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import (
     fetch_batch,
     make_local_mesh,
@@ -115,17 +116,19 @@ class SteeredEncoder:
         # All batches have one size, so that there is one compilation.
         batch = min(BATCH_WINDOWS, len(places))
         per_device = -(-batch // self._mesh.size)
-        for start in range(0, len(places), batch):
-            windows = [self.read_window(place) for place in places[start : start + batch]]
-            x = put_batch(self._mesh, np.stack(windows), per_device)
-            downstream = self._run((encoder_params, edit), x)
-            n = len(windows)
-            hidden = _fetch(downstream.hidden, n)
-            last = _fetch(downstream.last, n)
-            patches = None
-            if downstream.patches is not None:
-                patches = _fetch(downstream.patches, n)
-            yield SteeredWindows(start, hidden, last, patches)
+        with progress("steer", len(places), "windows", delay=2.0) as bar:
+            for start in range(0, len(places), batch):
+                windows = [self.read_window(place) for place in places[start : start + batch]]
+                x = put_batch(self._mesh, np.stack(windows), per_device)
+                downstream = self._run((encoder_params, edit), x)
+                n = len(windows)
+                hidden = _fetch(downstream.hidden, n)
+                last = _fetch(downstream.last, n)
+                patches = None
+                if downstream.patches is not None:
+                    patches = _fetch(downstream.patches, n)
+                yield SteeredWindows(start, hidden, last, patches)
+                bar.advance(n)
 
     def strength(
         self, x: Float[np.ndarray, "*tokens d_model"], features: Sequence[int]
