@@ -1,5 +1,6 @@
 """Metrics files, TensorBoard and W&B of a run in training, and the export of its members."""
 
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
@@ -22,6 +23,9 @@ from minsae_jax.sae.snapshot import FeatureMeasures
 from minsae_jax.sae.sweep import IntervalMetrics
 from minsae_jax.settings import JsonObject
 
+# Before the next Pareto plot is drawn, except at the end: each takes 0.1 s of CPU time.
+PARETO_SECONDS = 10.0
+
 
 class RunLogger:
     """Writes the metrics and results of a run. Only one process of a cluster writes."""
@@ -43,6 +47,7 @@ class RunLogger:
         self._run_log: RunLog | None = None
         self._wandb: Wandb | None = None
         self._held_out_csv: Csv | None = None
+        self._pareto_due = time.monotonic() + PARETO_SECONDS
 
     @contextmanager
     def opened(self, progress: Progress) -> Iterator[None]:
@@ -121,7 +126,7 @@ class RunLogger:
         )
 
     def log_held_out(self, progress: Progress) -> None:
-        """Write every member's metrics on held-out tokens, and the Pareto plot."""
+        """Write every member's metrics on held-out tokens, and a Pareto plot if it is due."""
         if not self._held_out_csv or not self._run_log:
             return
         for name, metrics in progress.held_out.items():
@@ -129,8 +134,8 @@ class RunLogger:
             self._held_out_csv.writerow([progress.step, progress.tokens, name, *values])
             self._member_logs[name].write_held_out(progress.step, metrics)
         self._held_out_csv.flush()
-        self._draw_pareto(progress)
-        self._run_log.add_image_file("pareto", self.folder.pareto_png, progress.step)
+        if time.monotonic() >= self._pareto_due:
+            self._draw_pareto(progress)
 
     def log_features(self, step: int, measures: FeatureMeasures) -> None:
         """Write measures of the members' features to TensorBoard."""
@@ -208,7 +213,7 @@ class RunLogger:
         return config
 
     def _draw_pareto(self, progress: Progress) -> None:
-        """Plot L0 against FVU, on held-out tokens if there are any."""
+        """Plot L0 against FVU, on held-out tokens if there are any: then also for TensorBoard."""
         points = []
         for member in self.members:
             metrics = progress.held_out.get(member.name) or progress.metrics[member.name]
@@ -216,6 +221,9 @@ class RunLogger:
         where = "on held-out tokens" if progress.held_out else "in training"
         title = f"{self.folder.folder.name} {where}, step {progress.step:,}"
         draw_pareto(self.folder.pareto_png, points, title)
+        if progress.held_out and self._run_log:
+            self._run_log.add_image_file("pareto", self.folder.pareto_png, progress.step)
+        self._pareto_due = time.monotonic() + PARETO_SECONDS
 
 
 def interval_metrics(metrics: IntervalMetrics, i: int, l1_weight: float) -> Metrics:

@@ -83,7 +83,9 @@ def test_held_out_metrics_equal_those_of_the_exported_member(
     assert (run / "pareto.png").read_bytes().startswith(b"\x89PNG")
     of_run = EventAccumulator(str(run))
     of_run.Reload()
-    assert [image.step for image in of_run.Images("pareto")] == [15, 30, 40]
+    steps = [image.step for image in of_run.Images("pareto")]
+    assert steps[-1] == 40
+    assert set(steps) <= {15, 30, 40}  # only at the end, unless this takes ten seconds
     assert "val FVU" in summary
 
 
