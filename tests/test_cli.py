@@ -60,6 +60,7 @@ def help_of(capsys, main, *args: str) -> str:
         (["train", "--lr", "atuo"], "or auto, got 'atuo'; did you mean 'auto'?"),
         (["train", "--lr", "-1e-3"], "--lr must be"),
         (["train", "--lr", "auto", "auto"], "--lr contains duplicate values: auto auto"),
+        (["train", "--lr", "1e-3", "--lr=1e-4"], "--lr: given twice; write all values after one"),
         (["train", "--lr"], "--lr: expected at least one argument"),
         (["train", "--live=yes"], "--live/--no_live: ignored explicit argument 'yes'"),
         (["train", "--num_steps", "0"], "--num_steps must be"),

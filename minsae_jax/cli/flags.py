@@ -84,7 +84,9 @@ class Argument:
             group.add_argument(self.written, help=text, **options)
         elif self.has_many:
             aliases = [f"--{self.flag.alias}"] if self.flag.alias else []
-            group.add_argument(self.written, *aliases, nargs="+", metavar=self.metavar, help=text)
+            names = (self.written, *aliases)
+            options = {"nargs": "+", "metavar": self.metavar, "action": _Once}
+            group.add_argument(*names, help=text, **options)
         else:
             group.add_argument(self.written, metavar=self.metavar, help=text)
 
@@ -209,6 +211,15 @@ class _Switch(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         setattr(namespace, self.dest, not str(option).startswith("--no_"))
+
+
+class _Once(argparse.Action):
+    """A setting with several values, of which a second flag would replace the first ones."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            raise argparse.ArgumentError(self, "given twice; write all values after one flag")
+        setattr(namespace, self.dest, values)
 
 
 def _make_parser(
