@@ -94,6 +94,8 @@ def open_train_data(
             f"it must be below {2**31:,}"
         )
     held_out = open_held_out(config, store)
+    if config.events_path and held_out is None:
+        raise UserError("--events_path requires a store of val patients and --eval_every above 0")
     if held_out and process_index() == 0:
         warn_of_common_patients(held_out, store.recordings())
     if is_new:

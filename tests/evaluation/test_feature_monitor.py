@@ -1,6 +1,7 @@
 """Measures of features during training, on the events of the val patients."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,4 +89,6 @@ def test_folder_without_events_is_refused(trained, tmp_path):
     config = TrainConfig(store=str(trained.stores), run_dir=str(run), events_path=str(recordings))
     with pytest.raises(UserError, match=r"--events_path .* has no events\.csv"):
         train(config)
+    with pytest.raises(UserError, match="--events_path requires a store of val patients"):
+        train(replace(config, eval_every=0))
     assert not run.exists()
