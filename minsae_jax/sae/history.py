@@ -60,13 +60,14 @@ class Densities:
 def read_histories(run: Path) -> list[MemberHistory]:
     """Return the history of every member, sorted by hyper-parameters and cut to the same intervals.
 
-    Raises UserError if files are damaged, do not match the run's settings or have no rows yet.
+    There are none before the first log interval ends. Raises UserError if files are damaged or do
+    not match the run's settings.
     """
     folders = sorted(path.parent for path in (run / "members").glob("*/metrics.csv"))
     metrics = {folder.name: _read_metrics(folder / "metrics.csv") for folder in folders}
     intervals = min((len(rows) for rows in metrics.values()), default=0)
     if intervals == 0:
-        raise UserError(f"{run} has no metrics yet; wait for the first --eval_window steps")
+        return []
     d_saes = {_count_features(_frequencies_of(folder)) for folder in folders}
     hypers = _member_hypers(load_run_config(run), d_saes)
     if metrics.keys() != hypers.keys():

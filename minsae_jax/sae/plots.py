@@ -53,6 +53,8 @@ def plot(settings: PlotConfig) -> PlotFiles:
     # The PyTorch minSAE logs the L1 penalty with its weight.
     l1_title = "λ · L1" if load_run_config(run).recipe == "minsae" else "L1"
     histories = read_histories(run)
+    if not histories:
+        raise UserError(f"{run} has no metrics: the first are written after --eval_window steps")
     densities = read_densities(histories)
     out = Path(settings.out) if settings.out else run / "plots"
     make_folder(out)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import yaml
 
+import minsae_jax as ms
 from minsae_jax import UserError
 from minsae_jax.sae.history import read_densities, read_histories
 from tests.sae.conftest import INTERVALS
@@ -45,11 +46,12 @@ def test_incomplete_last_rows_are_ignored(plain_run):
     assert read_densities(histories).intervals.tolist() == list(range(29))
 
 
-def test_run_without_rows_is_an_error(plain_run):
+def test_run_without_rows_cannot_be_plotted_and_is_not_damaged(plain_run):
     path = plain_run / "members/lambda=10,d_sae=8/metrics.csv"
     path.write_text(path.read_text().splitlines()[0] + "\n")
-    with pytest.raises(UserError, match="has no metrics yet"):
-        read_histories(plain_run)
+    with pytest.raises(UserError, match="has no metrics"):
+        ms.plot(ms.PlotConfig(run=str(plain_run)))
+    assert ms.verify(ms.VerifyConfig(path=(str(plain_run),))).problems == []
 
 
 @pytest.mark.parametrize(
