@@ -262,11 +262,15 @@ class Store:
 def open_store(path: str | Path, layer: int | None = None) -> Store:
     """Open the store in a folder of shards, or in l{layer} of a folder of stores.
 
-    Headers and sizes are checked; checksums only by `Store.verify`. Raises UserError if the store
-    is missing, incomplete or damaged, or of another layer.
+    layer: needed if there are several. Headers and sizes are checked; checksums only by
+    `Store.verify`. Raises UserError if the store is missing, incomplete or damaged, or of another
+    layer.
     """
     folder = Path(path)
-    if layer is not None and (folder / f"l{layer}").is_dir():
+    layers = _layer_folders(folder)
+    if layer is None and len(layers) == 1:
+        folder = folder / layers[0]
+    elif f"l{layer}" in layers:
         folder = folder / f"l{layer}"
     if not folder.is_dir():
         raise UserError(f"there is no store {folder}; write one with `minsae extract`")
@@ -294,12 +298,16 @@ def open_store(path: str | Path, layer: int | None = None) -> Store:
     )
 
 
+def _layer_folders(folder: Path) -> list[str]:
+    """Return the names of the folders of layers, such as l-1, in a folder of stores."""
+    names = sorted(path.name for path in folder.glob("l*") if path.is_dir())
+    return [name for name in names if LAYER_FOLDER.fullmatch(name)]
+
+
 def _open_without_manifest(folder: Path, layer: int | None) -> Store:
     files = shard_files(folder)
     if not files:
-        folders = [path.name for path in folder.iterdir() if path.is_dir()]
-        layers = sorted(name for name in folders if LAYER_FOLDER.fullmatch(name))
-        content = ", ".join(layers) or "no b0000.npy"
+        content = ", ".join(_layer_folders(folder)) or "no b0000.npy"
         missing = "no store" if layer is None else f"no store of layer {layer}"
         raise UserError(f"there is {missing} in {folder}: it contains {content}")
     shards: list[Shard] = []

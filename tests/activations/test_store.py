@@ -273,6 +273,13 @@ def test_store_interrupted_at_its_first_file_is_resumed(tmp_path):
     assert opened(tmp_path) == (False, set())
 
 
+def test_only_layer_of_a_folder_is_opened(folder):
+    assert open_store(folder.parent).folder == folder
+    (folder.parent / "l0").mkdir()
+    with pytest.raises(UserError, match=r"no store in .*: it contains l-1, l0"):
+        open_store(folder.parent)
+
+
 def test_missing_stores_and_layers_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="there is no store"):
         open_store(tmp_path / "nowhere", -1)
