@@ -103,7 +103,8 @@ class SparseAutoencoder:
         tokens = x.reshape(-1, self.d_model)
         padded = pad_rows(tokens, power_of_two(len(tokens)))
         with jax.default_matmul_precision("highest"):
-            features = _encode_features(self.kind, self.params, padded, np.asarray(indices))
+            index = np.asarray(indices, np.int32)
+            features = _encode_features(self.kind, self.params, padded, index)
         without_padding = np.asarray(features)[: len(tokens)]
         return without_padding.reshape(*x.shape[:-1], len(indices))
 

@@ -92,6 +92,7 @@ def test_member_files(tmp_path):
     x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
     assert sae.encode(x).shape == (2, 3, 20)
     assert sae.decode(sae.encode(x)).shape == (2, 3, 8)
+    assert sae.encode_features(x, []).shape == (2, 3, 0)
     some = sae.encode_features(x, [3, 0])
     np.testing.assert_allclose(some, sae.encode(x)[..., np.array([3, 0])], atol=1e-6)
     np.testing.assert_allclose(sae(x), sae.decode(sae.encode(x)))
