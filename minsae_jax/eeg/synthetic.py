@@ -66,7 +66,10 @@ class DemoSize:
 # Bases in reverse order: dataclasses list the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(DemoSize, DemoOutput):
-    """Write synthetic EEG with planted, labelled events in the layout of the TUH corpus."""
+    """Write synthetic EEG with planted, labelled events in the layout of the TUH corpus.
+
+    `minsae demo --help` explains all settings.
+    """
 
     def __post_init__(self) -> None:
         check_settings(self)

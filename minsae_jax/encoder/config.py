@@ -89,7 +89,10 @@ class ExtractCompute(ClusterConfig):
 # Bases in reverse order: dataclasses list the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig(ExtractCompute, StoreOutput, EncoderChoice, RecordingsChoice):
-    """Run recordings through the encoder and store the activations of its layers."""
+    """Run recordings through the encoder and store the activations of its layers.
+
+    `minsae extract --help` explains all settings.
+    """
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -90,7 +90,10 @@ class ReportConfig:
 # Bases in reverse order: dataclasses list the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ReportConfig, MeasureConfig, EvaluationInputConfig):
-    """Evaluate the members of a run on held-out recordings and report on the features of one."""
+    """Evaluate the members of a run on held-out recordings and report on the features of one.
+
+    `minsae evaluate --help` explains all settings.
+    """
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -33,7 +33,10 @@ class ViewEncoder:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig(ViewEncoder):
-    """Show features over whole recordings."""
+    """Show features over whole recordings.
+
+    `minsae view --help` explains all settings.
+    """
 
     recording: Annotated[tuple[str, ...], Flag(positional=True)]
     """Recordings, .npy files of [time, channels]; dataset.json and events.csv are read if they are

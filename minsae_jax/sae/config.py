@@ -230,7 +230,10 @@ class RunFlags:
 # Bases in reverse order: dataclasses list the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, LiveFlags, SourceFlags):
-    """Train a sweep of sparse autoencoders, one for each combination of λ, lr, seed and size."""
+    """Train a sweep of sparse autoencoders, one for each combination of λ, lr, seed and size.
+
+    `minsae train --help` explains all settings.
+    """
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -419,7 +422,10 @@ def _kinds_with(setting: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Plot the metrics of a run over its steps, and animate the densities of its features."""
+    """Plot the metrics of a run over its steps, and animate the densities of its features.
+
+    `minsae plot --help` explains all settings.
+    """
 
     run: str
     """Folder of the run, finished or not."""

@@ -125,7 +125,10 @@ class ComputeFlags:
 # Bases in reverse order: dataclasses list the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(ComputeFlags, SelectionFlags, SignalFlags, PrepareOutput, PrepareSource):
-    """Convert EEG files into recordings for `extract`."""
+    """Convert EEG files into recordings for `extract`.
+
+    `minsae prepare --help` explains all settings.
+    """
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -41,7 +41,10 @@ class EditConfig:
 # Bases in reverse order: dataclasses list the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class SteerConfig(EditConfig, EvaluationInputConfig):
-    """Scale features of a run's SAE and measure what changes downstream."""
+    """Scale features of a run's SAE and measure what changes downstream.
+
+    `minsae steer --help` explains all settings.
+    """
 
     def __post_init__(self) -> None:
         check_settings(self)
