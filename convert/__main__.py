@@ -167,7 +167,7 @@ def sae(command: SaeCommand) -> None:
     converted = convert_sae(command.path, command.to, command.out)
     print(
         f"{converted.kind} autoencoder with d_model {converted.d_model}, d_sae {converted.d_sae}, "
-        f"read as {converted.source_format}, written as {converted.format} to {converted.path}"
+        f"read as {converted.source_format}, written as {converted.format} to {command.out}"
     )
 
 

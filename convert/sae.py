@@ -49,7 +49,7 @@ def convert_sae(path: str | Path, to: Format, out: str | Path) -> ConvertedSae:
     """Convert an autoencoder of any format into any format.
 
     Raises UserError if the source is not an autoencoder, cannot be represented, or if `out` exists
-    and is not an autoencoder of the requested format.
+    and is not an autoencoder of the requested format, or is a member of a run.
     """
     path = Path(path)
     out = Path(out).absolute()
@@ -114,6 +114,8 @@ def _check_replaceable(out: Path, to: Format) -> None:
     """Raise UserError unless `out` is missing, an SAE of this format, or part of one."""
     if not out.exists():
         return
+    if (out / "metrics.csv").exists():
+        raise UserError(f"{out} is a member of a run, which would be lost; choose another --out")
     is_folder_format = to in FOLDER_FORMATS
     if out.is_dir() and is_folder_format and _is_interrupted(out, to):
         return

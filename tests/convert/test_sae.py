@@ -78,6 +78,15 @@ def test_wrong_paths_are_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_member_of_a_run_is_not_replaced(tmp_path):
+    member = tmp_path / "member"
+    main(["sae", str(SOURCE), "--to", "member", "--out", str(member)])
+    main(["sae", str(SOURCE), "--to", "member", "--out", str(member)])
+    (member / "metrics.csv").write_text("step\n")
+    with pytest.raises(UserError, match="is a member of a run"):
+        main(["sae", str(SOURCE), "--to", "member", "--out", str(member)])
+
+
 def test_autoencoder_of_the_same_kind_is_replaced(tmp_path):
     for _ in range(2):
         main(["sae", str(SOURCE), "--to", "member", "--out", str(tmp_path / "member")])
