@@ -155,6 +155,10 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
     Raises UserError if there is none, or if its kind, names, shapes or values are invalid.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file; convert it with `python -m convert sae {folder} --to member`"
+        )
     if not (folder / WEIGHTS).is_file():
         raise UserError(
             f"{folder} has no {WEIGHTS}; choose a member's folder, runs/NAME/members/MEMBER"

@@ -121,6 +121,9 @@ def test_settings_of_the_kind_are_loaded(tmp_path):
 
 def test_wrong_members(tmp_path):
     params = {k: np.asarray(v) for k, v in RELU.init_torch(jax.random.key(0), 8, 20).items()}
+    (tmp_path / "sparse_autoencoder_final.pt").touch()
+    with pytest.raises(UserError, match="is a file; convert it with `python -m convert sae"):
+        load_sae(tmp_path / "sparse_autoencoder_final.pt")
     with pytest.raises(UserError, match=r"has no sae\.safetensors"):
         load_sae(tmp_path)
     save_file(params | {"more": np.zeros(2, np.float32)}, tmp_path / "sae.safetensors")
