@@ -58,6 +58,7 @@ class _Lines(Bar):
         self._note = ""
         self._initial = 0
         self._count = 0
+        self._shown: int | None = None  # count of the last line
         self._started = time.monotonic()
         self._first_due = self._started + delay
         self._due = self._first_due
@@ -78,12 +79,13 @@ class _Lines(Bar):
         print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        if time.monotonic() >= self._first_due:
+        if time.monotonic() >= self._first_due and self._shown != self._count:
             self._print()
 
     def _print(self) -> None:
         now = time.monotonic()
         self._due = now + LINE_SECONDS
+        self._shown = self._count
         # tqdm itself would print lines that end in \r and, at last, an empty one.
         line = tqdm.format_meter(
             self._count,
