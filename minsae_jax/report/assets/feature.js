@@ -269,7 +269,7 @@ function featureEvents(events) {
   return html("table", { class: "data compact" },
     tableHead([["Kind"], [""], ...["AUC", "Recall", "Precision"].map((title) => [title, null, "num"])]),
     html("tbody", {}, events.map((event) => html("tr", {}, html("td", {}, kindLink(event.kind)),
-      html("td", { class: "plot" }, track(event.auc, { width: 84 })),
+      html("td", { class: "plot" }, track(event.auc, { width: 50 })),
       [fixed(event.auc), percent(event.recall), percent(event.precision)].map((value) => html("td", { class: "num" }, value))))));
 }
 
