@@ -1,9 +1,9 @@
 """One pass over a store: the top examples of every feature, and statistics of its activity.
 
-The top examples are the strongest tokens of a feature, as `evaluation/token_pass.py` defines them,
-but with at most `per_recording` from one recording, so that several recordings are shown. They are
-exact, and earlier tokens come first if two are equal. The random examples are a uniform sample of
-the feature's active tokens.
+The top examples are the tokens with the largest activations of a feature that do not show the same
+seconds, see `StrongestExamples`, and at most `per_recording` of one recording, so that several
+recordings are shown. They are exact, and earlier tokens come first if two are equal. The random
+examples are a uniform sample of the feature's active tokens.
 """
 
 from dataclasses import dataclass
@@ -97,13 +97,15 @@ def collect(
     per_recording: int = 3,
     random: int = 64,
     seed: int = 0,
+    n_samples: int = 0,
 ) -> Activity:
     """Return the activity of every feature.
 
-    Memory grows with d_sae, and by 4 bytes for each feature and recording.
+    n_samples: of EEG that is shown around an example, see `shown_samples`. Memory grows with d_sae,
+    and by 4 bytes for each feature and recording.
     """
     n_tokens = dataset.n_tokens
-    strongest = StrongestExamples(sae.d_sae, n_tokens, top, per_recording)
+    strongest = StrongestExamples(dataset, sae.d_sae, top, per_recording, n_samples)
     sample = LargestByFeature(sae.d_sae, random)
     counts = _Counts(dataset, sae.d_sae)
     n_sequences = len(dataset.recording)

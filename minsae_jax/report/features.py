@@ -20,7 +20,7 @@ from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.report.context import Context
 from minsae_jax.report.describe import FeatureCard, describe, describe_all
 from minsae_jax.report.examples import Activity, Tokens, collect
-from minsae_jax.report.excerpts import Example
+from minsae_jax.report.excerpts import Example, shown_samples
 from minsae_jax.sae.member import load_sae
 
 __all__ = ["Activity", "Dataset", "FeatureCard", "Features", "Tokens", "load_features"]
@@ -110,5 +110,5 @@ def load_features(
     """
     sae = load_sae(member)
     dataset = open_dataset(store, layer, encoder, root_path)
-    activity = collect(dataset, sae, top, per_recording)
+    activity = collect(dataset, sae, top, per_recording, n_samples=shown_samples(dataset, w))
     return Features(activity, Context(dataset, sae, activity, encoder, w))

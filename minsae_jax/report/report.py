@@ -35,11 +35,16 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     folder = inputs.out / "report"
     warn_of_other_member(folder / LABELS_CSV, read_member(folder), member.name)
     labels = read_labels(folder / LABELS_CSV, member.sae.d_sae, member.name)
+    n_samples = shown_samples(inputs.test, settings.w, settings.context_seconds)
     activity = collect(
-        inputs.test, member.sae, settings.top, settings.per_recording, seed=settings.seed
+        inputs.test,
+        member.sae,
+        settings.top,
+        settings.per_recording,
+        seed=settings.seed,
+        n_samples=n_samples,
     )
     n_active = int((activity.active > 0).sum())
-    n_samples = shown_samples(inputs.test, settings.w, settings.context_seconds)
     budget = plan_pages(inputs.test, n_samples, settings.top, n_active, settings.report_features)
     associations = measure_associations(inputs, member, settings.pooling, settings.seed)
     steering = _steer(settings, evaluation, member)

@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
+from minsae_jax.evaluation.dataset import TokenPlaces
 from minsae_jax.report.entries import ActiveEntries
 
 MERGE = 1 << 17  # entries: at least so many wait for a merge
@@ -22,14 +23,21 @@ ENTRY = np.dtype(
 class LargestByFeature:
     """The `size` entries of each feature with the largest keys; the earlier position if equal.
 
-    At most one of each `group` successive positions, such as the tokens of a sequence. New entries
-    wait until they are many, since each merge sorts all entries.
+    window: of every sequence of n_tokens positions, of which at most one of each window is kept.
+    New entries wait until they are many, since each merge sorts all entries.
     """
 
-    def __init__(self, d_sae: int, size: int, group: int = 1):
+    def __init__(
+        self,
+        d_sae: int,
+        size: int,
+        window: Int[np.ndarray, " sequences"] | None = None,
+        n_tokens: int = 1,
+    ):
         self.d_sae = d_sae
         self.size = size
-        self.group = group
+        self.window = window
+        self.n_tokens = n_tokens
         self.clear()
 
     def clear(self) -> None:
@@ -77,8 +85,9 @@ class LargestByFeature:
         self._waiting = []
         # lexsort takes the main key last.
         order = np.lexsort((entries["position"], -entries["key"], entries["feature"]))
-        if self.group > 1:
-            group = entries["position"] // self.group * self.d_sae + entries["feature"]
+        if self.window is not None:
+            window = self.window[entries["position"] // self.n_tokens]
+            group = window * self.d_sae + entries["feature"]
             _, first = np.unique(group[order], return_index=True)
             order = order[np.sort(first)]
         rank = self._ranks(entries["feature"][order])
@@ -108,14 +117,21 @@ class LargestByFeature:
 class StrongestExamples:
     """The strongest tokens of each feature, at most per_recording of them from one recording.
 
-    At most one is from each sequence of n_tokens. Batches come in the order of the recordings. The
-    best of the current recording are merged into the best of all once the recording ends.
+    Of those that would show the same seconds, the strongest: one of each window, and none that is
+    closer than n_samples to a stronger one in the same recording. Batches come in the order of the
+    recordings. The best of the current recording are merged into the best of all once it ends.
     """
 
-    def __init__(self, d_sae: int, n_tokens: int, top: int, per_recording: int):
+    def __init__(
+        self, dataset: TokenPlaces, d_sae: int, top: int, per_recording: int, n_samples: int
+    ):
+        self.dataset = dataset
+        self.n_samples = n_samples
         self.best = LargestByFeature(d_sae, top)
         # More than `top` from one recording are never needed.
-        self.in_recording = LargestByFeature(d_sae, min(top, per_recording), group=n_tokens)
+        self.size = min(top, per_recording)
+        window = dataset.window.astype(np.int64)
+        self.in_recording = LargestByFeature(d_sae, self.size, window, dataset.n_tokens)
         self.recording = -1
 
     def add(
@@ -143,6 +159,15 @@ class StrongestExamples:
 
     def _merge(self) -> None:
         best = self.in_recording.merged()
+        feature = best["feature"]
+        places = np.divmod(best["position"], self.dataset.n_tokens)
+        sample = self.dataset.first_samples(*places)
+        is_apart = np.ones(len(best), bool)
+        for i in range(1, self.size):
+            # Each entry and the i-th before it, which is stronger or of another feature.
+            is_near = np.abs(sample[i:] - sample[:-i]) < self.n_samples
+            is_apart[i:] &= ~(is_near & (feature[i:] == feature[:-i]))
+        best = best[is_apart]
         self.best.add(best["feature"], best["key"], best["position"], best["activation"])
         self.in_recording.clear()
 

@@ -24,27 +24,38 @@ def everything(trained):
 
 
 @pytest.mark.parametrize(
-    ("top", "per_recording", "batch", "merge"),
-    [(5, 2, 40, 1), (12, 100, 1000, 500), (3, 1, 16_384, 1 << 17)],
+    ("top", "per_recording", "n_samples", "batch", "merge"),
+    [
+        (5, 2, 0, 40, 1),
+        (12, 100, 0, 1000, 500),
+        (12, 100, 1500, 1000, 500),
+        (3, 1, 1500, 16_384, 1 << 17),
+    ],
 )
 def test_top_examples_match_a_brute_force_search(
-    everything, monkeypatch, top, per_recording, batch, merge
+    everything, monkeypatch, top, per_recording, n_samples, batch, merge
 ):
     dataset, sae, f, sequence, token = everything
     monkeypatch.setattr(examples, "BATCH_TOKENS", batch)
     monkeypatch.setattr(selection, "MERGE", merge)
-    strongest = collect(dataset, sae, top, per_recording).top
+    strongest = collect(dataset, sae, top, per_recording, n_samples=n_samples).top
     n_several = 0
+    n_near = 0
+    start = dataset.window[sequence] * dataset.seq_len + np.maximum(dataset.tokens.first[token], 0)
     for feature in range(sae.d_sae):
         expected = []
-        used = np.zeros(len(dataset.recordings), int)
-        seen = set()
+        of_recording = [[] for _ in dataset.recordings]  # the strongest of each window
         for i in np.lexsort((np.arange(len(f)), -f[:, feature])):
-            recording = dataset.recording[sequence[i]]
-            is_full = used[recording] == per_recording or len(expected) == top
-            if f[i, feature] > 0 and sequence[i] not in seen and not is_full:
-                seen.add(sequence[i])
-                used[recording] += 1
+            stronger = of_recording[dataset.recording[sequence[i]]]
+            is_seen = any(
+                dataset.window[sequence[j]] == dataset.window[sequence[i]] for j in stronger
+            )
+            if f[i, feature] == 0 or is_seen or len(stronger) == min(top, per_recording):
+                continue
+            is_near = any(abs(start[j] - start[i]) < n_samples for j in stronger)
+            stronger.append(i)
+            n_near += is_near
+            if not is_near and len(expected) < top:
                 expected.append(i)
         n = len(expected)
         np.testing.assert_array_equal(strongest.sequence[feature, :n], sequence[expected])
@@ -53,6 +64,7 @@ def test_top_examples_match_a_brute_force_search(
         assert (strongest.token[feature, n:] == -1).all()
         n_several += n > 1
     assert n_several > 20
+    assert (n_near > 0) == (n_samples > 0 and per_recording > 1)
 
 
 def test_counts_match_all_tokens(everything):

@@ -66,7 +66,7 @@ const WIDE = 4; // s of EEG from which a montage has the whole width
 const duration = (example) => decode(example.trace).length / meta.sampling_rate; // s
 
 const GROUPS = [
-  ["top", "Strongest", "The strongest tokens, largest first, few from one recording."],
+  ["top", "Strongest", "The strongest tokens of different windows, largest first, few from one recording."],
   ["q", "Weak to strong", "One from each tenth of the activations, largest first."],
   ["random", "Random", "A random sample of all activations."],
 ];
