@@ -84,9 +84,14 @@ class Argument:
             group.add_argument(self.written, help=text, **options)
         elif self.has_many:
             aliases = [f"--{self.flag.alias}"] if self.flag.alias else []
-            names = (self.written, *aliases)
-            options = {"nargs": "+", "metavar": self.metavar, "action": _Once}
-            group.add_argument(*names, help=text, **options)
+            group.add_argument(
+                self.written,
+                *aliases,
+                nargs="+",
+                metavar=self.metavar,
+                action=_Once,
+                help=text,
+            )
         else:
             group.add_argument(self.written, metavar=self.metavar, help=text)
 
