@@ -12,7 +12,7 @@ from minsae_jax.evaluation.steering.output import ExampleTrace, Reconstruction
 from minsae_jax.evaluation.steering.probes import ProbeReading, Target
 from minsae_jax.files import replaced_folder
 from minsae_jax.json_values import to_json
-from minsae_jax.monitor import table
+from minsae_jax.monitor import table, wrap
 
 MIN_CHANGE = 0.01  # SD of a probe's logits, below which a ratio of changes is noise
 
@@ -85,7 +85,7 @@ class Steering:
 
     def summary(self) -> str:
         """Return a table for the terminal, a row for each scale, with an explanation."""
-        return "\n".join([_table(self), *_explanation(self)])
+        return "\n".join([_table(self), *map(wrap, _explanation(self))])
 
     def write(self) -> None:
         """Write steering.json, steering.png and steering.svg; existing ones are replaced."""
