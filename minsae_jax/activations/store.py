@@ -22,7 +22,7 @@ from warnings import warn
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from minsae_jax.activations.manifest import Manifest, read_manifest
 from minsae_jax.activations.shards import (
@@ -133,20 +133,18 @@ class Store:
     @property
     def n_chunks(self) -> int:
         """Number of chunks; the last chunk of a shard can be shorter."""
-        return self._chunk_ends[-1]
-
-    @cached_property
-    def _chunk_ends(self) -> list[int]:
-        return list(accumulate(-(-tokens // CHUNK_TOKENS) for tokens in self.tokens_per_shard))
+        return self._chunk_starts[-1]
 
     @cached_property
     def _chunk_starts(self) -> list[int]:
-        return [0, *self._chunk_ends[:-1]]
+        """The number of the first chunk of each shard, and that after the last chunk."""
+        chunks_per_shard = [-(-tokens // CHUNK_TOKENS) for tokens in self.tokens_per_shard]
+        return list(accumulate(chunks_per_shard, initial=0))
 
     @cached_property
-    def _shard_ends(self) -> list[int]:
-        """The number of the token after the last of each shard."""
-        return list(accumulate(self.tokens_per_shard))
+    def shard_starts(self) -> list[int]:
+        """The number of the first token of each shard, and that after the last token."""
+        return list(accumulate(self.tokens_per_shard, initial=0))
 
     @property
     def fingerprint(self) -> str:
@@ -171,19 +169,21 @@ class Store:
 
     def read(
         self, shard: int, start: int = 0, stop: int | None = None
-    ) -> Float[np.ndarray, "tokens d_model"]:
+    ) -> Shaped[np.ndarray, "tokens d_model"]:
         """Return consecutive tokens of one shard."""
         start, stop, _ = slice(start, stop).indices(self.shards[shard].total_tokens)
         tokens = np.empty((stop - start, self.d_model), self.dtype)
-        self._read_into(tokens, shard, start)
+        self.read_into(tokens, shard, start)
         return tokens
 
-    def read_chunks(self, chunks: Sequence[int], out: Float[np.ndarray, "capacity d_model"]) -> int:
+    def read_chunks(
+        self, chunks: Sequence[int], out: Shaped[np.ndarray, "capacity d_model"]
+    ) -> int:
         """Read chunks one after the other into `out` and return the number of tokens."""
         total = 0
         for chunk in chunks:
             shard, start, stop = self._place_of_chunk(chunk)
-            self._read_into(out[total : total + stop - start], shard, start)
+            self.read_into(out[total : total + stop - start], shard, start)
             total += stop - start
         return total
 
@@ -191,34 +191,27 @@ class Store:
         _, start, stop = self._place_of_chunk(chunk)
         return stop - start
 
-    def rows_of_chunk(self, chunk: int) -> tuple[int, int]:
-        """Return the number of a chunk's first token in the store, and that after its last."""
-        shard, start, stop = self._place_of_chunk(chunk)
-        first = self._shard_ends[shard] - self.shards[shard].total_tokens
-        return first + start, first + stop
-
     def _place_of_chunk(self, chunk: int) -> tuple[int, int, int]:
         """Return the shard of a chunk, and its first token there and the one after its last."""
-        # Chunks are numbered over all shards; the shard of one is the first that ends after it.
-        shard = bisect.bisect_right(self._chunk_ends, chunk)
+        shard = bisect.bisect_right(self._chunk_starts, chunk) - 1
         start = (chunk - self._chunk_starts[shard]) * CHUNK_TOKENS
         return shard, start, min(start + CHUNK_TOKENS, self.shards[shard].total_tokens)
 
     def read_rows(self, start: int, stop: int) -> Float[np.ndarray, "tokens d_model"]:
         """Return consecutive tokens by their numbers in the store, across shards."""
         tokens = np.empty((stop - start, self.d_model), self.dtype)
-        n_read = 0
-        shard = bisect.bisect_right(self._shard_ends, start)
-        while n_read < len(tokens):
-            end = self._shard_ends[shard]
-            in_shard = start + n_read - (end - self.shards[shard].total_tokens)
-            count = min(len(tokens) - n_read, self.shards[shard].total_tokens - in_shard)
-            self._read_into(tokens[n_read : n_read + count], shard, in_shard)
-            n_read += count
+        shard = bisect.bisect_right(self.shard_starts, start) - 1
+        while start < stop:
+            n_read = len(tokens) - (stop - start)
+            end = min(stop, self.shard_starts[shard + 1])
+            part = tokens[n_read : n_read + end - start]
+            self.read_into(part, shard, start - self.shard_starts[shard])
+            start = end
             shard += 1
         return tokens
 
-    def _read_into(self, out: Float[np.ndarray, "tokens d_model"], shard: int, start: int) -> None:
+    def read_into(self, out: Shaped[np.ndarray, "tokens d_model"], shard: int, start: int) -> None:
+        """Read consecutive tokens of one shard, from number `start` there, into `out`."""
         if not len(out):
             return  # a memoryview cannot be empty
         target = out

@@ -4,10 +4,7 @@ The stream then yields row numbers instead of tokens: `RowNumbers` has the shard
 store, so that order, position and batches are the same as without a resident store, to the bit.
 """
 
-from collections.abc import Sequence
-from functools import cached_property, partial
-from itertools import accumulate
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
 import jax
@@ -17,7 +14,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from minsae_jax.activations.store import Origin, Store
+from minsae_jax.activations.store import Store
 from minsae_jax.activations.stream import Source
 from minsae_jax.errors import UserError
 from minsae_jax.monitor import progress
@@ -28,63 +25,23 @@ from minsae_jax.parallel.mesh import (
     put_replicated,
     to_bits,
 )
-from minsae_jax.parallel.processes import WHOLE, Share, any_process
+from minsae_jax.parallel.processes import any_process
 
 PIECE_TOKENS = 65_536  # copied to a device at a time
 # Share of a device's free memory that a store may take; a step needs the rest.
 MAX_SHARE = 0.6
 
 
-class RowNumbers:
-    """The numbers of a store's tokens instead of the tokens, as a `Source` of width 1."""
-
-    def __init__(self, store: Store):
-        self.store = store
-        self.d_model = 1
-        self.dtype = np.dtype(np.int32)
-        self.tokens_per_shard = store.tokens_per_shard
-        self.tokens_per_chunk = store.tokens_per_chunk
-        self.n_chunks = store.n_chunks
+class RowNumbers(Store):
+    """A store with the numbers of its tokens in their place, as activations of width 1."""
 
     @property
-    def folder(self) -> Path:
-        return self.store.folder
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.int32)
 
-    @property
-    def origin(self) -> Origin:
-        return self.store.origin
-
-    @property
-    def fingerprint(self) -> str:
-        return self.store.fingerprint
-
-    def recordings(self) -> set[str]:
-        return self.store.recordings()
-
-    def verify(self, share: Share = WHOLE) -> None:
-        self.store.verify(share)
-
-    @cached_property
-    def _shard_ends(self) -> list[int]:
-        return list(accumulate(self.tokens_per_shard))
-
-    def read(
-        self, shard: int, start: int = 0, stop: int | None = None
-    ) -> Int[np.ndarray, "tokens 1"]:
-        end = self._shard_ends[shard]
-        rows = np.arange(end - self.tokens_per_shard[shard], end, dtype=np.int32)
-        return rows[start:stop, None]
-
-    def tokens_in_chunk(self, chunk: int) -> int:
-        return self.store.tokens_in_chunk(chunk)
-
-    def read_chunks(self, chunks: Sequence[int], out: Int[np.ndarray, "capacity 1"]) -> int:
-        total = 0
-        for chunk in chunks:
-            start, stop = self.store.rows_of_chunk(chunk)
-            out[total : total + stop - start, 0] = np.arange(start, stop)
-            total += stop - start
-        return total
+    def read_into(self, out: Int[np.ndarray, "tokens 1"], shard: int, start: int) -> None:
+        first = self.shard_starts[shard] + start
+        out[:, 0] = np.arange(first, first + len(out))
 
 
 class ResidentStore:
@@ -93,7 +50,9 @@ class ResidentStore:
     def __init__(self, mesh: Mesh, store: Store):
         """Load the store, a piece at a time."""
         self.mesh = mesh
-        self.row_numbers = RowNumbers(store)
+        self.row_numbers = RowNumbers(
+            store.folder, store.shards, d_model=1, dtype_on_disk="", manifest=store.manifest
+        )
         self.rows_per_device = -(-store.total_tokens // mesh.shape[DATA])
         self.tokens = _load(mesh, store, self.rows_per_device)
         self._gather = jax.jit(self._traced_gather, static_argnames="n_batches")
