@@ -26,7 +26,7 @@ from minsae_jax.parallel.mesh import (
     tile_batch,
 )
 from minsae_jax.sae.config import OptimizerPlan
-from minsae_jax.sae.kinds import (
+from minsae_jax.sae.kinds.base import (
     Batch,
     BatchContext,
     BatchMetrics,

@@ -1,14 +1,6 @@
 """The kinds of sparse autoencoder, one file each. To add a kind, add its file and a line here."""
 
-from minsae_jax.sae.kinds.base import (
-    Batch,
-    BatchContext,
-    BatchMetrics,
-    HyperArrays,
-    Objective,
-    Params,
-    SAEKind,
-)
+from minsae_jax.sae.kinds.base import Batch, BatchContext, Objective, Params, SAEKind
 from minsae_jax.sae.kinds.batchtopk import BatchTopK
 from minsae_jax.sae.kinds.gated import Gated
 from minsae_jax.sae.kinds.jumprelu import JumpReLU
@@ -16,6 +8,8 @@ from minsae_jax.sae.kinds.matryoshka import Matryoshka
 from minsae_jax.sae.kinds.relu import ReLU
 from minsae_jax.sae.kinds.topk import TopK
 from minsae_jax.settings import JsonObject, from_dict
+
+__all__ = ["KINDS", "Batch", "BatchContext", "Objective", "Params", "SAEKind", "kind_of"]
 
 KINDS: dict[str, SAEKind] = {
     "relu": ReLU(),
@@ -35,22 +29,3 @@ def kind_of(config: JsonObject) -> SAEKind:
     kind = KINDS[config.get("kind", "relu")]
     saved = {name: config[name] for name in kind.settings if name in config}
     return from_dict(type(kind), saved)
-
-
-__all__ = [
-    "KINDS",
-    "Batch",
-    "BatchContext",
-    "BatchMetrics",
-    "BatchTopK",
-    "Gated",
-    "HyperArrays",
-    "JumpReLU",
-    "Matryoshka",
-    "Objective",
-    "Params",
-    "ReLU",
-    "SAEKind",
-    "TopK",
-    "kind_of",
-]

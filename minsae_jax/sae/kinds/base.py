@@ -290,13 +290,11 @@ class SAEKind:
         d_model = params["b_dec"].shape[-1]
         mse = objective.mse_factor(d_model) * sums.residual / n_tokens
         penalty = sums.penalty / n_tokens
-        loss = objective.recon_weight * mse + self.penalty_weight(hyper) * penalty
-        l0 = sums.active.astype(jnp.float32).sum() / n_tokens
         metrics = BatchMetrics(
-            loss=loss,
+            loss=objective.recon_weight * mse + self.penalty_weight(hyper) * penalty,
             mse=mse,
             l1=penalty,
-            l0=l0,
+            l0=sums.active.astype(jnp.float32).sum() / n_tokens,
             residual=sums.residual,
             active=sums.active,
         )

@@ -351,13 +351,13 @@ class LinearSAE(SAEKind):
         objective: Objective,
     ) -> tuple[Params, BatchMetrics]:
         w_dec = params["W_dec"]
-        mean = jax.tree.map(lambda a: a / n_tokens, sums._replace(active=jnp.zeros(())))
+        of_maps, metrics = super().gradients(params, sums, n_tokens, hyper, objective)
         gradients = {name: jnp.zeros_like(p) for name, p in params.items()}
-        gradients |= mean.gradients | {"W_enc": mean.gradients["W_enc"].T}
-        vectors = dict(mean.vectors)
-        batch_loss, weight = self.batch_penalty(mean.penalty, hyper, w_dec.shape[1])
-        for name, gradient in mean.penalty_vectors.items():
-            vectors[name] = vectors[name] + weight * gradient
+        gradients |= of_maps | {"W_enc": of_maps["W_enc"].T}
+        vectors = {name: a / n_tokens for name, a in sums.vectors.items()}
+        batch_loss, weight = self.batch_penalty(metrics.l1, hyper, w_dec.shape[1])
+        for name, gradient in sums.penalty_vectors.items():
+            vectors[name] += weight * (gradient / n_tokens)
         gradients |= {name: vectors[name] for name in vectors.keys() & params.keys()}
         if "norm" in vectors:
             gradients["W_dec"] += vectors["norm"][:, None] * norm_gradient(w_dec)
@@ -366,20 +366,10 @@ class LinearSAE(SAEKind):
             along = (gradients["W_dec"] * w_dec).sum(1, keepdims=True)
             gradients["W_dec"] -= along * w_dec
 
-        mse_factor = objective.mse_factor(w_dec.shape[1])
-        loss = objective.recon_weight * mse_factor * mean.reconstruction + mean.other
-        loss += self.penalty_weight(hyper) * mean.penalty + batch_loss
-        l0 = sums.active.astype(jnp.float32).sum() / n_tokens
-        mse = mse_factor * mean.residual
-        metrics = BatchMetrics(
-            loss=loss,
-            mse=mse,
-            l1=mean.penalty,
-            l0=l0,
-            residual=sums.residual,
-            active=sums.active,
-        )
-        return gradients, metrics
+        loss = objective.error_weight(w_dec.shape[1]) * (sums.reconstruction / n_tokens)
+        loss += sums.other / n_tokens
+        loss += self.penalty_weight(hyper) * metrics.l1 + batch_loss
+        return gradients, metrics._replace(loss=loss)
 
     def batch_penalty(
         self, mean_penalty: Float[Array, ""], hyper: HyperArrays, d_model: int

@@ -16,6 +16,7 @@ from minsae_jax.sae.kinds.base import (
     Batch,
     BatchContext,
     BatchMetrics,
+    BatchSums,
     HyperArrays,
     Objective,
     Params,
@@ -113,25 +114,13 @@ class ReLU(SAEKind):
         hyper: HyperArrays,
         objective: Objective,
     ) -> tuple[Params, BatchMetrics]:
-        """Return the gradient of the mean loss and the metrics, from sums over all tokens."""
-        penalty_weight = self.penalty_weight(hyper)
         w_dec = params["W_dec"]
-        gradients = jax.tree.map(lambda g: g / n_tokens, sums.gradients)
+        penalty = (sums.features * jnp.linalg.norm(w_dec, axis=1)).sum()
+        batch_sums = BatchSums(sums.gradients, sums.residual, penalty, sums.active)
+        gradients, metrics = super().gradients(params, batch_sums, n_tokens, hyper, objective)
         mean_features = sums.features / n_tokens
-        gradients["W_dec"] += penalty_weight * mean_features[:, None] * norm_gradient(w_dec)
-
-        mse = objective.mse_factor(w_dec.shape[1]) * sums.residual / n_tokens
-        l1 = (sums.features * jnp.linalg.norm(w_dec, axis=1)).sum() / n_tokens
-        loss = objective.recon_weight * mse + penalty_weight * l1
-        l0 = sums.active.astype(jnp.float32).sum() / n_tokens
-        metrics = BatchMetrics(
-            loss=loss,
-            mse=mse,
-            l1=l1,
-            l0=l0,
-            residual=sums.residual,
-            active=sums.active,
-        )
+        weighted = self.penalty_weight(hyper) * mean_features[:, None]
+        gradients["W_dec"] += weighted * norm_gradient(w_dec)
         return gradients, metrics
 
 
