@@ -138,11 +138,18 @@ def put_batch(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
 
     Every device of `data` gets the same number of rows, a multiple of `multiple`.
     """
-    x = _pad(x, 0, mesh.shape[DATA] * multiple)
-    sharding = batch_sharding(mesh)
+    return _put(_pad(x, 0, mesh.shape[DATA] * multiple), batch_sharding(mesh))
+
+
+def put_replicated(mesh: Mesh, x: np.ndarray) -> jax.Array:
+    """Put the whole array, which every process has, on every device."""
+    return _put(x, replicated(mesh))
+
+
+def _put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    # Every process has the whole batch and puts the rows for its devices.
+    # Every process has the whole array and puts the parts for its devices.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
@@ -246,14 +253,6 @@ def from_bits(bits: Array, dtype: jnp.dtype) -> Array:
     return jax.lax.bitcast_convert_type(bits.astype(bits_dtype), dtype)
 
 
-def put_replicated(mesh: Mesh, x: np.ndarray) -> jax.Array:
-    """Put the whole array, which every process has, on every device."""
-    sharding = replicated(mesh)
-    if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-
 def fetch_batch(x: jax.Array, n_rows: int) -> list[np.ndarray]:
     """Fetch the first n_rows rows to the host, one array for each device, in order.
 
@@ -278,18 +277,4 @@ def shard_over_batch(mesh: Mesh, function: Callable) -> Callable:
     """Run function(weights, batch) -> batch on every device's share of the batch."""
     return jax.shard_map(
         function, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(DATA), check_vma=False
-    )
-
-
-def shard_over_members_and_batch(mesh: Mesh, function: Callable) -> Callable:
-    """Run function(members, batch) -> (per member, replicated) on every device's share of both.
-
-    `function` must psum over `data` itself.
-    """
-    return jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=(P(SWEEP), P(DATA)),
-        out_specs=(P(SWEEP), P()),
-        check_vma=False,
     )

@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from minsae_jax.parallel.mesh import (
+    DATA,
     SWEEP,
     map_members,
     put_batch,
     replicated,
-    shard_over_members_and_batch,
     sum_devices,
     tile_batch,
 )
@@ -155,9 +156,8 @@ def batch_program(mesh: Mesh, kinds: tuple[SAEKind, ...], n_tiles: int) -> Calla
     """
 
     def on_one_device(
-        groups: list[Params], rows: tuple[Array, Array]
-    ) -> tuple[list[MemberSums], TokenSums]:
-        x, is_token = rows
+        groups: list[Params], x: Array, is_token: Array
+    ) -> tuple[TokenSums, list[MemberSums]]:
         tiles = x.reshape(n_tiles, -1, x.shape[1])
         mask = is_token.reshape(n_tiles, -1)
         members = []
@@ -169,16 +169,21 @@ def batch_program(mesh: Mesh, kinds: tuple[SAEKind, ...], n_tiles: int) -> Calla
         m2 = (jnp.square(x - sum_x[None] / n_tokens).sum(1) * is_token).sum()
         nonzero = (jnp.square(x).sum(1) > 0).sum(dtype=jnp.float32)
         m2, nonzero, members = sum_devices((m2, nonzero, members))
-        return members, TokenSums(n_tokens, sum_x, m2, nonzero)
+        return TokenSums(n_tokens, sum_x, m2, nonzero), members
 
     def run(
         groups: list[Params], x: Array, scale: Array, n_tokens: Array
     ) -> tuple[TokenSums, list[MemberSums]]:
         is_token = (jnp.arange(len(x)) < n_tokens).astype(jnp.float32)
-        rows = (x.astype(jnp.float32) * scale, is_token)
+        sums = jax.shard_map(
+            on_one_device,
+            mesh=mesh,
+            in_specs=(P(SWEEP), P(DATA), P(DATA)),
+            out_specs=(P(), P(SWEEP)),
+            check_vma=False,
+        )
         with jax.default_matmul_precision("highest"):
-            members, tokens = shard_over_members_and_batch(mesh, on_one_device)(groups, rows)
-        return tokens, members
+            return sums(groups, x.astype(jnp.float32) * scale, is_token)
 
     return jax.jit(run, out_shardings=replicated(mesh))
 

@@ -8,6 +8,7 @@ too, so that a resumed run has no gap in its metrics.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from minsae_jax.parallel.mesh import (
 )
 from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group
-from minsae_jax.sae.kinds import BatchMetrics, HyperArrays, Objective, Params
+from minsae_jax.sae.kinds.base import BatchMetrics, HyperArrays, Objective, Params
 from minsae_jax.sae.resident import ResidentStore
 from minsae_jax.sae.step import (
     MemberState,
@@ -87,11 +88,20 @@ class Sweep:
         padding = [group[-1:] * (-len(group) % n_sweep) for group in groups]
         self._is_padded = any(padding)
         self._padded_groups = [g + more for g, more in zip(groups, padding, strict=True)]
-        sizes = [len(group) // n_sweep * group[0].d_sae for group in self._padded_groups]
-        self._n_features = max(sizes)
-        self.optimizer = make_optimizer(plan.optimizer)
         self.sparsity_schedule, self.lr_schedule = make_schedules(plan.optimizer)
-        self.hyper = self._put_hyper()
+        self.hyper = tuple(self._put_hyper(group) for group in self._padded_groups)
+        self.program = StepProgram(
+            mesh=self.mesh,
+            kinds=tuple(group[0].kind for group in groups),
+            objective=Objective(plan.mean_over_d_model, plan.recon_weight),
+            precision=plan.config.precision,
+            optimizer=make_optimizer(plan.optimizer),
+            sparsity_schedule=self.sparsity_schedule,
+            lr_schedule=self.lr_schedule,
+            dead_after=plan.config.dead_after,
+            aux_dead_after=plan.aux_dead_after,
+            n_features=max(len(g) // n_sweep * g[0].d_sae for g in self._padded_groups),
+        )
 
         # The shardings below are SweepStates with a sharding as every leaf.
         whole: Any = replicated(self.mesh)
@@ -103,7 +113,6 @@ class Sweep:
         self._portable_shardings = self.shardings
         if self._is_padded:
             self._portable_shardings = self.shardings._replace(groups=(whole,) * len(groups))
-        self.program = self._make_program()
         # The state is donated: its memory is used for the new one.
         self.step = jax.jit(
             partial(sweep_steps, self.program),
@@ -136,7 +145,7 @@ class Sweep:
 
         In a cluster, x is this process's share of one batch, with zeros for the other tokens.
         """
-        n_tiles, tile = tile_batch(self.mesh, x.shape[-2], self._n_features)
+        n_tiles, tile = tile_batch(self.mesh, x.shape[-2], self.program.n_features)
         put = put_shares if x.ndim == 2 else put_batches
         return put(self.mesh, x, n_tiles * tile)
 
@@ -144,7 +153,7 @@ class Sweep:
         self, resident: ResidentStore, rows: Int[np.ndarray, "*steps tokens"]
     ) -> Float[Array, "*steps rows d_model"]:
         """Return the same as `put` from a store on the devices; rows: numbers of tokens."""
-        n_tiles, tile = tile_batch(self.mesh, rows.shape[-1], self._n_features)
+        n_tiles, tile = tile_batch(self.mesh, rows.shape[-1], self.program.n_features)
         return resident.gather(rows, self.mesh.shape[DATA] * n_tiles * tile)
 
     def dead_fractions(self, state: SweepState) -> list[Float[np.ndarray, " members"]]:
@@ -187,30 +196,13 @@ class Sweep:
 
         return jax.tree.map(with_sharding, self._portable_shardings, shapes)
 
-    def _put_hyper(self) -> tuple[HyperArrays, ...]:
-        """Put the sparsity setting and lr of all members on the devices."""
-        hyper = []
-        for group in self._padded_groups:
-            values = {
-                group[0].kind.sparsity_name: np.array([m.sparsity for m in group], np.float32),
-                "lr": np.array([m.lr for m in group], np.float32),
-            }
-            hyper.append(jax.device_put(values, members_sharding(self.mesh)))
-        return tuple(hyper)
-
-    def _make_program(self) -> StepProgram:
-        return StepProgram(
-            mesh=self.mesh,
-            kinds=tuple(group[0].kind for group in self.groups),
-            objective=Objective(self.plan.mean_over_d_model, self.plan.recon_weight),
-            precision=self.plan.config.precision,
-            optimizer=self.optimizer,
-            sparsity_schedule=self.sparsity_schedule,
-            lr_schedule=self.lr_schedule,
-            dead_after=self.plan.config.dead_after,
-            aux_dead_after=self.plan.aux_dead_after,
-            n_features=self._n_features,
-        )
+    def _put_hyper(self, group: Group) -> HyperArrays:
+        """Put the sparsity setting and lr of a group's members on the devices."""
+        values = {
+            group[0].kind.sparsity_name: np.array([m.sparsity for m in group], np.float32),
+            "lr": np.array([m.lr for m in group], np.float32),
+        }
+        return jax.device_put(values, members_sharding(self.mesh))
 
     # The functions below are traced by jit.
 
@@ -230,18 +222,28 @@ class Sweep:
                 params = jax.vmap(group[0].kind.with_hyper)(params, group_hyper)
             state = MemberState(
                 params=params,
-                opt_state=jax.vmap(self.optimizer.init)(params),
+                opt_state=jax.vmap(self.program.optimizer.init)(params),
                 tokens_since_fired=jnp.zeros((size, d_sae), jnp.int32),
                 steps=jnp.zeros(size, jnp.int32),
                 frozen=jnp.arange(size) >= len(group),
-                metrics=_zero_metrics(size, d_sae),
+                metrics=BatchMetrics(
+                    loss=jnp.zeros(size),
+                    mse=jnp.zeros(size),
+                    l1=jnp.zeros(size),
+                    l0=jnp.zeros(size),
+                    residual=jnp.zeros(size),
+                    active=jnp.zeros((size, d_sae), jnp.int32),
+                ),
             )
             groups.append(state)
+        moments = TokenMoments(
+            steps=jnp.int32(0),
+            tokens=jnp.zeros(()),
+            mean=jnp.zeros(self.d_model),
+            m2=jnp.zeros(()),
+        )
         return SweepState(
-            groups=tuple(groups),
-            step=jnp.int32(0),
-            tokens_seen=jnp.int32(0),
-            moments=self._zero_moments(),
+            groups=tuple(groups), step=jnp.int32(0), tokens_seen=jnp.int32(0), moments=moments
         )
 
     def _init_member(
@@ -267,11 +269,8 @@ class Sweep:
             frozen=tuple(m.frozen for m in members),
             moments=state.moments,
         )
-        groups = []
-        for group in state.groups:
-            n_members, d_sae = group.tokens_since_fired.shape
-            groups.append(group._replace(metrics=_zero_metrics(n_members, d_sae)))
-        return state._replace(groups=tuple(groups), moments=self._zero_moments()), metrics
+        groups = [group._replace(metrics=_zeros_like(group.metrics)) for group in state.groups]
+        return state._replace(groups=tuple(groups), moments=_zeros_like(state.moments)), metrics
 
     def _traced_dead_fractions(
         self, groups: tuple[MemberState, ...], tokens_seen: Array
@@ -286,7 +285,7 @@ class Sweep:
     def _traced_unpad(self, state: SweepState) -> SweepState:
         groups = []
         for group_state, group in zip(state.groups, self.groups, strict=True):
-            groups.append(jax.tree.map(partial(_first_rows, len(group)), group_state))
+            groups.append(jax.tree.map(itemgetter(slice(len(group))), group_state))
         return state._replace(groups=tuple(groups))
 
     def _traced_pad(self, state: SweepState) -> SweepState:
@@ -294,9 +293,11 @@ class Sweep:
         for group_state, group, padded in zip(
             state.groups, self.groups, self._padded_groups, strict=True
         ):
-            repeat_last = partial(_repeat_last, len(padded) - len(group))
-            padded_state = jax.tree.map(repeat_last, group_state)
-            is_padding = jnp.arange(len(padded)) >= len(group)
+            rows = jnp.arange(len(padded))
+            is_padding = rows >= len(group)
+            # The last member repeats.
+            state_of_rows = itemgetter(jnp.minimum(rows, len(group) - 1))
+            padded_state = jax.tree.map(state_of_rows, group_state)
             tokens_since_fired = padded_state.tokens_since_fired
             padded_state = padded_state._replace(
                 frozen=padded_state.frozen | is_padding,
@@ -305,14 +306,6 @@ class Sweep:
             )
             groups.append(padded_state)
         return state._replace(groups=tuple(groups))
-
-    def _zero_moments(self) -> TokenMoments:
-        return TokenMoments(
-            steps=jnp.int32(0),
-            tokens=jnp.zeros(()),
-            mean=jnp.zeros(self.d_model),
-            m2=jnp.zeros(()),
-        )
 
 
 def read_metrics(metrics: DeviceMetrics) -> list[IntervalMetrics] | None:
@@ -327,15 +320,10 @@ def read_metrics(metrics: DeviceMetrics) -> list[IntervalMetrics] | None:
     for sums, dead_fraction, steps, frozen in zip(
         host.sums, host.dead_fractions, host.steps, host.frozen, strict=True
     ):
-        means = {
-            "loss": sums.loss / n_steps,
-            "mse": sums.mse / n_steps,
-            "l1": sums.l1 / n_steps,
-            "l0": sums.l0 / n_steps,
-            # Both are sums over the interval's tokens. Equal tokens have no variance.
-            "fvu": sums.residual / (variance or np.nan),
-            "dead_fraction": dead_fraction,
-        }
+        means = {name: getattr(sums, name) / n_steps for name in ("loss", "mse", "l1", "l0")}
+        # Both are sums over the interval's tokens. Equal tokens have no variance.
+        means["fvu"] = sums.residual / (variance or np.nan)
+        means["dead_fraction"] = dead_fraction
         means = {name: np.where(frozen, np.float32(np.nan), mean) for name, mean in means.items()}
         interval = IntervalMetrics(
             **means, active=sums.active, tokens=n_tokens, steps=steps, frozen=frozen
@@ -344,21 +332,5 @@ def read_metrics(metrics: DeviceMetrics) -> list[IntervalMetrics] | None:
     return groups
 
 
-def _zero_metrics(n_members: int, d_sae: int) -> BatchMetrics:
-    zeros = jnp.zeros(n_members)
-    return BatchMetrics(
-        loss=zeros,
-        mse=zeros,
-        l1=zeros,
-        l0=zeros,
-        residual=zeros,
-        active=jnp.zeros((n_members, d_sae), jnp.int32),
-    )
-
-
-def _first_rows(count: int, a: Array) -> Array:
-    return a[:count]
-
-
-def _repeat_last(count: int, a: Array) -> Array:
-    return jnp.concatenate([a, jnp.broadcast_to(a[-1:], (count, *a.shape[1:]))])
+def _zeros_like(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
