@@ -225,7 +225,7 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
     from minsae_jax.report.report import write_report
 
     run = Path(config.run)
-    trained = _settings_of(run)
+    trained = load_run_config(run)
     start()
     encoder = encoder or _encoder_of(config, trained)
     if encoder is None and trained.model is None:
@@ -271,7 +271,7 @@ def steer(config: SteerConfig, encoder: "BaseEncoder | None" = None) -> "Steerin
     from minsae_jax.evaluation.steering import steer as steering
 
     run = Path(config.run)
-    trained = _settings_of(run)
+    trained = load_run_config(run)
     start()
     encoder = encoder or _encoder_of(config, trained)
     if encoder is None:
@@ -293,23 +293,13 @@ def view(config: ViewConfig, encoder: "BaseEncoder | None" = None) -> "list[View
 
     start()
     sae = load_sae(config.member)
-    run: Path | None = Path(config.member).resolve().parent.parent
-    trained = None
-    if run is not None and (run / "config.yaml").is_file():
-        trained = load_run_config(run)
-    else:
-        run = None
-    encoder = encoder or _encoder_of(config, trained)
+    # A member that was converted from another format belongs to no run.
+    run = Path(config.member).resolve().parent.parent
+    is_in_run = (run / "config.yaml").is_file()
+    encoder = encoder or _encoder_of(config, load_run_config(run) if is_in_run else None)
     if encoder is None:
         raise UserError("view requires the encoder; set --checkpoint_path")
-    return views.view(config, encoder, sae, run)
-
-
-def _settings_of(run: Path) -> TrainConfig:
-    """Return the settings of a run. Raises UserError if there is none."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} does not contain a run; choose another --run")
-    return load_run_config(run)
+    return views.view(config, encoder, sae, run if is_in_run else None)
 
 
 def _encoder_of(

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Shaped
 
 from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.parallel.processes import process_count
-from minsae_jax.sae.config import FileBatches, TrainPlan
+from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.data import TrainData, open_stream
 from minsae_jax.sae.resident import open_resident
 from minsae_jax.sae.sweep import Sweep
@@ -23,7 +23,11 @@ class DeviceBatches:
 
     def __init__(self, plan: TrainPlan, data: TrainData, sweep: Sweep):
         self._sweep = sweep
-        self._steps_per_call = _steps_per_call(plan, data.store.d_model)
+        call_bytes = STEPS_PER_CALL * plan.batch_size * data.store.d_model * 4
+        # minSAE's batches are whole files, which may differ in size.
+        is_single = on_cpu() or process_count() > 1 or plan.number_of_arrays > 0
+        is_single = is_single or call_bytes > CALL_BYTES
+        self._steps_per_call = 1 if is_single else STEPS_PER_CALL
         self._num_steps = plan.optimizer.num_steps
         # Steps at whose multiples something else is to be done.
         self._intervals = [plan.config.eval_window, plan.config.checkpoint_every]
@@ -69,12 +73,3 @@ class DeviceBatches:
 
     def go_to(self, position: JsonObject) -> None:
         self._stream.set_state(position)
-
-
-def _steps_per_call(plan: TrainPlan, d_model: int) -> int:
-    """Return how many steps a call may make."""
-    # minSAE's batches are whole files, which may differ in size.
-    if on_cpu() or process_count() > 1 or isinstance(plan.batches, FileBatches):
-        return 1
-    call_bytes = STEPS_PER_CALL * plan.batches.batch_size * d_model * 4
-    return STEPS_PER_CALL if call_bytes <= CALL_BYTES else 1

@@ -305,13 +305,9 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
         is_minsae = r.recipe == "minsae"
         # Settings of the other recipe are off: 0, or 1 for a weight.
         num_steps = r.num_steps or 0
-        batches: ShuffledBatches | FileBatches
-        if is_minsae:
-            batches = FileBatches(r.number_of_arrays or 0)
-        else:
-            batches = ShuffledBatches(r.batch_size or 0, r.shuffle_seed or 0)
+        batch_size = r.batch_size or 0
         # 10 million tokens as in Gao et al. (2024) are more than a short run has.
-        share_of_run = num_steps * (r.batch_size or 0) // 16
+        share_of_run = num_steps * batch_size // 16
         aux_dead_after = r.aux_dead_after or min(10_000_000, max(share_of_run, 1))
         optimizer = OptimizerPlan(
             num_steps=num_steps,
@@ -325,7 +321,9 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
         return TrainPlan(
             config=r,
             run_dir=Path(r.run_dir or ""),
-            batches=batches,
+            batch_size=batch_size,
+            shuffle_seed=r.shuffle_seed or 0,
+            number_of_arrays=r.number_of_arrays or 0,
             scale_tokens=r.scale_tokens or 0,
             mean_over_d_model=is_minsae,
             recon_weight=r.recon_weight or 1.0,
@@ -335,21 +333,6 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
             aux_dead_after=min(aux_dead_after, r.dead_after),
             optimizer=optimizer,
         )
-
-
-@dataclass(frozen=True)
-class ShuffledBatches:
-    """Batches of shuffled tokens."""
-
-    batch_size: int  # tokens
-    shuffle_seed: int
-
-
-@dataclass(frozen=True)
-class FileBatches:
-    """Whole shard files in order, as minSAE reads them."""
-
-    number_of_arrays: int
 
 
 @dataclass(frozen=True)
@@ -371,7 +354,9 @@ class TrainPlan:
 
     config: TrainConfig  # as written to config.yaml
     run_dir: Path
-    batches: ShuffledBatches | FileBatches
+    batch_size: int  # tokens
+    shuffle_seed: int
+    number_of_arrays: int  # whole shard files per batch, as minSAE reads them; 0 to shuffle tokens
     scale_tokens: int  # tokens for measuring the input scale; 0 for no scaling
     mean_over_d_model: bool  # in the mse
     recon_weight: float
@@ -443,5 +428,5 @@ def load_run_config(run: Path) -> TrainConfig:
     """Read the settings that a run was started with from its config.yaml."""
     path = run / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{run} is not a run: config.yaml is missing{hint_at_runs(run)}")
+        raise UserError(f"{run} does not contain a run: config.yaml is missing{hint_at_runs(run)}")
     return load_sections(path, {"train": TrainConfig}).get("train", TrainConfig())

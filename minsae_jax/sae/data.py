@@ -36,7 +36,7 @@ from minsae_jax.parallel.processes import (
     process_share,
     sum_over_processes,
 )
-from minsae_jax.sae.config import FileBatches, TrainConfig, TrainPlan
+from minsae_jax.sae.config import TrainConfig, TrainPlan
 from minsae_jax.sae.grid import Group, make_groups
 from minsae_jax.sae.kinds import Params
 from minsae_jax.sae.member import load_sae
@@ -62,6 +62,10 @@ class TrainData:
     # In a cluster, errors of the stream, whose batches then lack the tokens.
     read_errors: list[Exception] = field(default_factory=list)
 
+    @property
+    def held_out_fingerprint(self) -> str | None:
+        return self.held_out.fingerprint if self.held_out else None
+
 
 def open_train_data(
     plan: TrainPlan, store: Source, encoder_fingerprint: str | None, is_new: bool
@@ -86,7 +90,8 @@ def open_train_data(
     read_errors: list[Exception] = []
     on_error = read_errors.append if process_count() > 1 else None
     stream = open_stream(plan, store, process_share(), on_error)
-    interval_tokens = config.eval_window * _max_tokens_per_step(plan, store)
+    step_tokens = plan.batch_size or plan.number_of_arrays * max(store.tokens_per_shard)
+    interval_tokens = config.eval_window * step_tokens
     # Feature counts of a log interval are int32.
     if interval_tokens >= 2**31:
         raise UserError(
@@ -175,20 +180,13 @@ def _load_start(config: TrainConfig, groups: tuple[Group, ...], d_model: int) ->
     return start.params
 
 
-def _max_tokens_per_step(plan: TrainPlan, store: Source) -> int:
-    if isinstance(plan.batches, FileBatches):
-        return plan.batches.number_of_arrays * max(store.tokens_per_shard)
-    return plan.batches.batch_size
-
-
 def open_stream(
     plan: TrainPlan, store: Source, share: Share = WHOLE, on_error: OnError = None
 ) -> TokenStream:
     """Return the recipe's endless batches, from the first; tokens not in the share are 0."""
-    if isinstance(plan.batches, FileBatches):
-        return files_in_order(store, plan.batches.number_of_arrays, share, on_error)
-    batches = plan.batches
-    return shuffled_tokens(store, batches.batch_size, batches.shuffle_seed, share, on_error)
+    if plan.number_of_arrays:
+        return files_in_order(store, plan.number_of_arrays, share, on_error)
+    return shuffled_tokens(store, plan.batch_size, plan.shuffle_seed, share, on_error)
 
 
 def open_held_out(config: TrainConfig, store: Source) -> Store | None:
@@ -268,11 +266,10 @@ def measure_scale(plan: TrainPlan, store: Source) -> float:
     with barrier("read the store"):
         batches = first_tokens(plan, store, plan.scale_tokens)
         norms_of_batches = [np.linalg.norm(tokens, axis=1) for tokens in batches]
-    n_tokens = 0
+    n_tokens = sum(map(len, norms_of_batches))
     total = 0.0
     for norms in map(sum_over_processes, norms_of_batches):
         total += norms.sum(dtype=np.float64)
-        n_tokens += len(norms)
     if not np.isfinite(total) or total == 0:
         raise bad_activations(plan.config, store, "NaN, infinity or only zeros")
     # Rounded to float32 as on the devices: the exported weights undo exactly this factor.
