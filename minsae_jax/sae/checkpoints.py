@@ -48,30 +48,8 @@ class Progress:
 
     def to_json(self) -> JsonObject:
         """Return a copy, which Orbax writes while training changes the progress."""
-        # These keys are as old as _STORED_NAMES below, and stay for the same reason.
-        content = {
-            "tokens": self.tokens,
-            "scale": self.scale,
-            "figures": self.metrics,
-            "measured": self.held_out,
-            "diverged": self.diverged,
-            "store": self.store,
-            "held_out": self.held_out_store,
-        }
+        content = {stored: getattr(self, name) for name, stored in _STORED_PROGRESS.items()}
         return deepcopy(content)
-
-
-def _from_json(step: int, notes: JsonObject) -> Progress:
-    return Progress(
-        scale=notes["scale"],
-        store=notes["store"],
-        held_out_store=notes["held_out"],
-        step=step,
-        tokens=notes["tokens"],
-        metrics=notes["figures"],
-        held_out=notes["measured"],
-        diverged=notes["diverged"],
-    )
 
 
 class _FlushedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -130,12 +108,9 @@ class Checkpoints:
                 raise
         finally:
             # No save is running any more.
-            self._remove_unfinished()
-
-    def _remove_unfinished(self) -> None:
-        if process_index() == 0:
-            for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                remove_folder(path)
+            if process_index() == 0:
+                for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                    remove_folder(path)
 
     def wait(self) -> None:
         """Wait until everything saved is on disk. Every process of a cluster must call this."""
@@ -207,8 +182,10 @@ class Checkpoints:
         try:
             _check_files(self._directory / str(step))
             restored = self._manager.restore(step, args=items)
-            progress = _from_json(step, restored["notes"])
-            return _from_tree(restored["state"]), progress, restored["notes"]["stream"]
+            notes = restored["notes"]
+            values = {name: notes[stored] for name, stored in _STORED_PROGRESS.items()}
+            progress = Progress(step=step, **values)
+            return _from_tree(restored["state"]), progress, notes["stream"]
         # Orbax and TensorStore raise many types on damaged files.
         except Exception as e:
             if is_system_error(e):
@@ -216,8 +193,10 @@ class Checkpoints:
                     f"checkpoint {step} in {self._directory} could not be read "
                     f"({system_reason(e)}); rerun the same command"
                 ) from e
+            # Messages of Orbax and TensorStore are long.
+            reason = str(e) if isinstance(e, UserError) else type(e).__name__
             raise UserError(
-                f"checkpoint {step} in {self._directory} is damaged ({_reason(e)}); "
+                f"checkpoint {step} in {self._directory} is damaged ({reason}); "
                 "remove that folder to resume from the one before it, or use --overwrite"
             ) from e
 
@@ -234,21 +213,10 @@ class Checkpoints:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise ValueError if a file of a checkpoint differs from its checksum, if it has one."""
+    """Raise UserError if a file of a checkpoint differs from its checksum, if it has one."""
     for name, digest in read_checksums(folder).items():
         if sha256_of(folder / name) != digest:
-            raise _DamagedFile(f"{name} differs from its checksum")
-
-
-def _reason(error: Exception) -> str:
-    # Messages of Orbax and TensorStore are long.
-    if isinstance(error, _DamagedFile | UserError):
-        return str(error)
-    return type(error).__name__
-
-
-class _DamagedFile(ValueError):
-    """A file of a checkpoint that differs from its checksum."""
+            raise UserError(f"{name} differs from its checksum")
 
 
 # Names in the files, which are older than those in the code. They stay, so that old runs resume.
@@ -260,29 +228,38 @@ _STORED_NAMES = {
     "frozen": "frozen",
     "metrics": "window",
 }
+_STORED_PROGRESS = {
+    "tokens": "tokens",
+    "scale": "scale",
+    "metrics": "figures",
+    "held_out": "measured",
+    "diverged": "diverged",
+    "store": "store",
+    "held_out_store": "held_out",
+}
 
 
 def _to_tree(state: SweepState) -> Tree:
+    groups = [
+        {stored: getattr(group, name) for name, stored in _STORED_NAMES.items()}
+        for group in state.groups
+    ]
     return {
-        "groups": [_member_to_tree(group) for group in state.groups],
+        "groups": groups,
         "step": state.step,
         "seen": state.tokens_seen,
         "moments": state.moments._asdict(),
     }
 
 
-def _member_to_tree(state: MemberState) -> Tree:
-    return {stored: getattr(state, name) for name, stored in _STORED_NAMES.items()}
-
-
 def _from_tree(tree: Tree) -> SweepState:
+    groups = []
+    for group in tree["groups"]:
+        values = {name: group[stored] for name, stored in _STORED_NAMES.items()}
+        groups.append(MemberState(**values))
     return SweepState(
-        groups=tuple(_member_from_tree(group) for group in tree["groups"]),
+        groups=tuple(groups),
         step=tree["step"],
         tokens_seen=tree["seen"],
         moments=TokenMoments(**tree["moments"]),
     )
-
-
-def _member_from_tree(tree: Tree) -> MemberState:
-    return MemberState(**{name: tree[stored] for name, stored in _STORED_NAMES.items()})

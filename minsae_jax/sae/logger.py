@@ -12,15 +12,15 @@ from jaxtyping import Int
 from minsae_jax.activations.stream import Source
 from minsae_jax.files import flush
 from minsae_jax.monitor import Csv, MemberLog, RunLog, Wandb, open_csv
+from minsae_jax.parallel.processes import process_index
 from minsae_jax.sae.checkpoints import Progress
 from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group, MemberSpec
 from minsae_jax.sae.kinds import Params
 from minsae_jax.sae.member import save_member
 from minsae_jax.sae.pareto import ParetoPoint, draw_pareto
-from minsae_jax.sae.run import HELD_OUT_METRICS, TRAIN_METRICS, Metrics, RunFolder
+from minsae_jax.sae.run import HELD_OUT_METRICS, RunFolder
 from minsae_jax.sae.snapshot import FeatureMeasures
-from minsae_jax.sae.sweep import IntervalMetrics
 from minsae_jax.settings import JsonObject
 
 # Before the next Pareto plot is drawn, except at the end: each takes 0.1 s of CPU time.
@@ -31,17 +31,12 @@ class RunLogger:
     """Writes the metrics and results of a run. Only one process of a cluster writes."""
 
     def __init__(
-        self,
-        plan: TrainPlan,
-        folder: RunFolder,
-        groups: tuple[Group, ...],
-        has_held_out: bool,
-        writes: bool,
+        self, plan: TrainPlan, folder: RunFolder, groups: tuple[Group, ...], has_held_out: bool
     ):
         self.plan = plan
         self.folder = folder
         self.members = [member for group in groups for member in group]
-        self.writes = writes
+        self.writes = process_index() == 0
         self._held_out_names = HELD_OUT_METRICS if has_held_out else ()
         self._member_logs: dict[str, MemberLog] = {}
         self._run_log: RunLog | None = None
@@ -224,13 +219,6 @@ class RunLogger:
         if progress.held_out and self._run_log:
             self._run_log.add_image_file("pareto", self.folder.pareto_png, progress.step)
         self._pareto_due = time.monotonic() + PARETO_SECONDS
-
-
-def interval_metrics(metrics: IntervalMetrics, i: int, l1_weight: float) -> Metrics:
-    """Return the metrics of member i of a group; l1 is multiplied by l1_weight."""
-    values = {name: float(getattr(metrics, name)[i]) for name in TRAIN_METRICS}
-    values["l1"] *= l1_weight
-    return values
 
 
 def _versions() -> dict[str, str]:

@@ -28,7 +28,6 @@ from minsae_jax.files import (
 from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import TFEVENTS_PREFIX, table, wrap
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
-from minsae_jax.sae.grid import HYPER_NAMES
 from minsae_jax.sae.hyper import INTEGERS, SPARSITY, SYMBOLS, Hyper
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
@@ -103,18 +102,10 @@ class RunFolder:
     def __init__(self, plan: TrainPlan):
         self.folder = plan.run_dir
         self.config = plan.config
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def held_out_csv(self) -> Path:
-        return self.folder / EVAL_CSV
-
-    @property
-    def pareto_png(self) -> Path:
-        return self.folder / "pareto.png"
+        self.settings = saved_settings(plan.config)
+        self.checkpoints = self.folder / "checkpoints"
+        self.held_out_csv = self.folder / EVAL_CSV
+        self.pareto_png = self.folder / "pareto.png"
 
     def member(self, name: str) -> Path:
         return self.folder / "members" / name
@@ -130,23 +121,18 @@ class RunFolder:
                 "choose another --run_dir"
             )
         if self.config.overwrite:
-            self._check_init_is_kept()
-            return
-        if has_config:
+            init = self.config.init
+            if init is not None and Path(init).resolve().is_relative_to(self.folder.resolve()):
+                raise UserError(
+                    f"--init {init} is in the run that --overwrite would delete; choose another "
+                    "--run_dir"
+                )
+        elif has_config:
             self._refuse_other_settings()
         elif self.checkpoints.exists():
             raise UserError(
                 f"{self.folder} contains checkpoints but no config.yaml; use --overwrite to start "
                 "anew"
-            )
-
-    def _check_init_is_kept(self) -> None:
-        """Raise UserError if --overwrite would delete the weights of --init."""
-        init = self.config.init
-        if init is not None and Path(init).resolve().is_relative_to(self.folder.resolve()):
-            raise UserError(
-                f"--init {init} is in the run that --overwrite would delete; choose another "
-                "--run_dir"
             )
 
     def is_finished(self) -> bool:
@@ -157,7 +143,7 @@ class RunFolder:
         # Resolved again for settings that did not exist when the run was started.
         before = saved_settings(load_run_config(self.folder).resolved())
         changes = {}
-        for name, now in self.saved_settings().items():
+        for name, now in self.settings.items():
             if _differs(name, before[name], now):
                 changes[name] = f"{name} ({before[name]}, now {now})"
         if changes:
@@ -170,10 +156,6 @@ class RunFolder:
                 f"{self.folder} contains a run with other settings: {', '.join(changes.values())}; "
                 f"{advice}"
             )
-
-    def saved_settings(self) -> Values:
-        """Return the settings as they are written to config.yaml."""
-        return saved_settings(self.config)
 
     def is_new(self) -> bool:
         """Return whether there is no checkpoint to resume from."""
@@ -190,7 +172,7 @@ class RunFolder:
         folder since then.
         """
         # Before --overwrite discards anything.
-        content = yaml.safe_dump({"train": self.saved_settings()}, sort_keys=False)
+        content = yaml.safe_dump({"train": self.settings}, sort_keys=False)
         make_folder(self.folder)
         with lock_folder(self.folder):
             if self.is_finished() or self.is_new() != was_new:
@@ -204,7 +186,7 @@ class RunFolder:
 
     def finish(self, rows: list[JsonObject]) -> None:
         """Write sweep.csv, one row for each member, which marks the run as finished."""
-        used = [name for name in HYPER_NAMES if any(name in row for row in rows)]
+        used = [name for name in SYMBOLS if any(name in row for row in rows)]
         columns = ("member", *used, *TRAIN_METRICS, "status")
         with (
             atomic_write(self.folder / SWEEP_CSV) as path,
@@ -363,7 +345,7 @@ def _read_hyper(row: dict[str, str]) -> Hyper:
     """Return the hyper-parameters in a row of sweep.csv, in which others' columns are empty."""
     # The first runs had one kind and no column for it.
     hyper: dict[str, int | float | str] = {"kind": row.get("kind", "relu")}
-    for name in HYPER_NAMES:
+    for name in SYMBOLS:
         if name != "kind" and row.get(name):
             hyper[name] = int(row[name]) if name in INTEGERS else float(row[name])
     return hyper

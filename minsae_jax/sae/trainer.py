@@ -34,10 +34,10 @@ from minsae_jax.sae.data import (
     measure_scale_and_median,
     open_train_data,
 )
-from minsae_jax.sae.logger import RunLogger, interval_metrics
+from minsae_jax.sae.logger import RunLogger
 from minsae_jax.sae.measures import measure
 from minsae_jax.sae.member import SparseAutoencoder
-from minsae_jax.sae.run import HELD_OUT_METRICS, Run, RunFolder, load_run
+from minsae_jax.sae.run import HELD_OUT_METRICS, TRAIN_METRICS, Run, RunFolder, load_run
 from minsae_jax.sae.snapshot import MeasureFeatures, Snapshot
 from minsae_jax.sae.stop_signals import stop_signals
 from minsae_jax.sae.sweep import DeviceMetrics, Sweep, read_metrics
@@ -101,8 +101,8 @@ def train(
 
 
 def _check_processes_agree(folder: RunFolder, data: TrainData) -> None:
-    held_out = data.held_out.fingerprint if data.held_out else None
-    facts = [folder.saved_settings(), data.store.fingerprint, held_out, folder.is_new()]
+    stores = [data.store.fingerprint, data.held_out_fingerprint]
+    facts = [folder.settings, stores, folder.is_new()]
     if not same_on_all_processes(json.dumps(facts)):
         raise UserError(
             "the processes got different commands or see different files; start all with the "
@@ -122,6 +122,7 @@ class Trainer:
         on_step: Callable[[int], None] | None = None,
         measure_features: MeasureFeatures | None = None,
     ):
+        self.plan = plan
         self.config = plan.config
         self.num_steps = plan.optimizer.num_steps
         self.folder = folder
@@ -130,14 +131,7 @@ class Trainer:
         self.on_step = on_step
         self.measure_features = measure_features
         self.sweep = Sweep(plan, data.groups, data.store.d_model)
-        self.logs_weighted_l1 = plan.logs_weighted_l1
-        self.logger = RunLogger(
-            plan,
-            folder,
-            data.groups,
-            has_held_out=data.held_out is not None,
-            writes=process_index() == 0,
-        )
+        self.logger = RunLogger(plan, folder, data.groups, has_held_out=data.held_out is not None)
         self.batches = DeviceBatches(plan, data, self.sweep)
         self.unlogged: DeviceMetrics | None = None  # of the log interval that has ended
         latest = checkpoints.latest()
@@ -150,11 +144,10 @@ class Trainer:
 
     def _start(self) -> None:
         assert self.data.scale is not None
-        held_out = self.data.held_out
         self.progress = Progress(
             scale=self.data.scale,
             store=self.data.store.fingerprint,
-            held_out_store=held_out.fingerprint if held_out else None,
+            held_out_store=self.data.held_out_fingerprint,
         )
         start = self.data.start
         if start is not None:
@@ -166,16 +159,15 @@ class Trainer:
     def _resume(self, step: int) -> None:
         abstract = self.sweep.abstract_portable()
         state, self.progress, position = self.checkpoints.restore(step, abstract)
+        changed = None
         if self.progress.store != self.data.store.fingerprint:
+            changed = f"store {self.data.store.folder}"
+        elif self.progress.held_out_store != self.data.held_out_fingerprint:
+            changed = "held-out store"
+        if changed is not None:
             raise UserError(
-                f"the store {self.data.store.folder} has changed since {self.folder.folder} was "
-                "started; restore it, or use --overwrite"
-            )
-        held_out = self.data.held_out
-        if self.progress.held_out_store != (held_out.fingerprint if held_out else None):
-            raise UserError(
-                f"the held-out store has changed since {self.folder.folder} was started; restore "
-                "it, or use --overwrite"
+                f"the {changed} has changed since {self.folder.folder} was started; restore it, "
+                "or use --overwrite"
             )
         self.state = self.sweep.from_portable(state)
         self.batches.go_to(position)
@@ -272,8 +264,10 @@ class Trainer:
             is_complete = progress.step % self.config.eval_window == 0
             for group, metrics in zip(self.data.groups, groups, strict=True):
                 for i, member in enumerate(group):
-                    l1_weight = member.sparsity if self.logs_weighted_l1 else 1.0
-                    progress.metrics[member.name] = interval_metrics(metrics, i, l1_weight)
+                    values = {name: float(getattr(metrics, name)[i]) for name in TRAIN_METRICS}
+                    if self.plan.logs_weighted_l1:
+                        values["l1"] *= member.sparsity
+                    progress.metrics[member.name] = values
                     if metrics.frozen[i] and member.name not in progress.diverged:
                         progress.diverged[member.name] = int(metrics.steps[i]) + 1
                         self.logger.log_divergence(member, progress.diverged[member.name])
@@ -296,15 +290,15 @@ class Trainer:
         with self.throughput.paused():
             batches = held_out_batches(self.config, self.data.held_out)
             params = [group.params for group in self.state.groups]
-            kinds = [group[0].kind for group in self.data.groups]
+            kinds = self.sweep.program.kinds
             measures = measure(self.sweep.mesh, kinds, params, batches, self.progress.scale)
             dead_fractions = self.sweep.dead_fractions(self.state)
+            names = [name for name in HELD_OUT_METRICS if name != "dead_fraction"]
             is_live = []
             for group, of_group, dead in zip(
                 self.data.groups, measures, dead_fractions, strict=True
             ):
                 for i, member in enumerate(group):
-                    names = [name for name in HELD_OUT_METRICS if name != "dead_fraction"]
                     values = {name: float(getattr(of_group, name)[i]) for name in names}
                     values["dead_fraction"] = float(dead[i])
                     self.progress.held_out[member.name] = values
@@ -325,8 +319,7 @@ class Trainer:
         for member, params, live in zip(self.logger.members, weights, is_live, strict=True):
             if process_index() == 0:
                 raw_params = member.kind.fold_scale(params, self.progress.scale)
-                config = {"kind": member.kind.name, **member.kind.settings, **member.hyper}
-                sae = SparseAutoencoder(raw_params, config)
+                sae = SparseAutoencoder(raw_params, {**member.kind.settings, **member.hyper})
                 snapshots.append(Snapshot(member.name, sae, live))
         with barrier("measure features"):
             if process_index() == 0:
