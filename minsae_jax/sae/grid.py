@@ -5,12 +5,10 @@ from itertools import product
 
 from minsae_jax.errors import UserError
 from minsae_jax.sae.config import TrainConfig, TrainPlan
-from minsae_jax.sae.hyper import SYMBOLS, Hyper, member_hyper
+from minsae_jax.sae.hyper import Hyper, member_hyper
 from minsae_jax.sae.kinds import KINDS, SAEKind
 
 MAX_D_SAE = 2**24
-# Hyper-parameters that differ between members, in the order of the columns of sweep.csv.
-HYPER_NAMES = tuple(SYMBOLS)
 # Hyper-parameters in members' names.
 _SHORT_NAMES = {"lambda_sparsity": "lambda"}
 
@@ -28,7 +26,7 @@ class MemberSpec:
 
     @property
     def hyper(self) -> Hyper:
-        """Hyper-parameters by name, in the order of HYPER_NAMES."""
+        """Hyper-parameters by name, in the order of SYMBOLS."""
         values: Hyper = {
             "kind": self.kind.name,
             self.kind.sparsity_name: self.sparsity,
@@ -43,11 +41,10 @@ Group = tuple[MemberSpec, ...]
 
 
 def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
-    """Return the members of a sweep, one group for each kind and d_sae.
+    """Return the members of a sweep; see `groups_of_sizes`.
 
-    A group has all combinations of its sparsity setting (λ, k or target L0), lr and seed. Raises
-    UserError if d_sae is out of range or not unique, k is more than d_sae, or a learning rate is
-    also the automatic one.
+    Raises UserError if d_sae is out of range or not unique, k is more than d_sae, or a learning
+    rate is also the automatic one.
     """
     config = plan.config
     sizes = [int(factor * d_model) for factor in config.feature_dim_factor]
@@ -57,6 +54,15 @@ def make_groups(plan: TrainPlan, d_model: int) -> tuple[Group, ...]:
             f"--feature_dim_factor gives d_sae {', '.join(map(str, sizes))} at d_model {d_model}; "
             f"each must be from 1 to {MAX_D_SAE:,}, without duplicates"
         )
+    return groups_of_sizes(config, sizes, d_model)
+
+
+def groups_of_sizes(config: TrainConfig, sizes: list[int], d_model: int) -> tuple[Group, ...]:
+    """Return the members of a sweep, one group for each kind and d_sae.
+
+    A group has all combinations of its sparsity setting (λ, k or target L0), lr and seed. config:
+    resolved. sizes: d_sae. Neither names nor hyper-parameters depend on d_model.
+    """
     named = [name for name in ("lr", "seed") if len(getattr(config, name)) > 1]
     if len(sizes) > 1:
         named.append("d_sae")

@@ -4,7 +4,6 @@ While a run is being written, the last line of a file may be incomplete, and one
 row more than another: incomplete lines are ignored, and all members are cut to the shortest.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,8 +15,8 @@ from jaxtyping import Float, Int
 from minsae_jax.errors import UserError
 from minsae_jax.files import regular_file
 from minsae_jax.monitor import ACT_FREQS_CSV, ACT_FREQS_NPY, damaged, open_table
-from minsae_jax.sae.config import TrainConfig, load_run_config
-from minsae_jax.sae.grid import make_groups
+from minsae_jax.sae.config import load_run_config
+from minsae_jax.sae.grid import groups_of_sizes
 from minsae_jax.sae.hyper import Hyper, sort_key
 
 COLUMNS = ("step", "tokens", "mse", "l1")  # of metrics.csv
@@ -69,7 +68,10 @@ def read_histories(run: Path) -> list[MemberHistory]:
     if intervals == 0:
         return []
     d_saes = {_count_features(_frequencies_of(folder)) for folder in folders}
-    hypers = _member_hypers(load_run_config(run), d_saes)
+    config = load_run_config(run).resolved()
+    # config.yaml contains no d_model, on which these members do not depend.
+    groups = groups_of_sizes(config, sorted(d_saes), d_model=1)
+    hypers = {member.name: member.hyper for group in groups for member in group}
     if metrics.keys() != hypers.keys():
         name = min(metrics.keys() ^ hypers.keys())
         raise UserError(f"the members of {run} do not match its config.yaml: see {name}")
@@ -86,22 +88,6 @@ def read_histories(run: Path) -> list[MemberHistory]:
         )
         histories.append(history)
     return histories
-
-
-def _member_hypers(settings: TrainConfig, d_saes: set[int]) -> dict[str, Hyper]:
-    """Return name -> hyper-parameters of the members that the settings make.
-
-    config.yaml contains feature_dim_factor but not d_model; d_model is recovered from
-    d_sae = int(feature_dim_factor * d_model), which several values solve if the factor is below 1.
-    """
-    factor = max(settings.feature_dim_factor)
-    smallest = max(1, math.floor(max(d_saes) / factor))
-    # d_sae <= factor * d_model < d_sae + 1 leaves about 1 / factor candidates.
-    for d_model in range(smallest, smallest + math.ceil(1 / factor) + 2):
-        if {int(f * d_model) for f in settings.feature_dim_factor} == d_saes:
-            groups = make_groups(settings.plan(), d_model)
-            return {m.name: m.hyper for group in groups for m in group}
-    raise UserError(f"the members have {max(d_saes)} features, which config.yaml does not allow")
 
 
 def read_densities(histories: list[MemberHistory]) -> Densities:
