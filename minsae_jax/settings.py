@@ -50,9 +50,7 @@ class Range:
     below: int | float = math.inf
 
     def contains(self, value: int | float) -> bool:
-        # False for NaN too, which is not below any number.
-        is_finite = abs(value) < FLOAT32_LIMIT
-        return is_finite and self.min <= value <= self.max and self.above < value < self.below
+        return self.min <= value <= self.max and self.above < value < self.below
 
     def __str__(self) -> str:
         """Return the limits in words.
@@ -229,7 +227,10 @@ def load_values(path: str | Path, sections: Mapping[str, type]) -> dict[str, Val
         if not isinstance(section, dict):
             raise UserError(f"{path}: section {name} must contain settings, got {shown(section)}")
         try:
-            check_values(sections[name], section)
+            typed = _typed(sections[name], section)
+            if not missing_settings(sections[name], section):
+                # Creating the settings runs the checks in __post_init__.
+                sections[name](**typed)
         except UserError as e:
             raise UserError(f"{path}, section {name}: {e}") from None
     return content
@@ -245,14 +246,6 @@ def load_sections(path: str | Path, sections: Mapping[str, type]) -> dict[str, A
         return {name: from_dict(sections[name], section) for name, section in content.items()}
     except UserError as e:
         raise UserError(f"{path}: {e}") from None
-
-
-def check_values(cls: type, values: Values) -> None:
-    """Raise UserError unless `cls` can be made from these values and, perhaps, missing ones."""
-    typed = _typed(cls, values)
-    # Creating the settings runs the checks in __post_init__.
-    if not missing_settings(cls, values):
-        cls(**typed)
 
 
 def from_dict(cls: type[Settings], values: Values) -> Settings:

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -21,39 +20,29 @@ from minsae_jax.settings import JsonObject
 SHARD_TOKENS = 1 << 18  # a shard ends with the part of the activations that reaches this size
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Origin of each sequence; see `write_store`."""
-
-    recording: Int[np.ndarray, " sequences"]
-    window: Int[np.ndarray, " sequences"]
-    channel: Int[np.ndarray, " sequences"]
-
-    def check(self, n_recordings: int, n_vars: int | None) -> None:
-        """Raise UserError if places are not sorted or out of range."""
-        rows = np.stack([self.recording, self.window, self.channel])
-        recording, window, channel = np.sign(np.diff(rows, axis=1))
-        # With these weights the sum has the sign of the first of the three that changes.
-        is_sorted = 4 * recording + 2 * window + channel > 0
-        if not is_sorted.all():
-            i = int(np.argmin(is_sorted)) + 1
-            raise UserError(
-                f"sequence {i} comes before the one in front of it, or is the same; sort sequences "
-                "by recording, then window, then channel"
-            )
-        _check_range("recording", self.recording, 0, n_recordings)
-        _check_range("window", self.window, 0, np.inf)
-        _check_range("channel", self.channel, -1, np.inf if n_vars is None else n_vars)
-
-
-def _check_range(
-    name: str, values: Int[np.ndarray, " sequences"], lowest: int, limit: int | float
+def _check_places(
+    places: Int[np.ndarray, "3 sequences"], n_recordings: int, n_vars: int | None
 ) -> None:
-    """Raise UserError unless all values are at least `lowest` and below `limit`."""
-    if values.size and not lowest <= values.min() <= values.max() < limit:
+    """Raise UserError if places are not sorted or out of range; see `write_store`."""
+    recording, window, channel = np.sign(np.diff(places, axis=1))
+    # With these weights the sum has the sign of the first of the three that changes.
+    is_sorted = 4 * recording + 2 * window + channel > 0
+    if not is_sorted.all():
+        i = int(np.argmin(is_sorted)) + 1
         raise UserError(
-            f"{name} is {values.min()} to {values.max()}; expected {lowest} to {limit - 1}"
+            f"sequence {i} comes before the one in front of it, or is the same; sort sequences "
+            "by recording, then window, then channel"
         )
+    limits = {
+        "recording": (0, n_recordings),
+        "window": (0, np.inf),
+        "channel": (-1, np.inf if n_vars is None else n_vars),
+    }
+    for (name, (lowest, limit)), values in zip(limits.items(), places, strict=True):
+        if values.size and not lowest <= values.min() <= values.max() < limit:
+            raise UserError(
+                f"{name} is {values.min()} to {values.max()}; expected {lowest} to {limit - 1}"
+            )
 
 
 def write_store(
@@ -99,9 +88,9 @@ def write_store(
         channel = np.full(len(recording), -1)
     if len({len(recording), len(window), len(channel)}) > 1:
         raise UserError("recording, window and channel must have one entry for each sequence")
-    places = _Places(*(np.asarray(each, np.int32) for each in (recording, window, channel)))
+    places = np.array([recording, window, channel], np.int32)
     n_vars = None if channels is None else len(channels)
-    places.check(len(recordings), n_vars)
+    _check_places(places, len(recordings), n_vars)
     if len(set(recordings)) < len(recordings):
         raise UserError("recordings contains duplicate names")
     if split not in get_args(Split):
@@ -133,17 +122,15 @@ def write_store(
         for number, pieces in enumerate(_shards(chain([first], parts))):
             writer.write(number, pieces)
             n_sequences += sum(map(len, pieces))
-        if n_sequences != len(places.recording):
+        if n_sequences != places.shape[1]:
             raise UserError(
-                f"there are {n_sequences} sequences, but {len(places.recording)} entries of "
+                f"there are {n_sequences} sequences, but {places.shape[1]} entries of "
                 "recording, window and channel"
             )
         provenance = {
             "recordings": np.array(recordings),
             "shifted": np.zeros(len(recordings), bool),
-            "recording": places.recording,
-            "window": places.window,
-            "channel": places.channel,
+            **dict(zip(("recording", "window", "channel"), places, strict=True)),
         }
         writer.finish(provenance, tokens)
     return open_store(folder)

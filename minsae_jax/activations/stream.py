@@ -76,11 +76,6 @@ class Source(Protocol):
     ) -> int: ...  # fills the start of `out` and returns the number of tokens
 
 
-def chunks_per_buffer(source: Source) -> int:
-    """Return the maximum number of chunks that are read into one shuffle buffer."""
-    return min(source.n_chunks, max(1, SHUFFLE_BUFFER_TOKENS // source.tokens_per_chunk))
-
-
 def read_share(
     source: Source,
     share: Share,
@@ -172,7 +167,8 @@ class ShuffleBuffers:
         self.seed = seed
         self.share = share
         self.on_error = on_error
-        self.chunks_per_buffer = chunks_per_buffer(source)
+        chunks_per_buffer = max(1, SHUFFLE_BUFFER_TOKENS // source.tokens_per_chunk)
+        self.chunks_per_buffer = min(source.n_chunks, chunks_per_buffer)
         # -(-a // b) is a / b rounded up, here and elsewhere.
         self.buffers_per_epoch = -(-source.n_chunks // self.chunks_per_buffer)
         # Two epochs: at the end of one, a second thread reads the start of the next.

@@ -7,7 +7,6 @@ a callback instead, but cannot call one in Python (in jaxlib 0.10 it ends with s
 abort is therefore caught as the signal SIGABRT.
 """
 
-import contextlib
 import ctypes
 import faulthandler
 import os
@@ -16,6 +15,8 @@ import signal
 import sys
 import tempfile
 import threading
+
+from minsae_jax.cli.memory import redirect_native_output
 
 MAX_BYTES = 1_000_000  # of native messages that are read
 
@@ -34,15 +35,8 @@ def watch() -> None:
     """
     if "--debug" in sys.argv:
         return
-    descriptor = 2
-    # Python's stderr is another one under a limit of memory, see `memory.run_in_child`, and has
-    # none in some notebooks.
-    with contextlib.suppress(AttributeError, OSError):
-        descriptor = sys.stderr.fileno()
-    stderr = os.dup(descriptor)
     native = tempfile.TemporaryFile()  # noqa: SIM115
-    os.dup2(native.fileno(), 2)
-    sys.stderr = os.fdopen(stderr, "w", buffering=1, errors="replace")
+    stderr = redirect_native_output(native)
     faulthandler.enable()
 
     def on_abort(_: int) -> None:

@@ -54,7 +54,9 @@ def run_in_child(limit: float) -> None:
     with tempfile.TemporaryFile() as native:
         child = os.fork()
         if child == 0:
-            _redirect_native_output(native)
+            redirect_native_output(native)
+            # Where Python was at a crash.
+            faulthandler.enable(2)
             return
         # Ctrl-C reaches the child by itself.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -102,13 +104,19 @@ def _wait(child: int) -> tuple[int, float]:
     return os.waitstatus_to_exitcode(status_of_exit), peak
 
 
-def _redirect_native_output(native: IO[bytes]) -> None:
-    """Write the output of native code to descriptor 2 into a file; Python's stderr stays."""
-    stderr = os.dup(2)
+def redirect_native_output(native: IO[bytes]) -> int:
+    """Write the output of native code to descriptor 2 into a file.
+
+    Return the descriptor of Python's stderr, which writes to where it did before.
+    """
+    descriptor = 2
+    # Python's stderr is another one if this is called twice, and has none in some notebooks.
+    with contextlib.suppress(AttributeError, OSError):
+        descriptor = sys.stderr.fileno()
+    stderr = os.dup(descriptor)
     os.dup2(native.fileno(), 2)
-    sys.stderr = open(stderr, "w", buffering=1, errors="replace")  # noqa: SIM115
-    # Where Python was at a crash.
-    faulthandler.enable(2)
+    sys.stderr = os.fdopen(stderr, "w", buffering=1, errors="replace")
+    return stderr
 
 
 def _end_of(file: IO[bytes]) -> str:

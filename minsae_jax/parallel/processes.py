@@ -115,16 +115,11 @@ def barrier(what: str) -> Iterator[None]:
         yield
     except Exception:
         # The other processes wait at the end of the block for this result.
-        _all_succeeded(False)
+        any_process(True)
         raise
-    if not _all_succeeded(True):
+    (has_failed,) = any_process(False)
+    if has_failed:
         raise UserError(f"another process failed to {what}; see its message, then rerun")
-
-
-def _all_succeeded(success: bool) -> bool:
-    if process_count() == 1:
-        return success
-    return bool(multihost_utils.process_allgather(np.array(success)).all())
 
 
 def any_process(*flags: bool) -> tuple[bool, ...]:
