@@ -86,6 +86,8 @@ def open_train_data(
         )
     groups = make_groups(plan, store.d_model)
     _check_memory(groups, store.d_model)
+    if is_new and process_index() == 0:
+        _warn_of_settings_without_effect(config)
     start = _load_start(config, groups, store.d_model) if is_new else None
     read_errors: list[Exception] = []
     on_error = read_errors.append if process_count() > 1 else None
@@ -158,6 +160,13 @@ def physical_memory() -> int | None:
     if not set(names) <= set(getattr(os, "sysconf_names", {})):
         return None
     return math.prod(os.sysconf(name) for name in names)
+
+
+def _warn_of_settings_without_effect(config: TrainConfig) -> None:
+    if config.target_l0 and config.jumprelu_penalty == "step":
+        warn("--jumprelu_penalty step has no effect with --target_l0", stacklevel=2)
+    if config.init is not None and len(config.seed) > 1:
+        warn("--seed has no effect with --init: members of all seeds will be equal", stacklevel=2)
 
 
 def _load_start(config: TrainConfig, groups: tuple[Group, ...], d_model: int) -> Params | None:

@@ -358,6 +358,12 @@ def test_jumprelu_has_the_bandwidth_of_its_penalty():
     assert widths == {"tanh": (2, 0.1), "step": pytest.approx((0.012, 0.012))}
 
 
+def test_penalty_without_effect_is_a_warning(mixed):
+    settings = replace(mixed, kind=("jumprelu",), k=(), lambda_sparsity=(), num_steps=1)
+    with pytest.warns(UserWarning, match="--jumprelu_penalty step has no effect with --target_l0"):
+        train(replace(settings, jumprelu_penalty="step"))
+
+
 @pytest.mark.parametrize("recipe", ["april2024", "minsae", "modern"])
 def test_every_size_has_its_automatic_learning_rate(recipe):
     """2e-4 √(2¹⁴ / d_sae), and the number is in the names."""

@@ -274,7 +274,9 @@ def test_init_starts_every_member_from_the_given_weights(settings, tmp_path):
     first = replace(settings, lambda_sparsity=(3.0,), feature_dim_factor=(2.0,), num_steps=5)
     train(first)
     init = tmp_path / "run/members/lambda=3"
-    train(replace(first, init=str(init), lr=(0.0,), seed=(0, 1), run_dir=str(tmp_path / "two")))
+    two = replace(first, init=str(init), lr=(0.0,), seed=(0, 1), run_dir=str(tmp_path / "two"))
+    with pytest.warns(UserWarning, match="--seed has no effect with --init"):
+        train(two)
     for name in ("lambda=3,seed=0", "lambda=3,seed=1"):
         for key, value in load_file(tmp_path / "two/members" / name / "sae.safetensors").items():
             np.testing.assert_allclose(
