@@ -114,19 +114,20 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until everything saved is on disk. Every process of a cluster must call this."""
-        while self.is_saving():
+        while self._may_be_saving:
+            self.check_save()
             time.sleep(0.05)
         with self._write_errors():
             self._manager.wait_until_finished()
 
-    def is_saving(self) -> bool:
-        """Return whether a cluster is saving; False for a single process.
+    def check_save(self) -> None:
+        """Raise UserError if a process of a cluster failed to write the last checkpoint.
 
-        Every process of a cluster must call this. Raises UserError if one failed to save: Orbax
-        leaves out its next barrier then, at which the others wait for ten minutes.
+        Every process must call this. Without it the others would wait for ten minutes, at the next
+        barrier of Orbax, which the failed process leaves out.
         """
         if not self._may_be_saving:
-            return False
+            return
         key = self._barrier_key
         is_same_barrier = same_on_all_processes(key or "")
         any_at_none, any_saving = any_process(key is None, self._manager.is_saving_in_progress())
@@ -139,7 +140,6 @@ class Checkpoints:
                 "some disk space, then rerun the same command"
             )
         self._may_be_saving = any_saving
-        return any_saving
 
     def _wait_at_barrier(self, *, key: str, timeout_ms: int) -> None:
         """Wait for all processes, in a thread of Orbax."""

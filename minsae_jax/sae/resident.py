@@ -33,7 +33,7 @@ MAX_SHARE = 0.6
 
 
 class RowNumbers(Store):
-    """A store with the numbers of its tokens in their place, as activations of width 1."""
+    """A store that reads the number of each token instead of the token, as int32 of width 1."""
 
     @property
     def dtype(self) -> np.dtype:

@@ -239,8 +239,7 @@ class Trainer:
         is_late = minutes > self.config.checkpoint_minutes
         if process_count() > 1 and not ends_interval:
             return False, False
-        # Raises if a process of the cluster could not write the last checkpoint.
-        self.checkpoints.is_saving()
+        self.checkpoints.check_save()
         return any_process(stop, is_late)
 
     def _log_interval(self, bar: Bar) -> None:

@@ -91,7 +91,7 @@ def test_members_of_other_settings_are_an_error(plain_run):
 
 
 def test_sizes_below_d_model(plain_run):
-    """d_model is recovered from factors below 1, where several d_model give one d_sae."""
+    """Several d_model give one d_sae where factors are below 1."""
     path = plain_run / "config.yaml"
     config = yaml.safe_load(path.read_text())
     config["train"]["feature_dim_factor"] = [0.5, 0.25]

@@ -28,6 +28,7 @@ SETTLED_WEIGHT = 0.01
 @dataclass(frozen=True)
 class BatchTopK(LinearSAE):
     name = "batchtopk"
+    sparsity_name = "k"
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
     independent = True
     starts_at_median = True
@@ -35,10 +36,6 @@ class BatchTopK(LinearSAE):
     selects = True
     uses_aux = True
     settling_steps = 1 + math.ceil(math.log(SETTLED_WEIGHT) / math.log(1 - THRESHOLD_RATE))
-
-    @property
-    def sparsity_name(self) -> str:
-        return "k"
 
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         return super().shapes(d_model, d_sae) | {"threshold": ()}

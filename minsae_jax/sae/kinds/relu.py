@@ -48,12 +48,9 @@ class ReLUSums(NamedTuple):
 @dataclass(frozen=True)
 class ReLU(SAEKind):
     name = "relu"
+    sparsity_name = "lambda_sparsity"
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec")
     independent = True
-
-    @property
-    def sparsity_name(self) -> str:
-        return "lambda_sparsity"
 
     def init_torch(self, key: Key[Array, ""], d_model: int, d_sae: int) -> Params:
         # torch draws weights and biases from the uniform distribution on ±1/√fan_in.

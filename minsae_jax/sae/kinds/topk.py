@@ -55,6 +55,7 @@ class TopK(LinearSAE):
     # of the dense time at a ratio of 32, 0.4 at 128 and 0.2 at 512.
     min_ratio: ClassVar[int] = 64
     name = "topk"
+    sparsity_name = "k"
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec", "k")
     starts_at_median = True
     unit_decoder = True
@@ -71,10 +72,6 @@ class TopK(LinearSAE):
         if fractions:
             raise UserError(f"--kind topk requires whole numbers of --k, got {fractions[0]:g}")
         return TopK(k_max=math.ceil(max(config.k)))
-
-    @property
-    def sparsity_name(self) -> str:
-        return "k"
 
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         return super().shapes(d_model, d_sae) | {"k": ()}
