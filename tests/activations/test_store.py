@@ -406,10 +406,7 @@ def test_unknown_keys_of_a_manifest_are_preserved(folder):
     assert json.loads(path.read_text())["sampling_rate"] == 100
 
 
-@pytest.mark.parametrize("has_preadv", [True, False])
-def test_shard_that_became_shorter_is_reported(folder, monkeypatch, has_preadv):
-    if not has_preadv:  # Windows
-        monkeypatch.delattr(os, "preadv")
+def test_shard_that_became_shorter_is_reported(folder):
     store = open_store(folder)
     np.testing.assert_array_equal(store.read(1, 2, 7), arrays()[1].reshape(-1, 4)[2:7])
     path = folder / "b0001.npy"
