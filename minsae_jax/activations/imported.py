@@ -33,16 +33,17 @@ def _check_places(
             f"sequence {i} comes before the one in front of it, or is the same; sort sequences "
             "by recording, then window, then channel"
         )
-    limits = {
-        "recording": (0, n_recordings),
-        "window": (0, np.inf),
-        "channel": (-1, np.inf if n_vars is None else n_vars),
-    }
-    for (name, (lowest, limit)), values in zip(limits.items(), places, strict=True):
-        if values.size and not lowest <= values.min() <= values.max() < limit:
-            raise UserError(
-                f"{name} is {values.min()} to {values.max()}; expected {lowest} to {limit - 1}"
-            )
+    _check_range("recording", places[0], 0, n_recordings)
+    _check_range("window", places[1], 0, np.inf)
+    _check_range("channel", places[2], -1, np.inf if n_vars is None else n_vars)
+
+
+def _check_range(name: str, values: Int[np.ndarray, " n"], lowest: int, limit: int | float) -> None:
+    """Raise UserError unless all values are at least `lowest` and below `limit`."""
+    if values.size and not lowest <= values.min() <= values.max() < limit:
+        raise UserError(
+            f"{name} is {values.min()} to {values.max()}; expected {lowest} to {limit - 1}"
+        )
 
 
 def write_store(
