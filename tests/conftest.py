@@ -6,7 +6,7 @@
 import gc
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,10 @@ from minsae_jax.encoder.converted import load_encoder, save_encoder
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
-from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae import trainer
+from minsae_jax.sae.config import TrainConfig, TrainPlan
+from minsae_jax.sae.grid import Group
+from minsae_jax.sae.sweep import Sweep
 from minsae_jax.sae.trainer import train
 from tests.described import Described, read_described, write_described
 
@@ -64,6 +67,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ENCODERS = ("tuhab_patch_10", "tuhab_patch_100", "revin_affine_gelu_overlap", "layernorm_prenorm")
+MAX_SWEEPS = 16  # whose programs are kept
 CHROMIUM_FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -101,6 +105,40 @@ def one_device(monkeypatch):
     """Give meshes made in the test one device instead of eight."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
+sweeps: dict[Hashable, Sweep] = {}
+
+
+@contextmanager
+def sharing_programs() -> Iterator[None]:
+    """Let runs that differ in their folders alone share a sweep's programs, across tests.
+
+    Tracing a step takes longer than the 40 steps of a small run.
+    """
+
+    def shared_sweep(plan: TrainPlan, groups: tuple[Group, ...], d_model: int) -> Sweep:
+        settings = vars(plan) | vars(plan.config) | {"config": "", "run_dir": "", "store": ""}
+        key = (repr(settings), groups, d_model, tuple(jax.devices()))
+        if key not in sweeps:
+            if len(sweeps) == MAX_SWEEPS:
+                sweeps.clear()
+            sweeps[key] = Sweep(plan, groups, d_model)
+        return sweeps[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "Sweep", shared_sweep)
+        yield
+
+
+@pytest.fixture
+def shared_programs(request):
+    """Share programs (`sharing_programs`), but not with a test that patches what it traces."""
+    if "monkeypatch" in request.fixturenames:
+        yield
+        return
+    with sharing_programs():
+        yield
 
 
 def write_once(

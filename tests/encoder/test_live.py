@@ -21,6 +21,8 @@ from minsae_jax.sae.trainer import train
 from tests.conftest import FIXTURES
 from tests.interrupt import train_until
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 CHECKPOINT = FIXTURES / "tuhab_patch_100/checkpoint.pth"
 
 
@@ -49,9 +51,11 @@ def settings(demo_folder, tmp_path):
 
 
 @pytest.fixture
-def few_mixed(monkeypatch):
+def few_mixed():
     """Shuffle buffers of four windows, so that an epoch has several of them."""
-    monkeypatch.setattr(stream, "SHUFFLE_BUFFER_TOKENS", 4 * 19 * 11)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "SHUFFLE_BUFFER_TOKENS", 4 * 19 * 11)
+        yield
 
 
 def open_source(encoder, settings):
@@ -119,6 +123,7 @@ def test_every_token_comes_once_per_epoch(encoder, settings, few_mixed):
     assert (np.abs(epochs[0] - epochs[1]).max(1) > 1e-3).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_curves_equal_those_from_a_store(encoder, settings, tmp_path):
     # The recipe minsae reads shards in order, which live and stored activations share.
     store = stored(encoder, settings, tmp_path)
@@ -179,6 +184,7 @@ def test_interrupted_run_of_several_kinds_ends_with_the_same_bytes(
         assert json.loads(path.read_text())["encoder_fingerprint"] == encoder.fingerprint
 
 
+@pytest.mark.slow
 def test_other_recordings_are_refused_on_resume(encoder, settings):
     open_source_now = partial(open_source, encoder, settings)
     train_until(settings, 20, encoder.fingerprint, open_source_now)

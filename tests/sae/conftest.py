@@ -6,10 +6,20 @@ It runs on one device, which compiles fastest; tests of meshes choose their own.
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
+from minsae_jax.sae import logger
 from minsae_jax.sae.config import TrainConfig
 
 INTERVALS = 70
+
+
+@pytest.fixture(autouse=True)
+def quick_runs(shared_programs):
+    """Share programs, and do not draw pareto.png, which takes as long as many steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logger, "draw_pareto", lambda path, *_: Image.new("1", (8, 6)).save(path))
+        yield
 
 
 @pytest.fixture

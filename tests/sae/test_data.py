@@ -14,8 +14,10 @@ from minsae_jax.activations.imported import write_store
 from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import ShuffleBuffers
 from minsae_jax.activations.tokens import TokenGrid
+from minsae_jax.sae import logger
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.data import held_out_batches, measure_scale, physical_memory
+from minsae_jax.sae.pareto import draw_pareto
 from minsae_jax.sae.run import HELD_OUT_METRICS, read_held_out
 from minsae_jax.sae.trainer import train
 from tests.conftest import write_small_store
@@ -57,8 +59,9 @@ def rows(run):
 
 
 def test_held_out_metrics_equal_those_of_the_exported_member(
-    settings, small_store, val_store, tmp_path
+    settings, small_store, val_store, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(logger, "draw_pareto", draw_pareto)
     summary = train(replace(settings, eval_every=15)).summary()
     run = tmp_path / "run"
     found = rows(run)

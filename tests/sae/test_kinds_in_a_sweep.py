@@ -23,7 +23,7 @@ from minsae_jax.sae.kinds import BatchContext
 from minsae_jax.sae.run import load_run
 from minsae_jax.sae.sweep import Sweep, read_metrics
 from minsae_jax.sae.trainer import train
-from tests.conftest import write_small_store
+from tests.conftest import sharing_programs, write_small_store
 from tests.interrupt import train_until
 
 KINDS = ("relu", "topk", "batchtopk", "jumprelu", "matryoshka")
@@ -50,12 +50,13 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture
-def mixed(small_store, tmp_path):
-    write_small_store(tmp_path / "store_val", seed=1)
+def mixed_settings(folder):
+    """Settings of a run of all kinds, and its stores in the folder."""
+    store = write_small_store(folder / "store", seed=0)
+    write_small_store(folder / "store_val", seed=1)
     return TrainConfig(
-        store=str(small_store),
-        run_dir=str(tmp_path / "run"),
+        store=str(store),
+        run_dir=str(folder / "run"),
         kind=KINDS,
         k=(2.0, 4.0),
         lambda_sparsity=(1.0,),
@@ -70,6 +71,20 @@ def mixed(small_store, tmp_path):
         aux_dead_after=64,
         mesh="1x1",
     )
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    return mixed_settings(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Settings of a finished run on a mesh that the members of some groups do not fill."""
+    settings = replace(mixed_settings(tmp_path_factory.mktemp("kinds")), mesh="2x4")
+    with sharing_programs():
+        train(settings)
+    return settings
 
 
 def hparams(member):
@@ -89,20 +104,19 @@ def member_files(run):
 
 
 @pytest.mark.slow
-def test_run_of_all_kinds_resumes_to_the_same_bytes(mixed, tmp_path):
-    """On a mesh that the members of some groups do not fill."""
-    mixed = replace(mixed, mesh="2x4")
-    run = train(mixed)
+def test_run_of_all_kinds_resumes_to_the_same_bytes(finished, tmp_path):
+    run = load_run(finished.run_dir)
     assert sorted(member.name for member in run.members) == NAMES
-    other = replace(mixed, run_dir=str(tmp_path / "other"))
+    other = replace(finished, run_dir=str(tmp_path / "other"))
     train_until(other, 26)
     train(other)
-    assert member_files(tmp_path / "other") == member_files(tmp_path / "run")
+    assert member_files(tmp_path / "other") == member_files(run.folder)
 
 
-def test_members_load_with_their_kind(mixed, tmp_path, small_store):
-    run = train(mixed)
-    x = open_store(small_store, -1).read(0).reshape(-1, 16)
+@pytest.mark.slow
+def test_members_load_with_their_kind(finished):
+    run = load_run(finished.run_dir)
+    x = open_store(finished.store, -1).read(0).reshape(-1, 16)
     for member in run.members:
         sae = member.load()
         config = json.loads((member.folder / "config.json").read_text())
@@ -117,7 +131,7 @@ def test_members_load_with_their_kind(mixed, tmp_path, small_store):
         {"kind": kind, setting: value, "lr": 3e-3, "seed": 0, "d_sae": 32}
         for kind, (setting, value) in SETTINGS
     ]
-    topk = load_sae(tmp_path / "run/members/topk,k=4")
+    topk = load_sae(run.folder / "members/topk,k=4")
     assert (np.asarray(topk.encode(x)) > 0).sum(1).max() == 4
 
 
@@ -175,7 +189,8 @@ def losses(settings, n_tokens):
 
 
 # 45 tokens do not divide evenly over eight devices.
-@pytest.mark.parametrize("n_tokens", [pytest.param(48, marks=pytest.mark.slow), 45])
+@pytest.mark.parametrize("n_tokens", [48, 45])
+@pytest.mark.slow
 def test_eight_devices_select_the_same_features(mixed, n_tokens):
     # Adam turns rounding errors of gradients near 0 into steps of up to lr.
     settings = replace(mixed, lr=(1e-3,))
@@ -206,6 +221,7 @@ def test_threshold_has_settled_when_the_first_step_weighs_less_than_a_hundredth(
     assert weights[-1] < 0.01 < weights[-2]
 
 
+@pytest.mark.slow
 def test_too_few_steps_for_the_threshold_are_a_warning(mixed):
     """The second call finds the run finished, and says the same."""
     settings = replace(
@@ -280,6 +296,7 @@ def test_geometric_median_is_where_mean_distance_is_least():
         assert mean_distance(median + 0.05 * direction) > mean_distance(median)
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_member_of_the_same_kind(mixed, tmp_path):
     topk = replace(mixed, kind=("topk",), lambda_sparsity=(), target_l0=(), k=(2.0,), num_steps=8)
     first = train(topk).members[0]

@@ -12,7 +12,7 @@ from tests.interrupt import train_until
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls():
     """Make the trainer call for 4 steps at once; returns how many steps each call made."""
     made = []
     steps_in_call = batches.DeviceBatches.steps_in_call
@@ -21,10 +21,11 @@ def calls(monkeypatch):
         made.append(steps_in_call(self, step))
         return made[-1]
 
-    monkeypatch.setattr(batches, "on_cpu", lambda: False)
-    monkeypatch.setattr(batches, "STEPS_PER_CALL", 4)
-    monkeypatch.setattr(batches.DeviceBatches, "steps_in_call", count)
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "on_cpu", lambda: False)
+        patch.setattr(batches, "STEPS_PER_CALL", 4)
+        patch.setattr(batches.DeviceBatches, "steps_in_call", count)
+        yield made
 
 
 def weights(run):
@@ -78,7 +79,7 @@ def test_nothing_is_skipped_within_a_call(settings, tmp_path, calls):
     assert {int(end - 4) for end, n in zip(ends, calls, strict=True) if n == 4} == {0, 12, 20}
 
 
-@pytest.mark.parametrize("checkpoint_every", [7, 8])
+@pytest.mark.parametrize("checkpoint_every", [7, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_resumed_run_makes_the_same_calls(settings, tmp_path, calls, checkpoint_every):
     """From a checkpoint that is a multiple of the steps in a call, and from one that is not."""
     settings = replace(settings, num_steps=24, eval_window=12, checkpoint_every=checkpoint_every)
