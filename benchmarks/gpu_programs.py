@@ -89,6 +89,7 @@ class Sizes:
     rounds: int = 5
     end_to_end_steps: int = 20_000
     resume_steps: int = 3000
+    resume_kinds: tuple[str, ...] = ("relu", "topk", "batchtopk")
     with_compiled: bool = True
 
 
@@ -106,6 +107,7 @@ SMALL = Sizes(
     rounds=1,
     end_to_end_steps=50,
     resume_steps=120,
+    resume_kinds=("relu", "batchtopk"),
     with_compiled=False,
 )
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from socket import socket
 
+from minsae_jax.__main__ import main
 from tests.compiler import COMPILER_FLAGS
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +69,11 @@ class Cluster:
 def minsae(verb: str, *flags: object) -> list[str]:
     """Return the command line of a verb."""
     return [sys.executable, "-m", "minsae_jax", verb, *map(str, flags)]
+
+
+def run_here(command: Sequence[str]) -> None:
+    """Run the command line of a verb in this process, which has imported and compiled much."""
+    main(command[3:])
 
 
 def wait_until(condition, seconds: float = 180) -> None:

@@ -32,7 +32,7 @@ watching.start()
 start_jax()
 store, run_dir = sys.argv[1:]
 train(TrainConfig(store=store, run_dir=run_dir, feature_dim_factor=(2.0,),
-                  lambda_sparsity=(1.0, 2.0), num_steps=40, checkpoint_every=20))
+                  lambda_sparsity=(1.0, 2.0), num_steps=20, checkpoint_every=10))
 done.set()
 watching.join()
 print(peak // 1000)

@@ -3,7 +3,6 @@
 import csv
 import re
 import signal
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from minsae_jax.sae.trainer import train
-from tests.cluster import ROOT, Cluster, minsae, wait_until
+from tests.cluster import Cluster, minsae, run_here, wait_until
 from tests.conftest import write_small_store
 from tests.faults.io_errors import error_lines
 from tests.interrupt import train_until
@@ -74,8 +73,7 @@ def test_two_processes_train_like_one(small_store, tmp_path):
     flags = ("--store", small_store, *FLAGS, *sweep)
     one = tmp_path / "one"
     two = tmp_path / "two"
-    command = minsae("train", *flags, "--run_dir", one)
-    subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    run_here(minsae("train", *flags, "--run_dir", one))
     first, second = Cluster(minsae("train", *flags, "--run_dir", two, "--mesh", "2x2")).wait()
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "lambda=0.1,d_sae=32" in first.stdout
@@ -104,8 +102,7 @@ def test_two_processes_select_the_same_features(small_store, tmp_path):
     flags = ("--store", small_store, *kinds, *sparsity, *steps, "--feature_dim_factor", 2)
     one = tmp_path / "one"
     two = tmp_path / "two"
-    command = minsae("train", *flags, "--run_dir", one)
-    subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    run_here(minsae("train", *flags, "--run_dir", one))
     results = Cluster(minsae("train", *flags, "--run_dir", two, "--mesh", "1x4")).wait()
     for result in results:
         assert result.returncode == 0, result.stderr
