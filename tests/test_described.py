@@ -16,6 +16,8 @@ from minsae_jax.eeg.recordings import load_recording
 from tests.described import BURST, HZ, N_CHANNELS, RATE
 from tests.report.reading import read_cards, read_script
 
+pytestmark = pytest.mark.slow
+
 WINDOW = 800
 PATCH = 100
 N_PATCHES = WINDOW // PATCH

@@ -127,5 +127,6 @@ minsae_jax.__main__.main(["--help"])
 """
 
 
+@pytest.mark.slow
 def test_package_runs_without_torch():
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH], check=True, stdout=subprocess.DEVNULL)

@@ -282,6 +282,7 @@ def new_recordings(trained, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_other_recordings_have_an_evaluation_of_their_own(
     trained, settings, evaluation, new_recordings, without_figure
 ):
@@ -530,6 +531,7 @@ def test_inputs_that_do_not_belong_together_are_errors(trained, settings, tmp_pa
     check("lambda=1 was trained on another encoder", run=str(other))
 
 
+@pytest.mark.slow
 def test_without_a_val_store_events_are_not_evaluated(trained, settings, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
@@ -559,6 +561,7 @@ def test_without_events_of_val_patients_events_are_not_evaluated(trained, settin
     assert result.pca
 
 
+@pytest.mark.slow
 def test_kinds_without_spans_are_named_in_a_warning(trained, settings, tmp_path, without_figure):
     """In the val recordings one kind is missing, and another covers each of them."""
     recordings = tmp_path / "recordings"

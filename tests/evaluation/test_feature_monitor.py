@@ -58,6 +58,7 @@ def test_equal_members_of_two_seeds_are_stable(trained):
     assert not measures.images
 
 
+@pytest.mark.slow
 def test_training_writes_them_to_tensorboard(trained, tmp_path):
     config = TrainConfig(
         store=str(trained.stores),

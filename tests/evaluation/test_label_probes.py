@@ -69,6 +69,7 @@ def test_equal_scores_of_permuted_labels_count_although_they_are_rounded():
     assert p == pytest.approx(19 / 24, abs=0.04)
 
 
+@pytest.mark.slow
 def test_random_labels_score_as_their_permutations():
     rng = np.random.default_rng(2)
     names, _, splits = make_splits(rng, n_features=20)

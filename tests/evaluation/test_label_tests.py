@@ -160,6 +160,7 @@ def test_feature_of_one_category_is_found_among_16384(sizes):
     assert result.test.significant().tolist() == [7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(3, 57), (10, 50), (3, 3, 54), (5, 15, 40)])
 def test_random_labels_of_few_patients_are_not_found(sizes):
     """Small categories and features of few patients, as SAEs have many."""
@@ -253,6 +254,7 @@ def test_spearman_of_many_patients_is_a_permutation_test_where_most_are_equal(n_
     np.testing.assert_allclose(rho, stats.spearmanr(number, values).statistic[0, 1:])
 
 
+@pytest.mark.slow
 def test_random_numbers_that_are_equal_for_most_patients_are_not_found():
     """Seizures in a month, for example, against features that are active in few patients."""
     rng = np.random.default_rng(0)
@@ -267,7 +269,7 @@ def test_random_numbers_that_are_equal_for_most_patients_are_not_found():
     assert n_labels <= 8  # 3 are expected; 9 or more have a probability of 0.4 %
 
 
-@pytest.mark.parametrize("n", [4, 6, 9])
+@pytest.mark.parametrize("n", [4, 6, pytest.param(9, marks=pytest.mark.slow)])
 def test_random_numbers_of_few_patients_are_not_found(n):
     rng = np.random.default_rng(n)
     n_labels = 0
@@ -334,6 +336,7 @@ def test_too_few_patients_are_a_note(label, note):
     assert note in result.note
 
 
+@pytest.mark.slow
 def test_random_labels_are_found_at_the_nominal_rate():
     """The share of labels with any feature at q < 0.05, over labels of all three types."""
     rng = np.random.default_rng(1)

@@ -68,6 +68,7 @@ def planted(tmp_path_factory, optimized):
     return Planted(members, dictionary, test, codes.reshape(-1, N_TRUE))
 
 
+@pytest.mark.slow
 def test_sweep_recovers_the_dictionary(planted):
     """Matched decoder rows point along the true ones, and are active where the codes are."""
     x = planted.test.read(0, len(planted.test.recording)).reshape(-1, D_MODEL)
@@ -84,6 +85,7 @@ def test_sweep_recovers_the_dictionary(planted):
         assert f1 > 0.95
 
 
+@pytest.mark.slow
 def test_true_features_are_those_that_reappear(planted):
     is_live = {member.name: planted.is_live(member.sae) for member in planted.members}
     stability = seed_stability(planted.members, is_live)

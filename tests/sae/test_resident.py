@@ -51,7 +51,7 @@ def test_half_precision_keeps_its_bits(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "mesh"),
     [
-        ("april2024", "2x4"),
+        pytest.param("april2024", "2x4", marks=pytest.mark.slow),
         ("minsae", "1x1"),
         pytest.param("april2024", "1x1", marks=pytest.mark.slow),
         pytest.param("minsae", "2x4", marks=pytest.mark.slow),

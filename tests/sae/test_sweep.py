@@ -178,6 +178,7 @@ def test_a_state_moves_from_mesh_to_mesh():
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_padding_repeats_the_last_member_after_a_resume_too():
     """Members of zeros have no norm to divide by, and slow the search of BatchTopK down."""
     settings = replace(SETTINGS, kind=("batchtopk",), lambda_sparsity=(), k=(0.2, 0.3, 0.4))

@@ -310,7 +310,7 @@ def test_overwrite_never_deletes_the_weights_of_init(settings, tmp_path):
     assert files(tmp_path / "run", "*.safetensors", "*.csv", "*.yaml") == before
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)])
 def test_init_from_rows_of_norm_1_keeps_reconstructions(settings, tmp_path, small_store, kind):
     """The weights of other libraries have such rows for raw activations, here of SD 100."""
     store = tmp_path / "large/l-1"

@@ -189,7 +189,7 @@ def test_gradients_equal_autodiff_of_the_loss(name, x):
     def mean_loss(params):
         return kind.loss(params, jnp.asarray(x), HYPER, OBJECTIVE, context)[0] / TOKENS
 
-    expected = jax.grad(mean_loss)(params)
+    expected = jax.jit(jax.grad(mean_loss))(params)
     names = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"} & params.keys()
     if kind.weighs_batch_penalty:
         names -= {"threshold"}
