@@ -370,15 +370,16 @@ def test_every_feature_of_a_pack_and_those_without_a_page(page, tmp_path):
     assert find(page, "#feature h1")[0].text == "never active"
 
 
-@pytest.mark.parametrize("n", [16_384, 131_072])
-def test_the_index_of_many_features_opens(page, tmp_path, n):
+def test_the_index_of_many_features_opens(page, tmp_path):
+    """`test_131072_features_are_shown` opens more of them."""
+    n = 16_384
     rng = np.random.default_rng(0)
     density = 10 ** rng.uniform(-5, 0, n)
     rows = (make_row(i, density=float(value), channel="O1") for i, value in enumerate(density))
     write_pages(tmp_path / "report", make_meta(), [], rows)
     start = time.monotonic()
     visit(page, tmp_path / "report")
-    assert time.monotonic() - start < (2 if n < 20_000 else 8)
+    assert time.monotonic() - start < 2
     assert len(find(page, "#overview svg rect.bar")) > 3
     assert find(page, "#count")[0].text == f"{n:,} features"
 
