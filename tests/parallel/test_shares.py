@@ -52,7 +52,9 @@ def test_two_processes_read_half_of_the_store_each(tmp_path):
         # The same command in a program that counts.
         return [line[0], "-m", "tests.parallel.count_reads", *line[3:]]
 
-    one = subprocess.run(command("one"), check=True, capture_output=True, text=True, cwd=ROOT)
+    one = subprocess.run(
+        command("one", "--mesh", "1x1"), check=True, capture_output=True, text=True, cwd=ROOT
+    )
     whole = bytes_read(one.stdout)
     assert whole > 3 * 64e6
     for mesh in ("4x1", "1x4"):
@@ -89,7 +91,7 @@ def test_two_processes_train_on_live_activations_like_one(demo_folder, tmp_path)
     sweep = ("--lambda_sparsity", 0.1, 1, "--lr", 1e-3, "--feature_dim_factor", 0.5)
     steps = ("--num_steps", 30, "--batch_size", 500, "--eval_window", 10)
     flags = (*source, *encoder, *sweep, *steps)
-    run_here(minsae("train", *flags, "--run_dir", tmp_path / "one"))
+    run_here(minsae("train", *flags, "--run_dir", tmp_path / "one", "--mesh", "1x1"))
     for result in Cluster(minsae("train", *flags, "--run_dir", tmp_path / "two")).wait():
         assert result.returncode == 0, result.stderr
     assert_same_metrics(tmp_path / "one", tmp_path / "two")

@@ -73,7 +73,7 @@ def test_two_processes_train_like_one(small_store, tmp_path):
     flags = ("--store", small_store, *FLAGS, *sweep)
     one = tmp_path / "one"
     two = tmp_path / "two"
-    run_here(minsae("train", *flags, "--run_dir", one))
+    run_here(minsae("train", *flags, "--run_dir", one, "--mesh", "1x1"))
     first, second = Cluster(minsae("train", *flags, "--run_dir", two, "--mesh", "2x2")).wait()
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "lambda=0.1,d_sae=32" in first.stdout
@@ -102,7 +102,7 @@ def test_two_processes_select_the_same_features(small_store, tmp_path):
     flags = ("--store", small_store, *kinds, *sparsity, *steps, "--feature_dim_factor", 2)
     one = tmp_path / "one"
     two = tmp_path / "two"
-    run_here(minsae("train", *flags, "--run_dir", one))
+    run_here(minsae("train", *flags, "--run_dir", one, "--mesh", "1x1"))
     results = Cluster(minsae("train", *flags, "--run_dir", two, "--mesh", "1x4")).wait()
     for result in results:
         assert result.returncode == 0, result.stderr
