@@ -188,6 +188,8 @@ INTERRUPTED_IMPORT = """
 import runpy, signal, sys
 
 program, module, *arguments = sys.argv[1:]
+# A shell that runs the tests in the background may have it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
