@@ -231,9 +231,26 @@ def test_progress_in_a_pipe_is_lines(capsys, monkeypatch):
     err = capsys.readouterr().err
     assert "\r" not in err
     lines = err.splitlines()
-    counts = ("60%, 6/10", "80%, 8/10", "100%, 10/10")  # the last one once
-    assert [line.split(", 00:00 left, ")[0] for line in lines] == [f"train {c}" for c in counts]
-    assert all(line.endswith("steps/s, waiting 3%") for line in lines)
+    assert lines[0] == "train 60%, 6/10, waiting 3%"
+    counts = ("80%, 8/10", "100%, 10/10")  # the last one once
+    assert [line.split(", 00:00 left, ")[0] for line in lines[1:]] == [f"train {c}" for c in counts]
+    assert all(line.endswith("steps/s, waiting 3%") for line in lines[1:])
+
+
+def test_rate_in_a_pipe_is_of_the_time_after_compilation(capsys, monkeypatch):
+    """The first step takes 100 seconds, each of the others a second."""
+    times = [0.0, 100.0, 101.0, 102.0]
+    monkeypatch.setattr("minsae_jax.monitor.progress_bar.LINE_SECONDS", 0)
+    monkeypatch.setattr("minsae_jax.monitor.progress_bar.time.monotonic", lambda: times[0])
+    with progress("train", 20, "steps") as bar:
+        for _ in range(3):
+            times.pop(0)
+            bar.advance(2)
+    assert capsys.readouterr().err.splitlines() == [
+        "train 10%, 2/20",
+        "train 20%, 4/20, 00:08 left,  2.00 steps/s",
+        "train 30%, 6/20, 00:07 left,  2.00 steps/s",
+    ]
 
 
 def test_progress_of_finished_work_has_no_rate(capsys):
@@ -247,7 +264,7 @@ def test_short_progress_in_a_pipe_is_a_line_at_start_and_end_or_none(capsys):
     with progress("train", 8, "steps") as bar:
         advance(bar, 4)
     first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("train 25%, 2/8, ")
+    assert first == "train 25%, 2/8"
     assert last.startswith("train 100%, 8/8, ")
     with progress("check", 4, "files", delay=2.0) as bar:
         advance(bar, 2)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 COUNTS = "{n_fmt}/{total_fmt}, {remaining} left, {rate_noinv_fmt}{postfix}"
 BAR = "{desc} {percentage:.0f}%|{bar}| " + COUNTS
 LINE = "{desc} {percentage:.0f}%, " + COUNTS
-START_LINE = "{desc} {percentage:.0f}%, {n_fmt}/{total_fmt}"  # there is no rate yet
+START_LINE = "{desc} {percentage:.0f}%, {n_fmt}/{total_fmt}{postfix}"  # there is no rate yet
 LINE_SECONDS = 10.0  # from one line to the next
 
 
@@ -49,15 +49,19 @@ class Bar:
 
 
 class _Lines(Bar):
-    """The same as lines: one after `delay`, then one every LINE_SECONDS, and one at the end."""
+    """The same as lines: one after `delay`, then one every LINE_SECONDS, and one at the end.
+
+    Rates do not include the first call of `advance`, before which programs are compiled.
+    """
 
     def __init__(self, title: str, total: int, unit: str, delay: float = 0.0):
         self._title = title
         self._total = total
         self._unit = unit
         self._note = ""
-        self._initial = 0
+        self._initial = 0  # count from which the rate is measured
         self._count = 0
+        self._has_begun = False
         self._shown: int | None = None  # count of the last line
         self._started = time.monotonic()
         self._first_due = self._started + delay
@@ -69,6 +73,10 @@ class _Lines(Bar):
 
     def advance(self, count: int) -> None:
         self._count += count
+        if not self._has_begun:
+            self._has_begun = True
+            self._initial = self._count
+            self._started = time.monotonic()
         if time.monotonic() >= self._due:
             self._print()
 
