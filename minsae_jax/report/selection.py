@@ -1,7 +1,7 @@
 """The entries of each feature with the largest keys, merged batch by batch on the host."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from minsae_jax.evaluation.dataset import TokenPlaces
 from minsae_jax.report.entries import ActiveEntries
@@ -118,8 +118,8 @@ class StrongestExamples:
     """The strongest tokens of each feature, at most per_recording of them from one recording.
 
     Of those that would show the same seconds, the strongest: one of each window, and none that is
-    closer than n_samples to a stronger one in the same recording. Batches come in the order of the
-    recordings. The best of the current recording are merged into the best of all once it ends.
+    closer than n_samples to a stronger example in the same recording. Batches come in the order of
+    the recordings. The best of the current recording are merged into the best of all once it ends.
     """
 
     def __init__(
@@ -130,8 +130,11 @@ class StrongestExamples:
         self.best = LargestByFeature(d_sae, top)
         # More than `top` from one recording are never needed.
         self.size = min(top, per_recording)
+        # An example can be close to the strongest tokens of so many windows before and after it.
+        n_near = 2 * -(-n_samples // dataset.seq_len)
+        candidates = self.size * (1 + n_near)
         window = dataset.window.astype(np.int64)
-        self.in_recording = LargestByFeature(d_sae, self.size, window, dataset.n_tokens)
+        self.in_recording = LargestByFeature(d_sae, candidates, window, dataset.n_tokens)
         self.recording = -1
 
     def add(
@@ -159,17 +162,30 @@ class StrongestExamples:
 
     def _merge(self) -> None:
         best = self.in_recording.merged()
-        feature = best["feature"]
-        places = np.divmod(best["position"], self.dataset.n_tokens)
-        sample = self.dataset.first_samples(*places)
-        is_apart = np.ones(len(best), bool)
-        for i in range(1, self.size):
-            # Each entry and the i-th before it, which is stronger or of another feature.
-            is_near = np.abs(sample[i:] - sample[:-i]) < self.n_samples
-            is_apart[i:] &= ~(is_near & (feature[i:] == feature[:-i]))
-        best = best[is_apart]
+        best = best[self._is_example(best)]
         self.best.add(best["feature"], best["key"], best["position"], best["activation"])
         self.in_recording.clear()
+
+    def _is_example(self, entries: np.ndarray) -> Bool[np.ndarray, " n"]:
+        """Return which entries of a recording, sorted as by `merged`, are examples."""
+        places = np.divmod(entries["position"], self.dataset.n_tokens)
+        sample = self.dataset.first_samples(*places)
+        is_example = np.zeros(len(entries), bool)
+        d_sae = self.best.d_sae
+        n_examples = np.zeros(d_sae, np.int64)
+        samples = np.full((d_sae, self.size), -self.n_samples, np.int64)  # of the examples
+        starts = np.searchsorted(entries["feature"], np.arange(d_sae + 1))
+        counts = np.diff(starts)
+        for place in range(counts.max(initial=0)):
+            feature = np.flatnonzero((counts > place) & (n_examples < self.size))
+            index = starts[feature] + place
+            distance = np.abs(sample[index, None] - samples[feature])
+            is_apart = (distance >= self.n_samples).all(axis=1)
+            feature, index = feature[is_apart], index[is_apart]
+            samples[feature, n_examples[feature]] = sample[index]
+            n_examples[feature] += 1
+            is_example[index] = True
+        return is_example
 
     def finish(self) -> LargestByFeature:
         """Return the best of all recordings."""

@@ -29,6 +29,7 @@ def everything(trained):
         (5, 2, 0, 40, 1),
         (12, 100, 0, 1000, 500),
         (12, 100, 1500, 1000, 500),
+        (12, 2, 1500, 1000, 500),
         (3, 1, 1500, 16_384, 1 << 17),
     ],
 )
@@ -36,6 +37,11 @@ def test_top_examples_match_a_brute_force_search(
     everything, monkeypatch, top, per_recording, n_samples, batch, merge
 ):
     dataset, sae, f, sequence, token = everything
+    # Two recordings, so that each has many windows.
+    places = np.stack([dataset.recording, dataset.window])
+    window = np.unique(places, axis=1, return_inverse=True)[1].astype(np.int32)
+    recording = (2 * window > window.max()).astype(np.int32)
+    dataset = replace(dataset, recording=recording, window=window)
     monkeypatch.setattr(examples, "BATCH_TOKENS", batch)
     monkeypatch.setattr(selection, "MERGE", merge)
     strongest = collect(dataset, sae, top, per_recording, n_samples=n_samples).top
@@ -44,18 +50,20 @@ def test_top_examples_match_a_brute_force_search(
     start = dataset.window[sequence] * dataset.seq_len + np.maximum(dataset.tokens.first[token], 0)
     for feature in range(sae.d_sae):
         expected = []
-        of_recording = [[] for _ in dataset.recordings]  # the strongest of each window
+        of_recording = [[] for _ in dataset.recordings]
+        seen = set()
         for i in np.lexsort((np.arange(len(f)), -f[:, feature])):
-            stronger = of_recording[dataset.recording[sequence[i]]]
-            is_seen = any(
-                dataset.window[sequence[j]] == dataset.window[sequence[i]] for j in stronger
-            )
-            if f[i, feature] == 0 or is_seen or len(stronger) == min(top, per_recording):
+            recording = dataset.recording[sequence[i]]
+            shown = of_recording[recording]
+            window = (recording, dataset.window[sequence[i]])
+            if f[i, feature] == 0 or window in seen or len(shown) == min(top, per_recording):
                 continue
-            is_near = any(abs(start[j] - start[i]) < n_samples for j in stronger)
-            stronger.append(i)
-            n_near += is_near
-            if not is_near and len(expected) < top:
+            seen.add(window)
+            if any(abs(start[j] - start[i]) < n_samples for j in shown):
+                n_near += 1
+                continue
+            shown.append(i)
+            if len(expected) < top:
                 expected.append(i)
         n = len(expected)
         np.testing.assert_array_equal(strongest.sequence[feature, :n], sequence[expected])
