@@ -67,9 +67,10 @@ def from_function(
 
     f: `f(windows)`, or `f(params, windows)` if `params` is given. windows are float32
     [batch, seq_len, n_vars] in the unit of the recordings. It returns the activations of a layer,
-    [batch, n_tokens, d_model] or any shape with the numbers in this order, such as
-    [batch, n_vars, n_patches, d_model]; or several layers as {number: activations}, or a list or
-    tuple of layers from 0 on, all of one shape. A single layer has the number 0.
+    [batch, n_tokens, d_model], or [batch, n_vars, n_patches, d_model] or another shape with the
+    numbers in the order of the tokens; four axes are those of channels and times. Several layers,
+    all of one shape, are {number: activations}, or a list or tuple of layers from 0 on. A single
+    layer has the number 0.
     name: identifies the model and its weights. Stores, runs and evaluations are matched by it (and
     by `params`), so that another checkpoint needs another name.
     seq_len: samples per window. channels: names, or their number if names do not matter.
@@ -181,7 +182,8 @@ def _d_model(shapes: Mapping[int, tuple[int, ...]], tokens: TokenGrid) -> int:
             raise UserError(
                 f"layer {layer} of one window has the shape {list(shape)}, but its second and "
                 "third axes are not the channels and times of the tokens, or the reverse: "
-                "transpose them, or change the tokens"
+                f"transpose them, change the tokens, or return [1, {n_tokens}, {d_model}] if the "
+                "order is that of the tokens"
             )
     return d_model
 
