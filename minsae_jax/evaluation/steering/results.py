@@ -84,7 +84,7 @@ class Steering:
         return Path(self.run) / "steering" / self.member / name
 
     def summary(self) -> str:
-        """Return a table for the terminal, a row for each scale, with an explanation."""
+        """Return a table for the terminal, a column for each scale, with an explanation."""
         return "\n".join([_table(self), *map(wrap, _explanation(self))])
 
     def write(self) -> None:
@@ -103,27 +103,25 @@ def _six_digits(value: float) -> float:
 
 
 def _table(steering: Steering) -> str:
-    reconstruction = steering.untouched.reconstruction
-    columns = ["scale", "last layer"]
-    if reconstruction is not None:
-        columns.append("output RMS")
-        columns += [f"×{band}" for band in reconstruction.band_ratio]
-    columns += [reading.kind for reading in steering.untouched.probes]
+    effects = steering.effects
+    rows = [["last layer", *(f"{effect.last_layer:.3f}" for effect in effects)]]
+    reconstructions = [effect.reconstruction for effect in effects if effect.reconstruction]
+    if reconstructions:
+        rms = [np.sqrt(np.square(each.rms).mean()) for each in reconstructions]
+        rows.append(["output RMS", *(f"{value:.3f}" for value in rms)])
+        for band in reconstructions[0].band_ratio:
+            ratios = [each.band_ratio[band] for each in reconstructions]
+            rows.append([f"output {band}", *(f"×{ratio:.2f}" for ratio in ratios)])
+    for probes in zip(*(effect.probes for effect in effects), strict=True):
+        changes = [f"{reading.change:+.2f}" for reading in probes]
+        rows.append([f"probe {probes[0].kind}", *changes])
     if steering.target is not None:
-        columns.append("selectivity")
-    rows = []
-    for effect in steering.effects:
-        row = [f"{effect.scale:g}", f"{effect.last_layer:.3f}"]
-        if effect.reconstruction is not None:
-            rms = np.sqrt(np.square(effect.reconstruction.rms).mean())
-            row.append(f"{rms:.3f}")
-            row += [f"{ratio:.2f}" for ratio in effect.reconstruction.band_ratio.values()]
-        row += [f"{reading.change:+.2f}" for reading in effect.probes]
-        if steering.target is not None:
+        row = ["selectivity"]
+        for effect in effects:
             selectivity = effect.selectivity(steering.target)
             row.append("" if selectivity is None else f"{selectivity:.2f}")
         rows.append(row)
-    return table(columns, rows)
+    return table(["scale", *(f"{effect.scale:g}" for effect in effects)], rows)
 
 
 def _explanation(steering: Steering) -> list[str]:
@@ -132,7 +130,10 @@ def _explanation(steering: Steering) -> list[str]:
         f"{steering.n_tokens:,} tokens where the features are active"
     ]
     if steering.untouched.reconstruction is not None:
-        lines.append("columns with ×: power of the reconstruction in a band over the untouched one")
+        lines.append(
+            f"output: RMS of the change of the reconstruction ({steering.unit}), and its power in "
+            "each band over that of the untouched one"
+        )
     target = steering.target
     if target is not None:
         lines.append(
@@ -140,7 +141,7 @@ def _explanation(steering: Steering) -> list[str]:
             f"(test AUC {target.test_auc:.3f})"
         )
         lines.append(
-            "columns of events: change of each probe's logit on its kind's test events, in SD; "
+            "probe: change of the logit of each kind's probe on its test events, in SD; "
             "selectivity: that of the target over the largest of the others"
         )
     return lines

@@ -173,13 +173,22 @@ def test_best_features_are_steered_as_one_by_one(trained, config, steering):
     assert steer_best(inputs, inputs.members[0], {kinds[0]: DEAD}) == {}
 
 
-def test_summary_has_a_row_for_each_scale(steering):
-    lines = steering.summary().splitlines()
-    assert lines[0].split()[:4] == ["scale", "last", "layer", "output"]
-    assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "3"]
-    names = lines[0].split("  ")
-    assert len(set(filter(None, names))) == len(list(filter(None, names)))  # no name twice
+def test_summary_has_a_column_for_each_scale(steering):
+    title, *lines = steering.summary().splitlines()
+    assert title.split() == ["scale", "0", "1", "3"]
+    last_layer = [f"{effect.last_layer:.3f}" for effect in steering.effects]
+    assert lines[0].split() == ["last", "layer", *last_layer]
+    alpha = [f"×{effect.reconstruction.band_ratio['alpha']:.2f}" for effect in steering.effects]
+    assert ["output", "alpha", *alpha] in [line.split() for line in lines]
+    for i, reading in enumerate(steering.untouched.probes):
+        changes = [f"{effect.probes[i].change:+.2f}" for effect in steering.effects]
+        assert ["probe", reading.kind, *changes] in [line.split() for line in lines]
     assert f"target: {steering.target.kind}, which feature 17" in steering.summary()
+
+
+def test_summary_is_80_columns_wide(steering, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, steering.summary().splitlines())) <= 80
 
 
 def test_figure_without_reconstruction_or_probes(steering, tmp_path):
