@@ -138,7 +138,7 @@ def load_source(folder: str | Path) -> EncoderSource:
 def load_encoder(folder: str | Path) -> NativeEncoder:
     """Load an encoder that `python -m convert encoder` wrote. Raises UserError if there is none."""
     folder = Path(folder)
-    if not folder.exists():
+    if not (folder / CONFIG).exists():
         raise UserError(
             f"there is no encoder at {folder}; convert one with `python -m convert encoder`"
         )
