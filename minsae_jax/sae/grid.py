@@ -72,7 +72,7 @@ def groups_of_sizes(config: TrainConfig, sizes: list[int], d_model: int) -> tupl
         sparsity = getattr(config, kind.sparsity_name)
         if kind.sparsity_name != "lambda_sparsity" and max(sparsity) > min(sizes):
             raise UserError(
-                f"--{kind.sparsity_name} {max(sparsity):g} is more than d_sae {min(sizes)}"
+                f"--{kind.sparsity_name} {max(sparsity):.15g} is more than d_sae {min(sizes)}"
             )
         for d_sae in sizes:
             lrs = _learning_rates(config, d_sae)

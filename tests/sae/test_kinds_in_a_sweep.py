@@ -343,9 +343,10 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
         TrainConfig(**settings)
 
 
-def test_more_features_than_there_are_is_refused():
-    plan = TrainConfig(kind=("topk",), k=(64.0,), feature_dim_factor=(2.0,)).plan()
-    with pytest.raises(UserError, match="--k 64 is more than d_sae 32"):
+@pytest.mark.parametrize("k", ["64", "1000000"])
+def test_more_features_than_there_are_is_refused(k):
+    plan = TrainConfig(kind=("topk",), k=(float(k),), feature_dim_factor=(2.0,)).plan()
+    with pytest.raises(UserError, match=f"--k {k} is more than d_sae 32"):
         make_groups(plan, 16)
 
 
