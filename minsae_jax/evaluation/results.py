@@ -253,6 +253,9 @@ class Evaluation:
     raw_events: EventEvaluation | None
     pca_events: EventEvaluation | None
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inputs.run}, {len(self.members)} members)"
+
     @property
     def recommended(self) -> str:
         """Name of the recommended member."""

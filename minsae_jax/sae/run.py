@@ -253,6 +253,9 @@ class Run:
     num_steps: int
     was_finished: bool = False  # before `train` was called
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.folder}, {len(self.members)} members)"
+
     @property
     def metrics(self) -> dict[str, Metrics]:
         """Every member's metrics of its last log interval."""

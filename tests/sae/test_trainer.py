@@ -19,6 +19,7 @@ from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.sae.data import measure_scale
 from minsae_jax.sae.member import save_member
 from minsae_jax.sae.plots import plot
+from minsae_jax.sae.run import Run
 from minsae_jax.sae.snapshot import FeatureMeasures
 from minsae_jax.sae.trainer import train
 from tests.conftest import FIXTURES, write_small_store
@@ -74,6 +75,10 @@ def test_parity_with_minsae(tmp_path, eval_window):
     )
     for name in expected:
         np.testing.assert_allclose(final[name], expected[name], atol=1e-3)
+
+
+def test_repr_of_a_run_is_one_short_line(tmp_path):
+    assert repr(Run(tmp_path, (), num_steps=10)) == f"Run({tmp_path}, 0 members)"
 
 
 def test_files_of_a_run(settings, tmp_path):

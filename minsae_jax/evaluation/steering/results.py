@@ -77,6 +77,10 @@ class Steering:
     effects: tuple[Effect, ...]
     examples: tuple[ExampleTrace, ...]
 
+    def __repr__(self) -> str:
+        features = " ".join(map(str, self.features))
+        return f"{type(self).__name__}({self.run}, {self.member}, feature {features})"
+
     @property
     def folder(self) -> Path:
         """The folder of the files, steering/MEMBER/f00012 in the run."""

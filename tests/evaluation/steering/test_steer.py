@@ -186,6 +186,10 @@ def test_summary_has_a_column_for_each_scale(steering):
     assert f"target: {steering.target.kind}, which feature 17" in steering.summary()
 
 
+def test_repr_is_one_short_line(config, steering):
+    assert repr(steering) == f"Steering({config.run}, {MEMBER}, feature 17)"
+
+
 def test_summary_is_80_columns_wide(steering, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert max(map(len, steering.summary().splitlines())) <= 80
