@@ -82,6 +82,30 @@ def test_killed_run_resumes_to_the_same_bytes(tmp_path, jobs):
     assert snapshot(killed) == snapshot(whole)
 
 
+# As everywhere in Python, processes import the script that starts them.
+UNGUARDED = """
+from minsae_jax import PrepareConfig, prepare
+
+prepare(PrepareConfig(source=("eeg",), out="out", jobs=2))
+"""
+
+
+@pytest.mark.slow
+def test_error_of_a_script_without_guard_names_it(tmp_path):
+    for patient in range(2):
+        write_file(make_raw(seed=patient), tmp_path / f"eeg/p{patient}.edf")
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    assert '(a script must call prepare below `if __name__ == "__main__":`)' in done.stderr
+
+
 MEMORY = """
 import sys
 from minsae_jax import PrepareConfig, prepare

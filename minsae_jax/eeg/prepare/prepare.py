@@ -219,7 +219,8 @@ def _outcomes(
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a process of --jobs was killed, perhaps for lack of memory; rerun with fewer --jobs"
+            "a process of --jobs ended, perhaps for lack of memory; rerun with fewer --jobs "
+            '(a script must call prepare below `if __name__ == "__main__":`)'
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
