@@ -25,6 +25,7 @@ from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.locks import lock_folder
 from minsae_jax.report.view_config import ViewConfig
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
+from minsae_jax.settings import require
 
 if TYPE_CHECKING:
     from minsae_jax.eeg.prepare.prepare import Prepared
@@ -38,6 +39,15 @@ if TYPE_CHECKING:
     from minsae_jax.report.view import ViewPage
     from minsae_jax.sae.plots import PlotFiles
     from minsae_jax.sae.run import Run
+
+
+def _check_config(config: object, expected: type) -> None:
+    """Raise UserError unless the settings of a verb are of its class."""
+    name = expected.__name__
+    require(
+        isinstance(config, expected),
+        f"expected minsae_jax.{name}(...), got settings of type {type(config).__name__}",
+    )
 
 
 def start(deterministic: bool = False, distributed: bool = False) -> None:
@@ -120,6 +130,7 @@ def load_model(model: str, root_path: str, weights: str | None = None) -> "BaseE
 
 def write_demo(config: DemoConfig) -> Demo:
     """Write synthetic recordings with labelled events."""
+    _check_config(config, DemoConfig)
     from minsae_jax.eeg import synthetic
 
     return synthetic.write_demo(config)
@@ -128,9 +139,12 @@ def write_demo(config: DemoConfig) -> Demo:
 def prepare(config: PrepareConfig) -> "Prepared":
     """Convert EEG files of any format that MNE reads into recordings with a description.
 
-    Requires MNE (pip install "minsae_jax[eeg]"). Recordings that are up to date are kept. Raises
-    UserError if there are no EEG files, or, unless bad recordings are skipped, if one is bad.
+    Requires MNE (pip install "minsae_jax[eeg]"). Recordings that are up to date are kept. With
+    several jobs, a script must call this below `if __name__ == "__main__":`, since the processes
+    import it. Raises UserError if there are no EEG files, or, unless bad recordings are skipped, if
+    one is bad.
     """
+    _check_config(config, PrepareConfig)
     if find_spec("mne") is None or find_spec("threadpoolctl") is None:
         raise UserError('prepare requires MNE: pip install "minsae_jax[eeg]"')
     from minsae_jax.eeg.prepare import workers
@@ -149,6 +163,7 @@ def extract(encoder: "BaseEncoder", config: ExtractConfig) -> list["ExtractedSto
     Raises UserError, before anything is written, if recordings do not fit the encoder, a folder
     contains another store, or the disk has too little room.
     """
+    _check_config(config, ExtractConfig)
     from minsae_jax.encoder import extract as extraction
 
     start(distributed=config.distributed)
@@ -166,6 +181,7 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     of the cluster is lost. Call `minsae_jax.cli.watch_cluster()` before to end in one line with
     exit code 2 instead, as the command does.
     """
+    _check_config(config, TrainConfig)
     from minsae_jax.encoder.live import open_live
     from minsae_jax.sae import trainer
 
@@ -221,6 +237,7 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
     it is not loaded. Raises UserError if there is no such run, encoder or store, or they do not
     belong together.
     """
+    _check_config(config, EvaluateConfig)
     from minsae_jax.evaluation import evaluate as evaluation
     from minsae_jax.report.report import write_report
 
@@ -268,6 +285,7 @@ def steer(config: SteerConfig, encoder: "BaseEncoder | None" = None) -> "Steerin
     steering/MEMBER/ of the run. Raises UserError if there is no such run, member, feature,
     recording or encoder, they do not belong together, or the encoder cannot run from a layer on.
     """
+    _check_config(config, SteerConfig)
     from minsae_jax.evaluation.steering import steer as steering
 
     run = Path(config.run)
@@ -288,6 +306,7 @@ def view(config: ViewConfig, encoder: "BaseEncoder | None" = None) -> "list[View
     before anything is written, if encoder, member and recordings do not fit each other, there is no
     such feature, or a page would replace another file.
     """
+    _check_config(config, ViewConfig)
     from minsae_jax.report import view as views
     from minsae_jax.sae.member import load_sae
 
@@ -316,6 +335,7 @@ def _encoder_of(
 
 def plot(config: PlotConfig) -> "PlotFiles":
     """Plot the metrics of a run over its steps, finished or not."""
+    _check_config(config, PlotConfig)
     from minsae_jax.sae import plots
 
     return plots.plot(config)
@@ -327,6 +347,7 @@ def verify(config: VerifyConfig) -> "Verification":
     Raises UserError if a folder contains none of these. Damage is not an error: it is listed in
     `problems` of the result.
     """
+    _check_config(config, VerifyConfig)
     from minsae_jax.integrity import verify as verification
 
     return verification.verify(config)

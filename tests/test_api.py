@@ -19,6 +19,17 @@ heavy = {"jax", "flax", "orbax", "grain", "optax", "scipy", "matplotlib", "tenso
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 
+# In its own process: the type checks of the tests would refuse the dict first.
+WRONG_SETTINGS = """
+import minsae_jax as ms
+
+for verb, arguments in {"train": [{}], "extract": [None, {}], "plot": ["runs/demo"]}.items():
+    try:
+        getattr(ms, verb)(*arguments)
+    except ms.UserError as error:
+        print(error)
+"""
+
 
 @pytest.fixture(scope="module")
 def encoder():
@@ -38,6 +49,16 @@ def test_settings_and_help_do_not_import_jax():
     subprocess.run([sys.executable, "-c", LIGHT], check=True)
 
 
+def test_settings_of_another_class_are_refused():
+    command = [sys.executable, "-c", WRONG_SETTINGS]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "expected minsae_jax.TrainConfig(...), got settings of type dict",
+        "expected minsae_jax.ExtractConfig(...), got settings of type dict",
+        "expected minsae_jax.PlotConfig(...), got settings of type str",
+    ]
+
+
 def test_pytorch_encoder_is_converted_in_memory(encoder):
     converted, _ = convert_encoder(CHECKPOINT)
     assert encoder.fingerprint == converted.fingerprint
@@ -47,6 +68,11 @@ def test_missing_encoder_is_named(tmp_path):
     for name in ("nowhere", "nowhere.pth"):
         with pytest.raises(ms.UserError, match=name):
             ms.load_encoder(tmp_path / name)
+
+
+def test_folder_without_an_encoder_is_named(tmp_path):
+    with pytest.raises(ms.UserError, match=f"there is no encoder at {tmp_path}; convert one with"):
+        ms.load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("live", [False, True])
