@@ -114,11 +114,11 @@ class SteeredEncoder:
         all_scales = np.concatenate([ones, scales]).astype(np.float32)
         edit = Edit(sae_params, np.asarray(features), all_scales)
         # All batches have one size, so that there is one compilation.
-        batch = min(BATCH_WINDOWS, len(places))
-        per_device = -(-batch // self._mesh.size)
+        per_device = -(-min(BATCH_WINDOWS, len(places)) // self._mesh.size)
         with progress("steer", len(places), "windows", delay=2.0) as bar:
-            for start in range(0, len(places), batch):
-                windows = [self.read_window(place) for place in places[start : start + batch]]
+            for start in range(0, len(places), BATCH_WINDOWS):
+                batch = places[start : start + BATCH_WINDOWS]
+                windows = [self.read_window(place) for place in batch]
                 x = put_batch(self._mesh, np.stack(windows), per_device)
                 downstream = self._run((encoder_params, edit), x)
                 n = len(windows)

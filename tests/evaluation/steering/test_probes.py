@@ -144,5 +144,17 @@ def test_kinds_without_spans_are_named_in_a_warning(inputs, steered, tmp_path):
     assert missing not in steered_kinds
 
 
+def test_without_any_span_there_are_no_probes(inputs, steered, tmp_path):
+    """The only event fills its recording, so that there is no place without it."""
+    name = inputs.test.recordings[0]
+    (tmp_path / name).touch()
+    lines = ["recording,event,start,stop,channels", f"{name},blob,0,5000,FP1"]
+    (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
+    test = replace(inputs.test, folder=tmp_path)
+    changed = replace(inputs, test=test, val=replace(inputs.val, folder=tmp_path))
+    with pytest.warns(UserWarning, match=r"without a probe: blob \(val and test\)"):
+        assert make_probes(changed, steered, FEATURES, 0) is None
+
+
 def test_without_a_val_store_there_are_no_probes(inputs, steered):
     assert make_probes(replace(inputs, val=None, has_events=False), steered, FEATURES, 0) is None
