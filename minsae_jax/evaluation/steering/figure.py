@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minsae_jax.eeg.splits import join_some
 from minsae_jax.evaluation.steering.results import Effect, Steering
 from minsae_jax.sae.figures import COLOURS, tidy
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import
 
 DPI = 130
 MAX_HZ = 45.0
+MAX_NAMED = 10  # features in the title
+MAX_TICKS = 32  # channels that are named below bars
 GREY = "#9aa3a8"
 # Keyword arguments of matplotlib
 Style = dict[str, Any]
@@ -50,7 +53,7 @@ def draw(steering: Steering, folder: Path) -> None:
 
 
 def _title(steering: Steering) -> str:
-    features = " + ".join(map(str, steering.features))
+    features = join_some(list(map(str, steering.features)), limit=MAX_NAMED)
     noun = "feature" if len(steering.features) == 1 else "features"
     title = f"{steering.member}: {noun} {features} scaled at layer {steering.layer}"
     if steering.target is not None:
@@ -118,12 +121,9 @@ def _draw_spectrum(axes: "Axes", steering: Steering) -> None:
         axes.plot(hz, power, **_line_style(number, effect))
     axes.set_yscale("log")
     axes.legend(**LEGEND)
-    _finish(
-        axes,
-        "power of the reconstruction, affected channels",
-        "frequency (Hz)",
-        f"{steering.unit}²/Hz",
-    )
+    unit = f"({steering.unit})" if " " in steering.unit else steering.unit
+    title = "power of the reconstruction, affected channels"
+    _finish(axes, title, "frequency (Hz)", f"{unit}²/Hz")
 
 
 def _draw_scalp(axes: "Axes", steering: Steering) -> None:
@@ -134,6 +134,9 @@ def _draw_scalp(axes: "Axes", steering: Steering) -> None:
     title = f"RMS change, {_label(effect)} ({steering.unit})"
     if steering.positions is None:
         axes.bar(np.arange(len(rms)), rms, color=COLOURS[0])
+        named = np.arange(0, len(rms), -(-len(rms) // MAX_TICKS))
+        names = [steering.channels[i] for i in named]
+        axes.set_xticks(named, names, rotation=90, fontsize=6)
         _finish(axes, title, "channel", "")
         return
     angle = np.linspace(0, 2 * np.pi, 100)

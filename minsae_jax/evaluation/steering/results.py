@@ -1,5 +1,6 @@
 """The result of steering, with its table and files."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from minsae_jax.eeg.splits import join_some
 from minsae_jax.evaluation.steering.edit import Place
 from minsae_jax.evaluation.steering.output import ExampleTrace, Reconstruction
 from minsae_jax.evaluation.steering.probes import ProbeReading, Target
@@ -14,6 +16,7 @@ from minsae_jax.files import replaced_folder
 from minsae_jax.json_values import to_json
 from minsae_jax.monitor import table, wrap
 
+MAX_NAME = 200  # characters of a folder, beside which there is a temporary one
 MIN_CHANGE = 0.01  # SD of a probe's logits, below which a ratio of changes is noise
 
 
@@ -78,13 +81,19 @@ class Steering:
     examples: tuple[ExampleTrace, ...]
 
     def __repr__(self) -> str:
-        features = " ".join(map(str, self.features))
-        return f"{type(self).__name__}({self.run}, {self.member}, feature {features})"
+        features = join_some(list(map(str, self.features)))
+        return f"{type(self).__name__}({self.run}, {self.member}, features {features})"
 
     @property
     def folder(self) -> Path:
-        """The folder of the files, steering/MEMBER/f00012 in the run."""
-        name = "+".join(f"f{feature:05d}" for feature in self.features)
+        """The folder of the files, steering/MEMBER/f00012 in the run.
+
+        File systems limit names to 255 bytes, so many features are named by their hash.
+        """
+        name = "+".join(f"f{feature:05d}" for feature in sorted(self.features))
+        if len(name) > MAX_NAME:
+            digest = hashlib.sha256(name.encode()).hexdigest()
+            name = f"{len(self.features)}-features-{digest[:12]}"
         return Path(self.run) / "steering" / self.member / name
 
     def summary(self) -> str:

@@ -173,6 +173,23 @@ def test_best_features_are_steered_as_one_by_one(trained, config, steering):
     assert steer_best(inputs, inputs.members[0], {kinds[0]: DEAD}) == {}
 
 
+def test_folder_of_the_same_features_is_the_same(steering):
+    assert replace(steering, features=(41, 17)).folder.name == "f00017+f00041"
+    many = [replace(steering, features=tuple(range(first, first + 100))) for first in (0, 1)]
+    assert many[0].folder != many[1].folder
+    assert all(len(result.folder.name) < 200 for result in many)
+    assert replace(many[0], features=many[0].features[::-1]).folder == many[0].folder
+
+
+def test_figure_of_many_features_and_channels_without_places(steering, tmp_path):
+    result = replace(steering, features=tuple(range(40)), positions=None, unit="100 uV")
+    draw(result, tmp_path)
+    svg = (tmp_path / "steering.svg").read_text(encoding="utf-8")
+    assert f"7, 8, 9, and 30 more scaled at layer {steering.layer}" in svg
+    assert "(100 uV)²/Hz" in svg
+    assert all(f"<!-- {name} -->" in svg for name in steering.channels)
+
+
 def test_summary_has_a_column_for_each_scale(steering):
     title, *lines = steering.summary().splitlines()
     assert title.split() == ["scale", "0", "1", "3"]
@@ -187,7 +204,7 @@ def test_summary_has_a_column_for_each_scale(steering):
 
 
 def test_repr_is_one_short_line(config, steering):
-    assert repr(steering) == f"Steering({config.run}, {MEMBER}, feature 17)"
+    assert repr(steering) == f"Steering({config.run}, {MEMBER}, features 17)"
 
 
 def test_summary_is_80_columns_wide(steering, monkeypatch):
