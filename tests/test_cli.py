@@ -60,7 +60,6 @@ def help_of(capsys, main, *args: str) -> str:
         (["train", "--lr", "atuo"], "or auto, got 'atuo'; did you mean 'auto'?"),
         (["train", "--lr", "-1e-3"], "--lr must be"),
         (["train", "--lr", "auto", "auto"], "--lr contains duplicate values: auto auto"),
-        (["train", "--lr", "1e-3", "--lr=1e-4"], "--lr: given twice; write all values after one"),
         (["train", "--lr"], "--lr: expected at least one argument"),
         (["train", "--live=yes"], "--live/--no_live: ignored explicit argument 'yes'"),
         (["train", "--num_steps", "0"], "--num_steps must be"),
@@ -395,6 +394,12 @@ def test_alias_is_the_same_flag():
     for name in ("--layer", "--cache_layer"):
         config = cli.parse(ExtractConfig, ["--root_path", "x", name, "5", "-1"], "x")
         assert config.cache_layer == (5, -1)
+
+
+def test_flag_that_is_given_twice_is_a_warning():
+    with pytest.warns(UserWarning, match="--lr is given twice, and only 1e-4 2e-4 is used"):
+        config = cli.parse(TrainConfig, ["--lr=1e-3", "--lr", "1e-4", "2e-4"], "x")
+    assert config.lr == (1e-4, 2e-4)
 
 
 @pytest.mark.parametrize("joined", [False, True])

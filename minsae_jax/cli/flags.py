@@ -11,6 +11,7 @@ import re
 import sys
 import textwrap
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ class Argument:
                 *aliases,
                 nargs="+",
                 metavar=self.metavar,
-                action=_Once,
+                action=_Values,
                 help=text,
             )
         else:
@@ -218,12 +219,16 @@ class _Switch(argparse.Action):
         setattr(namespace, self.dest, not str(option).startswith("--no_"))
 
 
-class _Once(argparse.Action):
-    """A setting with several values, of which a second flag would replace the first ones."""
+class _Values(argparse.Action):
+    """A setting with several values, of which a second flag replaces the first ones."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         if hasattr(namespace, self.dest):
-            raise argparse.ArgumentError(self, "given twice; write all values after one flag")
+            text = " ".join(values)
+            warnings.warn(
+                f"{option} is given twice, and only {text} is used; write all values after one",
+                stacklevel=2,
+            )
         setattr(namespace, self.dest, values)
 
 

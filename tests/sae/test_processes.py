@@ -22,8 +22,8 @@ FLAGS = (
     *("--eval_window", 8),
     *("--checkpoint_every", 10),
     *("--eval_every", 20),
-    *("--feature_dim_factor", 2),
 )
+SMALL = (*FLAGS, "--feature_dim_factor", 2)
 
 
 def read_metrics(run: Path) -> dict[str, np.ndarray]:
@@ -117,7 +117,7 @@ def test_two_processes_select_the_same_features(small_store, tmp_path):
 @pytest.mark.slow
 def test_signal_to_one_process_stops_both(small_store, tmp_path):
     run = tmp_path / "run"
-    flags = ("--store", small_store, *FLAGS, "--num_steps", 100_000, "--run_dir", run)
+    flags = ("--store", small_store, *SMALL, "--num_steps", 100_000, "--run_dir", run)
     cluster = Cluster(minsae("train", *flags))
     wait_until((run / "checkpoints/10").exists)
     cluster.processes[1].send_signal(signal.SIGTERM)
@@ -156,7 +156,7 @@ def test_checkpoint_that_fails_in_one_process_ends_both(small_store, tmp_path, f
 )
 def test_lost_process_ends_the_other_in_one_line(small_store, tmp_path, lost, signal_number, named):
     run = tmp_path / "run"
-    flags = ("--store", small_store, *FLAGS, "--num_steps", 100_000, "--run_dir", run)
+    flags = ("--store", small_store, *SMALL, "--num_steps", 100_000, "--run_dir", run)
     cluster = Cluster(minsae("train", *flags, "--mesh", "1x4"))
     wait_until((run / "checkpoints/10").exists)
     cluster.processes[lost].send_signal(signal_number)
@@ -173,7 +173,7 @@ def test_lost_process_ends_the_other_in_one_line(small_store, tmp_path, lost, si
 @pytest.mark.slow
 def test_different_commands_are_refused(small_store, tmp_path):
     run = tmp_path / "run"
-    command = minsae("train", "--store", small_store, *FLAGS, "--num_steps", 40, "--run_dir", run)
+    command = minsae("train", "--store", small_store, *SMALL, "--num_steps", 40, "--run_dir", run)
     results = Cluster(command, [*command, "--lr", "1e-3"]).wait()
     for result in results:
         assert result.returncode == 2, result.stderr
