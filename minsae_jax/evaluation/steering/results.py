@@ -16,7 +16,7 @@ from minsae_jax.files import replaced_folder
 from minsae_jax.json_values import to_json
 from minsae_jax.monitor import table, wrap
 
-MAX_NAME = 200  # characters of a folder, beside which there is a temporary one
+MAX_NAME = 200  # bytes of a folder name; that of its temporary folder is longer
 MIN_CHANGE = 0.01  # SD of a probe's logits, below which a ratio of changes is noise
 
 
