@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal
 from minsae_jax.cli import Flag
 from minsae_jax.eeg.recordings import OnBadRecording
 from minsae_jax.eeg.splits import Split
-from minsae_jax.parallel.config import ClusterConfig
 from minsae_jax.settings import (
     AtLeastOne,
     NonNegative,
@@ -75,11 +74,13 @@ class StoreOutput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractCompute(ClusterConfig):
-    """Batches and precision of extraction."""
+class ExtractCompute:
+    """Processes, batches and precision of extraction."""
 
     heading: ClassVar[str] = "Compute"
 
+    distributed: bool = False
+    """Share the work with the other processes of a cluster, each started with the same command."""
     batch_size: Annotated[int, AtLeastOne] = 128
     """Windows per batch; every batch becomes one shard."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
