@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+import jax
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
@@ -40,7 +41,7 @@ from minsae_jax.files import (
     sha256_of,
 )
 from minsae_jax.locks import lock_folder
-from minsae_jax.parallel.processes import barrier, process_index
+from minsae_jax.parallel.processes import barrier
 from minsae_jax.settings import JsonObject
 
 MANIFEST_SECONDS = 5.0  # from one manifest to the next; a killed process loses the shards since
@@ -69,7 +70,7 @@ class StoreWriter:
         self.folder = folder
         self.identity = identity
         self.overwrite = overwrite
-        self.process = process_index()
+        self.process = jax.process_index()
         self.finished = False
         self.done: set[int] = set()  # numbers of complete shards
         self._shards: tuple[ShardEntry, ...] = ()  # those that this process lists

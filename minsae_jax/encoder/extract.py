@@ -28,7 +28,7 @@ from minsae_jax.encoder.plan import SplitPlan, check_free_space, plan_extraction
 from minsae_jax.errors import UserError
 from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import Bar, progress
-from minsae_jax.parallel.processes import barrier, process_count, process_index
+from minsae_jax.parallel.processes import barrier
 
 # Numbers per call of np.isfinite: its temporary array stays in the cache.
 FINITE_CHECK_SIZE = 1 << 22
@@ -130,7 +130,7 @@ class Extraction:
         )
 
     def _write_missing_shards(self) -> None:
-        if process_index() == 0:
+        if jax.process_index() == 0:
             warn_of(self.plan.recordings, self.plan.split)
         # A batch is computed if any of its layers lacks it: a store can be a shard ahead.
         missing = [number for number in range(self.n_batches) if self._writers_without(number)]
@@ -138,7 +138,7 @@ class Extraction:
         with progress(f"extract {self.plan.split}", len(self.windows), "windows") as bar:
             bar.start_at(len(self.windows) - n_missing_windows)
             with barrier(f"write the shards of split {self.plan.split}"):
-                self._run_batches(missing[process_index() :: process_count()], bar)
+                self._run_batches(missing[jax.process_index() :: jax.process_count()], bar)
 
     def _run_batches(self, numbers: list[int], bar: Bar) -> None:
         largest = min(self.config.batch_size, len(self.windows))

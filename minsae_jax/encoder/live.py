@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -17,7 +18,7 @@ from minsae_jax.eeg.splits import Split
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, check_recordings
 from minsae_jax.encoder.compute import Activations
 from minsae_jax.errors import UserError
-from minsae_jax.parallel.processes import WHOLE, Share, process_index
+from minsae_jax.parallel.processes import WHOLE, Share
 from minsae_jax.settings import JsonObject
 
 
@@ -152,7 +153,7 @@ def open_live(
         spec.window_shape,
         on_bad_recording=on_bad_recording,
     )
-    if process_index() == 0:
+    if jax.process_index() == 0:
         warn_of(recordings, split)
     store = LiveStore(encoder, recordings, layer, batch_size, force_revin)
     if not np.isfinite(read_chunks(store, [0])).all():

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from minsae_jax.errors import UserError
-from minsae_jax.parallel.processes import process_count, sum_over_processes
+from minsae_jax.parallel.processes import sum_over_processes
 
 SWEEP = "sweep"
 DATA = "data"
@@ -45,7 +45,7 @@ def make_mesh(*group_sizes: int, shape: str | None = None) -> Mesh:
         if n_needed > len(devices):
             raise UserError(f"--mesh {shape} needs {n_needed} devices, got {len(devices)}")
         # Every process of a cluster must take part.
-        if n_needed < len(devices) and process_count() > 1:
+        if n_needed < len(devices) and jax.process_count() > 1:
             raise UserError(f"--mesh {shape} must use all {len(devices)} devices of the cluster")
         devices = devices[:n_needed]
     return Mesh(devices.reshape(n_sweep, -1), (SWEEP, DATA), axis_types=(AxisType.Auto,) * 2)

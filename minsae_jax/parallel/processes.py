@@ -1,4 +1,7 @@
-"""Start-up of JAX, alone or in a cluster, and decisions shared by the processes of a cluster."""
+"""Start-up of JAX, alone or in a cluster, and decisions shared by the processes of a cluster.
+
+Process 0 of a cluster writes the files that all share.
+"""
 
 import contextlib
 import hashlib
@@ -69,16 +72,6 @@ def _join_cluster() -> None:
     multihost_utils.sync_global_devices("start")
 
 
-def process_index() -> int:
-    """Return the number of this process; process 0 writes the shared files."""
-    return jax.process_index()
-
-
-def process_count() -> int:
-    """Return the number of processes that share the work."""
-    return jax.process_count()
-
-
 @dataclass(frozen=True)
 class Share:
     """One of `count` nearly equal parts of some work, numbered from 0."""
@@ -102,7 +95,7 @@ WHOLE = Share(0, 1)
 
 def process_share() -> Share:
     """Return this process's part of the work."""
-    return Share(process_index(), process_count())
+    return Share(jax.process_index(), jax.process_count())
 
 
 @contextlib.contextmanager
@@ -124,14 +117,14 @@ def barrier(what: str) -> Iterator[None]:
 
 def any_process(*flags: bool) -> tuple[bool, ...]:
     """Return for each flag whether any process has set it. Every process must call this."""
-    if process_count() == 1:
+    if jax.process_count() == 1:
         return flags
     return tuple(multihost_utils.process_allgather(np.array(flags)).any(0).tolist())
 
 
 def sum_over_processes(x: np.ndarray) -> np.ndarray:
     """Return the sum of all processes' arrays, of equal shapes. Every process must call this."""
-    if process_count() == 1:
+    if jax.process_count() == 1:
         return x
     # NumPy would sum small integers as 64 bits.
     return multihost_utils.process_allgather(x).sum(0, dtype=x.dtype)
@@ -139,7 +132,7 @@ def sum_over_processes(x: np.ndarray) -> np.ndarray:
 
 def same_on_all_processes(text: str) -> bool:
     """Return whether every process has the same text. Every process must call this."""
-    if process_count() == 1:
+    if jax.process_count() == 1:
         return True
     # Arrays in a collective must have equal shapes, which texts do not.
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from minsae_jax.checksums import files_below, read_checksums, write_checksums
@@ -17,8 +18,6 @@ from minsae_jax.errors import UserError, is_system_error, system_reason
 from minsae_jax.files import flush, flush_tree, regular_file, remove_folder, sha256_of
 from minsae_jax.parallel.processes import (
     any_process,
-    process_count,
-    process_index,
     same_on_all_processes,
 )
 from minsae_jax.sae.run import Metrics
@@ -96,7 +95,7 @@ class Checkpoints:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and process_count() > 1:
+        if error is not None and jax.process_count() > 1:
             # Closing would wait for the other processes, which may have ended.
             return
         try:
@@ -108,7 +107,7 @@ class Checkpoints:
                 raise
         finally:
             # No save is running any more.
-            if process_index() == 0:
+            if jax.process_index() == 0:
                 for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                     remove_folder(path)
 
@@ -167,7 +166,7 @@ class Checkpoints:
         with self._write_errors():
             # The trainer decides when to save; `force` turns off Orbax's own policy.
             self._manager.save(progress.step, args=items, force=True)
-        self._may_be_saving = process_count() > 1
+        self._may_be_saving = jax.process_count() > 1
         self._agreed_at = time.monotonic()
 
     def restore(self, step: int, abstract: SweepState) -> tuple[SweepState, Progress, JsonObject]:

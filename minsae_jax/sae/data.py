@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from warnings import warn
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -31,8 +32,6 @@ from minsae_jax.parallel.processes import (
     WHOLE,
     Share,
     barrier,
-    process_count,
-    process_index,
     process_share,
     sum_over_processes,
 )
@@ -86,11 +85,11 @@ def open_train_data(
         )
     groups = make_groups(plan, store.d_model)
     _check_memory(groups, store.d_model)
-    if is_new and process_index() == 0:
+    if is_new and jax.process_index() == 0:
         _warn_of_settings_without_effect(config)
     start = _load_start(config, groups, store.d_model) if is_new else None
     read_errors: list[Exception] = []
-    on_error = read_errors.append if process_count() > 1 else None
+    on_error = read_errors.append if jax.process_count() > 1 else None
     stream = open_stream(plan, store, process_share(), on_error)
     step_tokens = plan.batch_size or plan.number_of_arrays * max(store.tokens_per_shard)
     interval_tokens = config.eval_window * step_tokens
@@ -103,7 +102,7 @@ def open_train_data(
     held_out = open_held_out(config, store)
     if config.events_path and held_out is None:
         raise UserError("--events_path requires a store of val patients and --eval_every above 0")
-    if held_out and process_index() == 0:
+    if held_out and jax.process_index() == 0:
         warn_of_common_patients(held_out, store.recordings())
     if is_new:
         store.verify(process_share())
@@ -138,7 +137,7 @@ def _check_memory(groups: tuple[Group, ...], d_model: int) -> None:
 
     There the kernel would kill the process without a message. Batches and features are not counted.
     """
-    if not on_cpu() or process_count() > 1:
+    if not on_cpu() or jax.process_count() > 1:
         return
     numbers = 0
     for member in chain.from_iterable(groups):

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 from minsae_jax.activations.stream import Source
 from minsae_jax.files import flush
 from minsae_jax.monitor import Csv, MemberLog, RunLog, Wandb, open_csv
-from minsae_jax.parallel.processes import process_index
 from minsae_jax.sae.checkpoints import Progress
 from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group, MemberSpec
@@ -36,7 +36,7 @@ class RunLogger:
         self.plan = plan
         self.folder = folder
         self.members = [member for group in groups for member in group]
-        self.writes = process_index() == 0
+        self.writes = jax.process_index() == 0
         self._held_out_names = HELD_OUT_METRICS if has_held_out else ()
         self._member_logs: dict[str, MemberLog] = {}
         self._run_log: RunLog | None = None

@@ -20,8 +20,6 @@ from minsae_jax.monitor import progress as progress_bar
 from minsae_jax.parallel.processes import (
     any_process,
     barrier,
-    process_count,
-    process_index,
     same_on_all_processes,
 )
 from minsae_jax.sae.batches import DeviceBatches
@@ -86,7 +84,7 @@ def train(
         if is_new:
             data = measure_scale_and_median(plan, data)
         with barrier(f"create {folder.folder}"):
-            if process_index() == 0:
+            if jax.process_index() == 0:
                 stack.enter_context(folder.locked(is_new))
         checkpoints = Checkpoints(folder.checkpoints, plan.config.max_to_keep)
         stack.enter_context(checkpoints)
@@ -237,7 +235,7 @@ class Trainer:
         """
         minutes = (time.monotonic() - self.saved_at) / 60
         is_late = minutes > self.config.checkpoint_minutes
-        if process_count() > 1 and not ends_interval:
+        if jax.process_count() > 1 and not ends_interval:
             return False, False
         self.checkpoints.check_save()
         return any_process(stop, is_late)
@@ -316,12 +314,12 @@ class Trainer:
         weights = self.sweep.weights(self.state)
         snapshots = []
         for member, params, live in zip(self.logger.members, weights, is_live, strict=True):
-            if process_index() == 0:
+            if jax.process_index() == 0:
                 raw_params = member.kind.fold_scale(params, self.progress.scale)
                 sae = SparseAutoencoder(raw_params, {**member.kind.settings, **member.hyper})
                 snapshots.append(Snapshot(member.name, sae, live))
         with barrier("measure features"):
-            if process_index() == 0:
+            if jax.process_index() == 0:
                 self.logger.log_features(self.progress.step, measure_features(snapshots))
 
     def _raise_read_error(self) -> None:
