@@ -32,7 +32,6 @@ def test_tensorboard(tmp_path):
     log = open_log(folder)
     for step in (10, 20):
         write(log, step)
-    log.close()
     events = EventAccumulator(str(folder), size_guidance={"histograms": 0})
     events.Reload()
     tags = events.Tags()
@@ -63,13 +62,11 @@ def test_resume_drops_rows_after_the_checkpoint(tmp_path):
     log = open_log(tmp_path / "m")
     for step in (10, 20, 30):
         write(log, step)
-    log.close()
     with (tmp_path / "m/metrics.csv").open("a") as f:
         f.write("40,40")  # a row that was cut off
     for _ in range(2):
         log = open_log(tmp_path / "m", step=20)
         write(log, 30)
-        log.close()
     for name, first in (("metrics.csv", 10), ("act_freqs.csv", 1000)):
         rows = np.loadtxt(tmp_path / "m" / name, delimiter=",", skiprows=1)
         assert rows[:, 0].tolist() == [first, 2 * first, 3 * first]
@@ -96,7 +93,6 @@ def test_new_log_replaces_an_old_one(tmp_path):
     for _ in range(2):
         log = open_log(tmp_path / "m")
         write(log, 10)
-        log.close()
     assert len((tmp_path / "m/metrics.csv").read_text().splitlines()) == 2
     events = EventAccumulator(str(tmp_path / "m"))
     events.Reload()
@@ -109,7 +105,6 @@ def test_run_log_has_images_and_charts(tmp_path):
         for at in image_steps:
             Image.new("RGBA", (8, 6), (at, 0, 0, 255)).save(tmp_path / "pareto.png")
             log.add_image_file("pareto", tmp_path / "pareto.png", at)
-        log.close()
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
     events.Reload()
     assert [(e.step, e.width, e.height) for e in events.Images("pareto")] == [

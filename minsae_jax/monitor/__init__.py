@@ -1,6 +1,6 @@
 """Progress bars, tables, CSV files, TensorBoard and W&B."""
 
-from minsae_jax.monitor.csv_log import Csv, open_csv
+from minsae_jax.monitor.csv_log import append_rows, start_csv
 from minsae_jax.monitor.frequencies import (
     ACT_FREQS_CSV,
     ACT_FREQS_NPY,
@@ -21,19 +21,19 @@ __all__ = [
     "METRICS",
     "TFEVENTS_PREFIX",
     "Bar",
-    "Csv",
     "FrequencyTable",
     "MemberLog",
     "RunLog",
     "Throughput",
     "Wandb",
+    "append_rows",
     "damaged",
-    "open_csv",
     "open_table",
     "percent",
     "progress",
     "short_count",
     "size_text",
+    "start_csv",
     "table",
     "wrap",
 ]

@@ -1,43 +1,14 @@
-"""CSV files that grow by rows and can be resumed at a checkpoint."""
+"""CSV files that grow by rows and can be resumed at a checkpoint; they are open only meanwhile."""
 
 import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 
 from minsae_jax.files import atomic_write, regular_file
 
 
-class Csv:
-    """A CSV file that rows are appended to by `flush` and `close`; it is open only then."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._new_buffer()
-
-    def _new_buffer(self) -> None:
-        self._rows = io.StringIO(newline="")
-        self._writer = csv.writer(self._rows)
-
-    def writerow(self, row: Iterable[object]) -> None:
-        self._writer.writerow(row)
-
-    def flush(self) -> None:
-        """Write the rows since the last time."""
-        text = self._rows.getvalue()
-        if not text:
-            return
-        # Not a second time, should this fail.
-        self._new_buffer()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            file.write(text)
-
-    def close(self) -> None:
-        self.flush()
-
-
-def open_csv(path: Path, header: tuple[str, ...], last: int) -> Csv:
-    """Open a CSV file for appending, without the rows after a checkpoint.
+def start_csv(path: Path, header: tuple[str, ...], last: int) -> None:
+    """Write a CSV file of the header alone, or leave out the rows after a checkpoint.
 
     Rows are dropped whose first column is above `last` or that were cut off. With `last` = 0 the
     file is new.
@@ -52,7 +23,12 @@ def open_csv(path: Path, header: tuple[str, ...], last: int) -> Csv:
     # The line breaks of csv.writer, which appends the later rows.
     with atomic_write(path) as temporary:
         temporary.write_text("\r\n".join(lines) + "\r\n", newline="")
-    return Csv(path)
+
+
+def append_rows(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Add rows at the end of a CSV file."""
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
 
 
 def _cell_count(line: str) -> int:

@@ -25,7 +25,7 @@ from jaxtyping import Int
 
 from minsae_jax.errors import UserError, brief, is_system_error
 from minsae_jax.files import atomic_write
-from minsae_jax.monitor.csv_log import open_csv
+from minsae_jax.monitor.csv_log import append_rows, start_csv
 
 ACT_FREQS_CSV = "act_freqs.csv"
 ACT_FREQS_NPY = "act_freqs.npy"
@@ -70,15 +70,11 @@ class FrequencyCsv:
         self.path = path
         features = [f"feat_{i}" for i in range(d_sae)]
         # Its column `step` counts tokens, as in the PyTorch minSAE.
-        self._csv = open_csv(path, ("step", *features), last=tokens)
+        start_csv(path, ("step", *features), last=tokens)
 
     def write(self, interval: int, tokens: int, active: Int[np.ndarray, " d_sae"]) -> None:
         """Add the row of log interval number `interval`, from 0, which ended after `tokens`."""
-        self._csv.writerow([tokens, *active.tolist()])
-
-    def flush(self) -> None:
-        """Hand everything written to the system."""
-        self._csv.flush()
+        append_rows(self.path, [[tokens, *active.tolist()]])
 
 
 class FrequencyArray:
@@ -120,9 +116,6 @@ class FrequencyArray:
             file.seek(0)
             file.write(_header(self._dtype, self._n_rows + 1))
         self._n_rows += 1
-
-    def flush(self) -> None:
-        """Do nothing: the file is closed after each row."""
 
 
 def row_dtype(d_sae: int) -> np.dtype:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from minsae_jax.files import make_folder
-from minsae_jax.monitor.csv_log import open_csv
+from minsae_jax.monitor.csv_log import append_rows, start_csv
 from minsae_jax.monitor.frequencies import open_frequencies
 from minsae_jax.monitor.tensorboard import COMPARED, Board, event_files, write_hparams
 
@@ -38,7 +38,8 @@ class MemberLog:
         self.folder = folder
         make_folder(folder)
         self.eval_window = eval_window
-        self._metrics = open_csv(folder / "metrics.csv", METRICS, last=step)
+        self._metrics_csv = folder / "metrics.csv"
+        start_csv(self._metrics_csv, METRICS, last=step)
         self._frequencies = open_frequencies(folder, d_sae, n_intervals, tokens)
         self._board = Board(folder, step)
         if not step:
@@ -47,12 +48,7 @@ class MemberLog:
             tags = [f"train/{metric}" for metric in COMPARED]
             tags += [f"eval/{metric}" for metric in held_out]
             write_hparams(self._board, name, hparams, hparam_columns, tags)
-
-    def __enter__(self) -> "MemberLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            self._board.flush()
 
     def write(
         self,
@@ -66,11 +62,9 @@ class MemberLog:
         row: a value for each of METRICS. active: number of the interval's n_tokens tokens on which
         each feature was active. speed: shown in TensorBoard only.
         """
-        self._metrics.writerow([row[name] for name in METRICS])
+        append_rows(self._metrics_csv, [[row[name] for name in METRICS]])
         step = int(row["step"])
         self._frequencies.write(step // self.eval_window - 1, int(row["tokens"]), active)
-        self._metrics.flush()
-        self._frequencies.flush()
         self._add_scalars("train", {name: row[name] for name in METRICS[2:]}, step)
         self._add_scalars("speed", speed, step)
         # Without silent features, whose logarithm is infinite.
@@ -92,21 +86,14 @@ class MemberLog:
     def write_text(self, step: int, text: str) -> None:
         """Write to TensorBoard's Text tab."""
         self._board.add_text("status", text, step)
+        self._board.flush()
 
     def files(self) -> list[Path]:
-        """Return the paths of all files, whose content is handed to the system."""
-        self._metrics.flush()
-        self._frequencies.flush()
-        self._board.flush()
-        return [self._metrics.path, self._frequencies.path, *event_files(self.folder), self.folder]
+        """Return the paths of all files."""
+        return [self._metrics_csv, self._frequencies.path, *event_files(self.folder), self.folder]
 
     def _add_scalars(self, prefix: str, metrics: Mapping[str, int | float], step: int) -> None:
         for name, value in metrics.items():
             # Metrics of a frozen member are NaN, which TensorBoard cannot draw.
             if np.isfinite(value):
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
-
-    def close(self) -> None:
-        self._metrics.flush()
-        self._frequencies.flush()
-        self._board.flush()

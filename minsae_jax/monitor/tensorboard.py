@@ -136,6 +136,7 @@ class RunLog:
         if held_out:
             charts["held-out tokens"] = _tags("eval", held_out)
         self._board.add_summary(_custom_charts(charts))
+        self._board.flush()
 
     def add_image_file(self, name: str, path: Path, step: int) -> None:
         """Add the image in a file."""
@@ -150,12 +151,8 @@ class RunLog:
         self._board.flush()
 
     def files(self) -> list[Path]:
-        """Return the paths of all files, whose content is handed to the system."""
-        self._board.flush()
+        """Return the paths of all files."""
         return [*event_files(self.folder), self.folder]
-
-    def close(self) -> None:
-        self._board.flush()
 
 
 def _tags(prefix: str, names: Sequence[str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 import jax
@@ -12,7 +11,7 @@ from jaxtyping import Int
 
 from minsae_jax.activations.stream import Source
 from minsae_jax.files import flush
-from minsae_jax.monitor import Csv, MemberLog, RunLog, Wandb, open_csv
+from minsae_jax.monitor import MemberLog, RunLog, Wandb, append_rows, start_csv
 from minsae_jax.sae.checkpoints import Progress
 from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group, MemberSpec
@@ -41,42 +40,38 @@ class RunLogger:
         self._member_logs: dict[str, MemberLog] = {}
         self._run_log: RunLog | None = None
         self._wandb: Wandb | None = None
-        self._held_out_csv: Csv | None = None
         self._pareto_due = time.monotonic() + PARETO_SECONDS
 
-    @contextmanager
-    def opened(self, progress: Progress) -> Iterator[None]:
-        """Open the files; rows after the step of `progress` are dropped."""
+    def open(self, progress: Progress) -> None:
+        """Create the files, or drop their rows after the step of `progress`."""
         if not self.writes:
-            yield
             return
         step = progress.step
         all_names = (name for member in self.members for name in member.hyper)
         hparam_columns = list(dict.fromkeys(all_names))
-        with ExitStack() as stack:
-            for member in self.members:
-                log = MemberLog(
-                    self.folder.member(member.name),
-                    hparams=member.hyper,
-                    d_sae=member.d_sae,
-                    step=step,
-                    tokens=progress.tokens,
-                    eval_window=self.plan.config.eval_window,
-                    n_intervals=self.plan.optimizer.num_steps // self.plan.config.eval_window,
-                    hparam_columns=hparam_columns,
-                    held_out=self._held_out_names,
-                )
-                self._member_logs[member.name] = stack.enter_context(log)
-            run_log = RunLog(self.folder.folder, step, self._held_out_names)
-            self._run_log = stack.enter_context(closing(run_log))
-            if self._held_out_names:
-                columns = ("step", "tokens", "member", *HELD_OUT_METRICS)
-                held_out_csv = open_csv(self.folder.held_out_csv, columns, last=step)
-                self._held_out_csv = stack.enter_context(closing(held_out_csv))
-            if self.plan.config.wandb:
-                wandb = Wandb(self.folder.folder, {m.name: m.hyper for m in self.members})
-                self._wandb = stack.enter_context(closing(wandb))
-            yield
+        for member in self.members:
+            self._member_logs[member.name] = MemberLog(
+                self.folder.member(member.name),
+                hparams=member.hyper,
+                d_sae=member.d_sae,
+                step=step,
+                tokens=progress.tokens,
+                eval_window=self.plan.config.eval_window,
+                n_intervals=self.plan.optimizer.num_steps // self.plan.config.eval_window,
+                hparam_columns=hparam_columns,
+                held_out=self._held_out_names,
+            )
+        self._run_log = RunLog(self.folder.folder, step, self._held_out_names)
+        if self._held_out_names:
+            columns = ("step", "tokens", "member", *HELD_OUT_METRICS)
+            start_csv(self.folder.held_out_csv, columns, last=step)
+        if self.plan.config.wandb:
+            self._wandb = Wandb(self.folder.folder, {m.name: m.hyper for m in self.members})
+
+    def close(self) -> None:
+        """End the runs of W&B; no other log is open between two writes."""
+        if self._wandb:
+            self._wandb.close()
 
     def log_interval(
         self,
@@ -122,13 +117,14 @@ class RunLogger:
 
     def log_held_out(self, progress: Progress) -> None:
         """Write every member's metrics on held-out tokens, and a Pareto plot if it is due."""
-        if not self._held_out_csv or not self._run_log:
+        if not self.writes:
             return
+        rows = []
         for name, metrics in progress.held_out.items():
             values = [metrics[metric] for metric in HELD_OUT_METRICS]
-            self._held_out_csv.writerow([progress.step, progress.tokens, name, *values])
+            rows.append([progress.step, progress.tokens, name, *values])
             self._member_logs[name].write_held_out(progress.step, metrics)
-        self._held_out_csv.flush()
+        append_rows(self.folder.held_out_csv, rows)
         if time.monotonic() >= self._pareto_due:
             self._draw_pareto(progress)
 
@@ -150,9 +146,8 @@ class RunLogger:
         paths = self._run_log.files()
         for log in self._member_logs.values():
             paths += log.files()
-        if self._held_out_csv:
-            self._held_out_csv.flush()
-            paths.append(self._held_out_csv.path)
+        if self._held_out_names:
+            paths.append(self.folder.held_out_csv)
         flush(paths)
 
     def export(self, progress: Progress, store: Source, weights: Iterator[Params]) -> None:

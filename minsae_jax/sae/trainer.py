@@ -5,7 +5,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import jax
 import numpy as np
@@ -89,10 +89,10 @@ def train(
         checkpoints = Checkpoints(folder.checkpoints, plan.config.max_to_keep)
         stack.enter_context(checkpoints)
         trainer = Trainer(plan, folder, data, checkpoints, on_step, measure_features)
-        with ExitStack() as logs:
+        with closing(trainer.logger):
             # One process opens them. Gloo ends a first sum that the others start 30 s earlier.
             with barrier("open the logs"):
-                logs.enter_context(trainer.logger.opened(trainer.progress))
+                trainer.logger.open(trainer.progress)
             trainer.run_steps()
         trainer.export()
     return load_run(folder.folder)

@@ -27,7 +27,6 @@ def write(folder, intervals, tokens=0):
     log = open_frequencies(folder, D_SAE, len(COUNTS), tokens)
     for interval in intervals:
         log.write(interval, 1000 * (interval + 1), COUNTS[interval])
-    log.flush()
     return log.path
 
 
@@ -116,7 +115,6 @@ def test_csv_of_an_earlier_version_is_continued(tmp_path):
     (tmp_path / "act_freqs.csv").write_text("step,feat_0\r\n1000,3\r\n2000,4\r\n", newline="")
     log = open_frequencies(tmp_path, 1, 10**9, 1000)
     log.write(1, 2000, np.array([7]))
-    log.flush()
     assert (tmp_path / "act_freqs.csv").read_bytes() == b"step,feat_0\r\n1000,3\r\n2000,7\r\n"
     assert not (tmp_path / "act_freqs.npy").exists()
 
