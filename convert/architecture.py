@@ -13,11 +13,10 @@ A stated setting (3) must agree with the state dict (2); a contradiction is an e
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import Checkpoint, Program
+from convert.checkpoint import Checkpoint, Program, SourceModel
 from convert.infer import infer_settings
 from convert.settings import (
     FIELD_TYPES,
@@ -51,19 +50,10 @@ MAX_LAYERS = 64
 MAX_NUMBERS = 1 << 26  # samples of a window, or activations of one layer for it
 
 
-@dataclass(frozen=True)
-class ResolvedArchitecture:
-    """An architecture, the source of each of its settings, and warnings to show."""
-
-    architecture: Architecture
-    sources: dict[str, str]
-    warnings: tuple[str, ...]
-
-
 def read_architecture(
     checkpoint: Checkpoint, yaml: Mapping[str, Any], yaml_file: str, flags: Mapping[str, Any]
-) -> ResolvedArchitecture:
-    """Resolve every setting of a checkpoint's architecture.
+) -> SourceModel:
+    """Return a checkpoint with its architecture, of which every setting is resolved.
 
     yaml_file: path of the YAML for messages, "" without one.
     Raises UserError that names every missing setting, or both values of every contradiction.
@@ -86,7 +76,8 @@ def read_architecture(
     settings = {name: settings[name] for name in FIELD_TYPES if name in settings}
     architecture = Architecture(**{name: s.value for name, s in settings.items()})
     _check_sizes(architecture, checkpoint)
-    return ResolvedArchitecture(
+    return SourceModel(
+        checkpoint,
         architecture,
         sources={name: setting.source for name, setting in settings.items()},
         warnings=tuple(message for message in messages if message),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint, Source
+from convert.checkpoint import Checkpoint, SourceModel
 from convert.infer import count_distinct, tensor_of
 from convert.rules import Rule, fill, linear_rules, norm_rules
 from convert.torch_files import Tensors, shown
@@ -53,7 +53,9 @@ def encoder_tensors(tensors: Tensors, without_head: bool) -> Tensors:
     return {key: tensor for key, tensor in names.items() if not key.startswith(left_out)}
 
 
-def read_source(checkpoint: Checkpoint, flags: Mapping[str, Any], without_head: bool) -> Source:
+def read_source(
+    checkpoint: Checkpoint, flags: Mapping[str, Any], without_head: bool
+) -> SourceModel:
     """Return a checkpoint with its architecture.
 
     The settings are those of the tensors, else of flags, config or the published model. Raises
@@ -83,7 +85,7 @@ def read_source(checkpoint: Checkpoint, flags: Mapping[str, Any], without_head: 
         else:
             raise UserError("this CBraMod has another size than the published one: add --n_heads")
     _check_sizes(settings)
-    return Source(checkpoint, Architecture(**settings), sources)
+    return SourceModel(checkpoint, Architecture(**settings), sources)
 
 
 def _inferred(tensors: Tensors) -> dict[str, Any]:

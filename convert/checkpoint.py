@@ -44,8 +44,8 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint ready to be converted.
+class SourceModel:
+    """A checkpoint with its architecture, ready to be converted.
 
     architecture: of the checkpoint's family. sources: setting -> where its value came from.
     warnings: to show once it is converted.

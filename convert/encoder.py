@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from convert import cbramod, patchtst
-from convert.checkpoint import HALVES, Checkpoint, Program, Source, load_checkpoint
+from convert.checkpoint import HALVES, Checkpoint, Program, SourceModel, load_checkpoint
 from convert.huggingface import load_huggingface
 from convert.torch_files import Tensors
 from minsae_jax.encoder.base import Params
@@ -50,7 +50,7 @@ def read_source(
     flags: Mapping[str, Any] | None = None,
     program: Program | None = None,
     without_head: bool = False,
-) -> Source:
+) -> SourceModel:
     """Read a .pth file, or a folder of transformers or Braindecode.
 
     flags: settings that precede those of the YAML at `config_path`. program: guessed if it is None.
@@ -75,7 +75,7 @@ class Converted(NamedTuple):
     source: EncoderSource
 
 
-def convert(source: Source) -> Converted:
+def convert(source: SourceModel) -> Converted:
     """Convert a checkpoint. Raises UserError if its tensors do not fit the architecture."""
     checkpoint = source.checkpoint
     family = FAMILIES[type(source.architecture)]
@@ -106,7 +106,7 @@ def convert_encoder(path: str | Path, config_path: str | Path | None = None) -> 
     return convert(read_source(path, config_path))
 
 
-def describe(source: Source, encoder: NativeEncoder) -> str:
+def describe(source: SourceModel, encoder: NativeEncoder) -> str:
     """Return a summary of a conversion for the terminal, over several lines."""
     family = FAMILIES[type(source.architecture)]
     lines = family.describe(source.architecture, source.checkpoint)

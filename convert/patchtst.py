@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from convert.architecture import read_architecture
-from convert.checkpoint import HALVES, Checkpoint, Program, Source
+from convert.checkpoint import HALVES, Checkpoint, Program, SourceModel
 from convert.rules import Rule, fill, linear_rules, norm_rules
 from convert.settings import spelling
 from convert.torch_files import Tensors, save_torch
@@ -42,7 +42,7 @@ def read_source(
     flags: Mapping[str, Any],
     program: Program | None,
     without_head: bool,
-) -> Source:
+) -> SourceModel:
     """Return a checkpoint with its resolved architecture; see `encoder.read_source`."""
     if program is not None:
         if checkpoint.program == "transformers":
@@ -54,8 +54,7 @@ def read_source(
         tensors = {k: t for k, t in checkpoint.tensors.items() if not k.startswith("head.")}
         checkpoint = replace(checkpoint, tensors=tensors)
         flags = {**flags, "head_type": "none"}
-    resolved = read_architecture(checkpoint, yaml, yaml_file, flags)
-    return Source(checkpoint, resolved.architecture, resolved.sources, resolved.warnings)
+    return read_architecture(checkpoint, yaml, yaml_file, flags)
 
 
 def rules(a: Architecture) -> list[Rule]:
