@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.torch_files import Tensors, shown
+from convert.torch_files import Tensors
 from minsae_jax.errors import UserError
 from minsae_jax.sae.kinds import KINDS, Matryoshka
 from minsae_jax.sae.member import check_params
-from minsae_jax.settings import JsonObject
+from minsae_jax.settings import JsonObject, shown
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from convert.checkpoint import Checkpoint, SourceModel
 from convert.infer import count_distinct, tensor_of
 from convert.rules import Rule, fill, linear_rules, norm_rules
-from convert.torch_files import Tensors, shown
+from convert.torch_files import Tensors
 from minsae_jax.encoder.base import Params
 from minsae_jax.encoder.cbramod.architecture import (
     NORM_GROUPS,
@@ -24,7 +24,7 @@ from minsae_jax.encoder.cbramod.architecture import (
 )
 from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
 from minsae_jax.errors import UserError
-from minsae_jax.settings import JsonObject
+from minsae_jax.settings import JsonObject, shown
 
 MASK = "patch_embedding.mask_encoding"  # in every CBraMod, and in no other model
 EMBEDDING = "patch_embedding"

@@ -22,12 +22,12 @@ from convert.autoencoder import (
     topk_k,
     whole_k,
 )
-from convert.torch_files import Tensors, load_torch, save_torch, shown, to_numpy
+from convert.torch_files import Tensors, load_torch, save_torch, to_numpy
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, flush, make_folder
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import check_params
-from minsae_jax.settings import JsonObject, read_json
+from minsae_jax.settings import JsonObject, read_json, shown
 
 STATE_FILE = "ae.pt"
 CONFIG_FILE = "config.json"

@@ -13,9 +13,9 @@ import numpy as np
 
 from convert.cbramod import is_cbramod
 from convert.checkpoint import Checkpoint, make_checkpoint
-from convert.torch_files import Tensors, load_safetensors, load_torch, shown, to_numpy
+from convert.torch_files import Tensors, load_safetensors, load_torch, to_numpy
 from minsae_jax.errors import UserError
-from minsae_jax.settings import JsonObject, read_json
+from minsae_jax.settings import JsonObject, read_json, shown
 
 _SOURCE_LAYER = r"encoder\.layers\.(\d+)"
 _LAYER = r"backbone.encoder.layers.\1"

@@ -22,12 +22,12 @@ from convert.autoencoder import (
     whole_k,
 )
 from convert.checkpoint import HALVES
-from convert.torch_files import Tensors, load_safetensors, shown
+from convert.torch_files import Tensors, load_safetensors
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, flush, make_folder
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import check_params
-from minsae_jax.settings import JsonObject, read_json
+from minsae_jax.settings import JsonObject, read_json, shown
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from convert.torch_files import shown
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.errors import UserError
+from minsae_jax.settings import shown
 
 # Field of Architecture -> its spellings in gPatchTST's YAML, its code, and the official programs.
 SPELLINGS = {

@@ -7,7 +7,6 @@ may be larger than the file that contains it, and commands limit the memory for 
 import contextlib
 import io
 import pickle
-import reprlib
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -211,12 +210,3 @@ def load_safetensors(path: Path) -> Tensors:
         raise UserError(
             f"{path} is not a safetensors file, or it is damaged ({brief(e, 150)})"
         ) from e
-
-
-def shown(value: Any) -> str:
-    """Return a value from a file for a message, at most 80 characters long."""
-    try:
-        text = reprlib.repr(value)
-    except Exception:  # a number with thousands of digits, a hostile __repr__
-        text = f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= 80 else f"{text[:77]}..."

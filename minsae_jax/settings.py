@@ -32,6 +32,7 @@ Values = dict[str, Any]  # settings as YAML has them: name -> number, text, bool
 
 FLOAT32_LIMIT = 1e38  # just below the largest float32
 MAX_MERGED_KEYS = 10_000  # of one YAML mapping, with all that its merge keys (<<) bring in
+MAX_SHOWN = 80  # characters of a value in a message
 MAX_YAML_BYTES = 50_000  # PyYAML reads some texts at 50 kB per second
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -305,14 +306,15 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a short repr, also of values that are too large to be printed."""
+    """Return a value from a file or flag for a message, at most MAX_SHOWN characters long."""
     short = reprlib.Repr()
     short.maxlevel = 2
     short.maxstring = short.maxother = 60
     try:
-        return short.repr(value)
-    except ValueError:  # Python does not print integers of over 4,300 digits
-        return "a huge number"
+        text = short.repr(value)
+    except Exception:  # an integer of over 4,300 digits, a hostile __repr__
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
 def _refuse_unknown(values: Values, known: Iterable[str], what: str) -> None:
