@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Num
 
-from minsae_jax.parallel.mesh import on_cpu
+from minsae_jax.parallel.mesh import materialize, on_cpu
 
 Dtype = Any  # such as jnp.bfloat16
 
@@ -30,7 +30,7 @@ def linear(
     if on_cpu():
         return then(layer(x))
     y = product(x, layer.kernel[...], layer.dtype) + bias_of(layer)[None, None]
-    return written(then(y).astype(dtype or layer.dtype))
+    return materialize(then(y).astype(dtype or layer.dtype))
 
 
 def linear_to_tokens_last(
@@ -40,14 +40,14 @@ def linear_to_tokens_last(
 ) -> Float[Array, "n_outputs N T"]:
     """Return then(layer(x)) with the axes in another order, in float32."""
     y = jnp.einsum("io,nti->ont", layer.kernel[...], x) + bias_of(layer)[:, None, None]
-    return written(then(y))
+    return materialize(then(y))
 
 
 def linear_from_tokens_last(
     layer: nnx.Linear, x: Float[Array, "n_inputs N T"]
 ) -> Float[Array, "N T n_outputs"]:
     """Return layer(x) for tokens that are the last axis, in float32."""
-    return written(jnp.einsum("int,io->nto", x, layer.kernel[...]) + bias_of(layer)[None, None])
+    return materialize(jnp.einsum("int,io->nto", x, layer.kernel[...]) + bias_of(layer)[None, None])
 
 
 def bias_of(layer: nnx.Linear) -> Float[Array, " n_outputs"]:
@@ -62,19 +62,11 @@ def product(
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
 
 
-def written(x: Array) -> Array:
-    """Return x, which is written to memory by the product that it comes from.
+def unmerged(x: Array, done: Array) -> Array:
+    """Return x for a product that is not merged with `done`, another product of x.
 
-    Without this barrier, XLA for GPU adds bias and activation in further passes.
-    """
-    return jax.lax.optimization_barrier(x)
-
-
-def after(x: Array, done: Array) -> Array:
-    """Return x for a product that waits for `done`, if that is in half precision.
-
-    Otherwise XLA for GPU merges small products that share a factor, and adds bias and rounding in
-    further passes.
+    XLA for GPU merges small products in half precision that share a factor, and then adds bias and
+    rounding in further passes.
     """
     if on_cpu() or done.dtype == jnp.float32:
         return x

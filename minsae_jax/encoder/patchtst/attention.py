@@ -10,15 +10,15 @@ from jaxtyping import Array, Float, Num
 from minsae_jax.encoder.attention import attend, factor_dtype, has_fused_attention
 from minsae_jax.encoder.linear import (
     Dtype,
-    after,
     bias_of,
     linear,
     linear_from_tokens_last,
     linear_to_tokens_last,
     product,
-    written,
+    unmerged,
 )
 from minsae_jax.encoder.patchtst.reduction import attend_by_reduction, fits_reduction
+from minsae_jax.parallel.mesh import materialize
 
 
 class QueriesKeys(NamedTuple):
@@ -58,8 +58,8 @@ class Attention(nnx.Module):
             return self._attend_by_reduction(x, earlier)
         x = x.astype(self.query.dtype)
         queries = linear(self.query, x, self._scaled, dtype)
-        keys = linear(self.key, after(x, queries), dtype=dtype)
-        x = after(x, keys)
+        keys = linear(self.key, unmerged(x, queries), dtype=dtype)
+        x = unmerged(x, keys)
         layers = (*earlier, QueriesKeys(self._split_heads(queries), self._split_heads(keys)))
         # RealFormer adds the score matrices of all layers before the softmax. A matrix product of
         # concatenated factors is the sum of the products:
@@ -110,7 +110,7 @@ class Attention(nnx.Module):
         padding = (0, keys.shape[-1] - d_model // self.n_heads)
         value_kernel = self.value.kernel[...].reshape(d_model, self.n_heads, -1)
         value_kernel = jnp.pad(value_kernel, ((0, 0), (0, 0), padding)).reshape(d_model, -1)
-        values = written(product(x, value_kernel, self.value.dtype).astype(keys.dtype))
+        values = materialize(product(x, value_kernel, self.value.dtype).astype(keys.dtype))
         mixed = attend(queries, keys, self._split_heads(values)).swapaxes(1, 2)
         out_kernel = self.out.kernel[...].reshape(self.n_heads, -1, d_model)
         out_kernel = jnp.pad(out_kernel, ((0, 0), padding, (0, 0))).reshape(-1, d_model)
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
         branch = product(merged_heads, out_kernel, self.out.dtype)
         # The weights of attention sum to 1: the bias of the values reaches every token unchanged.
         bias = bias_of(self.value) @ self.out.kernel[...] + bias_of(self.out)
-        return written(branch.astype(self.out.dtype)).astype(bias.dtype) + bias[None, None]
+        return materialize(branch.astype(self.out.dtype)).astype(bias.dtype) + bias[None, None]
 
     def _split_heads(self, x: Num[Array, "N T d_model"]) -> Num[Array, "N heads T d_head"]:
         return x.reshape(*x.shape[:2], self.n_heads, -1).swapaxes(1, 2)

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minsae_jax.parallel.mesh import sum_devices
+from minsae_jax.parallel.mesh import materialize, sum_devices
 from minsae_jax.sae.kinds.base import Batch, BatchContext, Objective, Params
 from minsae_jax.sae.kinds.products import (
     Weights,
     encoder_gradient,
-    materialize,
     pre_activations,
     product,
     project_back,

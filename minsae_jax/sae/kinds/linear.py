@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Num
 
-from minsae_jax.parallel.mesh import on_cpu
+from minsae_jax.parallel.mesh import materialize, on_cpu
 from minsae_jax.sae.kinds.auxk import aux_sums
 from minsae_jax.sae.kinds.base import (
     Batch,
@@ -30,7 +30,6 @@ from minsae_jax.sae.kinds.products import (
     column_sums,
     count_active,
     encoder_gradient,
-    materialize,
     norm_gradient,
     pre_activations,
     product,

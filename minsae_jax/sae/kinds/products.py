@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num, PyTree
+from jaxtyping import Array, Float, Int, Num
 
-from minsae_jax.parallel.mesh import on_cpu
+from minsae_jax.parallel.mesh import materialize, on_cpu
 from minsae_jax.sae.kinds.base import Objective, Params
 
 
@@ -64,16 +64,6 @@ def column_sums(a: Float[Array, "m n"]) -> Float[Array, " n"]:
 def product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
     """Return a matrix product, summed in float32."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-def materialize(arrays: PyTree) -> PyTree:
-    """Return arrays that an accelerator writes to memory before anything reads one of them.
-
-    Without this barrier XLA for GPU computes an array again wherever it is used, from larger ones,
-    leaves the sum over the parts of a product to a slow pass, or reads arrays of [d_sae, tile] once
-    for each result that one pass over them could give. Memory traffic limits the speed of a step.
-    """
-    return arrays if on_cpu() else jax.lax.optimization_barrier(arrays)
 
 
 def store_features(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from minsae_jax.parallel.mesh import materialize
 from minsae_jax.sae.kinds.base import (
     Batch,
     BatchContext,
@@ -26,7 +27,6 @@ from minsae_jax.sae.kinds.products import (
     Weights,
     count_active,
     encoder_gradient,
-    materialize,
     norm_gradient,
     product,
     project_back,
