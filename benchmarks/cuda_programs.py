@@ -18,10 +18,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from minsae_jax.encoder.base import ComputeOptions
 from minsae_jax.encoder.compute import sharded
+from minsae_jax.encoder.native import hidden_function
 from minsae_jax.encoder.patchtst.architecture import Architecture
-from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder, hidden_function
+from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
+from minsae_jax.encoder.patchtst.model import PatchTST
 from minsae_jax.evaluation import pooling, token_pass
 from minsae_jax.parallel.mesh import (
     DATA,
@@ -251,8 +252,7 @@ def _lower_step(
 def _lower_extraction(layer: int, precision: str) -> jax.stages.Lowered:
     """Lower a layer of the demo's encoder, for 128 windows."""
     cards = _cards("1x1")
-    options = ComputeOptions(precision=precision)
-    function = hidden_function(DEMO, (layer % DEMO.n_layers,), options)
+    function = hidden_function(PatchTST, DEMO, (layer % DEMO.n_layers,), precision)
     whole = replicated(cards)
     abstract_params = PatchTSTEncoder.abstract_params(DEMO)
     params = jax.tree.map(lambda a: _shape(a.dtype, whole, *a.shape), abstract_params)

@@ -16,8 +16,9 @@ import numpy as np
 from benchmarks import kinds
 from benchmarks.timing import row
 from minsae_jax.encoder.base import ComputeOptions, Precision
+from minsae_jax.encoder.native import hidden_function
 from minsae_jax.encoder.patchtst import attention
-from minsae_jax.encoder.patchtst.encoder import hidden_function
+from minsae_jax.encoder.patchtst.model import PatchTST
 from minsae_jax.errors import brief
 from minsae_jax.parallel.mesh import make_mesh, put_batch
 from minsae_jax.sae.batches import STEPS_PER_CALL
@@ -184,12 +185,13 @@ def encoder_program(
 
     encoder = demo_encoder()
     mesh = make_mesh()
-    arguments = ((layer % encoder.architecture.n_layers,), ComputeOptions(variant.precision))
-    function = encoder.function(*arguments)
+    layers = (layer % encoder.architecture.n_layers,)
+    function = encoder.function(layers, ComputeOptions(variant.precision))
     context: AbstractContextManager = nullcontext()
     if variant.attention == "score matrices":
         # Another function than the cached one, since that may have been traced already.
-        function = hidden_function.__wrapped__(encoder.architecture, *arguments)
+        uncached = hidden_function.__wrapped__
+        function = uncached(PatchTST, encoder.architecture, layers, variant.precision)
         context = mock.patch.object(attention, "fits_reduction", return_value=False)
     run = flax_program(encoder, mesh, function, variant.precision)
     with context:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from minsae_jax.encoder.base import ComputeOptions, Downstream, FunctionFrom, Params, Substitutes
-from minsae_jax.encoder.native import bind
+from minsae_jax.encoder.native import NativeEncoder, bind
 from minsae_jax.parallel.mesh import map_members, shard_over_batch
 
 Substitute = Callable[[Array], Array]  # tokens of a sequence -> those of every variant
@@ -23,13 +23,12 @@ Substitute = Callable[[Array], Array]  # tokens of a sequence -> those of every 
 
 @dataclass(frozen=True)
 class MaskedReconstruction:
-    """The pretraining task of a model whose head reconstructs masked patches.
+    """The pretraining task of an encoder whose head reconstructs masked patches.
 
-    window_errors: (model, window, mask, substitute, layer, options) -> errors [variants].
+    window_errors: (model, window, mask, substitute, layer) -> errors [variants].
     """
 
-    model_type: type[Any]
-    architecture: Any
+    encoder: NativeEncoder
     mask_shape: tuple[int, ...]  # of one window
     window_errors: Callable[..., Array]
 
@@ -44,14 +43,15 @@ class MaskedReconstruction:
         self, mesh: Mesh, layer: int, options: ComputeOptions, substitutes: Substitutes
     ) -> Callable[[Any, Any, Any], Float[Array, "batch variants"]]:
         """Return the jitted function that `Reconstruction.masked_errors` describes."""
+        architecture = self.encoder.with_options(options)
 
         def on_one_device(params: Any, rows: tuple[Array, Array]) -> Array:
             encoder_params, substitute_params = params
             substitute = partial(substitutes, substitute_params)
 
             def errors_of_window(x: Array, mask: Array) -> Array:
-                model = bind(self.model_type, self.architecture, encoder_params)
-                return self.window_errors(model, x, mask, substitute, layer, options)
+                model = bind(self.encoder.model_type, architecture, encoder_params)
+                return self.window_errors(model, x, mask, substitute, layer)
 
             with jax.default_matmul_precision("highest"):
                 return map_members(errors_of_window, *rows)

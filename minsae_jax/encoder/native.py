@@ -1,7 +1,7 @@
 """Encoders of families of Flax models, whose weights are converted once.
 
 A model is a class of nnx modules that is made by `model_type(architecture, dtype, rngs=…)`. Its
-call returns the output of the head.
+call returns the output of the head, and `hidden(windows, layers)` the outputs of layers.
 """
 
 from functools import lru_cache, partial
@@ -13,7 +13,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from minsae_jax.encoder.base import BaseEncoder, Params, Precision, fingerprint_of
+from minsae_jax.encoder.base import (
+    DEFAULT_OPTIONS,
+    BaseEncoder,
+    ComputeOptions,
+    HiddenFunction,
+    Params,
+    Precision,
+    fingerprint_of,
+)
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -21,8 +29,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 class NativeEncoder(BaseEncoder):
     """A Flax encoder: an architecture (a frozen dataclass) and its parameters.
 
-    Derived classes set `architecture_type`, `model_type` and `spec`, and define `function`.
-    `fingerprint` is the SHA-256 of the architecture and all parameters.
+    Derived classes set `architecture_type`, `model_type` and `spec`. `fingerprint` is the SHA-256
+    of the architecture and all parameters.
     """
 
     architecture_type: type
@@ -42,6 +50,16 @@ class NativeEncoder(BaseEncoder):
         """
         x = self.checked(past_values)
         return _forward(self.model_type, self.architecture, self.params, x)
+
+    def function(
+        self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
+    ) -> HiddenFunction:
+        architecture = self.with_options(options)
+        return hidden_function(self.model_type, architecture, layers, options.precision)
+
+    def with_options(self, options: ComputeOptions) -> Any:
+        """Return the architecture, changed as the options say; the parameters stay the same."""
+        return self.architecture
 
     @classmethod
     def abstract_params(cls, architecture: Any) -> Params:
@@ -71,6 +89,19 @@ def _abstract_model(
     model = nnx.eval_shape(lambda: model_type(architecture, dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     return graph, nnx.to_pure_dict(state)
+
+
+# Cached, so that equal arguments share one compilation.
+@lru_cache(32)
+def hidden_function(
+    model_type: Any, architecture: Any, layers: tuple[int, ...], precision: Precision
+) -> HiddenFunction:
+    """Return (params, windows) -> outputs of the layers, as `BaseEncoder.function` describes it."""
+
+    def hidden(params: Params, x: Array) -> tuple[Array, ...]:
+        return bind(model_type, architecture, params, precision).hidden(x, layers)
+
+    return hidden
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -1,6 +1,6 @@
 """CBraMod as an encoder for extraction, evaluation and report."""
 
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -11,7 +11,6 @@ from minsae_jax.encoder.base import (
     ComputeOptions,
     EncoderSpec,
     FunctionFrom,
-    HiddenFunction,
     Params,
     Substitutes,
 )
@@ -19,7 +18,7 @@ from minsae_jax.encoder.cbramod.architecture import SAMPLING_RATE, Architecture
 from minsae_jax.encoder.cbramod.masked_error import downstream, window_errors
 from minsae_jax.encoder.cbramod.model import CBraMod
 from minsae_jax.encoder.masked_error import MaskedReconstruction, function_from
-from minsae_jax.encoder.native import NativeEncoder, bind
+from minsae_jax.encoder.native import NativeEncoder
 from minsae_jax.errors import UserError
 
 
@@ -47,9 +46,8 @@ class CBraModEncoder(NativeEncoder):
             tokens=TokenGrid.patches(a.n_patches, a.patch_len, n_channels=a.n_vars),
         )
         if a.has_head:
-            self.reconstruction = MaskedReconstruction(
-                CBraMod, a, (a.n_vars, a.n_patches), window_errors
-            )
+            mask_shape = (a.n_vars, a.n_patches)
+            self.reconstruction = MaskedReconstruction(self, mask_shape, window_errors)
 
     def __call__(
         self, past_values: Float[Array | np.ndarray, "batch seq_len n_vars"]
@@ -58,12 +56,6 @@ class CBraModEncoder(NativeEncoder):
         if not self.architecture.has_head:
             raise UserError("this encoder has no reconstruction head")
         return super().__call__(past_values)
-
-    def function(
-        self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
-    ) -> HiddenFunction:
-        """Return (params, windows) -> the layers' outputs [batch, n_vars, n_patches, d_model]."""
-        return hidden_function(self.architecture, layers, options)
 
     def function_from(
         self, layer: int, substitutes: Substitutes, options: ComputeOptions = DEFAULT_OPTIONS
@@ -86,16 +78,3 @@ class CBraModEncoder(NativeEncoder):
         if not self.architecture.has_head:
             return None
         return direction @ np.asarray(self.params["head"]["kernel"])
-
-
-# Cached, so that equal arguments share one compilation.
-@lru_cache(32)
-def hidden_function(
-    architecture: Architecture, layers: tuple[int, ...], options: ComputeOptions
-) -> HiddenFunction:
-    """Return (params, windows) -> outputs of the layers, as `BaseEncoder.function` describes it."""
-
-    def hidden(params: Params, x: Array) -> tuple[Array, ...]:
-        return bind(CBraMod, architecture, params, options.precision).hidden(x, layers)
-
-    return hidden

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from minsae_jax.encoder.base import ComputeOptions, Downstream
+from minsae_jax.encoder.base import Downstream
 from minsae_jax.encoder.cbramod.model import CBraMod, patches
 from minsae_jax.encoder.masked_error import Substitute, map_variants
 
@@ -31,7 +31,6 @@ def window_errors(
     mask: Bool[Array, "C P"],
     substitute: Substitute,
     layer: int,
-    options: ComputeOptions,
 ) -> Float[Array, " variants"]:
     """Return the error of one window for every variant, in (µV / 100)².
 

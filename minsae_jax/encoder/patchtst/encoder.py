@@ -1,9 +1,10 @@
 """PatchTST as an encoder for extraction, evaluation and report."""
 
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.eeg.montage import CHANNELS
@@ -13,12 +14,11 @@ from minsae_jax.encoder.base import (
     ComputeOptions,
     EncoderSpec,
     FunctionFrom,
-    HiddenFunction,
     Params,
     Substitutes,
 )
 from minsae_jax.encoder.masked_error import MaskedReconstruction, function_from
-from minsae_jax.encoder.native import NativeEncoder, bind
+from minsae_jax.encoder.native import NativeEncoder
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.encoder.patchtst.masked_error import downstream, window_errors
 from minsae_jax.encoder.patchtst.model import PatchTST
@@ -41,20 +41,17 @@ class PatchTSTEncoder(NativeEncoder):
             f"the encoder's head is {architecture.head_type}, not the pretrain head"
         )
         if architecture.head_type == "pretrain":
-            self.reconstruction = MaskedReconstruction(
-                PatchTST, architecture, (architecture.n_patches,), window_errors
-            )
+            mask_shape = (architecture.n_patches,)
+            self.reconstruction = MaskedReconstruction(self, mask_shape, window_errors)
 
-    def function(
-        self, layers: tuple[int, ...], options: ComputeOptions = DEFAULT_OPTIONS
-    ) -> HiddenFunction:
-        return hidden_function(self.architecture, layers, options)
+    def with_options(self, options: ComputeOptions) -> Architecture:
+        return replace(self.architecture, revin=self.applies_revin(options))
 
     def function_from(
         self, layer: int, substitutes: Substitutes, options: ComputeOptions = DEFAULT_OPTIONS
     ) -> FunctionFrom:
-        run_window = partial(downstream, layer=layer, options=options)
-        return function_from(PatchTST, self.architecture, run_window, substitutes)
+        run_window = partial(downstream, layer=layer)
+        return function_from(PatchTST, self.with_options(options), run_window, substitutes)
 
     def check_options(self, options: ComputeOptions) -> None:
         """Do nothing: every option is possible."""
@@ -96,17 +93,3 @@ def _spec(a: Architecture) -> EncoderSpec:
         per_channel=True,
         reserved_samples=a.patch_len,
     )
-
-
-# Cached, so that equal arguments share one compilation.
-@lru_cache(32)
-def hidden_function(
-    architecture: Architecture, layers: tuple[int, ...], options: ComputeOptions
-) -> HiddenFunction:
-    """Return (params, windows) -> outputs of the layers, as `BaseEncoder.function` describes it."""
-
-    def hidden(params: Params, x: Array) -> tuple[Array, ...]:
-        model = bind(PatchTST, architecture, params, options.precision)
-        return model.hidden(x, layers, options.force_revin)
-
-    return hidden

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from minsae_jax.encoder.base import ComputeOptions, Downstream
+from minsae_jax.encoder.base import Downstream
 from minsae_jax.encoder.masked_error import Substitute, map_variants
 from minsae_jax.encoder.patchtst.model import PatchTST, patches
 from minsae_jax.parallel.mesh import map_members
@@ -17,7 +17,6 @@ def downstream(
     x: Float[Array, "seq_len n_vars"],
     substitute: Substitute,
     layer: int,
-    options: ComputeOptions,
 ) -> Downstream:
     """Return the outputs for one window.
 
@@ -33,7 +32,7 @@ def downstream(
     def run_channel(z: Float[Array, "T d_model"]) -> tuple[Array, Any]:
         return map_variants(model, z[None], layer, substitute, finish)
 
-    embedded = model.embed(patches(a, _normalized(model, x, options)))[0]
+    embedded = model.embed(patches(a, model.normalized(x[None])))[0]
     hidden, outputs = map_members(run_channel, embedded)
     # Variants before channels.
     last, reconstructed = jax.tree.map(lambda array: array.swapaxes(0, 1), outputs)
@@ -46,7 +45,6 @@ def window_errors(
     mask: Bool[Array, " n_patches"],
     substitute: Substitute,
     layer: int,
-    options: ComputeOptions,
 ) -> Float[Array, " variants"]:
     """Return the error of one window for every variant.
 
@@ -56,7 +54,7 @@ def window_errors(
     both are normalised like the encoder's input.
     """
     # [1, n_patches, n_vars, patch_len]
-    target = patches(model.architecture, _normalized(model, x, options))
+    target = patches(model.architecture, model.normalized(x[None]))
     embedded = model.embed(jnp.where(mask[None, :, None, None], 0, target))[0]
 
     def channel_errors(
@@ -70,13 +68,6 @@ def window_errors(
         return errors
 
     return map_members(channel_errors, embedded, target[0].swapaxes(0, 1)).mean(0)
-
-
-def _normalized(
-    model: PatchTST, x: Float[Array, "seq_len n_vars"], options: ComputeOptions
-) -> Float[Array, "1 seq_len n_vars"]:
-    applies_revin = model.architecture.revin or options.force_revin
-    return model.revin(x[None]) if applies_revin else x[None]
 
 
 def _reconstruct(

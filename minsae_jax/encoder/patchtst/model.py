@@ -177,23 +177,23 @@ class PatchTST(nnx.Module):
             output = self.revin.denormalize(output, past_values)
         return output
 
+    def normalized(
+        self, past_values: Float[Array, "B seq_len n_vars"]
+    ) -> Float[Array, "B seq_len n_vars"]:
+        """Return windows as the patches are cut from them: after RevIN, if the model has it."""
+        return self.revin(past_values) if self.architecture.revin else past_values
+
     def hidden(
-        self,
-        past_values: Float[Array, "B seq_len n_vars"],
-        layers: tuple[int, ...],
-        force_revin: bool = False,
+        self, past_values: Float[Array, "B seq_len n_vars"], layers: tuple[int, ...]
     ) -> tuple[Float[Array, "B n_vars T d_model"], ...]:
         """Return the outputs of the requested layers (indices from 0), computed in one pass.
 
-        Windows are in SD. RevIN is applied if the encoder was trained with it, or if `force_revin`.
+        Windows are in SD.
         """
-        a = self.architecture
-        x = past_values
-        if a.revin or force_revin:
-            x = self.revin(x)
+        x = self.normalized(past_values)
         if on_cpu():
             return self._hidden_one_by_one(x, layers)
-        x = self.embed(patches(a, x))
+        x = self.embed(patches(self.architecture, x))
         outputs = self.run_layers(x.reshape(-1, *x.shape[2:]), layers)
         # Back from sequences to [B, n_vars, T, d_model].
         return tuple(z.reshape(x.shape) for z in outputs)
