@@ -108,14 +108,6 @@ def read_share(
     return n_tokens
 
 
-def read_chunks(source: Source, chunks: Sequence[int]) -> Shaped[np.ndarray, "tokens d_model"]:
-    """Return the tokens of some chunks, one after the other, as a new array."""
-    # An upper bound: the last chunk of a shard can be shorter.
-    capacity = len(chunks) * source.tokens_per_chunk
-    tokens = np.empty((capacity, source.d_model), source.dtype)
-    return tokens[: source.read_chunks(chunks, tokens)]
-
-
 class ShardGroups:
     """Groups of `size` whole shards in order; shards that do not fill a last group are not used."""
 

@@ -10,7 +10,6 @@ from jaxtyping import Float
 
 from minsae_jax.activations.manifest import sha256_of_json
 from minsae_jax.activations.store import Origin
-from minsae_jax.activations.stream import read_chunks
 from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.recordings import OnBadRecording, recordings_folder
 from minsae_jax.eeg.scan import Recordings, open_recordings, warn_of
@@ -156,7 +155,8 @@ def open_live(
     if jax.process_index() == 0:
         warn_of(recordings, split)
     store = LiveStore(encoder, recordings, layer, batch_size, force_revin)
-    if not np.isfinite(read_chunks(store, [0])).all():
+    first_window = store.read(0, stop=store.tokens_per_chunk)
+    if not np.isfinite(first_window).all():
         raise UserError(
             f"the encoder returned NaN or infinity for {recordings.windows.files[0]}; "
             "check that the recordings are in SD"

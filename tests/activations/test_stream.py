@@ -9,6 +9,7 @@ from minsae_jax import UserError
 from minsae_jax.activations import stream
 from minsae_jax.activations.store import open_store
 from minsae_jax.parallel.processes import WHOLE, Share
+from tests.chunks import read_chunks
 
 
 @pytest.fixture
@@ -27,12 +28,12 @@ def take(it, count):
 
 
 def test_chunks_cover_the_store(numbered):
-    chunks = [stream.read_chunks(numbered, [i])[:, 0] for i in range(numbered.n_chunks)]
+    chunks = [read_chunks(numbered, [i])[:, 0] for i in range(numbered.n_chunks)]
     assert [len(c) for c in chunks] == [256, 256, 188, 256, 256, 138, 256, 256, 88, 50]
     assert np.concatenate(chunks).tolist() == list(range(2000))
     some = [9, 0, 3, 2]
     np.testing.assert_array_equal(
-        stream.read_chunks(numbered, some)[:, 0], np.concatenate([chunks[i] for i in some])
+        read_chunks(numbered, some)[:, 0], np.concatenate([chunks[i] for i in some])
     )
 
 

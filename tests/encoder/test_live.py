@@ -18,6 +18,7 @@ from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.live import open_live
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.trainer import train
+from tests.chunks import read_chunks
 from tests.conftest import FIXTURES
 from tests.interrupt import train_until
 
@@ -102,7 +103,7 @@ def test_live_tokens_equal_those_of_a_store(encoder, settings, tmp_path, few_mix
     windows = whole.reshape(source.n_chunks, source.tokens_per_chunk, -1)
     for chunks in ([0], [5, 0, 2], [source.n_chunks - 1, 1]):
         np.testing.assert_allclose(
-            stream.read_chunks(source, chunks), windows[chunks].reshape(-1, 128), atol=1e-5
+            read_chunks(source, chunks), windows[chunks].reshape(-1, 128), atol=1e-5
         )
 
 
@@ -113,7 +114,7 @@ def test_every_token_comes_once_per_epoch(encoder, settings, few_mixed):
         np.concatenate([next(batches) for _ in range(sum(source.tokens_per_shard) // 11)])
         for _ in range(2)
     ]
-    whole = stream.read_chunks(source, range(source.n_chunks))
+    whole = read_chunks(source, range(source.n_chunks))
 
     def in_order(tokens):
         return tokens[np.lexsort(tokens.T[:3])]
