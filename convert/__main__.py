@@ -16,7 +16,6 @@ from convert.patchtst import write_pytorch
 from convert.sae import Format, convert_sae
 from minsae_jax import cli
 from minsae_jax.encoder.converted import is_encoder, load_encoder, load_source, save_encoder
-from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from minsae_jax.errors import UserError
 
 ABOUT = """
@@ -155,10 +154,7 @@ def _export_encoder(command: EncoderCommand, folder: Path) -> None:
     other_flags = (command.verify, command.config_path, command.without_head or None)
     if command.architecture_settings() or any(flag is not None for flag in other_flags):
         raise UserError(f"{folder} is already converted; only --to and --out apply to its export")
-    encoder = load_encoder(folder)
-    if not isinstance(encoder, PatchTSTEncoder):
-        raise UserError(f"{folder} is not a PatchTST, which alone can be exported to PyTorch")
-    write_pytorch(Path(command.out), encoder, load_source(folder))
+    write_pytorch(Path(command.out), load_encoder(folder), load_source(folder))
     print(f"written to {command.out}")
 
 
