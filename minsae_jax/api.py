@@ -56,12 +56,9 @@ def start(deterministic: bool = False, distributed: bool = False) -> None:
     The functions below call this themselves. A program that loads an encoder first calls it before
     that if it runs on a cluster (`distributed`) or needs one CPU device for each core.
     """
-    import jax
-
     from minsae_jax.parallel.processes import start_jax
 
-    # A program may have joined the cluster before, as the command line does to extract.
-    start_jax(deterministic, distributed and not jax.distributed.is_initialized())
+    start_jax(deterministic, distributed)
 
 
 def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "NativeEncoder":

@@ -12,6 +12,7 @@ import convert.__main__
 import minsae_jax.__main__
 from minsae_jax import cli
 from minsae_jax.cli.flags import arguments_of
+from minsae_jax.cli.help_text import help_texts
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
 from minsae_jax.sae.config import TrainConfig
@@ -222,7 +223,7 @@ def test_help_explains_every_setting_and_default_once(capsys, main, prog, name, 
     assert f"usage: {prog} {name}" in text
     assert text == help_of(capsys, main, name, "-h")
     assert "%%" not in text
-    for field, explanation in cli.help_texts(verb.settings).items():
+    for field, explanation in help_texts(verb.settings).items():
         assert explanation, field
         assert field in text or field.upper() in text
     assert not re.search(r"\(default[^()]*\)[. ]*\(default", text)

@@ -42,7 +42,8 @@ def start_jax(deterministic: bool = False, distributed: bool = False) -> None:
         # JAX may have been used before in this process; its devices then stay as they are.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", n_devices)
-    if distributed:
+    # A program may have joined the cluster before, as the command line does to extract.
+    if distributed and not jax.distributed.is_initialized():
         _join_cluster()
     try:
         jax.devices()
