@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from minsae_jax.encoder.base import ComputeOptions, Downstream, FunctionFrom, Params, Substitutes
 from minsae_jax.encoder.native import NativeEncoder, bind
-from minsae_jax.parallel.mesh import map_members, shard_over_batch
+from minsae_jax.parallel.mesh import map_first_axis, shard_over_batch
 
 Substitute = Callable[[Array], Array]  # tokens of a sequence -> those of every variant
 
@@ -54,7 +54,7 @@ class MaskedReconstruction:
                 return self.window_errors(model, x, mask, substitute, layer)
 
             with jax.default_matmul_precision("highest"):
-                return map_members(errors_of_window, *rows)
+                return map_first_axis(errors_of_window, *rows)
 
         run = jax.jit(shard_over_batch(mesh, on_one_device))
         return lambda params, substitute_params, rows: run((params, substitute_params), rows)
@@ -76,7 +76,7 @@ def function_from(
     ) -> Downstream:
         model = bind(model_type, architecture, params)
         substitute = partial(substitutes, substitute_params)
-        return map_members(lambda window: run_window(model, window, substitute), x)
+        return map_first_axis(lambda window: run_window(model, window, substitute), x)
 
     return run
 

@@ -114,14 +114,15 @@ def tile_batch(mesh: Mesh, n_tokens: int, n_features: int) -> tuple[int, int]:
     return n_tiles, -(-share // n_tiles)
 
 
-def map_members(function: Callable, *members: Any) -> Any:
-    """Map over the leading member axis: vmap on accelerators.
+def map_first_axis(function: Callable, *arrays: Any) -> Any:
+    """Map over the first axis of all arrays: of members, windows or channels.
 
-    On CPU one member after the other, since XLA's batched matrix products are slow there.
+    vmap on accelerators. On CPU one after the other, since XLA's batched matrix products are slow
+    there.
     """
     if on_cpu():
-        return jax.lax.map(lambda member: function(*member), members)
-    return jax.vmap(function)(*members)
+        return jax.lax.map(lambda each: function(*each), arrays)
+    return jax.vmap(function)(*arrays)
 
 
 def members_sharding(mesh: Mesh) -> NamedSharding:

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 from minsae_jax.parallel.mesh import (
     DATA,
     SWEEP,
-    map_members,
+    map_first_axis,
     put_batch,
     replicated,
     sum_devices,
@@ -162,7 +162,7 @@ def batch_program(mesh: Mesh, kinds: tuple[SAEKind, ...], n_tiles: int) -> Calla
         mask = is_token.reshape(n_tiles, -1)
         members = []
         for kind, group in zip(kinds, groups, strict=True):
-            members.append(map_members(partial(_member_sums, kind, tiles, mask), group))
+            members.append(map_first_axis(partial(_member_sums, kind, tiles, mask), group))
         # Padding is 0, so that it does not count in the sum of x.
         n_tokens, sum_x = sum_devices((is_token.sum(), x.sum(0)))
         # But x - mean is not 0 on padding, so it is masked.

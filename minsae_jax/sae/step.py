@@ -20,7 +20,7 @@ from minsae_jax.parallel.mesh import (
     DATA,
     SWEEP,
     after,
-    map_members,
+    map_first_axis,
     on_cpu,
     sum_devices,
     tile_batch,
@@ -121,7 +121,7 @@ def member_step(
         return sums, context._replace(pre=None)
 
     # On CPU one member after the other; the update below is faster for all at once.
-    sums, contexts = map_members(member_sums, members.params, hyper, is_dead)
+    sums, contexts = map_first_axis(member_sums, members.params, hyper, is_dead)
     sums = sum_devices(sums)
     update = partial(_update_member, program, kind, objective, factors, n_tokens)
     return jax.vmap(update)(members, hyper, sums, contexts)

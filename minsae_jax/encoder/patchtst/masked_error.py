@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 from minsae_jax.encoder.base import Downstream
 from minsae_jax.encoder.masked_error import Substitute, map_variants
 from minsae_jax.encoder.patchtst.model import PatchTST, patches
-from minsae_jax.parallel.mesh import map_members
+from minsae_jax.parallel.mesh import map_first_axis
 
 
 def downstream(
@@ -33,7 +33,7 @@ def downstream(
         return map_variants(model, z[None], layer, substitute, finish)
 
     embedded = model.embed(patches(a, model.normalized(x[None])))[0]
-    hidden, outputs = map_members(run_channel, embedded)
+    hidden, outputs = map_first_axis(run_channel, embedded)
     # Variants before channels.
     last, reconstructed = jax.tree.map(lambda array: array.swapaxes(0, 1), outputs)
     return Downstream(hidden, last, reconstructed)
@@ -67,7 +67,7 @@ def window_errors(
         _, errors = map_variants(model, z[None], layer, substitute, error)
         return errors
 
-    return map_members(channel_errors, embedded, target[0].swapaxes(0, 1)).mean(0)
+    return map_first_axis(channel_errors, embedded, target[0].swapaxes(0, 1)).mean(0)
 
 
 def _reconstruct(
