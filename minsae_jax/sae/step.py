@@ -105,7 +105,8 @@ def member_step(
     batch: this device's tokens; n_tokens: tokens of the batch on all devices. If a member's loss or
     the norm of its gradient is not finite, it stays as it was and is frozen for good.
     """
-    hyper = jax.vmap(kind.scheduled, (0, None))(hyper, factors.sparsity)
+    if "lambda_sparsity" in hyper:
+        hyper = hyper | {"lambda_sparsity": hyper["lambda_sparsity"] * factors.sparsity}
     is_dead = members.tokens_since_fired >= program.aux_dead_after
     any_dead = is_dead.any()
 

@@ -192,12 +192,6 @@ class SAEKind:
         """Return the weight λ of the penalty in the loss."""
         return jnp.zeros(())
 
-    def scheduled(self, hyper: HyperArrays, factor: Float[Array, ""]) -> HyperArrays:
-        """Return the hyper-parameters at a step, where the warm-up's factor applies to λ."""
-        if "lambda_sparsity" not in hyper:
-            return hyper
-        return hyper | {"lambda_sparsity": hyper["lambda_sparsity"] * factor}
-
     def fold_scale(self, params: Params, scale: float) -> Params:
         """Return parameters for x from parameters for scale * x.
 
