@@ -237,18 +237,6 @@ def load_values(path: str | Path, sections: Mapping[str, type]) -> dict[str, Val
     return content
 
 
-def load_sections(path: str | Path, sections: Mapping[str, type]) -> dict[str, Any]:
-    """Return the settings in every section of a YAML file.
-
-    Raises UserError on unknown sections, keys or values.
-    """
-    content = load_values(path, sections)
-    try:
-        return {name: from_dict(sections[name], section) for name, section in content.items()}
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
-
-
 def from_dict(cls: type[Settings], values: Values) -> Settings:
     """Return a settings dataclass made from plain values.
 

@@ -26,7 +26,6 @@ from minsae_jax.settings import (
     check_settings,
     did_you_mean,
     from_dict,
-    load_sections,
     load_values,
     missing_settings,
     read_yaml,
@@ -201,8 +200,6 @@ def test_required_settings_are_named(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("reading: {layer: 1}")
     assert load_values(path, {"reading": Reading}) == {"reading": {"layer": 1}}
-    with pytest.raises(UserError, match=r"x\.yaml: missing settings: root_path"):
-        load_sections(path, {"reading": Reading})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ from minsae_jax.settings import (
     check_no_duplicates,
     check_settings,
     did_you_mean,
-    load_sections,
+    from_dict,
+    load_values,
     require,
     shown,
 )
@@ -429,4 +430,4 @@ def load_run_config(run: Path) -> TrainConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} does not contain a run: config.yaml is missing{hint_at_runs(run)}")
-    return load_sections(path, {"train": TrainConfig}).get("train", TrainConfig())
+    return from_dict(TrainConfig, load_values(path, {"train": TrainConfig}).get("train", {}))

@@ -29,7 +29,7 @@ from minsae_jax.evaluation.events import read_events
 from minsae_jax.evaluation.labels import read_labels
 from minsae_jax.report.naming import read_labels as read_feature_labels
 from minsae_jax.sae.member import load_sae
-from minsae_jax.settings import load_sections
+from minsae_jax.settings import load_values
 from tests.conftest import FIXTURES
 from tests.hostile import mutations, valid
 from tests.hostile.attempt import Tally, attempt
@@ -227,7 +227,7 @@ INPUTS: dict[str, Input | Flags] = {
     "YAML of a command": Input(
         _config,
         lambda content: mutations.yaml_files(content, valid.TREE),
-        lambda path: load_sections(path, SECTIONS),
+        lambda path: load_values(path, SECTIONS),
     ),
     "YAML of an encoder": Input(
         _encoder_yaml,
