@@ -47,12 +47,13 @@ RERUN = "rerun `extract` to write the missing files"
 def store_folder(out: str | Path, split: str, layer: int) -> Path:
     """Return the folder for the shards of a split and layer; train has no suffix.
 
-    >>> store_folder("embeddings/store", "val", -1).as_posix()
+    >>> store_folder("embeddings/store/", "val", -1).as_posix()
     'embeddings/store_val/l-1'
     """
+    # A path has no / at its end.
     base = Path(out)
     if split != "train":
-        base = Path(f"{out}_{split}")
+        base = Path(f"{base}_{split}")
     return base / f"l{layer}"
 
 

@@ -109,10 +109,10 @@ class ExtractConfig(ExtractCompute, StoreOutput, EncoderChoice, RecordingsChoice
 
     def store(self, split: Split, layer: int) -> Path:
         """Return the folder for the shards of a split and layer."""
-        base = DEFAULT_OUT
-        if self.out is not None:
-            base = self.out.rstrip("/") or "/"
-        is_only_split = self.out is not None and len(self.split) == 1
-        if not is_only_split and split != "train":
-            base = f"{base}_{split}"
-        return Path(base) / f"l{layer}"
+        # Imports JAX, for which --help does not wait.
+        from minsae_jax.activations.store import store_folder
+
+        if self.out is None:
+            return store_folder(DEFAULT_OUT, split, layer)
+        # Of a single split, --out is the folder itself.
+        return store_folder(self.out, split if len(self.split) > 1 else "train", layer)

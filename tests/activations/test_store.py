@@ -418,6 +418,7 @@ def test_shard_that_became_shorter_is_reported(folder):
 def test_store_folder_adds_the_split_and_the_layer():
     assert store_folder("a/mine", "train", 2) == Path("a/mine/l2")
     assert store_folder("a/mine", "test", -1) == Path("a/mine_test/l-1")
+    assert store_folder("a/mine/", "test", -1) == Path("a/mine_test/l-1")
 
 
 @pytest.mark.parametrize(
