@@ -72,7 +72,7 @@ class Range:
 Positive = Range(above=0)
 NonNegative = Range(min=0)
 AtLeastOne = Range(min=1)
-Share = Range(min=0, max=1)
+UnitInterval = Range(min=0, max=1)
 Seed = Range(min=0, max=2**32 - 1)
 
 

@@ -22,7 +22,7 @@ from minsae_jax.settings import (
     Positive,
     Range,
     Seed,
-    Share,
+    UnitInterval,
     check_settings,
     did_you_mean,
     from_dict,
@@ -207,7 +207,7 @@ class Ranges:
     count: Annotated[int, AtLeastOne] = 1
     factor: Annotated[tuple[float, ...], Positive] = (1.0,)
     limit: Annotated[int, AtLeastOne] | None = None
-    share: Annotated[float, Share] = 0.5
+    share: Annotated[float, UnitInterval] = 0.5
     decay: Annotated[float, Range(min=0, below=1)] = 0.9
     penalty: Annotated[float, NonNegative] = 0.0
     seed: Annotated[int, Seed] = 0

@@ -20,7 +20,7 @@ from minsae_jax.settings import (
     Positive,
     Range,
     Seed,
-    Share,
+    UnitInterval,
     Values,
     check_no_duplicates,
     check_settings,
@@ -139,9 +139,9 @@ class RecipeFlags:
     """Tokens for measuring the input scale, E‖x‖ = √d_model (april2024, modern: 1,000,000)."""
     decoder_norm: Annotated[float | None, Positive] = None
     """Initial L2 norm of the decoder rows of relu and jumprelu (april2024, modern: 0.1)."""
-    lambda_warmup: Annotated[float | None, Share] = None
+    lambda_warmup: Annotated[float | None, UnitInterval] = None
     """Share of the steps over which λ rises linearly from 0 (april2024, modern: 0.05)."""
-    lr_decay: Annotated[float | None, Share] = None
+    lr_decay: Annotated[float | None, UnitInterval] = None
     """Share of the steps at the end in which lr falls linearly to 0 (april2024, modern: 0.2)."""
     max_grad_norm: Annotated[float | None, Positive] = None
     """L2 norm to which each member's gradient is clipped (april2024, modern: 1)."""
