@@ -196,7 +196,9 @@ def put_shares(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
         return put_batch(mesh, sum_over_processes(x.view(bits_dtype)).view(x.dtype), multiple)
     x = _pad(x, 0, mesh.shape[DATA] * multiple)
     # Each device of a process gets an equal part of the rows that it adds for the devices at its
-    # place along `data`; parts of devices along `sweep`, which need the same rows, differ.
+    # place along `data`; parts of devices along `sweep`, which need the same rows, differ. The axes
+    # are the places of this block along `sweep` and `data`, then the block along `data` that needs
+    # the rows, the device in it, and the part of that device's rows.
     parts = x.reshape(mesh.shape[DATA], -1, x.shape[1])
     share = parts.shape[1]
     parts = _pad(parts, 1, blocks.shape["in_sweep"])
@@ -234,8 +236,10 @@ def _add_shares(mesh: Mesh, blocks: Mesh, spec: P, share: int) -> Callable[[jax.
 
     def on_one_device(part: Array) -> Array:
         bits = to_bits(part.reshape(-1, part.shape[-1]))
+        # Each block along `data` gets the sum of the rows that it needs.
         bits = jax.lax.psum_scatter(bits, "data", tiled=True)
         bits = jax.lax.psum(bits, "sweep")
+        # From the parts of the devices along `sweep` of this block.
         bits = jax.lax.all_gather(bits, "in_sweep", tiled=True)
         return from_bits(bits[:share], part.dtype)
 
