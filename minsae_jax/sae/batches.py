@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from minsae_jax.parallel.mesh import on_cpu
+from minsae_jax.parallel.mesh import DATA, on_cpu
 from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.data import TrainData, open_stream
 from minsae_jax.sae.resident import open_resident
@@ -65,7 +65,9 @@ class DeviceBatches:
         """Return the batches on the devices."""
         if self._resident is None:
             return self._sweep.put(x)
-        return self._sweep.gather(self._resident, x[..., 0])
+        rows = x[..., 0]
+        n_rows = self._sweep.mesh.shape[DATA] * self._sweep.rows_per_device(rows.shape[-1])
+        return self._resident.gather(rows, n_rows)
 
     def position(self) -> JsonObject:
         """Return the position in the stream, for a checkpoint."""

@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minsae_jax.parallel.mesh import (
-    DATA,
     SWEEP,
     make_mesh,
     members_sharding,
@@ -29,7 +28,6 @@ from minsae_jax.parallel.mesh import (
 from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group
 from minsae_jax.sae.kinds.base import BatchMetrics, HyperArrays, Objective, Params
-from minsae_jax.sae.resident import ResidentStore
 from minsae_jax.sae.step import (
     MemberState,
     StepProgram,
@@ -145,16 +143,13 @@ class Sweep:
 
         In a cluster, x is this process's share of one batch, with zeros for the other tokens.
         """
-        n_tiles, tile = tile_batch(self.mesh, x.shape[-2], self.program.n_features)
         put = put_shares if x.ndim == 2 else put_batches
-        return put(self.mesh, x, n_tiles * tile)
+        return put(self.mesh, x, self.rows_per_device(x.shape[-2]))
 
-    def gather(
-        self, resident: ResidentStore, rows: Int[np.ndarray, "*steps tokens"]
-    ) -> Float[Array, "*steps rows d_model"]:
-        """Return the same as `put` from a store on the devices; rows: numbers of tokens."""
-        n_tiles, tile = tile_batch(self.mesh, rows.shape[-1], self.program.n_features)
-        return resident.gather(rows, self.mesh.shape[DATA] * n_tiles * tile)
+    def rows_per_device(self, n_tokens: int) -> int:
+        """Return how many rows of a batch each device along `data` has, padding included."""
+        n_tiles, tile = tile_batch(self.mesh, n_tokens, self.program.n_features)
+        return n_tiles * tile
 
     def dead_fractions(self, state: SweepState) -> list[Float[np.ndarray, " members"]]:
         """Return for each group the share of each member's features that are dead.
