@@ -36,7 +36,7 @@ from minsae_jax.parallel.processes import (
     sum_over_processes,
 )
 from minsae_jax.sae.config import TrainConfig, TrainPlan
-from minsae_jax.sae.grid import Group, make_groups
+from minsae_jax.sae.grid import Group, MemberSpec, make_groups
 from minsae_jax.sae.kinds import Params
 from minsae_jax.sae.member import load_sae
 
@@ -60,6 +60,11 @@ class TrainData:
     median: Float[np.ndarray, " d_model"] | None = None
     # In a cluster, errors of the stream, whose batches then lack the tokens.
     read_errors: list[Exception] = field(default_factory=list)
+
+    @property
+    def members(self) -> list[MemberSpec]:
+        """The members of all groups, one group after the other."""
+        return list(chain.from_iterable(self.groups))
 
     @property
     def held_out_fingerprint(self) -> str | None:

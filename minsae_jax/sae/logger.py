@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import jax
@@ -14,7 +14,7 @@ from minsae_jax.files import flush
 from minsae_jax.monitor import MemberLog, RunLog, Wandb, append_rows, start_csv
 from minsae_jax.sae.checkpoints import Progress
 from minsae_jax.sae.config import TrainPlan
-from minsae_jax.sae.grid import Group, MemberSpec
+from minsae_jax.sae.grid import MemberSpec
 from minsae_jax.sae.kinds import Params
 from minsae_jax.sae.member import save_member
 from minsae_jax.sae.pareto import ParetoPoint, draw_pareto
@@ -30,11 +30,11 @@ class RunLogger:
     """Writes the metrics and results of a run. Only one process of a cluster writes."""
 
     def __init__(
-        self, plan: TrainPlan, folder: RunFolder, groups: tuple[Group, ...], has_held_out: bool
+        self, plan: TrainPlan, folder: RunFolder, members: Sequence[MemberSpec], has_held_out: bool
     ):
         self.plan = plan
         self.folder = folder
-        self.members = [member for group in groups for member in group]
+        self.members = members
         self.writes = jax.process_index() == 0
         self._held_out_names = HELD_OUT_METRICS if has_held_out else ()
         self._member_logs: dict[str, MemberLog] = {}

@@ -129,7 +129,7 @@ class Trainer:
         self.on_step = on_step
         self.measure_features = measure_features
         self.sweep = Sweep(plan, data.groups, data.store.d_model)
-        self.logger = RunLogger(plan, folder, data.groups, has_held_out=data.held_out is not None)
+        self.logger = RunLogger(plan, folder, data.members, has_held_out=data.held_out is not None)
         self.batches = DeviceBatches(plan, data, self.sweep)
         self.unlogged: DeviceMetrics | None = None  # of the log interval that has ended
         latest = checkpoints.latest()
@@ -273,7 +273,7 @@ class Trainer:
                         self.logger.log_interval(
                             progress, member, metrics.active[i], metrics.tokens, schedules, speed
                         )
-        n_members = len(self.logger.members)
+        n_members = len(self.data.members)
         rate = speed["tokens_per_second"]
         note = f"{n_members} x {short_count(rate)} tokens/s"
         # Left out if it rounds to 0 %, so that the line fits into 80 columns.
@@ -313,7 +313,7 @@ class Trainer:
         # Every process fetches the weights, since that needs all devices; one measures.
         weights = self.sweep.weights(self.state)
         snapshots = []
-        for member, params, live in zip(self.logger.members, weights, is_live, strict=True):
+        for member, params, live in zip(self.data.members, weights, is_live, strict=True):
             if jax.process_index() == 0:
                 raw_params = member.kind.fold_scale(params, self.progress.scale)
                 sae = SparseAutoencoder(raw_params, {**member.kind.settings, **member.hyper})
