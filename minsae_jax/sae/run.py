@@ -266,8 +266,10 @@ class Run:
         has_held_out = any(member.held_out for member in self.members)
         settings = {name for name in SPARSITY for m in self.members if name in m.hyper}
         # If members have different settings, their names contain the values.
-        shown = settings.pop() if len(settings) == 1 else None
-        columns = ["member", *([SYMBOLS[shown]] if shown else []), "MSE", "L0", "FVU", "dead"]
+        setting = settings.pop() if len(settings) == 1 else None
+        columns = ["member", "MSE", "L0", "FVU", "dead"]
+        if setting is not None:
+            columns.insert(1, SYMBOLS[setting])
         if has_held_out:
             columns += ["val L0", "val FVU"]
         rows = []
@@ -275,18 +277,19 @@ class Run:
             m = member.metrics
             row = [
                 member.name,
-                *([f"{member.hyper[shown]:g}"] if shown else []),
                 f"{m['mse']:.4g}",
                 f"{m['l0']:.1f}",
                 f"{m['fvu']:.3f}",
                 f"{m['dead_fraction']:.1%}",
             ]
+            if setting is not None:
+                row.insert(1, f"{member.hyper[setting]:g}")
             if has_held_out:
                 row += [f"{member.held_out['l0']:.1f}", f"{member.held_out['fvu']:.3f}"]
             rows.append([*row, member.status])
         warnings = [self._threshold_warning(), self._target_warning()]
-        shown_warnings = [wrap(warning) for warning in warnings if warning is not None]
-        return "\n".join([table([*columns, "status"], rows), *shown_warnings])
+        paragraphs = [wrap(warning) for warning in warnings if warning is not None]
+        return "\n".join([table([*columns, "status"], rows), *paragraphs])
 
     def _threshold_warning(self) -> str | None:
         """Return a warning if thresholds for use after training had too few steps, else None."""
