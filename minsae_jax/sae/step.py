@@ -1,7 +1,7 @@
 """One training step, from loss to update, of all members of a sweep.
 
-Read `member_step` and `_update_member` first: they are the whole step. `sweep_step` runs them for
-every group of members on all devices. The loss and its gradient are in `kinds/`.
+Read `member_step` first: it is the whole step. `sweep_step` runs it for every group of members on
+all devices. The loss and its gradient are in `kinds/`.
 """
 
 from dataclasses import dataclass
@@ -121,50 +121,39 @@ def member_step(
         # Pre-activations are large, and the update does not need them.
         return sums, context._replace(pre=None)
 
-    # On CPU one member after the other; the update below is faster for all at once.
+    def update(
+        state: MemberState, hyper: HyperArrays, sums: Any, context: BatchContext
+    ) -> MemberState:
+        """Return one member after its step, from sums over the tokens of all devices."""
+        gradients, metrics = kind.gradients(state.params, sums, n_tokens, hyper, objective)
+
+        # optax raises β, a float, to the power of an integer count.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = program.optimizer.update(gradients, state.opt_state)
+        lr = hyper["lr"] * factors.lr
+        params = jax.tree.map(lambda p, step: p - lr * step, state.params, updates)
+        params = kind.finish_update(params, context)
+
+        # A count stops at dead_after, so that it never overflows.
+        silent_for = jnp.minimum(
+            state.tokens_since_fired + min(n_tokens, program.dead_after), program.dead_after
+        )
+        moved = MemberState(
+            params=params,
+            opt_state=opt_state,
+            tokens_since_fired=jnp.where(metrics.active > 0, 0, silent_for),
+            steps=state.steps + 1,
+            frozen=state.frozen,
+            metrics=jax.tree.map(jnp.add, state.metrics, metrics),
+        )
+        is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(optax.tree.norm(gradients))
+        moves = is_finite & ~state.frozen
+        # A member that does not move keeps its state and is frozen from now on.
+        return jax.tree.map(partial(jnp.where, moves), moved, state._replace(frozen=~moves))
+
+    # On CPU one member after the other; the update is faster for all at once.
     sums, contexts = map_first_axis(member_sums, members.params, hyper, is_dead)
-    sums = sum_devices(sums)
-    update = partial(_update_member, program, kind, objective, factors, n_tokens)
-    return jax.vmap(update)(members, hyper, sums, contexts)
-
-
-def _update_member(
-    program: StepProgram,
-    kind: SAEKind,
-    objective: Objective,
-    factors: ScheduleFactors,
-    n_tokens: int,
-    state: MemberState,
-    hyper: HyperArrays,
-    sums: Any,
-    context: BatchContext,
-) -> MemberState:
-    """Return one member after its step, from sums over the tokens of all devices."""
-    gradients, metrics = kind.gradients(state.params, sums, n_tokens, hyper, objective)
-
-    # optax raises β, a float, to the power of an integer count.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = program.optimizer.update(gradients, state.opt_state)
-    lr = hyper["lr"] * factors.lr
-    params = jax.tree.map(lambda p, update: p - lr * update, state.params, updates)
-    params = kind.finish_update(params, context)
-
-    # A count stops at dead_after, so that it never overflows.
-    silent_for = jnp.minimum(
-        state.tokens_since_fired + min(n_tokens, program.dead_after), program.dead_after
-    )
-    moved = MemberState(
-        params=params,
-        opt_state=opt_state,
-        tokens_since_fired=jnp.where(metrics.active > 0, 0, silent_for),
-        steps=state.steps + 1,
-        frozen=state.frozen,
-        metrics=jax.tree.map(jnp.add, state.metrics, metrics),
-    )
-    is_finite = jnp.isfinite(metrics.loss) & jnp.isfinite(optax.tree.norm(gradients))
-    moves = is_finite & ~state.frozen
-    # A member that does not move keeps its state and is frozen from now on.
-    return jax.tree.map(partial(jnp.where, moves), moved, state._replace(frozen=~moves))
+    return jax.vmap(update)(members, hyper, sum_devices(sums), contexts)
 
 
 def sweep_steps(
