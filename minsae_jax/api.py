@@ -195,18 +195,17 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     if config.live:
         if encoder is None:
             raise UserError("--live requires --checkpoint_path or --model")
-        open_source = partial(
-            open_live,
-            encoder,
+        extract_config = ExtractConfig(
             root_path=str(config.root_path),
-            split=config.split,
+            split=(config.split,),
             split_seed=config.split_seed,
-            layer=config.cache_layer,
+            cache_layer=(config.cache_layer,),
             batch_size=config.live_batch_size,
             force_revin=config.force_revin,
             on_bad_recording=config.on_bad_recording,
             allow_mismatch=config.allow_mismatch,
         )
+        open_source = partial(open_live, encoder, extract_config)
     return trainer.train(config, fingerprint, open_source, open_monitor=open_monitor)
 
 

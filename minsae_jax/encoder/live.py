@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,12 +9,11 @@ from jaxtyping import Float
 
 from minsae_jax.activations.manifest import sha256_of_json
 from minsae_jax.activations.store import Origin
-from minsae_jax.eeg.description import read_description
-from minsae_jax.eeg.recordings import OnBadRecording, recordings_folder
-from minsae_jax.eeg.scan import Recordings, open_recordings, warn_of
-from minsae_jax.eeg.splits import Split
-from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, check_recordings
+from minsae_jax.eeg.scan import Recordings, warn_of
+from minsae_jax.encoder.base import BaseEncoder, ComputeOptions
 from minsae_jax.encoder.compute import Activations
+from minsae_jax.encoder.config import ExtractConfig
+from minsae_jax.encoder.plan import open_fitting_recordings, requested_layers
 from minsae_jax.errors import UserError
 from minsae_jax.parallel.processes import WHOLE, Share
 from minsae_jax.settings import JsonObject
@@ -25,22 +23,16 @@ class LiveStore:
     """A `Source` of tokens like the store that `extract` would write, without files.
 
     A chunk is one window of EEG with all its channels; a shard is `batch_size` windows. Activations
-    are computed on the devices when they are read, then copied to the host to be shuffled.
+    are computed on the devices when they are read, then copied to the host to be shuffled. config:
+    of one split and layer.
     """
 
-    def __init__(
-        self,
-        encoder: BaseEncoder,
-        recordings: Recordings,
-        layer: int,
-        batch_size: int,
-        force_revin: bool = False,
-    ):
+    def __init__(self, encoder: BaseEncoder, recordings: Recordings, config: ExtractConfig):
         spec = encoder.spec
-        options = ComputeOptions(force_revin=force_revin)
-        index = spec.layer_index(layer)
+        options = ComputeOptions(config.precision, config.force_revin)
+        ((index, layer),) = requested_layers(config, spec).items()
         self.windows = recordings.windows
-        self.batch_size = batch_size
+        self.batch_size = config.batch_size
         self.folder = self.windows.folder
         self.d_model = spec.d_model
         self.tokens_per_chunk = spec.n_sequences * spec.tokens.n_tokens
@@ -52,7 +44,7 @@ class LiveStore:
             "encoder": encoder.fingerprint,
             "recordings_sha256": recordings.sha256,
             "n_windows": len(self.windows),
-            "batch_size": batch_size,
+            "batch_size": config.batch_size,
             "revin": encoder.applies_revin(options),
             "skipped": recordings.skipped,
             **recordings.described(),
@@ -125,36 +117,16 @@ class LiveStore:
         return np.concatenate([part.reshape(-1, self.d_model) for part in parts])
 
 
-def open_live(
-    encoder: BaseEncoder,
-    *,
-    root_path: str,
-    split: Split,
-    split_seed: int,
-    layer: int,
-    batch_size: int,
-    force_revin: bool = False,
-    on_bad_recording: OnBadRecording = "error",
-    allow_mismatch: bool = False,
-) -> LiveStore:
+def open_live(encoder: BaseEncoder, config: ExtractConfig) -> LiveStore:
     """Open the recordings of a split as a source of activations.
 
-    layer: may be negative. batch_size: windows per shard. Raises UserError if recordings cannot be
-    used, or do not fit the encoder.
+    config: of one split and layer. Raises UserError if recordings cannot be used, or do not fit the
+    encoder.
     """
-    spec = encoder.spec
-    description = read_description(recordings_folder(Path(root_path)))
-    check_recordings(spec, description, allow_mismatch)
-    (recordings,) = open_recordings(
-        root_path,
-        (split,),
-        split_seed,
-        spec.window_shape,
-        on_bad_recording=on_bad_recording,
-    )
+    (recordings,) = open_fitting_recordings(config, encoder.spec)
     if jax.process_index() == 0:
-        warn_of(recordings, split)
-    store = LiveStore(encoder, recordings, layer, batch_size, force_revin)
+        warn_of(recordings, config.split[0])
+    store = LiveStore(encoder, recordings, config)
     first_window = store.read(0, stop=store.tokens_per_chunk)
     if not np.isfinite(first_window).all():
         raise UserError(

@@ -37,21 +37,8 @@ def plan_extraction(
     encoder: BaseEncoder, config: ExtractConfig, options: ComputeOptions
 ) -> list[SplitPlan]:
     """Read all recordings once and check that every store can be written."""
-    spec = encoder.spec
-    layers = _requested_layers(config, spec)
-    description = read_description(recordings_folder(Path(config.root_path)))
-    check_recordings(spec, description, config.allow_mismatch)
-    max_windows = None
-    if config.max_batches is not None:
-        max_windows = config.max_batches * config.batch_size
-    all_recordings = open_recordings(
-        config.root_path,
-        config.split,
-        config.split_seed,
-        spec.window_shape,
-        max_windows,
-        config.on_bad_recording,
-    )
+    layers = requested_layers(config, encoder.spec)
+    all_recordings = open_fitting_recordings(config, encoder.spec)
     plans = []
     for split, recordings in zip(config.split, all_recordings, strict=True):
         writers = []
@@ -63,7 +50,27 @@ def plan_extraction(
     return plans
 
 
-def _requested_layers(config: ExtractConfig, spec: EncoderSpec) -> dict[int, int]:
+def open_fitting_recordings(config: ExtractConfig, spec: EncoderSpec) -> list[Recordings]:
+    """Read the recordings of each split once.
+
+    Raises UserError if they do not fit the encoder, or are unusable.
+    """
+    description = read_description(recordings_folder(Path(config.root_path)))
+    check_recordings(spec, description, config.allow_mismatch)
+    max_windows = None
+    if config.max_batches is not None:
+        max_windows = config.max_batches * config.batch_size
+    return open_recordings(
+        config.root_path,
+        config.split,
+        config.split_seed,
+        spec.window_shape,
+        max_windows,
+        config.on_bad_recording,
+    )
+
+
+def requested_layers(config: ExtractConfig, spec: EncoderSpec) -> dict[int, int]:
     """Return index from 0 -> layer as requested. Raises UserError on duplicates."""
     if config.cache_layer == ("all",):
         return {i: i for i in spec.layers}

@@ -74,14 +74,8 @@ def test_store_contains_the_function_s_output(described, dataset):
 
 
 def test_live_activations_are_those_of_the_store(encoder, described, dataset):
-    live = open_live(
-        encoder,
-        root_path=str(described.folder),
-        split="test",
-        split_seed=42,
-        layer=-1,
-        batch_size=8,
-    )
+    config = ms.ExtractConfig(root_path=str(described.folder), split=("test",), batch_size=8)
+    live = open_live(encoder, config)
     assert live.d_model == 3
     tokens = np.concatenate([live.read(shard) for shard in range(3)])
     np.testing.assert_array_equal(tokens, dataset.read(0, 20).reshape(-1, 3))
@@ -100,14 +94,8 @@ def test_live_training_calls_a_host_function_in_one_thread_at_a_time(described):
         running -= 1
         return amplitudes(windows)
 
-    live = open_live(
-        make_encoder(slow),
-        root_path=str(described.folder),
-        split="train",
-        split_seed=42,
-        layer=-1,
-        batch_size=8,
-    )
+    config = ms.ExtractConfig(root_path=str(described.folder), batch_size=8)
+    live = open_live(make_encoder(slow), config)
     stream = shuffled_tokens(live, batch_size=sum(live.tokens_per_shard), shuffle_seed=0)
     for _ in range(3):
         next(stream)

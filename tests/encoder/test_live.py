@@ -60,15 +60,15 @@ def few_mixed():
 
 
 def open_source(encoder, settings):
-    return open_live(
-        encoder,
+    config = ExtractConfig(
         root_path=settings.root_path,
-        split=settings.split,
+        split=(settings.split,),
         split_seed=settings.split_seed,
-        layer=settings.cache_layer,
+        cache_layer=(settings.cache_layer,),
         batch_size=settings.live_batch_size,
         on_bad_recording=settings.on_bad_recording,
     )
+    return open_live(encoder, config)
 
 
 def run(encoder, settings):
