@@ -209,20 +209,19 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     return trainer.train(config, fingerprint, open_source, open_monitor=open_monitor)
 
 
-def _open_feature_monitor(config: TrainConfig, encoder: "BaseEncoder | None") -> "FeatureMonitor":
+def _open_feature_monitor(
+    config: TrainConfig, encoder: "BaseEncoder | None", held_out: Path
+) -> "FeatureMonitor":
     """Return the monitor of features during training: stability, and events with --events_path.
 
     Raises UserError if --events_path has no events, or does not belong to the held-out store.
     """
-    from minsae_jax.activations.store import sibling_store
     from minsae_jax.evaluation.dataset import open_dataset
     from minsae_jax.evaluation.feature_monitor import FeatureMonitor
 
     if config.events_path is None:
         return FeatureMonitor(None)
-    path = config.val_store or sibling_store(Path(config.store), "val")
-    assert path is not None  # there is a held-out store
-    return FeatureMonitor(open_dataset(path, config.cache_layer, encoder, config.events_path))
+    return FeatureMonitor(open_dataset(held_out, config.cache_layer, encoder, config.events_path))
 
 
 def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "Evaluation":

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -49,15 +50,15 @@ def train(
     encoder_fingerprint: str | None = None,
     open_live: Callable[[], Source] | None = None,
     on_step: Callable[[int], None] | None = None,
-    open_monitor: Callable[[], MeasureFeatures] | None = None,
+    open_monitor: Callable[[Path], MeasureFeatures] | None = None,
 ) -> Run:
     """Train a sweep, or resume it from its last checkpoint, and return its results.
 
     encoder_fingerprint: of the encoder that the store must come from. open_live: opens live
     activations, which replace the store. on_step: called with the number of each finished step.
-    open_monitor: opens a monitor, which is called with all members when they are measured on
-    held-out tokens. In a cluster every process calls this and one writes. Raises UserError before
-    anything is written if settings, store or run folder do not fit one another.
+    open_monitor: opens a monitor for the held-out store in a folder; it is called with all members
+    when they are measured there. In a cluster every process calls this and one writes. Raises
+    UserError before anything is written if settings, store or run folder do not fit one another.
     """
     plan = config.plan()
     folder = RunFolder(plan)
@@ -79,7 +80,7 @@ def train(
                 stack.enter_context(lock_folder(data.held_out.folder, shared=True))
             measure_features = None
             if open_monitor is not None and data.held_out is not None:
-                measure_features = open_monitor()
+                measure_features = open_monitor(data.held_out.folder)
         _check_processes_agree(folder, data)
         if is_new:
             data = measure_scale_and_median(plan, data)

@@ -399,7 +399,7 @@ def test_snapshots_of_a_sweep_with_padding_are_its_members(settings, tmp_path):
     x = np.concatenate([val.read(shard) for shard in range(3)])
     settings = replace(settings, lambda_sparsity=(0.1, 1.0, 3.0), mesh="2x4", num_steps=8)
     settings = replace(settings, val_store=str(tmp_path / "val"), eval_every=8)
-    run = train(settings, open_monitor=lambda: measure_features)
+    run = train(settings, open_monitor=lambda held_out: measure_features)
     assert [snapshot.name for snapshot in snapshots] == [member.name for member in run.members]
     for snapshot, member in zip(snapshots, run.members, strict=True):
         for name, weights in member.load().params.items():
