@@ -6,7 +6,6 @@ Weights are replicated along `data`.
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from minsae_jax.errors import UserError
-from minsae_jax.parallel.processes import sum_over_processes
 
 SWEEP = "sweep"
 DATA = "data"
@@ -150,7 +148,7 @@ def put_batch(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
 
     Every device of `data` gets the same number of rows, a multiple of `multiple`.
     """
-    return _put(_pad(x, 0, mesh.shape[DATA] * multiple), batch_sharding(mesh))
+    return _put(pad_axis(x, 0, mesh.shape[DATA] * multiple), batch_sharding(mesh))
 
 
 def put_replicated(mesh: Mesh, x: np.ndarray) -> jax.Array:
@@ -170,103 +168,16 @@ def put_batches(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
 
     x: [batches, rows, width].
     """
-    x = _pad(x, 1, mesh.shape[DATA] * multiple)
+    x = pad_axis(x, 1, mesh.shape[DATA] * multiple)
     return jax.device_put(x, batches_sharding(mesh))
 
 
-def _pad(x: np.ndarray, axis: int, multiple: int) -> np.ndarray:
+def pad_axis(x: np.ndarray, axis: int, multiple: int) -> np.ndarray:
     """Return x with zeros added at the end of an axis, up to a multiple of a length."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
     # np.pad copies also where there is nothing to add.
     return np.pad(x, widths) if widths[axis][1] else x
-
-
-def put_shares(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
-    """Put a batch of which each process has some rows, and zeros for the others, on the devices.
-
-    The result is that of `put_batch` for the whole batch, to the bit. x: [rows, width]. Every
-    process of a cluster must call this.
-    """
-    if batch_sharding(mesh).is_fully_addressable:
-        return put_batch(mesh, x, multiple)
-    blocks = _process_blocks(mesh)
-    if blocks is None:
-        bits_dtype = np.dtype(f"u{x.dtype.itemsize}")
-        return put_batch(mesh, sum_over_processes(x.view(bits_dtype)).view(x.dtype), multiple)
-    x = _pad(x, 0, mesh.shape[DATA] * multiple)
-    # Each device of a process gets an equal part of the rows that it adds for the devices at its
-    # place along `data`; parts of devices along `sweep`, which need the same rows, differ. The axes
-    # are the places of this block along `sweep` and `data`, then the block along `data` that needs
-    # the rows, the device in it, and the part of that device's rows.
-    parts = x.reshape(mesh.shape[DATA], -1, x.shape[1])
-    share = parts.shape[1]
-    parts = _pad(parts, 1, blocks.shape["in_sweep"])
-    shape = (blocks.shape["data"], blocks.shape["in_data"], blocks.shape["in_sweep"], -1)
-    parts = parts.reshape(1, 1, *shape, x.shape[1])
-    spec = P("sweep", "data", None, "in_data", "in_sweep")
-    summands = jax.make_array_from_process_local_data(NamedSharding(blocks, spec), parts)
-    return _add_shares(mesh, blocks, spec, share)(summands)
-
-
-@lru_cache
-def _process_blocks(mesh: Mesh) -> Mesh | None:
-    """Return the mesh with four axes: blocks of the devices of a process, and devices in a block.
-
-    Returns None if the devices of the processes are not equal blocks.
-    """
-    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    in_sweep = int((owners[:, 0] == owners[0, 0]).sum())
-    in_data = int((owners[0] == owners[0, 0]).sum())
-    n_sweep, n_data = owners.shape
-    if n_sweep % in_sweep or n_data % in_data:
-        return None
-    shape = (n_sweep // in_sweep, in_sweep, n_data // in_data, in_data)
-    of_blocks = owners.reshape(shape)
-    first_owners = of_blocks[:, :1, :, :1]
-    if (of_blocks != first_owners).any() or len(np.unique(first_owners)) < first_owners.size:
-        return None
-    names = ("sweep", "in_sweep", "data", "in_data")
-    return Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * 4)
-
-
-@lru_cache
-def _add_shares(mesh: Mesh, blocks: Mesh, spec: P, share: int) -> Callable[[jax.Array], jax.Array]:
-    """Return the compiled sum over processes; share: rows of a device in the result."""
-
-    def on_one_device(part: Array) -> Array:
-        bits = to_bits(part.reshape(-1, part.shape[-1]))
-        # Each block along `data` gets the sum of the rows that it needs.
-        bits = jax.lax.psum_scatter(bits, "data", tiled=True)
-        bits = jax.lax.psum(bits, "sweep")
-        # From the parts of the devices along `sweep` of this block.
-        bits = jax.lax.all_gather(bits, "in_sweep", tiled=True)
-        return from_bits(bits[:share], part.dtype)
-
-    sharded = jax.shard_map(
-        on_one_device,
-        mesh=blocks,
-        in_specs=spec,
-        out_specs=P(("data", "in_data")),
-        check_vma=False,
-    )
-    return jax.jit(sharded, out_shardings=batch_sharding(mesh))
-
-
-def to_bits(x: Array) -> Array:
-    """Return the bits of x as uint32.
-
-    The sum of arrays of which at most one is not 0 then has the bits of that one, be it -0 or NaN.
-    GPUs have no sums of 16 bits over devices.
-    """
-    bits_dtype = jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16
-    return jax.lax.bitcast_convert_type(x, bits_dtype).astype(jnp.uint32)
-
-
-def from_bits(bits: Array, dtype: jnp.dtype) -> Array:
-    """Undo `to_bits`."""
-    bits_dtype = jnp.uint32 if dtype.itemsize == 4 else jnp.uint16
-    return jax.lax.bitcast_convert_type(bits.astype(bits_dtype), dtype)
 
 
 def fetch_batch(x: jax.Array, n_rows: int) -> list[np.ndarray]:

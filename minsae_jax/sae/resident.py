@@ -21,11 +21,10 @@ from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import (
     DATA,
     batch_sharding,
-    from_bits,
     put_replicated,
-    to_bits,
 )
 from minsae_jax.parallel.processes import any_process
+from minsae_jax.parallel.shares import from_bits, to_bits
 
 PIECE_TOKENS = 65_536  # copied to a device at a time
 # Share of a device's free memory that a store may take; a step needs the rest.

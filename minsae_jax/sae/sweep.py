@@ -21,10 +21,10 @@ from minsae_jax.parallel.mesh import (
     make_mesh,
     members_sharding,
     put_batches,
-    put_shares,
     replicated,
     tile_batch,
 )
+from minsae_jax.parallel.shares import put_shares
 from minsae_jax.sae.config import TrainPlan
 from minsae_jax.sae.grid import Group
 from minsae_jax.sae.kinds.base import BatchMetrics, HyperArrays, Objective, Params

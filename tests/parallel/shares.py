@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import shuffled_tokens
-from minsae_jax.parallel.mesh import DATA, make_mesh, put_shares
+from minsae_jax.parallel.mesh import DATA, make_mesh
 from minsae_jax.parallel.processes import process_share, start_jax
+from minsae_jax.parallel.shares import put_shares
 from minsae_jax.sae.resident import ResidentStore
 
 BATCH = 31  # tokens, which no mesh divides
