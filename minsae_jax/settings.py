@@ -13,7 +13,6 @@ import difflib
 import json
 import math
 import os
-import re
 import reprlib
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,20 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from minsae_jax.errors import UserError, brief
 from minsae_jax.files import regular_file
+from minsae_jax.strict_yaml import load_yaml
 
 Settings = TypeVar("Settings")
 JsonObject = dict[str, Any]  # content of a JSON file: any keys and values
 Values = dict[str, Any]  # settings as YAML has them: name -> number, text, bool, None or list
 
 FLOAT32_LIMIT = 1e38  # just below the largest float32
-MAX_MERGED_KEYS = 10_000  # of one YAML mapping, with all that its merge keys (<<) bring in
 MAX_SHOWN = 80  # characters of a value in a message
 MAX_YAML_BYTES = 50_000  # PyYAML reads some texts at 50 kB per second
-MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 @dataclass(frozen=True)
@@ -134,59 +130,6 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number (YAML 1.2) and rejects duplicate keys and merge bombs.
-
-    A chain of mappings, each merging the one before several times, grows exponentially. Sizes are
-    therefore added up while nodes are composed, before PyYAML copies any of the merged keys.
-    """
-
-    def __init__(self, stream: str):
-        super().__init__(stream)
-        self._merged_sizes: dict[yaml.Node, int] = {}  # keys of a mapping once merges are done
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        size = len(node.value)
-        for key, value in node.value:
-            if key.tag != MERGE_TAG:
-                continue
-            sources = [value]
-            if isinstance(value, yaml.SequenceNode):
-                sources = value.value
-            # Anchors are known before their mapping is complete, so one that merges itself has no
-            # size yet and counts as too large.
-            size += sum(self._merged_sizes.get(source, MAX_MERGED_KEYS) for source in sources)
-        if size > MAX_MERGED_KEYS:
-            raise yaml.composer.ComposerError(
-                problem="merge keys (<<) make this mapping too large", problem_mark=node.start_mark
-            )
-        self._merged_sizes[node] = size
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            # Several merge keys are valid. Keys that are lists or mappings are refused by PyYAML
-            # itself, since they are not hashable.
-            if key.tag == MERGE_TAG or not isinstance(key.value, str):
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML follows, takes 1e-5 for text, since it has neither a point nor a sign.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
 def read_yaml(path: str | Path) -> Values:
     """Return the mapping in a YAML file. Raises UserError if there is none."""
     try:
@@ -197,7 +140,7 @@ def read_yaml(path: str | Path) -> Values:
         n_bytes <= MAX_YAML_BYTES, f"{path} is too large for a YAML of settings: {n_bytes:,} bytes"
     )
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except Exception as e:  # PyYAML's constructors raise all kinds of errors on invalid values
         raise UserError(f"{path} is not valid YAML: {brief(e, 300)}") from None
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ FLOORS = {  # a package may import from lower floors and from itself, never side
     "minsae_jax.estimates": 0,
     "minsae_jax.interrupts": 0,
     "minsae_jax.locks": 1,
+    "minsae_jax.strict_yaml": 1,
     "minsae_jax.files": 2,
     "minsae_jax.settings": 3,
     "minsae_jax.checksums": 3,
