@@ -76,7 +76,7 @@ class LiveFlags:
     of its `save_pretrained` or a model of the Hugging Face Hub (default: the published weights)."""
     split: Split = "train"
     """Patients to use."""
-    split_seed: int = 42
+    split_seed: Annotated[int, NonNegative] = 42
     """Seed of the patient split."""
     live_batch_size: Annotated[int, AtLeastOne] = 128
     """Windows that count as one shard file, of which a step of --recipe minsae takes
