@@ -4,7 +4,6 @@ Each verb is parsed into its settings, calls its function in `api`, and prints t
 """
 
 import sys
-from typing import TYPE_CHECKING
 
 import minsae_jax
 from minsae_jax.interrupts import exit_during_imports
@@ -21,9 +20,6 @@ from minsae_jax.evaluation.steering.config import SteerConfig
 from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.report.view_config import ViewConfig
 from minsae_jax.sae.config import PlotConfig, TrainConfig
-
-if TYPE_CHECKING:
-    from minsae_jax.encoder.base import BaseEncoder
 
 ABOUT = """
 Sparse autoencoders on the activations of EEG transformers, many at a time.
@@ -66,7 +62,9 @@ def extract(config: ExtractConfig) -> None:
         cli.watch_cluster()
     # A cluster must be joined before the encoder's parameters are put on a device.
     api.start(distributed=config.distributed)
-    encoder = _load_encoder(config)
+    encoder = api.load_named_encoder(config)
+    if encoder is None:
+        raise UserError("minsae extract requires --checkpoint_path or --model")
     for store in api.extract(encoder, config):
         status = "already complete" if store.was_complete else "written"
         print(
@@ -74,17 +72,6 @@ def extract(config: ExtractConfig) -> None:
             f"(recordings: {store.n_recordings:,}, patients: {store.n_patients:,}), "
             f"{store.total_tokens:,} tokens of d_model {store.d_model}"
         )
-
-
-def _load_encoder(config: ExtractConfig) -> "BaseEncoder":
-    """Return the encoder that the flags choose; in Python, `extract` gets the encoder itself."""
-    if config.model is None:
-        if config.checkpoint_path is None:
-            raise UserError("minsae extract requires --checkpoint_path or --model")
-        return api.load_encoder(config.checkpoint_path, config.config_path)
-    if config.config_path is not None:
-        raise UserError("--config_path cannot be combined with --model")
-    return api.load_model(config.model, config.root_path, config.checkpoint_path)
 
 
 def train(config: TrainConfig) -> None:

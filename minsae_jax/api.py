@@ -125,6 +125,15 @@ def load_model(model: str, root_path: str, weights: str | None = None) -> "BaseE
     return load_braindecode(name, weights, description.channels)
 
 
+def load_named_encoder(config: ExtractConfig | TrainConfig) -> "BaseEncoder | None":
+    """Load the encoder that the settings name; None if they name none."""
+    if config.model:
+        return load_model(config.model, str(config.root_path), config.checkpoint_path)
+    if config.checkpoint_path:
+        return load_encoder(config.checkpoint_path, config.config_path)
+    return None
+
+
 def write_demo(config: DemoConfig) -> Demo:
     """Write synthetic recordings with labelled events."""
     _check_config(config, DemoConfig)
@@ -183,10 +192,7 @@ def train(config: TrainConfig, encoder: "BaseEncoder | None" = None) -> "Run":
     from minsae_jax.sae import trainer
 
     start(config.deterministic, config.distributed)
-    if encoder is None and config.model:
-        encoder = load_model(config.model, str(config.root_path), config.checkpoint_path)
-    elif encoder is None and config.checkpoint_path:
-        encoder = load_encoder(config.checkpoint_path, config.config_path)
+    encoder = encoder or load_named_encoder(config)
     open_monitor = None
     if config.events_path or len(config.seed) > 1:
         open_monitor = partial(_open_feature_monitor, config, encoder)

@@ -99,6 +99,8 @@ class ExtractConfig(ExtractCompute, StoreOutput, EncoderChoice, RecordingsChoice
         check_settings(self)
         check_no_duplicates(self, "split")
         require(self.out != "", "--out must be the name of a folder")
+        is_combined = self.model is not None and self.config_path is not None
+        require(not is_combined, "--config_path cannot be combined with --model")
         require(len(self.split) > 0, "--split requires at least one of train, val, test, all")
         require(len(self.cache_layer) > 0, "--cache_layer requires at least one layer")
         is_all = self.cache_layer == ("all",)
