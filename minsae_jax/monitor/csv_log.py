@@ -1,4 +1,4 @@
-"""CSV files that grow by rows and can be resumed at a checkpoint; they are open only meanwhile."""
+"""CSV files that grow by rows and can be resumed at a checkpoint; open only during a write."""
 
 import csv
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from minsae_jax.files import atomic_write, regular_file
 
 
 def start_csv(path: Path, header: tuple[str, ...], last: int) -> None:
-    """Write a CSV file of the header alone, or leave out the rows after a checkpoint.
+    """Write a CSV file with its header, and without the rows after a checkpoint.
 
     Rows are dropped whose first column is above `last` or that were cut off. With `last` = 0 the
     file is new.
