@@ -1,4 +1,4 @@
-"""Architecture settings that follow from the tensors of a state dict."""
+"""Settings of a PatchTST that follow from the tensors of its state dict."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Settings as YAMLs, flags and checkpoints state them, under the names and types of `Architecture`.
+"""Settings of a PatchTST as YAMLs, flags and checkpoints state them, by field of `Architecture`.
 
 Programs spell the same setting differently, nest it in sections, and write numbers as text. Here
 every stated value becomes a `Setting`: a checked value and the source that stated it.
