@@ -202,7 +202,7 @@ def first_step(name: str, precision: str, sizes: Sizes) -> Arrays:
     sweep = kinds.sweep_of(kind, sizes.d_sae, 2, precision, mesh="1x1")
     state = sweep.init(median=np.zeros(D_MODEL, np.float32))
     if kind != name:
-        state = kinds.with_half_dead(state)
+        state = kinds.with_dead(state, 0.5)
     step = jax.device_put(np.int32(FULL_LAMBDA), state.step.sharding)
     x = np.random.default_rng(1).normal(size=(sizes.batch, D_MODEL)).astype(np.float32)
     state, _ = sweep.step(

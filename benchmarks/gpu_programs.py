@@ -230,7 +230,7 @@ class StepCalls:
 
 def _silence_half(state: SweepState) -> SweepState:
     """Return the state with half of the features dead, and a bias that keeps them so."""
-    state = kinds.with_half_dead(state)
+    state = kinds.with_dead(state, 0.5)
     (group,) = state.groups
     b_enc = group.params["b_enc"]
     silenced = jnp.where(group.tokens_since_fired > 0, SILENT, b_enc)

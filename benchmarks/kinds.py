@@ -1,7 +1,7 @@
 """The training step of every kind of SAE against ReLU's: part of `make bench-train`.
 
-Each kind has a sweep of its own, and all take turns on the same tokens. "AuxK" is the same kind
-with half of its features counted as dead at every step, which then learn from the residual.
+Each kind has a sweep of its own, and all take turns on the same tokens. In rows with "dead" some
+features are counted as dead at every step, which then learn from the residual (AuxK).
 Prints Markdown; --quick runs everything once, small.
 """
 
@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "jumprelu, target L0": {"kind": ("jumprelu",), "target_l0": (32.0,)},
 }
 AUX_KINDS = ("topk", "batchtopk", "matryoshka")
+DEAD_SHARES = (0.05, 0.5)
 
 
 def sweep_of(
@@ -52,25 +53,28 @@ def sweep_of(
     return Sweep(plan, make_groups(plan, D_MODEL), D_MODEL)
 
 
-def with_half_dead(state: SweepState) -> SweepState:
-    """Return the state of a sweep with every other feature counted as dead."""
+def with_dead(state: SweepState, share: float) -> SweepState:
+    """Return the state of a sweep with the first share of the features counted as dead."""
     (group,) = state.groups
     n_members, d_sae = group.tokens_since_fired.shape
-    silent = np.tile(np.where(np.arange(d_sae) % 2, NEVER, 0).astype(np.int32), (n_members, 1))
+    is_dead = np.arange(d_sae) < share * d_sae
+    silent = np.tile(np.where(is_dead, NEVER, 0).astype(np.int32), (n_members, 1))
     dead = jax.device_put(silent, group.tokens_since_fired.sharding)
     return state._replace(groups=(group._replace(tokens_since_fired=dead),))
 
 
-def step_of(name: str, d_sae: int, x: np.ndarray, n_members: int, aux: bool) -> Callable[[], None]:
+def step_of(
+    name: str, d_sae: int, x: np.ndarray, n_members: int, dead_share: float = 0
+) -> Callable[[], None]:
     """Return a function that makes one step of a sweep of one kind, and waits for it."""
     sweep = sweep_of(name, d_sae, n_members)
     state = sweep.init(median=np.zeros(D_MODEL, np.float32))
 
     def run() -> None:
         nonlocal state
-        if aux:
+        if dead_share:
             # Most features are active in every batch of these tokens and would never be dead.
-            state = with_half_dead(state)
+            state = with_dead(state, dead_share)
         tokens = sweep.put(x)
         state, loss = sweep.step(state, sweep.hyper, tokens, np.float32(1), n_tokens=len(x))
         loss.block_until_ready()
@@ -81,9 +85,11 @@ def step_of(name: str, d_sae: int, x: np.ndarray, n_members: int, aux: bool) -> 
 def print_kinds(d_sae: int, batch: int, n_members: int, rounds: int) -> None:
     """Print one row for each kind: milliseconds of a step and member, and its ratio to ReLU."""
     x = np.random.default_rng(0).normal(size=(batch, D_MODEL)).astype(np.float32)
-    contestants = {name: step_of(name, d_sae, x, n_members, aux=False) for name in SETTINGS}
+    contestants = {name: step_of(name, d_sae, x, n_members) for name in SETTINGS}
     for name in AUX_KINDS:
-        contestants[f"{name}, AuxK"] = step_of(name, d_sae, x, n_members, aux=True)
+        for share in DEAD_SHARES:
+            run = step_of(name, d_sae, x, n_members, share)
+            contestants[f"{name}, {share:.0%} dead"] = run
     seconds = alternate_all(contestants, rounds)
     for name, times in seconds.items():
         # Of the same round: the load of the machine changes from round to round.

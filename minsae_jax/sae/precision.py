@@ -38,7 +38,7 @@ def with_bfloat16(
     try:
         with jax.ensure_compile_time_eval():
             # Created in here, so that they are arrays and not traced.
-            context = BatchContext(is_dead=jnp.zeros(d_sae, bool), any_dead=jnp.zeros((), bool))
+            context = BatchContext(is_dead=jnp.zeros(d_sae, bool), n_dead=jnp.int32(0))
             x = jnp.zeros((min(n_tiles, 2), tile, d_model))
             run = jax.jit(relu.batch_sums, static_argnums=3)
             jax.block_until_ready(run(params, Batch(x, None), hyper, low, context))

@@ -108,14 +108,14 @@ def member_step(
     if "lambda_sparsity" in hyper:
         hyper = hyper | {"lambda_sparsity": hyper["lambda_sparsity"] * factors.sparsity}
     is_dead = members.tokens_since_fired >= program.aux_dead_after
-    any_dead = is_dead.any()
+    most_dead = is_dead.sum(1).max()
 
     def member_sums(
         params: Params, hyper: HyperArrays, is_dead: Bool[Array, " d_sae"]
     ) -> tuple[Any, BatchContext]:
-        # On accelerators members are computed at once, so that only a condition which all of them
+        # On accelerators members are computed at once, so that only a number which all of them
         # share can skip work.
-        member_context = BatchContext(is_dead, is_dead.any() if on_cpu() else any_dead)
+        member_context = BatchContext(is_dead, is_dead.sum() if on_cpu() else most_dead)
         context = kind.batch_context(params, batch, hyper, objective, member_context)
         sums = kind.batch_sums(params, batch, hyper, objective, context)
         # Pre-activations are large, and the update does not need them.

@@ -211,7 +211,7 @@ def test_eight_devices_select_the_same_features(mixed, n_tokens):
 def test_threshold_has_settled_when_the_first_step_weighs_less_than_a_hundredth(name):
     kind = KIND_OF_NAME[name]
     params = {"W_dec": jnp.ones((1, 1)), "threshold": jnp.zeros(())}
-    context = BatchContext(is_dead=jnp.zeros(1, bool), any_dead=jnp.array(False))
+    context = BatchContext(is_dead=jnp.zeros(1, bool), n_dead=jnp.int32(0))
     # 1 in the first step, 0 in all others: the average is the weight of the first step.
     weights = []
     for step in range(kind.settling_steps):

@@ -63,8 +63,8 @@ class BatchContext(NamedTuple):
     """Inputs of the loss besides the token: from the whole batch and from the member's state."""
 
     is_dead: Bool[Array, " d_sae"]
-    # Whether any feature is dead: of this member, or of any member of the group.
-    any_dead: Bool[Array, ""]
+    # Number of dead features: of this member, or the largest of the members of the group.
+    n_dead: Int[Array, ""]
     # Pre-activations of the whole batch from here on are active.
     threshold: Float[Array, ""] | None = None
     # All pre-activations, where they were needed for the threshold already.

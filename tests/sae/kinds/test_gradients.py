@@ -20,7 +20,7 @@ OBJECTIVES = {
 }
 RELU = KINDS["relu"]
 HYPER = {"lambda_sparsity": jnp.float32(0.7)}
-NO_CONTEXT = BatchContext(is_dead=jnp.zeros(F, bool), any_dead=jnp.zeros((), bool))
+NO_CONTEXT = BatchContext(is_dead=jnp.zeros(F, bool), n_dead=jnp.int32(0))
 
 
 def relu_loss(params, x, objective):
