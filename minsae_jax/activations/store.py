@@ -147,7 +147,7 @@ class Store:
         """The number of the first token of each shard, and that after the last token."""
         return list(accumulate(self.tokens_per_shard, initial=0))
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the manifest, or of shard names and sizes without a manifest."""
         if self.manifest is not None:

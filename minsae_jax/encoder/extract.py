@@ -241,8 +241,8 @@ def _provenance(recordings: Recordings, spec: EncoderSpec) -> dict[str, np.ndarr
     `window` (number within the recording) and `channel`, -1 if a sequence is a whole window.
     """
     windows = recordings.windows
-    places = windows.places(np.arange(len(windows)))
-    per_sequence = np.repeat(places, spec.n_sequences, axis=0).astype(np.int32)
+    places = windows.places(np.arange(len(windows))).astype(np.int32)
+    per_sequence = np.repeat(places, spec.n_sequences, axis=0)
     channels = np.array([-1], np.int32)
     if spec.per_channel:
         # A shard contains the channels of a window one after the other.

@@ -1,7 +1,7 @@
 """Features pooled over the tokens of each recording, and their means by token position and channel.
 
-All of it comes from one pass over a store. Memory is [recordings, features], whatever the number of
-tokens. Recordings of a patient can then be averaged.
+All of it comes from one pass over a store. Memory is three times [recordings, features], whatever
+the number of tokens. Recordings of a patient can then be averaged.
 """
 
 from collections.abc import Callable, Sequence
@@ -141,7 +141,8 @@ def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
         params = sae.params
         n_features = sae.d_sae
     n_channels = int(dataset.channel.max(initial=-1)) + 1
-    totals = _Totals(len(dataset.recordings), dataset.n_tokens, n_channels + 1, n_features)
+    with_tokens = np.unique(dataset.recording)
+    totals = _Totals(len(with_tokens), dataset.n_tokens, n_channels + 1, n_features)
     batch_sums = batch_program(kind, n_channels + 1)
     batch_values = CPU_BATCH_VALUES if on_cpu() else BATCH_VALUES
     n_sequences = batch_values // (dataset.n_tokens * n_features)
@@ -152,20 +153,17 @@ def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
             channel = dataset.channel[first : first + len(x)] % (n_channels + 1)
             rows = (pad_rows(x, n_sequences), pad_rows(channel, n_sequences))
             batch = jax.device_get(batch_sums(params, *rows, np.int32(len(x))))
-            totals.add(int(dataset.recording[first]), len(x) * dataset.n_tokens, batch)
+            row = int(np.searchsorted(with_tokens, dataset.recording[first]))
+            totals.add(row, len(x) * dataset.n_tokens, batch)
             bar.advance(len(x))
-    return _pooled(dataset, totals)
-
-
-def _pooled(dataset: Dataset, totals: _Totals) -> Pooled:
-    has_tokens = totals.counts > 0
-    counts = totals.counts[has_tokens]
+    # In place: with many recordings and features each of these arrays takes a gigabyte.
+    totals.active /= totals.counts[:, None].astype(np.float32)
     return Pooled(
-        recordings=tuple(dataset.recordings[i] for i in np.flatnonzero(has_tokens)),
-        n_tokens=counts,
-        mean=totals.mean[has_tokens],
-        maximum=totals.maximum[has_tokens],
-        active=totals.active[has_tokens] / counts[:, None].astype(np.float32),
+        recordings=tuple(dataset.recordings[i] for i in with_tokens),
+        n_tokens=totals.counts,
+        mean=totals.mean,
+        maximum=totals.maximum,
+        active=totals.active,
         by_position=_position_means(dataset, totals),
         by_channel=_channel_means(dataset, totals),
         total_squares=totals.squares,
@@ -221,9 +219,11 @@ def by_patient(
     """Return the mean over the recordings of each patient, which count equally, in float64."""
     patients, patient = group_by_patient(recordings)
     total = np.zeros((len(patients), values.shape[1]))
-    np.add.at(total, patient, values)
+    for i, row in zip(patient, values, strict=True):
+        total[i] += row
     n_recordings = np.bincount(patient, minlength=len(patients))
-    return PatientValues(patients, total / n_recordings[:, None])
+    total /= n_recordings[:, None]
+    return PatientValues(patients, total)
 
 
 def group_by_patient(

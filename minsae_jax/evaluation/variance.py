@@ -16,6 +16,8 @@ from jaxtyping import Float
 
 from minsae_jax.evaluation.pooling import GroupMeans, Pooled, group_by_patient
 
+FEATURE_BLOCK = 512  # of all recordings in float64 at a time
+
 
 @dataclass(frozen=True)
 class VarianceShares:
@@ -34,8 +36,7 @@ class VarianceShares:
 def variance_shares(pooled: Pooled) -> VarianceShares:
     """Return the shares of variance that position, channel, recording and patient explain."""
     overall = np.average(pooled.by_position.mean, axis=0, weights=pooled.by_position.n_tokens)
-    recordings = pooled.mean.astype(np.float64)
-    by_recording = GroupMeans(pooled.recordings, pooled.n_tokens, recordings)
+    by_recording = GroupMeans(pooled.recordings, pooled.n_tokens, pooled.mean)
     by_patient = _patient_means(pooled)
     total = pooled.total_squares
     top = by_patient.mean.argmax(axis=0)
@@ -57,7 +58,11 @@ def _share(
     overall: Float[np.ndarray, " features"],
     total_squares: Float[np.ndarray, " features"],
 ) -> Float[np.ndarray, " features"]:
-    between = groups.n_tokens @ np.square(groups.mean - overall)
+    between = np.empty(len(overall))
+    for start in range(0, len(overall), FEATURE_BLOCK):
+        block = slice(start, start + FEATURE_BLOCK)
+        deviation = groups.mean[:, block].astype(np.float64) - overall[block]
+        between[block] = groups.n_tokens @ np.square(deviation)
     # A feature that never varies has no variance to explain.
     share = between / np.where(total_squares > 0, total_squares, np.inf)
     # Means are rounded, so that a share of 1 can come out above it.
@@ -70,5 +75,7 @@ def _patient_means(pooled: Pooled) -> GroupMeans:
     n_tokens = np.zeros(len(patients), np.int64)
     np.add.at(n_tokens, patient, pooled.n_tokens)
     sums = np.zeros((len(patients), pooled.mean.shape[1]))
-    np.add.at(sums, patient, pooled.mean * pooled.n_tokens[:, None].astype(np.float64))
-    return GroupMeans(patients, n_tokens, sums / n_tokens[:, None])
+    for i, mean, n in zip(patient, pooled.mean, pooled.n_tokens, strict=True):
+        sums[i] += mean.astype(np.float64) * n
+    sums /= n_tokens[:, None]
+    return GroupMeans(patients, n_tokens, sums)
