@@ -43,6 +43,10 @@ from minsae_jax.sae.sweep import DeviceMetrics, Sweep, read_metrics
 
 # Calls queued on the devices before the host waits.
 CALLS_IN_FLIGHT = 2
+# Measures of features that take longer, as with several seeds of large members, take at most this
+# share of the time.
+SLOW_MEASURE_SECONDS = 20.0
+MEASURE_SHARE = 0.1
 
 
 def train(
@@ -139,6 +143,7 @@ class Trainer:
         else:
             self._resume(latest)
         self.saved_at = time.monotonic()
+        self.features_due = self.saved_at
         self.throughput = Throughput(self.progress.tokens)
 
     def _start(self) -> None:
@@ -213,7 +218,7 @@ class Trainer:
                 if is_last or ends_interval:
                     self.state, self.unlogged = self.sweep.take_metrics(self.state)
                 if self.data.held_out and (is_last or step % self.config.eval_every == 0):
-                    self._measure_held_out()
+                    self._measure_held_out(is_last)
                 stopped, is_late = self._agree_on_stop_or_save(bool(signals), ends_interval)
                 if is_last or stopped or is_late or step % self.config.checkpoint_every == 0:
                     self._log_interval(bar)
@@ -282,7 +287,7 @@ class Trainer:
             note += f", waiting {speed['waiting']:.0%}"
         bar.note(note)
 
-    def _measure_held_out(self) -> None:
+    def _measure_held_out(self, is_last: bool) -> None:
         assert self.data.held_out
         jax.block_until_ready(self.state)
         with self.throughput.paused():
@@ -304,13 +309,15 @@ class Trainer:
             with barrier("write metrics on held-out tokens"):
                 self._raise_read_error()
                 self.logger.log_held_out(self.progress)
-            if self.measure_features:
+            (is_due,) = any_process(is_last or time.monotonic() >= self.features_due)
+            if self.measure_features and is_due:
                 self._measure_features(self.measure_features, is_live)
 
     def _measure_features(
         self, measure_features: MeasureFeatures, is_live: Sequence[Bool[np.ndarray, " _"]]
     ) -> None:
         """Log measures of all members; is_live: of each, its features active on held-out tokens."""
+        started_at = time.monotonic()
         # Every process fetches the weights, since that needs all devices; one measures.
         weights = self.sweep.weights(self.state)
         snapshots = []
@@ -322,6 +329,10 @@ class Trainer:
         with barrier("measure features"):
             if jax.process_index() == 0:
                 self.logger.log_features(self.progress.step, measure_features(snapshots))
+        self.features_due = time.monotonic()
+        seconds = self.features_due - started_at
+        if seconds > SLOW_MEASURE_SECONDS:
+            self.features_due += seconds / MEASURE_SHARE
 
     def _raise_read_error(self) -> None:
         """Raise an error of the stream, before anything is written of steps without its tokens."""

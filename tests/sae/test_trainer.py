@@ -15,6 +15,7 @@ from convert.sae import convert_sae
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
 from minsae_jax.locks import lock_folder
+from minsae_jax.sae import trainer
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.sae.data import measure_scale
 from minsae_jax.sae.member import save_member
@@ -406,6 +407,23 @@ def test_snapshots_of_a_sweep_with_padding_are_its_members(settings, tmp_path):
             np.testing.assert_array_equal(snapshot.sae.params[name], weights)
         is_live = (np.asarray(snapshot.sae.encode(x)) > 0).any(0)
         assert (snapshot.is_live == is_live).mean() > 0.95
+
+
+def test_slow_measures_of_features_are_made_less_often(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "SLOW_MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "MEASURE_SHARE", 1e-9)
+    n_calls = 0
+
+    def measure_features(members):
+        nonlocal n_calls
+        n_calls += 1
+        return FeatureMeasures({}, {})
+
+    write_small_store(tmp_path / "val", seed=1)
+    settings = replace(settings, num_steps=8, val_store=str(tmp_path / "val"), eval_every=2)
+    train(settings, open_monitor=lambda: measure_features)
+    # The first one, and that at the end
+    assert n_calls == 2
 
 
 def test_wandb(settings, tmp_path, monkeypatch):
