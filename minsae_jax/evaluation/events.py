@@ -11,7 +11,6 @@ import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -264,15 +263,14 @@ def gather(dataset: Dataset, spans: list[Span]) -> SpanActivations:
     """Return the spans that touch at least one token, by recording, with their activations."""
     touching = []
     activations = []
-    in_order = sorted(spans, key=lambda span: span.recording)
-    for recording, of_recording in groupby(in_order, lambda span: span.recording):
-        first, last = dataset.sequences_of(recording)
-        x = dataset.read(first, last)
-        for span in of_recording:
-            sequences, tokens = tokens_of(dataset, span)
-            if len(sequences):
-                touching.append(span)
-                activations.append(x[sequences - first, tokens])
+    for span in sorted(spans, key=lambda span: span.recording):
+        sequences, tokens = tokens_of(dataset, span)
+        if len(sequences):
+            # Its windows only: few of the recording's
+            first = sequences.min()
+            x = dataset.read(first, sequences.max() + 1)
+            touching.append(span)
+            activations.append(x[sequences - first, tokens])
     return SpanActivations(touching, activations)
 
 

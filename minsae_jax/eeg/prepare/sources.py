@@ -122,7 +122,7 @@ def bids_sidecar(path: Path, what: str) -> Path | None:
     parts = set(stem.split("_"))
     for folder in _folders_up_to_root(path.parent):
         tables = {}
-        for table in sorted(folder.glob(f"*{what}.tsv")):
+        for table in _tables(folder, folder.stat().st_mtime_ns):
             of_table = set(table.name.split("_")[:-1])
             is_table = table.name.split("_")[-1] == f"{what}.tsv"
             if is_table and of_table <= parts and table.is_file():
@@ -130,6 +130,13 @@ def bids_sidecar(path: Path, what: str) -> Path | None:
         if tables:
             return max(tables, key=tables.__getitem__)
     return None
+
+
+# As for `_by_stem`: the root of a BIDS dataset has a folder for each of thousands of patients.
+@lru_cache(maxsize=16)
+def _tables(folder: Path, modified_ns: int) -> list[Path]:
+    """Return the tables in a folder."""
+    return sorted(folder.glob("*.tsv"))
 
 
 def _folders_up_to_root(folder: Path) -> list[Path]:
