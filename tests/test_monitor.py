@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from minsae_jax.monitor import METRICS, MemberLog, RunLog, Wandb, progress, table, wrap
+from minsae_jax.monitor import METRICS, MemberLog, RunLog, Wandb, open_csv, progress, table, wrap
 
 COLUMNS = ["lambda_sparsity", "k", "lr", "seed", "d_sae"]  # some members have k
 HPARAMS = {"lambda_sparsity": 5.0, "lr": 1e-3, "seed": 0, "d_sae": 4}
@@ -304,3 +304,19 @@ def test_paragraphs_fit_into_the_terminal(monkeypatch, columns, width):
     assert " ".join([first, *map(str.strip, others)]) == text
     path = "/" + 250 * "a"
     assert wrap(f"reason: {path}").splitlines() == ["reason:", f"  {path}"]
+
+
+def test_csv_of_a_resumed_run_is_rewritten_only_to_drop_rows(tmp_path):
+    """Those of the members of a sweep can be gigabytes."""
+    path = tmp_path / "metrics.csv"
+    columns = ("step", "mse")
+    first = open_csv(path, columns, last=0)
+    first.writerow([50, 1.5])
+    first.close()
+    file = path.stat().st_ino
+    resumed = open_csv(path, columns, last=50)
+    assert path.stat().st_ino == file
+    resumed.writerow([100, 1.25])
+    resumed.close()
+    open_csv(path, columns, last=50)
+    assert path.read_bytes() == b"step,mse\r\n50,1.5\r\n"

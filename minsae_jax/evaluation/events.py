@@ -267,8 +267,8 @@ def gather(dataset: Dataset, spans: list[Span]) -> SpanActivations:
         sequences, tokens = tokens_of(dataset, span)
         if len(sequences):
             # Its windows only: few of the recording's
-            first = sequences.min()
-            x = dataset.read(first, sequences.max() + 1)
+            first = int(sequences.min())
+            x = dataset.read(first, int(sequences.max()) + 1)
             touching.append(span)
             activations.append(x[sequences - first, tokens])
     return SpanActivations(touching, activations)

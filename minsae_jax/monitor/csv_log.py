@@ -13,16 +13,20 @@ def start_csv(path: Path, header: tuple[str, ...], last: int) -> None:
     Rows are dropped whose first column is above `last` or that were cut off. With `last` = 0 the
     file is new.
     """
+    before = b""
     lines = [",".join(header)]
     if last and path.exists():
-        text = regular_file(path).read_text(encoding="utf-8", errors="replace")
-        for line in text.splitlines()[1:]:
+        before = regular_file(path).read_bytes()
+        for line in before.decode(errors="replace").splitlines()[1:]:
             first = line.split(",", 1)[0]
             if _cell_count(line) == len(header) and first.isdecimal() and int(first) <= last:
                 lines.append(line)
     # The line breaks of csv.writer, which appends the later rows.
-    with atomic_write(path) as temporary:
-        temporary.write_text("\r\n".join(lines) + "\r\n", newline="")
+    content = ("\r\n".join(lines) + "\r\n").encode()
+    # Those of a sweep's members can be gigabytes, and mostly no row is dropped.
+    if content != before:
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
 
 
 def append_rows(path: Path, rows: Iterable[Iterable[object]]) -> None:
