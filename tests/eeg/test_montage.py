@@ -37,7 +37,7 @@ def test_the_corpus_has_19_electrodes():
 
 def test_projection_of_measured_positions_resembles_the_drawn_head():
     projected = scalp_positions(TUH.positions)
-    assert np.abs(projected - POSITIONS).max() < 0.25
+    assert np.abs(projected - POSITIONS).max() < 0.15
     np.testing.assert_allclose(projected[[7, 11], 0], [-1, 1], atol=0.06)  # T3 and T4
 
 
@@ -49,6 +49,23 @@ def test_projection_is_equidistant_along_meridians():
     flat = scalp_positions([*map(tuple, xyz.tolist()), None])
     np.testing.assert_allclose(flat[:3], [[0, 0], [0.5, 0], [1, 0]], atol=1e-9)
     assert np.isnan(flat[3]).all()
+
+
+@pytest.mark.parametrize("forward", [0.0, 0.015])
+def test_heads_in_front_of_the_point_between_the_ears_are_centred(forward):
+    """A ring of channels around the vertex; MNE's default montage is 15 mm in front."""
+    angle = 2 * np.pi * np.arange(16) / 16
+    ring = np.stack([0.09 * np.sin(angle), forward + 0.09 * np.cos(angle), np.full(16, 0.05)], 1)
+    vertex = (0.0, forward, 0.135)
+    flat = scalp_positions([*map(tuple, ring.tolist()), vertex])
+    assert abs(flat[-1, 1]) < 0.02
+    np.testing.assert_allclose(np.hypot(*flat[:-1].T), np.hypot(*flat[0]), atol=0.02)
+
+
+def test_few_channels_do_not_move_the_head_far():
+    """Three channels in a row, whose heights say nothing about the centre's place."""
+    row = [(-0.065, 0.023, 0.104), (-0.0014, 0.028, 0.140), (0.065, 0.024, 0.104)]
+    assert np.abs(scalp_positions(row)[:, 1] - 0.1).max() < 0.1
 
 
 @pytest.mark.parametrize("name", ["- " * 100_000, "-" * 200_000 + "x", "EEG " * 50_000])

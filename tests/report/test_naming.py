@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from minsae_jax import UserError
-from minsae_jax.eeg.montage import CHANNELS, POSITIONS
+from minsae_jax.eeg.montage import CHANNELS, POSITIONS, scalp_positions
+from minsae_jax.eeg.prepare.channels import montage_positions
 from minsae_jax.report.context import DEFAULT_BANDS
 from minsae_jax.report.naming import (
     fits_region,
+    lobes_of,
     read_labels,
     region,
     suggest_name,
@@ -44,6 +46,17 @@ def test_region_of_the_most_active_channels(channels, name):
     for channel in channels:
         ratio[CHANNELS.index(channel)] = 5.0
     assert region(ratio, POSITIONS) == name
+
+
+@pytest.mark.parametrize(
+    "montage", ["standard_1005", "standard_1020", "fsaverage_1005", "biosemi64", "easycap-M1"]
+)
+def test_electrodes_are_in_the_lobe_of_their_name(montage):
+    lobes = {"F": "frontal", "C": "central", "T": "temporal", "P": "posterior", "O": "posterior"}
+    names = ("Fp1", "Fp2", "F7", "F3", "Fz", "F4", "F8", "T7", "C3", "Cz", "C4", "T8")
+    names += ("P7", "P3", "Pz", "P4", "P8", "O1", "O2")
+    positions = scalp_positions(montage_positions(names, montage))
+    assert lobes_of(positions).tolist() == [lobes[name[0]] for name in names]
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
