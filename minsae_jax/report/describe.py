@@ -19,6 +19,7 @@ from minsae_jax.report.naming import Label, fits_region, region, suggest_name
 from minsae_jax.report.neighbours import coactive_features, nearest_features
 from minsae_jax.report.spectra import (
     BROADBAND_RATIO,
+    HINTS,
     SampleSpectra,
     Spectrum,
     band_ratio,
@@ -189,12 +190,14 @@ def _describe(
     dataset = context.dataset
     n_active = max(1, int(activity.active[feature]))
     is_alive = bool(activity.active[feature])
-    sample = measure_spectrum(dataset, context.base, activity.random, feature, SPECTRA_SEED)
+    channel_ratio = _channel_ratio(context, feature)
+    top_channel = int(np.argmax(channel_ratio))
+    sample = measure_spectrum(
+        dataset, context.base, activity.random, feature, SPECTRA_SEED, top_channel
+    )
     spectrum = None if sample is None else sample.spectrum
     artefacts = {} if sample is None else sample.artefacts
     band = dominant_band(context.bands, spectrum)
-    channel_ratio = _channel_ratio(context, feature)
-    top_channel = int(np.argmax(channel_ratio))
     shares = _patient_shares(dataset, activity.by_recording[feature], n_active)
     by_position = activity.by_token[feature] / n_active
     is_located = dataset.tokens.first >= 0
@@ -215,7 +218,7 @@ def _describe(
     strongest = [example.hints for example in examples if example.group == "top"]
     artefacts_top = {}
     if strongest:
-        for hint in artefacts:
+        for hint in HINTS:
             artefacts_top[hint] = float(np.mean([hint in hints for hints in strongest]))
     label = context.labels.get(feature, Label())
     # No ratio is known if all tokens are CLS tokens or in recordings with shifted columns.
@@ -237,8 +240,8 @@ def _describe(
         band=band,
         patients=len(shares),
         patient_share=float(shares[0][1]) if shares else 0.0,
-        artefact=float(max(artefacts.values(), default=0.0)),
-        artefact_top=float(max(artefacts_top.values(), default=0.0)),
+        artefact=float(max(artefacts.values(), default=np.nan)),
+        artefact_top=float(max(artefacts_top.values(), default=np.nan)),
         cls=float(by_position[~is_located].sum()),
         label=label.label,
         note=label.note,

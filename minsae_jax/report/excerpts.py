@@ -11,6 +11,7 @@ from minsae_jax.eeg.events import EVENTS
 from minsae_jax.evaluation.dataset import Dataset, TokenPlaces
 from minsae_jax.evaluation.events import LabelledEvent, read_events
 from minsae_jax.report.activations import stretch_of
+from minsae_jax.report.selection import shown_span
 from minsae_jax.report.spectra import artefact_hints
 
 TRACE_STEP = 0.1  # SD per unit of an int8 trace
@@ -114,8 +115,7 @@ def cut_example(
     """Return the EEG around a token, and the feature's activations there.
 
     around, other_features: see `ExampleActivations`. w: patches to either side with activations.
-    n_samples: of EEG, see `shown_samples`; a CLS token is shown with its whole window. top_channel:
-    shown where a token is over all channels.
+    n_samples: of EEG, see `shown_span`. top_channel: shown where a token is over all channels.
     """
     grid = dataset.tokens
     stretch = stretch_of(grid, chosen.token, w)
@@ -123,16 +123,18 @@ def cut_example(
     np.maximum.at(strip, grid.slot[stretch.tokens] - stretch.first, around)
     recording = int(dataset.recording[chosen.sequence])
     sequence = np.array([chosen.sequence])
-    channel = int(dataset.channels_of(sequence, np.array([chosen.token]))[0])
+    token = np.array([chosen.token])
+    channel = int(dataset.channels_of(sequence, token)[0])
     trace_channel = channel if channel >= 0 else top_channel
     # Samples of the recording before the window.
     offset = int(dataset.window[chosen.sequence]) * dataset.seq_len
-    begin, stop = _shown(dataset, chosen, n_samples)
+    spans = shown_span(dataset, recording, sequence, token, n_samples)
+    begin, stop = (int(sample[0]) for sample in spans)
     eeg = np.asarray(dataset.eeg_between(recording, begin, stop), np.float32)
     patch = None
     if grid.first[chosen.token] >= 0:
         patch_begin = offset + int(grid.first[chosen.token])
-        patch_end = offset + int(grid.last[chosen.token]) + 1
+        patch_end = patch_begin + int(dataset.lengths(token)[0])
         patch = (dataset.seconds(patch_begin), dataset.seconds(patch_end))
     hints = artefact_hints(eeg[:, trace_channel], dataset.sampling_rate)
     name = channel_name(dataset, recording, trace_channel)
@@ -159,25 +161,6 @@ def cut_example(
         events=events_between(dataset, recording, begin, stop, events),
         other_features=other_features,
     )
-
-
-def _shown(dataset: Dataset, chosen: ChosenToken, n_samples: int) -> tuple[int, int]:
-    """Return the first sample of the recording that is shown, and the one after the last.
-
-    The stretch is moved to lie inside the recording, so that all have the same length.
-    """
-    grid = dataset.tokens
-    begin = int(dataset.window[chosen.sequence]) * dataset.seq_len
-    length = max(n_samples, dataset.seq_len)
-    if grid.first[chosen.token] >= 0:
-        # In the middle of the stretch.
-        first = int(grid.first[chosen.token])
-        stop = int(grid.last[chosen.token]) + 1
-        begin += (first + stop - n_samples) // 2
-        length = n_samples
-    available = dataset.recording_length(int(dataset.recording[chosen.sequence]))
-    begin = max(0, min(begin, available - length))
-    return begin, min(begin + length, available)
 
 
 def events_between(

@@ -114,12 +114,35 @@ class LargestByFeature:
         return position, activation
 
 
+def shown_span(
+    dataset: TokenPlaces,
+    recording: int,
+    sequence: Int[np.ndarray, " n"],
+    token: Int[np.ndarray, " n"],
+    n_samples: int,
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Return (first sample, the one after the last) of the EEG shown with tokens of a recording.
+
+    n_samples: around a patch; a CLS token is shown with its whole window. The stretch is moved to
+    lie inside the recording, so that all have the same length.
+    """
+    grid = dataset.tokens
+    is_patch = grid.first[token] >= 0
+    length = np.where(is_patch, n_samples, max(n_samples, dataset.seq_len))
+    around = (grid.first[token] + grid.last[token] + 1 - n_samples) // 2
+    begin = dataset.window[sequence].astype(np.int64) * dataset.seq_len
+    begin = begin + np.where(is_patch, around, 0)
+    available = dataset.recording_length(recording)
+    begin = np.clip(begin, 0, np.maximum(available - length, 0))
+    return begin, np.minimum(begin + length, available)
+
+
 class StrongestExamples:
     """The strongest tokens of each feature, at most per_recording of them from one recording.
 
-    Of those that would show the same seconds, the strongest: one of each window, and none that is
-    closer than n_samples to a stronger example in the same recording. Batches come in the order of
-    the recordings. The best of the current recording are merged into the best of all once it ends.
+    Of those that would show the same seconds, the strongest: one of each window, and none whose
+    EEG, see `shown_span`, overlaps that of a stronger example. Batches come in the order of the
+    recordings. The best of the current recording are merged into the best of all once it ends.
     """
 
     def __init__(
@@ -130,8 +153,9 @@ class StrongestExamples:
         self.best = LargestByFeature(d_sae, top)
         # More than `top` from one recording are never needed.
         self.size = min(top, per_recording)
-        # An example can be close to the strongest tokens of so many windows before and after it.
-        n_near = 2 * -(-n_samples // dataset.seq_len)
+        # The EEG of an example can overlap that of the strongest tokens of so many other windows.
+        # If it is n windows long, they are up to n before and 1.5 n after a CLS token.
+        n_near = 3 * -(-n_samples // dataset.seq_len)
         candidates = self.size * (1 + n_near)
         window = dataset.window.astype(np.int64)
         self.in_recording = LargestByFeature(d_sae, candidates, window, dataset.n_tokens)
@@ -168,21 +192,27 @@ class StrongestExamples:
 
     def _is_example(self, entries: np.ndarray) -> Bool[np.ndarray, " n"]:
         """Return which entries of a recording, sorted as by `merged`, are examples."""
-        places = np.divmod(entries["position"], self.dataset.n_tokens)
-        sample = self.dataset.first_samples(*places)
         is_example = np.zeros(len(entries), bool)
+        if not len(entries):
+            return is_example
+        places = np.divmod(entries["position"], self.dataset.n_tokens)
+        begin, stop = shown_span(self.dataset, self.recording, *places, self.n_samples)
         d_sae = self.best.d_sae
         n_examples = np.zeros(d_sae, np.int64)
-        samples = np.full((d_sae, self.size), -self.n_samples, np.int64)  # of the examples
+        # Of the EEG of the examples
+        begins = np.zeros((d_sae, self.size), np.int64)
+        stops = np.zeros((d_sae, self.size), np.int64)
         starts = np.searchsorted(entries["feature"], np.arange(d_sae + 1))
         counts = np.diff(starts)
         for place in range(counts.max(initial=0)):
             feature = np.flatnonzero((counts > place) & (n_examples < self.size))
             index = starts[feature] + place
-            distance = np.abs(sample[index, None] - samples[feature])
-            is_apart = (distance >= self.n_samples).all(axis=1)
+            is_before = stop[index, None] <= begins[feature]
+            is_after = begin[index, None] >= stops[feature]
+            is_apart = (is_before | is_after).all(axis=1)
             feature, index = feature[is_apart], index[is_apart]
-            samples[feature, n_examples[feature]] = sample[index]
+            begins[feature, n_examples[feature]] = begin[index]
+            stops[feature, n_examples[feature]] = stop[index]
             n_examples[feature] += 1
             is_example[index] = True
         return is_example

@@ -27,6 +27,7 @@ FLAT_SD = 0.05  # standard deviation
 # Scalp EEG has little power above this frequency; muscles have much.
 FAST_HZ = 25.0
 FAST_SHARE = 0.3  # of the power from 1 to 45 Hz
+HINTS = (f"beyond {LARGE_SD:g} SD", "flat", f"over {FAST_HZ:g} Hz")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def measure_base_spectra(
     base = np.zeros((dataset.n_vars, len(hz)))
     for channel in range(dataset.n_vars):
         candidates = np.flatnonzero((dataset.channel == channel) | (dataset.channel == -1))
+        if not len(candidates):
+            continue
         sequences, tokens = _draw_tokens(dataset, candidates, rng)
         channels = np.full(len(sequences), channel)
         segments = cut_segments(dataset, sequences, tokens, channels, span)
@@ -152,18 +155,23 @@ class SampleSpectra:
     spectrum: Spectrum
     # Relative power around each example over that of the same channels anywhere
     ratios: Float[np.ndarray, "examples n_hz"]
-    # Share of the examples with each artefact hint
+    # Share of the examples with each artefact hint, on the channel that is shown
     artefacts: dict[str, float]
 
 
 def measure_spectrum(
-    dataset: Dataset, base: BaseSpectra, examples: Tokens, feature: int, seed: int
+    dataset: Dataset,
+    base: BaseSpectra,
+    examples: Tokens,
+    feature: int,
+    seed: int,
+    top_channel: int,
 ) -> SampleSpectra | None:
     """Return the spectra of a feature's examples, or None with under MIN_EXAMPLES examples.
 
     examples: a random sample of each feature's tokens. Power and base rate are means over the
     feature's examples, weighted by their activations; that of a token over all channels is the mean
-    over them.
+    over them. top_channel: shown where a token is over all channels, for the artefact hints.
     """
     is_example = examples.token[feature] >= 0
     n_examples = int(is_example.sum())
@@ -188,7 +196,9 @@ def measure_spectrum(
     ratios = (parts @ power) / np.maximum(parts @ base_power, 1e-12)
     ratios = ratios.reshape(BOOTSTRAP_SAMPLES, -1)
     low, high = np.quantile(ratios, [0.025, 0.975], axis=0)
-    hints = artefact_hints(segments, dataset.sampling_rate)
+    is_of_all = dataset.channels_of(sequences, tokens)[row] < 0
+    is_shown = ~is_of_all | (channels == top_channel)
+    hints = artefact_hints(segments[is_shown], dataset.sampling_rate)
     return SampleSpectra(
         spectrum=Spectrum(base.hz, ratio, low, high),
         ratios=power / np.maximum(base_power, 1e-12),
@@ -262,11 +272,12 @@ def artefact_hints(
     slow = power[..., is_slow].sum(axis=-1)
     fast = power[..., is_fast].sum(axis=-1)
     largest = np.abs(eeg).max(axis=-1)
-    return {
-        f"beyond {LARGE_SD:g} SD": np.asarray(largest > LARGE_SD),
-        "flat": np.asarray(eeg.std(axis=-1) < FLAT_SD),
-        f"over {FAST_HZ:g} Hz": np.asarray(fast > FAST_SHARE * (slow + fast)),
-    }
+    is_present = (
+        largest > LARGE_SD,
+        eeg.std(axis=-1) < FLAT_SD,
+        fast > FAST_SHARE * (slow + fast),
+    )
+    return dict(zip(HINTS, map(np.asarray, is_present), strict=True))
 
 
 def dominant_band(bands: Sequence[Band], spectrum: Spectrum | None) -> str:

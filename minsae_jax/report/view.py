@@ -251,7 +251,7 @@ def make_meta(
     positions = places.positions
     has_names = names is not None and not places.shifted[0]
     grid = places.tokens
-    length = grid.last - grid.first + 1
+    length = places.lengths(np.arange(grid.n_tokens))
     of_slot = [int(length[grid.slot == slot].max()) for slot in range(len(grid.starts))]
     return ViewMeta(
         recording=places.recordings[0],

@@ -34,20 +34,33 @@ def everything(trained):
     ],
 )
 def test_top_examples_match_a_brute_force_search(
-    everything, monkeypatch, top, per_recording, n_samples, batch, merge
+    everything, monkeypatch, tmp_path, top, per_recording, n_samples, batch, merge
 ):
     dataset, sae, f, sequence, token = everything
     # Two recordings, so that each has many windows.
     places = np.stack([dataset.recording, dataset.window])
     window = np.unique(places, axis=1, return_inverse=True)[1].astype(np.int32)
     recording = (2 * window > window.max()).astype(np.int32)
-    dataset = replace(dataset, recording=recording, window=window)
+    n_available = 1000 * int(window.max() + 1) + 300
+    for name in dataset.recordings[:2]:
+        np.save(tmp_path / name, np.zeros((n_available, 19), np.float16))
+    dataset = replace(dataset, recording=recording, window=window, folder=tmp_path)
     monkeypatch.setattr(examples, "BATCH_TOKENS", batch)
     monkeypatch.setattr(selection, "MERGE", merge)
     strongest = collect(dataset, sae, top, per_recording, n_samples=n_samples).top
     n_several = 0
     n_near = 0
-    start = dataset.window[sequence] * dataset.seq_len + np.maximum(dataset.tokens.first[token], 0)
+
+    def shown_samples(i: int) -> range:
+        """The samples of the recording that the example would show, which has 11 tokens of 1 s."""
+        begin = 1000 * int(dataset.window[sequence[i]])
+        length = max(n_samples, 1000)  # of a CLS token
+        if token[i] > 0:
+            begin += 100 * (int(token[i]) - 1) + 50 - n_samples // 2
+            length = n_samples
+        begin = max(0, min(begin, n_available - length))
+        return range(begin, begin + length)
+
     for feature in range(sae.d_sae):
         expected = []
         of_recording = [[] for _ in dataset.recordings]
@@ -59,10 +72,11 @@ def test_top_examples_match_a_brute_force_search(
             if f[i, feature] == 0 or window in seen or len(shown) == min(top, per_recording):
                 continue
             seen.add(window)
-            if any(abs(start[j] - start[i]) < n_samples for j in shown):
+            samples = shown_samples(i)
+            if any(samples.start < other.stop and other.start < samples.stop for other in shown):
                 n_near += 1
                 continue
-            shown.append(i)
+            shown.append(samples)
             if len(expected) < top:
                 expected.append(i)
         n = len(expected)

@@ -301,6 +301,30 @@ def test_tokens_of_different_lengths_and_channels_share_a_table(tmp_path):
     assert table[0].tolist() == levels.tolist()
 
 
+def test_a_padded_patch_ends_with_its_window(tmp_path):
+    """The last of three patches of 40 samples has 20 samples of a window of 100."""
+    tokens = TokenGrid.patches(3, 40, n_channels=1)
+    encoder = ms.from_function(
+        lambda windows: jnp.abs(windows[:, [0, 40, 80]]),
+        name="padded",
+        seq_len=100,
+        channels=1,
+        tokens=replace(tokens, last=np.minimum(tokens.last, 99)),
+    )
+    # As of an official PatchTST, which repeats the last sample.
+    encoder.spec = replace(encoder.spec, tokens=tokens)
+    one, zero = np.ones((1, 1)), np.zeros(1)
+    params = {"W_enc": one, "b_enc": zero, "W_dec": one, "b_dec": zero}
+    save_member(tmp_path / "one", params, {})
+    np.save(tmp_path / "x.npy", np.ones((230, 1), np.float32))
+    settings = ms.ViewConfig(
+        recording=(str(tmp_path / "x.npy"),), member=str(tmp_path / "one"), out=str(tmp_path)
+    )
+    ms.view(settings, encoder)
+    page = read_view(tmp_path / "x.html")
+    assert (page["starts"], page["lengths"]) == ([0, 40, 80], [40, 40, 20])
+
+
 def with_nan(eeg):
     eeg[90, 3] = np.nan
     return eeg

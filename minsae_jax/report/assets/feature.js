@@ -200,7 +200,8 @@ function alsoActive(example) {
 }
 
 function scalpCard(f) {
-  if (!some(f.channel_ratio) || f.channel_ratio.length < 4) return null;
+  // All 0: unknown, as of features that are active on CLS tokens alone.
+  if (!some(f.channel_ratio) || f.channel_ratio.length < 4 || !f.channel_ratio.some((ratio) => ratio > 0)) return null;
   const [note, of] = meta.channel_tokens
     ? ["Mean activation on each channel over the mean on all channels.", "the mean of all channels"]
     : ["Power of the EEG on each channel during active tokens, over its base rate. Tokens are over all channels.", "its base rate"];
@@ -239,7 +240,7 @@ function otherCards(f, active) {
       () => related(f.coactive)],
     [some(f.waveform), "Waveform", `The feature's direction through the pretraining head.${exact}`,
       () => figure(drawWaveforms([{ values: f.waveform, kind: "" }], meta.sampling_rate))],
-    [active && f.artefacts, "Artefact hints", "Share of sampled examples with each hint; a hint is not proof.",
+    [active && Object.keys(f.artefacts).length, "Artefact hints", "Share of sampled examples with each hint; a hint is not proof.",
       () => bars(Object.entries(f.artefacts))],
   ];
   return cards.filter(([there]) => there).map(([, title, note, content]) => card(title, note, content()));
