@@ -82,6 +82,7 @@ class ReportMeta:
     # Label and text of each row
     summary: Sequence[tuple[str, str]]
     waveform_exact: bool
+    waveform_unit: str
     shifted_recordings: int
     # Folder of the recordings, for the command that shows one in full
     recordings: str = ""

@@ -136,6 +136,7 @@ def _make_meta(
         pages_rule=pages_rule,
         # The head, which makes the waveform, reads the last layer.
         waveform_exact=encoder is not None and inputs.layer == encoder.spec.layers[-1],
+        waveform_unit="SD of the window" if manifest.data["revin"] else test.description.unit,
         shifted_recordings=int(test.shifted.sum()),
         recordings=str(test.folder.resolve()),
     )

@@ -78,6 +78,7 @@ def make_meta(**changes: Any) -> ReportMeta:
             ("Features", "1,024, of which 41 never active"),
         ],
         "waveform_exact": False,
+        "waveform_unit": "SD",
         "shifted_recordings": 2,
         "pages_rule": "Pages were written for all features.",
     }

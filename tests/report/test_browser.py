@@ -17,6 +17,13 @@ from tests.report.made_up import make_cards, make_dead_card, make_meta, make_pag
 pytestmark = pytest.mark.slow
 N = 40
 DEAD = (7, 13)
+CUT_OFF = """return [...document.querySelectorAll("#rows td, #titles th")]
+    .filter((cell) => cell.className !== "label" && cell.scrollWidth > cell.clientWidth)
+    .map((cell) => cell.textContent)"""
+SHOWN_COLUMNS = """return [...document.querySelectorAll("#titles th")]
+    .filter((cell) => cell.clientWidth).map((cell) => cell.className)"""
+COURSES = """return [...document.querySelectorAll("path.trace, path.faint")]
+    .map((path) => [path.classList[0], path.getAttribute("d")])"""
 HOSTILE = "</script><script>hacked=1</script><img src=x onerror='hacked=1'>\u2028\"'&"
 
 
@@ -409,3 +416,59 @@ def test_the_gain_is_the_same_for_all_examples(page, report):
     )
     assert len(heights) == 8
     assert len(set(heights)) == 1
+
+
+@pytest.mark.parametrize("width", [800, 1000, 1225, 1440])
+def test_numbers_of_the_table_are_not_cut_off(page, report, width):
+    page.set_window_size(width, 760)
+    visit(page, report)
+    assert page.execute_script(CUT_OFF) == []
+    assert {"density", "event_auc"} <= set(page.execute_script(SHOWN_COLUMNS))
+    page.set_window_size(1280, 900)
+
+
+def write_one(folder: Path, card, **changes) -> Path:
+    write_pages(folder / "report", make_meta(pages=make_pages(N), **changes), [card])
+    return folder / "report"
+
+
+def test_samples_of_other_channels_are_drawn_at_their_times(page, tmp_path):
+    """A peak at sample 300 of 538, on a channel at 256 Hz and on others at a fifth of that rate."""
+    card = next(make_cards(1))
+    trace = np.zeros(538, np.int8)
+    trace[300] = 100
+    others = np.zeros((19, 108), np.int8)
+    others[:, 60] = 100
+    example = replace(card.examples[0], trace=trace, others=others, events=[])
+    folder = write_one(tmp_path, replace(card, examples=[example]), sampling_rate=256)
+    visit(page, folder, "#f=0")
+    wait_for_feature(page, 0)
+    peaks = {}
+    for kind, d in page.execute_script(COURSES):
+        points = [point.split() for point in d[1:].split("L")]
+        x, y = np.array(points, float).T
+        peaks.setdefault(kind, []).append(x[y.argmin()])
+    assert len(peaks["other"]) == 18
+    np.testing.assert_allclose(peaks["other"], peaks["trace"][0], atol=0.11)
+
+
+def test_scale_of_channels_says_where_ratios_are_beyond_it(page, tmp_path):
+    card = next(make_cards(1))
+    one = np.zeros(19)
+    one[3] = 19.0
+    folder = write_one(tmp_path, replace(card, channel_ratio=one, channel="F3"))
+    visit(page, folder, "#f=0")
+    wait_for_feature(page, 0)
+    assert {"≥×8", "×1", "≤×1/8"} <= set(texts(page, "aside svg text"))
+
+
+def test_unknown_ratios_of_channels_have_no_map(page, tmp_path):
+    card = next(make_cards(1))
+    folder = write_one(
+        tmp_path, replace(card, channel_ratio=np.zeros(19), channel="", artefacts={})
+    )
+    visit(page, folder, "#f=0")
+    wait_for_feature(page, 0)
+    titles = texts(page, "#feature h3")
+    assert "Spectrum" in titles
+    assert not {"Channels", "Artefact hints"} & set(titles)

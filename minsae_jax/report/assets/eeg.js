@@ -80,7 +80,8 @@ function drawExample(example, look) {
   const { full, spread, inUv, largest, rate, seconds } = look;
   const montage = look.montage && !missing(example.others);
   const { rows, faint } = exampleRows(example, look);
-  const end = example.start + decode(example.trace).length / rate;
+  const samples = decode(example.trace).length;
+  const end = example.start + samples / rate;
   const gap = look.gap ?? (montage ? ROW_GAP.stack : ROW_GAP.own);
   const pxPerUnit = montage ? gap / spread : 43 / full;
   const chains = rows.map((_, i) => rows.slice(1, i + 1).filter((row) => row.isFirst).length);
@@ -114,8 +115,10 @@ function drawExample(example, look) {
     // Peaks that are larger than the gain allows end at the border of this viewport.
     const window = svg("svg", { x: box.left, y: box.top, width: box.right - box.left, height: box.bottom - box.top });
     const course = (values, y, kind) => {
-      const step = (box.right - box.left) / values.length;
-      const points = Array.from(values, (value, k) => [(k + 0.5) * step, y - box.top - value * pxPerUnit]);
+      // Of a montage, a sample is one of several of the trace: it is drawn at its own time.
+      const each = Math.ceil(samples / values.length);
+      const step = (box.right - box.left) / samples;
+      const points = Array.from(values, (value, k) => [(k * each + 0.5) * step, y - box.top - value * pxPerUnit]);
       window.append(svg("path", { class: kind, d: line(points) }));
     };
     for (const { values } of faint) course(values, middle(0), "other faint");
@@ -142,10 +145,12 @@ function drawExample(example, look) {
       root.append(svg("rect", { class: "strip", ...place }, svg("title", {}, `activation ${number(value)}`)));
     }
     root.append(svg("path", { class: "axis", d: `M${box.left} ${floor}H${box.right}` }));
-    for (const second of ticks(example.start, end, false, 5)) {
+    const timeName = (second) => look.time?.(second) ?? `${second.toFixed(1)} s`;
+    const wide = 6.2 * timeName(end).length; // px
+    for (const second of ticks(example.start, end, false, Math.min(5, (box.right - box.left) / (wide + 6)))) {
       root.append(svg("path", { class: "axis", d: `M${x(second)} ${floor}v3` }));
-      const anchor = x(second) < box.left + 16 ? "start" : x(second) > box.right - 12 ? "end" : "middle";
-      root.append(text(x(second), floor + 14, anchor, look.time?.(second) ?? `${second.toFixed(1)} s`));
+      // Not where it would be cut off.
+      if (x(second) >= wide / 2) root.append(text(x(second), floor + 14, "middle", timeName(second)));
     }
     return root;
   };

@@ -56,7 +56,7 @@ function facts(f) {
     ["dominant band", f.band],
     ["patients", `${number(f.patients)} of ${number(meta.n_patients)}, the largest with ${percent(f.patient_share)}`],
     ...(meta.has_cls ? [["on the CLS token", percent(f.cls)]] : []),
-    ["artefact hints", `${percent(f.artefact)} of sampled, ${percent(f.artefact_top)} of the strongest examples`],
+    ["most frequent artefact hint", `${percent(f.artefact)} of sampled, ${percent(f.artefact_top)} of the strongest examples`],
     ["examples that fit the suggestion", percent(f.support)],
   ];
   return factList(rows.map(([key, value]) => [key, value || "–"]));
@@ -121,7 +121,7 @@ function showExamples(f, title = "Examples") {
     html("div", { class: "controls" }, html("div", { class: "tabs" }, tabs),
       possible ? html("div", { class: "tabs" }, layouts) : null,
       references.length > 1 ? html("div", { class: "tabs references" }, montages) : null),
-    html("p", { class: "note" }, `${words} Shaded: the active patch. Bars below: the activation on each patch. ${gainNote(look)}`),
+    html("p", { class: "note" }, `${words} Shaded: the active patch. Bars below: the activation on each patch. ${faintNote(examples, look)}${gainNote(look)}`),
     look.reference === "stored" ? null : html("p", { class: "note" }, referenceNote(look)),
     eventLegend(examples),
     html("div", { class: `gallery ${look.montage && duration(examples[0]) > WIDE ? "wide" : ""}` }, examples.map((e) => showExample(e, look))),
@@ -134,6 +134,11 @@ function nextReference() {
   const tabs = [...document.querySelectorAll("main:not([hidden]) .references button")];
   const chosen = tabs.findIndex((tab) => tab.getAttribute("aria-pressed") === "true");
   tabs[(chosen + 1) % tabs.length]?.click();
+}
+
+function faintNote(examples, look) {
+  const isFaint = !look.montage && examples.some((e) => exampleRows(e, { ...look, reference: referenceOf(e, look) }).faint.length);
+  return isFaint ? "Faint lines: the other channels. " : "";
 }
 
 function gainNote({ montage, inUv, cuts }) {
@@ -213,7 +218,7 @@ function scalpCard(f) {
 }
 
 function spectrumCard(f) {
-  const note = "Power of the EEG around active tokens over the base rate of the same channels (dotted: equal), with a 95 % interval.";
+  const note = "Relative power of the EEG around active tokens over the base rate of the same channels (dotted: equal), with a 95 % interval.";
   return f.spectrum ? card("Spectrum", note, figure(drawSpectrum(f.spectrum, meta.bands))) : null;
 }
 
@@ -238,8 +243,8 @@ function otherCards(f, active) {
     [some(f.nearest), "Nearest features", "Cosine between decoder directions.", () => related(f.nearest)],
     [active && some(f.coactive), "Active together", "Jaccard index: tokens with both active over tokens with either.",
       () => related(f.coactive)],
-    [some(f.waveform), "Waveform", `The feature's direction through the pretraining head.${exact}`,
-      () => figure(drawWaveforms([{ values: f.waveform, kind: "" }], meta.sampling_rate))],
+    [some(f.waveform), "Waveform", `What an activation of 1 adds to a patch, by the pretraining head.${exact}`,
+      () => figure(drawWaveforms([{ values: f.waveform, kind: "" }], meta.sampling_rate, meta.waveform_unit))],
     [active && Object.keys(f.artefacts).length, "Artefact hints", "Share of sampled examples with each hint; a hint is not proof.",
       () => bars(Object.entries(f.artefacts))],
   ];

@@ -144,6 +144,7 @@ function drawPosition(shares, seconds) {
 }
 
 const N_COLOURS = 6;
+const MAX_NAMES = 40; // of channels on the head; of more, the top channel only
 
 const GREEK = { delta: "δ", theta: "θ", alpha: "α", beta: "β", gamma: "γ" };
 
@@ -179,7 +180,7 @@ function drawWaveforms(waveforms, rate, unit = "") {
   const longest = Math.max(...waveforms.map((w) => w.values.length));
   return (width) => {
     const x = { from: 0, to: Math.max(longest - 1, 1) * step, label: "ms from the patch's start" };
-    const plot = axes(width, 190, x, { from: -most, to: most, label: unit });
+    const plot = axes(width, 190, x, { from: -most, to: most, label: unit.replace("uV", "µV") });
     plot.root.append(level(plot, 0));
     waveforms.forEach(({ values, kind, name }, i) => {
       const points = values.map((value, k) => [plot.sx(k * step), plot.sy(value)]);
@@ -263,10 +264,12 @@ function colours() {
 function drawScalp(allRatios, top, allChannels, allPositions, of) {
   const placed = allPositions.flatMap((p, i) => (missing(p[0]) ? [] : [i]));
   const [ratios, channels, positions] = [allRatios, allChannels, allPositions].map((list) => placed.map((i) => list[i]));
-  const doublings = ratios.map((ratio) => Math.min(3, Math.max(-3, Math.log2(Math.max(ratio ?? 1, 1e-3)))));
+  const exact = ratios.map((ratio) => Math.log2(Math.max(ratio ?? 1, 1e-3)));
+  const doublings = exact.map((power) => Math.min(3, Math.max(-3, power)));
   const most = Math.max(1, Math.ceil(Math.max(...doublings.map(Math.abs))));
   const smooth = spline(positions, doublings);
-  const reach = 1.2; // half the image's width; the head's radius is 1.17 and that of the outermost channels 1
+  const reach = 1.2; // half the image's width; the head's radius is 1.17 and that of the ears 1
+  const outermost = Math.max(reach, ...positions.map(([x, y]) => Math.hypot(x, y)));
   return (width) => {
     const colour = colours();
     const n = 80;
@@ -278,10 +281,12 @@ function drawScalp(allRatios, top, allChannels, allPositions, of) {
     }
     canvas.getContext("2d").putImageData(image, 0, 0);
 
-    const radius = Math.min(width - 90, 290) / (2 * reach);
+    const radius = Math.min(width - 90, 290) / (2 * outermost);
     const head = 1.17 * radius;
-    const [cx, cy] = [(width - 40) / 2, head + 16];
-    const root = svg("svg", { width, height: cy + head + 6, role: "img" });
+    const isCrowded = channels.length > MAX_NAMES;
+    const below = outermost > reach ? 14 : 0; // for names of channels below the head
+    const [cx, cy] = [(width - 40) / 2, outermost * radius + 15];
+    const root = svg("svg", { width, height: cy + outermost * radius + 5 + below, role: "img" });
     const [side, href] = [2 * reach * radius, canvas.toDataURL()];
     root.append(svg("clipPath", { id: "head" }, svg("circle", { cx, cy, r: head })),
       svg("image", { href, "clip-path": "url(#head)", x: cx - side / 2, y: cy - side / 2, width: side, height: side }));
@@ -293,8 +298,8 @@ function drawScalp(allRatios, top, allChannels, allPositions, of) {
       const [x, y] = [cx + radius * positions[i][0], cy - radius * positions[i][1]];
       const tip = svg("title", {}, `${name}: ${number(ratios[i])} times ${of}`);
       const fill = `rgb(${colour(doublings[i] / most)})`;
-      root.append(svg("circle", { class: "dot", cx: x, cy: y, r: 5, fill }, tip));
-      root.append(text(x, y + 16, "middle", name, name === top ? "channel strong" : "channel"));
+      root.append(svg("circle", { class: "dot", cx: x, cy: y, r: isCrowded ? 3.5 : 5, fill }, tip));
+      if (name === top || !isCrowded) root.append(text(x, y + 16, "middle", name, name === top ? "channel strong" : "channel"));
     });
     const [at, tall] = [width - 46, Math.min(150, 1.6 * head)];
     for (let i = 0; i < 40; i++) {
@@ -302,7 +307,8 @@ function drawScalp(allRatios, top, allChannels, allPositions, of) {
       root.append(svg("rect", { ...part, fill: `rgb(${colour(1 - i / 19.5)})` }));
     }
     for (const power of [most, 0, -most]) {
-      const name = power < 0 ? `×1/${2 ** -power}` : `×${2 ** power}`;
+      const beyond = power && exact.some((value) => value / power > 1) ? (power < 0 ? "≤" : "≥") : "";
+      const name = `${beyond}×${power < 0 ? `1/${2 ** -power}` : 2 ** power}`;
       root.append(text(at + 14, cy - (power / most) * (tall / 2) + 3.5, "start", name));
     }
     return root;
