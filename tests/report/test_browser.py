@@ -423,7 +423,7 @@ def test_numbers_of_the_table_are_not_cut_off(page, report, width):
     page.set_window_size(width, 760)
     visit(page, report)
     assert page.execute_script(CUT_OFF) == []
-    assert {"density", "event_auc"} <= set(page.execute_script(SHOWN_COLUMNS))
+    assert {"density", "channel"} <= set(page.execute_script(SHOWN_COLUMNS))
     page.set_window_size(1280, 900)
 
 
@@ -472,3 +472,26 @@ def test_unknown_ratios_of_channels_have_no_map(page, tmp_path):
     titles = texts(page, "#feature h3")
     assert "Spectrum" in titles
     assert not {"Channels", "Artefact hints"} & set(titles)
+
+
+def test_printed_pages_are_complete(page, report):
+    """Paper is narrower than the window, and nothing is drawn again for it."""
+    visit(page, report, "#f=0")
+    wait_for_feature(page, 0)
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        page.execute_script("document.body.style.width = '700px'")
+        cut = page.execute_script(
+            """return [...document.querySelectorAll("#feature .figure")].filter((node) =>
+                node.firstChild.getBoundingClientRect().width > node.clientWidth + 1).length"""
+        )
+        assert cut == 0
+        visit(page, report)
+        page.execute_script("scrollTo(0, 1e6)")
+        # As high as all rows that are not in the document.
+        spacers = (
+            "return [...document.querySelectorAll('#rows .spacer')].map((r) => r.clientHeight)"
+        )
+        assert page.execute_script(spacers) == [0, 0]
+    finally:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

@@ -40,7 +40,12 @@ const percent = (value) => (missing(value) ? "–" : `${number(100 * value, 2)} 
 function figure(draw, name = null) {
   const node = html("div", { class: "figure" });
   const save = html("button", { type: "button", class: "save", title: "Save this figure as SVG", onclick: () => saveFigure(node, name) }, "SVG");
-  node.draw = () => node.replaceChildren(draw(node.clientWidth), save);
+  node.draw = () => {
+    node.replaceChildren(draw(node.clientWidth), save);
+    // By this box the style for paper, which is narrower than the window, can make it smaller.
+    const drawn = node.querySelector("svg");
+    drawn?.setAttribute("viewBox", `0 0 ${drawn.getAttribute("width")} ${drawn.getAttribute("height")}`);
+  };
   return node;
 }
 
