@@ -51,24 +51,14 @@ class Stability:
         """Number of seeds, this member's included."""
         return len(self.others) + 1
 
-    def seeds_with(self, threshold: float = MIN_COSINE) -> Int[np.ndarray, " d_sae"]:
-        """Return the number of seeds in which each feature occurs, its own included; 0 if dead."""
-        # NaN compares as False.
-        n_others = (self.decoder_cosine > threshold).sum(axis=0)
-        return np.where(self.is_live, n_others + 1, 0)
-
-    def share(
-        self,
-        threshold: float = MIN_COSINE,
-        weights: Float[np.ndarray, " d_sae"] | None = None,
-    ) -> float:
+    def share(self, weights: Float[np.ndarray, " d_sae"] | None = None) -> float:
         """Return the share of live features that reappear, averaged over the other seeds.
 
         weights: of features, such as their mean activation times the norm of their decoder row,
         which gives the share of the reconstruction that reappears; equal by default. NaN if those
         of all live features are 0.
         """
-        reappears = self.decoder_cosine[:, self.is_live] > threshold
+        reappears = self.decoder_cosine[:, self.is_live] > MIN_COSINE
         live_weights = None if weights is None else weights[self.is_live]
         if live_weights is not None and not live_weights.any():
             return float("nan")

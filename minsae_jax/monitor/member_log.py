@@ -20,7 +20,7 @@ class MemberLog:
     On resume at `step` and `tokens`, rows and events after that checkpoint are dropped.
     eval_window: steps of a log interval; n_intervals: log intervals of the whole run.
     hparam_columns: names of the hyper-parameters of all members. held_out: names of the metrics on
-    held-out tokens that `write_held_out` will get.
+    held-out tokens, group "eval".
     """
 
     def __init__(
@@ -73,14 +73,9 @@ class MemberLog:
             self._board.add_histogram("train_density/log10", np.log10(densities), step)
         self._board.flush()
 
-    def write_held_out(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write metrics on held-out tokens to TensorBoard."""
-        self._add_scalars("eval", metrics, step)
-        self._board.flush()
-
-    def write_features(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write measures of the member's features to TensorBoard."""
-        self._add_scalars("features", metrics, step)
+    def write_scalars(self, group: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Write metrics to TensorBoard only, with the names group/name."""
+        self._add_scalars(group, metrics, step)
         self._board.flush()
 
     def write_text(self, step: int, text: str) -> None:
@@ -92,8 +87,8 @@ class MemberLog:
         """Return the paths of all files."""
         return [self._metrics_csv, self._frequencies.path, *event_files(self.folder), self.folder]
 
-    def _add_scalars(self, prefix: str, metrics: Mapping[str, int | float], step: int) -> None:
+    def _add_scalars(self, group: str, metrics: Mapping[str, int | float], step: int) -> None:
         for name, value in metrics.items():
             # Metrics of a frozen member are NaN, which TensorBoard cannot draw.
             if np.isfinite(value):
-                self._board.add_scalar(f"{prefix}/{name}", value, step)
+                self._board.add_scalar(f"{group}/{name}", value, step)

@@ -78,7 +78,8 @@ class Findings:
                     is_same=cosine > MIN_COSINE,
                 )
                 matches.append(match)
-        return SeedStability(int(stability.seeds_with()[feature]), stability.n_seeds, matches)
+        found = 1 + sum(match.is_same for match in matches)
+        return SeedStability(found, stability.n_seeds, matches)
 
     def explained_of(self, feature: int) -> Explained:
         """Return the shares of the feature's variance that position, channel and so on explain."""

@@ -128,12 +128,15 @@ def fits_region(
     return np.where(channels < 0, True, fits[channels])
 
 
-def read_labels(path: Path, d_sae: int, member: str | None = None) -> dict[int, Label]:
+def read_labels(
+    path: Path, d_sae: int, member: str | None = None, before: str | None = None
+) -> dict[int, Label]:
     """Return the label of each feature in labels.csv, or none if there is no such file.
 
     member: the member that the report is about; rows of another one, in the optional column
-    `member`, are left out. Features from d_sae on are left out with a warning. Raises UserError if
-    the file has not the columns feature, label and note.
+    `member`, are left out. before: the member of the report before, if any; warns if it is another
+    one and the file has no such column. Features from d_sae on are left out with a warning. Raises
+    UserError if the file has not the columns feature, label and note.
     """
     if not path.exists():
         return {}
@@ -141,7 +144,9 @@ def read_labels(path: Path, d_sae: int, member: str | None = None) -> dict[int, 
     unknown = []
     try:
         with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
-            for row in csv.DictReader(file):
+            rows = csv.DictReader(file)
+            columns = rows.fieldnames or []
+            for row in rows:
                 is_other = row.get("member") and member and row["member"] != member
                 feature = int(row["feature"])
                 if feature < 0:
@@ -155,6 +160,12 @@ def read_labels(path: Path, d_sae: int, member: str | None = None) -> dict[int, 
         raise UserError(
             f"{path} must have the columns feature, label and note, one row per feature ({e})"
         ) from None
+    if before not in (None, member) and "member" not in columns:
+        warnings.warn(
+            f"{path} has no column `member`, and the report before was about {before}: its labels "
+            f"are now shown for features of {member}; add the column to tie labels to a member",
+            stacklevel=2,
+        )
     if unknown:
         warnings.warn(
             f"{path} names feature {unknown[0]}, but {member or 'the member'} has features 0 to "
@@ -162,17 +173,3 @@ def read_labels(path: Path, d_sae: int, member: str | None = None) -> dict[int, 
             stacklevel=2,
         )
     return labels
-
-
-def warn_of_other_member(path: Path, before: str | None, member: str) -> None:
-    """Warn if labels.csv has no column `member` and the older report was about another member."""
-    if before in (None, member) or not path.exists():
-        return
-    with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
-        columns = csv.DictReader(file).fieldnames or []
-    if "member" not in columns:
-        warnings.warn(
-            f"{path} has no column `member`, and the report before was about {before}: its labels "
-            f"are now shown for features of {member}; add the column to tie labels to a member",
-            stacklevel=2,
-        )

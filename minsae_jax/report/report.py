@@ -20,7 +20,7 @@ from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
 from minsae_jax.report.findings import make_findings
 from minsae_jax.report.montages import bipolar_chains
-from minsae_jax.report.naming import LABELS_CSV, read_labels, warn_of_other_member
+from minsae_jax.report.naming import LABELS_CSV, read_labels
 from minsae_jax.report.page import ReportMeta, read_member, write_pages
 from minsae_jax.report.pages import Pages, make_pages, shown_features
 
@@ -33,8 +33,8 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     inputs = evaluation.inputs
     member = next(m for m in inputs.members if m.name == evaluation.selected)
     folder = inputs.out / "report"
-    warn_of_other_member(folder / LABELS_CSV, read_member(folder), member.name)
-    labels = read_labels(folder / LABELS_CSV, member.sae.d_sae, member.name)
+    before = read_member(folder)
+    labels = read_labels(folder / LABELS_CSV, member.sae.d_sae, member.name, before)
     n_samples = shown_samples(inputs.test, settings.w, settings.context_seconds)
     activity = collect(
         inputs.test,

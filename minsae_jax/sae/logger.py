@@ -123,7 +123,7 @@ class RunLogger:
         for name, metrics in progress.held_out.items():
             values = [metrics[metric] for metric in HELD_OUT_METRICS]
             rows.append([progress.step, progress.tokens, name, *values])
-            self._member_logs[name].write_held_out(progress.step, metrics)
+            self._member_logs[name].write_scalars("eval", progress.step, metrics)
         append_rows(self.folder.held_out_csv, rows)
         if time.monotonic() >= self._pareto_due:
             self._draw_pareto(progress)
@@ -131,7 +131,7 @@ class RunLogger:
     def log_features(self, step: int, measures: FeatureMeasures) -> None:
         """Write measures of the members' features to TensorBoard."""
         for name, metrics in measures.metrics.items():
-            self._member_logs[name].write_features(step, metrics)
+            self._member_logs[name].write_scalars("features", step, metrics)
         if self._run_log:
             for name, image in measures.images.items():
                 self._run_log.add_image(name, image, step)

@@ -13,7 +13,6 @@ from minsae_jax.report.naming import (
     read_labels,
     region,
     suggest_name,
-    warn_of_other_member,
 )
 
 
@@ -85,14 +84,17 @@ def test_labels_of_another_member_are_left_out(tmp_path):
 
 def test_labels_without_a_member_warn_if_the_member_changed(tmp_path):
     path = tmp_path / "labels.csv"
-    warn_of_other_member(path, "a", "b")  # no file
+    assert read_labels(path, 16, "b", before="a") == {}
     path.write_text("feature,label,note\n1,alpha,\n")
-    warn_of_other_member(path, None, "b")
-    warn_of_other_member(path, "b", "b")
+    for before in (None, "b"):
+        assert read_labels(path, 16, "b", before) == {1: ("alpha", "")}
     with pytest.warns(UserWarning, match="the report before was about a"):
-        warn_of_other_member(path, "a", "b")
+        assert read_labels(path, 16, "b", before="a") == {1: ("alpha", "")}
     path.write_text("feature,label,note,member\n1,alpha,,a\n")
-    warn_of_other_member(path, "a", "b")
+    assert read_labels(path, 16, "b", before="a") == {}
+    path.write_bytes("feature,läbel,note\n".encode("latin-1"))
+    with pytest.raises(UserError, match="must have the columns feature, label and note"):
+        read_labels(path, 16, "b", before="a")
 
 
 def test_labels(tmp_path):
