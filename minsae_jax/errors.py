@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -36,6 +38,21 @@ def is_system_error(error: BaseException) -> bool:
     """Return whether the system failed to read an existing file, which need not be damaged."""
     # EINVAL: a seek before the start of a damaged archive, or a file that is not a regular one.
     return _error_number(error) not in (None, errno.ENOENT, errno.EINVAL)
+
+
+@contextmanager
+def reading(problem: str, remedy: str = "") -> Iterator[None]:
+    """Turn all errors of a damaged file, of which libraries raise many types, into one.
+
+    Raises UserError with the problem, the error's message in brackets, and the remedy. Errors of
+    the system stay, since that file need not be damaged.
+    """
+    try:
+        yield
+    except Exception as e:
+        if is_system_error(e):
+            raise
+        raise UserError(f"{problem} ({brief(e) or type(e).__name__}){remedy}") from e
 
 
 def system_reason(error: BaseException) -> str:

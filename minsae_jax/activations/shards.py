@@ -18,7 +18,7 @@ from minsae_jax.activations.manifest import (
     shard_number,
 )
 from minsae_jax.checksums import read_npz
-from minsae_jax.errors import UserError, brief, is_system_error
+from minsae_jax.errors import UserError, is_system_error, reading
 from minsae_jax.files import regular_file
 
 PROVENANCE = "provenance.npz"
@@ -87,7 +87,7 @@ class Header(NamedTuple):
 
 def read_header(path: Path) -> Header:
     """Return the header of a shard. Raises UserError if it is damaged or the file is too short."""
-    try:
+    with reading(f"{path} is not a .npy array, or is damaged"):
         with regular_file(path).open("rb") as file:
             start = file.read(NPY_START_BYTES)
             # Versions differ in the number of bytes for the length of the rest.
@@ -97,10 +97,6 @@ def read_header(path: Path) -> Header:
             size = file.seek(0, os.SEEK_END)
         if size < header.offset + math.prod(header.shape) * header.dtype.itemsize:
             raise ValueError(f"it has only {size} bytes")
-    except Exception as e:  # NumPy raises many types on damaged files
-        if is_system_error(e):
-            raise
-        raise UserError(f"{path} is not a .npy array, or is damaged ({brief(e)})") from e
     return header
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from minsae_jax.checksums import read_npz, write_npz
-from minsae_jax.errors import UserError, brief
+from minsae_jax.errors import UserError, reading
 
 TOKENS = "tokens.npz"
 
@@ -138,10 +138,6 @@ def read_tokens(folder: Path) -> TokenGrid | None:
     path = folder / TOKENS
     if not path.exists():
         return None
-    try:
+    with reading(f"{path} is damaged", remedy="; remove the store and write it again"):
         arrays = read_npz(path)
         return TokenGrid(*(arrays[name].astype(int) for name in ("channel", "first", "last")))
-    except Exception as e:  # zipfile and NumPy raise many types
-        raise UserError(
-            f"{path} is damaged ({brief(e)}); remove the store and write it again"
-        ) from None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from minsae_jax.errors import UserError, brief
+from minsae_jax.errors import UserError, reading
 from minsae_jax.files import atomic_write, regular_file
 
 Split = Literal["train", "val", "test", "all"]
@@ -106,17 +106,13 @@ def read_splits(path: Path) -> Splits:
 
     Raises UserError if it is not a dict of three lists of patients.
     """
-    try:
+    problem = f"{path} is not a pickle of lists of patients"
+    with reading(problem, remedy="; remove it to draw a new split"):
         content = regular_file(path).read_bytes()
         # CPython itself prints an error when a damaged pickle contains one of these.
         if any(opcode.name == "BYTEARRAY8" for opcode, _, _ in pickletools.genops(content)):
             raise pickle.UnpicklingError("it contains a bytearray")
         splits = _PlainUnpickler(io.BytesIO(content)).load()
-    except Exception as e:  # a damaged pickle can raise almost anything
-        raise UserError(
-            f"{path} is not a pickle of lists of patients ({brief(e)}); remove it to draw a new "
-            "split"
-        ) from e
     names = ("train", "val", "test")
     if not isinstance(splits, dict) or not all(_is_patient_list(splits.get(n)) for n in names):
         raise UserError(f"{path} must contain a dict of three lists of patients: train, val, test")

@@ -17,7 +17,7 @@ from minsae_jax.eeg.description import TUH, Description, read_description
 from minsae_jax.eeg.montage import POSITIONS, scalp_positions
 from minsae_jax.eeg.recordings import load_recording, patient_of, recordings_folder
 from minsae_jax.encoder.base import BaseEncoder
-from minsae_jax.errors import UserError, brief, is_system_error
+from minsae_jax.errors import UserError, reading
 
 MAX_OPEN_RECORDINGS = 64
 
@@ -267,12 +267,8 @@ def open_dataset(
 
 def open_recording(path: Path) -> Float[np.ndarray, "time n_vars"]:
     """Return a recording as a memory map. Raises UserError if it is damaged."""
-    try:
+    with reading(f"{path} cannot be read"):
         recording = load_recording(path)
-    except Exception as e:  # NumPy raises many types on damaged files
-        if is_system_error(e):
-            raise
-        raise UserError(f"{path} cannot be read ({brief(e)})") from None
     if recording.ndim != 2 or recording.dtype.kind != "f":
         raise UserError(f"{path} must be floats [time, channels], but is {recording.dtype}")
     return recording
@@ -280,7 +276,7 @@ def open_recording(path: Path) -> Float[np.ndarray, "time n_vars"]:
 
 def _read_provenance(path: Path, n_sequences: int) -> dict[str, np.ndarray]:
     """Return the arrays of a provenance.npz. Raises UserError if it is damaged."""
-    try:
+    with reading(f"{path} is damaged", remedy="; extract the store again"):
         arrays = read_npz(path)
         recording = arrays["recording"]
         n_recordings = len(arrays["recordings"])
@@ -289,10 +285,6 @@ def _read_provenance(path: Path, n_sequences: int) -> dict[str, np.ndarray]:
             is_integer = arrays[name].dtype.kind == "i"
             are_valid &= is_integer and arrays[name].shape == (n_sequences,)
         are_valid &= 0 <= recording.min() <= recording.max() < n_recordings
-    except Exception as e:  # zipfile and NumPy raise many types on damaged files
-        if is_system_error(e):
-            raise
-        raise UserError(f"{path} is damaged ({brief(e)}); extract the store again") from None
     if not are_valid:
         raise UserError(f"{path} is damaged; extract the store again")
     return arrays

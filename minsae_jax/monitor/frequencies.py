@@ -23,12 +23,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from minsae_jax.errors import UserError, brief, is_system_error
+from minsae_jax.errors import UserError, reading
 from minsae_jax.files import atomic_write
 from minsae_jax.monitor.csv_log import append_rows, start_csv
 
 ACT_FREQS_CSV = "act_freqs.csv"
 ACT_FREQS_NPY = "act_freqs.npy"
+RESTORE = "; restore the file or train the run again"
 MAX_CSV_NUMBERS = 2**24  # 40 to 100 MB of text
 MAX_NUMBERS = 2**26  # 256 MiB
 
@@ -167,7 +168,7 @@ class FrequencyTable:
 
 def open_table(path: Path) -> FrequencyTable:
     """Open an act_freqs.npy. Raises UserError if it is damaged."""
-    try:
+    with reading(f"{path} is damaged", remedy=RESTORE):
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
             if version != (1, 0):
@@ -178,13 +179,9 @@ def open_table(path: Path) -> FrequencyTable:
         table = FrequencyTable(path, dtype, min(n_rows, n_bytes // dtype.itemsize), offset)
         if dtype != row_dtype(table.d_sae):
             raise ValueError(f"its dtype is {dtype}")
-    except Exception as e:  # NumPy raises many types on damaged headers
-        if is_system_error(e):
-            raise
-        raise damaged(path, brief(e) or type(e).__name__) from e
     return table
 
 
 def damaged(path: Path, reason: object) -> UserError:
     """Return the error for a damaged file of metrics."""
-    return UserError(f"{path} is damaged ({reason}); restore the file or train the run again")
+    return UserError(f"{path} is damaged ({reason}){RESTORE}")

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from safetensors.numpy import load_file, save
 
-from minsae_jax.errors import UserError, brief, is_system_error
+from minsae_jax.errors import UserError, brief, is_system_error, reading
 from minsae_jax.files import atomic_write, flush, make_folder, sha256_of
 from minsae_jax.sae.kinds import KINDS, Params, SAEKind, kind_of
 from minsae_jax.sae.padding import pad_rows, power_of_two
@@ -163,7 +163,7 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         raise UserError(
             f"{folder} has no {WEIGHTS}; choose a member's folder, runs/NAME/members/MEMBER"
         )
-    try:
+    with reading(f"{folder} contains a damaged autoencoder"):
         params = _load_weights(folder / WEIGHTS)
         config = {}
         if (folder / CONFIG).exists():
@@ -176,10 +176,6 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         digest = config.pop("sha256", None)
         if digest is not None and digest != sha256_of(folder / WEIGHTS):
             raise ValueError(f"{WEIGHTS} differs from its checksum in {CONFIG}")
-    except Exception as e:
-        if is_system_error(e):
-            raise
-        raise UserError(f"{folder} contains a damaged autoencoder ({brief(e)})") from e
     check_params(KINDS[kind], params, str(folder / WEIGHTS))
     return SparseAutoencoder(params, config)
 

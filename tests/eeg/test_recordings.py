@@ -13,6 +13,7 @@ from minsae_jax.eeg import scan
 from minsae_jax.eeg.description import Description, write_description
 from minsae_jax.eeg.recordings import WindowShape, load_recording, open_windows
 from minsae_jax.eeg.scan import open_recordings, scan_windows, warn_of
+from minsae_jax.eeg.splits import read_splits
 from tests.conftest import FIXTURES
 
 EXPECTED = json.loads((FIXTURES / "tuh_layout/expected.json").read_text())
@@ -166,6 +167,13 @@ def test_invalid_pickles_are_refused_and_run_no_code(data, monkeypatch, tmp_path
     with pytest.raises(UserError, match=r"tuh_patient_splits_seed_42\.pkl"):
         open_windows(data, "train", 42, *SHAPE)
     assert not (tmp_path / "hacked").exists()
+
+
+def test_splits_that_the_system_cannot_read_are_not_called_damaged(tmp_path):
+    """The message for a damaged pickle says to remove it."""
+    (tmp_path / "splits.pkl").symlink_to(tmp_path / "splits.pkl")
+    with pytest.raises(OSError, match="symbolic links"):
+        read_splits(tmp_path / "splits.pkl")
 
 
 def change(data, how):
