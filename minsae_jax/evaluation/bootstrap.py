@@ -7,7 +7,7 @@ measures have intervals too.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -47,6 +47,10 @@ class Resamples:
     def n_units(self, recording: Int[np.ndarray, " n"]) -> int:
         """Return the number of units among some recordings, which may be repeated."""
         return len(np.unique(self.unit[recording]))
+
+    def with_original(self) -> "Resamples":
+        """Insert the recordings as they are as the first resample, for `estimate`."""
+        return replace(self, weights=np.insert(self.weights, 0, 1, axis=0))
 
 
 def draw_weights(n_units: int, seed: int, resamples: int = RESAMPLES) -> Weights:

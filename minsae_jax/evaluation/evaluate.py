@@ -57,8 +57,6 @@ def evaluate(
 
 def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     """Evaluate the members of a run on locked inputs."""
-    if inputs.has_events:
-        inputs.read_events()  # an invalid file is an error before anything is measured
     pca = _fit_pca(inputs)
     components = _pca_members(pca)
     baselines = _baselines(pca, inputs)
@@ -116,7 +114,7 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
 
 def _baselines(pca: PCA | None, inputs: EvaluationInputs) -> list[Member]:
     """Return all raw dimensions and all principal components; none without events."""
-    if pca is None or not inputs.has_events:
+    if pca is None or inputs.events is None:
         return []
     components = pca_autoencoder(pca, len(pca.mean))
     return [Member(RAW, raw_autoencoder(pca.mean)), Member(COMPONENTS, components)]

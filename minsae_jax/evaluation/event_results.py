@@ -3,25 +3,20 @@
 A set of features is that of a member, of principal components, or of raw dimensions.
 """
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from minsae_jax.estimates import Estimate, Interval
-
-UNDEFINED = Estimate(math.nan)
+from minsae_jax.estimates import Estimate
 
 
 @dataclass(frozen=True)
 class EventScore:
     """How well features of one set separate one kind of events; on test patients unless said.
 
-    Intervals are over patients; features, probes and ties are those chosen on val. Measures of
-    single tokens are undefined until these are read.
+    Intervals are over patients; features, probes and ties are those chosen on val.
     """
 
     # Events in the val and test spans; each has a span without an event
@@ -52,15 +47,15 @@ class EventScore:
     ablation_drop: Estimate
     ablation_drop_others: Estimate
     # AUC of `feature` over single tokens; NaN if all of them are covered, or none
-    token_auc: float = math.nan
+    token_auc: float
     # Share of the tokens of test recordings with events that touch one of this kind
-    token_base_rate: float = math.nan
+    token_base_rate: float
     # Share of the strongest tokens of `feature` that touch an event, and number of these tokens;
     # NaN if it is never active
-    precision: Estimate = UNDEFINED
-    examples: int = 0
+    precision: Estimate
+    examples: int
     # Features of the whole set whose strongest tokens nearly all touch an event of this kind
-    pure_features: int = 0
+    pure_features: int
 
 
 @dataclass(frozen=True)
@@ -133,41 +128,3 @@ class EventEvaluation:
     scores: Mapping[str, EventScore]
     summary: EventSummary
     features: FeatureEvents
-
-
-class MeanIntervals(NamedTuple):
-    """Intervals of means over kinds, all from the same resamples; see `EventSummary`."""
-
-    auc: Interval | None
-    recall: Interval | None
-    probe_auc: Interval | None
-    tpp: Interval | None
-    probe_recovered: Interval | None
-
-
-def summarise_events(
-    scores: Mapping[str, EventScore], features: FeatureEvents, intervals: MeanIntervals
-) -> EventSummary:
-    """Return the means over kinds."""
-    kinds = scores.values()
-    x = _mean(kind.x_probe_auc for kind in kinds) - 0.5
-    x_hat = _mean(kind.x_hat_probe_auc.value for kind in kinds) - 0.5
-    drop = _mean(kind.ablation_drop.value for kind in kinds)
-    drop_others = _mean(kind.ablation_drop_others.value for kind in kinds)
-    recovered = x_hat / x if x > 0 else math.nan
-    return EventSummary(
-        auc=Estimate(_mean(kind.auc.value for kind in kinds), intervals.auc),
-        recall=Estimate(_mean(kind.recall.value for kind in kinds), intervals.recall),
-        precision=_mean(kind.precision.value for kind in kinds),
-        token_auc=_mean(kind.token_auc for kind in kinds),
-        probe_auc=Estimate(_mean(kind.probe_auc.value for kind in kinds), intervals.probe_auc),
-        pure_features=int(features.is_pure.any(axis=0).sum()),
-        tpp=Estimate(drop - drop_others, intervals.tpp),
-        probe_recovered=Estimate(recovered, intervals.probe_recovered),
-    )
-
-
-def _mean(values: Iterable[float]) -> float:
-    """Return the mean over all kinds for which a measure is defined; NaN if there are none."""
-    defined = [value for value in values if not math.isnan(value)]
-    return float(np.mean(defined)) if defined else math.nan

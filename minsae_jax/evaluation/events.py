@@ -11,7 +11,10 @@ import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -24,6 +27,7 @@ from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.files import regular_file
 from minsae_jax.sae.member import SparseAutoencoder
 
+T = TypeVar("T")
 # Encoded at a time: malloc reuses the memory of so many features, unlike that of larger arrays.
 BATCH_TOKENS = 2048
 # Why a kind of events is left out, after the patients that it is missing for
@@ -140,10 +144,10 @@ def events_by_recording(events: Sequence[LabelledEvent]) -> dict[str, list[Label
     return by_recording
 
 
-def sample_spans(spans: Sequence[Span], n: int, seed: int) -> list[Span]:
-    """Return n of the spans at random, in their order, or all if they are fewer."""
-    order = np.random.default_rng(seed).permutation(len(spans))
-    return [spans[i] for i in np.sort(order[:n])]
+def sample(items: Sequence[T], n: int | None, seed: int) -> list[T]:
+    """Return n of the items at random, in their order, or all if they are fewer or n is None."""
+    order = np.random.default_rng(seed).permutation(len(items))
+    return [items[i] for i in np.sort(order[:n])]
 
 
 def draw_spans(
@@ -153,17 +157,16 @@ def draw_spans(
 
     Events without any free place of their length in the recording are left out: compared with other
     recordings, they would show differences between patients. max_events: of more events in the
-    dataset's recordings, so many are drawn.
+    dataset's recordings, so many are drawn, always the same.
     """
     rng = np.random.default_rng(seed)
     step = dataset.tokens.step or 1  # if tokens are not evenly spaced, any offset will do
     spans = []
     by_recording = events_by_recording(events)
-    drawn = _draw_events([by_recording.get(name, []) for name in dataset.recordings], max_events)
+    located = []
     for recording, name in enumerate(dataset.recordings):
-        in_recording = by_recording.get(name, [])
-        if not drawn[recording]:
-            continue
+        located += [(recording, event) for event in by_recording.get(name, [])]
+    for recording, drawn in groupby(sample(located, max_events, seed=0), itemgetter(0)):
         end = windows_end(dataset, recording)
         # is_taken[i + 1] says whether sample i is part of a token that an event touches, so that
         # its cumulative sum counts such samples before each sample. A span is free if it does not
@@ -173,14 +176,14 @@ def draw_spans(
         # Tokens that begin before each sample, and those that end there or before
         n_begun = np.insert(np.bincount(begin, minlength=end).cumsum(dtype=np.int32), 0, 0)
         n_ended = np.bincount(stop, minlength=end + 1).cumsum(dtype=np.int32)
-        for event in in_recording:
+        for event in by_recording[dataset.recordings[recording]]:
             is_touched = (begin < event.stop) & (stop > event.start)
             first = begin[is_touched].min(initial=event.start)
             last = stop[is_touched].max(initial=event.stop)
             is_taken[first + 1 : last + 1] = 1
         n_taken = np.cumsum(is_taken, dtype=np.int32)
         windows = np.arange(0, end, dataset.seq_len)
-        for event in drawn[recording]:
+        for _, event in drawn:
             if event.stop > end:
                 continue
             length = event.stop - event.start
@@ -197,24 +200,6 @@ def draw_spans(
                 spans.append(span)
                 spans.append(replace(span, start=start, stop=start + length, is_event=False))
     return spans
-
-
-def _draw_events(
-    in_recordings: Sequence[list[LabelledEvent]], max_events: int | None
-) -> list[list[LabelledEvent]]:
-    """Return up to max_events events at random, always the same, in their order."""
-    n_events = sum(map(len, in_recordings))
-    is_drawn = np.ones(n_events, bool)
-    if max_events is not None and n_events > max_events:
-        left_out = np.random.default_rng(0).permutation(n_events)[max_events:]
-        is_drawn[left_out] = False
-    first = 0
-    drawn = []
-    for events in in_recordings:
-        of_recording = is_drawn[first : first + len(events)]
-        drawn.append([events[i] for i in np.flatnonzero(of_recording)])
-        first += len(events)
-    return drawn
 
 
 def _tokens_between(

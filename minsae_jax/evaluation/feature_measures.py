@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -12,29 +12,26 @@ from jaxtyping import Bool, Float
 
 from minsae_jax.eeg.splits import join_some
 from minsae_jax.estimates import Estimate, Interval
-from minsae_jax.evaluation.bootstrap import Resamples, draw_patients
+from minsae_jax.evaluation.bootstrap import draw_patients
 from minsae_jax.evaluation.config import EvaluateConfig
-from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.description_length import description_length
 from minsae_jax.evaluation.event_measures import (
+    ChosenFeatures,
     EventKind,
-    SpanMeasures,
-    make_kind,
-    measure_spans,
+    choose_features,
+    score_events,
 )
 from minsae_jax.evaluation.event_results import (
     EventEvaluation,
     EventScore,
     EventSummary,
     FeatureEvents,
-    summarise_events,
 )
 from minsae_jax.evaluation.events import WITHOUT_SPANS, draw_spans, event_share, gather
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member
-from minsae_jax.evaluation.purity import pure_features
 from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
 from minsae_jax.evaluation.token_measures import TokenResult
-from minsae_jax.evaluation.token_pass import FeatureTokens, read_features, token_aucs
+from minsae_jax.evaluation.token_pass import read_features
 from minsae_jax.json_values import to_json
 from minsae_jax.monitor import progress
 from minsae_jax.settings import JsonObject
@@ -134,35 +131,29 @@ def _score_features(
 ) -> dict[str, FeatureResult]:
     """Score the features of all members: on the spans of events, then over all test tokens."""
     test = inputs.test
+    n_tokens = test.store.total_tokens
     kinds, left_out, is_labelled = _event_kinds(settings, inputs)
-    test_resamples = draw_patients(test.recordings, settings.seed)
-    spans: dict[str, SpanMeasures] = {}
-    if kinds:
-        assert inputs.val is not None  # events require it
-        val_resamples = draw_patients(inputs.val.recordings, settings.seed)
-        with progress("score events", len(members), "members", delay=2.0) as bar:
-            for member in members:
-                spans[member.name] = measure_spans(member.sae, kinds, val_resamples, test_resamples)
-                bar.advance(1)
-    chosen: dict[str, list[int]] = {member.name: [] for member in members}
-    for name, measures in spans.items():
-        chosen[name] = [score.feature for score in measures.scores]
+    chosen: dict[str, list[ChosenFeatures]] = {}
+    with progress("choose features", len(members), "members", delay=2.0) as bar:
+        for member in members:
+            chosen[member.name] = [choose_features(member.sae, kind) for kind in kinds]
+            bar.advance(1)
     saes = {member.name: member.sae for member in members}
-    read = read_features(test, saes, chosen, is_labelled)
+    best = {name: [int(of_kind.best[0]) for of_kind in by_kind] for name, by_kind in chosen.items()}
+    tokens = read_features(test, saes, best, is_labelled)
     results = {}
-    for name, features in read.items():
-        events = None
-        if kinds:
-            events = _score_tokens(test, kinds, spans[name], features, test_resamples)
-        bits = description_length(
-            features.active,
-            features.mean,
-            features.mean_square,
-            test.store.total_tokens,
-            variance,
-        )
-        contribution = features.mean * features.active / test.store.total_tokens
-        results[name] = FeatureResult(bits, contribution, events, left_out)
+    with progress("score events", len(members), "members", delay=2.0) as bar:
+        for name, sae in saes.items():
+            of_sae = tokens[name]
+            bits = description_length(
+                of_sae.active, of_sae.mean, of_sae.mean_square, n_tokens, variance
+            )
+            contribution = of_sae.mean * of_sae.active / n_tokens
+            events = None
+            if kinds:
+                events = score_events(sae, kinds, chosen[name], of_sae, test)
+            results[name] = FeatureResult(bits, contribution, events, left_out)
+            bar.advance(1)
     return results
 
 
@@ -176,11 +167,13 @@ def _event_kinds(
     """
     test = inputs.test
     val = inputs.val
-    if val is None or not inputs.has_events:
+    if val is None or inputs.events is None:
         return [], (), np.ones(len(test.recordings), bool)
     kinds = []
     left_out = []
-    val_events, test_events = inputs.read_events()
+    val_events, test_events = inputs.events
+    val_resamples = draw_patients(val.recordings, settings.seed)
+    test_resamples = draw_patients(test.recordings, settings.seed).with_original()
     labelled = {event.recording for events in test_events.values() for event in events}
     is_labelled = np.array([name in labelled for name in test.recordings])
     for name, events in sorted(test_events.items()):
@@ -197,47 +190,17 @@ def _event_kinds(
             left_out.append(f"{name} ({' and '.join(without)})")
             continue
         share = event_share(test, events)
-        kind = make_kind(name, events, val_spans, test_spans, share, is_labelled[test.recording])
+        of_labelled = share[is_labelled[test.recording]]
+        kind = EventKind(
+            name=name,
+            events=events,
+            val=val_spans,
+            test=test_spans,
+            val_resamples=val_resamples,
+            test_resamples=test_resamples,
+            touched=share > 0,
+            covered=of_labelled >= 0.5,
+            base_rate=float((of_labelled > 0).mean()),
+        )
         kinds.append(kind)
     return kinds, tuple(left_out), is_labelled
-
-
-def _score_tokens(
-    test: Dataset,
-    kinds: Sequence[EventKind],
-    spans: SpanMeasures,
-    features: FeatureTokens,
-    resamples: Resamples,
-) -> EventEvaluation:
-    """Return the scores on spans with those over tokens."""
-    precision = np.stack([features.precision(kind.touched) for kind in kinds])
-    is_pure = []
-    for kind, of_kind in zip(kinds, precision, strict=True):
-        is_pure.append(pure_features(test, kind.events, features, of_kind, kind.base_rate))
-    of_features = FeatureEvents(
-        kinds=tuple(kind.name for kind in kinds),
-        val_auc=spans.val_auc,
-        auc=spans.auc,
-        recall=spans.recall,
-        precision=precision,
-        examples=features.examples,
-        base_rate=np.array([kind.base_rate for kind in kinds]),
-        is_pure=np.stack(is_pure),
-    )
-    n_pure = of_features.is_pure.sum(axis=1)
-    # NaN instead of None
-    aucs = np.array(token_aucs(features.chosen, [kind.covered for kind in kinds]), np.float64)
-    scores = {}
-    for i, (kind, score) in enumerate(zip(kinds, spans.scores, strict=True)):
-        best = score.feature
-        within = features.precision_interval(best, kind.touched, test.recording, resamples)
-        scores[kind.name] = replace(
-            score,
-            token_auc=float(aucs[i]),
-            token_base_rate=kind.base_rate,
-            precision=Estimate(float(precision[i, best]), within),
-            examples=int(features.examples[best]),
-            pure_features=int(n_pure[i]),
-        )
-    summary = summarise_events(scores, of_features, spans.intervals)
-    return EventEvaluation(scores, summary, of_features)

@@ -23,7 +23,7 @@ from minsae_jax.evaluation.events import (
     draw_spans,
     gather,
     read_events,
-    sample_spans,
+    sample,
     span_maxima,
 )
 from minsae_jax.evaluation.inputs import Member
@@ -64,7 +64,7 @@ class FeatureMonitor:
             raise UserError(f"--events_path {val.folder} has no {EVENTS}")
         for kind, events in sorted(read_events(val.folder).items()):
             drawn = draw_spans(val, events, seed=0)
-            spans = gather(val, sample_spans(drawn, MAX_SPANS, seed=0))
+            spans = gather(val, sample(drawn, MAX_SPANS, seed=0))
             if spans.has_both:
                 self.kinds[kind] = spans
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from minsae_jax.estimates import Estimate
-from minsae_jax.evaluation.event_results import UNDEFINED
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
 from minsae_jax.files import atomic_write
 from minsae_jax.sae.figures import KIND_COLOURS, PCA, make_figure, plain_log_ticks, tidy
@@ -84,13 +83,13 @@ def _panels(evaluation: Evaluation) -> dict[str, list[Point]]:
 
 
 def _measures(evaluated: MemberEvaluation | PCAEvaluation) -> dict[str, Estimate]:
-    """Return the measures by the title of their panel; NaN for those that were not made."""
-    loss = UNDEFINED if evaluated.loss is None else evaluated.loss.loss_recovered
+    """Return the measures by the title of their panel."""
     measures = {
         "variance unexplained (FVU)": Estimate(evaluated.fvu),
         "description, bits per token": Estimate(evaluated.description_bits),
-        "loss recovered": loss,
     }
+    if evaluated.loss is not None:
+        measures["loss recovered"] = evaluated.loss.loss_recovered
     events = evaluated.event_summary
     if events is not None:
         measures[AUC_TITLE] = events.auc

@@ -55,8 +55,8 @@ class EvaluationInputs:
     test: Dataset
     # None if there is no store of the val patients
     val: Dataset | None
-    # Whether there are labelled events of both val and test patients
-    has_events: bool
+    # None unless there are labelled events of both val and test patients
+    events: SplitEvents | None
 
     @property
     def layer(self) -> int:
@@ -66,25 +66,9 @@ class EvaluationInputs:
     @property
     def event_files(self) -> list[Path]:
         """events.csv of the val and of the test recordings; empty without events."""
-        if self.val is None or not self.has_events:
+        if self.val is None or self.events is None:
             return []
         return [self.val.folder / EVENTS, self.test.folder / EVENTS]
-
-    def read_events(self) -> "SplitEvents":
-        """Return the events of the kinds that val or test recordings have.
-
-        Raises UserError if an events.csv is invalid.
-        """
-        assert self.val is not None  # see `open_inputs`
-        test = read_events(self.test.folder)
-        if self.val.folder == self.test.folder:
-            return SplitEvents(test, test)
-        val = read_events(self.val.folder)
-        kinds = sorted(val.keys() | test.keys())
-        return SplitEvents(
-            {kind: val.get(kind, []) for kind in kinds},
-            {kind: test.get(kind, []) for kind in kinds},
-        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -132,16 +116,18 @@ def open_inputs(
     if val is not None:
         warn_of_common_patients(val.store, train_recordings)
         _warn_of_val_patients(val, test)
-    has_events = _can_use_events(test, val)
     out = Path(settings.out or run)
-    return EvaluationInputs(run, out, encoder, members, test, val, has_events)
+    return EvaluationInputs(run, out, encoder, members, test, val, _read_events(test, val))
 
 
-def _can_use_events(test: Dataset, val: Dataset | None) -> bool:
-    """Return whether both splits have events; warn if those of the test patients cannot be used."""
+def _read_events(test: Dataset, val: Dataset | None) -> SplitEvents | None:
+    """Return the events of the kinds that val or test recordings have, or None if one has no file.
+
+    Warns if events of the test patients cannot be used.
+    """
     path = test.folder / EVENTS
     if not path.exists():
-        return False
+        return None
     if val is None:
         reason = (
             "there is no store of the val patients to choose features on; set --val_store, or run "
@@ -150,9 +136,15 @@ def _can_use_events(test: Dataset, val: Dataset | None) -> bool:
     elif not (val.folder / EVENTS).exists():
         reason = f"{val.folder} has no {EVENTS} to choose features on; set --val_root_path"
     else:
-        return True
+        of_test = read_events(test.folder)
+        of_val = of_test if val.folder == test.folder else read_events(val.folder)
+        kinds = sorted(of_val.keys() | of_test.keys())
+        return SplitEvents(
+            {kind: of_val.get(kind, []) for kind in kinds},
+            {kind: of_test.get(kind, []) for kind in kinds},
+        )
     warnings.warn(f"events in {path} are not evaluated, since {reason}", stacklevel=2)
-    return False
+    return None
 
 
 def open_members(run: Path) -> tuple[Member, ...]:

@@ -85,16 +85,6 @@ class PCAEvaluation:
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """Scores of the baselines' features for one kind of events."""
-
-    # Dimensions of the activations, with both signs
-    raw: EventScore
-    # Their principal components, with both signs
-    pca: EventScore
-
-
-@dataclass(frozen=True)
 class StabilitySummary:
     """How many features of a member are found again with other seeds."""
 
@@ -262,12 +252,17 @@ class Evaluation:
         return self.recommendation.member
 
     @property
-    def baselines(self) -> Mapping[str, Baseline]:
-        """Baselines by kind of event."""
+    def baselines(self) -> dict[str, dict[str, EventScore]]:
+        """Scores of raw dimensions ("raw") and of principal components ("pca"), by kind of event.
+
+        Both are features with both signs.
+        """
         if self.raw_events is None or self.pca_events is None:
             return {}
         pca = self.pca_events.scores
-        return {kind: Baseline(raw, pca[kind]) for kind, raw in self.raw_events.scores.items()}
+        return {
+            kind: {"raw": raw, "pca": pca[kind]} for kind, raw in self.raw_events.scores.items()
+        }
 
     def find(self, name: str) -> MemberEvaluation:
         """Return the evaluation of the member called `name`."""
@@ -283,9 +278,9 @@ class Evaluation:
         """Return the content of evaluation.json."""
         store = self.inputs.test.store
         baselines = {}
-        for kind, baseline in self.baselines.items():
-            aucs = {"raw_auc": baseline.raw.auc.value, "pca_auc": baseline.pca.auc.value}
-            baselines[kind] = aucs | vars(baseline)
+        for kind, scores in self.baselines.items():
+            aucs = {f"{name}_auc": score.auc.value for name, score in scores.items()}
+            baselines[kind] = aucs | scores
         summaries = {}
         for name, events in (("raw", self.raw_events), ("pca", self.pca_events)):
             if events is not None:

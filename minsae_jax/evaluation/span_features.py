@@ -1,4 +1,4 @@
-"""The features of an autoencoder on the spans of one kind of events, for `measure_spans`."""
+"""The features of an autoencoder on the spans of one kind of events, for `event_measures`."""
 
 from functools import partial
 from typing import NamedTuple
@@ -23,8 +23,6 @@ class EncodedSpans(NamedTuple):
 
     # Largest activation of each feature over the tokens of each span
     maxima: Float[np.ndarray, "spans d_sae"]
-    # Tokens of each span
-    lengths: Int[np.ndarray, " spans"]
     # Mean activations over the tokens of events, and of other spans
     means: Float[np.ndarray, "2 d_sae"]
     # Of every kind's probe on x̂, without bias
@@ -63,7 +61,6 @@ def encode_spans(
     counts = np.array([is_event.sum(), (~is_event).sum()])
     return EncodedSpans(
         maxima=np.concatenate(maxima),
-        lengths=lengths,
         means=sums / counts[:, None],
         logits=np.concatenate(logits),
         chosen=np.concatenate(of_chosen),

@@ -141,8 +141,8 @@ def _scores(evaluation: Evaluation) -> Iterator[tuple[str, str, EventScore]]:
     for kind, score in scores.items():
         baseline = evaluation.baselines[kind]
         yield kind, "SAE", score
-        yield "", "PCA", baseline.pca
-        yield "", "raw", baseline.raw
+        yield "", "PCA", baseline["pca"]
+        yield "", "raw", baseline["raw"]
 
 
 def _spans_table(scores: Sequence[tuple[str, str, EventScore]]) -> str:

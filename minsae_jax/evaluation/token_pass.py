@@ -7,6 +7,7 @@ limit for a recording, unlike for the examples in the report. CLS tokens, which 
 left out, and so are recordings without any labelled event, whose events nobody may have labelled.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from minsae_jax.evaluation.bootstrap import SHARE, Interval, Resamples, interval
+from minsae_jax.estimates import Estimate
+from minsae_jax.evaluation.bootstrap import SHARE, Resamples, estimate
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.ranking import auc
 from minsae_jax.monitor import progress
@@ -72,23 +74,21 @@ class FeatureTokens:
         examples = np.where(self.examples > 0, self.examples, np.nan)
         return hits.sum(axis=1) / examples
 
-    def precision_interval(
+    def precision_of(
         self,
         feature: int,
         is_inside: Bool[np.ndarray, "sequences n_located"],
         recording: Int[np.ndarray, " sequences"],
         resamples: Resamples,
-    ) -> Interval | None:
-        """Return the interval of one feature's precision."""
+    ) -> Estimate:
+        """Return one feature's precision; the first resample is the recordings as they are."""
         sequence = self.sequence[feature, : self.examples[feature]]
-        if len(sequence) == 0:
-            return None
         hits = is_inside[sequence, self.token[feature, : len(sequence)]]
         of_examples = resamples.weights[:, resamples.unit[recording[sequence]]]
         total = of_examples.sum(axis=1)
         # NaN in resamples without any of the tokens.
         precision = of_examples @ hits / np.where(total > 0, total, np.nan)
-        return interval(precision, resamples.n_units(recording[sequence]), SHARE)
+        return estimate(precision, resamples.n_units(recording[sequence]), SHARE)
 
 
 def read_features(
@@ -137,9 +137,8 @@ class _Pass:
         sequence = jnp.zeros((sae.d_sae, TOP), jnp.int32)
         token = jnp.zeros((sae.d_sae, TOP), jnp.int32)
         self.top = TopTokens(zeros, sequence, token)
-        # The strongest tokens of sequences that are not merged yet
+        # The strongest tokens of batches that are not merged yet
         self.batches: list[TopTokens] = []
-        self.n_waiting = 0
 
     def add(
         self,
@@ -159,8 +158,7 @@ class _Pass:
         if not are_labelled:
             return
         self.batches.append(strongest)
-        self.n_waiting += len(x)
-        if self.n_waiting + len(x) > MAX_SEQUENCES:
+        if (len(self.batches) + 1) * len(x) > MAX_SEQUENCES:
             self._merge()
         by_feature = np.moveaxis(np.asarray(chosen), -1, 0)
         self.values[:, self.n_values : self.n_values + n_valid] = by_feature[:, :n_valid]
@@ -170,7 +168,6 @@ class _Pass:
         # A merge sorts, and takes as long for one sequence as for many.
         self.top = merge_top(self.top, self.batches)
         self.batches = []
-        self.n_waiting = 0
 
     def finish(self) -> FeatureTokens:
         if self.batches:
@@ -237,18 +234,14 @@ def merge_top(top: TopTokens, batches: Sequence[TopTokens]) -> TopTokens:
     )
 
 
-def token_aucs(
-    values: Float[np.ndarray, "chosen labelled n_located"],
-    covered: Sequence[Bool[np.ndarray, "labelled n_located"]],
-) -> list[float | None]:
-    """Return the AUC of each feature over tokens with samples: covered by an event or not.
+def token_auc(
+    values: Float[np.ndarray, "labelled n_located"],
+    is_covered: Bool[np.ndarray, "labelled n_located"],
+) -> float:
+    """Return the AUC of a feature over tokens: covered by an event or not.
 
-    None if all tokens are covered, or no token is.
+    NaN if all tokens are covered, or no token is.
     """
-    aucs: list[float | None] = []
-    for of_feature, is_covered in zip(values, covered, strict=True):
-        if is_covered.all() or not is_covered.any():
-            aucs.append(None)
-        else:
-            aucs.append(float(auc(of_feature.reshape(-1, 1), is_covered.reshape(-1))[0]))
-    return aucs
+    if is_covered.all() or not is_covered.any():
+        return math.nan
+    return float(auc(values.reshape(-1, 1), is_covered.reshape(-1))[0])

@@ -63,11 +63,10 @@ def event_pages(evaluation: Evaluation, steering: Mapping[str, Steering]) -> lis
         return []
     pages = []
     for i, (kind, score) in enumerate(events.scores.items()):
-        baseline = evaluation.baselines[kind]
         order = np.argsort(-events.features.val_auc[i], kind="stable")[:RANKED]
         page = EventPage(
             kind=kind,
-            scores={"sae": score, "raw": baseline.raw, "pca": baseline.pca},
+            scores={"sae": score} | evaluation.baselines[kind],
             features=[events.features.score(kind, feature) for feature in order.tolist()],
             steering=_steering_result(steering[kind]) if kind in steering else None,
         )

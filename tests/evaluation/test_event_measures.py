@@ -7,10 +7,12 @@ from scipy.stats import mannwhitneyu, norm, t
 
 from minsae_jax import SparseAutoencoder
 from minsae_jax.evaluation.bootstrap import Resamples, draw_weights
-from minsae_jax.evaluation.event_measures import make_kind, measure_spans
+from minsae_jax.evaluation.event_measures import EventKind, choose_features, score_events
 from minsae_jax.evaluation.events import Span, SpanActivations
 from minsae_jax.evaluation.linear_probe import fit_probe
 from minsae_jax.evaluation.pca import raw_autoencoder
+from minsae_jax.evaluation.token_pass import TOP, FeatureTokens
+from tests.evaluation.planted import CHANNELS, TOKENS, make_places, write_planted
 
 D_MODEL = 16
 N_RECORDINGS = 8
@@ -45,13 +47,41 @@ def directions():
 
 @pytest.fixture(scope="module")
 def kinds(directions):
-    share = np.zeros((1, 1), np.float32)
+    resamples = Resamples(draw_weights(N_RECORDINGS, seed=0), np.arange(N_RECORDINGS))
+    nowhere = np.zeros((CHANNELS, TOKENS), bool)
     made = []
     for i, name in enumerate(("first", "second")):
-        val = planted_spans(directions[i], 10 + i)
-        test = planted_spans(directions[i], 20 + i)
-        made.append(make_kind(name, [], val, test, share, np.ones(1, bool)))
+        kind = EventKind(
+            name=name,
+            events=[],
+            val=planted_spans(directions[i], 10 + i),
+            test=planted_spans(directions[i], 20 + i),
+            val_resamples=resamples,
+            test_resamples=resamples.with_original(),
+            touched=nowhere,
+            covered=nowhere,
+            base_rate=0.0,
+        )
+        made.append(kind)
     return made
+
+
+@pytest.fixture(scope="module")
+def score(tmp_path_factory):
+    """The scores of an autoencoder on spans; no feature is active on the tokens of the store."""
+    places = make_places(1, 1)
+    x = np.zeros((CHANNELS, TOKENS, D_MODEL))
+    test = write_planted(tmp_path_factory.mktemp("store"), x, places)
+
+    def score(sae, kinds):
+        zeros = np.zeros(sae.d_sae)
+        top = np.zeros((sae.d_sae, TOP), np.int32)
+        values = np.zeros((len(kinds), CHANNELS, TOKENS), np.float32)
+        tokens = FeatureTokens(zeros, zeros, zeros, top.astype(np.float32), top, top, values)
+        chosen = [choose_features(sae, kind) for kind in kinds]
+        return score_events(sae, kinds, chosen, tokens, test)
+
+    return score
 
 
 def autoencoder(directions):
@@ -62,18 +92,13 @@ def autoencoder(directions):
     return SparseAutoencoder(params)
 
 
-def score(sae, kinds):
-    resamples = Resamples(draw_weights(N_RECORDINGS, seed=0), np.arange(N_RECORDINGS))
-    return measure_spans(sae, kinds, resamples, resamples)
-
-
 def span_maxima(sae, spans):
     return np.stack([np.asarray(sae.encode(x)).max(0) for x in spans.activations])
 
 
-def test_planted_features_are_found_and_pure_in_effect(directions, kinds):
+def test_planted_features_are_found_and_pure_in_effect(directions, kinds, score):
     measures = score(autoencoder(directions), kinds)
-    first, second = measures.scores
+    first, second = measures.scores.values()
     assert (first.feature, second.feature) == (0, 1)
     for found in (first, second):
         assert found.val_events == found.test_events == 40
@@ -89,26 +114,29 @@ def test_planted_features_are_found_and_pure_in_effect(directions, kinds):
         assert abs(found.ablation_drop_others.value) < 0.05
 
 
-def test_raw_dimensions_mix_the_kinds(directions, kinds):
+def test_raw_dimensions_mix_the_kinds(directions, kinds, score):
     """Orthogonal directions that are not the axes: each dimension has a part of both."""
     planted = score(autoencoder(directions), kinds)
     raw = score(raw_autoencoder(np.zeros(D_MODEL)), kinds)
-    for of_planted, of_raw in zip(planted.scores, raw.scores, strict=True):
+    for of_planted, of_raw in zip(planted.scores.values(), raw.scores.values(), strict=True):
         assert of_raw.auc.value < of_planted.auc.value - 0.05
         assert of_raw.recall.value < of_planted.recall.value
 
 
-def test_every_feature_by_brute_force(directions, kinds):
+def test_every_feature_by_brute_force(directions, kinds, score):
     sae = autoencoder(directions)
     measures = score(sae, kinds)
     for i, kind in enumerate(kinds):
-        for spans, aucs in ((kind.val, measures.val_auc[i]), (kind.test, measures.auc[i])):
+        for spans, aucs in (
+            (kind.val, measures.features.val_auc[i]),
+            (kind.test, measures.features.auc[i]),
+        ):
             maxima = span_maxima(sae, spans)
             expected = [pairs_auc(spans.is_event, column) for column in maxima.T]
             np.testing.assert_allclose(aucs, expected, atol=1e-6)
         val, test = span_maxima(sae, kind.val), span_maxima(sae, kind.test)
-        five = list(measures.scores[i].best_five)
-        assert set(five) == set(np.argsort(-measures.val_auc[i], kind="stable")[:5])
+        five = list(measures.scores[kind.name].best_five)
+        assert set(five) == set(np.argsort(-measures.features.val_auc[i], kind="stable")[:5])
         mean, sd = val[:, five].mean(0), val[:, five].std(0)
         z = np.insert((val[:, five] - mean) / sd, 0, 1, axis=1)
         sign = np.where(kind.val.is_event, -1, 1)
@@ -120,7 +148,7 @@ def test_every_feature_by_brute_force(directions, kinds):
         ).x
         logits = (test[:, five] - mean) / sd @ weights[1:]
         expected = pairs_auc(kind.test.is_event, logits)
-        assert measures.scores[i].probe_auc.value == pytest.approx(expected, abs=2e-3)
+        assert measures.scores[kind.name].probe_auc.value == pytest.approx(expected, abs=2e-3)
 
 
 def relevant_features(sae, kind):
@@ -142,7 +170,7 @@ def probe_scores(sae, kind, ablated):
     return np.array(scores)
 
 
-def test_ablation_runs_the_probe_without_the_features(directions, kinds):
+def test_ablation_runs_the_probe_without_the_features(directions, kinds, score):
     """The drops against an autoencoder in which the features are set to 0."""
     sae = autoencoder(directions)
     measures = score(sae, kinds)
@@ -153,18 +181,20 @@ def test_ablation_runs_the_probe_without_the_features(directions, kinds):
             complete, without = probe_scores(sae, of, []), probe_scores(sae, of, features)
             return pairs_auc(of.test.is_event, complete) - pairs_auc(of.test.is_event, without)
 
-        assert measures.scores[i].ablation_drop.value == pytest.approx(drop(kind), abs=2e-3)
+        assert measures.scores[kind.name].ablation_drop.value == pytest.approx(drop(kind), abs=2e-3)
         of_other = drop(kinds[1 - i])
-        assert measures.scores[i].ablation_drop_others.value == pytest.approx(of_other, abs=2e-3)
+        assert measures.scores[kind.name].ablation_drop_others.value == pytest.approx(
+            of_other, abs=2e-3
+        )
 
 
-def test_copies_of_a_feature_are_ties(directions, kinds):
+def test_copies_of_a_feature_are_ties(directions, kinds, score):
     sae = autoencoder(directions)
     params = {name: np.array(value) for name, value in sae.params.items()}
     # Feature 7 becomes a copy of feature 0, and each has half of the decoder direction.
     params["W_enc"][:, 7] = params["W_enc"][:, 0]
     measures = score(SparseAutoencoder(params), kinds)
-    first = measures.scores[0]
+    first = measures.scores["first"]
     assert first.n_ties == 2
     assert first.ties == (0, 7)
     assert first.ties_auc == (first.auc.value, first.auc.value)
@@ -189,16 +219,16 @@ def limits(values):
     return pytest.approx(tuple(expanded_percentiles(values)), abs=1e-6)
 
 
-def test_intervals_are_of_resampled_recordings(directions, kinds):
+def test_intervals_are_of_resampled_recordings(directions, kinds, score):
     sae = autoencoder(directions)
     maxima = span_maxima(sae, kinds[0].test)[:, 0]
     expected = limits(resampled_aucs(maxima, kinds[0].test))
-    assert tuple(score(sae, kinds).scores[0].auc.interval) == expected
+    assert tuple(score(sae, kinds).scores["first"].auc.interval) == expected
 
 
-def test_interval_of_a_sparse_probe_keeps_the_probe(directions, kinds):
+def test_interval_of_a_sparse_probe_keeps_the_probe(directions, kinds, score):
     sae = autoencoder(directions)
-    found = score(sae, kinds).scores[0]
+    found = score(sae, kinds).scores["first"]
     five = list(found.best_five)
     val, test = span_maxima(sae, kinds[0].val), span_maxima(sae, kinds[0].test)
     probe = fit_probe(val[:, five].astype(np.float64), kinds[0].val.is_event)
@@ -208,7 +238,7 @@ def test_interval_of_a_sparse_probe_keeps_the_probe(directions, kinds):
     assert low < found.probe_auc.value < high
 
 
-def test_interval_of_targeted_perturbation_is_of_differences(directions, kinds):
+def test_interval_of_targeted_perturbation_is_of_differences(directions, kinds, score):
     """Drop of the own probe less that of the other, in the same resamples; mean over kinds."""
     sae = autoencoder(directions)
     differences = []
@@ -220,5 +250,5 @@ def test_interval_of_targeted_perturbation_is_of_differences(directions, kinds):
             drops.append(complete - resampled_aucs(probe_scores(sae, of, features), of.test))
         differences.append(drops[0] - drops[1])
     low, high = expanded_percentiles(np.mean(differences, axis=0))
-    assert tuple(score(sae, kinds).intervals.tpp) == pytest.approx((low, high), abs=2e-3)
+    assert tuple(score(sae, kinds).summary.tpp.interval) == pytest.approx((low, high), abs=2e-3)
     assert high - low > 0.02

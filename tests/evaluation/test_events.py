@@ -15,7 +15,7 @@ from minsae_jax.evaluation.events import (
     gather,
     max_over_spans,
     read_events,
-    sample_spans,
+    sample,
     span_groups,
     span_maxima,
     tokens_of,
@@ -267,9 +267,9 @@ def test_invalid_events_csv_is_an_error(tmp_path, row):
 
 def test_sampled_spans_are_of_all_recordings_and_of_both_sorts():
     spans = [Span(i // 40, i, i + 5, (0,), is_event=i % 2 == 0) for i in range(400)]
-    sampled = sample_spans(spans, 100, seed=0)
+    sampled = sample(spans, 100, seed=0)
     assert len(sampled) == 100
     assert sampled == [span for span in spans if span in sampled]
     assert {span.recording for span in sampled} == set(range(10))
     assert 35 < sum(span.is_event for span in sampled) < 65
-    assert sample_spans(spans, 1000, seed=0) == spans
+    assert sample(spans, 1000, seed=0) == spans

@@ -5,7 +5,7 @@ import pytest
 
 from minsae_jax.evaluation import token_pass
 from minsae_jax.evaluation.bootstrap import draw_patients
-from minsae_jax.evaluation.token_pass import TOP, FeatureTokens, read_features, token_aucs
+from minsae_jax.evaluation.token_pass import TOP, FeatureTokens, read_features, token_auc
 
 
 @pytest.fixture(scope="module", params=[2**23, 200_000, 1])
@@ -84,19 +84,22 @@ def test_precision_counts_the_tokens_inside():
     assert features.examples.tolist() == [4, 2, 0]
     np.testing.assert_array_equal(features.precision(is_inside), [0.75, 0, np.nan])
     recording = np.array([0, 0, 1, 1])
-    resamples = draw_patients(["a_s001", "b_s001"], seed=0)
+    resamples = draw_patients(["a_s001", "b_s001"], seed=0).with_original()
     # Both examples of recording 0 are inside and one of those of recording 1: the precision is 0.5,
     # 0.75 and 1 with a probability of 1/4, 1/2 and 1/4. Two patients say nothing.
-    assert features.precision_interval(0, is_inside, recording, resamples) == (0.0, 1.0)
-    assert features.precision_interval(1, is_inside, recording, resamples) is None
-    assert features.precision_interval(2, is_inside, recording, resamples) is None
+    assert features.precision_of(0, is_inside, recording, resamples) == (0.75, (0.0, 1.0))
+    assert features.precision_of(1, is_inside, recording, resamples) == (0.0, None)
+    value, interval = features.precision_of(2, is_inside, recording, resamples)
+    assert np.isnan(value)
+    assert interval is None
 
 
 def test_auc_over_tokens_counts_pairs():
     rng = np.random.default_rng(0)
-    values = rng.normal(size=(3, 6, 5)).astype(np.float32)
+    values = rng.normal(size=(6, 5)).astype(np.float32)
     covered = rng.random((6, 5)) < 0.3
-    higher = values[0][covered][:, None] > values[0][~covered]
+    higher = values[covered][:, None] > values[~covered]
     nowhere = np.zeros_like(covered)
-    aucs = token_aucs(values, [covered, nowhere, ~nowhere])
-    assert aucs == [pytest.approx(higher.mean()), None, None]
+    assert token_auc(values, covered) == pytest.approx(higher.mean())
+    assert np.isnan(token_auc(values, nowhere))
+    assert np.isnan(token_auc(values, ~nowhere))

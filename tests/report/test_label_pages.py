@@ -27,9 +27,7 @@ def test_pages_of_labels_without_values_and_of_ambiguous_patients(tmp_path):
     text = "\n".join(["recording,empty,other,drug", *rows, "p009_s001_t000.npy,,7.5,a"])
     (dataset.folder / "labels.csv").write_text(text)
     member = Member("planted", true_autoencoder(dictionary))
-    inputs = EvaluationInputs(
-        tmp_path, tmp_path, None, (member,), dataset, val=None, has_events=False
-    )
+    inputs = EvaluationInputs(tmp_path, tmp_path, None, (member,), dataset, val=None, events=None)
     associations = measure_associations(inputs, member, "mean", seed=0)
     pages = {label.label.name: label_page(label, associations) for label in associations.labels}
     for name in ("empty", "other"):

@@ -21,7 +21,7 @@ from minsae_jax.evaluation.events import (
     WITHOUT_SPANS,
     LabelledEvent,
     draw_spans,
-    sample_spans,
+    sample,
     tokens_of,
 )
 from minsae_jax.evaluation.inputs import EvaluationInputs
@@ -120,9 +120,9 @@ def make_probes(
     features: those that will be steered. Kinds without spans of both classes on val and test are
     left out, with a warning if they are in `expected`, or if that is None.
     """
-    if inputs.val is None or not inputs.has_events:
+    events = inputs.events
+    if inputs.val is None or events is None:
         return None
-    events = inputs.read_events()
     val = _locate_spans(inputs.val, events.val, seed)
     test = _locate_spans(inputs.test, events.test, seed)
     no_scales = np.ones((0, len(features)))
@@ -163,7 +163,7 @@ def _locate_spans(
     touched = []
     for number, kind in enumerate(sorted(events)):
         spans = draw_spans(dataset, events[kind], seed)
-        for span in sample_spans(spans, MAX_SPANS, seed):
+        for span in sample(spans, MAX_SPANS, seed):
             sequences, tokens = tokens_of(dataset, span)
             if not len(sequences):
                 continue

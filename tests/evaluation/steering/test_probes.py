@@ -1,6 +1,5 @@
 """Probes on the last layer against spans that are read one by one from the store."""
 
-import csv
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +7,8 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from minsae_jax.evaluation.config import EvaluateConfig
-from minsae_jax.evaluation.events import draw_spans, read_events, tokens_of
-from minsae_jax.evaluation.inputs import open_inputs
+from minsae_jax.evaluation.events import LabelledEvent, draw_spans, read_events, tokens_of
+from minsae_jax.evaluation.inputs import SplitEvents, open_inputs
 from minsae_jax.evaluation.steering.edit import SteeredEncoder
 from minsae_jax.evaluation.steering.probes import (
     find_target,
@@ -122,19 +121,11 @@ def test_target_has_the_largest_auc_on_val(probes, values):
     assert (chosen.kind, chosen.feature, chosen.val_auc) == (kind, 17, aucs[kind, 17])
 
 
-def test_kinds_without_spans_are_named_in_a_warning(inputs, steered, tmp_path):
+def test_kinds_without_spans_are_named_in_a_warning(inputs, steered):
     """In the val recordings one kind is missing."""
-    folder = tmp_path / "recordings"
-    folder.mkdir()
-    (folder / inputs.val.recordings[0]).touch()
-    missing, *others = sorted(read_events(inputs.val.folder))
-    with (inputs.val.folder / "events.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["event"] != missing]
-    with (folder / "events.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    changed = replace(inputs, val=replace(inputs.val, folder=folder))
+    val, test = inputs.events
+    missing, *others = sorted(val)
+    changed = replace(inputs, events=SplitEvents(val | {missing: []}, test))
     match = rf"^kinds of events without a probe: {missing} \(val\)[^;]*; of these patients"
     with pytest.warns(UserWarning, match=match):
         probes = make_probes(changed, steered, FEATURES, 0)
@@ -144,17 +135,13 @@ def test_kinds_without_spans_are_named_in_a_warning(inputs, steered, tmp_path):
     assert missing not in steered_kinds
 
 
-def test_without_any_span_there_are_no_probes(inputs, steered, tmp_path):
+def test_without_any_span_there_are_no_probes(inputs, steered):
     """The only event fills its recording, so that there is no place without it."""
-    name = inputs.test.recordings[0]
-    (tmp_path / name).touch()
-    lines = ["recording,event,start,stop,channels", f"{name},blob,0,5000,FP1"]
-    (tmp_path / "events.csv").write_text("\n".join(lines) + "\n")
-    test = replace(inputs.test, folder=tmp_path)
-    changed = replace(inputs, test=test, val=replace(inputs.val, folder=tmp_path))
+    events = {"blob": [LabelledEvent(inputs.test.recordings[0], 0, 5000, (0,))]}
+    changed = replace(inputs, events=SplitEvents(events, events))
     with pytest.warns(UserWarning, match=r"without a probe: blob \(val and test\)"):
         assert make_probes(changed, steered, FEATURES, 0) is None
 
 
 def test_without_a_val_store_there_are_no_probes(inputs, steered):
-    assert make_probes(replace(inputs, val=None, has_events=False), steered, FEATURES, 0) is None
+    assert make_probes(replace(inputs, val=None, events=None), steered, FEATURES, 0) is None
