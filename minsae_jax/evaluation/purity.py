@@ -9,7 +9,6 @@ channels, lengths and distances, and a recording its rate of events, but the two
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -22,22 +21,6 @@ PURE = 0.9  # precision above chance of a pure feature
 PURE_EXAMPLES = 16  # and its least number of strongest tokens
 PURE_BY_CHANCE = 0.001  # largest probability that shifted tokens are as precise
 N_SHIFTS = 2000
-
-
-class _Events(NamedTuple):
-    """Events on one channel of a recording, and the same once more after its end."""
-
-    # In order
-    start: Int[np.ndarray, " events"]
-    # Largest stop of the first i events; 0 before the first
-    latest_stop: Int[np.ndarray, " counts"]
-
-    def touch(
-        self, begin: Int[np.ndarray, "*n"], stop: Int[np.ndarray, "*n"]
-    ) -> Bool[np.ndarray, "*n"]:
-        """Return whether an event has samples between begin and stop."""
-        n_before_stop = np.searchsorted(self.start, stop)
-        return self.latest_stop[n_before_stop] > begin
 
 
 def pure_features(
@@ -90,12 +73,18 @@ class ShiftedTokens:
             is_there = place == i
             end = windows_end(dataset, recording)
             shifted = (begin[is_there, None] + self.shifts_of(recording)) % end
-            on_channel = self._events_on(recording, channel)
-            n_inside += on_channel.touch(shifted, shifted + length[is_there, None]).sum(axis=0)
+            start, latest_stop = self._events_on(recording, channel)
+            n_before_stop = np.searchsorted(start, shifted + length[is_there, None])
+            n_inside += (latest_stop[n_before_stop] > shifted).sum(axis=0)
         return n_inside
 
-    def _read_events(self, recording: int, channel: int) -> _Events:
-        """Return the events on a channel, or on any for -1."""
+    def _read_events(
+        self, recording: int, channel: int
+    ) -> tuple[Int[np.ndarray, " events"], Int[np.ndarray, " counts"]]:
+        """Return the events on a channel, or on any for -1, and once more after the end.
+
+        They are their starts in order, and the largest stop of the first i of them (0 for i = 0).
+        """
         end = windows_end(self.dataset, recording)
         in_recording = self.events.get(self.dataset.recordings[recording], [])
         times = [
@@ -106,7 +95,7 @@ class ShiftedTokens:
         start, stop = np.array(sorted(times), np.int64).reshape(-1, 2).T
         start = np.concatenate([start, start + end])
         stop = np.concatenate([stop, stop + end])
-        return _Events(start, np.maximum.accumulate(np.insert(stop, 0, 0)))
+        return start, np.maximum.accumulate(np.insert(stop, 0, 0))
 
     def _draw_shifts(self, recording: int) -> Int[np.ndarray, " shifts"]:
         """Return random numbers of samples, always the same for a recording."""
