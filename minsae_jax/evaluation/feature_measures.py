@@ -132,7 +132,8 @@ def _score_features(
     """Score the features of all members: on the spans of events, then over all test tokens."""
     test = inputs.test
     n_tokens = test.store.total_tokens
-    kinds, left_out, is_labelled = _event_kinds(settings, inputs)
+    is_labelled = _labelled_recordings(inputs)
+    kinds, left_out = _event_kinds(settings, inputs, is_labelled)
     chosen: dict[str, list[ChosenFeatures]] = {}
     with progress("choose features", len(members), "members", delay=2.0) as bar:
         for member in members:
@@ -157,25 +158,31 @@ def _score_features(
     return results
 
 
-def _event_kinds(
-    settings: EvaluateConfig, inputs: EvaluationInputs
-) -> tuple[list[EventKind], tuple[str, ...], Bool[np.ndarray, " recordings"]]:
-    """Return the kinds of events with spans of both sorts in val and test, by name; and the others.
+def _labelled_recordings(inputs: EvaluationInputs) -> Bool[np.ndarray, " recordings"]:
+    """Return which test recordings have labelled events; all if there are no events."""
+    names = inputs.test.recordings
+    if inputs.events is None:
+        return np.ones(len(names), bool)
+    labelled = {event.recording for events in inputs.events.test.values() for event in events}
+    return np.array([name in labelled for name in names])
 
-    Of the others, the names and for which patients there are no spans. The third result says which
-    test recordings have labelled events.
+
+def _event_kinds(
+    settings: EvaluateConfig, inputs: EvaluationInputs, is_labelled: Bool[np.ndarray, " recordings"]
+) -> tuple[list[EventKind], tuple[str, ...]]:
+    """Return the kinds of events with spans in val and test, by name; and the others.
+
+    Of the others, the names and for which patients there are no spans.
     """
     test = inputs.test
     val = inputs.val
     if val is None or inputs.events is None:
-        return [], (), np.ones(len(test.recordings), bool)
+        return [], ()
     kinds = []
     left_out = []
     val_events, test_events = inputs.events
     val_resamples = draw_patients(val.recordings, settings.seed)
     test_resamples = draw_patients(test.recordings, settings.seed).with_original()
-    labelled = {event.recording for events in test_events.values() for event in events}
-    is_labelled = np.array([name in labelled for name in test.recordings])
     for name, events in sorted(test_events.items()):
         # Features are chosen on val patients and scored on test patients, so that the best of
         # many features does not win by chance.
@@ -203,4 +210,4 @@ def _event_kinds(
             base_rate=float((of_labelled > 0).mean()),
         )
         kinds.append(kind)
-    return kinds, tuple(left_out), is_labelled
+    return kinds, tuple(left_out)

@@ -11,7 +11,7 @@ from minsae_jax.evaluation.event_measures import EventKind, choose_features, sco
 from minsae_jax.evaluation.events import Span, SpanActivations
 from minsae_jax.evaluation.linear_probe import fit_probe
 from minsae_jax.evaluation.pca import raw_autoencoder
-from minsae_jax.evaluation.token_pass import TOP, FeatureTokens
+from minsae_jax.evaluation.token_pass import read_features
 from tests.evaluation.planted import CHANNELS, TOKENS, make_places, write_planted
 
 D_MODEL = 16
@@ -74,12 +74,10 @@ def score(tmp_path_factory):
     test = write_planted(tmp_path_factory.mktemp("store"), x, places)
 
     def score(sae, kinds):
-        zeros = np.zeros(sae.d_sae)
-        top = np.zeros((sae.d_sae, TOP), np.int32)
-        values = np.zeros((len(kinds), CHANNELS, TOKENS), np.float32)
-        tokens = FeatureTokens(zeros, zeros, zeros, top.astype(np.float32), top, top, values)
         chosen = [choose_features(sae, kind) for kind in kinds]
-        return score_events(sae, kinds, chosen, tokens, test)
+        best = [int(of_kind.best[0]) for of_kind in chosen]
+        tokens = read_features(test, {"sae": sae}, {"sae": best}, np.ones(1, bool))
+        return score_events(sae, kinds, chosen, tokens["sae"], test)
 
     return score
 
