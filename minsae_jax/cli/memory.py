@@ -60,7 +60,8 @@ def run_in_child(limit: float) -> None:
             return
         # Ctrl-C reaches the child by itself.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
+        for forwarded in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(forwarded, lambda number, _: os.kill(child, number))
         code, peak = _wait(child)
         _report(code, peak, limit, _end_of(native))
     os._exit(code if code >= 0 else 128 - code)

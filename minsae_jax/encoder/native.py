@@ -85,8 +85,10 @@ def _abstract_model(
     model_type: Any, architecture: Any, precision: Precision
 ) -> tuple[nnx.GraphDef, Params]:
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
-    # Shapes only: real initial values would be thrown away.
-    model = nnx.eval_shape(lambda: model_type(architecture, dtype, rngs=nnx.Rngs(0)))
+    # Shapes only: real initial values would be thrown away. Parameters have 32 bits also where a
+    # program's default is 64.
+    with jax.enable_x64(False):
+        model = nnx.eval_shape(lambda: model_type(architecture, dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     return graph, nnx.to_pure_dict(state)
 

@@ -29,16 +29,26 @@ def start_jax(deterministic: bool = False, distributed: bool = False) -> None:
     elsewhere the environment must define JAX_COORDINATOR_ADDRESS (host:port of process 0),
     JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
-    On CPU every core becomes a device, up to eight: XLA uses the cores better with work split over
-    devices than within one. Raises UserError if there is no device or no cluster.
+    On CPU every core of this process becomes a device, up to eight: XLA uses the cores better with
+    work split over devices than within one. Raises UserError if there is no device or no cluster,
+    or if numbers have 64 bits by default.
     """
+    if jax.config.jax_enable_x64:
+        raise UserError(
+            "64-bit numbers of JAX (jax_enable_x64) change the results; unset JAX_ENABLE_X64, or "
+            "turn it off in your program"
+        )
     flags = os.environ.get("XLA_FLAGS", "")
     if deterministic and "xla_gpu_deterministic_ops" not in flags:
         flags = f"{flags} --xla_gpu_deterministic_ops=true".strip()
         os.environ["XLA_FLAGS"] = flags
     has_device_count = "xla_force_host_platform_device_count" in flags
     if not has_device_count and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        n_devices = min(os.cpu_count() or 1, MAX_CPU_DEVICES)
+        n_cores = os.cpu_count() or 1
+        # A scheduler can assign some of the cores to a process. macOS and Windows lack this.
+        if hasattr(os, "sched_getaffinity"):
+            n_cores = len(os.sched_getaffinity(0))
+        n_devices = min(n_cores, MAX_CPU_DEVICES)
         # JAX may have been used before in this process; its devices then stay as they are.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", n_devices)
@@ -48,7 +58,9 @@ def start_jax(deterministic: bool = False, distributed: bool = False) -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"JAX found no device ({brief(e)})") from e
+        # Without a plugin for a platform, JAX's assertion has no message.
+        reason = brief(e) or f"JAX_PLATFORMS is {jax.config.jax_platforms}"
+        raise UserError(f"JAX found no device ({reason})") from e
 
 
 def _join_cluster() -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during training: the run saves a checkpoint before it stops."""
+"""SIGTERM, SIGUSR1 and Ctrl-C in training: the run saves a checkpoint before it stops."""
 
 import signal
 import socket
@@ -6,14 +6,20 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT)
+NUMBERS = [signal.SIGTERM, signal.SIGINT]
+# Slurm sends it before a time limit (--signal=USR1@120); Windows does not have it.
+if hasattr(signal, "SIGUSR1"):
+    NUMBERS.append(signal.SIGUSR1)
 STOPPING = "stopping after this step"
 AGAIN = "press Ctrl-C again to stop without saving a checkpoint"
 
 
 @contextmanager
 def stop_signals(show: Callable[[str], None]) -> Iterator[list[int]]:
-    """Yield a list to which SIGTERM and Ctrl-C are added; a second signal interrupts at once.
+    """Yield a list to which these signals are added; only a second Ctrl-C interrupts at once.
+
+    Schedulers send SIGTERM more than once: to the processes of a job, and to srun, which passes it
+    on.
 
     show: called with a line at the first signal, in another thread.
     """
@@ -24,7 +30,7 @@ def stop_signals(show: Callable[[str], None]) -> Iterator[list[int]]:
         return
 
     def handle(number: int, _: object) -> None:
-        if received:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 

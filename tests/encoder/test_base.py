@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
 
 from minsae_jax import UserError
@@ -24,3 +26,11 @@ def test_repr_has_the_sizes(encoder):
         "PatchTSTEncoder(1000 samples x 19 channels -> 11 tokens per channel, d_model 128, "
         f"layers 0 to 2, fingerprint {encoder.fingerprint[:12]})"
     )
+
+
+def test_parameters_have_32_bits_in_a_program_of_64_bits(encoder):
+    """Otherwise a converted encoder would seem to be damaged there."""
+    another = replace(encoder.architecture, d_ff=encoder.architecture.d_ff + 1)  # is not cached
+    with jax.enable_x64(True):
+        params = PatchTSTEncoder.abstract_params(another)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}

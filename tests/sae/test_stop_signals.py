@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during training."""
+"""SIGTERM, SIGUSR1 and Ctrl-C during training."""
 
 import ctypes
 import os
@@ -16,7 +16,11 @@ def send_later(number: int) -> None:
 
 @pytest.mark.parametrize(
     ("number", "line"),
-    [(signal.SIGINT, f"{STOPPING}; {AGAIN}"), (signal.SIGTERM, STOPPING)],
+    [
+        (signal.SIGINT, f"{STOPPING}; {AGAIN}"),
+        (signal.SIGTERM, STOPPING),
+        (signal.SIGUSR1, STOPPING),
+    ],
 )
 def test_line_is_shown_while_native_code_runs(number, line):
     """The native code is a read of a pipe, into which the line is written."""
@@ -36,7 +40,7 @@ def test_line_is_shown_while_native_code_runs(number, line):
     os.close(write_end)
 
 
-def test_second_signal_interrupts():
+def test_second_ctrl_c_interrupts():
     lines = []
     with stop_signals(lines.append) as signals:
         signal.raise_signal(signal.SIGINT)
@@ -46,12 +50,19 @@ def test_second_signal_interrupts():
     assert lines == [f"{STOPPING}; {AGAIN}"]
 
 
+def test_repeated_sigterm_does_not_interrupt_the_save():
+    with stop_signals(print) as signals:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+    assert signals[0] == signal.SIGUSR1
+
+
 def test_other_signals_show_nothing():
     lines = []
-    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
     with stop_signals(lines.append) as signals:
-        signal.raise_signal(signal.SIGUSR1)
-    signal.signal(signal.SIGUSR1, before)
+        signal.raise_signal(signal.SIGUSR2)
+    signal.signal(signal.SIGUSR2, before)
     assert lines == signals == []
 
 
