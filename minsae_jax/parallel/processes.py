@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -33,7 +34,7 @@ def start_jax(deterministic: bool = False, distributed: bool = False) -> None:
     work split over devices than within one. Raises UserError if there is no device or no cluster,
     or if numbers have 64 bits by default.
     """
-    if jax.config.jax_enable_x64:
+    if jnp.result_type(float) == jnp.float64:
         raise UserError(
             "64-bit numbers of JAX (jax_enable_x64) change the results; unset JAX_ENABLE_X64, or "
             "turn it off in your program"
@@ -59,8 +60,7 @@ def start_jax(deterministic: bool = False, distributed: bool = False) -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
         # Without a plugin for a platform, JAX's assertion has no message.
-        reason = brief(e) or f"JAX_PLATFORMS is {jax.config.jax_platforms}"
-        raise UserError(f"JAX found no device ({reason})") from e
+        raise UserError(f"JAX found no device ({brief(e) or 'check JAX_PLATFORMS'})") from e
 
 
 def _join_cluster() -> None:

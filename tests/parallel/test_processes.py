@@ -18,7 +18,7 @@ def test_64_bit_numbers_are_refused():
         start_jax()
 
 
-def test_missing_platform_is_named():
+def test_missing_platform_has_a_reason():
     """The platform is one that JAX knows, but has no plugin for."""
     program = "from minsae_jax.parallel.processes import start_jax; start_jax()"
     result = subprocess.run(
@@ -29,7 +29,7 @@ def test_missing_platform_is_named():
     )
     last_line = result.stderr.splitlines()[-1]
     assert last_line.startswith("minsae_jax.errors.UserError: JAX found no device (")
-    assert "cuda" in last_line
+    assert "JAX_PLATFORMS" in last_line
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are bound to cores")
