@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import jax
@@ -216,6 +217,7 @@ class RunLogger:
         self._pareto_due = time.monotonic() + PARETO_SECONDS
 
 
+@cache  # each member has them, and reading them takes 20 ms
 def _versions() -> dict[str, str]:
     """Return the versions of the packages that made a member."""
     versions = {}

@@ -111,6 +111,7 @@ class Sweep:
         self._portable_shardings = self.shardings
         if self._is_padded:
             self._portable_shardings = self.shardings._replace(groups=(whole,) * len(groups))
+        self._init = jax.jit(self._traced_init, out_shardings=self.shardings)
         # The state is donated: its memory is used for the new one.
         self.step = jax.jit(
             partial(sweep_steps, self.program),
@@ -123,6 +124,10 @@ class Sweep:
             self._traced_take_metrics, donate_argnums=0, out_shardings=(self.shardings, whole)
         )
         self._dead_fractions = jax.jit(self._traced_dead_fractions, out_shardings=whole)
+        # The index is an argument, so that all members of a group share a compilation.
+        self._get_member = jax.jit(
+            lambda params, i: jax.tree.map(lambda a: a[i], params), out_shardings=whole
+        )
         self._unpad = jax.jit(self._traced_unpad, out_shardings=self._portable_shardings)
         self._pad = jax.jit(self._traced_pad, out_shardings=self.shardings)
 
@@ -133,8 +138,7 @@ class Sweep:
 
         median: geometric median of the scaled tokens, for kinds that start there.
         """
-        initialise = jax.jit(self._traced_init, out_shardings=self.shardings)
-        return initialise(start, median, self.hyper)
+        return self._init(start, median, self.hyper)
 
     def put(
         self, x: Float[np.ndarray, "*steps tokens d_model"]
@@ -161,14 +165,9 @@ class Sweep:
 
     def weights(self, state: SweepState) -> Iterator[Params]:
         """Yield every member's parameters on the host, one member at a time."""
-        # The index is an argument, so that all members of a group share a compilation.
-        get_member = jax.jit(
-            lambda params, i: jax.tree.map(lambda a: a[i], params),
-            out_shardings=replicated(self.mesh),
-        )
         for group, group_state in zip(self.groups, state.groups, strict=True):
             for i in range(len(group)):
-                yield jax.device_get(get_member(group_state.params, i))
+                yield jax.device_get(self._get_member(group_state.params, i))
 
     def portable(self, state: SweepState) -> SweepState:
         """Return the state without padding members, the same on any mesh, for a checkpoint."""
