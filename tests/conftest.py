@@ -260,6 +260,7 @@ def trained(demo_folder, tmp_path_factory) -> Trained:
             num_steps=150,
             batch_size=256,
             eval_every=0,
+            mesh="1x1",
         )
         train(train_settings, encoder.fingerprint)
 

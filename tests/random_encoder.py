@@ -1,5 +1,6 @@
 """Random state dicts of gPatchTST, and an architecture to vary."""
 
+import jax
 import torch
 
 from minsae_jax.encoder.patchtst.architecture import Architecture
@@ -67,3 +68,9 @@ def random_state_dict(a: Architecture, seed: int = 0) -> dict[str, torch.Tensor]
     for name in [f"linears.{i}" for i in range(a.n_vars)] if a.individual_head else ["linear"]:
         linear(f"head.{name}", n_in, a.target_dim)
     return state
+
+
+def all_layers(encoder, x) -> tuple[jax.Array, ...]:
+    """Return the activations of every layer, computed by one program."""
+    run = encoder.function(tuple(range(encoder.architecture.n_layers)))
+    return jax.jit(run)(encoder.params, x)

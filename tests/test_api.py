@@ -85,8 +85,18 @@ def test_extract_and_train(encoder, demo_folder, tmp_path, live):
         data = {"store": store, "checkpoint_path": str(CHECKPOINT)}
         ms.extract(encoder, ms.ExtractConfig(**recordings, batch_size=2, max_batches=2, out=store))
     run = str(tmp_path / "run")
-    sizes = {"num_steps": 3, "batch_size": 64, "feature_dim_factor": (0.5,), "scale_tokens": 500}
-    ms.train(ms.TrainConfig(**data, **sizes, run_dir=run, lambda_sparsity=(1.0,), eval_every=0))
+    train_settings = ms.TrainConfig(
+        **data,
+        run_dir=run,
+        lambda_sparsity=(1.0,),
+        feature_dim_factor=(0.5,),
+        num_steps=3,
+        batch_size=64,
+        scale_tokens=500,
+        eval_every=0,
+        mesh="1x1",
+    )
+    ms.train(train_settings)
     sae = ms.load_sae(f"{run}/members/lambda=1")
     assert sae.config["encoder_fingerprint"] == encoder.fingerprint
 

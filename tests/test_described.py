@@ -75,6 +75,7 @@ def run(described, encoder, tmp_path_factory) -> Path:
         num_steps=100,
         batch_size=128,
         eval_every=0,
+        mesh="1x1",
     )
     ms.train(train_settings, encoder)
     evaluate_settings = ms.EvaluateConfig(

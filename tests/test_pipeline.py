@@ -108,7 +108,7 @@ def run_here(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_readme(tmp_path, demo_folder, run_here, environment):
+def test_readme(tmp_path, demo_folder, run_here, one_device, environment):
     """Every command and the Python of the README, in order, where its files are."""
     shutil.copytree(demo_folder, tmp_path / "tuhab_preprocessed")
     for name in ("checkpoint.pth", "config.yaml"):
@@ -239,7 +239,7 @@ def test_make_goes_from_edf_files_to_a_run(checkout, environment):
 
 
 @pytest.mark.slow
-def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, environment):
+def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, run_here, environment):
     """SIGKILL between checkpoints, then SIGTERM and Ctrl-C, which save first.
 
     `test_run_of_all_kinds_resumes_to_the_same_bytes` resumes the other kinds.
@@ -251,7 +251,7 @@ def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, enviro
     )
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
-    run(command + "whole", tmp_path, environment)
+    run_here(command + "whole")
 
     def latest_checkpoint() -> int:
         names = [path.name for path in killed.glob("checkpoints/*")]
@@ -274,7 +274,7 @@ def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, enviro
             assert process.returncode == 128 + number
             assert f"stopped at step {latest_checkpoint()}" in err.splitlines()[-1]
     assert not (killed / "sweep.csv").exists()
-    run(command + "killed", tmp_path, environment)
+    run_here(command + "killed")
 
     paths = [path for path in whole.rglob("*") if path.suffix in (".csv", ".safetensors")]
     assert len(paths) == 3 * 3 + 1
@@ -284,7 +284,7 @@ def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, enviro
 
 
 @pytest.mark.slow
-def test_killed_extraction_resumes_to_the_same_bytes(demo_folder, tmp_path, environment):
+def test_killed_extraction_resumes_to_the_same_bytes(demo_folder, tmp_path, run_here, environment):
     """SIGKILL, SIGTERM and a full disk."""
     checkpoint = FIXTURES / "tuhab_patch_100/checkpoint.pth"
     command = (
@@ -293,7 +293,7 @@ def test_killed_extraction_resumes_to_the_same_bytes(demo_folder, tmp_path, envi
     )
     whole = tmp_path / "whole/l-1"
     killed = tmp_path / "killed/l-1"
-    run(command + "whole", tmp_path, environment)
+    run_here(command + "whole")
     for n_shards, number in ((3, signal.SIGKILL), (14, signal.SIGTERM)):
         with subprocess.Popen(
             shlex.split(command + "killed"),
@@ -315,7 +315,7 @@ def test_killed_extraction_resumes_to_the_same_bytes(demo_folder, tmp_path, envi
     )
     assert full_disk.returncode == 2
     assert "could not be written (File too large)" in full_disk.stderr.splitlines()[-1]
-    run(command + "killed", tmp_path, environment)
+    run_here(command + "killed")
     assert sorted(p.name for p in whole.iterdir()) == sorted(p.name for p in killed.iterdir())
     for path in whole.iterdir():
         assert path.read_bytes() == (killed / path.name).read_bytes(), path.name

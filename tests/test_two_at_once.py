@@ -79,6 +79,7 @@ class Place:
             num_steps=4,
             eval_window=1,
             batch_size=64,
+            mesh="1x1",
             overwrite=overwrite,
         )
 

@@ -17,7 +17,7 @@ from minsae_jax.errors import UserError
 from minsae_jax.sae.config import load_run_config
 from minsae_jax.sae.trainer import train
 
-N_POSITIONS = 12
+N_POSITIONS = 6
 # Orbax's own notes on a checkpoint, which are not read to resume.
 WITHOUT_EFFECT = ("_CHECKPOINT_METADATA", "commit_success.txt")
 

@@ -7,6 +7,7 @@ import torch
 from convert.encoder import convert, read_source
 from minsae_jax import UserError
 from tests.conftest import FIXTURES
+from tests.random_encoder import all_layers
 
 OFFICIAL = FIXTURES / "official"
 SIZES = {"n_vars": 4, "seq_len": 53, "stride": 5}
@@ -32,10 +33,8 @@ def test_every_layer_and_the_head(name):
     assert source.source_program == ("supervised" if name.startswith("supervised") else "gpatchtst")
     expected = np.load(OFFICIAL / name / "expected.npz")
     x = expected["past_values"]
-    for layer in range(encoder.architecture.n_layers):
-        np.testing.assert_allclose(
-            encoder.activations(x, layer), expected[f"layer_{layer}"], atol=1e-4, rtol=0
-        )
+    for layer, got in enumerate(all_layers(encoder, x)):
+        np.testing.assert_allclose(got, expected[f"layer_{layer}"], atol=1e-4, rtol=0)
     output = expected["output"]
     got = encoder(x)
     assert got.shape == output.shape

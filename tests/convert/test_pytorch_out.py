@@ -47,24 +47,27 @@ def test_written_checkpoint_is_bit_identical(name, tmp_path):
     assert again.fingerprint == load_encoder(tmp_path / "encoder").fingerprint
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "change",
+    ("dtype", "change"),
     [
-        {},
-        {"norm": "LayerNorm", "pos_dim": 1, "shared_embedding": False},
-        {
-            "head_type": "prediction",
-            "target_dim": 5,
-            "use_cls_token": False,
-            "individual_head": True,
-        },
-        {"head_type": "prediction", "target_dim": 5},
-        {"head_type": "regression", "target_dim": 2, "use_cls_token": False},
-        {"head_type": "classification", "target_dim": 3},
+        (torch.float32, {}),
+        (torch.float16, {}),
+        (torch.bfloat16, {"norm": "LayerNorm", "pos_dim": 1, "shared_embedding": False}),
+        (
+            torch.float32,
+            {
+                "head_type": "prediction",
+                "target_dim": 5,
+                "use_cls_token": False,
+                "individual_head": True,
+            },
+        ),
+        (torch.float32, {"head_type": "prediction", "target_dim": 5}),
+        (torch.float32, {"head_type": "regression", "target_dim": 2, "use_cls_token": False}),
+        (torch.float32, {"head_type": "classification", "target_dim": 3}),
     ],
 )
-def test_bare_state_dict_is_written_bare(change, dtype, tmp_path):
+def test_bare_state_dict_is_written_bare(dtype, change, tmp_path):
     a = replace(BASE, **change)
     before = {
         k: v.to(dtype) if v.is_floating_point() else v for k, v in random_state_dict(a).items()

@@ -549,7 +549,9 @@ def test_without_a_val_store_events_are_not_evaluated(trained, settings, tmp_pat
     assert (run / "report/index.html").exists()
 
 
-def test_without_events_of_val_patients_events_are_not_evaluated(trained, settings, tmp_path):
+def test_without_events_of_val_patients_events_are_not_evaluated(
+    trained, settings, tmp_path, without_figure
+):
     val_recordings = tmp_path / "recordings"
     shutil.copytree(trained.recordings, val_recordings)
     (val_recordings / "events.csv").unlink()

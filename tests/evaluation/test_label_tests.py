@@ -91,24 +91,25 @@ def rare_features(n, n_active, n_features, rng):
     return np.where(is_active, rng.exponential(size=order.shape).round(1) + 0.1, 0)
 
 
-def exact_p(column, is_inside):
-    """The share of all groups of this size whose rank sum is as far from its mean."""
-    ranks = stats.rankdata(column)
-    groups = np.array(list(combinations(range(len(column)), is_inside.sum())))
-    deviation = np.abs(ranks[groups].sum(axis=1) - is_inside.mean() * ranks.sum())
-    observed = np.abs(ranks[is_inside].sum() - is_inside.mean() * ranks.sum())
-    return (deviation >= observed - 1e-9).mean()
+def exact_p(values, is_inside):
+    """For each column, the share of all groups of this size whose rank sum is as far off."""
+    ranks = stats.rankdata(values, axis=0)
+    groups = np.array(list(combinations(range(len(values)), is_inside.sum())))
+    sums = sum(ranks[patient] for patient in groups.T)
+    mean = is_inside.mean() * ranks.sum(axis=0)
+    observed = np.abs(ranks[is_inside].sum(axis=0) - mean)
+    return (np.abs(sums - mean) >= observed - 1e-9).mean(axis=0)
 
 
-@pytest.mark.parametrize(("n_second", "n"), [(3, 9), (3, 20), (3, 40), (4, 26), (6, 16)])
-@pytest.mark.parametrize("n_active", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("n_second", "n"), [(3, 8), (3, 20), (3, 40), (4, 26), (6, 16)])
+@pytest.mark.parametrize("n_active", [1, 3, 8])
 def test_features_of_few_patients_have_the_p_of_all_groups(n_second, n, n_active):
     """The normal approximation is up to 160,000 times too small here."""
     n_active = min(n_active, n // 2)
     values = rare_features(n, n_active, 40, np.random.default_rng(n))
     is_second = np.arange(n) < n_second
     _, p = mann_whitney(values, is_second)
-    exact = np.array([exact_p(column, is_second) for column in values.T])
+    exact = exact_p(values, is_second)
     tolerance = 0.35 if n > MAX_EXACT else 1e-12
     np.testing.assert_allclose(p, exact, rtol=tolerance)
     # The same for the other group, whose rank sum is the rest.
@@ -138,7 +139,7 @@ def exact_h_p(column, category):
 @pytest.mark.parametrize("sizes", [(3, 3, 3), (3, 4, 9)])
 def test_features_of_few_patients_against_several_categories_have_the_p_of_all_groups(sizes):
     n = sum(sizes)
-    values = rare_features(n, 3, 20, np.random.default_rng(0))
+    values = rare_features(n, 3, 10, np.random.default_rng(0))
     category = np.repeat([0, 1, 2], sizes)
     _, p = kruskal_wallis(values, category)
     exact = np.array([exact_h_p(column, category) for column in values.T])
@@ -220,7 +221,7 @@ def test_spearman_is_right_in_the_tail_where_the_t_approximation_is_not():
 @pytest.mark.parametrize("n", [3, 5, 6])
 @pytest.mark.parametrize("has_ties", [False, True])
 def test_spearman_of_few_patients_is_a_permutation_test(n, has_ties):
-    values = values_with_ties(n, 8)
+    values = values_with_ties(n, 5)
     values = values[:, np.ptp(values, axis=0) > 0]
     values[:, 0] = np.arange(n)
     label = np.arange(n).astype(float)
@@ -247,7 +248,7 @@ def test_spearman_of_many_patients_is_a_permutation_test_where_most_are_equal(n_
     number = np.zeros(60)
     number[:3] = 1
     rho, p = spearman(values, number)
-    exact = np.array([exact_p(column, number == 1) for column in values.T])
+    exact = exact_p(values, number == 1)
     np.testing.assert_allclose(p, exact, rtol=0.35)
     by_t = stats.spearmanr(number, values).pvalue[0, 1:]
     assert (by_t < 0.2 * exact).any()

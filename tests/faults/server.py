@@ -36,9 +36,11 @@ import minsae_jax.evaluation.evaluate
 import minsae_jax.report.report
 import minsae_jax.sae.trainer
 from minsae_jax import cli
+from minsae_jax.cli import process
 from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 from tests.faults.process import KINDS, ROOT
 
+process.EXIT_SECONDS = 5  # of threads that wait for ever
 PROGRAMS = {"minsae": minsae_jax.__main__.main, "convert": convert.__main__.main}
 
 

@@ -15,10 +15,10 @@ from tests.sae.test_processes import assert_same_metrics
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_devices", [2, 3])  # 3 on each: on a mesh of 3x2 the middle row is split
-def test_shared_batches_are_those_of_one_process(small_store, n_devices):
+def test_shared_batches_are_those_of_one_process(small_store):
+    """With three devices on each, so that the middle row of a mesh of 3x2 is split."""
     command = [sys.executable, "-m", "tests.parallel.shares", str(small_store / "l-1")]
-    for result in Cluster(command, n_devices=n_devices).wait():
+    for result in Cluster(command, n_devices=3).wait():
         assert result.returncode == 0, result.stderr
         assert result.stdout.splitlines()[-1] == "equal"
 
@@ -57,11 +57,11 @@ def test_two_processes_read_half_of_the_store_each(tmp_path):
     )
     whole = bytes_read(one.stdout)
     assert whole > 3 * 64e6
-    for mesh in ("4x1", "1x4"):
-        for result in Cluster(command(mesh, "--mesh", mesh)).wait():
-            assert result.returncode == 0, result.stderr
-            assert 0.45 < bytes_read(result.stdout) / whole < 0.6, mesh
-        assert_same_metrics(tmp_path / "one", tmp_path / mesh)
+    # Every device needs all tokens.
+    for result in Cluster(command("two", "--mesh", "4x1")).wait():
+        assert result.returncode == 0, result.stderr
+        assert 0.45 < bytes_read(result.stdout) / whole < 0.6
+    assert_same_metrics(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow

@@ -34,9 +34,16 @@ def draw_examples(dataset, d_sae, count):
     return feature, sequence, token
 
 
-@pytest.mark.parametrize("kind", ["topk", "relu", "jumprelu"])
 @pytest.mark.parametrize(
-    ("tokens", "n_examples"), [(8192, 65_536), (40, 65_536), (300, 17), (3, 5)]
+    ("kind", "tokens", "n_examples"),
+    [
+        ("topk", 8192, 65_536),
+        ("topk", 40, 65_536),
+        ("topk", 300, 17),
+        ("topk", 3, 5),
+        ("relu", 300, 17),
+        ("jumprelu", 40, 65_536),
+    ],
 )
 def test_activations_match_those_of_all_tokens(trained, monkeypatch, kind, tokens, n_examples):
     """In one batch, several, with few examples each, and with fewer tokens than a sequence has."""

@@ -145,6 +145,15 @@ def test_checkpoint_that_fails_in_one_process_ends_both(small_store, tmp_path, f
         assert "could not write a checkpoint" in lines[0]
 
 
+SHORT_HEARTBEAT = """
+from minsae_jax.__main__ import entry
+from minsae_jax.parallel import processes
+
+processes.HEARTBEAT_SECONDS = 5
+entry()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "signal_number", "named"),
@@ -157,7 +166,8 @@ def test_checkpoint_that_fails_in_one_process_ends_both(small_store, tmp_path, f
 def test_lost_process_ends_the_other_in_one_line(small_store, tmp_path, lost, signal_number, named):
     run = tmp_path / "run"
     flags = ("--store", small_store, *SMALL, "--num_steps", 100_000, "--run_dir", run)
-    cluster = Cluster(minsae("train", *flags, "--mesh", "1x4"))
+    python, _, _, *arguments = minsae("train", *flags, "--mesh", "1x4")
+    cluster = Cluster([python, "-c", SHORT_HEARTBEAT, *arguments])
     wait_until((run / "checkpoints/10").exists)
     cluster.processes[lost].send_signal(signal_number)
     lost_at = time.monotonic()

@@ -60,7 +60,7 @@ def test_store_contains_the_tokens_of_every_window(folder, encoder, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_evaluate_and_report(folder, tmp_path):
+def test_train_evaluate_and_report(folder, tmp_path, one_device):
     """Loss recovered runs through CBraMod's own head; the report needs no other encoder."""
     splits = ("--split", "train", "val", "test")
     extract(folder / "recordings", folder / "encoder", tmp_path / "store", *splits)
@@ -73,6 +73,7 @@ def test_train_evaluate_and_report(folder, tmp_path):
         "lr": [0.003],
         "num_steps": 200,
         "batch_size": 64,
+        "mesh": "1x1",
     }
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({"train": settings}))

@@ -20,7 +20,7 @@ from minsae_jax.encoder.patchtst.model import patches
 from minsae_jax.encoder.patchtst.reduction import fits_reduction
 from minsae_jax.encoder.patchtst.revin import RevIN
 from tests.conftest import ENCODERS, FIXTURES
-from tests.random_encoder import BASE, random_state_dict
+from tests.random_encoder import BASE, all_layers, random_state_dict
 
 TOLERANCE = 1e-4
 
@@ -96,9 +96,9 @@ def make_variant(a):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_equals_plain_torch(name):
     encoder, x, hidden, output = make_variant(replace(BASE, **VARIANTS[name]))
-    for layer, expected in enumerate(hidden):
+    for got, expected in zip(all_layers(encoder, x), hidden, strict=True):
         assert 0.1 < expected.std() < 5
-        np.testing.assert_allclose(encoder.activations(x, layer), expected, atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=0)
     got = encoder(x)
     assert got.shape == tuple(output.shape)
     np.testing.assert_allclose(got, output, atol=TOLERANCE, rtol=0)
