@@ -79,14 +79,14 @@ def top_packages(names: list[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_imports_go_down(path):
-    package = package_of(module_of(path))
-    for name in all_imports(path):
-        if name.split(".")[0] in ("minsae_jax", "convert"):
-            target = package_of(name)
-            is_below = FLOORS[target] < FLOORS[package]
-            assert target == package or is_below, f"{path} imports {name}"
+def test_imports_go_down():
+    for path in FILES:
+        package = package_of(module_of(path))
+        for name in all_imports(path):
+            if name.split(".")[0] in ("minsae_jax", "convert"):
+                target = package_of(name)
+                is_below = FLOORS[target] < FLOORS[package]
+                assert target == package or is_below, f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,19 +99,17 @@ def test_families_of_encoders_do_not_import_each_other(family):
             assert not name.startswith(others), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_torch_and_orbax_are_imported_in_few_places(path):
-    packages = top_packages(all_imports(path))
-    if "torch" in packages:
-        assert path.parent.name == "convert"
-    if "orbax" in packages:
-        assert path.name in ("checkpoints.py", "converted.py")
+def test_torch_and_orbax_are_imported_in_few_places():
+    for path in FILES:
+        packages = top_packages(all_imports(path))
+        assert "torch" not in packages or path.parent.name == "convert", path
+        assert "orbax" not in packages or path.name in ("checkpoints.py", "converted.py"), path
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_modules_import_on_windows(path):
+def test_modules_import_on_windows():
     """POSIX-only modules are imported where they are used, if at all."""
-    assert not top_packages(imports_at_the_top(path)) & POSIX_ONLY
+    for path in FILES:
+        assert not top_packages(imports_at_the_top(path)) & POSIX_ONLY, path
 
 
 WITHOUT_TORCH = """
