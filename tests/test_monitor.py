@@ -12,7 +12,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from minsae_jax.monitor import METRICS, MemberLog, RunLog, Wandb, open_csv, progress, table, wrap
+from minsae_jax.monitor import (
+    METRICS,
+    MemberLog,
+    RunLog,
+    Wandb,
+    append_rows,
+    progress,
+    start_csv,
+    table,
+    wrap,
+)
 
 COLUMNS = ["lambda_sparsity", "k", "lr", "seed", "d_sae"]  # some members have k
 HPARAMS = {"lambda_sparsity": 5.0, "lr": 1e-3, "seed": 0, "d_sae": 4}
@@ -310,13 +320,11 @@ def test_csv_of_a_resumed_run_is_rewritten_only_to_drop_rows(tmp_path):
     """Those of the members of a sweep can be gigabytes."""
     path = tmp_path / "metrics.csv"
     columns = ("step", "mse")
-    first = open_csv(path, columns, last=0)
-    first.writerow([50, 1.5])
-    first.close()
+    start_csv(path, columns, last=0)
+    append_rows(path, [[50, 1.5]])
     file = path.stat().st_ino
-    resumed = open_csv(path, columns, last=50)
+    start_csv(path, columns, last=50)
     assert path.stat().st_ino == file
-    resumed.writerow([100, 1.25])
-    resumed.close()
-    open_csv(path, columns, last=50)
+    append_rows(path, [[100, 1.25]])
+    start_csv(path, columns, last=50)
     assert path.read_bytes() == b"step,mse\r\n50,1.5\r\n"

@@ -37,6 +37,9 @@ from minsae_jax.monitor import progress
 from minsae_jax.settings import JsonObject
 
 MAX_EVENTS = 5000  # of each kind in spans, which bounds the memory
+# Activations of chosen features on all labelled test tokens that are in memory at once (4 GB).
+# Members beyond that need another pass over the test store.
+MAX_TOKEN_VALUES = 2**30
 Measures = TypeVar("Measures", EventScore, EventSummary)
 
 
@@ -139,22 +142,27 @@ def _score_features(
         for member in members:
             chosen[member.name] = [choose_features(member.sae, kind) for kind in kinds]
             bar.advance(1)
-    saes = {member.name: member.sae for member in members}
-    best = {name: [int(of_kind.best[0]) for of_kind in by_kind] for name, by_kind in chosen.items()}
-    tokens = read_features(test, saes, best, is_labelled)
+    values_of_member = (
+        len(kinds) * int(is_labelled[test.recording].sum()) * len(test.tokens.located)
+    )
+    members_at_once = max(1, MAX_TOKEN_VALUES // max(values_of_member, 1))
     results = {}
-    with progress("score events", len(members), "members", delay=2.0) as bar:
-        for name, sae in saes.items():
-            of_sae = tokens[name]
-            bits = description_length(
-                of_sae.active, of_sae.mean, of_sae.mean_square, n_tokens, variance
-            )
-            contribution = of_sae.mean * of_sae.active / n_tokens
-            events = None
-            if kinds:
-                events = score_events(sae, kinds, chosen[name], of_sae, test)
-            results[name] = FeatureResult(bits, contribution, events, left_out)
-            bar.advance(1)
+    for first in range(0, len(members), members_at_once):
+        saes = {member.name: member.sae for member in members[first : first + members_at_once]}
+        best = {name: [int(of_kind.best[0]) for of_kind in chosen[name]] for name in saes}
+        tokens = read_features(test, saes, best, is_labelled)
+        with progress("score events", len(saes), "members", delay=2.0) as bar:
+            for name, sae in saes.items():
+                of_sae = tokens[name]
+                bits = description_length(
+                    of_sae.active, of_sae.mean, of_sae.mean_square, n_tokens, variance
+                )
+                contribution = of_sae.mean * of_sae.active / n_tokens
+                events = None
+                if kinds:
+                    events = score_events(sae, kinds, chosen[name], of_sae, test)
+                results[name] = FeatureResult(bits, contribution, events, left_out)
+                bar.advance(1)
     return results
 
 

@@ -13,11 +13,13 @@ from scipy.stats import mannwhitneyu
 import minsae_jax as ms
 from minsae_jax import UserError
 from minsae_jax.estimates import Estimate
-from minsae_jax.evaluation import inputs, saved, summary
+from minsae_jax.evaluation import feature_measures, inputs, saved, summary
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate
 from minsae_jax.evaluation.events import event_share, read_events
 from minsae_jax.evaluation.loss_recovered import substitution_errors
+from minsae_jax.evaluation.token_pass import read_features
+from minsae_jax.json_values import to_json
 from minsae_jax.sae.config import load_run_config
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.member import load_sae, save_member
@@ -507,6 +509,24 @@ def test_each_input_is_opened_once(trained, settings, monkeypatch, without_figur
         monkeypatch.setattr(inputs, name, counting(getattr(inputs, name)))
     evaluate(replace(settings, member="lambda=1"), trained.encoder)
     assert len(opened) == len(set(opened)) == 5  # two members, two stores, config.yaml
+
+
+def test_members_that_do_not_fit_the_memory_together_are_scored_in_turn(
+    trained, settings, evaluation, tmp_path, monkeypatch, without_figure
+):
+    passes = []
+
+    def counting(dataset, saes, *args):
+        passes.append(list(saes))
+        return read_features(dataset, saes, *args)
+
+    monkeypatch.setattr(feature_measures, "read_features", counting)
+    monkeypatch.setattr(feature_measures, "MAX_TOKEN_VALUES", 1)
+    in_turn = evaluate(replace(settings, out=str(tmp_path)), trained.encoder)
+    assert len(passes) > 2
+    assert all(len(names) == 1 for names in passes)
+    # As text, since NaN does not equal NaN.
+    assert json.dumps(to_json(in_turn.members)) == json.dumps(to_json(evaluation.members))
 
 
 def test_inputs_that_do_not_belong_together_are_errors(trained, settings, tmp_path):
