@@ -421,7 +421,7 @@ def test_slow_measures_of_features_are_made_less_often(settings, tmp_path, monke
 
     write_small_store(tmp_path / "val", seed=1)
     settings = replace(settings, num_steps=8, val_store=str(tmp_path / "val"), eval_every=2)
-    train(settings, open_monitor=lambda: measure_features)
+    train(settings, open_monitor=lambda _: measure_features)
     # The first one, and that at the end
     assert n_calls == 2
 
