@@ -409,8 +409,9 @@ def test_demo_reproduces_its_first_steps(tmp_path, run_here, environment):
         columns = np.genfromtxt(actual, delimiter=",", names=True, ndmin=1)
         expected_columns = np.genfromtxt(expected, delimiter=",", names=True)
         for name in ("step", "tokens", "loss", "mse", "l1", "l0"):
-            # The first log interval: training amplifies rounding, by step 100 to up to 10 %.
-            np.testing.assert_allclose(columns[name][0], expected_columns[name][0], rtol=1e-3)
+            # The first log interval: training amplifies rounding, by step 100 to up to 10 %. Means
+            # of this interval differ by 0.11 % between jax 0.10.2 and 0.12.0.
+            np.testing.assert_allclose(columns[name][0], expected_columns[name][0], rtol=3e-3)
 
 
 @pytest.mark.slow
