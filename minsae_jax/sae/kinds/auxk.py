@@ -95,7 +95,12 @@ def aux_sums(
 
         start = {name: zeros[name][rows] for name in ("W_enc", "b_enc", "W_dec")}
         gradients, loss = jax.lax.scan(add_tile, (start, jnp.zeros(())), (batch.x, errors, mask))[0]
-        return zeros | {name: zeros[name].at[rows].set(g) for name, g in gradients.items()}, loss
+        # With --deterministic, XLA for GPU needs 11 more launches for rows that may repeat.
+        of_all = {
+            name: zeros[name].at[rows].set(gradient, unique_indices=True)
+            for name, gradient in gradients.items()
+        }
+        return zeros | of_all, loss
 
     # The first size that all dead features fit into, or all rows.
     d_sae = len(b_enc)
