@@ -164,12 +164,22 @@ def _put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def put_batches(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
-    """Put batches of equal size on the devices of one process, each as `put_batch` does.
+    """Put batches of equal size on the devices, each as `put_batch` does.
 
     x: [batches, rows, width].
     """
-    x = pad_axis(x, 1, mesh.shape[DATA] * multiple)
-    return jax.device_put(x, batches_sharding(mesh))
+    return _put(pad_axis(x, 1, mesh.shape[DATA] * multiple), batches_sharding(mesh))
+
+
+def by_device(mesh: Mesh, x: np.ndarray) -> np.ndarray:
+    """Return for each device along `data` its rows of all batches, one batch after the other.
+
+    x: [*batches, rows, width] with rows that the devices divide; the result is
+    [devices, rows of a device, width].
+    """
+    n_data = mesh.shape[DATA]
+    parts = x.reshape(-1, n_data, x.shape[-2] // n_data, x.shape[-1])
+    return parts.swapaxes(0, 1).reshape(n_data, -1, x.shape[-1])
 
 
 def pad_axis(x: np.ndarray, axis: int, multiple: int) -> np.ndarray:

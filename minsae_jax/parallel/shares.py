@@ -10,35 +10,45 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from minsae_jax.parallel.mesh import DATA, batch_sharding, pad_axis, put_batch
+from minsae_jax.parallel.mesh import (
+    DATA,
+    batch_sharding,
+    batches_sharding,
+    by_device,
+    pad_axis,
+    put_batch,
+    put_batches,
+)
 from minsae_jax.parallel.processes import sum_over_processes
 
 
 def put_shares(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
     """Put a batch of which each process has some rows, and zeros for the others, on the devices.
 
-    The result is that of `put_batch` for the whole batch, to the bit. x: [rows, width]. Every
-    process of a cluster must call this.
+    The result is that of `put_batch` for the whole batch, to the bit, or of `put_batches` for
+    several batches. x: [*batches, rows, width]. Every process of a cluster must call this.
     """
+    put = put_batch if x.ndim == 2 else put_batches
     if batch_sharding(mesh).is_fully_addressable:
-        return put_batch(mesh, x, multiple)
+        return put(mesh, x, multiple)
     blocks = _process_blocks(mesh)
     if blocks is None:
         bits_dtype = np.dtype(f"u{x.dtype.itemsize}")
-        return put_batch(mesh, sum_over_processes(x.view(bits_dtype)).view(x.dtype), multiple)
-    x = pad_axis(x, 0, mesh.shape[DATA] * multiple)
+        return put(mesh, sum_over_processes(x.view(bits_dtype)).view(x.dtype), multiple)
+    x = pad_axis(x, -2, mesh.shape[DATA] * multiple)
     # Each device of a process gets an equal part of the rows that it adds for the devices at its
     # place along `data`; parts of devices along `sweep`, which need the same rows, differ. The axes
     # are the places of this block along `sweep` and `data`, then the block along `data` that needs
     # the rows, the device in it, and the part of that device's rows.
-    parts = x.reshape(mesh.shape[DATA], -1, x.shape[1])
+    parts = by_device(mesh, x)
     share = parts.shape[1]
     parts = pad_axis(parts, 1, blocks.shape["in_sweep"])
     shape = (blocks.shape["data"], blocks.shape["in_data"], blocks.shape["in_sweep"], -1)
-    parts = parts.reshape(1, 1, *shape, x.shape[1])
+    parts = parts.reshape(1, 1, *shape, x.shape[-1])
     spec = P("sweep", "data", None, "in_data", "in_sweep")
     summands = jax.make_array_from_process_local_data(NamedSharding(blocks, spec), parts)
-    return _add_shares(mesh, blocks, spec, share)(summands)
+    n_batches = None if x.ndim == 2 else len(x)
+    return _add_shares(mesh, blocks, spec, share, n_batches)(summands)
 
 
 @lru_cache
@@ -63,7 +73,9 @@ def _process_blocks(mesh: Mesh) -> Mesh | None:
 
 
 @lru_cache
-def _add_shares(mesh: Mesh, blocks: Mesh, spec: P, share: int) -> Callable[[jax.Array], jax.Array]:
+def _add_shares(
+    mesh: Mesh, blocks: Mesh, spec: P, share: int, n_batches: int | None
+) -> Callable[[jax.Array], jax.Array]:
     """Return the compiled sum over processes; share: rows of a device in the result."""
 
     def on_one_device(part: Array) -> Array:
@@ -73,16 +85,19 @@ def _add_shares(mesh: Mesh, blocks: Mesh, spec: P, share: int) -> Callable[[jax.
         bits = jax.lax.psum(bits, "sweep")
         # From the parts of the devices along `sweep` of this block.
         bits = jax.lax.all_gather(bits, "in_sweep", tiled=True)
-        return from_bits(bits[:share], part.dtype)
+        x = from_bits(bits[:share], part.dtype)
+        return x if n_batches is None else x.reshape(n_batches, -1, x.shape[1])
 
+    rows = ("data", "in_data")
     sharded = jax.shard_map(
         on_one_device,
         mesh=blocks,
         in_specs=spec,
-        out_specs=P(("data", "in_data")),
+        out_specs=P(rows) if n_batches is None else P(None, rows),
         check_vma=False,
     )
-    return jax.jit(sharded, out_shardings=batch_sharding(mesh))
+    sharding = batch_sharding(mesh) if n_batches is None else batches_sharding(mesh)
+    return jax.jit(sharded, out_shardings=sharding)
 
 
 def to_bits(x: Array) -> Array:

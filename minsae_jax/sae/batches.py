@@ -1,6 +1,5 @@
 """Batches of a run on the devices, from the stream or from a store in the devices' memory."""
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
@@ -25,8 +24,7 @@ class DeviceBatches:
         self._sweep = sweep
         call_bytes = STEPS_PER_CALL * plan.batch_size * data.store.d_model * 4
         # minSAE's batches are whole files, which may differ in size.
-        is_single = on_cpu() or jax.process_count() > 1 or plan.number_of_arrays > 0
-        is_single = is_single or call_bytes > CALL_BYTES
+        is_single = on_cpu() or plan.number_of_arrays > 0 or call_bytes > CALL_BYTES
         self._steps_per_call = 1 if is_single else STEPS_PER_CALL
         self._num_steps = plan.optimizer.num_steps
         # Steps at whose multiples something else is to be done.

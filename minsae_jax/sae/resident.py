@@ -21,6 +21,7 @@ from minsae_jax.monitor import progress
 from minsae_jax.parallel.mesh import (
     DATA,
     batch_sharding,
+    by_device,
     put_replicated,
 )
 from minsae_jax.parallel.processes import any_process
@@ -65,13 +66,10 @@ class ResidentStore:
         """
         padded = np.full((*rows.shape[:-1], n_padded), -1, np.int32)
         padded[..., : rows.shape[-1]] = rows
-        n_batches = None
-        if rows.ndim == 2:
-            # A device's parts of all batches, one after the other.
-            n_batches = len(rows)
-            parts = padded.reshape(n_batches, self.mesh.shape[DATA], -1)
-            padded = parts.swapaxes(0, 1).reshape(-1)
-        return self._gather(self.tokens, put_replicated(self.mesh, padded), n_batches=n_batches)
+        parts = by_device(self.mesh, padded[..., None])
+        n_batches = None if rows.ndim == 1 else len(rows)
+        on_devices = put_replicated(self.mesh, parts.ravel())
+        return self._gather(self.tokens, on_devices, n_batches=n_batches)
 
     def _traced_gather(
         self, tokens: Float[Array, "rows d_model"], rows: Int[Array, " n"], n_batches: int | None

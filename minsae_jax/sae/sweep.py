@@ -20,7 +20,6 @@ from minsae_jax.parallel.mesh import (
     SWEEP,
     make_mesh,
     members_sharding,
-    put_batches,
     replicated,
     tile_batch,
 )
@@ -145,10 +144,9 @@ class Sweep:
     ) -> Float[Array, "*steps rows d_model"]:
         """Put a batch, or several, on the devices, padded if it does not divide evenly.
 
-        In a cluster, x is this process's share of one batch, with zeros for the other tokens.
+        In a cluster, x is this process's share, with zeros for the other tokens.
         """
-        put = put_shares if x.ndim == 2 else put_batches
-        return put(self.mesh, x, self.rows_per_device(x.shape[-2]))
+        return put_shares(self.mesh, x, self.rows_per_device(x.shape[-2]))
 
     def rows_per_device(self, n_tokens: int) -> int:
         """Return how many rows of a batch each device along `data` has, padding included."""

@@ -25,9 +25,12 @@ BATCH = 31  # tokens, which no mesh divides
 
 
 def assert_rows(batch, expected: np.ndarray) -> None:
-    """Compare the rows on this process's devices; rows after the expected ones are padding."""
+    """Compare the rows on this process's devices; rows after the expected ones are padding.
+
+    batch: on the devices, one or several; expected: [*batches, rows, width].
+    """
     padded = np.zeros(batch.shape, expected.dtype)
-    padded[: len(expected)] = expected
+    padded[..., : expected.shape[-2], :] = expected
     for shard in batch.addressable_shards:
         actual = np.asarray(shard.data)
         assert actual.dtype == expected.dtype
@@ -41,14 +44,17 @@ def check_streams(mesh: Mesh, folder: str) -> None:
     share = shuffled_tokens(store, BATCH, 0, process_share())
     resident = ResidentStore(mesh, store)
     numbers = shuffled_tokens(resident.row_numbers, BATCH, 0)
+    n_padded = BATCH + -BATCH % mesh.shape[DATA]
     n_zeros = 0
-    for _ in range(25):
-        expected = next(whole)
-        own = next(share)
-        n_zeros += (own == 0).all(1).sum()
-        assert_rows(put_shares(mesh, own, multiple=2), expected)
-        batch = resident.gather(next(numbers)[:, 0], BATCH + -BATCH % mesh.shape[DATA])
-        assert_rows(batch, expected)
+    for _ in range(5):
+        expected, own, rows = (
+            np.stack([next(stream) for _ in range(5)]) for stream in (whole, share, numbers)
+        )
+        n_zeros += (own == 0).all(2).sum()
+        # One batch, then all five at once.
+        for i in (0, slice(None)):
+            assert_rows(put_shares(mesh, own[i], multiple=2), expected[i])
+            assert_rows(resident.gather(rows[i, ..., 0], n_padded), expected[i])
     assert 0 < n_zeros < 25 * BATCH
 
 

@@ -74,7 +74,10 @@ def test_two_processes_train_like_one(small_store, tmp_path):
     one = tmp_path / "one"
     two = tmp_path / "two"
     run_here(minsae("train", *flags, "--run_dir", one, "--mesh", "1x1"))
-    first, second = Cluster(minsae("train", *flags, "--run_dir", two, "--mesh", "2x2")).wait()
+    command = minsae("train", *flags, "--run_dir", two, "--mesh", "2x2")
+    # The same command in a program that makes several steps per call, as on GPUs.
+    command = [command[0], "-m", "tests.sae.four_steps_per_call", *command[3:]]
+    first, second = Cluster(command).wait()
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "lambda=0.1,d_sae=32" in first.stdout
     assert_same_metrics(one, two)
