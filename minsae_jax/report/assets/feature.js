@@ -129,13 +129,6 @@ function showExamples(f, title = "Examples") {
   return section;
 }
 
-/** Choose the next montage of the examples that are shown. */
-function nextReference() {
-  const tabs = [...document.querySelectorAll("main:not([hidden]) .references button")];
-  const chosen = tabs.findIndex((tab) => tab.getAttribute("aria-pressed") === "true");
-  tabs[(chosen + 1) % tabs.length]?.click();
-}
-
 function faintNote(examples, look) {
   const isFaint = !look.montage && examples.some((e) => exampleRows(e, { ...look, reference: referenceOf(e, look) }).faint.length);
   return isFaint ? "Faint lines: the other channels. " : "";
@@ -271,25 +264,21 @@ function patientWarning(shares) {
   return html("p", { class: "warning" }, `It may mark the ${unit} rather than what happens in the EEG.${most}`);
 }
 
-function featureEvents(events) {
-  return html("table", { class: "data compact" },
-    tableHead([["Kind"], [""], ...["AUC", "Recall", "Precision"].map((title) => [title, null, "num"])]),
-    html("tbody", {}, events.map((event) => html("tr", {}, html("td", {}, kindLink(event.kind)),
-      html("td", { class: "plot" }, track(event.auc, { width: 50 })),
-      [fixed(event.auc), percent(event.recall), percent(event.precision)].map((value) => html("td", { class: "num" }, value))))));
+/** Return a small table: titles of columns of words, titles of columns of numbers, and rows. */
+function compactTable(words, numbers, rows) {
+  return headedTable("data compact", [...words.map((title) => [title]), ...numbers.map((title) => [title, null, "num"])], rows);
 }
 
-function featureLabels(labels) {
-  return html("table", { class: "data compact" },
-    tableHead([["Label"], ...["Effect", "p", "q"].map((title) => [title, null, "num"])]),
-    html("tbody", {}, labels.map((label) => html("tr", {}, html("td", {}, html("a", { href: address("label", label.label) }, label.label)),
-      [fixed(label.effect, 2), pValue(label.p), pValue(label.q)].map((value) => html("td", { class: "num" }, value))))));
-}
+const numberCells = (values) => values.map((value) => html("td", { class: "num" }, value));
 
-function seedMatches(matches) {
-  return html("table", { class: "data compact" },
-    tableHead([["Member"], ...["Feature", "Encoder", "Decoder"].map((title) => [title, null, "num"])]),
-    html("tbody", {}, matches.map((match) => html("tr", { class: match.is_same ? null : "faded" },
-      html("td", { title: match.member }, match.member),
-      [match.feature < 0 ? "–" : match.feature, fixed(match.encoder_cosine, 2), fixed(match.decoder_cosine, 2)].map((value) => html("td", { class: "num" }, value))))));
-}
+const featureEvents = (events) => compactTable(["Kind", ""], ["AUC", "Recall", "Precision"], events.map((event) =>
+  html("tr", {}, html("td", {}, kindLink(event.kind)), html("td", { class: "plot" }, track(event.auc, { width: 50 })),
+    numberCells([fixed(event.auc), percent(event.recall), percent(event.precision)]))));
+
+const featureLabels = (labels) => compactTable(["Label"], ["Effect", "p", "q"], labels.map((label) =>
+  html("tr", {}, html("td", {}, html("a", { href: address("label", label.label) }, label.label)),
+    numberCells([fixed(label.effect, 2), pValue(label.p), pValue(label.q)]))));
+
+const seedMatches = (matches) => compactTable(["Member"], ["Feature", "Encoder", "Decoder"], matches.map((match) =>
+  html("tr", { class: match.is_same ? null : "faded" }, html("td", { title: match.member }, match.member),
+    numberCells([match.feature, fixed(match.encoder_cosine, 2), fixed(match.decoder_cosine, 2)]))));

@@ -151,11 +151,11 @@ function drawPosition(shares, seconds) {
 const N_COLOURS = 6;
 const MAX_NAMES = 40; // of channels on the head; of more, the top channel only
 
+const decibel = (ratio) => 10 * Math.log10(Math.max(ratio ?? 1, 1e-3));
 const GREEK = { delta: "δ", theta: "θ", alpha: "α", beta: "β", gamma: "γ" };
 
 function drawSpectrum({ hz, ratio, low, high }, bands) {
-  const decibel = (values) => values.map((value) => 10 * Math.log10(Math.max(value ?? 1, 1e-3)));
-  const [middle, bottom, top] = [ratio, low, high].map(decibel);
+  const [middle, bottom, top] = [ratio, low, high].map((values) => values.map(decibel));
   const [least, most] = [Math.min(-1, ...bottom), Math.max(1, ...top)];
   const room = 0.2 * (most - least);
   return (width) => {

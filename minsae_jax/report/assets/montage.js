@@ -113,6 +113,13 @@ function rowAmplitude(examples, look) {
   return Math.max(2.2 * quantile(rows.map(size), 0.5), strongest / 2.5) || 1;
 }
 
+/** Choose the next of the montages that the page offers. */
+function nextReference() {
+  const tabs = [...document.querySelectorAll("main:not([hidden]) .references button")];
+  const chosen = tabs.findIndex((tab) => tab.getAttribute("aria-pressed") === "true");
+  tabs[(chosen + 1) % tabs.length]?.click();
+}
+
 /** Return what the chosen montage is and what its amplitudes mean. */
 function referenceNote({ reference, inUv }) {
   const [, , words] = REFERENCES.find(([key]) => key === reference);

@@ -2,7 +2,6 @@
 "use strict";
 
 const SETS = [["sae", "SAE feature"], ["raw", "raw dimension"], ["pca", "principal component"]];
-const SET_TITLES = { sae: "SAE features", raw: "Raw activation dimensions", pca: "Principal components" };
 const SIGNIFICANT = 0.05; // LEVEL in label_tests.py
 
 const MEASURES = [
@@ -32,9 +31,7 @@ function scoreTable(groups, firstTitle = null) {
     const rows = SETS.filter(([key]) => group.scores[key]);
     return rows.map((set, i) => row(group, set, i, rows));
   });
-  return html("div", { class: "scroll" }, html("table", { class: "data scores" },
-    tableHead(head),
-    html("tbody", {}, body)));
+  return html("div", { class: "scroll" }, headedTable("data scores", head, body));
 }
 
 /** Return a link to the best feature of a kind, or the number of features that could be it. */
@@ -176,8 +173,7 @@ function steeringSection({ kind, steering }) {
         figure(drawGroups(effects.map((effect) => decibels(effect.band_ratio)), null, colour, "dB"))) : null));
 }
 
-const decibels = (ratios) =>
-  Object.fromEntries(Object.entries(ratios).map(([name, ratio]) => [name, 10 * Math.log10(Math.max(ratio ?? 1, 1e-3))]));
+const decibels = (ratios) => Object.fromEntries(Object.entries(ratios).map(([name, ratio]) => [name, decibel(ratio)]));
 
 /** Draw horizontal bars of several series for each name, from a line at 0; the name `target` is emphasised. */
 function drawGroups(series, target, colour, label) {
@@ -249,9 +245,7 @@ function probeSection({ name, probe }) {
     html("td", { class: "num" }, withInterval(result.permuted, result.permuted_interval, (v) => fixed(v, 2))),
     html("td", { class: "num" }, pValue(result.p))));
   return html("section", {}, html("h2", {}, "Probe"), html("p", { class: "note" }, probeSentence(name, probe)),
-    html("div", { class: "scroll" }, html("table", { class: "data" },
-      tableHead(head),
-      html("tbody", {}, body))));
+    html("div", { class: "scroll" }, headedTable("data", head, body)));
 }
 
 function probeSentence(name, { features: own, raw, n_val: fitted, n_test: scored }) {

@@ -32,9 +32,11 @@ function dataTable(columns, rows, order, isMarked = () => false) {
   return table;
 }
 
-/** Return the head of a table; a column is [title, hint, class]. */
-const tableHead = (columns) => html("thead", {}, html("tr", {}, columns.map(([title, hint, kind]) =>
-  html("th", { scope: "col", class: kind ?? null, title: hint ?? null }, title))));
+/** Return a table with a head; a column is [title, hint, class]. */
+function headedTable(kind, columns, rows) {
+  const head = columns.map(([title, hint, column]) => html("th", { scope: "col", class: column ?? null, title: hint ?? null }, title));
+  return html("table", { class: kind }, html("thead", {}, html("tr", {}, head)), html("tbody", {}, rows));
+}
 
 /** Return a list of facts: [name, value]. */
 const factList = (rows) => html("dl", { class: "facts" }, rows.map(([name, value]) =>

@@ -266,11 +266,9 @@ function onKey(event) {
     update({ feature: clamp(i, 0, rows.length - 1) });
     rows[state.feature].scrollIntoView({ block: "nearest" });
   };
-  const tabs = [...document.querySelectorAll(".references button")];
-  const next = tabs[(tabs.findIndex((tab) => tab.getAttribute("aria-pressed") === "true") + 1) % tabs.length];
   const action = {
     ArrowLeft: () => update({ time: time - EXCERPT / 2 }), ArrowRight: () => update({ time: time + EXCERPT / 2 }),
-    ArrowUp: to(feature - 1), ArrowDown: to(feature + 1), n: () => stepPeak(1), p: () => stepPeak(-1), r: () => next?.click(),
+    ArrowUp: to(feature - 1), ArrowDown: to(feature + 1), n: () => stepPeak(1), p: () => stepPeak(-1), r: nextReference,
     "+": () => zoomBy(0.5), "-": () => zoomBy(2), 0: () => update({ from: 0, to: seconds() }),
   }[event.key];
   if (!action) return;
