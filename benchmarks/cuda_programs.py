@@ -309,5 +309,11 @@ def _lower_pooling(kind: str, d_sae: int) -> jax.stages.Lowered:
     whole = replicated(_cards("1x1"))
     x = _shape(jnp.float32, whole, SEQUENCES, DEMO.n_tokens, D_MODEL)
     channel = _shape(jnp.int32, whole, SEQUENCES)
-    run = pooling.batch_program(KINDS[kind], DEMO.n_vars + 1)
-    return run.lower(_params(kind, d_sae, whole), x, channel, _shape(jnp.int32, whole))
+    return pooling.sum_batch.lower(
+        KINDS[kind],
+        DEMO.n_vars + 1,
+        _params(kind, d_sae, whole),
+        x,
+        channel,
+        _shape(jnp.int32, whole),
+    )

@@ -36,15 +36,6 @@ HEAD_CENTRE_Z = 0.04  # m
 CENTRE_PRIOR = 0.02  # m; channels that are less spread from back to front say little about it
 EAR_ANGLE = np.deg2rad(95)  # from the vertex to T7 and T8, seen from that centre
 
-# Name, lower and upper limit in Hz.
-BANDS = (
-    ("delta", 1.0, 4.0),
-    ("theta", 4.0, 8.0),
-    ("alpha", 8.0, 13.0),
-    ("beta", 13.0, 25.0),
-    ("gamma", 25.0, 35.0),
-)
-
 NEW_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
 PREFIX = re.compile(r"^(EEG|POL)[ _:-]+")
 # References that all channels of a recording share. A1, A2, M1 and M2 alone are not among them:

@@ -11,7 +11,7 @@ import numpy as np
 
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member
 from minsae_jax.evaluation.label_probes import LabelProbe, PooledSplits, probe_label
-from minsae_jax.evaluation.label_tests import LabelResult, LabelTest, compare_labels
+from minsae_jax.evaluation.label_tests import LabelTest, compare_labels
 from minsae_jax.evaluation.labels import PatientLabel, read_labels
 from minsae_jax.evaluation.pooling import PatientValues, Pooled, Pooling, by_patient, pool
 from minsae_jax.evaluation.variance import VarianceShares, variance_shares
@@ -24,10 +24,12 @@ class LabelAssociation:
     """A label, its tests on all features, and the probes on few of them."""
 
     label: PatientLabel
-    # None if there are too few patients; `tests.note` says so
-    tests: LabelResult
-    # A sentence if there is no probe
-    probe: LabelProbe | str
+    # None if there are too few patients
+    test: LabelTest | None
+    # None if there are too few, or no val patients
+    probe: LabelProbe | None
+    # Parts that were left out or not measured, with the reason
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,22 @@ def measure_associations(
     by_split = [pool(split, member.sae) for split in splits[:-1]] + [pooled]
     recordings = [name for each in by_split for name in each.recordings]
     values = np.concatenate([each.values(pooling) for each in by_split])
-    tests = compare_labels(by_patient(recordings, values), labels)
-    probes: list[LabelProbe | str]
-    if len(splits) == 1:
-        probes = [NO_PROBE] * len(labels)
-    else:
+    probes: list[LabelProbe | str] = [NO_PROBE] * len(labels)
+    if len(splits) == 2:
         features = PooledSplits(*_patient_values(by_split, pooling))
         raw = PooledSplits(*_patient_values([pool(split, None) for split in splits], pooling))
         probes = [probe_label(label, features, raw, seed=seed) for label in labels]
-    associations = tuple(map(LabelAssociation, labels, tests, probes))
-    return Associations(variance, associations, pooling, len(recordings))
+    associations = []
+    results = compare_labels(by_patient(recordings, values), labels)
+    for label, result, probe in zip(labels, results, probes, strict=True):
+        notes = [result.note] if result.note else []
+        fitted = None
+        if isinstance(probe, str):
+            notes.append(f"no probe: {probe}")
+        else:
+            fitted = probe
+        associations.append(LabelAssociation(label, result.test, fitted, tuple(notes)))
+    return Associations(variance, tuple(associations), pooling, len(recordings))
 
 
 def _patient_values(pooled: Sequence[Pooled], pooling: Pooling) -> list[PatientValues]:

@@ -1,8 +1,12 @@
 """Settings of evaluation and report."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
 
 from minsae_jax.errors import UserError
 from minsae_jax.settings import AtLeastOne, NonNegative, Range, check_settings, require
@@ -16,6 +20,24 @@ class Band(NamedTuple):
     name: str
     low: float
     high: float
+
+    def contains(self, hz: Float[np.ndarray, " n_hz"]) -> Bool[np.ndarray, " n_hz"]:
+        """Return which frequencies are in the band; its upper limit is not."""
+        return (hz >= self.low) & (hz < self.high)
+
+
+def parse_bands(bands: Sequence[str]) -> tuple[Band, ...]:
+    """Return bands such as "alpha 8-13". Raises UserError if one is invalid, or a name repeated."""
+    parsed: dict[str, Band] = {}
+    for text in bands:
+        match = _BAND.fullmatch(text)
+        if match is None or float(match[2]) >= float(match[3]):
+            raise UserError(
+                f'--bands must be a name and two limits in Hz like "alpha 8-13", got {text!r}'
+            )
+        require(match[1] not in parsed, f"--bands contains the name {match[1]} twice")
+        parsed[match[1]] = Band(match[1], float(match[2]), float(match[3]))
+    return tuple(parsed.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +119,4 @@ class EvaluateConfig(ReportConfig, MeasureConfig, EvaluationInputConfig):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        names = [band.name for band in self.band_limits()]
-        for name in names:
-            require(names.count(name) == 1, f"--bands contains the name {name} twice")
-
-    def band_limits(self) -> tuple[Band, ...]:
-        """Return name, lower and upper limit in Hz of every band; UserError if one is invalid."""
-        limits = []
-        for band in self.bands:
-            match = _BAND.fullmatch(band)
-            if match is None or float(match[2]) >= float(match[3]):
-                raise UserError(
-                    f'--bands must be a name and two limits in Hz like "alpha 8-13", got {band!r}'
-                )
-            limits.append(Band(match[1], float(match[2]), float(match[3])))
-        return tuple(limits)
+        parse_bands(self.bands)

@@ -19,21 +19,17 @@ from minsae_jax.evaluation.loss_recovered import (
 )
 from minsae_jax.evaluation.pca import PCA, PCA_K, fit_pca, pca_autoencoder, raw_autoencoder
 from minsae_jax.evaluation.recommend import RULE, recommend
-from minsae_jax.evaluation.results import (
-    Evaluation,
-    MemberEvaluation,
-    PCAEvaluation,
-    StabilitySummary,
-)
+from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
 from minsae_jax.evaluation.saved import Keys, load_part, make_key, save_part, saved_or_measured
 from minsae_jax.evaluation.stability import Stability, seed_stability
+from minsae_jax.evaluation.summary import write_files
 from minsae_jax.evaluation.token_measures import TokenResult, decoder_cosines, measure_tokens
 from minsae_jax.files import sha256_of
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.member import WEIGHTS
 
 BATCH_SEQUENCES = 64
-# Names of the baselines in saved files; they differ from those of members and PCAs.
+# Names of the baselines in results and saved files; they differ from those of members and PCAs.
 RAW = "raw"
 COMPONENTS = "pca"
 
@@ -50,7 +46,7 @@ def evaluate(
     measured. train_config: settings of the run, read from it unless passed. Raises UserError if
     run, stores, encoder and recordings do not belong together.
     """
-    inputs = open_inputs(settings, encoder, train_config)
+    inputs = open_inputs(settings, encoder, train_config, settings.member, settings.out)
     with inputs.locked():
         return _evaluate(settings, inputs)
 
@@ -95,6 +91,11 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
             event_evaluation=features[name].events,
         )
         pca_evaluations.append(pca_evaluation)
+    baseline_events = {}
+    for member in baselines:
+        events = features[member.name].events
+        if events is not None:
+            baseline_events[member.name] = events
     recommendation = recommend(evaluations, pca_evaluations, inputs.test.store.d_model)
     evaluation = Evaluation(
         inputs=inputs,
@@ -105,10 +106,9 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
         selected=settings.member or recommendation.member,
         substitution=next(iter(errors.values()), None),
         mask_ratio=settings.mask_ratio,
-        raw_events=features[RAW].events if baselines else None,
-        pca_events=features[COMPONENTS].events if baselines else None,
+        baseline_events=baseline_events,
     )
-    evaluation.write()
+    write_files(evaluation)
     return evaluation
 
 
@@ -127,14 +127,7 @@ def _evaluate_member(
     loss: LossRecovered | None,
     stability: Stability | None,
 ) -> MemberEvaluation:
-    summary = None
-    if stability is not None:
-        summary = StabilitySummary(
-            share=stability.share(),
-            weighted_share=stability.share(weights=features.contribution),
-            share_by_chance=stability.share_by_chance(),
-            features=stability,
-        )
+    weighted = None if stability is None else stability.share(weights=features.contribution)
     return MemberEvaluation(
         member=member.name,
         hyper=member.hyper,
@@ -142,7 +135,8 @@ def _evaluate_member(
         tokens=tokens.measures,
         decoder=decoder_cosines(member.sae),
         description_bits=features.description_bits,
-        stability=summary,
+        stability=stability,
+        weighted_stability=weighted,
         loss=loss,
         event_evaluation=features.events,
     )

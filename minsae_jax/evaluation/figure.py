@@ -137,9 +137,10 @@ def _bar(measure: Estimate) -> tuple[float, float]:
 
 def _draw_baselines(axes: "Axes", evaluation: Evaluation) -> None:
     """Draw the mean over kinds of events of raw dimensions and of all principal components."""
-    for events, colour, label in (
-        (evaluation.raw_events, RAW_COLOUR, "best raw dimension"),
-        (evaluation.pca_events, KIND_COLOURS[PCA], "best principal component"),
+    for name, colour, label in (
+        ("raw", RAW_COLOUR, "best raw dimension"),
+        ("pca", KIND_COLOURS[PCA], "best principal component"),
     ):
-        if events is not None:
-            axes.axhline(events.summary.auc.value, color=colour, linestyle=":", label=label)
+        if name in evaluation.baseline_events:
+            auc = evaluation.baseline_events[name].summary.auc.value
+            axes.axhline(auc, color=colour, linestyle=":", label=label)

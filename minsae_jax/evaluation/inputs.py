@@ -13,7 +13,7 @@ from minsae_jax.eeg.recordings import LENGTHS, read_lengths, recordings_folder
 from minsae_jax.eeg.splits import patient_of, read_splits, splits_path
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
-from minsae_jax.evaluation.config import EvaluateConfig
+from minsae_jax.evaluation.config import EvaluationInputConfig
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.evaluation.events import LabelledEvent, read_events
 from minsae_jax.locks import lock_folder
@@ -86,22 +86,25 @@ class EvaluationInputs:
 
 
 def open_inputs(
-    settings: EvaluateConfig,
+    settings: EvaluationInputConfig,
     encoder: BaseEncoder | None,
     train_config: TrainConfig | None = None,
+    member: str | None = None,
+    out: str | None = None,
 ) -> EvaluationInputs:
     """Open members and stores; train_config is read from the run unless it is passed.
 
-    Raises UserError if run, members, stores, encoder and recordings do not belong together.
+    member: one that the run must have. out: folder of the results, by default the run. Raises
+    UserError if run, members, stores, encoder and recordings do not belong together.
     """
     run = Path(settings.run)
     members = open_members(run)
     names = [member.name for member in members]
-    if settings.member is not None and settings.member not in names:
-        raise UserError(f"unknown member {settings.member} in {run}; members: {', '.join(names)}")
+    if member is not None and member not in names:
+        raise UserError(f"unknown member {member} in {run}; members: {', '.join(names)}")
     if encoder is not None:
-        for member in members:
-            check_encoder(member.sae, encoder, member.name)
+        for each in members:
+            check_encoder(each.sae, encoder, each.name)
     train_config = train_config or load_run_config(run)
     test = _open_split(settings, train_config, encoder, "test", settings.store)
     if test is None:
@@ -116,8 +119,15 @@ def open_inputs(
     if val is not None:
         warn_of_common_patients(val.store, train_recordings)
         _warn_of_val_patients(val, test)
-    out = Path(settings.out or run)
-    return EvaluationInputs(run, out, encoder, members, test, val, _read_events(test, val))
+    return EvaluationInputs(
+        run=run,
+        out=Path(out or run),
+        encoder=encoder,
+        members=members,
+        test=test,
+        val=val,
+        events=_read_events(test, val),
+    )
 
 
 def _read_events(test: Dataset, val: Dataset | None) -> SplitEvents | None:
@@ -243,7 +253,7 @@ def _check_stores(members: Sequence[Member], datasets: Sequence[Dataset]) -> Non
 
 
 def _open_split(
-    settings: EvaluateConfig,
+    settings: EvaluationInputConfig,
     train_config: TrainConfig,
     encoder: BaseEncoder | None,
     split: Literal["val", "test"],

@@ -67,7 +67,6 @@ def probe_label(
     label: PatientLabel,
     features: PooledSplits,
     raw: PooledSplits,
-    n_features: int = N_FEATURES,
     n_permutations: int = N_PERMUTATIONS,
     seed: int = 0,
 ) -> LabelProbe | str:
@@ -89,9 +88,15 @@ def probe_label(
     test_label = test_label.only(common)
     scores = []
     for splits in (features, raw):
-        fit = _Split(splits.val.of(val_label.patients), _targets(val_label))
-        held_out = _Split(splits.test.of(test_label.patients), _targets(test_label))
-        scores.append(_score(fit, held_out, n_features, n_permutations, seed))
+        score = _score(
+            splits.val.of(val_label.patients),
+            _targets(val_label),
+            splits.test.of(test_label.patients),
+            _targets(test_label),
+            n_permutations,
+            seed,
+        )
+        scores.append(score)
     return LabelProbe(
         label=label.name,
         score_name="Spearman's rho" if label.is_number else "AUC",
@@ -110,37 +115,35 @@ def _targets(label: PatientLabel) -> Float[np.ndarray, "patients targets"]:
     return np.eye(len(label.categories))[label.category]
 
 
-@dataclass(frozen=True)
-class _Split:
-    values: Float[np.ndarray, "patients features"]
-    targets: Float[np.ndarray, "patients targets"]
-
-
 def _score(
-    fit: _Split, held_out: _Split, n_features: int, n_permutations: int, seed: int
+    values: Float[np.ndarray, "val features"],
+    targets: Float[np.ndarray, "val targets"],
+    test_values: Float[np.ndarray, "test features"],
+    test_targets: Float[np.ndarray, "test targets"],
+    n_permutations: int,
+    seed: int,
 ) -> ProbeScore:
-    mean = fit.values.mean(axis=0)
-    sd = fit.values.std(axis=0)
+    """Fit a probe on the val patients, and score it and those of permuted labels on test."""
+    mean = values.mean(axis=0)
+    sd = values.std(axis=0)
     # A feature that never varies on val has weight 0, whatever it is divided by.
     sd = np.where(sd > 0, sd, 1)
-    z = (fit.values - mean) / sd
-    z_held_out = (held_out.values - mean) / sd
+    z = (values - mean) / sd
+    z_test = (test_values - mean) / sd
     ranks = _standardised_ranks(z)
     rng = np.random.default_rng(seed)
 
-    def probe(
-        targets: np.ndarray, held_out_targets: np.ndarray
-    ) -> tuple[Int[np.ndarray, " chosen"], float]:
-        chosen = choose(ranks, targets, n_features)
-        predicted = ridge(z[:, chosen], targets, z_held_out[:, chosen])
-        return chosen, rank_score(predicted, held_out_targets)
+    def probe(y: np.ndarray, y_test: np.ndarray) -> tuple[Int[np.ndarray, " chosen"], float]:
+        chosen = choose(ranks, y)
+        predicted = ridge(z[:, chosen], y, z_test[:, chosen])
+        return chosen, rank_score(predicted, y_test)
 
-    chosen, score = probe(fit.targets, held_out.targets)
+    chosen, score = probe(targets, test_targets)
     permuted = np.empty(n_permutations)
     for i in range(n_permutations):
-        val_order = rng.permutation(len(fit.targets))
-        test_order = rng.permutation(len(held_out.targets))
-        _, permuted[i] = probe(fit.targets[val_order], held_out.targets[test_order])
+        y = targets[rng.permutation(len(targets))]
+        y_test = test_targets[rng.permutation(len(test_targets))]
+        _, permuted[i] = probe(y, y_test)
     low, high = np.quantile(permuted, [0.025, 0.975]).tolist()
     n_as_high = int((permuted >= score - ROUNDING).sum())
     return ProbeScore(
@@ -154,16 +157,15 @@ def _score(
 def choose(
     ranks: Float[np.ndarray, "patients features"],
     targets: Float[np.ndarray, "patients targets"],
-    n_features: int,
 ) -> Int[np.ndarray, " chosen"]:
-    """Return the features with the largest rank correlation with any target, of either sign.
+    """Return the N_FEATURES features with the largest rank correlation with any target.
 
-    For categories this orders features as |AUC - 0.5| against the other categories does, up to
-    ties. ranks: standardised.
+    It may have either sign. For categories this orders features as |AUC - 0.5| against the other
+    categories does, up to ties. ranks: standardised.
     """
     correlation = _standardised_ranks(targets).T @ ranks
     strength = np.abs(correlation).max(axis=0)
-    return np.argsort(-strength, kind="stable")[:n_features]
+    return np.argsort(-strength, kind="stable")[:N_FEATURES]
 
 
 def _standardised_ranks(x: Float[np.ndarray, "n columns"]) -> Float[np.ndarray, "n columns"]:

@@ -89,10 +89,12 @@ def compare_labels(pooled: PatientValues, labels: Sequence[PatientLabel]) -> lis
     results = []
     for label in labels:
         usable, note = usable_label(label, pooled.patients, MIN_PATIENTS)
-        notes = [note] if note else []
+        notes = []
         if label.n_ambiguous:
             n = label.n_ambiguous
-            notes.insert(0, f"{n} patients with recordings of several categories left out")
+            notes.append(f"{n} patients with recordings of several categories left out")
+        if note:
+            notes.append(note)
         test = None
         if usable is not None:
             test = _test(usable, pooled.of(usable.patients))

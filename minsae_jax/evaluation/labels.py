@@ -148,22 +148,25 @@ def _patient_label(
     """
     texts = {row[column] for row in rows.values()}
     texts = {text for text in texts if text.lower() not in MISSING}
-    in_lower_case = {text.lower() for text in texts}
-    category_of = {text: text for text in texts}
-    if any(in_lower_case <= pair for pair in BOOLEANS):
-        category_of = {text: text.lower() for text in texts}
     by_patient: dict[str, list[str]] = {}
     for recording in recordings:
         row = _row_of(rows, recording)
         if row is not None and row[column] in texts:
             by_patient.setdefault(patient_of(recording), []).append(row[column])
+    # 0 and 1 are categories: no and yes.
     if texts and all(map(_is_number, texts)) and not texts <= {"0", "1"}:
         means = [np.mean([float(text) for text in values]) for values in by_patient.values()]
         return PatientLabel(column, tuple(by_patient), np.array(means, np.float64), ())
+    category_of = {text: text for text in texts}
+    in_lower_case = {text: text.lower() for text in texts}
+    # "Yes" and "yes" are one category; other labels may tell cases apart.
+    if any(pair.issuperset(in_lower_case.values()) for pair in BOOLEANS):
+        category_of = in_lower_case
     categories = tuple(sorted(set(category_of.values())))
     index_of_patient = {}
     for patient, values in by_patient.items():
         of_recordings = {category_of[text] for text in values}
+        # A patient whose recordings disagree, as after an operation, is in no category.
         if len(of_recordings) == 1:
             index_of_patient[patient] = categories.index(of_recordings.pop())
     indices = np.array(list(index_of_patient.values()), np.float64)

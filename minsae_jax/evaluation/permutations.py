@@ -93,6 +93,7 @@ def permutation_p(
     for orders in _orders(label):
         if len(columns) == 0:
             break
+        # Statistics are of patterns of ties that still have a column; `row` is that of each column.
         open_ties, row = np.unique(ties_of_column[columns], return_inverse=True)
         block = max(1, STATISTICS_BLOCK // len(orders))
         for start in range(0, len(open_ties), block):

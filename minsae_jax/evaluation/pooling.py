@@ -4,9 +4,9 @@ All of it comes from one pass over a store. Memory is three times [recordings, f
 the number of tokens. Recordings of a patient can then be averaged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -143,7 +143,6 @@ def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
     n_channels = int(dataset.channel.max(initial=-1)) + 1
     with_tokens = np.unique(dataset.recording)
     totals = _Totals(len(with_tokens), dataset.n_tokens, n_channels + 1, n_features)
-    batch_sums = batch_program(kind, n_channels + 1)
     batch_values = CPU_BATCH_VALUES if on_cpu() else BATCH_VALUES
     n_sequences = batch_values // (dataset.n_tokens * n_features)
     n_sequences = min(max(n_sequences, 1), MAX_BATCH_SEQUENCES)
@@ -152,9 +151,9 @@ def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
             # The channel -1 of whole windows is the last group.
             channel = dataset.channel[first : first + len(x)] % (n_channels + 1)
             rows = (pad_rows(x, n_sequences), pad_rows(channel, n_sequences))
-            batch = jax.device_get(batch_sums(params, *rows, np.int32(len(x))))
+            sums = sum_batch(kind, n_channels + 1, params, *rows, np.int32(len(x)))
             row = int(np.searchsorted(with_tokens, dataset.recording[first]))
-            totals.add(row, len(x) * dataset.n_tokens, batch)
+            totals.add(row, len(x) * dataset.n_tokens, jax.device_get(sums))
             bar.advance(len(x))
     # In place: with many recordings and features each of these arrays takes a gigabyte.
     totals.active /= totals.counts[:, None].astype(np.float32)
@@ -235,38 +234,42 @@ def group_by_patient(
     return tuple(index), np.array([index[name] for name in names], np.int64)
 
 
-@lru_cache
-def batch_program(kind: SAEKind | None, n_channels: int) -> Callable[..., BatchSums]:
-    """Return the jitted (params, x, channel of each sequence, n_sequences) -> BatchSums.
+@partial(jax.jit, static_argnums=(0, 1))
+@jax.default_matmul_precision("highest")
+def sum_batch(
+    kind: SAEKind | None,
+    n_channels: int,
+    params: Params,
+    x: Float[Array, "sequences n_tokens d_model"],
+    channel: Int[Array, " sequences"],
+    n_sequences: Int[Array, ""],
+) -> BatchSums:
+    """Return the sums of a batch, whose first n_sequences are not padding.
 
-    Without a kind the features are x. The first n_sequences are not padding.
+    Without a kind the features are x. channel: of each sequence, below n_channels.
     """
-
-    @jax.default_matmul_precision("highest")
-    def run(params: Params, x: Array, channel: Array, n_sequences: Array) -> BatchSums:
-        features = x if kind is None else kind.encode(params, x)
-        n_tokens = x.shape[1]
-        # Sums over the tokens of each sequence, of which those over sequences are made: padding,
-        # on which biases can activate features, is left out of these small arrays.
-        is_sequence = jnp.arange(len(x)) < n_sequences
-        weight = is_sequence.astype(jnp.float32)
-        sums = features.sum(1)
-        means = sums / n_tokens
-        squares = jnp.square(features - means[:, None]).sum(1)
-        active = jnp.where(features > 0, 1.0, 0.0).sum(1)
-        maximum = jnp.where(is_sequence[:, None], features.max(1), -jnp.inf)
-        # Sums over the first axis are products, which take a tenth of the time on CPU.
-        total = weight @ sums
-        mean = total / (n_sequences * n_tokens).astype(jnp.float32)
-        squares = squares + n_tokens * jnp.square(means - mean[None])
-        is_of_channel = channel[None] == jnp.arange(n_channels)[:, None]
-        return BatchSums(
-            total=total,
-            squares=weight @ squares,
-            maximum=maximum.max(0),
-            active=(weight @ active).astype(jnp.int32),
-            of_token=jnp.einsum("s,stf->tf", weight, features),
-            of_channel=jnp.where(is_of_channel, weight[None], 0) @ sums,
-        )
-
-    return jax.jit(run)
+    features = x if kind is None else kind.encode(params, x)
+    n_tokens = x.shape[1]
+    # Sums over the tokens of each sequence, of which those over sequences are made: padding, on
+    # which biases can activate features, is left out of these small arrays.
+    is_sequence = jnp.arange(len(x)) < n_sequences
+    weight = is_sequence.astype(jnp.float32)
+    sums = features.sum(1)
+    means = sums / n_tokens
+    squares = jnp.square(features - means[:, None]).sum(1)
+    active = jnp.where(features > 0, 1.0, 0.0).sum(1)
+    maximum = jnp.where(is_sequence[:, None], features.max(1), -jnp.inf)
+    # Sums over the first axis are products, which take a tenth of the time on CPU.
+    total = weight @ sums
+    mean = total / (n_sequences * n_tokens).astype(jnp.float32)
+    # About the batch's mean: the squares within sequences, and those of the sequences' means.
+    squares = squares + n_tokens * jnp.square(means - mean[None])
+    is_of_channel = channel[None] == jnp.arange(n_channels)[:, None]
+    return BatchSums(
+        total=total,
+        squares=weight @ squares,
+        maximum=maximum.max(0),
+        active=(weight @ active).astype(jnp.int32),
+        of_token=jnp.einsum("s,stf->tf", weight, features),
+        of_channel=jnp.where(is_of_channel, weight[None], 0) @ sums,
+    )

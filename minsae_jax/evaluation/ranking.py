@@ -59,9 +59,14 @@ def auc_influence(
     where equal scores count half; both are differences of ranks. The influences of all units add up
     to 0.
     """
+    # With weights w of units, AUC = Σ w_a w_b H_ab / (E O): H_ab is the number of pairs of an event
+    # of unit a above another span of unit b, and E = Σ w_a E_a and O = Σ w_b O_b count events and
+    # others. At weights of 1, its derivative by w_a is
+    # (Σ_b H_ab + Σ_b H_ba) / (E O) - AUC (E_a / E + O_a / O).
     ranks = rankdata(scores, axis=0).astype(np.float64)
     n_events = int(is_event.sum())
     n_others = len(is_event) - n_events
+    # A rank among all minus that among the events is the number of others below.
     others_below = ranks[is_event] - rankdata(scores[is_event], axis=0)
     events_below = ranks[~is_event] - rankdata(scores[~is_event], axis=0)
     n_pairs = n_events * n_others
@@ -104,8 +109,10 @@ def weighted_auc(
         others = scores[of_others[unit[of_others] == i]]
         n_below = np.searchsorted(others, scores[of_events], side="left")
         n_up_to = np.searchsorted(others, scores[of_events], side="right")
-        higher[:, i] = np.bincount(unit[of_events], (n_below + n_up_to) / 2, len(present))
-    above = (weights @ higher * weights).sum(axis=1)
+        wins = (n_below + n_up_to) / 2  # equal scores count half
+        higher[:, i] = np.bincount(unit[of_events], wins, len(present))
+    # Σ_ab w_a H_ab w_b of each resample
+    above = ((weights @ higher) * weights).sum(axis=1)
     n_events = weights @ np.bincount(unit[of_events], minlength=len(present))
     n_others = weights @ np.bincount(unit[of_others], minlength=len(present))
     pairs = n_events * n_others

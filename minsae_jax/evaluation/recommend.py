@@ -82,7 +82,7 @@ def _is_sufficient(member: MemberEvaluation) -> bool:
 
 
 def _stability(member: MemberEvaluation) -> float:
-    return -1.0 if member.stability is None else member.stability.share
+    return -1.0 if member.stability is None else member.stability.share()
 
 
 def _n_pure(member: MemberEvaluation) -> int:

@@ -51,22 +51,16 @@ class DecoderCosines:
     over_0_9: float
 
 
-@dataclass(frozen=True)
-class PCAEvaluation:
-    """The evaluation of the k principal components of largest magnitude of every token."""
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What is measured of members and of principal components alike."""
 
-    k: int
-    fvu: float
-    explained_variance: float
+    # See `description_length`
     description_bits: float
     # None if the encoder declares no reconstruction
     loss: LossRecovered | None
     # None if there is no events.csv
     event_evaluation: EventEvaluation | None
-
-    @property
-    def name(self) -> str:
-        return f"pca,k={self.k}"
 
     @property
     def event_summary(self) -> EventSummary | None:
@@ -75,31 +69,55 @@ class PCAEvaluation:
 
     def to_record(self) -> JsonObject:
         """Return the entry in evaluation.json, for `to_json`."""
-        record: JsonObject = {"k": self.k, "fvu": self.fvu}
-        record["explained_variance"] = self.explained_variance
-        return record | _shared_record(self)
+        record: JsonObject = {"description_bits": self.description_bits}
+        if self.loss is not None:
+            record |= vars(self.loss)
+        if self.event_evaluation is not None:
+            record["event_summary"] = self.event_evaluation.summary
+            record["events"] = self.event_evaluation.scores
+        return record
 
     def to_row(self) -> JsonObject:
-        """Return the row in evaluation.csv."""
-        return _row(self, {"member": self.name, "kind": PCA, "l0": self.k} | self.to_record())
+        """Return the row in evaluation.csv, whose cells cannot contain records or intervals."""
+        row = {}
+        for name, value in self.to_record().items():
+            if isinstance(value, Estimate):
+                row[name] = value.value
+            elif not is_dataclass(value) and not isinstance(value, dict):
+                row[name] = value
+        if self.loss is not None:  # the ends of its interval are after all values
+            row |= _cells("loss_recovered", self.loss.loss_recovered)
+        if self.event_evaluation is not None:
+            for name, value in vars(self.event_evaluation.summary).items():
+                row |= _cells(f"events_{name}", value)
+            for kind, score in self.event_evaluation.scores.items():
+                row |= {f"{kind}_{name}": cell for name, cell in _score_cells(score).items()}
+        return row
 
 
-@dataclass(frozen=True)
-class StabilitySummary:
-    """How many features of a member are found again with other seeds."""
+@dataclass(frozen=True, kw_only=True)
+class PCAEvaluation(Evaluated):
+    """The evaluation of the k principal components of largest magnitude of every token."""
 
-    # Share of the live features
-    share: float
-    # The same weighted by f_i ‖W_dec,i‖, the features' parts in x̂
-    weighted_share: float
-    # Share of the features that random directions match
-    share_by_chance: float
-    # The matches of every feature
-    features: Stability | None
+    k: int
+    fvu: float
+    explained_variance: float
+
+    @property
+    def name(self) -> str:
+        return f"pca,k={self.k}"
+
+    def to_record(self) -> JsonObject:
+        record: JsonObject = {"k": self.k, "fvu": self.fvu}
+        record["explained_variance"] = self.explained_variance
+        return record | super().to_record()
+
+    def to_row(self) -> JsonObject:
+        return {"member": self.name, "kind": PCA, "l0": self.k} | super().to_row()
 
 
-@dataclass(frozen=True)
-class MemberEvaluation:
+@dataclass(frozen=True, kw_only=True)
+class MemberEvaluation(Evaluated):
     """The evaluation of one member."""
 
     member: str
@@ -108,14 +126,9 @@ class MemberEvaluation:
     status: str | None
     tokens: TokenMeasures
     decoder: DecoderCosines
-    # See `description_length`
-    description_bits: float
-    # None with one seed
-    stability: StabilitySummary | None
-    # None if the encoder declares no reconstruction
-    loss: LossRecovered | None
-    # None if there is no events.csv
-    event_evaluation: EventEvaluation | None
+    # Both None with one seed; weights are f_i ‖W_dec,i‖, the features' parts in x̂
+    stability: Stability | None
+    weighted_stability: float | None
 
     @property
     def fvu(self) -> float:
@@ -126,58 +139,17 @@ class MemberEvaluation:
         """Scores by kind of event."""
         return None if self.event_evaluation is None else self.event_evaluation.scores
 
-    @property
-    def event_summary(self) -> EventSummary | None:
-        """Means over the kinds of events."""
-        return None if self.event_evaluation is None else self.event_evaluation.summary
-
     def to_record(self) -> JsonObject:
-        """Return the member's entry in evaluation.json, for `to_json`."""
         record: JsonObject = {"member": self.member, **self.hyper, "status": self.status}
         record |= vars(self.tokens)
         record["decoder_cosine_mean"] = self.decoder.mean
         record["decoder_cosine_median"] = self.decoder.median
         record["decoder_cosine_over_0.9"] = self.decoder.over_0_9
         if self.stability is not None:
-            record["stability"] = self.stability.share
-            record["weighted_stability"] = self.stability.weighted_share
-            record["stability_by_chance"] = self.stability.share_by_chance
-        return record | _shared_record(self)
-
-    def to_row(self) -> JsonObject:
-        """Return the member's row in evaluation.csv."""
-        return _row(self, self.to_record())
-
-
-def _shared_record(evaluated: MemberEvaluation | PCAEvaluation) -> JsonObject:
-    """Return the part of an entry that members and PCA have in common."""
-    record: JsonObject = {"description_bits": evaluated.description_bits}
-    if evaluated.loss is not None:
-        record |= vars(evaluated.loss)
-    events = evaluated.event_evaluation
-    if events is not None:
-        record["event_summary"] = events.summary
-        record["events"] = events.scores
-    return record
-
-
-def _row(evaluated: MemberEvaluation | PCAEvaluation, record: JsonObject) -> JsonObject:
-    """Return an entry as a row of a CSV, whose cells cannot contain records or intervals."""
-    row = {}
-    for name, value in record.items():
-        if isinstance(value, Estimate):
-            row[name] = value.value
-        elif not is_dataclass(value) and not isinstance(value, dict):
-            row[name] = value
-    if evaluated.loss is not None:  # the ends of its interval are after all values
-        row |= _cells("loss_recovered", evaluated.loss.loss_recovered)
-    events = evaluated.event_evaluation
-    if events is not None:
-        for name, value in vars(events.summary).items():
-            row |= _cells(f"events_{name}", value)
-        for kind, score in events.scores.items():
-            row |= {f"{kind}_{name}": cell for name, cell in _score_cells(score).items()}
-    return row
+            record["stability"] = self.stability.share()
+            record["weighted_stability"] = self.weighted_stability
+            record["stability_by_chance"] = self.stability.share_by_chance()
+        return record | super().to_record()
 
 
 def _score_cells(score: EventScore) -> JsonObject:
@@ -239,9 +211,9 @@ class Evaluation:
     # None if the encoder declares no reconstruction
     substitution: SubstitutionErrors | None
     mask_ratio: float
-    # All raw dimensions and all principal components as features; None without labelled events
-    raw_events: EventEvaluation | None
-    pca_events: EventEvaluation | None
+    # All raw dimensions ("raw") and all principal components ("pca") as features, which have both
+    # signs; empty without labelled events
+    baseline_events: Mapping[str, EventEvaluation]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inputs.run}, {len(self.members)} members)"
@@ -253,16 +225,12 @@ class Evaluation:
 
     @property
     def baselines(self) -> dict[str, dict[str, EventScore]]:
-        """Scores of raw dimensions ("raw") and of principal components ("pca"), by kind of event.
-
-        Both are features with both signs.
-        """
-        if self.raw_events is None or self.pca_events is None:
-            return {}
-        pca = self.pca_events.scores
-        return {
-            kind: {"raw": raw, "pca": pca[kind]} for kind, raw in self.raw_events.scores.items()
-        }
+        """Scores of `baseline_events` by kind of event, then by name."""
+        by_kind: dict[str, dict[str, EventScore]] = {}
+        for name, events in self.baseline_events.items():
+            for kind, score in events.scores.items():
+                by_kind.setdefault(kind, {})[name] = score
+        return by_kind
 
     def find(self, name: str) -> MemberEvaluation:
         """Return the evaluation of the member called `name`."""
@@ -281,10 +249,7 @@ class Evaluation:
         for kind, scores in self.baselines.items():
             aucs = {f"{name}_auc": score.auc.value for name, score in scores.items()}
             baselines[kind] = aucs | scores
-        summaries = {}
-        for name, events in (("raw", self.raw_events), ("pca", self.pca_events)):
-            if events is not None:
-                summaries[name] = events.summary
+        summaries = {name: events.summary for name, events in self.baseline_events.items()}
         record = {
             "rule": self.rule,
             "run": str(self.inputs.run),
@@ -313,9 +278,3 @@ class Evaluation:
             "zero_ablation": errors.zero_ablation,
             "mask_ratio": self.mask_ratio,
         }
-
-    def write(self) -> None:
-        """Write evaluation.json, evaluation.csv and evaluation.png into the run."""
-        from minsae_jax.evaluation.summary import write_files
-
-        write_files(self)

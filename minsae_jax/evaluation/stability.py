@@ -103,11 +103,13 @@ def _setting_stability(
     matches = {}
     for a, b in combinations(range(len(members)), 2):
         a_to_b = match_directions(directions[a], directions[b])
+        # One to one, so that the matches of b are the inverse.
         b_to_a = np.full(len(directions[b]), -1)
         is_matched = a_to_b >= 0
         b_to_a[a_to_b[is_matched]] = np.flatnonzero(is_matched)
         matches[a, b] = a_to_b
         matches[b, a] = b_to_a
+    # Random directions take the place of another seed: how many features would reappear by chance.
     random = random_directions(directions[1], np.random.default_rng(0))
     chance = matched_cosines(directions[0], random, match_directions(directions[0], random))
     stability = {}
@@ -120,6 +122,7 @@ def _setting_stability(
         of_a = live[a]
         for row, b in enumerate(others):
             a_to_b = matches[a, b]
+            # From places among the live features of b to numbers of features
             match[row, of_a] = np.where(a_to_b >= 0, live[b][a_to_b], -1)
             decoder[row, of_a] = matched_cosines(directions[a], directions[b], a_to_b)
             encoder[row, of_a] = matched_cosines(encoders[a], encoders[b], a_to_b)
@@ -143,6 +146,7 @@ def random_directions(
     with them is chance.
     """
     mean = directions.mean(axis=0)
+    # With X - mean = U S V', the covariance is V S² V' / n: normal numbers times S V' / √n have it.
     _, scale, basis = np.linalg.svd(directions - mean, full_matrices=False)
     normal = rng.standard_normal((len(directions), len(scale)), np.float32)
     scale = scale / np.float32(np.sqrt(len(directions)))
@@ -175,6 +179,7 @@ def match_directions(
     m = len(b)
     rows, columns = _candidates(a, b)
     columns_of_b, rows_of_b = _candidates(b, a)
+    # As single numbers, of which those in both sets are counted once
     pairs = np.concatenate([rows * m + columns, rows_of_b * m + columns_of_b])
     rows, columns = np.divmod(np.unique(pairs), m)
     cosine = _row_products(a, b, rows, columns)

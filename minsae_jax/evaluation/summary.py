@@ -9,7 +9,7 @@ from minsae_jax.checksums import update_checksums
 from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation.event_results import EventScore
 from minsae_jax.evaluation.figure import draw_evaluation
-from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
+from minsae_jax.evaluation.results import Evaluated, Evaluation
 from minsae_jax.files import atomic_write
 from minsae_jax.monitor import table, wrap
 from minsae_jax.sae.hyper import SYMBOLS
@@ -77,10 +77,9 @@ def _members_table(evaluation: Evaluation, has_stability: bool) -> str:
         ]
         if has_loss:
             row.append(_loss_cell(member))
-        if member.stability is not None:
-            shares = member.stability
-            weighted = _number(shares.weighted_share, ".0%") or "undefined"
-            row.append(f"{shares.share:.1%} ({weighted})")
+        if member.stability is not None and member.weighted_stability is not None:
+            weighted = _number(member.weighted_stability, ".0%", "undefined")
+            row.append(f"{member.stability.share():.1%} ({weighted})")
         rows.append(row)
     for pca in evaluation.pca:
         row = [pca.name, f"{pca.k:.1f}", f"{pca.fvu:.4f}", f"{pca.description_bits:.0f}", ""]
@@ -90,34 +89,32 @@ def _members_table(evaluation: Evaluation, has_stability: bool) -> str:
     return table(columns, [row + [""] * (len(columns) - len(row)) for row in rows])
 
 
-def _loss_cell(evaluated: MemberEvaluation | PCAEvaluation) -> str:
-    if evaluated.loss is None:
-        return ""
-    recovered = evaluated.loss.loss_recovered
-    return "undefined" if math.isnan(recovered.value) else _cell(recovered, ".1%")
+def _loss_cell(evaluated: Evaluated) -> str:
+    return (
+        "" if evaluated.loss is None else _cell(evaluated.loss.loss_recovered, ".1%", "undefined")
+    )
 
 
-def _cell(measure: Estimate, digits: str) -> str:
+def _cell(measure: Estimate, digits: str, undefined: str = "") -> str:
     """Return a measure, with its interval in brackets if it has one."""
-    value, within = measure
-    if within is None:
-        return f"{value:{digits}}"
-    return f"{value:{digits}} [{within.low:{digits}}, {within.high:{digits}}]"
+    value = _number(measure.value, digits, undefined)
+    if measure.interval is None:
+        return value
+    low, high = measure.interval
+    return f"{value} [{low:{digits}}, {high:{digits}}]"
 
 
-def _number(value: float, digits: str) -> str:
-    """Return a measure, or nothing where it is undefined."""
-    return "" if math.isnan(value) else f"{value:{digits}}"
+def _number(value: float, digits: str, undefined: str = "") -> str:
+    return undefined if math.isnan(value) else f"{value:{digits}}"
 
 
 def _events_table(evaluation: Evaluation) -> str:
     summaries = {member.member: member.event_summary for member in evaluation.members}
     summaries |= {pca.name: pca.event_summary for pca in evaluation.pca}
-    for name, events in (
-        ("principal components", evaluation.pca_events),
-        ("raw dimensions", evaluation.raw_events),
-    ):
-        summaries[name] = None if events is None else events.summary
+    baselines = evaluation.baseline_events
+    if baselines:
+        summaries["principal components"] = baselines["pca"].summary
+        summaries["raw dimensions"] = baselines["raw"].summary
     rows = []
     for name, means in summaries.items():
         if means is None:
@@ -128,8 +125,7 @@ def _events_table(evaluation: Evaluation) -> str:
             _number(means.token_auc, ".3f"),
             _number(means.precision, ".1%"),
             str(means.pure_features),
-            # It requires two kinds of events.
-            "" if math.isnan(means.tpp.value) else _cell(means.tpp, ".2f"),
+            _cell(means.tpp, ".2f"),  # undefined with a single kind of events
         ]
         rows.append(row)
     return table(["features of", "AUC", "token AUC", "precision", "pure", "TPP"], rows)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.report.chosen import RANDOM_EXAMPLES
-from minsae_jax.report.context import MONTAGE_EXAMPLES
-from minsae_jax.report.examples import Activity
+from minsae_jax.report.context import MONTAGE_EXAMPLES, RANDOM_EXAMPLES
+from minsae_jax.report.examples import N_QUANTILES, Activity
 from minsae_jax.report.excerpts import montage_step
 from minsae_jax.sae.member import SparseAutoencoder
 
@@ -16,7 +15,6 @@ REPORT_BYTES = 250_000_000
 # Measured on the demo: of a page without EEG, and per sample, gzipped and as base64
 PAGE_BYTES = 3000
 SAMPLE_BYTES = 1.1
-N_QUANTILES = 10
 
 
 @dataclass(frozen=True)

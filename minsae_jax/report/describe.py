@@ -1,7 +1,7 @@
 """Feature cards: everything the report shows about a feature, as typed arrays and numbers."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -10,7 +10,6 @@ from minsae_jax.evaluation.associations import LabelledFeature
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.event_results import FeatureScore
 from minsae_jax.report.activations import ExampleActivations, measure_examples
-from minsae_jax.report.chosen import choose_tokens
 from minsae_jax.report.context import SPECTRA_SEED, Context
 from minsae_jax.report.entries import EDGES
 from minsae_jax.report.excerpts import Example, cut_example
@@ -80,8 +79,8 @@ class FeatureRow:
     @property
     def best_event(self) -> FeatureScore | None:
         """The kind of event that the feature detects best, or None if no AUC reaches DETECTS."""
-        detected = [event for event in self.events if event.auc >= DETECTS]
-        return max(detected, key=lambda event: event.auc, default=None)
+        best = max(self.events, key=lambda event: event.auc, default=None)
+        return None if best is None or best.auc < DETECTS else best
 
     @property
     def event(self) -> str:
@@ -142,8 +141,8 @@ def describe_all(context: Context, features: Sequence[int] | None = None) -> Ite
     features = sorted(range(context.sae.d_sae) if features is None else features)
     shown = []
     for feature in features:
-        tokens = choose_tokens(context, feature)
-        shown += [(feature, one.sequence, one.token) for one in tokens]
+        chosen = context.examples_of(feature)
+        shown += [(feature, one.sequence, one.token) for one in chosen]
     of_example, sequence, token = np.array(shown, np.int64).reshape(-1, 3).T
     measured = measure_examples(
         context.dataset, context.sae, context.w, of_example, sequence, token
@@ -161,21 +160,19 @@ def describe_all(context: Context, features: Sequence[int] | None = None) -> Ite
 def feature_row(context: Context, feature: int) -> FeatureRow:
     """Return the parts of a feature's card that do not require EEG."""
     activity = context.activity
-    n_active = int(activity.active[feature])
     ratio = np.zeros(0)
     if context.dataset.has_channels:
         ratio = _channel_ratio(context, feature)
-    findings = context.findings
     return FeatureRow(
         id=feature,
         density=float(activity.density[feature]),
         mean=float(activity.mean[feature]),
         max=float(activity.largest[feature]),
-        channel=_name_of(context.dataset, int(np.argmax(ratio))) if ratio.any() else "",
-        patients=len(_patient_shares(context.dataset, activity.by_recording[feature], n_active)),
+        channel=_top_channel(context.dataset, ratio),
+        patients=len(_patient_shares(context, feature)),
         label=context.labels.get(feature, Label()).label,
-        stability=None if findings is None else findings.stability_of(feature),
-        events=() if findings is None else findings.events_of(feature),
+        stability=context.findings.stability_of(feature),
+        events=context.findings.events_of(feature),
     )
 
 
@@ -198,11 +195,11 @@ def _describe(
     spectrum = None if sample is None else sample.spectrum
     artefacts = {} if sample is None else sample.artefacts
     band = dominant_band(context.bands, spectrum)
-    shares = _patient_shares(dataset, activity.by_recording[feature], n_active)
+    shares = _patient_shares(context, feature)
     by_position = activity.by_token[feature] / n_active
     is_located = dataset.tokens.first >= 0
     examples = []
-    chosen = choose_tokens(context, feature)
+    chosen = context.examples_of(feature)
     for token, around, others in zip(chosen, activations.around, activations.others, strict=True):
         example = cut_example(
             dataset,
@@ -220,9 +217,6 @@ def _describe(
     if strongest:
         for hint in HINTS:
             artefacts_top[hint] = float(np.mean([hint in hints for hints in strongest]))
-    label = context.labels.get(feature, Label())
-    # No ratio is known if all tokens are CLS tokens or in recordings with shifted columns.
-    has_ratio = is_alive and bool(channel_ratio.any())
     suggestion = ""
     support = np.nan
     if is_alive:
@@ -230,23 +224,20 @@ def _describe(
     waveform = None
     if context.encoder is not None:
         waveform = context.encoder.waveform(context.sae.decoder_directions[feature])
-    findings = context.findings
-    return FeatureCard(
-        id=feature,
-        density=float(activity.density[feature]),
-        mean=float(activity.mean[feature]),
-        max=float(activity.largest[feature]),
-        channel=_name_of(dataset, top_channel) if has_ratio else "",
+    row = replace(
+        feature_row(context, feature),
+        channel=_top_channel(dataset, channel_ratio),
         band=band,
-        patients=len(shares),
-        patient_share=float(shares[0][1]) if shares else 0.0,
         artefact=float(max(artefacts.values(), default=np.nan)),
         artefact_top=float(max(artefacts_top.values(), default=np.nan)),
-        cls=float(by_position[~is_located].sum()),
-        label=label.label,
-        note=label.note,
         suggestion=suggestion,
         support=support,
+    )
+    return FeatureCard(
+        **vars(row),
+        patient_share=float(shares[0][1]) if shares else 0.0,
+        cls=float(by_position[~is_located].sum()),
+        note=context.labels.get(feature, Label()).note,
         examples=examples,
         histogram=_histogram(activity.histogram[feature]),
         channel_ratio=channel_ratio,
@@ -258,10 +249,8 @@ def _describe(
         waveform=waveform,
         artefacts=artefacts,
         artefacts_top=artefacts_top,
-        stability=None if findings is None else findings.stability_of(feature),
-        explained=None if findings is None else findings.explained_of(feature),
-        events=() if findings is None else findings.events_of(feature),
-        labels=() if findings is None else findings.labels_of(feature),
+        explained=context.findings.explained_of(feature),
+        labels=context.findings.labels_of(feature),
     )
 
 
@@ -302,15 +291,14 @@ def _suggest(
     return name, float(fits.mean())
 
 
-def _patient_shares(
-    dataset: Dataset,
-    by_recording: Int[np.ndarray, " recordings"],
-    n_active: int,
-) -> list[tuple[str, float]]:
+def _patient_shares(context: Context, feature: int) -> list[tuple[str, float]]:
     """Return (patient, share of the active tokens), largest first, without zeros."""
+    activity = context.activity
     counts: dict[str, int] = {}
-    for patient, count in zip(dataset.patients, by_recording.tolist(), strict=True):
+    by_recording = activity.by_recording[feature].tolist()
+    for patient, count in zip(context.dataset.patients, by_recording, strict=True):
         counts[patient] = counts.get(patient, 0) + count
+    n_active = int(activity.active[feature])
     shares = [(patient, count / n_active) for patient, count in counts.items() if count]
     return sorted(shares, key=lambda item: (-item[1], item[0]))
 
@@ -326,10 +314,13 @@ def _channel_ratio(context: Context, feature: int) -> Float[np.ndarray, " n_vars
     return rate / overall if overall else np.zeros_like(rate)
 
 
-def _name_of(dataset: Dataset, channel: int) -> str:
-    """Return the name of a channel, or "" without channel names."""
+def _top_channel(dataset: Dataset, ratio: Float[np.ndarray, " n_vars"]) -> str:
+    """Return the name of the channel with the largest ratio, or "" if name or ratios are unknown.
+
+    No ratio is known if all tokens are CLS tokens or in recordings with shifted columns.
+    """
     names = dataset.channel_names
-    return "" if names is None else names[channel]
+    return "" if names is None or not ratio.any() else names[int(np.argmax(ratio))]
 
 
 def _by_start(

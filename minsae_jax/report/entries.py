@@ -40,37 +40,6 @@ class ActiveEntries:
     histogram_bin: Int[np.ndarray, " n"]
 
 
-@dataclass(frozen=True)
-class EncodedBatch:
-    """Features of sequences of tokens, on the device; rows at the end are padding."""
-
-    first: int  # sequence
-    n_sequences: int
-    n_tokens: int  # of a sequence
-    features: Float[Array, "rows d_sae"]
-    # A bit for each entry that is not 0, in words of WORD rows
-    bits: UInt32[Array, "words d_sae"]
-
-
-def encode_batch(
-    sae: SparseAutoencoder,
-    first: int,
-    x: Float[np.ndarray, "n n_tokens d_model"],
-    sequences: int,
-) -> EncodedBatch:
-    """Start to encode activations, padded to `sequences`, so that all batches have one shape."""
-    n_sequences, n_tokens, d_model = x.shape
-    features = encode_padded(sae, x.reshape(-1, d_model), sequences * n_tokens)
-    # Compiled separately, since XLA for CPU would repeat the product for the sum.
-    return EncodedBatch(
-        first=first,
-        n_sequences=n_sequences,
-        n_tokens=n_tokens,
-        features=features,
-        bits=_active_bits(features),
-    )
-
-
 def encode_padded(
     sae: SparseAutoencoder, tokens: Float[np.ndarray, "tokens d_model"], n_rows: int
 ) -> Float[Array, "rows d_sae"]:
@@ -97,15 +66,24 @@ def _encode(
 
 @jax.jit
 def _active_bits(features: Float[Array, "rows d_sae"]) -> UInt32[Array, "words d_sae"]:
+    """Return a bit for each entry that is not 0, in words of WORD rows."""
     is_active = features.reshape(-1, WORD, features.shape[1]) > 0
     bit = jnp.left_shift(jnp.uint32(1), jnp.arange(WORD, dtype=jnp.uint32))
     words = jnp.where(is_active, bit[None, :, None], jnp.uint32(0))
     return words.sum(axis=1, dtype=jnp.uint32)
 
 
-def find_active(batch: EncodedBatch) -> ActiveEntries:
-    """Return the entries of a batch that are not 0."""
-    bits = np.asarray(batch.bits)
+def active_entries(
+    sae: SparseAutoencoder, x: Float[np.ndarray, "n n_tokens d_model"], sequences: int
+) -> ActiveEntries:
+    """Encode sequences of tokens, and return the entries that are not 0.
+
+    sequences: to which x is padded, so that all batches have one shape.
+    """
+    n_sequences, n_tokens, d_model = x.shape
+    features = encode_padded(sae, x.reshape(-1, d_model), sequences * n_tokens)
+    # Compiled separately, since XLA for CPU would repeat the product for the sum.
+    bits = np.asarray(_active_bits(features))
     d_sae = bits.shape[1]
     words = bits.ravel()
     place = np.flatnonzero(words)
@@ -117,12 +95,12 @@ def find_active(batch: EncodedBatch) -> ActiveEntries:
     counts = np.bitwise_count(words)
     row = np.repeat(word * WORD, counts) + bit
     feature = np.repeat(feature, counts)
-    is_token = np.flatnonzero(row < batch.n_sequences * batch.n_tokens)
+    is_token = np.flatnonzero(row < n_sequences * n_tokens)
     row = row[is_token]
     feature = feature[is_token]
     n_entries = len(row)
     flat = row * np.int32(d_sae) + feature
-    value, histogram_bin = _take(batch.features, pad_rows(flat, power_of_two(n_entries)))
+    value, histogram_bin = _take(features, pad_rows(flat, power_of_two(n_entries)))
     return ActiveEntries(
         row=row,
         feature=feature,

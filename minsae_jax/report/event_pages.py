@@ -79,8 +79,8 @@ def event_means(evaluation: Evaluation) -> dict[str, EventSummary] | None:
     selected = evaluation.find(evaluation.selected).event_evaluation
     if selected is None:
         return None
-    sets = {"sae": selected, "raw": evaluation.raw_events, "pca": evaluation.pca_events}
-    return {name: events.summary for name, events in sets.items() if events is not None}
+    baselines = {name: events.summary for name, events in evaluation.baseline_events.items()}
+    return {"sae": selected.summary} | baselines
 
 
 def _steering_result(steering: Steering) -> SteeringResult:

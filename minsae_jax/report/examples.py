@@ -14,12 +14,13 @@ from scipy.sparse import csr_array
 
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
-from minsae_jax.report.entries import EDGES, ActiveEntries, EncodedBatch, encode_batch, find_active
+from minsae_jax.report.entries import EDGES, ActiveEntries, active_entries
 from minsae_jax.report.selection import LargestByFeature, StrongestExamples
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_TOKENS = 8192
 BATCH_FEATURES = 1 << 25  # 128 MB of features
+N_QUANTILES = 10  # parts of a feature's activations with an example each
 COACTIVE_TOKENS = 65_536  # sample for co-activity
 COACTIVE_PAIRS = 100_000_000  # at most, of active features of the sampled tokens
 
@@ -31,6 +32,10 @@ class Tokens:
     sequence: Int[np.ndarray, "d_sae n"]
     token: Int[np.ndarray, "d_sae n"]
     activation: Float[np.ndarray, "d_sae n"]
+
+    @property
+    def n(self) -> int:
+        return self.token.shape[1]
 
 
 @dataclass(frozen=True)
@@ -68,24 +73,24 @@ class Activity:
         """Mean activation over active tokens."""
         return self.total / np.maximum(self.active, 1)
 
-    def quantiles(self, count: int = 10) -> Tokens:
-        """Return one random example from each of `count` equal parts of a feature's activations.
+    def quantiles(self) -> Tokens:
+        """Return one random example from each tenth of a feature's activations.
 
-        The lowest part is first, and the example is near the middle of its part. Features with
-        under `count` random examples have none.
+        The lowest tenth is first, and the example is near the middle of its tenth. Features with
+        under N_QUANTILES random examples have none.
         """
         is_example = self.random.token >= 0
         n_examples = is_example.sum(axis=1)
         # Missing examples sort last.
         sortable = np.where(is_example, self.random.activation, np.inf)
         order = np.argsort(sortable, axis=1, kind="stable")
-        middles = (np.arange(count) + 0.5) / count
+        middles = (np.arange(N_QUANTILES) + 0.5) / N_QUANTILES
         ranks = (middles * n_examples[:, None]).astype(int)
         chosen = np.take_along_axis(order, ranks, axis=1)
         token = np.take_along_axis(self.random.token, chosen, axis=1)
         return Tokens(
             sequence=np.take_along_axis(self.random.sequence, chosen, axis=1),
-            token=np.where((n_examples >= count)[:, None], token, -1),
+            token=np.where((n_examples >= N_QUANTILES)[:, None], token, -1),
             activation=np.take_along_axis(self.random.activation, chosen, axis=1),
         )
 
@@ -113,23 +118,23 @@ def collect(
     pairs = _PairSample(every=max(1, n_sequences * n_tokens // COACTIVE_TOKENS))
     with progress("find examples", n_sequences, "sequences", delay=2.0) as bar:
         for first in range(0, n_sequences, at_once):
-            batch = encode_batch(sae, first, dataset.read(first, first + at_once), at_once)
-            entries = find_active(batch)
+            x = dataset.read(first, first + at_once)
+            entries = active_entries(sae, x, at_once)
             first_position = first * n_tokens
             recording = dataset.recording[first : first + at_once]
             strongest.add(first_position, np.repeat(recording, n_tokens), entries)
             # Each token gets a random key; the active tokens with the largest keys are a
             # uniform sample of all active tokens.
-            keys = _random_keys(seed, first_position, batch.n_sequences * n_tokens)
+            keys = _random_keys(seed, first_position, len(x) * n_tokens)
             sample.add(
                 entries.feature,
                 keys[entries.row],
                 first_position + entries.row.astype(np.int64),
                 entries.value,
             )
-            counts.add(batch, entries)
+            counts.add(first, len(x), entries)
             pairs.add(first_position, entries)
-            bar.advance(batch.n_sequences)
+            bar.advance(len(x))
     return Activity(
         n_tokens=counts.n_tokens,
         top=_to_tokens(strongest.finish(), n_tokens),
@@ -180,13 +185,13 @@ class _Counts:
         self.by_token = np.zeros((d_sae, dataset.n_tokens), np.int64)
         self.channel_tokens = np.zeros(n_vars, np.int64)
 
-    def add(self, batch: EncodedBatch, entries: ActiveEntries) -> None:
+    def add(self, first_sequence: int, n_sequences: int, entries: ActiveEntries) -> None:
         """Add a batch of sequences."""
         n_tokens = self.dataset.n_tokens
-        sequences = np.arange(batch.first, batch.first + batch.n_sequences)
+        sequences = np.arange(first_sequence, first_sequence + n_sequences)
         # Of every row, which is a token.
         sequence = np.repeat(sequences, n_tokens)
-        token = np.tile(np.arange(n_tokens), batch.n_sequences)
+        token = np.tile(np.arange(n_tokens), n_sequences)
         recording = self.dataset.recording[sequence]
         self.n_tokens += len(token)
         _add(self.by_token, entries.feature, token[entries.row])

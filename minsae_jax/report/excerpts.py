@@ -69,7 +69,7 @@ class Example:
 EventsByRecording = Mapping[str, Sequence[tuple[str, LabelledEvent]]]
 
 
-def events_by_recording(dataset: TokenPlaces) -> EventsByRecording:
+def read_events_by_recording(dataset: TokenPlaces) -> EventsByRecording:
     """Return kind and place of the events of each recording, by its file name.
 
     There are none without events.csv. Raises UserError if the file is invalid.

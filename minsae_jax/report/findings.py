@@ -41,18 +41,19 @@ class Explained:
     channel: float
     recording: float
     patient: float
-    # The patient with the largest mean activation, and that patient's share of the sum
+    # The patient with the largest mean activation, and that patient's share of the sum; NaN if it
+    # is 0
     top_patient: str = ""
-    top_patient_share: float | None = None
+    top_patient_share: float = np.nan
 
 
 @dataclass(frozen=True)
 class Findings:
     """Measures of every feature; a part is None or empty where nothing was measured."""
 
-    events: FeatureEvents | None
-    stability: Stability | None
-    associations: Associations
+    events: FeatureEvents | None = None
+    stability: Stability | None = None
+    associations: Associations | None = None
 
     def events_of(self, feature: int) -> list[FeatureScore]:
         """Return the feature's scores for each kind of event, the best first."""
@@ -81,24 +82,27 @@ class Findings:
         found = 1 + sum(match.is_same for match in matches)
         return SeedStability(found, stability.n_seeds, matches)
 
-    def explained_of(self, feature: int) -> Explained:
+    def explained_of(self, feature: int) -> Explained | None:
         """Return the shares of the feature's variance that position, channel and so on explain."""
+        if self.associations is None:
+            return None
         variance = self.associations.variance
-        share = float(variance.top_patient_share[feature])
         return Explained(
             position=float(variance.position[feature]),
             channel=float(variance.channel[feature]),
             recording=float(variance.recording[feature]),
             patient=float(variance.patient[feature]),
             top_patient=variance.top_patient[feature],
-            top_patient_share=None if np.isnan(share) else share,
+            top_patient_share=float(variance.top_patient_share[feature]),
         )
 
     def labels_of(self, feature: int) -> Sequence[LabelledFeature]:
         """Return the labels that the feature is related to, by q."""
+        if self.associations is None:
+            return []
         labels = []
         for association in self.associations.labels:
-            test = association.tests.test
+            test = association.test
             if test is not None and test.q[feature] < LEVEL:
                 labels.append(self.associations.of_feature(test, feature))
         return sorted(labels, key=lambda label: label.q)
@@ -108,9 +112,8 @@ def make_findings(evaluation: Evaluation, associations: Associations) -> Finding
     """Return the findings about the features of the member that is reported."""
     evaluated = evaluation.find(evaluation.selected)
     events = evaluated.event_evaluation
-    stability = evaluated.stability
     return Findings(
         events=None if events is None else events.features,
-        stability=None if stability is None else stability.features,
+        stability=evaluated.stability,
         associations=associations,
     )

@@ -1,7 +1,7 @@
 """The pages of labels of recordings or patients: the features related to them, and probes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from minsae_jax.evaluation.labels import PatientLabel
 RANKED = 50  # features in the table of a label
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelPage:
     """One label of recordings or patients: its row in the overview, and its page."""
 
@@ -24,48 +24,45 @@ class LabelPage:
     # Such as "21 to 83, median 52" or "female 9, male 7"
     values: str
     # Name such as "rho", and its definition
-    effect_name: str
-    n_tested: int
-    n_significant: int
+    effect_name: str = "effect"
+    n_tested: int = 0
+    n_significant: int = 0
     effect_hint: str = ""
-    recordings: int | None = None
+    recordings: int
     # How activations are pooled over a recording
-    pooling: str = "mean"
+    pooling: str
     # By p, the smallest first
     features: Sequence[LabelledFeature] = ()
-    probe: LabelProbe | None = None
+    probe: LabelProbe | None
     # Parts that were left out or not measured, with the reason
-    notes: Sequence[str] = ()
+    notes: Sequence[str]
 
 
 def label_page(association: LabelAssociation, associations: Associations) -> LabelPage:
     """Return the page of one of the labels."""
     label = association.label
-    test = association.tests.test
-    notes = [association.tests.note] if association.tests.note else []
-    features = []
-    if test is not None:
-        order = np.argsort(test.p, kind="stable")[:RANKED]
-        features = [associations.of_feature(test, feature) for feature in order.tolist()]
-    probe = None
-    if isinstance(association.probe, str):
-        notes.append(f"no probe: {association.probe}")
-    else:
-        probe = association.probe
-    return LabelPage(
+    test = association.test
+    page = LabelPage(
         name=label.name,
         type="number" if label.is_number else "categories",
-        patients=len(label.patients) if test is None else sum(test.n_patients),
+        patients=len(label.patients),
         recordings=associations.n_recordings,
         values=_values(label),
-        effect_name="effect" if test is None else test.effect_name,
-        effect_hint="" if test is None else _effect_hint(test),
-        n_tested=0 if test is None else len(test.q),
-        n_significant=0 if test is None else len(test.significant()),
         pooling=associations.pooling,
-        features=features,
-        probe=probe,
-        notes=notes,
+        probe=association.probe,
+        notes=association.notes,
+    )
+    if test is None:
+        return page
+    order = np.argsort(test.p, kind="stable")[:RANKED]
+    return replace(
+        page,
+        patients=sum(test.n_patients),
+        effect_name=test.effect_name,
+        effect_hint=_effect_hint(test),
+        n_tested=len(test.q),
+        n_significant=len(test.significant()),
+        features=[associations.of_feature(test, feature) for feature in order.tolist()],
     )
 
 

@@ -128,7 +128,7 @@ def fits_region(
     return np.where(channels < 0, True, fits[channels])
 
 
-def read_labels(
+def read_feature_labels(
     path: Path, d_sae: int, member: str | None = None, before: str | None = None
 ) -> dict[int, Label]:
     """Return the label of each feature in labels.csv, or none if there is no such file.

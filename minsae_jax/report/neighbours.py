@@ -26,11 +26,9 @@ def nearest_features(
         block = np.asarray(features[begin : begin + BLOCK], np.int32)
         padded = np.resize(block, size)
         with jax.default_matmul_precision("highest"):
-            cosines, others = _largest_cosines(rows, padded)
-        for cosine, other in zip(
-            np.asarray(cosines)[: len(block)], np.asarray(others), strict=False
-        ):
-            yield list(zip(other.tolist(), cosine.tolist(), strict=True))
+            cosines, others = map(np.asarray, _largest_cosines(rows, padded))
+        for i in range(len(block)):
+            yield list(zip(others[i].tolist(), cosines[i].tolist(), strict=True))
 
 
 @jax.jit

@@ -75,9 +75,6 @@ def make_pages(
     steering: with the best feature of each kind of event, by kind; may be empty.
     """
     stability = evaluation.find(evaluation.selected).stability
-    n_seeds = None
-    if stability is not None and stability.features is not None:
-        n_seeds = stability.features.n_seeds
     has_seeds = "seed" in varied_names(member.hyper for member in evaluation.members)
     members = [_member_row(member, has_seeds) for member in evaluation.members]
     return Pages(
@@ -87,7 +84,7 @@ def make_pages(
         events=event_pages(evaluation, steering),
         event_means=event_means(evaluation),
         labels=[label_page(each, associations) for each in associations.labels],
-        n_seeds=n_seeds,
+        n_seeds=None if stability is None else stability.n_seeds,
     )
 
 
@@ -106,7 +103,7 @@ def _member_row(member: MemberEvaluation, has_seeds: bool) -> MemberRow:
         description_bits=member.description_bits,
         loss=member.loss,
         events=member.event_summary,
-        stability=None if member.stability is None else member.stability.share,
+        stability=None if member.stability is None else member.stability.share(),
         tokens=member.tokens,
         decoder=member.decoder,
     )

@@ -22,7 +22,7 @@ from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import TokenPlaces, open_recording
 from minsae_jax.evaluation.inputs import check_encoder, check_features
 from minsae_jax.monitor import progress
-from minsae_jax.report.entries import encode_batch, find_active
+from minsae_jax.report.entries import active_entries
 from minsae_jax.report.examples import batch_tokens
 from minsae_jax.sae.member import SparseAutoencoder
 
@@ -58,7 +58,6 @@ class FeatureTotals:
     active: Int[np.ndarray, " d_sae"]
     # Sum of activations
     total: Float[np.ndarray, " d_sae"]
-    largest: Float[np.ndarray, " d_sae"]
 
 
 class Entries(NamedTuple):
@@ -106,12 +105,10 @@ class RecordingEncoder:
         d_sae = self.sae.d_sae
         active = np.zeros(d_sae, np.int64)
         total = np.zeros(d_sae)
-        largest = np.zeros(d_sae, np.float32)
         for entries in self._entries("measure features"):
             active += np.bincount(entries.feature, minlength=d_sae)
             total += np.bincount(entries.feature, entries.value, d_sae)
-            np.maximum.at(largest, entries.feature, entries.value)
-        return FeatureTotals(self.n_tokens, active, total, largest)
+        return FeatureTotals(self.n_tokens, active, total)
 
     def encode(self, features: Collection[int] | None = None) -> EncodedRecording:
         """Return the activations of some features, or of all, on every token."""
@@ -151,7 +148,7 @@ class RecordingEncoder:
                 x = self._layer_output(first, stop)
                 sequences = min(max(1, batch_tokens(self.sae) // places.n_tokens), len(x))
                 for i in range(0, len(x), sequences):
-                    active = find_active(encode_batch(self.sae, i, x[i : i + sequences], sequences))
+                    active = active_entries(self.sae, x[i : i + sequences], sequences)
                     sequence, position = np.divmod(active.row, places.n_tokens)
                     located = self._located_index[position]
                     token = (first * per_window + i + sequence) * n_located + located

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from minsae_jax.evaluation.associations import measure_associations
-from minsae_jax.evaluation.config import EvaluateConfig
+from minsae_jax.evaluation.config import EvaluateConfig, parse_bands
 from minsae_jax.evaluation.inputs import Member
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation
 from minsae_jax.evaluation.steering.edit import can_steer
@@ -20,7 +20,7 @@ from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
 from minsae_jax.report.findings import make_findings
 from minsae_jax.report.montages import bipolar_chains
-from minsae_jax.report.naming import LABELS_CSV, read_labels
+from minsae_jax.report.naming import LABELS_CSV, read_feature_labels
 from minsae_jax.report.page import ReportMeta, read_member, write_pages
 from minsae_jax.report.pages import Pages, make_pages, shown_features
 
@@ -34,7 +34,7 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
     member = next(m for m in inputs.members if m.name == evaluation.selected)
     folder = inputs.out / "report"
     before = read_member(folder)
-    labels = read_labels(folder / LABELS_CSV, member.sae.d_sae, member.name, before)
+    labels = read_feature_labels(folder / LABELS_CSV, member.sae.d_sae, member.name, before)
     n_samples = shown_samples(inputs.test, settings.w, settings.context_seconds)
     activity = collect(
         inputs.test,
@@ -55,7 +55,7 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
         activity,
         inputs.encoder,
         settings.w,
-        settings.band_limits(),
+        parse_bands(settings.bands),
         labels,
         context_seconds=settings.context_seconds,
         montage_examples=budget.montage_examples,
@@ -91,7 +91,9 @@ def _steer(settings: EvaluateConfig, evaluation: Evaluation, member: Member) -> 
     inputs = evaluation.inputs
     if not features or inputs.encoder is None or not can_steer(inputs.encoder, inputs.layer):
         return {}
-    return steer_best(inputs, member, features, bands=settings.band_limits(), seed=settings.seed)
+    return steer_best(
+        inputs, member, features, bands=parse_bands(settings.bands), seed=settings.seed
+    )
 
 
 def _make_meta(
@@ -130,7 +132,7 @@ def _make_meta(
         positions=np.zeros((0, 2)) if positions is None else positions,
         bipolar=[] if names is None else bipolar_chains(names),
         channel_tokens=test.has_channels,
-        bands=settings.band_limits(),
+        bands=parse_bands(settings.bands),
         summary=_summary_rows(evaluation.find(member.name), member),
         pages=pages,
         pages_rule=pages_rule,

@@ -289,7 +289,7 @@ def dominant_band(bands: Sequence[Band], spectrum: Spectrum | None) -> str:
         return ""
     means = {}
     for band in bands:
-        has_band = is_inside(spectrum.hz, band).any()
+        has_band = band.contains(spectrum.hz).any()
         if has_band and band_ratio(spectrum.hz, spectrum.low, band) > 1:
             means[band.name] = float(band_ratio(spectrum.hz, spectrum.ratio, band))
     if not means:
@@ -298,13 +298,8 @@ def dominant_band(bands: Sequence[Band], spectrum: Spectrum | None) -> str:
     return best if means[best] > BROADBAND_RATIO else "broadband"
 
 
-def is_inside(hz: Float[np.ndarray, " n_hz"], band: Band) -> Bool[np.ndarray, " n_hz"]:
-    """Return which frequencies are in a band."""
-    return (hz >= band.low) & (hz < band.high)
-
-
 def band_ratio(
     hz: Float[np.ndarray, " n_hz"], ratio: Float[np.ndarray, "*n n_hz"], band: Band
 ) -> Float[np.ndarray, "*n"]:
     """Return the mean ratio in a band."""
-    return np.asarray(ratio[..., is_inside(hz, band)].mean(axis=-1))
+    return np.asarray(ratio[..., band.contains(hz)].mean(axis=-1))

@@ -28,12 +28,12 @@ from minsae_jax.report.excerpts import (
     EventSpan,
     channel_name,
     events_between,
-    events_by_recording,
     montage_eeg,
     montage_step,
+    read_events_by_recording,
 )
 from minsae_jax.report.montages import Chain, bipolar_chains
-from minsae_jax.report.naming import LABELS_CSV, Label, read_labels
+from minsae_jax.report.naming import LABELS_CSV, Label, read_feature_labels
 from minsae_jax.report.page import ASSETS, read_index
 from minsae_jax.report.recording import EncodedRecording, FeatureTotals, RecordingEncoder
 from minsae_jax.report.view_config import ViewConfig
@@ -144,7 +144,7 @@ def view(
     labels: Mapping[int, Label] = {}
     elsewhere = None
     if run is not None:
-        labels = read_labels(run / "report" / LABELS_CSV, sae.d_sae, member)
+        labels = read_feature_labels(run / "report" / LABELS_CSV, sae.d_sae, member)
         elsewhere = read_elsewhere(run / "report", member)
     pages = []
     for runner, target in zip(runners, targets, strict=True):
@@ -272,7 +272,7 @@ def make_meta(
         seq_len=places.seq_len,
         starts=grid.starts.tolist(),
         lengths=of_slot,
-        events=events_between(places, 0, 0, n_samples, events_by_recording(places)),
+        events=events_between(places, 0, 0, n_samples, read_events_by_recording(places)),
         features=[viewed_feature(encoded, feature, labels, elsewhere) for feature in shown],
         activations=pack(table),
         eeg_step=EEG_STEP,

@@ -37,7 +37,7 @@ def test_labels_are_of_the_patients_in_their_folder(inputs):
     associations = measure_associations(inputs, inputs.members[0], "mean", seed=0)
     (group,) = associations.labels
     assert associations.n_recordings == len(inputs.test.recordings)
-    assert group.tests.test.n_patients == (6, 6)
+    assert group.test.n_patients == (6, 6)
     values = np.zeros((N_PATIENTS, 4))
     for patient in range(N_PATIENTS):
         names = [name.startswith(f"p{patient:03d}") for name in inputs.test.recordings]
@@ -49,8 +49,9 @@ def test_labels_are_of_the_patients_in_their_folder(inputs):
         values[patient] = np.mean(by_recording, axis=0)
     higher = values[1::2, None] - values[None, ::2]
     expected = (np.sign(higher) / 2 + 0.5).mean((0, 1))
-    np.testing.assert_allclose(group.tests.test.effect, expected, atol=1e-9)
-    assert group.probe == NO_PROBE
+    np.testing.assert_allclose(group.test.effect, expected, atol=1e-9)
+    assert group.probe is None
+    assert group.notes[-1] == f"no probe: {NO_PROBE}"
 
 
 def test_without_a_file_there_are_no_labels(inputs, tmp_path):

@@ -116,7 +116,7 @@ def test_nan_is_null_in_evaluation_json(evaluation, tmp_path):
         members=(replace(member, event_evaluation=of_events),),
         selected=member.member,
     )
-    changed.write()
+    summary.write_files(changed)
     text = (tmp_path / "evaluation.json").read_text()
     assert "NaN" not in text
     assert json.loads(text)["members"][0]["event_summary"]["tpp"] is None

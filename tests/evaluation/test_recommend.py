@@ -12,9 +12,9 @@ from minsae_jax.evaluation.results import (
     DensityHistogram,
     MemberEvaluation,
     PCAEvaluation,
-    StabilitySummary,
     TokenMeasures,
 )
+from minsae_jax.evaluation.stability import Stability
 
 D_MODEL = 128
 NOTHING = np.zeros((0, 0))
@@ -28,6 +28,19 @@ NO_FEATURES = FeatureEvents(
     base_rate=np.zeros(0),
     is_pure=NOTHING > 0,
 )
+
+
+def make_stability(share):
+    """Return matches of 100 features with one other seed, of which a share reappears."""
+    cosine = (np.arange(100) < 100 * share)[None].astype(np.float32)
+    return Stability(
+        others=("other",),
+        is_live=np.ones(100, bool),
+        match=np.zeros((1, 100), int),
+        decoder_cosine=cosine,
+        encoder_cosine=cosine,
+        chance=np.zeros(100),
+    )
 
 
 def summary(pure):
@@ -65,18 +78,30 @@ def member(
     events = None
     if pure is not None:
         events = EventEvaluation({}, summary(pure), NO_FEATURES)
-    found_again = None
-    if stability is not None:
-        found_again = StabilitySummary(stability, stability, 0.0, None)
     cosines = DecoderCosines(0.1, 0.1, twins)
-    hyper = {"kind": "relu"}
     return MemberEvaluation(
-        name, hyper, status, tokens, cosines, float(bits), found_again, loss, events
-    )  # fmt: skip
+        member=name,
+        hyper={"kind": "relu"},
+        status=status,
+        tokens=tokens,
+        decoder=cosines,
+        description_bits=float(bits),
+        stability=None if stability is None else make_stability(stability),
+        weighted_stability=stability,
+        loss=loss,
+        event_evaluation=events,
+    )
 
 
 def pca(k, fvu):
-    return PCAEvaluation(k, fvu, 1 - fvu, 100.0, None, None)
+    return PCAEvaluation(
+        k=k,
+        fvu=fvu,
+        explained_variance=1 - fvu,
+        description_bits=100.0,
+        loss=None,
+        event_evaluation=None,
+    )
 
 
 def test_the_shortest_description_among_those_that_reach_95_percent():

@@ -27,7 +27,7 @@ from minsae_jax.eeg.splits import patient_of
 from minsae_jax.evaluation.dataset import open_dataset
 from minsae_jax.evaluation.events import read_events
 from minsae_jax.evaluation.labels import read_labels
-from minsae_jax.report.naming import read_labels as read_feature_labels
+from minsae_jax.report.naming import read_feature_labels
 from minsae_jax.sae.member import load_sae
 from minsae_jax.settings import load_values
 from tests.conftest import FIXTURES

@@ -9,7 +9,6 @@ import pytest
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
 from minsae_jax.eeg.recordings import load_recording
 from minsae_jax.report import naming
-from minsae_jax.report.chosen import choose_tokens
 from minsae_jax.report.context import Context
 from minsae_jax.report.describe import describe, describe_all
 from minsae_jax.report.examples import collect
@@ -91,7 +90,7 @@ def test_events_and_other_features_of_an_example(trained, context, feature):
     dataset = context.dataset
     n_events = 0
     examples = describe(context, feature).examples
-    for example, token in zip(examples, choose_tokens(context, feature), strict=True):
+    for example, token in zip(examples, context.examples_of(feature), strict=True):
         stop = example.start + len(example.trace) / 100
         expected = [
             (row["event"], int(row["start"]) / 100, int(row["stop"]) / 100, row["channels"].split())
@@ -190,9 +189,11 @@ def test_nearest_feature_has_the_largest_cosine(context, feature):
 
 
 def test_dead_feature_has_no_name(context):
-    active = context.activity.active.copy()
-    active[7] = 0
-    dead = replace(context, activity=replace(context.activity, active=active))
+    changed = {}
+    for name in ("active", "by_recording", "by_channel"):
+        changed[name] = getattr(context.activity, name).copy()
+        changed[name][7] = 0
+    dead = replace(context, activity=replace(context.activity, **changed))
     card = describe(dead, 7)
     assert (card.density, card.suggestion, card.channel) == (0, "", "")
 

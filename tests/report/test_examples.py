@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minsae_jax.report import examples, selection
-from minsae_jax.report.entries import EDGES, encode_batch, find_active
+from minsae_jax.report.entries import EDGES, active_entries
 from minsae_jax.report.examples import collect
 from minsae_jax.sae.member import SparseAutoencoder
 
@@ -140,7 +140,7 @@ def test_random_examples_are_a_uniform_sample_of_active_tokens(everything):
 def test_quantiles_are_one_example_from_each_part(everything):
     dataset, sae, f, _, _ = everything
     activity = collect(dataset, sae, random=60)
-    tokens = activity.quantiles(10)
+    tokens = activity.quantiles()
     for feature in range(sae.d_sae):
         n = int((activity.random.token[feature] >= 0).sum())
         if n < 10:
@@ -203,7 +203,7 @@ def test_edges_of_the_histogram_belong_to_the_bin_above():
             "b_dec": np.zeros(2),
         }
     )
-    entries = find_active(encode_batch(sae, 0, np.zeros((1, 1, 2), np.float32), sequences=1))
+    entries = active_entries(sae, np.zeros((1, 1, 2), np.float32), sequences=1)
     np.testing.assert_array_equal(entries.value, values)
     expected = np.searchsorted(EDGES, values.astype(np.float64), "right") - 1
     np.testing.assert_array_equal(entries.histogram_bin, np.clip(expected, 0, len(EDGES) - 2))

@@ -10,7 +10,7 @@ from minsae_jax.report.context import DEFAULT_BANDS
 from minsae_jax.report.naming import (
     fits_region,
     lobes_of,
-    read_labels,
+    read_feature_labels,
     region,
     suggest_name,
 )
@@ -78,38 +78,38 @@ def test_activity_everywhere_but_at_one_channel_is_widespread():
 def test_labels_of_another_member_are_left_out(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("member,feature,label,note\na,1,alpha,\nb,1,beta,\n,2,both,\n")
-    assert read_labels(path, 16, "a") == {1: ("alpha", ""), 2: ("both", "")}
-    assert read_labels(path, 16, "b") == {1: ("beta", ""), 2: ("both", "")}
+    assert read_feature_labels(path, 16, "a") == {1: ("alpha", ""), 2: ("both", "")}
+    assert read_feature_labels(path, 16, "b") == {1: ("beta", ""), 2: ("both", "")}
 
 
 def test_labels_without_a_member_warn_if_the_member_changed(tmp_path):
     path = tmp_path / "labels.csv"
-    assert read_labels(path, 16, "b", before="a") == {}
+    assert read_feature_labels(path, 16, "b", before="a") == {}
     path.write_text("feature,label,note\n1,alpha,\n")
     for before in (None, "b"):
-        assert read_labels(path, 16, "b", before) == {1: ("alpha", "")}
+        assert read_feature_labels(path, 16, "b", before) == {1: ("alpha", "")}
     with pytest.warns(UserWarning, match="the report before was about a"):
-        assert read_labels(path, 16, "b", before="a") == {1: ("alpha", "")}
+        assert read_feature_labels(path, 16, "b", before="a") == {1: ("alpha", "")}
     path.write_text("feature,label,note,member\n1,alpha,,a\n")
-    assert read_labels(path, 16, "b", before="a") == {}
+    assert read_feature_labels(path, 16, "b", before="a") == {}
     path.write_bytes("feature,läbel,note\n".encode("latin-1"))
     with pytest.raises(UserError, match="must have the columns feature, label and note"):
-        read_labels(path, 16, "b", before="a")
+        read_feature_labels(path, 16, "b", before="a")
 
 
 def test_labels(tmp_path):
     path = tmp_path / "labels.csv"
-    assert read_labels(path, 16) == {}
+    assert read_feature_labels(path, 16) == {}
     path.write_text('feature,label,note\n12,alpha,\n7,"eyes, closed",sure\n')
-    assert read_labels(path, 16) == {12: ("alpha", ""), 7: ("eyes, closed", "sure")}
+    assert read_feature_labels(path, 16) == {12: ("alpha", ""), 7: ("eyes, closed", "sure")}
     with pytest.warns(UserWarning, match="names feature 12, but the member has features 0 to 11"):
-        assert read_labels(path, 12) == {7: ("eyes, closed", "sure")}
+        assert read_feature_labels(path, 12) == {7: ("eyes, closed", "sure")}
     path.write_text("feature,label,note\n-1,alpha,\n")
     with pytest.raises(UserError, match="feature -1 is below 0"):
-        read_labels(path, 16)
+        read_feature_labels(path, 16)
     path.write_text("feature,name\nx,y\n")
     with pytest.raises(UserError, match="must have the columns feature, label and note"):
-        read_labels(path, 16)
+        read_feature_labels(path, 16)
 
 
 def channel_ratios(rng, n_active, share, burst=1):

@@ -213,7 +213,6 @@ def test_features_more_active_than_elsewhere_come_first():
         n_tokens=10,
         active=np.array([1, 1, 1, 1, 0, 1]),
         total=np.array([8.0, 8.0, 8.0, 1.0, 0.0, 100.0]),
-        largest=np.ones(6, np.float32),
     )
     elsewhere = Elsewhere(
         # Feature 0 is as active elsewhere, 1 half as much, 2 too but longer; 3 is never active.

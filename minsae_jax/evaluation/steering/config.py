@@ -1,9 +1,9 @@
 """Settings of steering."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from minsae_jax.evaluation.config import EvaluateConfig, EvaluationInputConfig, ReportConfig
+from minsae_jax.evaluation.config import EvaluationInputConfig, ReportConfig, parse_bands
 from minsae_jax.settings import (
     AtLeastOne,
     NonNegative,
@@ -52,12 +52,4 @@ class SteerConfig(EditConfig, EvaluationInputConfig):
         require(bool(self.feature), "--feature requires at least one feature")
         require(bool(self.scale), "--scale requires at least one number")
         require(not self.window or self.recording is not None, "--window requires --recording")
-        self.inputs_of(self.member)
-
-    def inputs_of(self, member: str | None) -> EvaluateConfig:
-        """Return the settings of an evaluation of one member with the same inputs and bands.
-
-        Raises UserError if a band is invalid.
-        """
-        inputs = {field.name: getattr(self, field.name) for field in fields(EvaluationInputConfig)}
-        return EvaluateConfig(**inputs, member=member, bands=self.bands, seed=self.seed)
+        parse_bands(self.bands)

@@ -272,7 +272,7 @@ def _reconstructions(
     for waveform, power, of_channels in zip(waveforms, powers, rms, strict=True):
         ratios = {}
         for band in bands:
-            is_inside = (hz >= band.low) & (hz < band.high)
+            is_inside = band.contains(hz)
             if is_inside.any():
                 untouched = powers[0, is_inside].sum()
                 in_band = power[is_inside].sum()

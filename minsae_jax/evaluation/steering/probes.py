@@ -92,8 +92,9 @@ class Probe:
     """The fitted probe for one kind of event."""
 
     kind: str
-    # Of the kind in LabelledSpans
-    number: int
+    # Which of the test spans are of this kind, and which of these are events
+    of_kind: Bool[np.ndarray, " spans"]
+    is_event: Bool[np.ndarray, " of_kind"]
     # From the last layer's means to logits
     logits: LinearProbe
     # AUC of each feature on the val patients, by its largest activation within a span
@@ -141,8 +142,14 @@ def make_probes(
         is_event = val.is_event[of_kind]
         means = values.last[of_kind, 0].astype(np.float64)
         aucs = auc(values.strongest[of_kind], is_event)
-        val_aucs = dict(zip(features, aucs.tolist(), strict=True))
-        probe = Probe(kind, number, fit_probe(means, is_event), val_aucs)
+        in_test = test.kind == number
+        probe = Probe(
+            kind=kind,
+            of_kind=in_test,
+            is_event=test.is_event[in_test],
+            logits=fit_probe(means, is_event),
+            val_aucs=dict(zip(features, aucs.tolist(), strict=True)),
+        )
         probes.append(probe)
     if left_out:
         warnings.warn(
@@ -236,19 +243,13 @@ def find_target(
     values: of the test spans and these features. choice: the kind and the feature, if they are
     chosen already.
     """
-    val_aucs = {}
-    for probe in probes.probes:
-        for feature in features:
-            val_aucs[probe.kind, feature] = probe.val_aucs[feature]
-    if choice is None:
-        choice = max(val_aucs, key=val_aucs.__getitem__)
-    kind, feature = choice
-    number = next(probe.number for probe in probes.probes if probe.kind == kind)
-    of_kind = probes.test.kind == number
-    column = features.index(feature)
-    strongest = values.strongest[of_kind, column]
-    (test_auc,) = auc(strongest[:, None], probes.test.is_event[of_kind])
-    return Target(kind, feature, val_aucs[choice], float(test_auc))
+    candidates = [(probe, feature) for probe in probes.probes for feature in features]
+    if choice is not None:
+        candidates = [(probe, choice[1]) for probe in probes.probes if probe.kind == choice[0]]
+    probe, feature = max(candidates, key=lambda candidate: candidate[0].val_aucs[candidate[1]])
+    strongest = values.strongest[probe.of_kind, features.index(feature)]
+    (test_auc,) = auc(strongest[:, None], probe.is_event)
+    return Target(probe.kind, feature, probe.val_aucs[feature], float(test_auc))
 
 
 def read_probes(probes: Probes, values: SpanValues) -> list[tuple[ProbeReading, ...]]:
@@ -256,9 +257,8 @@ def read_probes(probes: Probes, values: SpanValues) -> list[tuple[ProbeReading, 
     n_variants = values.last.shape[1]
     readings: list[list[ProbeReading]] = [[] for _ in range(n_variants)]
     for probe in probes.probes:
-        of_kind = probes.test.kind == probe.number
-        is_event = probes.test.is_event[of_kind]
-        logits = _logits(probe, values.last[of_kind])
+        is_event = probe.is_event
+        logits = _logits(probe, values.last[probe.of_kind])
         untouched = logits[:, :1]
         changes = (logits - untouched)[is_event] / untouched.std()
         mean_changes = changes.mean(axis=0)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
-from minsae_jax.evaluation.config import Band
+from minsae_jax.evaluation.config import Band, parse_bands
 from minsae_jax.evaluation.dataset import Dataset, open_recording
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member, check_features, open_inputs
 from minsae_jax.evaluation.steering.config import SteerConfig
@@ -43,8 +43,7 @@ def steer(
     or window, or a feature is not active there.
     """
     member_name = settings.member or _recommended(Path(settings.run))
-    evaluate_settings = settings.inputs_of(member_name)
-    inputs = open_inputs(evaluate_settings, encoder, train_config)
+    inputs = open_inputs(settings, encoder, train_config, member_name)
     with inputs.locked():
         return _steer(settings, encoder, inputs, member_name)
 
@@ -60,7 +59,7 @@ def _steer(
     places = _choose_places(settings, steered)
     # A variant for each scale, which is that of all features.
     scales = np.outer(settings.scale, np.ones(len(features)))
-    bands = settings.inputs_of(member_name).band_limits()
+    bands = parse_bands(settings.bands)
     changes = measure_windows(steered, places, features, scales, bands)
     probes = make_probes(inputs, steered, features, settings.seed)
     target = None

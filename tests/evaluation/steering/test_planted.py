@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from convert.encoder import convert_encoder
-from minsae_jax.eeg import montage
 from minsae_jax.eeg.synthetic import DemoConfig, write_demo
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.extract import extract
-from minsae_jax.evaluation.config import Band, EvaluateConfig
+from minsae_jax.evaluation.config import EvaluateConfig, parse_bands
 from minsae_jax.evaluation.evaluate import evaluate
 from minsae_jax.evaluation.steering.steer import steer_best
 from minsae_jax.sae.config import TrainConfig
@@ -19,7 +18,7 @@ from minsae_jax.sae.trainer import train
 
 DEMO = Path(__file__).parents[3] / "configs/demo"
 SCALES = (0.0, 2.0, 5.0)
-BANDS = tuple(Band(*band) for band in montage.BANDS)
+BANDS = parse_bands(EvaluateConfig.bands)
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def test_spans_are_read_by_means_and_maxima_of_their_tokens(inputs, steered, pro
     """The steered layer is the last, so that the store has the activations."""
     sae = inputs.members[0].sae
     for probe in probes.probes:
-        of_kind = probes.test.kind == probe.number
+        of_kind = probe.of_kind
         spans = spans_of(inputs.test, probe.kind)
         assert len(spans) == of_kind.sum() > 1
         for i, (is_event, x) in zip(np.flatnonzero(of_kind), spans, strict=True):
@@ -77,7 +77,7 @@ def test_readings_match_their_definitions(probes, values):
     readings = read_probes(probes, values)
     assert len(readings) == 3
     for number, probe in enumerate(probes.probes):
-        of_kind = probes.test.kind == probe.number
+        of_kind = probe.of_kind
         is_event = probes.test.is_event[of_kind]
         # The probe is affine: its weights are its logits of the unit vectors, less its bias.
         bias = probe.logits(np.zeros((1, 128)))

@@ -11,7 +11,7 @@ from PIL import Image
 
 import minsae_jax as ms
 from minsae_jax import UserError
-from minsae_jax.evaluation.config import EvaluateConfig
+from minsae_jax.evaluation.config import EvaluateConfig, parse_bands
 from minsae_jax.evaluation.inputs import open_inputs
 from minsae_jax.evaluation.steering.figure import draw
 from minsae_jax.evaluation.steering.steer import steer_best
@@ -157,7 +157,9 @@ def test_best_features_are_steered_as_one_by_one(trained, config, steering):
     inputs = open_inputs(settings, trained.encoder)
     kinds = [reading.kind for reading in steering.untouched.probes]
     features = dict.fromkeys(kinds, 41) | {steering.target.kind: 17, "unknown": 2}
-    best = steer_best(inputs, inputs.members[0], features, config.scale, 3, settings.band_limits())
+    best = steer_best(
+        inputs, inputs.members[0], features, config.scale, 3, parse_bands(settings.bands)
+    )
     assert sorted(best) == kinds
     for kind, result in best.items():
         assert result.target.kind == kind
