@@ -55,8 +55,8 @@ class Associations:
     # Empty without labels.csv
     labels: tuple[LabelAssociation, ...]
     pooling: Pooling
-    # Recordings in which labels were tested
-    n_recordings: int
+    # All recordings of the splits in which labels were tested, those without a label among them
+    recordings: tuple[str, ...]
 
     def of_feature(self, test: LabelTest, feature: int) -> LabelledFeature:
         """Return a label's test of one feature."""
@@ -87,7 +87,7 @@ def measure_associations(
         splits.insert(0, inputs.val)
     labels = read_labels(test.folder, [name for split in splits for name in split.recordings])
     if not labels:
-        return Associations(variance, (), pooling, 0)
+        return Associations(variance, (), pooling, ())
     by_split = [pool(split, member.sae) for split in splits[:-1]] + [pooled]
     recordings = [name for each in by_split for name in each.recordings]
     values = np.concatenate([each.values(pooling) for each in by_split])
@@ -106,7 +106,7 @@ def measure_associations(
         else:
             fitted = probe
         associations.append(LabelAssociation(label, result.test, fitted, tuple(notes)))
-    return Associations(variance, tuple(associations), pooling, len(recordings))
+    return Associations(variance, tuple(associations), pooling, tuple(recordings))
 
 
 def _patient_values(pooled: Sequence[Pooled], pooling: Pooling) -> list[PatientValues]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from minsae_jax.eeg.splits import patient_of
 from minsae_jax.evaluation.associations import Associations, LabelAssociation, LabelledFeature
 from minsae_jax.evaluation.label_probes import LabelProbe
 from minsae_jax.evaluation.label_tests import LabelTest
@@ -28,6 +29,7 @@ class LabelPage:
     n_tested: int = 0
     n_significant: int = 0
     effect_hint: str = ""
+    # Of these patients
     recordings: int
     # How activations are pooled over a recording
     pooling: str
@@ -42,11 +44,13 @@ def label_page(association: LabelAssociation, associations: Associations) -> Lab
     """Return the page of one of the labels."""
     label = association.label
     test = association.test
+    tested = label if test is None else label.only(test.categories)
+    recordings = [name for name in associations.recordings if patient_of(name) in tested.patients]
     page = LabelPage(
         name=label.name,
         type="number" if label.is_number else "categories",
-        patients=len(label.patients),
-        recordings=associations.n_recordings,
+        patients=len(set(map(patient_of, recordings))),
+        recordings=len(recordings),
         values=_values(label),
         pooling=associations.pooling,
         probe=association.probe,
@@ -57,7 +61,6 @@ def label_page(association: LabelAssociation, associations: Associations) -> Lab
     order = np.argsort(test.p, kind="stable")[:RANKED]
     return replace(
         page,
-        patients=sum(test.n_patients),
         effect_name=test.effect_name,
         effect_hint=_effect_hint(test),
         n_tested=len(test.q),

@@ -36,7 +36,7 @@ def inputs(tmp_path_factory):
 def test_labels_are_of_the_patients_in_their_folder(inputs):
     associations = measure_associations(inputs, inputs.members[0], "mean", seed=0)
     (group,) = associations.labels
-    assert associations.n_recordings == len(inputs.test.recordings)
+    assert associations.recordings == inputs.test.recordings
     assert group.test.n_patients == (6, 6)
     values = np.zeros((N_PATIENTS, 4))
     for patient in range(N_PATIENTS):

@@ -14,6 +14,27 @@ from tests.evaluation.planted import (
 )
 
 
+def page_of(folder, dictionary, dataset, name):
+    """Return the page of a label of a store without val patients."""
+    member = Member("planted", true_autoencoder(dictionary))
+    inputs = EvaluationInputs(folder, folder, None, (member,), dataset, val=None, events=None)
+    associations = measure_associations(inputs, member, "mean", seed=0)
+    pages = {label.label.name: label_page(label, associations) for label in associations.labels}
+    return pages[name]
+
+
+def test_patients_and_recordings_are_those_that_are_tested(tmp_path):
+    """Patients have one or two recordings in turn; p006 has a rare drug, p007 and p008 none."""
+    rng = np.random.default_rng(0)
+    dictionary = draw_dictionary(rng, 4, 8)
+    places = make_places(9, 2)
+    dataset = write_planted(tmp_path, draw_codes(rng, places, 4) @ dictionary, places)
+    rows = [f"p{i:03d},{drug}" for i, drug in enumerate([*"aaabbbc", "n/a", ""])]
+    (dataset.folder / "labels.csv").write_text("\n".join(["patient,drug", *rows]))
+    page = page_of(tmp_path, dictionary, dataset, "drug")
+    assert (page.patients, page.recordings, len(dataset.recordings)) == (6, 9, 13)
+
+
 def test_pages_of_labels_without_values_and_of_ambiguous_patients(tmp_path):
     """`empty` has no value at all, `other` none of these patients; p001 has two recordings."""
     rng = np.random.default_rng(0)
@@ -26,12 +47,10 @@ def test_pages_of_labels_without_values_and_of_ambiguous_patients(tmp_path):
     rows = [f"{name},,,{drug}" for name, drug in zip(names, "abca", strict=True)]
     text = "\n".join(["recording,empty,other,drug", *rows, "p009_s001_t000.npy,,7.5,a"])
     (dataset.folder / "labels.csv").write_text(text)
-    member = Member("planted", true_autoencoder(dictionary))
-    inputs = EvaluationInputs(tmp_path, tmp_path, None, (member,), dataset, val=None, events=None)
-    associations = measure_associations(inputs, member, "mean", seed=0)
-    pages = {label.label.name: label_page(label, associations) for label in associations.labels}
     for name in ("empty", "other"):
-        assert (pages[name].patients, pages[name].values) == (0, "none")
-        assert pages[name].notes[0] == "not tested: 0 patients with a value"
-    assert pages["drug"].values == "a 2, b 0, c 0"
-    assert sum("several categories" in note for note in pages["drug"].notes) == 1
+        page = page_of(tmp_path, dictionary, dataset, name)
+        assert (page.patients, page.recordings, page.values) == (0, 0, "none")
+        assert page.notes[0] == "not tested: 0 patients with a value"
+    drug = page_of(tmp_path, dictionary, dataset, "drug")
+    assert drug.values == "a 2, b 0, c 0"
+    assert sum("several categories" in note for note in drug.notes) == 1
