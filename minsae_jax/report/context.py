@@ -64,12 +64,13 @@ class Context:
 
     def examples_of(self, feature: int) -> list[ChosenToken]:
         """Return the tokens of a feature to show as examples."""
-        groups = [("top", self.activity.top, rank) for rank in range(self.activity.top.n)]
-        groups += [(f"q{rank + 1}", self.quantiles, rank) for rank in range(self.quantiles.n)]
-        n_random = min(RANDOM_EXAMPLES, self.activity.random.n)
-        groups += [("random", self.activity.random, rank) for rank in range(n_random)]
+        top = self.activity.top
+        random = self.activity.random
+        ranked = [("top", top, rank) for rank in range(top.n)]
+        ranked += [(f"q{rank + 1}", self.quantiles, rank) for rank in range(self.quantiles.n)]
+        ranked += [("random", random, rank) for rank in range(min(RANDOM_EXAMPLES, random.n))]
         chosen = []
-        for group, tokens, rank in groups:
+        for group, tokens, rank in ranked:
             token = int(tokens.token[feature, rank])
             if token < 0:
                 continue

@@ -243,13 +243,15 @@ def find_target(
     values: of the test spans and these features. choice: the kind and the feature, if they are
     chosen already.
     """
-    candidates = [(probe, feature) for probe in probes.probes for feature in features]
-    if choice is not None:
-        candidates = [(probe, choice[1]) for probe in probes.probes if probe.kind == choice[0]]
-    probe, feature = max(candidates, key=lambda candidate: candidate[0].val_aucs[candidate[1]])
+    val_aucs = {}
+    for probe in probes.probes:
+        for feature in features:
+            val_aucs[probe.kind, feature] = probe.val_aucs[feature]
+    kind, feature = choice or max(val_aucs, key=val_aucs.__getitem__)
+    probe = next(probe for probe in probes.probes if probe.kind == kind)
     strongest = values.strongest[probe.of_kind, features.index(feature)]
     (test_auc,) = auc(strongest[:, None], probe.is_event)
-    return Target(probe.kind, feature, probe.val_aucs[feature], float(test_auc))
+    return Target(kind, feature, val_aucs[kind, feature], float(test_auc))
 
 
 def read_probes(probes: Probes, values: SpanValues) -> list[tuple[ProbeReading, ...]]:
