@@ -222,7 +222,7 @@ def _substitute(
             settings.mask_ratio,
             settings.seed,
         )
-        return {member.name: errors.of_member(i) for i, member in enumerate(missing)}
+        return dict(zip([member.name for member in missing], errors, strict=True))
 
     return saved_or_measured(
         inputs.out,

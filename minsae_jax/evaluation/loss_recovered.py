@@ -25,8 +25,8 @@ BATCH_WINDOWS = 16
 class SubstitutionErrors:
     """Mean squared errors on the masked patches of each window, for each substitute of a layer."""
 
-    # On the activations themselves, their mean, zero, and the x̂ of each SAE
-    by_window: Float[np.ndarray, "variants windows"]
+    # On the activations themselves, their mean, zero, and an SAE's x̂
+    by_window: Float[np.ndarray, "4 windows"]
     # Of each window, as an index into the dataset's
     recording: Int[np.ndarray, " windows"]
 
@@ -47,15 +47,6 @@ class SubstitutionErrors:
     def zero_ablation(self) -> float:
         return float(self.by_window[2].mean())
 
-    @property
-    def members(self) -> tuple[float, ...]:
-        """Errors on the x̂ of each SAE."""
-        return tuple(self.by_window[3:].mean(axis=1).tolist())
-
-    def of_member(self, i: int) -> "SubstitutionErrors":
-        """Return the errors with those of one SAE."""
-        return SubstitutionErrors(self.by_window[[0, 1, 2, 3 + i]], self.recording)
-
 
 @dataclass(frozen=True)
 class LossRecovered:
@@ -72,7 +63,7 @@ class LossRecovered:
 
 
 def summarise(errors: SubstitutionErrors, recordings: Sequence[str], seed: int) -> LossRecovered:
-    """Return the result of the only SAE, with an interval by resampling patients.
+    """Return the result of an SAE, with an interval by resampling patients.
 
     recordings: file names of the dataset's recordings.
     """
@@ -116,8 +107,8 @@ def substitution_errors(
     n_windows: int,
     mask_ratio: float,
     seed: int = 0,
-) -> SubstitutionErrors:
-    """Return the pretraining error with the output of a layer replaced.
+) -> list[SubstitutionErrors]:
+    """Return the pretraining errors with the output of a layer replaced, for each SAE.
 
     Windows are drawn from all recordings. In each a share mask_ratio of the patches is masked as in
     the encoder's pretraining; all substitutes get the same masks.
@@ -149,7 +140,8 @@ def substitution_errors(
             errors.append(batch_errors[: len(batch_places)])
             bar.advance(len(batch_places))
     recording = np.array([recording for recording, _ in places])
-    return SubstitutionErrors(np.concatenate(errors).T, recording)
+    by_window = np.concatenate(errors).T
+    return [SubstitutionErrors(by_window[[0, 1, 2, 3 + i]], recording) for i in range(len(saes))]
 
 
 def loss_recovered(ablated: float, substituted: float, untouched: float) -> float:
@@ -168,7 +160,7 @@ def loss_recovered(ablated: float, substituted: float, untouched: float) -> floa
 def _variants(kinds: Sequence[SAEKind]) -> Substitutes:
     """Return a function from activations to all their replacements.
 
-    They are in the order of SubstitutionErrors. kinds: SAE kind of each member.
+    They are in the order of SubstitutionErrors, with the x̂ of all SAEs. kinds: of each SAE.
     """
 
     def variants(

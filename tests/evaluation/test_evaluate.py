@@ -82,7 +82,8 @@ def test_measures_match_their_definitions(trained, evaluation):
             assert 0 <= score.auc.value <= 1
             assert len(set(score.best_five)) == 5
     assert evaluation.baselines.keys() == evaluation.members[0].events.keys()
-    alone = substitution_errors(trained.encoder, dataset, 2, [], x.mean(0), 6, 0.4)
+    sae = trained.sae()
+    (alone,) = substitution_errors(trained.encoder, dataset, 2, [sae], x.mean(0), 6, 0.4)
     expected = pytest.approx(alone.mean_ablation, rel=1e-4)
     assert evaluation.substitution.mean_ablation == expected
 
