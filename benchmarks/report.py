@@ -34,7 +34,7 @@ from minsae_jax.report.context import Context
 from minsae_jax.report.describe import describe_all, feature_row
 from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
-from minsae_jax.report.page import write_pages
+from minsae_jax.report.folder import write_pages
 from minsae_jax.sae.member import SparseAutoencoder
 from tests.report.made_up import make_meta
 

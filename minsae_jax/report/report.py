@@ -19,9 +19,9 @@ from minsae_jax.report.describe import describe_all, feature_row
 from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
 from minsae_jax.report.findings import make_findings
+from minsae_jax.report.folder import ReportMeta, read_member, write_pages
 from minsae_jax.report.montages import bipolar_chains
 from minsae_jax.report.naming import LABELS_CSV, read_feature_labels
-from minsae_jax.report.page import ReportMeta, read_member, write_pages
 from minsae_jax.report.pages import Pages, make_pages, shown_features
 
 

@@ -32,9 +32,9 @@ from minsae_jax.report.excerpts import (
     montage_step,
     read_events_by_recording,
 )
+from minsae_jax.report.folder import ASSETS, read_index
 from minsae_jax.report.montages import Chain, bipolar_chains
 from minsae_jax.report.naming import LABELS_CSV, Label, read_feature_labels
-from minsae_jax.report.page import ASSETS, read_index
 from minsae_jax.report.recording import EncodedRecording, FeatureTotals, RecordingEncoder
 from minsae_jax.report.view_config import ViewConfig
 from minsae_jax.sae.member import SparseAutoencoder

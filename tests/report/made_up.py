@@ -23,9 +23,9 @@ from minsae_jax.report.describe import FeatureCard, FeatureRow, Histogram
 from minsae_jax.report.event_pages import EventPage, SteeringEffect, SteeringResult
 from minsae_jax.report.excerpts import EventSpan, Example
 from minsae_jax.report.findings import Explained, SeedMatch, SeedStability
+from minsae_jax.report.folder import ReportMeta
 from minsae_jax.report.label_pages import LabelPage
 from minsae_jax.report.montages import bipolar_chains
-from minsae_jax.report.page import ReportMeta
 from minsae_jax.report.pages import MemberRow, Pages
 from minsae_jax.report.spectra import Spectrum
 

@@ -10,7 +10,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
-from minsae_jax.report.page import write_pages
+from minsae_jax.report.folder import write_pages
 from minsae_jax.report.pages import Pages
 from tests.report.made_up import make_cards, make_dead_card, make_meta, make_pages, make_row
 

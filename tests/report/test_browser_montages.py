@@ -10,8 +10,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from minsae_jax.eeg.montage import CHANNELS, POSITIONS
+from minsae_jax.report.folder import write_pages
 from minsae_jax.report.montages import bipolar_chains
-from minsae_jax.report.page import write_pages
 from tests.report.made_up import make_cards, make_meta, make_pages
 from tests.report.test_browser import find, texts, visit, wait, wait_for_feature
 

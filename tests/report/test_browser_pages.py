@@ -16,7 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from minsae_jax.report.page import write_pages
+from minsae_jax.report.folder import write_pages
 from minsae_jax.report.pages import Pages
 from tests.report.made_up import (
     EVENTS,

@@ -2,9 +2,7 @@
 
 import numpy as np
 
-from minsae_jax.evaluation.associations import Associations
 from minsae_jax.evaluation.stability import Stability
-from minsae_jax.evaluation.variance import VarianceShares
 from minsae_jax.report.findings import Findings
 
 NAN = np.nan
@@ -20,9 +18,7 @@ def test_seeds_of_a_feature_are_its_own_and_those_of_close_matches():
         encoder_cosine=np.array([[0.5, 0.6, 0.7, NAN], [0.8, 0.9, 0, NAN]]),
         chance=np.zeros(1),
     )
-    zeros = np.zeros(4)
-    variance = VarianceShares(zeros, zeros, zeros, zeros, ("p",) * 4, zeros)
-    findings = Findings(None, stability, Associations(variance, (), "mean", 1))
+    findings = Findings(stability=stability)
     first, second, third, dead = map(findings.stability_of, range(4))
     assert (first.found, second.found, third.found) == (3, 2, 1)
     assert first.seeds == 3

@@ -10,7 +10,7 @@ import pytest
 from minsae_jax.errors import UserError
 from minsae_jax.estimates import Estimate, Interval
 from minsae_jax.report.budget import PAGE_BYTES, SAMPLE_BYTES
-from minsae_jax.report.page import PACK, PAGE_FILES, read_member, write_pages
+from minsae_jax.report.folder import PACK, PAGE_FILES, read_member, write_pages
 from tests.report.made_up import (
     make_cards,
     make_dead_card,
