@@ -9,8 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from convert.torch_files import Tensors, load_torch, to_numpy
-from minsae_jax.eeg.splits import join_some
-from minsae_jax.errors import UserError
+from minsae_jax.errors import UserError, join_some
 from minsae_jax.files import sha256_of
 from minsae_jax.settings import JsonObject, shown
 

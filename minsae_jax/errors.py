@@ -1,9 +1,9 @@
-"""Errors that the command line reports as one line, without a traceback."""
+"""Errors that the command line reports as one line, without a traceback, and the text of messages."""
 
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -32,6 +32,18 @@ def brief(text: object, limit: int = 200) -> str:
     'two lines'
     """
     return " ".join(str(text).split())[:limit]
+
+
+def join_some(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
+    """Return the first `limit` items as text, with the number of the others.
+
+    >>> join_some(["a", "b", "c"], limit=2)
+    'a, b, and 1 more'
+    """
+    text = separator.join(items[:limit])
+    if len(items) > limit:
+        text += f"{separator}and {len(items) - limit} more"
+    return text
 
 
 def is_system_error(error: BaseException) -> bool:

@@ -22,12 +22,11 @@ from minsae_jax.eeg.splits import (
     MIN_PATIENTS,
     Split,
     Splits,
-    join_some,
     patient_of,
     patient_splits,
     splits_path,
 )
-from minsae_jax.errors import UserError, brief
+from minsae_jax.errors import UserError, brief, join_some
 from minsae_jax.files import regular_file
 from minsae_jax.settings import shown
 

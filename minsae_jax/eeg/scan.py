@@ -26,8 +26,8 @@ from minsae_jax.eeg.recordings import (
     list_bad,
     load_recording,
 )
-from minsae_jax.eeg.splits import Split, join_some
-from minsae_jax.errors import UserError
+from minsae_jax.eeg.splits import Split
+from minsae_jax.errors import UserError, join_some
 from minsae_jax.monitor import progress
 from minsae_jax.settings import JsonObject
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from minsae_jax.errors import UserError, reading
+from minsae_jax.errors import UserError, join_some, reading
 from minsae_jax.files import atomic_write, regular_file
 
 Split = Literal["train", "val", "test", "all"]
@@ -121,15 +121,3 @@ def read_splits(path: Path) -> Splits:
 
 def _is_patient_list(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(patient, str) for patient in value)
-
-
-def join_some(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
-    """Return the first `limit` items as text, with the number of the others.
-
-    >>> join_some(["a", "b", "c"], limit=2)
-    'a, b, and 1 more'
-    """
-    text = separator.join(items[:limit])
-    if len(items) > limit:
-        text += f"{separator}and {len(items) - limit} more"
-    return text

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float
 
-from minsae_jax.eeg.splits import join_some
+from minsae_jax.errors import join_some
 from minsae_jax.estimates import Estimate, Interval
 from minsae_jax.evaluation.bootstrap import draw_patients
 from minsae_jax.evaluation.config import EvaluateConfig

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import chi2, false_discovery_control, mannwhitneyu, mode, rankdata, skew
 from scipy.stats import t as student
 
-from minsae_jax.eeg.splits import join_some
+from minsae_jax.errors import join_some
 from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.permutations import permutation_p, product_size, share_between
 from minsae_jax.evaluation.pooling import PatientValues

@@ -12,7 +12,7 @@ from minsae_jax.eeg.prepare.plan import Plan
 from minsae_jax.eeg.prepare.read import EegFile
 from minsae_jax.eeg.prepare.signals import check_quality
 from minsae_jax.eeg.prepare.tables import BadRecordingError
-from minsae_jax.eeg.splits import join_some
+from minsae_jax.errors import join_some
 
 
 class SkippedError(Exception):

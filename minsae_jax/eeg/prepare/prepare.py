@@ -20,8 +20,7 @@ from minsae_jax.eeg.prepare.recording import prepare_recording
 from minsae_jax.eeg.prepare.sources import Source, files_of, find_sources
 from minsae_jax.eeg.prepare.workers import worker_pool
 from minsae_jax.eeg.recordings import LABELS, LENGTHS, check_usable, list_bad
-from minsae_jax.eeg.splits import join_some
-from minsae_jax.errors import UserError
+from minsae_jax.errors import UserError, join_some
 from minsae_jax.files import atomic_write, foreign_entries, make_folder, regular_file
 from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import progress, table

@@ -28,7 +28,7 @@ from minsae_jax.eeg.prepare.signals import (
 )
 from minsae_jax.eeg.prepare.sources import Source
 from minsae_jax.eeg.prepare.tables import BadRecordingError
-from minsae_jax.eeg.splits import join_some
+from minsae_jax.errors import join_some
 from minsae_jax.files import atomic_write, sha256_of
 
 

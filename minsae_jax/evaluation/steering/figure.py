@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minsae_jax.eeg.splits import join_some
+from minsae_jax.errors import join_some
 from minsae_jax.evaluation.steering.results import Effect, Steering
 from minsae_jax.sae.figures import COLOURS, tidy
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
-from minsae_jax.eeg.splits import join_some
+from minsae_jax.errors import join_some
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.events import (
     WITHOUT_SPANS,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.eeg.splits import join_some
+from minsae_jax.errors import join_some
 from minsae_jax.evaluation.steering.edit import Place
 from minsae_jax.evaluation.steering.output import ExampleTrace, Reconstruction
 from minsae_jax.evaluation.steering.probes import ProbeReading, Target
