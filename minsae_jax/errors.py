@@ -1,4 +1,4 @@
-"""Errors that the command line reports as one line, without a traceback, and the text of messages."""
+"""Errors that the command line reports as one line, without a traceback; texts of messages."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""`events.csv`: labelled events in recordings.
+"""Labelled events in recordings, and `events.csv`.
 
 Its columns are recording, event (its kind), start, stop (samples) and channels. Names of channels
 are separated by spaces; a name that contains spaces is in double quotes.
@@ -22,6 +22,16 @@ class Event:
     start: int  # sample
     stop: int  # sample
     channels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A labelled stretch of an EEG file, before it becomes an event of a recording."""
+
+    kind: str
+    onset: float  # seconds from the first sample
+    duration: float  # seconds; 0 if the source gives none
+    channels: tuple[str, ...]  # names in the file; () for all
 
 
 def join_channels(names: Sequence[str]) -> str:

@@ -12,7 +12,8 @@ import pytest
 from mne_bids import get_bids_path_from_fname
 
 from minsae_jax import PrepareConfig, UserError
-from minsae_jax.eeg.prepare.sources import bids_sidecar, find_sources
+from minsae_jax.eeg.prepare.bids import bids_sidecar
+from minsae_jax.eeg.prepare.sources import find_sources
 from tests.eeg.eeg_files import NEW_NAMES, load, make_raw, run, write_file
 from tests.samples import sample
 

@@ -8,15 +8,11 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.eeg.montage import canonical
+from minsae_jax.eeg.prepare.errors import BadRecordingError, SkippedError
 from minsae_jax.eeg.prepare.plan import Plan
 from minsae_jax.eeg.prepare.read import EegFile
 from minsae_jax.eeg.prepare.signals import check_quality
-from minsae_jax.eeg.prepare.tables import BadRecordingError
 from minsae_jax.errors import join_some
-
-
-class SkippedError(Exception):
-    """A recording that the settings leave out."""
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from minsae_jax.eeg.prepare.bids import bids_patient, bids_root, read_table
 from minsae_jax.eeg.prepare.config import PrepareConfig
-from minsae_jax.eeg.prepare.sources import Source, bids_patient, bids_root
-from minsae_jax.eeg.prepare.tables import BadRecordingError, read_table
+from minsae_jax.eeg.prepare.errors import BadRecordingError
+from minsae_jax.eeg.prepare.sources import Source
 from minsae_jax.errors import UserError
 
 KEY_COLUMNS = ("recording", "patient", "participant_id")
 PARTICIPANTS = "participants.tsv"
 
+Labels = dict[str, str]  # name -> value, as text
 
-def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[dict[str, str]]:
+
+def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[Labels]:
     """Return a row for each recording that has labels: recording, patient, and all labels.
 
-    Rows of recordings take precedence over those of their patients. Raises UserError if a table is
-    invalid.
+    Raises UserError if a table is invalid.
     """
     if config.labels:
         rows = _rows_of_table(Path(config.labels), sources)
@@ -29,27 +31,27 @@ def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[dict[s
     for source in sources:
         if source.name in rows:
             patient = source.name.split("_")[0]
-            values = {name: _text(rows[source.name].get(name, "")) for name in columns}
+            values = {name: rows[source.name].get(name, "") for name in columns}
             labels.append({"recording": source.name, "patient": patient} | values)
     return labels
 
 
-def _rows_of_table(path: Path, sources: Sequence[Source]) -> dict[str, dict[str, str]]:
-    """Return the row of each recording in a table of recordings or patients."""
+def _rows_of_table(path: Path, sources: Sequence[Source]) -> dict[str, Labels]:
+    """Return the row of each recording, or else of its patient."""
     of_key = _read(path, KEY_COLUMNS)
     rows = {}
     for source in sources:
         file_name = source.path.name
-        keys = (source.name, file_name, file_name.split(".")[0], source.patient)
-        matching = [of_key[_without_sub(key)] for key in keys if _without_sub(key) in of_key]
-        if matching:
-            rows[source.name] = matching[0]
+        for key in (source.name, file_name, file_name.split(".")[0], source.patient):
+            if _without_sub(key) in of_key:
+                rows[source.name] = of_key[_without_sub(key)]
+                break
     return rows
 
 
-def _rows_of_bids(sources: Sequence[Source]) -> dict[str, dict[str, str]]:
+def _rows_of_bids(sources: Sequence[Source]) -> dict[str, Labels]:
     """Return the row of each BIDS recording in the participants.tsv of its dataset."""
-    tables: dict[Path, dict[str, dict[str, str]]] = {}
+    tables: dict[Path, dict[str, Labels]] = {}
     rows = {}
     for source in sources:
         root = bids_root(source.path)
@@ -63,45 +65,26 @@ def _rows_of_bids(sources: Sequence[Source]) -> dict[str, dict[str, str]]:
     return rows
 
 
-def _read(path: Path, key_columns: Sequence[str]) -> dict[str, dict[str, str]]:
+def _read(path: Path, key_columns: Sequence[str]) -> dict[str, Labels]:
     """Return the labels in each row of a table, by its value in the first of the key columns."""
     try:
         rows = read_table(path, ())
     except BadRecordingError as e:
         raise UserError(f"{path} {e}") from None
-    key_column = _key_column(path, rows, key_columns)
-    # The columns of keys are those of the output, whose patients may be hashes.
-    return {
-        _without_sub(row[key_column]): {
-            name: value for name, value in row.items() if name not in KEY_COLUMNS
-        }
-        for row in rows
-    }
+    columns = list(rows[0]) if rows else []
+    present = [name for name in key_columns if name in columns]
+    if not present:
+        raise UserError(f"{path} must have rows and a column {' or '.join(key_columns)}")
+    labels: dict[str, Labels] = {}
+    for row in rows:
+        key = _without_sub(row[present[0]])
+        if not key or key in labels:
+            raise UserError(f"{path} must have different values of {present[0]}, got {key!r}")
+        # The output has its own columns of keys: its patients may be hashes.
+        labels[key] = {name: value for name, value in row.items() if name not in KEY_COLUMNS}
+    return labels
 
 
 def _without_sub(key: str) -> str:
     """Return a key without BIDS's prefix: tables have sub-01 or 01 for the patient 01."""
     return key.removeprefix("sub-")
-
-
-def _key_column(path: Path, rows: Sequence[dict[str, str]], key_columns: Sequence[str]) -> str:
-    """Return the column that identifies rows. Raises UserError if none does."""
-    columns = list(rows[0]) if rows else []
-    for name in key_columns:
-        if name in columns:
-            _check_different(path, name, rows)
-            return name
-    raise UserError(f"{path} must have rows and a column {' or '.join(key_columns)}")
-
-
-def _check_different(path: Path, column: str, rows: Sequence[dict[str, str]]) -> None:
-    seen = set()
-    for row in rows:
-        key = row[column]
-        if not key or key in seen:
-            raise UserError(f"{path} must have different values of {column}, got {key!r}")
-        seen.add(key)
-
-
-def _text(value: str) -> str:
-    return "" if value == "n/a" else value

@@ -4,7 +4,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,19 @@ import mne
 import numpy as np
 from jaxtyping import Float
 
+from minsae_jax.eeg.events import Annotation
 from minsae_jax.eeg.montage import canonical
-from minsae_jax.eeg.prepare.edf_gaps import Records, read_records
-from minsae_jax.eeg.prepare.edf_header import SUFFIXES, has_signals, read_header
-from minsae_jax.eeg.prepare.sources import bids_sidecar, files_with_stem
-from minsae_jax.eeg.prepare.tables import (
-    Annotation,
-    BadRecordingError,
-    read_channels,
-    read_events,
-)
+from minsae_jax.eeg.prepare import edf
+from minsae_jax.eeg.prepare.bids import bids_sidecar, read_channels, read_events
+from minsae_jax.eeg.prepare.errors import BadRecordingError
+from minsae_jax.eeg.prepare.sources import files_with_stem
 from minsae_jax.errors import brief
 from minsae_jax.files import regular_file
 
 # Annotations at the start of a file and at gaps, by MNE, EEGLAB and BrainVision.
 BOUNDARY = re.compile(r"^(EDGE boundary|BAD boundary|boundary|New Segment/.*)$")
 MIN_SHARED = 10  # channels, for a reference that is shared
-TRUNCATED = "does not match the file size"
+TRUNCATED = "does not match the file size"  # in MNE's log, of EDF files
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,8 @@ class EegFile:
     not_eeg: frozenset[str]  # canonical names of channels of other types in BIDS's channels.tsv
     annotations: tuple[Annotation, ...]
     is_truncated: bool  # shorter than its header says
-    n_gaps: int = 0  # across which the samples are joined
-    is_resampled: bool = False  # by MNE, since channels of `raw` have different rates
+    n_gaps: int  # across which the samples are joined
+    is_resampled: bool  # by MNE, since channels of `raw` have different rates
 
     def is_among(self, channel: str, names: Collection[str]) -> bool:
         """Return whether a channel, by its canonical name, is among such names.
@@ -72,40 +68,41 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
         with warnings.catch_warnings(), mne.utils.catch_logging() as log:
             warnings.simplefilter("ignore")
             raw = _read_raw(path)
-            start = raw.info["meas_date"]
-            more_annotations = [each for note in notes for each in _annotations_in(note, start)]
             names = _names(raw.ch_names)
             annotations = _annotations(raw)
-            if path.suffix.lower() in SUFFIXES:
-                header = read_header(path)
+            start = raw.info["meas_date"]
+            in_notes = [each for note in notes for each in _annotations_in(note, start)]
+            if path.suffix.lower() in edf.SUFFIXES:
+                header = edf.read_header(path)
                 rates = dict(zip(raw.ch_names, header.samples_of_signals, strict=True))
                 if header.is_discontinuous:
-                    records = read_records(path, header)
+                    records = edf.read_records(path, header)
                 if len(set(rates.values())) > 1:
                     raw = _without_unused(path, raw, names, wanted)
         sampling_rate = float(raw.info["sfreq"])
         n_samples = len(raw.times)
     except Exception as e:  # damaged files raise almost anything
         raise BadRecordingError(f"cannot be read ({_without_quotes(e)})") from None
-    if not has_signals(path):
+    if not edf.has_signals(path):
         raise BadRecordingError(
             "contains annotations and no signals; these would be of the recording of the same "
             "patient and session, if there is only one (see --patient_pattern)"
         )
     if not (np.isfinite(sampling_rate) and sampling_rate > 0 and n_samples > 0):
         raise BadRecordingError("contains no samples")
+
+    boundaries = {each.onset for each in annotations if BOUNDARY.match(each.kind)}
+    n_gaps = sum(onset > 0 for onset in boundaries)
     if records is not None:
-        annotations = _annotations_of(records)
+        annotations = records.annotations
         n_gaps = records.n_gaps
-    else:
-        boundaries = [each.onset for each in annotations if BOUNDARY.match(each.kind)]
-        n_gaps = len({onset for onset in boundaries if onset > 0})
     events_table = bids_sidecar(path, "events")
     if events_table is not None:
         annotations = read_events(events_table, default=annotations)
-    annotations += tuple(more_annotations)
+    annotations += tuple(in_notes)
     if records is not None:
-        annotations = _without_gaps(annotations, records)
+        annotations = records.joined(annotations)
+
     bad = {canonical(name) for name in raw.info["bads"]}
     not_eeg: set[str] = set()
     channels_table = bids_sidecar(path, "channels")
@@ -129,7 +126,7 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
 def _read_raw(path: Path, exclude: Sequence[str] = ()) -> mne.io.BaseRaw:
     """Open a file with MNE. exclude: names of channels to leave out of an EDF or BDF file."""
     settings: dict[str, Any] = {"preload": False, "verbose": "WARNING"}
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in edf.SUFFIXES:
         return mne.io.read_raw(path, **settings)
     settings |= {"exclude": exclude, "exclude_after_unique": True}
     return _in_either_encoding(mne.io.read_raw, path, **settings)
@@ -241,25 +238,6 @@ def _annotations(raw: mne.io.BaseRaw) -> tuple[Annotation, ...]:
         channels = tuple(each.get("ch_names", ()))
         annotations.append(Annotation(kind, onset, float(each["duration"]), channels))
     return tuple(annotations)
-
-
-def _annotations_of(records: Records) -> tuple[Annotation, ...]:
-    annotations = []
-    for note in records.notes:
-        kind, *channel = note.text.split("@@")  # one channel, as MNE reads and writes it
-        annotations.append(Annotation(kind, note.onset, note.duration, tuple(channel)))
-    return tuple(annotations)
-
-
-def _without_gaps(annotations: Sequence[Annotation], records: Records) -> tuple[Annotation, ...]:
-    """Return annotations by the times of the joined records; those within a gap are left out."""
-    placed = []
-    for each in annotations:
-        onset = records.without_gaps(each.onset)
-        duration = records.without_gaps(each.onset + each.duration) - onset
-        if duration > 0 or not records.is_in_gap(each.onset):
-            placed.append(replace(each, onset=onset, duration=duration))
-    return tuple(placed)
 
 
 def _without_quotes(error: Exception) -> str:

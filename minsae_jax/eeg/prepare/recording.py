@@ -9,9 +9,9 @@ from minsae_jax.eeg.description import RecordingDescription
 from minsae_jax.eeg.events import Event
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.channels import mixing_matrix
+from minsae_jax.eeg.prepare.errors import BadRecordingError, SkippedError
 from minsae_jax.eeg.prepare.file_channels import (
     FileChannels,
-    SkippedError,
     check_channels,
     check_interpolated,
     find_channels,
@@ -27,7 +27,6 @@ from minsae_jax.eeg.prepare.signals import (
     write_recording,
 )
 from minsae_jax.eeg.prepare.sources import Source
-from minsae_jax.eeg.prepare.tables import BadRecordingError
 from minsae_jax.errors import join_some
 from minsae_jax.files import atomic_write, sha256_of
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from minsae_jax.eeg.description import UV_PER_UNIT, Unit
-from minsae_jax.eeg.prepare.tables import BadRecordingError
+from minsae_jax.eeg.prepare.errors import BadRecordingError
 
 FLAT_UV = 0.1  # SD below which the TUH corpus's preprocessing treats a channel as flat
 CLIPPED_SHARE = 1e-3  # of the samples, next to an equal sample at the limit of the channel

@@ -7,7 +7,6 @@ user. File names of recordings are `<patient>_s<session>_t<token>_preprocessed.n
 import glob
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,18 +14,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from minsae_jax.eeg.prepare.bids import BIDS, bids_root, bids_sidecar, is_bids
 from minsae_jax.eeg.prepare.config import PrepareConfig
-from minsae_jax.eeg.prepare.edf_header import has_signals
-from minsae_jax.errors import UserError, brief
-from minsae_jax.files import regular_file
+from minsae_jax.eeg.prepare.edf import has_signals
+from minsae_jax.errors import UserError
 
 # Endings of the files that start a recording; a file of any other format can be given by name.
 SUFFIXES = (
     ".edf", ".bdf", ".gdf", ".vhdr", ".ahdr", ".set", ".fif", ".fif.gz", ".cnt", ".mff", ".cdt",
     ".nxe", ".lay", ".nedf",
 )  # fmt: skip
-BIDS_FILE = "dataset_description.json"
-BIDS = r"(?:^|[/\\])sub-(?P<patient>[^_/\\]+)(?:_ses-(?P<session>[^_/\\]+))?[^/\\]*$"
 TUH = r"(?:^|[/\\])(?P<patient>[^_/\\]+)_s(?P<session>\d+)_t(?P<token>\d+)[^/\\]*$"
 # Parts of a recording after the first, which MNE reads together with it.
 CONTINUATION = re.compile(r"(_split-(?!0*1_)\d+_)|(-\d+\.fif(\.gz)?$)")
@@ -92,62 +89,6 @@ def find_sources(config: PrepareConfig) -> list[Source]:
     return sources
 
 
-def is_bids(folder: Path) -> bool:
-    """Return whether a folder is the root of a BIDS dataset."""
-    return (folder / BIDS_FILE).is_file()
-
-
-def bids_root(path: Path) -> Path | None:
-    """Return the root of the BIDS dataset that a recording is in; None if it is in none."""
-    root = _folders_up_to_root(path.parent)[-1]
-    return root if is_bids(root) else None
-
-
-def bids_patient(path: Path) -> str | None:
-    """Return the patient in the name of a BIDS recording; None for other names."""
-    match = re.search(BIDS, path.as_posix())
-    return match["patient"] if match else None
-
-
-def bids_sidecar(path: Path, what: str) -> Path | None:
-    """Return the table, events or channels, that applies to a BIDS recording; None without one.
-
-    By BIDS's inheritance principle, a table applies to all recordings in its folder and below whose
-    names contain all parts of the table's name (`sub-01`, `task-rest`). The nearest folder takes
-    precedence, and within a folder the table with the most parts.
-    """
-    stem, is_eeg, _ = path.name.rpartition("_eeg.")
-    if not is_eeg:
-        return None
-    parts = set(stem.split("_"))
-    for folder in _folders_up_to_root(path.parent):
-        tables = {}
-        for table in _tables(folder, folder.stat().st_mtime_ns):
-            of_table = set(table.name.split("_")[:-1])
-            is_table = table.name.split("_")[-1] == f"{what}.tsv"
-            if is_table and of_table <= parts and table.is_file():
-                tables[table] = len(of_table)
-        if tables:
-            return max(tables, key=tables.__getitem__)
-    return None
-
-
-# As for `_by_stem`: the root of a BIDS dataset has a folder for each of thousands of patients.
-@lru_cache(maxsize=16)
-def _tables(folder: Path, modified_ns: int) -> list[Path]:
-    """Return the tables in a folder."""
-    return sorted(folder.glob("*.tsv"))
-
-
-def _folders_up_to_root(folder: Path) -> list[Path]:
-    """Return a folder and those above it up to the BIDS dataset's, or only itself without one."""
-    folders = [folder, *folder.parents]
-    for count, each in enumerate(folders, start=1):
-        if is_bids(each):
-            return folders[:count]
-    return [folder]
-
-
 def files_of(path: Path) -> list[Path]:
     """Return all files that belong to a recording, such as .vhdr, .eeg, .vmrk and BIDS tables."""
     if path.is_dir():
@@ -204,22 +145,12 @@ def _files_below(folder: Path) -> list[Path]:
         if not files:
             raise UserError(f"there is no EEG file in {folder} ({', '.join(SUFFIXES)})")
         return files
-    _check_bids(folder / BIDS_FILE)
     subjects = sorted(path for path in folder.glob("sub-*") if path.is_dir())
     files = [file for subject in subjects for file in _search(subject)]
     files = [file for file in files if file.parent.name == "eeg" and "_eeg." in file.name]
     if not files:
         raise UserError(f"the BIDS dataset {folder} has no EEG file sub-*/**/eeg/*_eeg.*")
     return files
-
-
-def _check_bids(path: Path) -> None:
-    try:
-        content = json.loads(regular_file(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read as JSON: {brief(e)}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not contain a JSON object")
 
 
 def _search(folder: Path) -> list[Path]:
