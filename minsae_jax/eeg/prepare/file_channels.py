@@ -24,9 +24,10 @@ class FileChannels:
     references: tuple[str, ...]
     read: tuple[str, ...]  # target channels in the file, then references
     unused: tuple[str, ...]  # of the file
-    not_eeg: tuple[str, ...]  # target channels that are not of an electrode
-    flat: tuple[str, ...] = ()  # of `read`, once the samples are known, and so are these
-    clipped: tuple[str, ...] = ()
+    not_eeg: tuple[str, ...]  # target channels of electrodes whose type in BIDS is another
+    # Known once the samples are read
+    flat: tuple[str, ...] = ()  # of `read`
+    clipped: tuple[str, ...] = ()  # of `read`
     bad: tuple[str, ...] = ()  # target channels that are flat, marked as bad or not EEG
 
     @property
@@ -43,25 +44,27 @@ def find_channels(file: EegFile, plan: Plan) -> FileChannels:
     names = {canonical(channel): channel for channel in plan.channels}
     present = [key for key in names if key in file.names]
     references: list[str] = []
-    if plan.reference not in (("average",), ("none",)):
-        references = [canonical(name) for name in plan.reference]
-    absent = [name for name in references if name not in file.names]
+    if plan.settings.reference not in (("average",), ("none",)):
+        references = [canonical(name) for name in plan.settings.reference]
+    absent = [key for key in references if key not in file.names]
     if absent:
         raise BadRecordingError(f"has no reference channel {' '.join(absent)}")
-    read = (*present, *(key for key in references if key not in present))
-    in_file = {name for key in read for name in file.names[key]}
-    unused = [key for key, same in file.names.items() if in_file.isdisjoint(same)]
-    # No EEG is expected of a channel without a position, such as HEOG.
-    electrodes = [
-        key for key, position in zip(names, plan.positions, strict=True) if position is not None
-    ]
+    read = dict.fromkeys([*present, *references])  # an ordered set
+    # Two keys can be of one channel: C3-A2 and, where most channels have this reference, C3.
+    names_read = {name for key in read for name in file.names[key]}
+    unused = [key for key, same in file.names.items() if names_read.isdisjoint(same)]
+    not_eeg = []
+    for key, position in zip(names, plan.positions, strict=True):
+        # No EEG is expected of a channel without a position, such as HEOG.
+        if position is not None and file.is_among(key, file.not_eeg):
+            not_eeg.append(key)
     return FileChannels(
         names=names,
         missing=tuple(key for key in names if key not in file.names),
         references=tuple(references),
-        read=read,
+        read=tuple(read),
         unused=tuple(sorted(unused)),
-        not_eeg=tuple(key for key in electrodes if file.is_among(key, file.not_eeg)),
+        not_eeg=tuple(not_eeg),
     )
 
 
@@ -72,32 +75,32 @@ def check_channels(
 
     Raises BadRecordingError on NaN, a wrong unit, and unusable references.
     """
-    quality = check_quality(data)
-    read = np.array(channels.read)
-    flat = tuple(read[quality.is_flat].tolist())
-    bad = [key for key in channels.read if key in flat or file.is_among(key, file.bad)]
-    unusable = [key for key in channels.references if key in bad]
-    if unusable:
-        raise BadRecordingError(f"has a flat or bad reference channel: {' '.join(unusable)}")
-    targets = [key for key in channels.read if key in channels.names]
+    quality = dict(zip(channels.read, check_quality(data), strict=True))
+    flat = [key for key in channels.read if quality[key].is_flat]
+    unusable = [key for key in channels.read if key in flat or file.is_among(key, file.bad)]
+    references = [key for key in channels.references if key in unusable]
+    if references:
+        raise BadRecordingError(f"has a flat or bad reference channel: {' '.join(references)}")
+    bad = [key for key in channels.read if key in unusable or key in channels.not_eeg]
     return dataclasses.replace(
         channels,
-        flat=flat,
-        clipped=tuple(read[quality.is_clipped].tolist()),
-        bad=tuple(key for key in targets if key in bad or key in channels.not_eeg),
+        flat=tuple(flat),
+        clipped=tuple(key for key in channels.read if quality[key].is_clipped),
+        bad=tuple(key for key in bad if key in channels.names),
     )
 
 
 def check_interpolated(channels: FileChannels, plan: Plan) -> None:
     """Raise if so many channels cannot be interpolated, or must not be."""
-    if channels.missing and plan.on_missing != "interpolate":
+    settings = plan.settings
+    if channels.missing and settings.on_missing != "interpolate":
         reason = f"lacks {' '.join(channels.named(channels.missing))}"
-        if plan.on_missing == "skip":
+        if settings.on_missing == "skip":
             raise SkippedError(reason)
         raise BadRecordingError(reason)
     names = channels.named(channels.interpolated)
     n_channels = len(plan.channels)
-    if len(names) > plan.max_interpolated * n_channels:
+    if len(names) > settings.max_interpolated * n_channels:
         raise BadRecordingError(
             f"has {n_channels - len(names)} usable channels of {n_channels}; missing, flat or bad "
             f"are {' '.join(names)}; the file's other channels are "
@@ -107,5 +110,5 @@ def check_interpolated(channels: FileChannels, plan: Plan) -> None:
     unknown = [name for name in names if positions[name] is None]
     if unknown:
         raise BadRecordingError(
-            f"lacks {' '.join(unknown)}, which --montage {plan.montage} has no position for"
+            f"lacks {' '.join(unknown)}, which --montage {settings.montage} has no position for"
         )

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minsae_jax.checksums import SUMS, write_checksums
-from minsae_jax.eeg.description import DESCRIPTION, Description, Preparation, write_description
+from minsae_jax.eeg.description import DESCRIPTION, Description, write_description
 from minsae_jax.eeg.events import EVENTS, write_events
 from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.prepare.labels import read_labels
-from minsae_jax.eeg.prepare.plan import Plan, make_plan, versions
+from minsae_jax.eeg.prepare.plan import Plan, make_plan
 from minsae_jax.eeg.prepare.record import RECORDS, Record, Rejected, read_record, record_path
 from minsae_jax.eeg.prepare.recording import prepare_recording
 from minsae_jax.eeg.prepare.sources import Source, files_of, find_sources
@@ -147,7 +147,7 @@ def _prepare(
     rejected.sort(key=lambda each: each.source.path.as_posix())
     _check_outcomes(rejected, len(records), config)
     ordered = tuple(records[name] for name in sorted(records))
-    _write_tables(folder, config, plan, ordered, labels)
+    _write_tables(folder, plan, ordered, labels)
     n_new = sum(source.name in records for source in missing)
     patients: list[str] = []
     if not config.patient_pattern:
@@ -239,7 +239,6 @@ def _check_outcomes(rejected: Sequence[Rejected], n_good: int, config: PrepareCo
 
 def _write_tables(
     folder: Path,
-    config: PrepareConfig,
     plan: Plan,
     records: Sequence[Record],
     labels: Sequence[dict[str, str]],
@@ -249,7 +248,7 @@ def _write_tables(
         channels=plan.channels,
         positions=plan.positions,
         unit=plan.unit,
-        preparation=Preparation(config.recorded(), versions()),
+        preparation=plan.preparation,
         recordings={record.name: record.description for record in records},
     )
     write_description(folder, description)

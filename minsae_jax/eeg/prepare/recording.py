@@ -9,6 +9,7 @@ from minsae_jax.eeg.description import RecordingDescription
 from minsae_jax.eeg.events import Event
 from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.channels import mixing_matrix
+from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.prepare.errors import BadRecordingError, SkippedError
 from minsae_jax.eeg.prepare.file_channels import (
     FileChannels,
@@ -19,13 +20,7 @@ from minsae_jax.eeg.prepare.file_channels import (
 from minsae_jax.eeg.prepare.plan import Plan
 from minsae_jax.eeg.prepare.read import EegFile, open_file, read_signals
 from minsae_jax.eeg.prepare.record import Record, Rejected, stamp_of, write_record
-from minsae_jax.eeg.prepare.signals import (
-    Filters,
-    Statistics,
-    apply_filters,
-    measure,
-    write_recording,
-)
+from minsae_jax.eeg.prepare.signals import Filters, apply_filters, measure, write_recording
 from minsae_jax.eeg.prepare.sources import Source
 from minsae_jax.errors import join_some
 from minsae_jax.files import atomic_write, sha256_of
@@ -35,7 +30,7 @@ def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Reje
     """Write one recording and its record, and return the record, or why there is none."""
     stamp = stamp_of(source)
     try:
-        wanted = {canonical(name) for name in (*plan.channels, *plan.reference)}
+        wanted = {canonical(name) for name in (*plan.channels, *plan.settings.reference)}
         file = open_file(source.path, wanted, source.notes)
         # The products are small: threads of BLAS cost more than they save, and with --jobs they
         # take the cores of the other processes.
@@ -50,26 +45,36 @@ def prepare_recording(source: Source, plan: Plan, folder: Path) -> Record | Reje
 
 
 def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamp: str) -> Record:
-    start, stop = _span(file, plan)
+    settings = plan.settings
+    start, stop = _span(file, settings)
     _check_rate(file.sampling_rate, plan.filters)
     channels = find_channels(file, plan)
     # Checked before the samples are read, and again when flat channels are known.
     check_interpolated(channels, plan)
-    data = read_signals(file, channels.read, start, stop, plan.scale)
+    data = read_signals(file, channels.read, start, stop, settings.scale)
     channels = check_channels(data, channels, file)
     check_interpolated(channels, plan)
-    reference = channels.references or plan.reference
+    reference = channels.references or settings.reference
     matrix = mixing_matrix(
-        plan.channels, plan.montage, channels.read, channels.interpolated, reference
+        plan.channels, settings.montage, channels.read, channels.interpolated, reference
     )
     data = apply_filters(data, file.sampling_rate, plan.filters)
     statistics = measure(data, matrix)
     n_samples = data.shape[1]
+    description = RecordingDescription(
+        source=source.label,
+        mean_uv=tuple(statistics.mean.tolist()),
+        sd_uv=tuple(statistics.sd.tolist()),
+        bad_channels=channels.named(channels.bad),
+        interpolated_channels=channels.named(channels.interpolated),
+        original_sampling_rate=file.sampling_rate,
+        duration=n_samples / plan.filters.sampling_rate,
+    )
     record = Record(
         name=source.name,
         patient=source.name.split("_")[0],
         n_samples=n_samples,
-        description=_describe(source, file, plan, channels, statistics, n_samples),
+        description=description,
         events=_events(file, channels, plan, start / file.sampling_rate, n_samples),
         findings=_findings(file, plan, channels),
         unused_channels=channels.unused,
@@ -85,23 +90,33 @@ def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamp: str
     return record
 
 
-def _describe(
-    source: Source,
-    file: EegFile,
-    plan: Plan,
-    channels: FileChannels,
-    statistics: Statistics,
-    n_samples: int,
-) -> RecordingDescription:
-    return RecordingDescription(
-        source=source.label,
-        mean_uv=tuple(statistics.mean.tolist()),
-        sd_uv=tuple(statistics.sd.tolist()),
-        bad_channels=channels.named(channels.bad),
-        interpolated_channels=channels.named(channels.interpolated),
-        original_sampling_rate=file.sampling_rate,
-        duration=n_samples / plan.filters.sampling_rate,
-    )
+def _span(file: EegFile, settings: PrepareConfig) -> tuple[int, int]:
+    """Return the first sample after cropping, and the sample after the last."""
+    start = round(settings.crop * file.sampling_rate)
+    stop = file.n_samples - start
+    seconds = (stop - start) / file.sampling_rate
+    shortest = settings.min_duration
+    longest = settings.max_duration
+    if seconds < shortest:
+        raise BadRecordingError(
+            f"is too short: {max(seconds, 0):.4g} s instead of --min_duration {shortest:g}"
+        )
+    if longest is not None and seconds > longest:
+        raise BadRecordingError(
+            f"is too long: {seconds:.4g} s instead of --max_duration {longest:g}"
+        )
+    return start, stop
+
+
+def _check_rate(rate: float, filters: Filters) -> None:
+    """Raise BadRecordingError if an edge of a filter is not below half the sampling rate."""
+    edges = {"h_freq": filters.h_freq, "l_freq": filters.l_freq}
+    edges["notch"] = max(filters.notch, default=None)
+    for name, edge in edges.items():
+        if edge is not None and edge >= rate / 2:
+            raise BadRecordingError(
+                f"has a sampling rate of {rate:g} Hz, which is too low for --{name} {edge:g}"
+            )
 
 
 def _findings(file: EegFile, plan: Plan, channels: FileChannels) -> tuple[str, ...]:
@@ -117,8 +132,8 @@ def _findings(file: EegFile, plan: Plan, channels: FileChannels) -> tuple[str, .
     unlocated = [name for name, position in positions if position is None]
     if unlocated:
         findings.append(
-            f"channels without a position in --montage {plan.montage}, which scalp maps leave out: "
-            f"{join_some(unlocated, limit=10)}"
+            f"channels without a position in --montage {plan.settings.montage}, which scalp maps "
+            f"leave out: {join_some(unlocated, limit=10)}"
         )
     not_eeg = [key for key in channels.not_eeg if key in channels.bad]
     marked = [key for key in channels.bad if key not in (*channels.flat, *not_eeg)]
@@ -135,32 +150,6 @@ def _findings(file: EegFile, plan: Plan, channels: FileChannels) -> tuple[str, .
     return tuple(findings)
 
 
-def _span(file: EegFile, plan: Plan) -> tuple[int, int]:
-    """Return the first sample after cropping, and the sample after the last."""
-    start = round(plan.crop * file.sampling_rate)
-    stop = file.n_samples - start
-    seconds = (stop - start) / file.sampling_rate
-    if seconds < plan.min_duration:
-        raise BadRecordingError(
-            f"is too short: {max(seconds, 0):.4g} s instead of --min_duration {plan.min_duration:g}"
-        )
-    if plan.max_duration is not None and seconds > plan.max_duration:
-        raise BadRecordingError(
-            f"is too long: {seconds:.4g} s instead of --max_duration {plan.max_duration:g}"
-        )
-    return start, stop
-
-
-def _check_rate(rate: float, filters: Filters) -> None:
-    edges = {"h_freq": filters.h_freq or 0, "l_freq": filters.l_freq or 0}
-    edges["notch"] = max(filters.notch, default=0)
-    for name, edge in edges.items():
-        if edge >= rate / 2:
-            raise BadRecordingError(
-                f"has a sampling rate of {rate:g} Hz, which is too low for --{name} {edge:g}"
-            )
-
-
 def _events(
     file: EegFile, channels: FileChannels, plan: Plan, offset: float, n_samples: int
 ) -> tuple[Event, ...]:
@@ -172,13 +161,14 @@ def _events(
     rate = plan.filters.sampling_rate
     events = []
     for annotation in file.annotations:
-        onset = annotation.onset - offset
         seconds = annotation.duration
         if round(seconds * file.sampling_rate) <= 1:
-            seconds = plan.event_seconds
+            seconds = plan.settings.event_seconds
+        onset = annotation.onset - offset
         first = round(onset * rate)
+        last = max(round((onset + seconds) * rate), first + 1)
         start = max(first, 0)
-        stop = min(max(round((onset + seconds) * rate), first + 1), n_samples)
+        stop = min(last, n_samples)
         of_event = plan.channels
         if annotation.channels:
             named = {canonical(name) for name in annotation.channels}

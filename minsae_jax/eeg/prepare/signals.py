@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mne
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from minsae_jax.eeg.description import UV_PER_UNIT, Unit
 from minsae_jax.eeg.prepare.errors import BadRecordingError
@@ -26,14 +26,10 @@ FILTERED_SAMPLES = 1_000_000  # of all channels that are filtered at a time
 
 @dataclass(frozen=True)
 class Quality:
-    """Checks of the channels as read. SDs in µV."""
+    """Checks of one channel as read."""
 
-    sd: Float[np.ndarray, " channels"]
-    is_clipped: Bool[np.ndarray, " channels"]
-
-    @property
-    def is_flat(self) -> Bool[np.ndarray, " channels"]:
-        return self.sd < FLAT_UV
+    is_flat: bool
+    is_clipped: bool
 
 
 @dataclass(frozen=True)
@@ -46,24 +42,26 @@ class Filters:
     notch: tuple[float, ...]
 
 
-def check_quality(data: Float[np.ndarray, "channels samples"]) -> Quality:
-    """Measure the channels, in µV. Raises BadRecordingError on NaN and on a wrong unit."""
-    sd = np.empty(len(data))
-    is_clipped = np.zeros(len(data), bool)
-    for channel, samples in enumerate(data):
-        sd[channel] = samples.std()
+def check_quality(data: Float[np.ndarray, "channels samples"]) -> list[Quality]:
+    """Check the channels, in µV. Raises BadRecordingError on NaN and on a wrong unit."""
+    sds = []
+    channels = []
+    for samples in data:
+        sd = float(samples.std())
         # The SD is not finite either if any sample is not.
-        if not np.isfinite(sd[channel]):
+        if not np.isfinite(sd):
             raise BadRecordingError("contains NaN or infinity")
-        is_clipped[channel] = sd[channel] > 0 and _clipped_share(samples) > CLIPPED_SHARE
-    varying = sd[sd > 0]
-    median = float(np.median(varying)) if len(varying) else 0.0
+        is_clipped = sd > 0 and _clipped_share(samples) > CLIPPED_SHARE
+        sds.append(sd)
+        channels.append(Quality(is_flat=sd < FLAT_UV, is_clipped=is_clipped))
+    varying = [sd for sd in sds if sd > 0]
+    median = float(np.median(varying)) if varying else 0.0
     if median > STRONGEST_UV or 0 < median < WEAKEST_UV:
         raise BadRecordingError(
             f"has a median SD of {median:.3g} µV, so its unit is probably wrong; correct it with "
             "--scale (1e-6 if µV were read as V, 1e6 if V were read as µV)"
         )
-    return Quality(sd, is_clipped)
+    return channels
 
 
 def _clipped_share(samples: Float[np.ndarray, " samples"]) -> float:
