@@ -1,18 +1,19 @@
 """Folders of synthetic EEG with planted, labelled events: `python -m minsae_jax demo`."""
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import numpy as np
 import yaml
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from minsae_jax.checksums import SUMS, files_below, write_checksums
-from minsae_jax.eeg.events import EVENTS, write_events
+from minsae_jax.eeg.events import EVENTS, Event, write_events
+from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.eeg.recordings import LABELS, LENGTHS, SAMPLING_RATE, load_recording, read_lengths
-from minsae_jax.eeg.synthetic_edf import write_edf
 from minsae_jax.eeg.synthetic_signals import recording
 from minsae_jax.errors import UserError
 from minsae_jax.files import foreign_entries, replaced_folder
@@ -30,6 +31,7 @@ OWNED_FILES = (
     "tuh_patient_splits_*",
 )
 MORE_SPINDLES = 3.0  # times as many, in patients with this label
+UV_PER_SD = 20.0  # in EDF files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,7 @@ def _write_recordings(folder: Path, settings: DemoConfig) -> None:
             seed = [settings.seed, patient, token]
             eeg, planted = recording(seed, samples, spindle_factor)
             if settings.edf:
-                write_edf(folder / name, eeg, planted)
+                _write_edf(folder / name, eeg, planted)
             else:
                 np.save(folder / name, eeg)
             lengths.append((name, samples))
@@ -206,3 +208,33 @@ def _write_labels(path: Path, settings: DemoConfig) -> Bool[np.ndarray, " patien
             more_spindles = int(has_more_spindles[patient])
             writer.writerow((f"demo{patient:04d}", age[patient], sex, more_spindles))
     return has_more_spindles
+
+
+def _write_edf(path: Path, eeg: Float[np.ndarray, "samples 19"], events: Sequence[Event]) -> None:
+    """Write a recording in SD as EDF in µV, with its events as annotations.
+
+    Raises UserError if edfio is not installed.
+    """
+    try:
+        import edfio
+    except ImportError:
+        raise UserError('demo --edf requires edfio: pip install "minsae_jax[eeg]"') from None
+    signals = []
+    for name, channel in zip(CHANNELS, eeg.T, strict=True):
+        signals.append(
+            edfio.EdfSignal(
+                UV_PER_SD * channel.astype(np.float64),
+                sampling_frequency=SAMPLING_RATE,
+                label=f"EEG {name}-REF",
+                physical_dimension="uV",
+            )
+        )
+    annotations = []
+    for event in events:
+        onset = event.start / SAMPLING_RATE
+        duration = (event.stop - event.start) / SAMPLING_RATE
+        # EDF+ has no field for channels; MNE reads KIND@@CHANNEL, one for each channel.
+        for channel in event.channels:
+            text = f"{event.kind}@@EEG {channel}-REF"
+            annotations.append(edfio.EdfAnnotation(onset, duration, text))
+    edfio.Edf(signals, annotations=annotations).write(path)

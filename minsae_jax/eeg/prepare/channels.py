@@ -12,12 +12,6 @@ from minsae_jax.eeg.montage import CHANNELS, canonical
 from minsae_jax.errors import UserError
 from minsae_jax.settings import did_you_mean
 
-# MNE 1.13 has renamed these.
-NEW_NAMES = {
-    "standard_1005": "colin27_1005",
-    "standard_1020": "colin27_1020",
-}
-
 
 def target_channels(names: Sequence[str]) -> tuple[str, ...]:
     """Return the channels that --channels names: a list, `tuh`, or one of MNE's montages.
@@ -25,11 +19,12 @@ def target_channels(names: Sequence[str]) -> tuple[str, ...]:
     Raises UserError if two names are of one electrode.
     """
     channels = tuple(names)
+    layout = _montage(names[0]) if len(names) == 1 else None
     if names == ("tuh",):
         channels = CHANNELS
-    elif len(names) == 1 and _is_montage(names[0]):
+    elif layout is not None:
         in_montage: dict[str, str] = {}
-        for name in _montage(names[0]).ch_names:
+        for name in layout.ch_names:
             # Some have an electrode by two names, such as T7 and T3.
             in_montage.setdefault(canonical(name), name)
         channels = tuple(in_montage.values())
@@ -47,12 +42,11 @@ def montage_positions(channels: tuple[str, ...], montage: str) -> tuple[Position
 
     Raises UserError if there is no such montage.
     """
-    if not _is_montage(montage):
+    if _montage(montage) is None:
         known = mne.channels.get_builtin_montages()
         raise UserError(f"--montage: MNE has no montage {montage!r}{did_you_mean(montage, known)}")
-    info = _info(channels, montage)
     positions: list[Position | None] = []
-    for channel in info["chs"]:
+    for channel in _info(channels, montage)["chs"]:
         x, y, z = (float(value) for value in channel["loc"][:3])
         is_known = bool(np.isfinite([x, y, z]).all())
         positions.append((x, y, z) if is_known else None)
@@ -72,7 +66,7 @@ def mixing_matrix(
     reference: average (of all target channels), none, or canonical names among `sources`.
     """
     keys = [canonical(channel) for channel in channels]
-    # The columns of bad and missing channels are zero.
+    # Columns of bad and missing channels are zero, so that their samples have no effect.
     weights = _interpolation(channels, montage, frozenset(interpolated))
     matrix = np.zeros((len(channels), len(sources)))
     for column, source in enumerate(sources):
@@ -98,34 +92,28 @@ def _interpolation(
     if not interpolated:
         return identity
     info = _info(channels, montage)
-    bads = [
-        name
-        for name, key in zip(info.ch_names, map(canonical, channels), strict=True)
-        if key in interpolated
-    ]
-    for channel in bads:
-        row = info.ch_names.index(channel)
-        identity[row, row] = 0
+    for row, channel in enumerate(channels):
+        if canonical(channel) in interpolated:
+            info["bads"].append(info.ch_names[row])
+            identity[row, row] = 0
     raw = mne.io.RawArray(identity, info, verbose="ERROR")
-    raw.info["bads"] = bads
     raw.interpolate_bads(verbose="ERROR")
     return raw.get_data()
 
 
-def _is_montage(name: str) -> bool:
-    return NEW_NAMES.get(name, name) in [*mne.channels.get_builtin_montages(), *NEW_NAMES]
-
-
-def _montage(name: str) -> mne.channels.DigMontage:
-    known = mne.channels.get_builtin_montages()
-    if NEW_NAMES.get(name) in known:
-        name = NEW_NAMES[name]
-    return mne.channels.make_standard_montage(name)
+def _montage(name: str) -> mne.channels.DigMontage | None:
+    """Return one of MNE's montages, None if it has none of this name."""
+    # MNE 1.13 has renamed standard_1005 to colin27_1005, and its relatives likewise.
+    for spelling in (name.replace("standard_", "colin27_"), name):
+        if spelling in mne.channels.get_builtin_montages():
+            return mne.channels.make_standard_montage(spelling)
+    return None
 
 
 def _info(channels: tuple[str, ...], montage: str) -> mne.Info:
-    """Return MNE's info of the channels with their positions."""
+    """Return MNE's info of the channels with their positions in an existing montage."""
     layout = _montage(montage)
+    assert layout is not None
     name_of = {canonical(name): name for name in layout.ch_names}
     names = [name_of.get(canonical(channel), channel) for channel in channels]
     info = mne.create_info(names, sfreq=1.0, ch_types="eeg", verbose="ERROR")

@@ -145,14 +145,21 @@ def _prepare(
             bar.advance(1)
     rejected += _remove_copies(folder, sources, records)
     rejected.sort(key=lambda each: each.source.path.as_posix())
-    _check_outcomes(rejected, len(records), config)
+    if config.on_bad_recording == "error":
+        check_usable({str(each.source.path): each.reason for each in rejected if each.is_bad})
+    if not records:
+        reasons = {str(each.source.path): each.reason for each in rejected}
+        raise UserError(f"none of the recordings can be used: {list_bad(reasons)}")
     ordered = tuple(records[name] for name in sorted(records))
     _write_tables(folder, plan, ordered, labels)
-    n_new = sum(source.name in records for source in missing)
-    patients: list[str] = []
-    if not config.patient_pattern:
-        patients += [each.label for each in sources if each.is_patient and each.name in records]
-    return Prepared(folder, ordered, n_new, tuple(rejected), tuple(patients))
+    patients = [each.label for each in sources if each.is_patient and each.name in records]
+    return Prepared(
+        folder=folder,
+        records=ordered,
+        n_new=sum(source.name in records for source in missing),
+        rejected=tuple(rejected),
+        patients=() if config.patient_pattern else tuple(patients),
+    )
 
 
 def _remove_stale(folder: Path, plan: Plan, names: set[str], overwrite: bool) -> None:
@@ -188,7 +195,7 @@ def _remove_copies(
     first_of: dict[str, Source] = {}
     copies = []
     for source in sources:
-        if source.name not in records or not records[source.name].sha256:
+        if source.name not in records:
             continue
         first = first_of.setdefault(records[source.name].sha256, source)
         if first is not source:
@@ -229,14 +236,6 @@ def _n_bytes(source: Source) -> int:
     return sum(file.stat().st_size for file in files_of(source.path))
 
 
-def _check_outcomes(rejected: Sequence[Rejected], n_good: int, config: PrepareConfig) -> None:
-    if config.on_bad_recording == "error":
-        check_usable({str(each.source.path): each.reason for each in rejected if each.is_bad})
-    if n_good == 0:
-        reasons = {str(each.source.path): each.reason for each in rejected}
-        raise UserError(f"none of the recordings can be used: {list_bad(reasons)}")
-
-
 def _write_tables(
     folder: Path,
     plan: Plan,
@@ -265,8 +264,8 @@ def _write_tables(
     _write_csv(folder / LENGTHS, ("filename", "time_len"), lengths)
     tables = [name for name in (LENGTHS, *TABLES) if (folder / name).is_file()]
     small = [*tables, *(f"{RECORDS}/{record.name}.json" for record in records)]
-    # Recordings are not read again; those of earlier versions have no checksum.
-    digests = {record.name: record.sha256 for record in records if record.sha256}
+    # Recordings are not read again.
+    digests = {record.name: record.sha256 for record in records}
     write_checksums(folder, small, digests)
 
 

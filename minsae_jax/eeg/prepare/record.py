@@ -1,6 +1,6 @@
 """Records of prepared recordings, in the folder `.prepare`.
 
-A record contains everything the folder's tables need, so that a rerun skips prepared recordings.
+A record contains everything the folder's tables need, so that a rerun skips finished recordings.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Record:
     events: tuple[Event, ...]
     findings: tuple[str, ...]
     unused_channels: tuple[str, ...]  # of the source
-    sha256: str = ""  # of the recording's file; empty if an earlier version wrote it
+    sha256: str  # of the recording's file
 
 
 @dataclass(frozen=True)

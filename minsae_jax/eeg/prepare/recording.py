@@ -1,6 +1,5 @@
 """Prepares one recording: EEG file → .npy and its record."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
@@ -70,22 +69,22 @@ def _prepare(source: Source, file: EegFile, plan: Plan, folder: Path, stamp: str
         original_sampling_rate=file.sampling_rate,
         duration=n_samples / plan.filters.sampling_rate,
     )
-    record = Record(
-        name=source.name,
-        patient=source.name.split("_")[0],
-        n_samples=n_samples,
-        description=description,
-        events=_events(file, channels, plan, start / file.sampling_rate, n_samples),
-        findings=_findings(file, plan, channels),
-        unused_channels=channels.unused,
-    )
     # The record comes first, and is valid only with the recording: a recording without a record
     # could not be distinguished from one of another program.
     path = folder / source.name
     path.unlink(missing_ok=True)
     with atomic_write(path) as temporary:
         write_recording(temporary, data, matrix, statistics, plan.unit)
-        record = replace(record, sha256=sha256_of(temporary))
+        record = Record(
+            name=source.name,
+            patient=source.name.split("_")[0],
+            n_samples=n_samples,
+            description=description,
+            events=_events(file, channels, plan, start / file.sampling_rate, n_samples),
+            findings=_findings(file, plan, channels),
+            unused_channels=channels.unused,
+            sha256=sha256_of(temporary),
+        )
         write_record(folder, record, plan.key, stamp, temporary.stat().st_size)
     return record
 
