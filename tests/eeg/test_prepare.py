@@ -261,6 +261,62 @@ def test_fast_channels_that_are_not_used_leave_the_others_unchanged(tmp_path):
     assert (event.kind, event.channels, event.start, event.stop) == ("spike", ("FZ",), 0, 70)
 
 
+def with_unit(path: Path, unit: bytes, n_channels: int, factor: float = 1.0) -> Path:
+    """Replace the unit of the first channels of an EDF file, and multiply their limits."""
+    content = bytearray(path.read_bytes())
+    n_total = int(content[252:256])
+
+    def field(offset: int, i: int) -> slice:  # of 8 characters, see edfplus.info
+        start = 256 + offset * n_total + 8 * i
+        return slice(start, start + 8)
+
+    for i in range(n_channels):
+        content[field(96, i)] = unit.ljust(8)
+        for limit in (104, 112) if factor != 1 else ():
+            value = float(content[field(limit, i)]) * factor
+            content[field(limit, i)] = f"{value:.6f}"[:8].encode().ljust(8)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor"),
+    [
+        *[(unit, 1.0) for unit in (b"uv", b"UV", b"uV\0\0", b"uVolt", "µV".encode())],
+        *[("μV".encode(code), 1.0) for code in ("utf-8", "shift-jis", "gbk")],
+        *[("µV".encode(code), 1.0) for code in ("latin-1", "cp437")],
+        *[(unit, 1e-3) for unit in (b"mV", b"mv", b"MV")],
+    ],
+)
+def test_units_of_edf_files_are_read_in_all_spellings(tmp_path, unit, factor):
+    path = write_file(make_raw(), tmp_path / "a.edf")
+    run(path, tmp_path / "expected", normalize="uV")
+    run(with_unit(path, unit, 4, factor), tmp_path / "out", normalize="uV")
+    # The limits in mV have fewer digits.
+    tolerance = {"rtol": 1e-3, "atol": 0.1} if factor < 1 else {"rtol": 1e-6, "atol": 1e-5}
+    np.testing.assert_allclose(load(tmp_path / "out"), load(tmp_path / "expected"), **tolerance)
+
+
+@pytest.mark.parametrize("unit", [b".V", b"", b"%"])
+def test_electrodes_in_an_unknown_unit_are_interpolated(tmp_path, unit):
+    """MNE reads them as volts: in the average, they would replace all other channels."""
+    raw = make_raw((*NEW_NAMES, "Belt"))
+    path = write_file(raw, tmp_path / "a.edf")
+    expected = mne_pipeline(path, missing=["Fp1", "Fp2"])
+    prepared = run(with_unit(path, unit, 2), tmp_path / "out")
+    np.testing.assert_allclose(load(tmp_path / "out").T, z_score(expected), rtol=1e-5, atol=1e-5)
+    (finding, _) = prepared.findings()
+    assert finding.startswith("channels with an SD above 10,000 µV: FP1 FP2 (in a_s001")
+    # A channel that is not of an electrode is used as it is.
+    path = with_unit(write_file(make_raw(("Belt", "Fz", "Cz")), tmp_path / "b.edf"), unit, 1)
+    settings = {"channels": ("Belt", "Fz", "Cz"), "reference": ("none",)}
+    prepared = run(path, tmp_path / "belt", **settings)
+    assert prepared.records[0].description.bad_channels == ()
+    assert any("SD above 10,000 µV: Belt" in finding for finding in prepared.findings())
+    with pytest.raises(UserError, match="has a flat or bad reference channel: BELT"):
+        run(path, tmp_path / "no", channels=("Fz", "Cz"), reference=("Belt",))
+
+
 def test_used_channels_of_different_rates_are_cut_at_one_time(tmp_path):
     raw = make_raw(("Fz", "Cz"), rate=250.0)
     fz, cz = raw.get_data(units="uV")

@@ -12,6 +12,7 @@ import pytest
 from mne_bids import get_bids_path_from_fname
 
 from minsae_jax import PrepareConfig, UserError
+from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.eeg.prepare.bids import bids_sidecar
 from minsae_jax.eeg.prepare.sources import find_sources
 from tests.eeg.eeg_files import NEW_NAMES, load, make_raw, run, write_file
@@ -217,6 +218,33 @@ def test_kinds_of_events_in_bids(tmp_path, table, kinds):
     (path.parent / "sub-01_task-rest_events.tsv").write_text(table)
     (record,) = run(path, tmp_path / "out").records
     assert [event.kind for event in record.events] == kinds
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "channels"),
+    [
+        ("channel", "Fz|Cz", "FZ CZ"),  # as in the specification
+        ("channel", "F,1|Fz", "FZ"),
+        ("channels", "Fp1,T7", "FP1 T3"),  # as in SzCORE
+        ("channels", "fz; CZ", "FZ CZ"),
+        ("channel", "n/a", "all"),
+        ("channels", "all", "all"),
+        ("channel", "Fz-Cz", "all"),
+        ("channel", "ECG", None),
+        ("other", "Fz", "all"),
+    ],
+)
+def test_channels_of_events_in_bids(tmp_path, column, cell, channels):
+    """Events of channels that are not prepared are left out, as those in files are."""
+    raw = make_raw((*NEW_NAMES, "ECG"))
+    path = write_file(raw, tmp_path / "sub-01/eeg/sub-01_task-rest_eeg.bdf")
+    table = path.parent / "sub-01_task-rest_events.tsv"
+    table.write_text(f"onset\tduration\ttrial_type\t{column}\n1\t2\tspike\t{cell}\n")
+    (record,) = run(path, tmp_path / "out").records
+    expected = {"all": [CHANNELS], None: []}.get(channels)
+    if expected is None:
+        expected = [tuple(channels.split())]
+    assert [event.channels for event in record.events] == expected
 
 
 def test_folder_of_bids_datasets_is_read_without_derivatives(tmp_path):

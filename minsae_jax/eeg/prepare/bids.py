@@ -3,7 +3,7 @@
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ BIDS = r"(?:^|[/\\])sub-(?P<patient>[^_/\\]+)(?:_ses-(?P<session>[^_/\\]+))?[^/\
 # Columns of events.tsv with the kind of an event; the first that is not empty is used. The second
 # is that of SzCORE, a format for seizures in BIDS.
 KIND_COLUMNS = ("trial_type", "eventType", "value")
+CHANNEL_COLUMNS = ("channel", "channels")  # of BIDS, and of SzCORE
 
 
 def is_bids(folder: Path) -> bool:
@@ -92,10 +93,13 @@ def read_channels(path: Path) -> tuple[set[str], set[str]]:
     return bad, not_eeg
 
 
-def read_events(path: Path, default: tuple[Annotation, ...]) -> tuple[Annotation, ...]:
+def read_events(
+    path: Path, in_file: Collection[str], default: tuple[Annotation, ...]
+) -> tuple[Annotation, ...]:
     """Return the events of events.tsv, or the default if no column has their kinds.
 
-    Raises BadRecordingError if it is invalid.
+    in_file: canonical names of the recording's channels. An event that names none of them, but
+    `all` or a derivation, is one of all channels. Raises BadRecordingError if it is invalid.
     """
     rows = read_table(path, ("onset", "duration"))
     if rows and not any(column in rows[0] for column in KIND_COLUMNS):
@@ -115,8 +119,22 @@ def read_events(path: Path, default: tuple[Annotation, ...]) -> tuple[Annotation
                 f"has invalid events: {path.name}, line {number}, onset and duration must be "
                 "seconds"
             ) from None
-        events.append(Annotation(kinds[0], onset, duration, ()))
+        names = [name for column in CHANNEL_COLUMNS for name in _split(row.get(column, ""))]
+        channels = tuple(name for name in names if canonical(name) in in_file)
+        events.append(Annotation(kinds[0], onset, duration, channels))
     return tuple(events)
+
+
+def _split(cell: str) -> list[str]:
+    """Return the names in a cell. Its separator is in events.json, if at all: | or , mostly.
+
+    >>> _split("F,1|F,2|Cz"), _split("Fz, Cz")
+    (['F,1', 'F,2', 'Cz'], ['Fz', ' Cz'])
+    """
+    for separator in "|;":
+        if separator in cell:
+            return cell.split(separator)
+    return cell.split(",")
 
 
 def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What MNE does not say about EDF and BDF files: rates and units of channels, and gaps.
+"""What MNE leaves out of EDF and BDF files: rates and some units of channels, and gaps.
 
 A file is a header, then records of equal lengths in seconds. A record has all samples of the first
 channel in its time, then those of the second, and so on. Texts are in channels of annotations.
@@ -21,6 +21,12 @@ from minsae_jax.eeg.events import Annotation
 SUFFIXES = (".edf", ".bdf")
 HEADER_BYTES = 256  # of the file, and of each of its channels
 ANNOTATIONS = ("EDF Annotations", "BDF Annotations")  # labels of channels
+# MNE knows four spellings of µV and mV, and reads samples in any other unit as volts, which is a
+# million times too much for `uv`. µ is here as the Latin-1 characters of its bytes in Latin-1,
+# UTF-8 (micro sign, Greek mu), Shift JIS, GBK and DOS. No EEG is in megavolts: MV is mV.
+KNOWN_TO_MNE = ("uV", "µV", "\x83ÊV", "mV")
+MICROVOLT = re.compile(r"(u|micro|µ|Âµ|Î¼|\x83Ê|¦Ì|æ)V(olts?)?", re.IGNORECASE)
+MILLIVOLT = re.compile(r"(m|milli)V(olts?)?", re.IGNORECASE)
 # Texts at one time: onset, perhaps a duration, and texts, between characters 20 and 21. The first
 # list in a record has no text: its onset is the time at which the record begins.
 TEXTS = re.compile(rb"([+-]\d+\.?\d*)(?:\x15(\d+\.?\d*))?\x14(.*?)\x14\0", re.DOTALL)
@@ -34,31 +40,33 @@ class Header:
     is_discontinuous: bool
     seconds: float  # of each record
     labels: tuple[str, ...]
+    scales: tuple[float, ...]  # that bring the samples to volts after MNE has read them
     n_samples: tuple[int, ...]  # in each record
     sample_bytes: int
 
     @property
-    def samples_of_signals(self) -> list[int]:
-        """Number of samples per record of each channel that is not of annotations."""
-        channels = zip(self.labels, self.n_samples, strict=True)
-        return [n for label, n in channels if label not in ANNOTATIONS]
+    def signals(self) -> list[int]:
+        """Numbers of the channels that are not of annotations, which are those of MNE."""
+        return [i for i, label in enumerate(self.labels) if label not in ANNOTATIONS]
 
 
 def read_header(path: Path) -> Header:
     """Read the header of an EDF or BDF file. Raises ValueError if it is invalid.
 
     Numbers are texts. Channels are listed field by field: first all labels with 16 characters each,
-    and after 216 characters per channel the samples per record, with 8 each.
+    after 96 characters per channel the units, and after 216 the samples per record, with 8 each.
     """
     with path.open("rb") as file:
         of_file = file.read(HEADER_BYTES).decode("latin-1")
         n_channels = int(_field(of_file, 252, 4))
         of_channels = file.read(HEADER_BYTES * n_channels).decode("latin-1")
+    units = [of_channels[96 * n_channels + 8 * i :][:8] for i in range(n_channels)]
     n_samples = [_field(of_channels, 216 * n_channels + 8 * i, 8) for i in range(n_channels)]
     return Header(
         is_discontinuous=of_file[192:197] in ("EDF+D", "BDF+D"),
         seconds=float(_field(of_file, 244, 8)),
         labels=tuple(_field(of_channels, 16 * i, 16) for i in range(n_channels)),
+        scales=tuple(map(_scale, units)),
         n_samples=tuple(map(int, n_samples)),
         sample_bytes=3 if path.suffix.lower() == ".bdf" else 2,
     )
@@ -67,6 +75,16 @@ def read_header(path: Path) -> Header:
 def _field(header: str, start: int, length: int) -> str:
     """Return a field without its padding: spaces, or in some files zeros."""
     return header[start : start + length].partition("\0")[0].strip()
+
+
+def _scale(unit: str) -> float:
+    """Return the factor that MNE leaves out. unit: the field of 8 characters."""
+    if unit.strip() in KNOWN_TO_MNE:
+        return 1.0
+    unit = _field(unit, 0, 8)
+    if MICROVOLT.fullmatch(unit):
+        return 1e-6
+    return 1e-3 if MILLIVOLT.fullmatch(unit) else 1.0
 
 
 def has_signals(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare.errors import BadRecordingError, SkippedError
 from minsae_jax.eeg.prepare.plan import Plan
 from minsae_jax.eeg.prepare.read import EegFile
-from minsae_jax.eeg.prepare.signals import check_quality
+from minsae_jax.eeg.prepare.signals import STRONGEST_UV, check_quality
 from minsae_jax.errors import join_some
 
 
@@ -24,11 +24,10 @@ class FileChannels:
     references: tuple[str, ...]
     read: tuple[str, ...]  # target channels in the file, then references
     unused: tuple[str, ...]  # of the file
-    not_eeg: tuple[str, ...]  # target channels of electrodes whose type in BIDS is another
+    electrodes: tuple[str, ...]  # target channels with a position, unlike HEOG
     # Known once the samples are read
-    flat: tuple[str, ...] = ()  # of `read`
-    clipped: tuple[str, ...] = ()  # of `read`
-    bad: tuple[str, ...] = ()  # target channels that are flat, marked as bad or not EEG
+    bad: tuple[str, ...] = ()  # target channels that cannot be used
+    problems: dict[str, tuple[str, ...]] = field(default_factory=dict)  # problem -> of `read`
 
     @property
     def interpolated(self) -> tuple[str, ...]:
@@ -53,40 +52,46 @@ def find_channels(file: EegFile, plan: Plan) -> FileChannels:
     # Two keys can be of one channel: C3-A2 and, where most channels have this reference, C3.
     names_read = {name for key in read for name in file.names[key]}
     unused = [key for key, same in file.names.items() if names_read.isdisjoint(same)]
-    not_eeg = []
-    for key, position in zip(names, plan.positions, strict=True):
-        # No EEG is expected of a channel without a position, such as HEOG.
-        if position is not None and file.is_among(key, file.not_eeg):
-            not_eeg.append(key)
+    positions = zip(names, plan.positions, strict=True)
     return FileChannels(
         names=names,
         missing=tuple(key for key in names if key not in file.names),
         references=tuple(references),
         read=tuple(read),
         unused=tuple(sorted(unused)),
-        not_eeg=tuple(not_eeg),
+        electrodes=tuple(key for key, position in positions if position is not None),
     )
 
 
 def check_channels(
     data: Float[np.ndarray, "channels samples"], channels: FileChannels, file: EegFile
 ) -> FileChannels:
-    """Return the channels with those that are flat, clipped or bad.
+    """Return the channels with those that are bad, and all problems.
 
-    Raises BadRecordingError on NaN, a wrong unit, and unusable references.
+    Raises BadRecordingError on NaN, a wrong unit of most channels, and unusable references.
     """
     quality = dict(zip(channels.read, check_quality(data), strict=True))
     flat = [key for key in channels.read if quality[key].is_flat]
-    unusable = [key for key in channels.read if key in flat or file.is_among(key, file.bad)]
-    references = [key for key in channels.references if key in unusable]
+    too_strong = [key for key in channels.read if quality[key].is_too_strong]
+    marked = [key for key in channels.read if file.is_among(key, file.bad)]
+    references = [key for key in channels.references if key in (*flat, *too_strong, *marked)]
     if references:
         raise BadRecordingError(f"has a flat or bad reference channel: {' '.join(references)}")
-    bad = [key for key in channels.read if key in unusable or key in channels.not_eeg]
+    # Types and amplitudes of EEG are expected of electrodes only.
+    electrodes = [key for key in channels.read if key in channels.electrodes]
+    not_eeg = [key for key in electrodes if file.is_among(key, file.not_eeg)]
+    bad = {*flat, *marked, *not_eeg, *(key for key in electrodes if key in too_strong)}
+    problems = {
+        "flat": flat,
+        "marked as bad": [key for key in marked if key not in (*flat, *not_eeg)],
+        "of another type than EEG": not_eeg,
+        f"with an SD above {STRONGEST_UV:,.0f} µV": too_strong,
+        "clipped": [key for key in channels.read if quality[key].is_clipped],
+    }
     return dataclasses.replace(
         channels,
-        flat=tuple(flat),
-        clipped=tuple(key for key in channels.read if quality[key].is_clipped),
-        bad=tuple(key for key in bad if key in channels.names),
+        bad=tuple(key for key in channels.read if key in bad),
+        problems={problem: tuple(keys) for problem, keys in problems.items()},
     )
 
 

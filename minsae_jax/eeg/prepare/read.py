@@ -41,6 +41,7 @@ class EegFile:
     annotations: tuple[Annotation, ...]
     is_truncated: bool  # shorter than its header says
     n_gaps: int  # across which the samples are joined
+    scales: dict[str, float]  # that MNE leaves out, by the name in the file; see `edf.Header`
     is_resampled: bool  # by MNE, since channels of `raw` have different rates
 
     def is_among(self, channel: str, names: Collection[str]) -> bool:
@@ -60,6 +61,7 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
     """
     records = None
     rates: dict[str, int] = {}
+    scales: dict[str, float] = {}
     try:
         # MNE would wait for a named pipe, also if another part is one, such as the .eeg of a .vhdr.
         for each in (path, *files_with_stem(path.parent, path.stem)):
@@ -74,7 +76,9 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
             in_notes = [each for note in notes for each in _annotations_in(note, start)]
             if path.suffix.lower() in edf.SUFFIXES:
                 header = edf.read_header(path)
-                rates = dict(zip(raw.ch_names, header.samples_of_signals, strict=True))
+                signals = dict(zip(raw.ch_names, header.signals, strict=True))
+                rates = {name: header.n_samples[i] for name, i in signals.items()}
+                scales = {name: header.scales[i] for name, i in signals.items()}
                 if header.is_discontinuous:
                     records = edf.read_records(path, header)
                 if len(set(rates.values())) > 1:
@@ -98,7 +102,7 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
         n_gaps = records.n_gaps
     events_table = bids_sidecar(path, "events")
     if events_table is not None:
-        annotations = read_events(events_table, default=annotations)
+        annotations = read_events(events_table, names, default=annotations)
     annotations += tuple(in_notes)
     if records is not None:
         annotations = records.joined(annotations)
@@ -119,6 +123,7 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
         annotations=tuple(each for each in annotations if not BOUNDARY.match(each.kind)),
         is_truncated=TRUNCATED in log.getvalue(),
         n_gaps=n_gaps,
+        scales=scales,
         is_resampled=len({rates.get(name) for name in raw.ch_names}) > 1,
     )
 
@@ -189,6 +194,8 @@ def read_signals(
     except Exception as e:  # as in open_file
         raise BadRecordingError(f"cannot be read ({_without_quotes(e)})") from None
     data *= 1e6 * scale
+    for row, name in enumerate(file.raw.ch_names):
+        data[row] *= file.scales.get(name, 1.0)
     if file.raw.ch_names == names:
         return data
     return data[[file.raw.ch_names.index(name) for name in names]]

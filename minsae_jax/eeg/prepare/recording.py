@@ -134,15 +134,7 @@ def _findings(file: EegFile, plan: Plan, channels: FileChannels) -> tuple[str, .
             f"channels without a position in --montage {plan.settings.montage}, which scalp maps "
             f"leave out: {join_some(unlocated, limit=10)}"
         )
-    not_eeg = [key for key in channels.not_eeg if key in channels.bad]
-    marked = [key for key in channels.bad if key not in (*channels.flat, *not_eeg)]
-    problems = {
-        "missing": channels.missing,
-        "flat": channels.flat,
-        "marked as bad": marked,
-        "of another type than EEG": not_eeg,
-        "clipped": channels.clipped,
-    }
+    problems = {"missing": channels.missing} | channels.problems
     for problem, keys in problems.items():
         if keys:
             findings.append(f"channels {problem}: {' '.join(channels.named(keys))}")

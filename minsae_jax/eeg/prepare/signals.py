@@ -19,7 +19,7 @@ from minsae_jax.eeg.prepare.errors import BadRecordingError
 FLAT_UV = 0.1  # SD below which the TUH corpus's preprocessing treats a channel as flat
 CLIPPED_SHARE = 1e-3  # of the samples, next to an equal sample at the limit of the channel
 WEAKEST_UV = 0.01  # median SD of the channels; EEG has 5 to 100
-STRONGEST_UV = 10_000.0
+STRONGEST_UV = 10_000.0  # likewise, and SD of each channel
 BLOCK = 10_000  # samples
 FILTERED_SAMPLES = 1_000_000  # of all channels that are filtered at a time
 
@@ -29,6 +29,7 @@ class Quality:
     """Checks of one channel as read."""
 
     is_flat: bool
+    is_too_strong: bool
     is_clipped: bool
 
 
@@ -53,7 +54,7 @@ def check_quality(data: Float[np.ndarray, "channels samples"]) -> list[Quality]:
             raise BadRecordingError("contains NaN or infinity")
         is_clipped = sd > 0 and _clipped_share(samples) > CLIPPED_SHARE
         sds.append(sd)
-        channels.append(Quality(is_flat=sd < FLAT_UV, is_clipped=is_clipped))
+        channels.append(Quality(sd < FLAT_UV, sd > STRONGEST_UV, is_clipped))
     varying = [sd for sd in sds if sd > 0]
     median = float(np.median(varying)) if varying else 0.0
     if median > STRONGEST_UV or 0 < median < WEAKEST_UV:
