@@ -12,7 +12,7 @@ exit_during_imports()
 
 from convert import verify
 from convert.encoder import convert, describe, read_source
-from convert.patchtst import write_pytorch
+from convert.patchtst.weights import write_pytorch
 from convert.sae import Format, convert_sae
 from minsae_jax import cli
 from minsae_jax.encoder.converted import is_encoder, load_encoder, load_source, save_encoder

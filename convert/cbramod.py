@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint, SourceModel
-from convert.infer import count_distinct, tensor_of
+from convert.checkpoint import Checkpoint, SourceModel, check_size, count_distinct, tensor_of
 from convert.rules import Rule, fill, linear_rules, norm_rules
 from convert.torch_files import Tensors
 from minsae_jax.encoder.base import Params
@@ -27,8 +26,6 @@ from minsae_jax.errors import UserError
 from minsae_jax.settings import JsonObject, shown
 
 MASK = "patch_embedding.mask_encoding"  # in every CBraMod, and in no other model
-EMBEDDING = "patch_embedding"
-LAYER = "encoder.layers.0"
 FINE_TUNED = "backbone."
 HEAD = "proj_out."
 TASK_HEADS = ("final_layer.", "classifier.")  # of Braindecode, of the authors
@@ -37,20 +34,11 @@ CONFIG_NAMES = {"n_vars": "n_chans", "seq_len": "n_times", "n_heads": "nhead"}
 # Of the published model, which was trained on windows of 30 s
 PUBLISHED = {"n_vars": 19, "seq_len": 6000, "n_heads": 8}
 PUBLISHED_D_MODEL = 200
-MAX_LAYERS = 64
-MAX_NUMBERS = 1 << 26  # activations of one layer for a window
 
 
 def is_cbramod(tensors: Tensors) -> bool:
     """Return whether a state dict is that of a CBraMod."""
     return MASK in tensors or FINE_TUNED + MASK in tensors
-
-
-def encoder_tensors(tensors: Tensors, without_head: bool) -> Tensors:
-    """Return the tensors of the encoder alone, without heads for other tasks."""
-    names = {key.removeprefix(FINE_TUNED): tensor for key, tensor in tensors.items()}
-    left_out = (*TASK_HEADS, HEAD) if without_head else TASK_HEADS
-    return {key: tensor for key, tensor in names.items() if not key.startswith(left_out)}
 
 
 def read_source(
@@ -61,15 +49,17 @@ def read_source(
     The settings are those of the tensors, else of flags, config or the published model. Raises
     UserError if these contradict each other or do not make a CBraMod.
     """
-    tensors = encoder_tensors(checkpoint.tensors, without_head)
+    left_out = (*TASK_HEADS, HEAD) if without_head else TASK_HEADS
+    names = {key.removeprefix(FINE_TUNED): tensor for key, tensor in checkpoint.tensors.items()}
+    tensors = {key: tensor for key, tensor in names.items() if not key.startswith(left_out)}
     checkpoint = replace(checkpoint, program="cbramod", tensors=tensors)
     unused = [name for name in flags if name not in PUBLISHED]
     if unused:
         raise UserError(f"--{unused[0]} does not apply to CBraMod")
-    inferred = _inferred(checkpoint.tensors)
+    inferred = _inferred(tensors)
     config = checkpoint.config
     _check_supported(config, inferred)
-    settings: dict[str, Any] = dict(inferred)
+    settings = dict(inferred)
     sources = dict.fromkeys(inferred, "state dict")
     for name, published in PUBLISHED.items():
         stated = config.get(CONFIG_NAMES[name])
@@ -90,18 +80,14 @@ def read_source(
 
 def _inferred(tensors: Tensors) -> dict[str, Any]:
     """Return the settings that the tensors determine."""
-
-    def shape(key: str, ndim: int) -> tuple[int, ...]:
-        return tensor_of(tensors, key, ndim, "CBraMod").shape
-
-    stem_width, _, _, stem_kernel = shape(f"{EMBEDDING}.proj_in.0.weight", 4)
+    stem = tensor_of(tensors, "patch_embedding.proj_in.0.weight", 4)
     return {
-        "patch_len": shape(MASK, 1)[0],
-        "stem_width": stem_width,
-        "stem_kernel": stem_kernel,
+        "patch_len": len(tensor_of(tensors, MASK, 1)),
+        "stem_width": stem.shape[0],
+        "stem_kernel": stem.shape[3],
         "n_layers": count_distinct(tensors, r"encoder\.layers\.(\d+)\..*"),
-        "d_model": shape(f"{EMBEDDING}.spectral_proj.0.weight", 2)[0],
-        "d_ff": shape(f"{LAYER}.linear1.weight", 2)[0],
+        "d_model": len(tensor_of(tensors, "patch_embedding.spectral_proj.0.weight", 2)),
+        "d_ff": len(tensor_of(tensors, "encoder.layers.0.linear1.weight", 2)),
         "has_head": any(key.startswith(HEAD) for key in tensors),
     }
 
@@ -142,11 +128,7 @@ def _check_sizes(settings: Mapping[str, Any]) -> None:
         raise UserError(f"n_heads {n_heads} must be even and divide d_model {d_model}")
     n_tokens = n_vars * seq_len // patch_len
     numbers = n_tokens * max(d_model, settings["d_ff"])
-    if settings["n_layers"] > MAX_LAYERS or numbers > MAX_NUMBERS:
-        raise UserError(
-            f"{settings['n_layers']} layers on windows of {seq_len} samples x {n_vars} channels "
-            f"are too large: at most {MAX_LAYERS} layers and {MAX_NUMBERS:,} numbers per window"
-        )
+    check_size(settings["n_layers"], seq_len, n_vars, numbers)
 
 
 def to_flax(a: Architecture, tensors: Tensors) -> Params:

@@ -1,5 +1,6 @@
 """Checkpoints of encoders: float32 tensors under gPatchTST's names, and the program's settings."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model")
 EMBEDDINGS = ("backbone.W_P.weight", "backbone.W_P.0.weight")
 # Prefixes of every key, from DataParallel, torch.compile and a wrapping module.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
+# A damaged setting must not take all memory.
+MAX_LAYERS = 64
+MAX_NUMBERS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -198,3 +202,33 @@ def _reads_all_patches(tensors: Tensors) -> bool:
     # A pretrain head maps d_model to patch_len, the embedding patch_len to d_model.
     is_pretrain_head = head.shape == embedding.T.shape
     return not is_pretrain_head and head.shape[1] == len(embedding) * len(position)
+
+
+def tensor_of(tensors: Tensors, key: str, ndim: int) -> np.ndarray:
+    """Return a tensor. Raises UserError if it is missing or not float32 of `ndim` dimensions."""
+    if key not in tensors:
+        raise UserError(
+            f"the state dict has no {key}, so it is not a PatchTST or CBraMod that can be converted"
+        )
+    tensor = tensors[key]
+    if tensor.ndim != ndim or tensor.dtype != np.float32 or 0 in tensor.shape:
+        raise UserError(
+            f"{key} must be floating-point with {ndim} dimensions, "
+            f"got {tensor.dtype}{list(tensor.shape)}"
+        )
+    return tensor
+
+
+def count_distinct(tensors: Tensors, pattern: str) -> int:
+    """Return how many different numbers the keys contain at the group of the pattern."""
+    matches = (re.fullmatch(pattern, key) for key in tensors)
+    return len({match[1] for match in matches if match})
+
+
+def check_size(n_layers: int, seq_len: int, n_vars: int, numbers: int) -> None:
+    """Raise UserError if a model is too large. numbers: of the largest tensor, for one window."""
+    if n_layers > MAX_LAYERS or numbers > MAX_NUMBERS:
+        raise UserError(
+            f"{n_layers} layers on windows of {seq_len} samples x {n_vars} channels are too large: "
+            f"at most {MAX_LAYERS} layers and {MAX_NUMBERS:,} numbers per window"
+        )

@@ -1,7 +1,7 @@
 """A PyTorch encoder to Flax: `python -m convert encoder SOURCE --out DIR`.
 
-Each family of models has a module here, such as `patchtst.py`: which files it recognises, their
-settings, and the table that maps their tensors to the parameters of the Flax model.
+Each family of models has a module with its settings, and the table that maps its tensors to the
+parameters of the Flax model: `cbramod.py`, and `patchtst/weights.py`.
 """
 
 import warnings
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from convert import cbramod, patchtst
+from convert import cbramod
 from convert.checkpoint import HALVES, Checkpoint, Program, SourceModel, load_checkpoint
-from convert.huggingface import load_huggingface
+from convert.patchtst import weights as patchtst
+from convert.patchtst.huggingface import load_huggingface
 from convert.torch_files import Tensors
 from minsae_jax.encoder.base import Params
 from minsae_jax.encoder.cbramod.encoder import CBraModEncoder

@@ -9,7 +9,7 @@ import numpy as np
 
 from convert.torch_files import Tensors
 from minsae_jax.encoder.base import Params, parameter_path
-from minsae_jax.errors import UserError
+from minsae_jax.errors import UserError, join_some
 
 MAX_COMPLAINTS = 6  # in one error message
 
@@ -77,10 +77,8 @@ def fill(
         filled[path] = value
     complaints += [f"nothing fills {path}" for path in expected if path not in filled]
     if complaints:
-        message = f"the state dict does not fit: {'; '.join(complaints[:MAX_COMPLAINTS])}"
-        if len(complaints) > MAX_COMPLAINTS:
-            message += f" and {len(complaints) - MAX_COMPLAINTS} more"
-        raise UserError(message)
+        listed = join_some(complaints, "; ", limit=MAX_COMPLAINTS)
+        raise UserError(f"the state dict does not fit: {listed}")
     # Copies in C order, so that fingerprints do not depend on transposed views.
     arrays = [np.array(filled[path], order="C") for path in expected]
     return jax.tree_util.tree_unflatten(structure, arrays)

@@ -83,7 +83,7 @@ def load_encoder(path: str | Path, config_path: str | Path | None = None) -> "Na
         return converted_encoder
     encoder = converted.load_encoder(path)
     if config_path:
-        from convert.architecture import check_yaml
+        from convert.patchtst.architecture import check_yaml
         from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
 
         if not isinstance(encoder, PatchTSTEncoder):

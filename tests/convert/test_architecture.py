@@ -8,7 +8,7 @@ import torch
 
 from convert.__main__ import main
 from convert.encoder import read_source
-from convert.patchtst import settings_of
+from convert.patchtst.weights import settings_of
 from minsae_jax import UserError
 from tests.conftest import FIXTURES
 from tests.random_encoder import BASE, random_state_dict

@@ -141,7 +141,7 @@ def test_settings_that_make_no_cbramod_are_refused(from_state, state):
     with pytest.raises(UserError, match="--program do not apply"):
         from_state(state, program="supervised")
     mask = {"patch_embedding.mask_encoding": torch.zeros(200)}
-    with pytest.raises(UserError, match=r"has no .*proj_in.0.weight, so it is not a CBraMod"):
+    with pytest.raises(UserError, match=r"has no .*proj_in.0.weight, so it is not a"):
         from_state(mask)
 
 

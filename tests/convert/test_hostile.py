@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 import minsae_jax as ms
 from convert import verify
 from convert.encoder import convert, read_source
-from convert.patchtst import settings_of
+from convert.patchtst.weights import settings_of
 from minsae_jax import UserError
 from tests.conftest import FIXTURES
 from tests.random_encoder import BASE, random_state_dict

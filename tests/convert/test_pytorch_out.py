@@ -9,7 +9,7 @@ import yaml
 
 from convert.__main__ import main
 from convert.encoder import convert, convert_encoder, read_source
-from convert.patchtst import settings_of, write_pytorch
+from convert.patchtst.weights import settings_of, write_pytorch
 from minsae_jax import UserError, load_encoder
 from tests.conftest import ENCODERS, FIXTURES
 from tests.random_encoder import BASE, random_state_dict

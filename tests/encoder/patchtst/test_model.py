@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from convert.encoder import convert_encoder
-from convert.patchtst import to_flax
+from convert.patchtst.weights import to_flax
 from convert.patchtst_torch import forward
 from minsae_jax import UserError
 from minsae_jax.encoder.base import ComputeOptions

@@ -1,7 +1,4 @@
-"""A PyTorch PatchTST to Flax and back: gPatchTST's, the official ones, and that of transformers.
-
-All of them are read under gPatchTST's names, and gPatchTST's files are written.
-"""
+"""PatchTST's conversion tables, and the files of gPatchTST that are written."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
@@ -11,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from convert.architecture import read_architecture
 from convert.checkpoint import HALVES, Checkpoint, Program, SourceModel
+from convert.patchtst.architecture import read_architecture
+from convert.patchtst.stated import spelling
 from convert.rules import Rule, fill, linear_rules, norm_rules
-from convert.settings import spelling
 from convert.torch_files import Tensors, save_torch
 from minsae_jax.encoder.base import Params, parameter_path
 from minsae_jax.encoder.converted import EncoderSource

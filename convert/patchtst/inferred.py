@@ -1,14 +1,13 @@
 """Settings of a PatchTST that follow from the tensors of its state dict."""
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint
-from convert.settings import Setting, Settings
+from convert.checkpoint import Checkpoint, count_distinct, tensor_of
+from convert.patchtst.stated import Setting, Settings
 from convert.torch_files import Tensors
 from minsae_jax.errors import UserError
 from minsae_jax.settings import JsonObject
@@ -51,19 +50,6 @@ def infer_settings(checkpoint: Checkpoint, stated: Settings) -> Settings:
     inferred = {name: value for name, value in inferred.items() if value is not None}
     inferred |= _head_settings(tensors, inferred, len(position), stated)
     return {name: Setting(value, "state dict") for name, value in inferred.items()}
-
-
-def tensor_of(tensors: Tensors, key: str, ndim: int, model: str = "PatchTST") -> np.ndarray:
-    """Return a tensor. Raises UserError if it is missing or not float32 of `ndim` dimensions."""
-    if key not in tensors:
-        raise UserError(f"the state dict has no {key}, so it is not a {model} this can convert")
-    tensor = tensors[key]
-    if tensor.ndim != ndim or tensor.dtype != np.float32 or 0 in tensor.shape:
-        raise UserError(
-            f"{key} must be floating-point with {ndim} dimensions, "
-            f"got {tensor.dtype}{list(tensor.shape)}"
-        )
-    return tensor
 
 
 def _n_heads(checkpoint: Checkpoint, d_model: int) -> int | None:
@@ -149,9 +135,3 @@ def _kinds_that_fit(
     if fits_any_number or n_inputs == d_model * (n_vars or 0):
         kinds += ["regression", "classification"]
     return kinds
-
-
-def count_distinct(tensors: Tensors, pattern: str) -> int:
-    """Return how many different numbers the keys contain at the group of the pattern."""
-    matches = (re.fullmatch(pattern, key) for key in tensors)
-    return len({match[1] for match in matches if match})

@@ -68,11 +68,13 @@ def read_settings(mapping: Mapping[str, Any], source: str, file: str = "") -> Se
             settings[name] = parse_setting(name, value, source, file)
     subtract_last = _first_value(sections, ("subtract_last",))
     if subtract_last is not None:
-        if type(subtract_last) not in (bool, int) or subtract_last not in (0, 1):
+        is_on = _parse_bool(subtract_last)
+        if is_on is None:
             where = f" in {file}" if file else ""
-            got = shown(subtract_last)
-            raise UserError(f"subtract_last{where} must be true or false, got {got}")
-        settings["scaler"] = Setting("last_sd" if subtract_last else "mean_sd", source, file)
+            raise UserError(
+                f"subtract_last{where} must be true or false, got {shown(subtract_last)}"
+            )
+        settings["scaler"] = Setting("last_sd" if is_on else "mean_sd", source, file)
     return settings
 
 

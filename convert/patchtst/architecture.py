@@ -3,8 +3,8 @@
 Every setting of `Architecture` takes the value of the first source that has it:
 
 1. the program's fixed behaviour (the official supervised program only);
-2. the state dict, for settings that shapes and keys determine (`infer.py`);
-3. flags, the YAML, then the checkpoint's own config (`settings.py`);
+2. the state dict, for settings that shapes and keys determine (`inferred.py`);
+3. flags, the YAML, then the checkpoint's own config (`stated.py`);
 4. the program's default.
 
 A stated setting (3) must agree with the state dict (2); a contradiction is an error, not a choice.
@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import Checkpoint, Program, SourceModel
-from convert.infer import infer_settings
-from convert.settings import (
+from convert.checkpoint import Checkpoint, Program, SourceModel, check_size
+from convert.patchtst.inferred import infer_settings
+from convert.patchtst.stated import (
     FIELD_TYPES,
     REQUIRED,
     Setting,
@@ -46,8 +46,6 @@ DEFAULTS: dict[Program, JsonObject] = {
 }
 # The reference ignores these two settings and follows the state dict.
 IGNORED_BY_REFERENCE = ("norm", "use_cls_token")
-MAX_LAYERS = 64
-MAX_NUMBERS = 1 << 26  # samples of a window, or activations of one layer for it
 
 
 def read_architecture(
@@ -58,7 +56,11 @@ def read_architecture(
     yaml_file: path of the YAML for messages, "" without one.
     Raises UserError that names every missing setting, or both values of every contradiction.
     """
-    from_config = _config_settings(checkpoint)
+    if checkpoint.program == "transformers":
+        # huggingface.py has translated the names already.
+        from_config = {n: parse_setting(n, v, "config.json") for n, v in checkpoint.config.items()}
+    else:
+        from_config = read_settings(checkpoint.config, "checkpoint's config")
     from_yaml = read_settings(yaml, "YAML", yaml_file)
     from_flags = read_settings(flags, "flags")
     stated = from_config | from_yaml | from_flags
@@ -67,8 +69,10 @@ def read_architecture(
         _yaml_overrides(from_config, from_yaml, from_flags),
         _check_agreement(stated, inferred, "state dict"),
     )
+    defaults = DEFAULTS[checkpoint.program]
+    settings = {name: Setting(value, "program's default") for name, value in defaults.items()}
     # The right operand of | precedes the left one, here and above.
-    settings = _program_defaults(checkpoint.program) | stated | inferred
+    settings |= stated | inferred
     if checkpoint.program == "supervised":
         settings |= _supervised_settings(settings, checkpoint.tensors)
     _check_complete(settings, checkpoint, yaml_file)
@@ -93,18 +97,6 @@ def check_yaml(architecture: Architecture, path: str | Path) -> None:
     message = _check_agreement(from_yaml, settings, where)
     if message:
         warnings.warn(message, stacklevel=2)
-
-
-def _config_settings(checkpoint: Checkpoint) -> Settings:
-    """Return the settings in the checkpoint's own configuration."""
-    if checkpoint.program != "transformers":
-        return read_settings(checkpoint.config, "checkpoint's config")
-    # huggingface.py has translated the names already.
-    return {n: parse_setting(n, value, "config.json") for n, value in checkpoint.config.items()}
-
-
-def _program_defaults(program: Program) -> Settings:
-    return {n: Setting(value, "program's default") for n, value in DEFAULTS[program].items()}
 
 
 def _yaml_overrides(from_config: Settings, from_yaml: Settings, from_flags: Settings) -> str:
@@ -216,10 +208,6 @@ def _check_sizes(a: Architecture, checkpoint: Checkpoint) -> None:
             )
         raise UserError(message)
     numbers = a.n_vars * max(a.seq_len, n_patches * max(a.d_model, a.d_ff))
-    if a.n_layers > MAX_LAYERS or numbers > MAX_NUMBERS:
-        raise UserError(
-            f"{a.n_layers} layers on windows of {a.seq_len} samples x {a.n_vars} channels are too "
-            f"large: at most {MAX_LAYERS} layers and {MAX_NUMBERS:,} numbers per window"
-        )
+    check_size(a.n_layers, a.seq_len, a.n_vars, numbers)
     if a.d_model % a.n_heads:
         raise UserError(f"num_heads {a.n_heads} does not divide d_model {a.d_model}")
