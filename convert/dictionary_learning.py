@@ -31,6 +31,7 @@ from minsae_jax.settings import JsonObject, read_json, shown
 
 STATE_FILE = "ae.pt"
 CONFIG_FILE = "config.json"
+# torch.nn.Linear stores [outputs, inputs]; W_enc is [d_model, d_sae], W_dec [d_sae, d_model].
 TRANSPOSED = ("encoder.weight", "decoder.weight")
 INTEGERS = ("k", "group_sizes")
 

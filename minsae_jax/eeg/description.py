@@ -20,11 +20,12 @@ from minsae_jax.files import atomic_write, regular_file
 from minsae_jax.settings import Values
 
 DESCRIPTION = "dataset.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of this file
 
 # SD: each channel minus its mean, divided by its standard deviation, both over the recording.
 Unit = Literal["SD", "uV", "100 uV", "mV"]
-UV_PER_UNIT = {"uV": 1.0, "100 uV": 100.0, "mV": 1000.0}  # SD differs between channels
+# An SD differs between channels and recordings: it is in RecordingDescription.
+UV_PER_UNIT = {"uV": 1.0, "100 uV": 100.0, "mV": 1000.0}
 Position = tuple[float, float, float]  # metres, head coordinates of MNE: right, front, up
 
 
@@ -100,6 +101,7 @@ def read_description(folder: str | Path) -> Description:
         raise UserError(f"{path} cannot be read as JSON: {brief(e)}") from None
     try:
         return _description(content)
+    # Of a file that was edited, or that is JSON of something else
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         reason = f"it lacks {e}" if isinstance(e, KeyError) else brief(e)
         raise UserError(f"{path} does not describe recordings: {reason}") from None
@@ -137,19 +139,22 @@ def _description(content: dict[str, Any]) -> Description:
 
 
 def _recording(content: dict[str, Any], channels: tuple[str, ...]) -> RecordingDescription:
-    statistics = {}
-    for name in ("mean_uv", "sd_uv"):
-        statistics[name] = tuple(_number(value, name) for value in content[name])
-        _check_length(statistics[name], channels, name)
     return RecordingDescription(
         source=str(content["source"]),
-        mean_uv=statistics["mean_uv"],
-        sd_uv=statistics["sd_uv"],
+        mean_uv=_one_each(content["mean_uv"], channels, "mean_uv"),
+        sd_uv=_one_each(content["sd_uv"], channels, "sd_uv"),
         bad_channels=_texts(content["bad_channels"], "bad_channels"),
         interpolated_channels=_texts(content["interpolated_channels"], "interpolated_channels"),
         original_sampling_rate=_number(content["original_sampling_rate"], "sampling rate"),
         duration=_number(content["duration"], "duration"),
     )
+
+
+def _one_each(values: Any, channels: tuple[str, ...], what: str) -> tuple[float, ...]:
+    """Return one number for each channel."""
+    numbers = tuple(_number(value, what) for value in values)
+    _check_length(numbers, channels, what)
+    return numbers
 
 
 def _check_length(values: tuple[object, ...], channels: tuple[str, ...], what: str) -> None:

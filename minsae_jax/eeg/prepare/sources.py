@@ -6,11 +6,10 @@ user. File names of recordings are `<patient>_s<session>_t<token>_preprocessed.n
 
 import glob
 import hashlib
-import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -73,19 +72,26 @@ def find_sources(config: PrepareConfig) -> list[Source]:
         patterns = [config.patient_pattern]
     parts = {path: _parts_of(path, patterns, bool(config.patient_pattern)) for path in ordered}
     notes_of = _notes(parts)
-    for path in itertools.chain.from_iterable(notes_of.values()):
-        del parts[path]
+    for notes in notes_of.values():
+        for note in notes:
+            del parts[note]
     names = _recording_names(parts, config.hash_patients)
     if not config.patient_pattern:
-        _check_folders(parts)
-        _check_datasets(parts)
+        _check_patients(parts)
     sources = []
     for path, part in parts.items():
         label = path.name
         if config.hash_patients:
             label = _hashed(path.name) + path.suffix
-        notes = tuple(notes_of.get(path, ()))
-        sources.append(Source(path, names[path], label, part.patient, notes))
+        sources.append(
+            Source(
+                path=path,
+                name=names[path],
+                label=label,
+                patient=part.patient,
+                notes=tuple(notes_of.get(path, ())),
+            )
+        )
     return sources
 
 
@@ -186,19 +192,20 @@ def _parts_of(path: Path, patterns: Sequence[str], is_given: bool) -> _Parts:
 
 
 def _notes(parts: dict[Path, _Parts]) -> dict[Path, list[Path]]:
-    """Return recordings and the files of annotations for them."""
-    signals = {path for path in parts if has_signals(path)}
-    recordings: dict[_Parts, list[Path]] = {}
-    notes: dict[Path, list[Path]] = {}
-    # Tokens are not compared.
-    sessions = {path: replace(part, token="") for path, part in parts.items()}
-    for path, session in sessions.items():
-        if path in signals:
-            recordings.setdefault(session, []).append(path)
-    for path, session in sessions.items():
+    """Return recordings and the files of annotations for them.
+
+    Tokens are not compared: a recording and its hypnogram have different ones.
+    """
+    recordings: dict[tuple[str, str], list[Path]] = {}  # by patient and session
+    without_signals: dict[tuple[str, str], list[Path]] = {}
+    for path, part in parts.items():
+        files = recordings if has_signals(path) else without_signals
+        files.setdefault((part.patient, part.session), []).append(path)
+    notes = {}
+    for session, paths in without_signals.items():
         matching = recordings.get(session, [])
-        if path not in signals and len(matching) == 1:
-            notes.setdefault(matching[0], []).append(path)
+        if len(matching) == 1:
+            notes[matching[0]] = paths
     return notes
 
 
@@ -206,29 +213,27 @@ def _stem(path: Path) -> str:
     return path.name.split(".")[0]
 
 
-def _check_folders(parts: dict[Path, _Parts]) -> None:
-    """Raise UserError if the name of a file, which is its patient, occurs in several folders."""
-    first_of: dict[str, Path] = {}
-    for path, part in parts.items():
-        if part.patient != _stem(path):
-            continue
-        first = first_of.setdefault(path.name, path)
-        if first != path:
-            raise UserError(
-                f"{first} and {path} have the same name, which does not identify the patient; give "
-                "--patient_pattern, such as '(?P<patient>[^/]+)/[^/]+$' if each patient has a "
-                "folder"
-            )
+def _check_patients(parts: dict[Path, _Parts]) -> None:
+    """Raise UserError if several persons would be one patient.
 
-
-def _check_datasets(parts: dict[Path, _Parts]) -> None:
-    """Raise UserError if two BIDS datasets have patients of one name, who are other persons."""
-    root_of: dict[str, Path] = {}
+    They are if the name of a file, which is its patient, occurs in several folders, or a name of a
+    patient in several BIDS datasets.
+    """
+    first_file: dict[str, Path] = {}
+    first_root: dict[str, Path] = {}
     for path, part in parts.items():
+        if part.patient == _stem(path):
+            file = first_file.setdefault(path.name, path)
+            if file != path:
+                raise UserError(
+                    f"{file} and {path} have the same name, which does not identify the patient; "
+                    "give --patient_pattern, such as '(?P<patient>[^/]+)/[^/]+$' if each patient "
+                    "has a folder"
+                )
         root = bids_root(path)
         if root is None:
             continue
-        first = root_of.setdefault(part.patient, root)
+        first = first_root.setdefault(part.patient, root)
         if first != root:
             raise UserError(
                 f"the BIDS datasets {first} and {root} both have a patient {part.patient}; prepare "
@@ -237,36 +242,33 @@ def _check_datasets(parts: dict[Path, _Parts]) -> None:
 
 
 def _recording_names(parts: dict[Path, _Parts], is_hashed: bool) -> dict[Path, str]:
-    patients: dict[str, str] = {}
+    """Return the name of each recording: its patient, and numbers of its session and token."""
+    patient_of: dict[str, str] = {}  # by the patient's part of a name
+    sessions: dict[str, dict[str, list[Path]]] = {}  # patient -> session -> paths
     for path, part in parts.items():
         # The patient ends at the first _ of a file name.
         name = re.sub(r"[^A-Za-z0-9-]+", "-", part.patient)
         if is_hashed:
             name = _hashed(part.patient)
-        if patients.setdefault(name, part.patient) != part.patient:
+        other = patient_of.setdefault(name, part.patient)
+        if other != part.patient:
             raise UserError(
-                f"patients {patients[name]!r} and {part.patient!r} would both be {name}; choose "
-                f"another --patient_pattern ({path})"
+                f"patients {other!r} and {part.patient!r} would both be {name}; choose another "
+                f"--patient_pattern ({path})"
             )
-    # Tokens of the recordings of each session of each patient
-    tokens: dict[str, dict[str, dict[Path, str]]] = {}
-    for path, part in parts.items():
-        sessions = tokens.setdefault(part.patient, {})
-        sessions.setdefault(part.session, {})[path] = part.token
+        sessions.setdefault(part.patient, {}).setdefault(part.session, []).append(path)
     names = {}
-    for name, patient in patients.items():
-        for session, number in _numbers(tokens[patient], first=1).items():
-            for path, token in _token_numbers(tokens[patient][session]).items():
-                names[path] = f"{name}_s{number:03d}_t{token:03d}_preprocessed.npy"
+    for name, patient in patient_of.items():
+        session_numbers = _numbers(sessions[patient], first=1)
+        for session, paths in sessions[patient].items():
+            tokens = [parts[path].token for path in paths]
+            if len(set(tokens)) < len(tokens):
+                tokens = [path.as_posix() for path in paths]
+            token_numbers = _numbers(tokens, first=0)
+            for path, token in zip(paths, tokens, strict=True):
+                numbers = f"s{session_numbers[session]:03d}_t{token_numbers[token]:03d}"
+                names[path] = f"{name}_{numbers}_preprocessed.npy"
     return names
-
-
-def _token_numbers(tokens: dict[Path, str]) -> dict[Path, int]:
-    """Return the tokens in the paths if they differ, else the places of the paths in order."""
-    if len(set(tokens.values())) < len(tokens):
-        tokens = {path: path.as_posix() for path in tokens}
-    numbers = _numbers(tokens.values(), first=0)
-    return {path: numbers[token] for path, token in tokens.items()}
 
 
 def _numbers(texts: Iterable[str], first: int) -> dict[str, int]:
