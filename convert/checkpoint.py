@@ -82,7 +82,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     tensors = _only_model(tensors, path)
     config = {}
     if key is not None:
-        tensors |= _revin_tensors(content, path)
+        # gPatchTST saves RevIN's weights in a separate state dict.
+        revin = content.get("revin_state_dict")
+        if revin:
+            weights, _ = without_prefixes(to_numpy(revin, path, "revin_state_dict"))
+            tensors |= {f"revin.{name}": tensor for name, tensor in weights.items()}
         if isinstance(content.get("config"), dict):
             config = content["config"]
     # The official supervised program names its RevIN `revin_layer`. Without RevIN its models are
@@ -146,15 +150,6 @@ def _only_model(tensors: Tensors, path: Path) -> Tensors:
 
 def _listed(names: Sequence[str]) -> str:
     return join_some([shown(name) for name in names], limit=3)
-
-
-def _revin_tensors(content: JsonObject, path: Path) -> Tensors:
-    """Return RevIN's weights, which gPatchTST saves in a separate state dict."""
-    state = content.get("revin_state_dict")
-    if not state:
-        return {}
-    tensors, _ = without_prefixes(to_numpy(state, path, "revin_state_dict"))
-    return {f"revin.{name}": tensor for name, tensor in tensors.items()}
 
 
 def make_checkpoint(

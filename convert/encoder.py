@@ -1,7 +1,7 @@
 """A PyTorch encoder to Flax: `python -m convert encoder SOURCE --out DIR`.
 
 Each family of models has a module with its settings, and the table that maps its tensors to the
-parameters of the Flax model: `cbramod.py`, and `patchtst/weights.py`.
+parameters of the Flax model: `cbramod.py`, and the folder `patchtst`.
 """
 
 import warnings
@@ -15,6 +15,7 @@ import jax
 from convert import cbramod
 from convert.checkpoint import HALVES, Checkpoint, Program, SourceModel, load_checkpoint
 from convert.patchtst import weights as patchtst
+from convert.patchtst.architecture import read_source as read_patchtst
 from convert.patchtst.huggingface import load_huggingface
 from convert.torch_files import Tensors
 from minsae_jax.encoder.base import Params
@@ -66,7 +67,7 @@ def read_source(
             raise UserError("--config_path and --program do not apply to CBraMod")
         return cbramod.read_source(checkpoint, flags, without_head)
     yaml_file = str(config_path or "")
-    return patchtst.read_source(checkpoint, yaml, yaml_file, flags, program, without_head)
+    return read_patchtst(checkpoint, yaml, yaml_file, flags, program, without_head)
 
 
 class Converted(NamedTuple):

@@ -40,7 +40,6 @@ class ConvertedSae:
     kind: str
     source_format: Format
     format: Format
-    path: Path
     d_model: int
     d_sae: int
 
@@ -63,7 +62,6 @@ def convert_sae(path: str | Path, to: Format, out: str | Path) -> ConvertedSae:
         kind=sae.kind,
         source_format=source_format,
         format=to,
-        path=out,
         d_model=d_model,
         d_sae=d_sae,
     )

@@ -48,14 +48,36 @@ DEFAULTS: dict[Program, JsonObject] = {
 IGNORED_BY_REFERENCE = ("norm", "use_cls_token")
 
 
-def read_architecture(
-    checkpoint: Checkpoint, yaml: Mapping[str, Any], yaml_file: str, flags: Mapping[str, Any]
+def read_source(
+    checkpoint: Checkpoint,
+    yaml: Mapping[str, Any],
+    yaml_file: str,
+    flags: Mapping[str, Any],
+    program: Program | None,
+    without_head: bool,
 ) -> SourceModel:
     """Return a checkpoint with its architecture, of which every setting is resolved.
 
-    yaml_file: path of the YAML for messages, "" without one.
-    Raises UserError that names every missing setting, or both values of every contradiction.
+    yaml_file: path of the YAML for messages, "" without one. For the rest see
+    `encoder.read_source`. Raises UserError that names every missing setting, or both values of
+    every contradiction.
     """
+    if program is not None:
+        if checkpoint.program == "transformers":
+            raise UserError(
+                f"{checkpoint.path.parent} is a folder of transformers; leave out --program"
+            )
+        checkpoint = dataclasses.replace(checkpoint, program=program)
+    if without_head:
+        tensors = {k: t for k, t in checkpoint.tensors.items() if not k.startswith("head.")}
+        checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
+        flags = {**flags, "head_type": "none"}
+    return _resolved(checkpoint, yaml, yaml_file, flags)
+
+
+def _resolved(
+    checkpoint: Checkpoint, yaml: Mapping[str, Any], yaml_file: str, flags: Mapping[str, Any]
+) -> SourceModel:
     if checkpoint.program == "transformers":
         # huggingface.py has translated the names already.
         from_config = {n: parse_setting(n, v, "config.json") for n, v in checkpoint.config.items()}

@@ -81,7 +81,10 @@ def load_huggingface(folder: Path, without_head: bool) -> Checkpoint:
     if is_cbramod(tensors):
         return make_checkpoint(path, "cbramod", tensors, config, form="checkpoint")
     settings = _read_settings(config, _head_type(config, tensors, without_head))
-    renamed = _rename(tensors, without_head)
+    renamed = {}
+    for name, tensor in tensors.items():
+        if not (without_head and name.startswith("head.")):
+            renamed[_gpatchtst_name(name)] = tensor
     completed = _complete(renamed, settings, has_bias=config.get("bias", True) is not False)
     return make_checkpoint(path, "transformers", completed, settings, form="checkpoint")
 
@@ -190,15 +193,6 @@ def _pooling(config: JsonObject, head_type: str, use_cls_token: Any) -> str:
     if use_cls_token:
         return "cls"
     return pooling or "gpatchtst"
-
-
-def _rename(tensors: Tensors, without_head: bool) -> Tensors:
-    renamed = {}
-    for name, tensor in tensors.items():
-        if without_head and name.startswith("head."):
-            continue
-        renamed[_gpatchtst_name(name)] = tensor
-    return renamed
 
 
 def _gpatchtst_name(name: str) -> str:

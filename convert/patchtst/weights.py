@@ -1,15 +1,13 @@
 """PatchTST's conversion tables, and the files of gPatchTST that are written."""
 
-from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from convert.checkpoint import HALVES, Checkpoint, Program, SourceModel
-from convert.patchtst.architecture import read_architecture
+from convert.checkpoint import HALVES, Checkpoint
 from convert.patchtst.stated import spelling
 from convert.rules import Rule, fill, linear_rules, norm_rules
 from convert.torch_files import Tensors, save_torch
@@ -30,28 +28,6 @@ PROGRAM_NAMES = {
     "supervised": "the official supervised program",
     "transformers": "transformers",
 }
-
-
-def read_source(
-    checkpoint: Checkpoint,
-    yaml: Mapping[str, Any],
-    yaml_file: str,
-    flags: Mapping[str, Any],
-    program: Program | None,
-    without_head: bool,
-) -> SourceModel:
-    """Return a checkpoint with its resolved architecture; see `encoder.read_source`."""
-    if program is not None:
-        if checkpoint.program == "transformers":
-            raise UserError(
-                f"{checkpoint.path.parent} is a folder of transformers; leave out --program"
-            )
-        checkpoint = replace(checkpoint, program=program)
-    if without_head:
-        tensors = {k: t for k, t in checkpoint.tensors.items() if not k.startswith("head.")}
-        checkpoint = replace(checkpoint, tensors=tensors)
-        flags = {**flags, "head_type": "none"}
-    return read_architecture(checkpoint, yaml, yaml_file, flags)
 
 
 def rules(a: Architecture) -> list[Rule]:
