@@ -95,6 +95,7 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
     if not (np.isfinite(sampling_rate) and sampling_rate > 0 and n_samples > 0):
         raise BadRecordingError("contains no samples")
 
+    # Gaps that programs have marked in the file, or those between the records of EDF+D.
     boundaries = {each.onset for each in annotations if BOUNDARY.match(each.kind)}
     n_gaps = sum(onset > 0 for onset in boundaries)
     if records is not None:
@@ -105,6 +106,7 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
         annotations = read_events(events_table, names, default=annotations)
     annotations += tuple(in_notes)
     if records is not None:
+        # Times of all of them are by the clock.
         annotations = records.joined(annotations)
 
     bad = {canonical(name) for name in raw.info["bads"]}
