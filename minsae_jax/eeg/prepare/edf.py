@@ -4,8 +4,8 @@ A file is a header, then records of equal lengths in seconds. A record has all s
 channel in its time, then those of the second, and so on. Texts are in channels of annotations.
 
 In discontinuous files (EDF+D, BDF+D), there is time between some records, and MNE joins them
-without a word. It leaves annotations at times of the clock, so that those after a gap are late, and
-drops those after the end of the joined records.
+without a warning. It leaves annotations at times of the clock, so that those after a gap are late,
+and drops those after the end of the joined records.
 """
 
 import re
@@ -27,8 +27,8 @@ ANNOTATIONS = ("EDF Annotations", "BDF Annotations")  # labels of channels
 KNOWN_TO_MNE = ("uV", "µV", "\x83ÊV", "mV")
 MICROVOLT = re.compile(r"(u|micro|µ|Âµ|Î¼|\x83Ê|¦Ì|æ)V(olts?)?", re.IGNORECASE)
 MILLIVOLT = re.compile(r"(m|milli)V(olts?)?", re.IGNORECASE)
-# Texts at one time: onset, perhaps a duration, and texts, between characters 20 and 21. The first
-# list in a record has no text: its onset is the time at which the record begins.
+# Texts at one time: onset, perhaps a duration after character 21, and texts between characters 20.
+# The first such list of a record has no text: its onset is the time at which the record begins.
 TEXTS = re.compile(rb"([+-]\d+\.?\d*)(?:\x15(\d+\.?\d*))?\x14(.*?)\x14\0", re.DOTALL)
 ROUNDING = 1e-3  # of a record's time in seconds
 
