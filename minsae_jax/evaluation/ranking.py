@@ -3,6 +3,7 @@
 The weighted forms measure one score in many resamples at once; see `draw_patients`.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,9 @@ from scipy.stats import rankdata
 from minsae_jax.evaluation.bootstrap import Weights
 
 MIN_PRECISION = 0.9  # of recall_at_precision
-RESAMPLES_AT_ONCE = 8  # of which numbers for all spans fit the cache
+# Up to so many pairs of units per span, pairs of spans are counted by units.
+MAX_UNIT_PAIRS = 8
+WEIGHTS_AT_ONCE = 1 << 17  # of all scores in some of the resamples, which fit the cache
 
 
 def auc(
@@ -97,26 +100,91 @@ def weighted_auc(
 
     It is the weight of the pairs (event, other) in which the event scores higher, where equal
     scores count half, over that of all pairs. The weight of a pair is the product of those of its
-    units, so that pairs are counted once by units, for all resamples.
+    units.
     """
     present, unit = np.unique(unit, return_inverse=True)
     weights = weights[:, present]
+    if len(present) ** 2 <= MAX_UNIT_PAIRS * len(scores):
+        above = _sum_by_pairs(scores, is_event, unit, weights)
+    else:
+        above = _sum_by_score(scores, is_event, unit, weights)
+    n_events = weights @ np.bincount(unit[is_event], minlength=len(present))
+    n_others = weights @ np.bincount(unit[~is_event], minlength=len(present))
+    pairs = n_events * n_others
+    return above / np.where(pairs > 0, pairs, np.nan)
+
+
+def _sum_by_pairs(
+    scores: Float[np.ndarray, " n"],
+    is_event: Bool[np.ndarray, " n"],
+    unit: Int[np.ndarray, " n"],
+    weights: Weights,
+) -> Float[np.ndarray, " resamples"]:
+    """Return the weight of the pairs in which the event scores higher, for few units.
+
+    Pairs are counted once by units, for all resamples.
+    """
+    n_units = weights.shape[1]
     order = np.argsort(scores)  # sorted scores are found faster
     of_events = order[is_event[order]]
     of_others = order[~is_event[order]]
-    higher = np.zeros((len(present), len(present)))  # [units of events, units of others]
-    for i in range(len(present)):
+    higher = np.zeros((n_units, n_units))  # [units of events, units of others]
+    for i in range(n_units):
         others = scores[of_others[unit[of_others] == i]]
         n_below = np.searchsorted(others, scores[of_events], side="left")
         n_up_to = np.searchsorted(others, scores[of_events], side="right")
         wins = (n_below + n_up_to) / 2  # equal scores count half
-        higher[:, i] = np.bincount(unit[of_events], wins, len(present))
+        higher[:, i] = np.bincount(unit[of_events], wins, n_units)
     # Σ_ab w_a H_ab w_b of each resample
-    above = ((weights @ higher) * weights).sum(axis=1)
-    n_events = weights @ np.bincount(unit[of_events], minlength=len(present))
-    n_others = weights @ np.bincount(unit[of_others], minlength=len(present))
-    pairs = n_events * n_others
-    return above / np.where(pairs > 0, pairs, np.nan)
+    return ((weights @ higher) * weights).sum(axis=1)
+
+
+def _sum_by_score(
+    scores: Float[np.ndarray, " n"],
+    is_event: Bool[np.ndarray, " n"],
+    unit: Int[np.ndarray, " n"],
+    weights: Weights,
+) -> Float[np.ndarray, " resamples"]:
+    """Return the weight of the pairs in which the event scores higher, for many units.
+
+    The weight of the others below each event is a cumulative sum for each resample.
+    """
+    sums = []
+    for events, others in _weights_by_score(scores, is_event, unit, weights):
+        below = np.cumsum(others, axis=0) - others / 2
+        sums.append(np.einsum("sr,sr->r", events, below))
+    return np.concatenate(sums)
+
+
+def _weights_by_score(
+    scores: Float[np.ndarray, " n"],
+    is_event: Bool[np.ndarray, " n"],
+    unit: Int[np.ndarray, " n"],
+    weights: Weights,
+) -> Iterator[tuple[Float[np.ndarray, "steps some"], Float[np.ndarray, "steps some"]]]:
+    """Yield the weights of events and of others by increasing score, for some resamples at a time.
+
+    A step is one score, or several neighbouring ones that events alone have, or others alone: AUC
+    and largest recall do not depend on the order within such a step.
+    """
+    order = np.argsort(scores)
+    ordered = scores[order]
+    score = np.cumsum(np.append(False, ordered[1:] > ordered[:-1]))
+    n_events = np.bincount(score, is_event[order])
+    n_others = np.bincount(score, ~is_event[order])
+    # 1 for events alone, -1 for others alone
+    side = np.sign(n_events) - np.sign(n_others)
+    is_new = (side[1:] != side[:-1]) | (side[1:] == 0)
+    step = np.cumsum(np.append(False, is_new))[score]
+    shape = (int(step[-1]) + 1, weights.shape[1])
+    counts = []  # of events and of others, in each step, of each unit
+    for chosen in (is_event[order], ~is_event[order]):
+        cells = (step[chosen], unit[order[chosen]])
+        counts.append(csr_array((np.ones(len(cells[0])), cells), shape=shape))
+    n_resamples = max(1, WEIGHTS_AT_ONCE // shape[0])
+    for first in range(0, len(weights), n_resamples):
+        of_units = weights[first : first + n_resamples].T
+        yield counts[0] @ of_units, counts[1] @ of_units
 
 
 def recall_at_precision(
@@ -149,19 +217,16 @@ def weighted_recall(
 
     It is 0 if no threshold is that precise, and NaN without events.
     """
-    # By decreasing score: everything from a score on is detected.
-    order = np.argsort(-scores, kind="stable")
-    ordered = scores[order]
-    # A threshold cannot lie between equal scores.
-    thresholds = np.flatnonzero(np.append(ordered[1:] < ordered[:-1], True))
+    present, unit = np.unique(unit, return_inverse=True)
+    weights = weights[:, present]
     recalls = []
-    for first in range(0, len(weights), RESAMPLES_AT_ONCE):
-        of_spans = weights[first : first + RESAMPLES_AT_ONCE, unit[order]]
-        n_above = np.cumsum(of_spans, axis=1)[:, thresholds]
-        detected = np.cumsum(of_spans * is_event[order], axis=1)[:, thresholds]
+    for events, others in _weights_by_score(scores, is_event, unit, weights):
+        # Everything from a score on is detected.
+        detected = np.cumsum(events[::-1], axis=0)
+        n_above = detected + np.cumsum(others[::-1], axis=0)
         is_precise = detected >= MIN_PRECISION * n_above
-        most = (detected * is_precise).max(axis=1)
-        n_events = detected[:, -1]
+        most = (detected * is_precise).max(axis=0)
+        n_events = detected[-1]
         undefined = np.full(len(most), np.nan)
         recalls.append(np.divide(most, n_events, out=undefined, where=n_events > 0))
     return np.concatenate(recalls)

@@ -8,6 +8,7 @@ from scipy.stats import mannwhitneyu
 
 from minsae_jax.evaluation.bootstrap import draw_weights
 from minsae_jax.evaluation.ranking import (
+    MAX_UNIT_PAIRS,
     MIN_PRECISION,
     auc,
     auc_influence,
@@ -68,10 +69,13 @@ def test_influence_is_the_derivative_by_the_weight_of_a_recording():
         assert influence[2] == 0
 
 
-def test_a_weight_is_a_number_of_copies(spans):
-    scores, is_event, recording = spans
-    weights = draw_weights(5, seed=1, resamples=20)
-    assert (weights.sum(axis=1) == 5).all()
+@pytest.mark.parametrize("n_recordings", [5, 40])  # pairs are counted by recording, or by score
+def test_a_weight_is_a_number_of_copies(spans, n_recordings):
+    scores, is_event, _ = spans
+    assert 5**2 <= MAX_UNIT_PAIRS * len(scores) < 40**2
+    recording = np.random.default_rng(2).integers(0, n_recordings, len(scores))
+    weights = draw_weights(n_recordings, seed=1, resamples=20)
+    assert (weights.sum(axis=1) == n_recordings).all()
     aucs = weighted_auc(scores, is_event, recording, weights)
     recalls = weighted_recall(scores, is_event, recording, weights)
     for i, counts in enumerate(weights[:, recording].astype(int)):
