@@ -8,12 +8,13 @@ offset from the tokens and touch equally many: the largest of more tokens is lar
 """
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from sys import intern
 from typing import TypeVar
 
 import numpy as np
@@ -37,7 +38,7 @@ WITHOUT_SPANS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LabelledEvent:
     """One line of events.csv without its kind; start and stop in samples of the recording."""
 
@@ -94,6 +95,12 @@ def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
     Raises UserError if events.csv is invalid, or has no event of any recording in the folder.
     """
     names = [canonical(name) for name in read_description(folder).channels]
+
+    # Few channels or groups of them occur in many rows.
+    @cache
+    def columns_of(cell: str) -> tuple[int, ...]:
+        return _columns_of(cell, names)
+
     events: dict[str, list[LabelledEvent]] = {}
     path = folder / EVENTS
     # Spreadsheets write a byte order mark.
@@ -106,7 +113,7 @@ def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
                     f"{path} has no column {missing[0]}; it requires {', '.join(COLUMNS)}"
                 )
             for row in rows:
-                events.setdefault(row["event"], []).append(_parse_event(row, names))
+                events.setdefault(row["event"], []).append(_parse_event(row, columns_of))
         except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as e:
             raise UserError(
                 f"{path}, line {rows.line_num}: expected recording, event, start, stop and "
@@ -122,18 +129,26 @@ def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
     return events
 
 
-def _parse_event(row: Mapping[str, str], channel_names: list[str]) -> LabelledEvent:
-    """Raises KeyError, TypeError, ValueError, AttributeError or csv.Error on an invalid row."""
-    in_cell = split_channels(row["channels"])
+def _columns_of(cell: str, channel_names: list[str]) -> tuple[int, ...]:
+    """Return the columns of the channels in a cell. Raises ValueError or csv.Error."""
+    in_cell = split_channels(cell)
     for name in in_cell:
         if canonical(name) not in channel_names:
             raise ValueError(f"unknown channel {name}")
-    channels = tuple(channel_names.index(canonical(name)) for name in in_cell)
+    return tuple(channel_names.index(canonical(name)) for name in in_cell)
+
+
+def _parse_event(
+    row: Mapping[str, str], columns_of: Callable[[str], tuple[int, ...]]
+) -> LabelledEvent:
+    """Raises KeyError, TypeError, ValueError, AttributeError or csv.Error on an invalid row."""
+    channels = columns_of(row["channels"])
     start = int(row["start"])
     stop = int(row["stop"])
     if not (0 <= start < stop < 2**53 and channels):
         raise ValueError("the event is empty")
-    return LabelledEvent(row["recording"], start, stop, channels)
+    # The events of a recording share its name.
+    return LabelledEvent(intern(row["recording"]), start, stop, channels)
 
 
 def events_by_recording(events: Sequence[LabelledEvent]) -> dict[str, list[LabelledEvent]]:
