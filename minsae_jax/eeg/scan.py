@@ -25,6 +25,7 @@ from minsae_jax.eeg.recordings import (
     find_windows,
     list_bad,
     load_recording,
+    recordings_folder,
 )
 from minsae_jax.eeg.splits import Split
 from minsae_jax.errors import UserError, join_some
@@ -148,7 +149,12 @@ def open_recordings(
     scanned = [_scan_split(root_path, s, split_seed, shape, max_windows, skips) for s in splits]
     if not skips:
         check_usable({name: reason for split in scanned for name, reason in split.bad.items()})
-    return [_scanned_recordings(split, scan) for split, scan in zip(splits, scanned, strict=True)]
+    # Once, since that of a whole corpus takes seconds and 200 MB.
+    description = read_description(recordings_folder(Path(root_path)))
+    return [
+        _scanned_recordings(split, scan, description)
+        for split, scan in zip(splits, scanned, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -186,14 +192,13 @@ def _scan_split(
         windows = windows.without(not_finite)
 
 
-def _scanned_recordings(split: Split, scan: _SplitScan) -> Recordings:
+def _scanned_recordings(split: Split, scan: _SplitScan, description: Description) -> Recordings:
     files = scan.windows.files
     if not len(scan.windows):
         reasons = list_bad(scan.bad)
         raise UserError(f"split {split} is empty: none of its recordings can be used ({reasons})")
     digests = "".join(f"{name} {scan.scans[name].sha256}" for name in files)
     sha256 = hashlib.sha256(digests.encode()).hexdigest()
-    description = read_description(scan.windows.folder)
     shifted = np.zeros(len(files), bool)
     if description is TUH:
         # In described recordings a channel that is all zero is flat.
