@@ -4,17 +4,20 @@ Activations are pooled once for each store. Labels are tested on the patients of
 splits together; probes are fitted on the val patients and scored on the test patients.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
+from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.inputs import EvaluationInputs, Member
 from minsae_jax.evaluation.label_probes import LabelProbe, PooledSplits, probe_label
 from minsae_jax.evaluation.label_tests import LabelTest, compare_labels
 from minsae_jax.evaluation.labels import PatientLabel, read_labels
-from minsae_jax.evaluation.pooling import PatientValues, Pooled, Pooling, by_patient, pool
+from minsae_jax.evaluation.pooling import Pooling, by_patient, pool
 from minsae_jax.evaluation.variance import VarianceShares, variance_shares
+from minsae_jax.sae.member import SparseAutoencoder
 
 NO_PROBE = "a probe requires a store of val patients with labels"
 
@@ -88,16 +91,20 @@ def measure_associations(
     labels = read_labels(test.folder, [name for split in splits for name in split.recordings])
     if not labels:
         return Associations(variance, (), pooling, ())
-    by_split = [pool(split, member.sae) for split in splits[:-1]] + [pooled]
+    by_split = [_RecordingValues(pooled.recordings, pooled.values(pooling))]
+    # The other two poolings of many recordings take gigabytes.
+    del pooled
+    if len(splits) == 2:
+        by_split.insert(0, _pool_values(splits[0], member.sae, pooling))
     recordings = [name for each in by_split for name in each.recordings]
-    values = np.concatenate([each.values(pooling) for each in by_split])
+    results = compare_labels(by_patient(recordings, *[each.values for each in by_split]), labels)
     probes: list[LabelProbe | str] = [NO_PROBE] * len(labels)
     if len(splits) == 2:
-        features = PooledSplits(*_patient_values(by_split, pooling))
-        raw = PooledSplits(*_patient_values([pool(split, None) for split in splits], pooling))
+        of_raw = [_pool_values(split, None, pooling) for split in splits]
+        features = PooledSplits(*[by_patient(*each) for each in by_split])
+        raw = PooledSplits(*[by_patient(*each) for each in of_raw])
         probes = [probe_label(label, features, raw, seed=seed) for label in labels]
     associations = []
-    results = compare_labels(by_patient(recordings, values), labels)
     for label, result, probe in zip(labels, results, probes, strict=True):
         notes = [result.note] if result.note else []
         fitted = None
@@ -109,5 +116,17 @@ def measure_associations(
     return Associations(variance, tuple(associations), pooling, tuple(recordings))
 
 
-def _patient_values(pooled: Sequence[Pooled], pooling: Pooling) -> list[PatientValues]:
-    return [by_patient(each.recordings, each.values(pooling)) for each in pooled]
+class _RecordingValues(NamedTuple):
+    """Features of recordings, pooled in one way."""
+
+    # File names
+    recordings: tuple[str, ...]
+    values: Float[np.ndarray, "recordings features"]
+
+
+def _pool_values(
+    dataset: Dataset, sae: SparseAutoencoder | None, pooling: Pooling
+) -> _RecordingValues:
+    """Pool the features of an SAE, or without one the raw activations, over every recording."""
+    pooled = pool(dataset, sae)
+    return _RecordingValues(pooled.recordings, pooled.values(pooling))

@@ -8,8 +8,9 @@ statistic. The false discovery rate over the features of a label is controlled b
 Hochberg's method.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -35,6 +36,9 @@ MAX_PERMUTED = 50
 MAX_SKEWNESS = 0.1
 LEVEL = 0.05
 TestName = Literal["Mann-Whitney", "Kruskal-Wallis", "Spearman"]
+FEATURE_BLOCK = 256  # columns that are ranked at a time
+# Effect and p of columns, and for which of them p is to be by permutation
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 EFFECT_NAMES: dict[TestName, str] = {
     "Mann-Whitney": "AUC",
     "Kruskal-Wallis": "eta²",
@@ -168,6 +172,16 @@ def mann_whitney(
     p is exact for columns without ties if one of the groups has at most eight members, and by
     permutation for columns where `_is_sparse`.
     """
+    auc, p, sparse = _in_blocks(partial(_mann_whitney, is_second=is_second), values)
+    deviation = _centred_ranks(values[:, sparse])
+    p[sparse] = permutation_p(deviation, is_second.astype(np.float64), product_size)
+    return auc, p
+
+
+def _mann_whitney(
+    values: Float[np.ndarray, "n features"], is_second: Bool[np.ndarray, " n"]
+) -> Columns:
+    """Return AUC and p of `mannwhitneyu`, and which columns are sparse."""
     first = values[~is_second]
     second = values[is_second]
     n_smaller = min(len(first), len(second))
@@ -180,10 +194,7 @@ def mann_whitney(
             result = mannwhitneyu(second[:, columns], first[:, columns], method=method)
             auc[columns] = result.statistic / (len(first) * len(second))
             p[columns] = result.pvalue
-    sparse = _is_sparse(values, n_smaller)
-    deviation = _centred_ranks(values[:, sparse])
-    p[sparse] = permutation_p(deviation, is_second.astype(np.float64), product_size)
-    return auc, p
+    return auc, p, _is_sparse(values, n_smaller)
 
 
 def kruskal_wallis(
@@ -195,14 +206,21 @@ def kruskal_wallis(
     usual statistic with its correction for ties, since ties reduce that variance alone. p is by
     permutation for columns where `_is_sparse`, and elsewhere of the chi-squared distribution.
     """
-    deviation = _centred_ranks(values)
+    eta2, p, sparse = _in_blocks(partial(_kruskal_wallis, category=category), values)
+    deviation = _centred_ranks(values[:, sparse])
+    p[sparse] = permutation_p(deviation, category.astype(np.float64), share_between)
+    return eta2, p
+
+
+def _kruskal_wallis(
+    values: Float[np.ndarray, "n features"], category: Int[np.ndarray, " n"]
+) -> Columns:
+    """Return eta² and p of the chi-squared distribution, and which columns are sparse."""
     label = category.astype(np.float64)
     counts = np.bincount(category)
-    eta2 = share_between(deviation.T, label[None])[:, 0]
+    eta2 = share_between(_centred_ranks(values).T, label[None])[:, 0]
     p = chi2.sf((len(values) - 1) * eta2, len(counts) - 1)
-    sparse = _is_sparse(values, int(counts.min()))
-    p[sparse] = permutation_p(deviation[:, sparse], label, share_between)
-    return eta2, p
+    return eta2, p, _is_sparse(values, int(counts.min()))
 
 
 def _is_sparse(
@@ -234,22 +252,43 @@ def spearman(
     many patients. Elsewhere it is that of t = rho sqrt((n - 2) / (1 - rho²)) with n - 2 degrees of
     freedom.
     """
-    n = len(label)
-    deviation = _centred_ranks(values)
     of_label = _centred_ranks(label)
+    rho, p, permuted = _in_blocks(partial(_spearman, of_label=of_label), values)
+    p[permuted] = permutation_p(_centred_ranks(values[:, permuted]), of_label, product_size)
+    return rho, p
+
+
+def _spearman(
+    values: Float[np.ndarray, "n features"], of_label: Float[np.ndarray, " n"]
+) -> Columns:
+    """Return rho and p of the t approximation, and for which columns that is not good enough.
+
+    of_label: centred ranks of the label.
+    """
+    n = len(of_label)
+    deviation = _centred_ranks(values)
     products = of_label @ deviation
     squares = np.square(deviation).sum(axis=0) * np.square(of_label).sum()
     rho = np.clip(products / np.sqrt(squares), -1, 1)
     if n <= MAX_PERMUTED:
-        return rho, permutation_p(deviation, of_label, product_size)
+        return rho, np.ones(len(rho)), np.ones(len(rho), bool)
     with np.errstate(divide="ignore"):  # infinite at rho = ±1, where p is 0
         t = rho * np.sqrt((n - 2) / (1 - np.square(rho)))
     p = 2 * student.sf(np.abs(t), n - 2)
     # Over random orders the skewness of rho is the product of both skewnesses over sqrt(n), up to
     # terms of 1 / n (Pitman 1937).
     skewed = np.abs(skew(of_label) * skew(deviation)) > MAX_SKEWNESS * np.sqrt(n)
-    p[skewed] = permutation_p(deviation[:, skewed], of_label, product_size)
-    return rho, p
+    return rho, p, skewed
+
+
+def _in_blocks(
+    measure: Callable[[np.ndarray], Columns], values: Float[np.ndarray, "n features"]
+) -> Columns:
+    """Return measures of all columns; in blocks, since ranks take eight times the memory."""
+    starts = range(0, max(values.shape[1], 1), FEATURE_BLOCK)
+    blocks = [measure(values[:, start : start + FEATURE_BLOCK]) for start in starts]
+    effect, p, is_permuted = zip(*blocks, strict=True)
+    return np.concatenate(effect), np.concatenate(p), np.concatenate(is_permuted)
 
 
 def regression_slope(

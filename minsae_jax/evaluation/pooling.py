@@ -6,7 +6,8 @@ the number of tokens. Recordings of a patient can then be averaged.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import jax
@@ -213,12 +214,15 @@ def _group_means(
 
 
 def by_patient(
-    recordings: Sequence[str], values: Float[np.ndarray, "recordings features"]
+    recordings: Sequence[str], *values: Float[np.ndarray, "_ features"]
 ) -> PatientValues:
-    """Return the mean over the recordings of each patient, which count equally, in float64."""
+    """Return the mean over the recordings of each patient, which count equally, in float64.
+
+    values: of all recordings, in one or several arrays.
+    """
     patients, patient = group_by_patient(recordings)
-    total = np.zeros((len(patients), values.shape[1]))
-    for i, row in zip(patient, values, strict=True):
+    total = np.zeros((len(patients), values[0].shape[1]))
+    for i, row in zip(patient, chain.from_iterable(values), strict=True):
         total[i] += row
     n_recordings = np.bincount(patient, minlength=len(patients))
     total /= n_recordings[:, None]

@@ -1,5 +1,6 @@
 """Tests of labels against SciPy, feature by feature, and on labels with and without an effect."""
 
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -354,3 +355,21 @@ def test_random_labels_are_found_at_the_nominal_rate():
         p = np.concatenate([result.test.p for result in results])
         # Uniform p: the share below 5 % itself, over labels and features.
         assert 0.03 < (p < 0.05).mean() < 0.06
+
+
+@pytest.mark.parametrize("n_categories", [0, 2, 3])
+def test_tests_of_many_features_fit_in_memory(n_categories):
+    """Ranks of all features at once would take eight times the memory of the values, or more."""
+    n = 500
+    values = np.random.default_rng(0).normal(size=(n, 4096))
+    label = number_label(np.arange(n))
+    if n_categories:
+        label = category_label(np.arange(n) % n_categories, tuple("abc"[:n_categories]))
+    pooled = PatientValues(patients_named(n), values)
+    tracemalloc.start()
+    (result,) = compare_labels(pooled, [label])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.test is not None
+    # Two copies, the deviations of the regression on a number, and a block of ranks
+    assert peak < 4.5 * values.nbytes
