@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.sparse import csr_array
-from scipy.stats import rankdata
 
 from minsae_jax.evaluation.bootstrap import Weights
 
@@ -19,6 +18,82 @@ MAX_UNIT_PAIRS = 8
 WEIGHTS_AT_ONCE = 1 << 17  # of all scores in some of the resamples, which fit the cache
 
 
+class _Ranking(NamedTuple):
+    """The scores above the lowest of their column, by column and score.
+
+    Most activations of a feature are its lowest, 0, and need no sorting.
+    """
+
+    # Of every score above the lowest
+    row: Int[np.ndarray, " scores"]
+    column: Int[np.ndarray, " scores"]
+    is_event: Bool[np.ndarray, " scores"]
+    # Events and others with a lower score in the column, where equal scores count half
+    events_below: Float[np.ndarray, " scores"]
+    others_below: Float[np.ndarray, " scores"]
+    # Events and others with this score or a higher one
+    events_from: Int[np.ndarray, " scores"]
+    others_from: Int[np.ndarray, " scores"]
+    # Events and others with the lowest score of every column
+    lowest_events: Int[np.ndarray, " features"]
+    lowest_others: Int[np.ndarray, " features"]
+
+
+def _rank(scores: Float[np.ndarray, "n features"], is_event: Bool[np.ndarray, " n"]) -> _Ranking:
+    n_columns = scores.shape[1]
+    n_events = int(is_event.sum())
+    n_others = len(is_event) - n_events
+    is_above = np.ascontiguousarray((scores > scores.min(axis=0)).T)
+    column, row = np.nonzero(is_above)
+    # Column, score and row as the bits of one number, since NumPy sorts numbers several times as
+    # fast as it finds their order.
+    n_bits = len(scores).bit_length()
+    tie = column.astype(np.uint64) << 32 | _ordered_bits(scores[row, column])
+    numbers = np.sort(tie << n_bits | row.astype(np.uint64))
+    tie = numbers >> n_bits
+    row = (numbers & ((1 << n_bits) - 1)).astype(np.int64)
+    of_event = is_event[row]
+    first = np.flatnonzero(np.append(True, tie[1:] != tie[:-1])[: len(tie)])
+    size = np.diff(first, append=len(row))
+    # Entries from the first of each tie to the end of its column, and the events among them
+    end = np.cumsum(np.bincount(column, minlength=n_columns))[column[first]]
+    n_before = np.insert(np.cumsum(of_event), 0, 0)
+    events_from = n_before[end] - n_before[first]
+    others_from = end - first - events_from
+    events_equal = n_before[first + size] - n_before[first]
+    others_equal = size - events_equal
+    return _Ranking(
+        row=row,
+        column=column,
+        is_event=of_event,
+        events_below=np.repeat(n_events - events_from + events_equal / 2, size),
+        others_below=np.repeat(n_others - others_from + others_equal / 2, size),
+        events_from=np.repeat(events_from, size),
+        others_from=np.repeat(others_from, size),
+        lowest_events=n_events - np.bincount(column[of_event], minlength=n_columns),
+        lowest_others=n_others - np.bincount(column[~of_event], minlength=n_columns),
+    )
+
+
+def _ordered_bits(scores: Float[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
+    """Return numbers of 32 bits, as uint64, in the same order as the scores."""
+    if scores.dtype != np.float32:
+        return np.unique(scores, return_inverse=True)[1].astype(np.uint64)
+    bits = (scores + np.float32(0)).view(np.int32)  # + 0 makes -0 equal to 0
+    # The bits of negative floats are in reverse order.
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.astype(np.int64) + 2**31).astype(np.uint64)
+
+
+def _n_above(ranking: _Ranking) -> Float[np.ndarray, " features"]:
+    """Return the pairs (event, other) of each column in which the event scores higher."""
+    below = ranking.others_below[ranking.is_event]
+    of_events = ranking.column[ranking.is_event]
+    n_columns = len(ranking.lowest_events)
+    n_equal = ranking.lowest_events * ranking.lowest_others
+    return np.bincount(of_events, below, n_columns) + n_equal / 2
+
+
 def auc(
     scores: Float[np.ndarray, "n features"],
     is_event: Bool[np.ndarray, " n"],
@@ -26,19 +101,14 @@ def auc(
     """Return each column's area under the ROC curve.
 
     It is the probability that an event scores higher than a span without one, where ties count
-    half; computed from ranks as the Mann-Whitney U.
+    half: the Mann-Whitney U over the number of pairs.
 
     >>> auc(np.array([[1.0], [2.0], [2.0], [3.0]]), np.array([False, False, True, True])).tolist()
     [0.875]
     """
-    # U is the number of pairs (event, other) in which the event scores higher. An event of rank r
-    # is above r - 1 scores; summed over events, n (n - 1) / 2 of these are other events.
-    # In float64, since newer versions of SciPy return the type of the scores.
-    ranks = rankdata(scores, axis=0).astype(np.float64)
     n_events = int(is_event.sum())
     n_others = len(is_event) - n_events
-    u = ranks[is_event].sum(axis=0) - n_events * (n_events + 1) / 2
-    return u / (n_events * n_others)
+    return _n_above(_rank(scores, is_event)) / (n_events * n_others)
 
 
 class Influence(NamedTuple):
@@ -66,28 +136,28 @@ def auc_influence(
     # of unit a above another span of unit b, and E = Σ w_a E_a and O = Σ w_b O_b count events and
     # others. At weights of 1, its derivative by w_a is
     # (Σ_b H_ab + Σ_b H_ba) / (E O) - AUC (E_a / E + O_a / O).
-    ranks = rankdata(scores, axis=0).astype(np.float64)
     n_events = int(is_event.sum())
     n_others = len(is_event) - n_events
-    # A rank among all minus that among the events is the number of others below.
-    others_below = ranks[is_event] - rankdata(scores[is_event], axis=0)
-    events_below = ranks[~is_event] - rankdata(scores[~is_event], axis=0)
     n_pairs = n_events * n_others
-    aucs = others_below.sum(axis=0) / n_pairs
-    # Pairs in which the event scores higher, by the unit of the event and by that of the other
-    higher = _sum_by_unit(others_below, unit[is_event], n_units)
-    higher += _sum_by_unit(n_events - events_below, unit[~is_event], n_units)
-    share = np.bincount(unit[is_event], minlength=n_units) / n_events
-    share += np.bincount(unit[~is_event], minlength=n_units) / n_others
+    ranking = _rank(scores, is_event)
+    aucs = _n_above(ranking) / n_pairs
+    events_of_unit = np.bincount(unit[is_event], minlength=n_units)
+    others_of_unit = np.bincount(unit[~is_event], minlength=n_units)
+    # Pairs in which the event scores higher, by the unit of the event and by that of the other:
+    # first as if all scores were the lowest of their column
+    of_event = ranking.lowest_others / 2
+    of_other = n_events - ranking.lowest_events / 2
+    higher = np.outer(events_of_unit, of_event) + np.outer(others_of_unit, of_other)
+    column = ranking.column
+    above_lowest = np.where(
+        ranking.is_event,
+        ranking.others_below - of_event[column],
+        n_events - ranking.events_below - of_other[column],
+    )
+    cell = unit[ranking.row] * len(aucs) + column
+    higher += np.bincount(cell, above_lowest, higher.size).reshape(higher.shape)
+    share = events_of_unit / n_events + others_of_unit / n_others
     return Influence(aucs, higher / n_pairs - share[:, None] * aucs)
-
-
-def _sum_by_unit(
-    values: Float[np.ndarray, "n features"], unit: Int[np.ndarray, " n"], n_units: int
-) -> Float[np.ndarray, "units features"]:
-    """Return the sums of the rows of each unit."""
-    cells = (unit, np.arange(len(unit)))
-    return csr_array((np.ones(len(unit)), cells), shape=(n_units, len(unit))) @ values
 
 
 def weighted_auc(
@@ -196,15 +266,15 @@ def recall_at_precision(
     >>> recall_at_precision(scores, np.array([True, False, True, True])).tolist()
     [0.3333333333333333]
     """
-    order = np.argsort(-scores, axis=0, kind="stable")
-    ordered = np.take_along_axis(scores, order, axis=0)
-    detected = np.cumsum(is_event[order], axis=0)
-    n_above = np.arange(1, len(scores) + 1)[:, None]
-    # A threshold cannot lie between equal scores.
-    is_threshold = np.ones(scores.shape, bool)
-    is_threshold[:-1] = ordered[:-1] > ordered[1:]
-    is_precise = is_threshold & (detected >= MIN_PRECISION * n_above)
-    return (detected * is_precise).max(axis=0) / is_event.sum()
+    ranking = _rank(scores, is_event)
+    n_events = is_event.sum()
+    # A threshold at the lowest score detects all.
+    is_all = n_events >= MIN_PRECISION * len(is_event)
+    most = np.where(is_all, n_events, np.zeros(scores.shape[1], np.int64))
+    detected = ranking.events_from
+    is_precise = detected >= MIN_PRECISION * (detected + ranking.others_from)
+    np.maximum.at(most, ranking.column[is_precise], detected[is_precise])
+    return most / n_events
 
 
 def weighted_recall(

@@ -130,6 +130,26 @@ def test_aucs_of_many_spans_and_patients_are_exact_and_fit_in_memory():
         assert aucs[i] == pytest.approx(u / (len(events) * len(others)), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_columns_of_few_many_and_negative_scores(dtype):
+    rng = np.random.default_rng(4)
+    is_event = rng.random(80) < 0.7
+    x = rng.normal(size=(80, 6)) + 2 * is_event[:, None]
+    x[:, 1] = np.where(rng.random(80) < 0.1, x[:, 1], 0)
+    x[:, 2] = 0
+    x[:, 3] = np.round(x[:, 3])
+    x[:, 4] = np.where(x[:, 4] > 2, np.where(is_event, -0.0, 0.0), -x[:, 4] - 5)
+    x[:, 5] = 1e-40 * x[:, 5]  # denormal numbers
+    scores = x.astype(dtype)
+    aucs = [pairs_auc(column.astype(np.float64), is_event) for column in scores.T]
+    recalls = [best_recall(column, is_event) for column in scores.T]
+    np.testing.assert_allclose(auc(scores, is_event), aucs, rtol=1e-14)
+    np.testing.assert_allclose(recall_at_precision(scores, is_event), recalls, rtol=1e-14)
+    result = auc_influence(scores, is_event, np.arange(80), 80)
+    np.testing.assert_allclose(result.auc, aucs, rtol=1e-14)
+    np.testing.assert_allclose(result.influence.sum(axis=0), 0, atol=1e-14)
+
+
 def test_recall_at_precision_tries_every_threshold(spans):
     scores, is_event, _ = spans
     columns = np.stack([scores, -scores, np.round(scores)], axis=1)
