@@ -224,11 +224,12 @@ def read_spans(
         values = steered.sae.encode_features(windows.hidden, features)
         np.maximum.at(strongest, span, values[place, sequence, token])
         # A matrix of means: a row for each span, a column for each touched token of these windows.
-        cells = (span, np.arange(len(span)))
-        means = csr_array((weight[span], cells), shape=(n_spans, len(span)))
+        present, row = np.unique(span, return_inverse=True)
+        cells = (row, np.arange(len(span)))
+        means = csr_array((weight[span], cells), shape=(len(present), len(span)))
         for variant in range(n_variants):
             z = windows.last[place, variant, sequence, token]
-            last[:, variant] += means @ z
+            last[present, variant] += means @ z
     return SpanValues(last, strongest)
 
 
