@@ -84,7 +84,7 @@ class TokenPlaces:
         """Whether there are tokens of single channels."""
         return bool((self.channel >= 0).any() or (self.tokens.channel >= 0).any())
 
-    @property
+    @cached_property
     def patients(self) -> list[str]:
         """The patient of every recording."""
         return [patient_of(name) for name in self.recordings]

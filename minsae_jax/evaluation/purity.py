@@ -38,6 +38,8 @@ def pure_features(
     """
     above_chance = (precision - base_rate) / max(1 - base_rate, 1e-12)
     is_pure = (above_chance >= PURE) & (features.examples >= PURE_EXAMPLES)
+    if not is_pure.any():
+        return is_pure
     shifted = ShiftedTokens(dataset, events)
     for feature in np.flatnonzero(is_pure):
         n_tokens = features.examples[feature]

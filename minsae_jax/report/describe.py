@@ -294,12 +294,14 @@ def _suggest(
 def _patient_shares(context: Context, feature: int) -> list[tuple[str, float]]:
     """Return (patient, share of the active tokens), largest first, without zeros."""
     activity = context.activity
+    patients = context.dataset.patients
+    by_recording = activity.by_recording[feature]
     counts: dict[str, int] = {}
-    by_recording = activity.by_recording[feature].tolist()
-    for patient, count in zip(context.dataset.patients, by_recording, strict=True):
-        counts[patient] = counts.get(patient, 0) + count
+    for recording in np.flatnonzero(by_recording).tolist():
+        patient = patients[recording]
+        counts[patient] = counts.get(patient, 0) + int(by_recording[recording])
     n_active = int(activity.active[feature])
-    shares = [(patient, count / n_active) for patient, count in counts.items() if count]
+    shares = [(patient, count / n_active) for patient, count in counts.items()]
     return sorted(shares, key=lambda item: (-item[1], item[0]))
 
 
