@@ -6,7 +6,7 @@ the number of tokens. Recordings of a patient can then be averaged.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 from typing import Literal, NamedTuple
 
