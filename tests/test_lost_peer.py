@@ -18,6 +18,7 @@ os.write(2, sys.argv[1].encode())
 os.abort()
 """
 FATAL = "the JAX distributed service detected fatal errors"
+JOINING = "CoordinationService/RegisterTask"
 
 
 def abort_with(message: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -43,6 +44,14 @@ def test_abort_of_a_lost_process_is_one_line(message, process):
     done = abort_with(message)
     assert done.returncode == 2
     error = f"error: {process} of the cluster has ended; see its message, then rerun"
+    assert done.stderr.splitlines() == ["progress", error]
+
+
+def test_abort_of_a_process_that_waits_for_others_to_start_is_one_line():
+    """JAX aborts after five minutes; the message is its own."""
+    done = abort_with(f"{FATAL}: DEADLINE_EXCEEDED\nRPC: /xla.coordination.{JOINING}")
+    assert done.returncode == 2
+    error = "error: a process of the cluster did not start; start all with the same command"
     assert done.stderr.splitlines() == ["progress", error]
 
 

@@ -11,7 +11,7 @@ nearly all pages of the files.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -24,10 +24,6 @@ from minsae_jax.activations.store import Origin
 from minsae_jax.errors import UserError
 from minsae_jax.parallel.processes import WHOLE, Share
 from minsae_jax.settings import JsonObject
-
-# Called in a thread with an error of reading, if given; the tokens are 0 then. So a process of a
-# cluster takes part in the next steps, until the error can be reported to the others.
-OnError = Callable[[Exception], None] | None
 
 SHUFFLE_BUFFER_TOKENS = 65_536  # tokens shuffled together, from chunks all over the source
 
@@ -81,7 +77,6 @@ def read_share(
     share: Share,
     chunks: Sequence[int],
     out: Shaped[np.ndarray, "capacity d_model"],
-    on_error: OnError = None,
 ) -> int:
     """Fill the start of `out` with the tokens of some chunks and return their number.
 
@@ -94,14 +89,7 @@ def read_share(
         # Of the same size for every shuffle buffer: live activations are compiled for it.
         max_chunks = -(-(len(out) // source.tokens_per_chunk) // share.count)
         target = out[start : start + max_chunks * source.tokens_per_chunk]
-        try:
-            stop += source.read_chunks(chunks[first:end], target)
-        except Exception as e:
-            if on_error is None:
-                raise
-            on_error(e)
-            stop += sum(map(source.tokens_in_chunk, chunks[first:end]))
-            out[start:stop] = 0
+        stop += source.read_chunks(chunks[first:end], target)
     n_tokens = stop + sum(map(source.tokens_in_chunk, chunks[end:]))
     out[:start] = 0
     out[stop:n_tokens] = 0
@@ -111,7 +99,7 @@ def read_share(
 class ShardGroups:
     """Groups of `size` whole shards in order; shards that do not fill a last group are not used."""
 
-    def __init__(self, source: Source, size: int, share: Share = WHOLE, on_error: OnError = None):
+    def __init__(self, source: Source, size: int, share: Share = WHOLE):
         n_shards = len(source.tokens_per_shard)
         if size > n_shards:
             raise UserError(
@@ -120,7 +108,6 @@ class ShardGroups:
         self.source = source
         self.size = size
         self.share = share
-        self.on_error = on_error
         self.n_shards = n_shards
 
     def __len__(self) -> int:
@@ -136,13 +123,8 @@ class ShardGroups:
         n_tokens = self.source.tokens_per_shard[shard]
         tokens = np.zeros((n_tokens, self.source.d_model), self.source.dtype)
         start, stop = self.share.bounds(n_tokens)
-        try:
-            if start < stop:
-                tokens[start:stop] = self.source.read(shard, start, stop)
-        except Exception as e:
-            if self.on_error is None:
-                raise
-            self.on_error(e)
+        if start < stop:
+            tokens[start:stop] = self.source.read(shard, start, stop)
         return tokens
 
 
@@ -154,11 +136,10 @@ class ShuffleBuffers:
     (Grain's own shuffle needs milliseconds per element if there are few elements.)
     """
 
-    def __init__(self, source: Source, seed: int, share: Share = WHOLE, on_error: OnError = None):
+    def __init__(self, source: Source, seed: int, share: Share = WHOLE):
         self.source = source
         self.seed = seed
         self.share = share
-        self.on_error = on_error
         chunks_per_buffer = max(1, SHUFFLE_BUFFER_TOKENS // source.tokens_per_chunk)
         self.chunks_per_buffer = min(source.n_chunks, chunks_per_buffer)
         # -(-a // b) is a / b rounded up, here and elsewhere.
@@ -185,24 +166,20 @@ class ShuffleBuffers:
             capacity = self.chunks_per_buffer * self.source.tokens_per_chunk
             self._memory.tokens = np.empty((capacity, self.source.d_model), self.source.dtype)
         tokens = self._memory.tokens
-        n_tokens = read_share(self.source, self.share, chunks, tokens, self.on_error)
+        n_tokens = read_share(self.source, self.share, chunks, tokens)
         order = np.random.default_rng([self.seed, epoch, buffer]).permutation(n_tokens)
         # All indices are valid; without "clip", take checks them in a slower loop.
         return tokens.take(order, axis=0, mode="clip")
 
 
 def shuffled_tokens(
-    source: Source,
-    batch_size: int,
-    shuffle_seed: int,
-    share: Share = WHOLE,
-    on_error: OnError = None,
+    source: Source, batch_size: int, shuffle_seed: int, share: Share = WHOLE
 ) -> TokenStream:
     """Return batches of `batch_size` shuffled tokens, across the ends of buffers and epochs.
 
-    Tokens that are not in the share are 0. on_error: see `OnError`.
+    Tokens that are not in the share are 0.
     """
-    buffers = grain.MapDataset.source(ShuffleBuffers(source, shuffle_seed, share, on_error))
+    buffers = grain.MapDataset.source(ShuffleBuffers(source, shuffle_seed, share))
     # An element is a whole shuffle buffer, so two in advance are enough.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     prefetched = buffers.to_iter_dataset(options)
@@ -211,14 +188,11 @@ def shuffled_tokens(
     return iter(grain.experimental.RebatchIterDataset(prefetched, batch_size, drop_remainder=True))
 
 
-def files_in_order(
-    source: Source, number_of_arrays: int, share: Share = WHOLE, on_error: OnError = None
-) -> TokenStream:
+def files_in_order(source: Source, number_of_arrays: int, share: Share = WHOLE) -> TokenStream:
     """Return minSAE's batches: `number_of_arrays` whole shards in order, repeated forever.
 
-    Tokens that are not in the share are 0. on_error: see `OnError`. Raises UserError if the source
-    has fewer shards.
+    Tokens that are not in the share are 0. Raises UserError if the source has fewer shards.
     """
-    shards = ShardGroups(source, number_of_arrays, share, on_error)
+    shards = ShardGroups(source, number_of_arrays, share)
     groups = grain.MapDataset.source(shards).repeat()
     return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))

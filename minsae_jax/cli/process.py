@@ -61,7 +61,9 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Stopped as e:
-        print(e, file=sys.stderr)
+        # After SIGHUP there is no terminal any more.
+        with contextlib.suppress(OSError):
+            print(e, file=sys.stderr)
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
@@ -70,7 +72,7 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         if debug:
             traceback.print_exc()
         if lost_peer.is_lost(e):
-            lost_peer.end("another process")
+            lost_peer.end(lost_peer.LOST.format("another process"))
         message = _user_message(e)
         if message is None and limit is not None:
             # Imports fail in many ways without memory.

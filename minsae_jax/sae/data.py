@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from warnings import warn
@@ -12,14 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from minsae_jax.activations.store import (
-    Store,
-    open_store,
-    sibling_store,
-    warn_of_common_patients,
-)
+from minsae_jax.activations.store import Store, open_store, sibling_store, warn_of_common_patients
 from minsae_jax.activations.stream import (
-    OnError,
     ShuffleBuffers,
     Source,
     TokenStream,
@@ -28,13 +22,7 @@ from minsae_jax.activations.stream import (
 )
 from minsae_jax.errors import UserError
 from minsae_jax.parallel.mesh import on_cpu
-from minsae_jax.parallel.processes import (
-    WHOLE,
-    Share,
-    barrier,
-    process_share,
-    sum_over_processes,
-)
+from minsae_jax.parallel.processes import WHOLE, Share, barrier, process_share, sum_over_processes
 from minsae_jax.sae.config import TrainConfig, TrainPlan
 from minsae_jax.sae.grid import Group, MemberSpec, make_groups
 from minsae_jax.sae.kinds import Params
@@ -58,8 +46,6 @@ class TrainData:
     scale: float | None = None  # factor of the activations in training
     # Geometric median of the scaled tokens; None if no kind starts there.
     median: Float[np.ndarray, " d_model"] | None = None
-    # In a cluster, errors of the stream, whose batches then lack the tokens.
-    read_errors: list[Exception] = field(default_factory=list)
 
     @property
     def members(self) -> list[MemberSpec]:
@@ -93,9 +79,7 @@ def open_train_data(
     if is_new and jax.process_index() == 0:
         _warn_of_settings_without_effect(config)
     start = _load_start(config, groups, store.d_model) if is_new else None
-    read_errors: list[Exception] = []
-    on_error = read_errors.append if jax.process_count() > 1 else None
-    stream = open_stream(plan, store, process_share(), on_error)
+    stream = open_stream(plan, store, process_share())
     step_tokens = plan.batch_size or plan.number_of_arrays * max(store.tokens_per_shard)
     interval_tokens = config.eval_window * step_tokens
     # Feature counts of a log interval are int32.
@@ -119,7 +103,6 @@ def open_train_data(
         stream=stream,
         groups=groups,
         start=start,
-        read_errors=read_errors,
     )
 
 
@@ -193,13 +176,11 @@ def _load_start(config: TrainConfig, groups: tuple[Group, ...], d_model: int) ->
     return start.params
 
 
-def open_stream(
-    plan: TrainPlan, store: Source, share: Share = WHOLE, on_error: OnError = None
-) -> TokenStream:
+def open_stream(plan: TrainPlan, store: Source, share: Share = WHOLE) -> TokenStream:
     """Return the recipe's endless batches, from the first; tokens not in the share are 0."""
     if plan.number_of_arrays:
-        return files_in_order(store, plan.number_of_arrays, share, on_error)
-    return shuffled_tokens(store, plan.batch_size, plan.shuffle_seed, share, on_error)
+        return files_in_order(store, plan.number_of_arrays, share)
+    return shuffled_tokens(store, plan.batch_size, plan.shuffle_seed, share)
 
 
 def open_held_out(config: TrainConfig, store: Source) -> Store | None:

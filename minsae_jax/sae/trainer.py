@@ -18,11 +18,7 @@ from minsae_jax.errors import Stopped, UserError
 from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import Bar, Throughput, short_count
 from minsae_jax.monitor import progress as progress_bar
-from minsae_jax.parallel.processes import (
-    any_process,
-    barrier,
-    same_on_all_processes,
-)
+from minsae_jax.parallel.processes import any_process, barrier, same_on_all_processes
 from minsae_jax.sae.batches import DeviceBatches
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
 from minsae_jax.sae.config import TrainConfig, TrainPlan
@@ -252,7 +248,6 @@ class Trainer:
             return
         progress = self.progress
         with barrier("write metrics"):
-            self._raise_read_error()
             groups = read_metrics(self.unlogged)
             self.unlogged = None
             if groups is None:
@@ -307,7 +302,6 @@ class Trainer:
                     self.progress.held_out[member.name] = values
                     is_live.append(of_group.density[i] > 0)
             with barrier("write metrics on held-out tokens"):
-                self._raise_read_error()
                 self.logger.log_held_out(self.progress)
             (is_due,) = any_process(is_last or time.monotonic() >= self.features_due)
             if self.measure_features and is_due:
@@ -334,14 +328,8 @@ class Trainer:
         if seconds > SLOW_MEASURE_SECONDS:
             self.features_due += seconds / MEASURE_SHARE
 
-    def _raise_read_error(self) -> None:
-        """Raise an error of the stream, before anything is written of steps without its tokens."""
-        if self.data.read_errors:
-            raise self.data.read_errors[0]
-
     def _save(self) -> None:
         with barrier("write metrics"):
-            self._raise_read_error()
             self.logger.flush()
         state = self.sweep.portable(self.state)
         self.checkpoints.save(self.progress, state, self.batches.position())
