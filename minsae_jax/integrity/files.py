@@ -58,7 +58,7 @@ def _reader_of(path: Path) -> Callable[[Path], object]:
     if path.name.startswith(TFEVENTS_PREFIX):
         return _read_events
     if path.name == ACT_FREQS_NPY:
-        return open_table
+        return lambda path: open_table(path.parent)
     return READERS.get(path.suffix, sha256_of)
 
 

@@ -1,10 +1,19 @@
-"""CSV files that grow by rows and can be resumed at a checkpoint; open only during a write."""
+"""CSV files that grow by rows and can be resumed at a checkpoint; open only during a write.
+
+While one is being written, its last line may be incomplete; readers ignore that line.
+"""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Float
+
+from minsae_jax.errors import UserError, reading
 from minsae_jax.files import atomic_write, regular_file
+
+RESTORE = "; restore the file or train the run again"
 
 
 def start_csv(path: Path, header: tuple[str, ...], last: int) -> None:
@@ -41,3 +50,29 @@ def _cell_count(line: str) -> int:
     if '"' in line:
         return len(next(csv.reader([line])))
     return line.count(",") + 1
+
+
+def complete_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file that end with a line break."""
+    with regular_file(path).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield line.rstrip("\n")
+
+
+def parse_rows(
+    path: Path, lines: Sequence[str], n_columns: int
+) -> Float[np.ndarray, "rows columns"]:
+    """Return the numbers in some lines of a CSV file. Raises UserError if it is damaged."""
+    if not lines:
+        return np.zeros((0, n_columns))
+    with reading(f"{path} is damaged", remedy=RESTORE):
+        table = np.loadtxt(lines, delimiter=",", ndmin=2, comments=None)
+    if table.shape != (len(lines), n_columns):
+        raise damaged(path, f"expected {n_columns} columns, got {table.shape[1]}")
+    return table
+
+
+def damaged(path: Path, reason: str) -> UserError:
+    """Return the error for a damaged file of metrics."""
+    return UserError(f"{path} is damaged ({reason}){RESTORE}")

@@ -17,19 +17,27 @@ need an index, which a kill can separate from the rows.
 """
 
 import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from minsae_jax.errors import UserError, reading
+from minsae_jax.errors import reading
 from minsae_jax.files import atomic_write
-from minsae_jax.monitor.csv_log import append_rows, start_csv
+from minsae_jax.monitor.csv_log import (
+    RESTORE,
+    append_rows,
+    complete_lines,
+    damaged,
+    parse_rows,
+    start_csv,
+)
 
 ACT_FREQS_CSV = "act_freqs.csv"
 ACT_FREQS_NPY = "act_freqs.npy"
-RESTORE = "; restore the file or train the run again"
 MAX_CSV_NUMBERS = 2**24  # 40 to 100 MB of text
 MAX_NUMBERS = 2**26  # 256 MiB
 
@@ -87,7 +95,7 @@ class FrequencyArray:
         self._stride = stride
         self._n_rows = 0
         if tokens and path.exists():
-            table = open_table(path)
+            table = _open_array(path)
             if table.dtype != self._dtype:
                 raise damaged(path, f"it does not have {d_sae} features")
             steps = table.steps()
@@ -134,8 +142,31 @@ def _header(dtype: np.dtype, n_rows: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class FrequencyTable:
-    """The rows of an act_freqs.npy, which may be growing; read one at a time."""
+class CsvTable:
+    """The rows of an act_freqs.csv, which may be growing."""
+
+    path: Path
+    d_sae: int
+
+    def steps(self) -> Int[np.ndarray, " rows"]:
+        """Return the tokens trained on at the end of each row's log interval."""
+        with reading(f"{self.path} is damaged", remedy=RESTORE):
+            return np.array([int(line.partition(",")[0]) for line in self._lines()], np.int64)
+
+    def read(self, rows: Sequence[int]) -> Float[np.ndarray, "rows d_sae"]:
+        """Return the numbers of active tokens of some rows, in order."""
+        # Only these are parsed: with large d_sae the whole table does not fit into memory.
+        selected = set(rows)
+        lines = [line for row, line in enumerate(self._lines()) if row in selected]
+        return parse_rows(self.path, lines, 1 + self.d_sae)[:, 1:]
+
+    def _lines(self) -> Iterator[str]:
+        return islice(complete_lines(self.path), 1, None)
+
+
+@dataclass(frozen=True)
+class ArrayTable:
+    """The rows of an act_freqs.npy, which may be growing."""
 
     path: Path
     dtype: np.dtype
@@ -156,18 +187,32 @@ class FrequencyTable:
                 steps.append(int.from_bytes(file.read(8), "little"))
         return np.array(steps, np.int64)
 
-    def read(self, row: int) -> Int[np.ndarray, " d_sae"]:
-        """Return the numbers of active tokens of one row."""
+    def read(self, rows: Sequence[int]) -> Int[np.ndarray, "rows d_sae"]:
+        """Return the numbers of active tokens of some rows."""
+        active = []
         with self.path.open("rb") as file:
-            file.seek(self.offset + row * self.dtype.itemsize)
-            content = file.read(self.dtype.itemsize)
-        if len(content) < self.dtype.itemsize:
-            raise damaged(self.path, f"row {row + 1} is incomplete")
-        return np.frombuffer(content, self.dtype)["active"][0]
+            for row in rows:
+                file.seek(self.offset + row * self.dtype.itemsize)
+                content = file.read(self.dtype.itemsize)
+                if len(content) < self.dtype.itemsize:
+                    raise damaged(self.path, f"row {row + 1} is incomplete")
+                active.append(np.frombuffer(content, self.dtype)["active"][0])
+        return np.stack(active)
 
 
-def open_table(path: Path) -> FrequencyTable:
-    """Open an act_freqs.npy. Raises UserError if it is damaged."""
+def open_table(folder: Path) -> CsvTable | ArrayTable:
+    """Open the frequencies of a member. Raises UserError if the file is damaged."""
+    array = folder / ACT_FREQS_NPY
+    if array.exists():
+        return _open_array(array)
+    path = folder / ACT_FREQS_CSV
+    d_sae = next(complete_lines(path), "").count(",")
+    if d_sae == 0:
+        raise damaged(path, "it has no header")
+    return CsvTable(path, d_sae)
+
+
+def _open_array(path: Path) -> ArrayTable:
     with reading(f"{path} is damaged", remedy=RESTORE):
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
@@ -176,12 +221,7 @@ def open_table(path: Path) -> FrequencyTable:
             (n_rows,), _, dtype = np.lib.format.read_array_header_1_0(file)
             offset = file.tell()
             n_bytes = file.seek(0, io.SEEK_END) - offset
-        table = FrequencyTable(path, dtype, min(n_rows, n_bytes // dtype.itemsize), offset)
+        table = ArrayTable(path, dtype, min(n_rows, n_bytes // dtype.itemsize), offset)
         if dtype != row_dtype(table.d_sae):
             raise ValueError(f"its dtype is {dtype}")
     return table
-
-
-def damaged(path: Path, reason: object) -> UserError:
-    """Return the error for a damaged file of metrics."""
-    return UserError(f"{path} is damaged ({reason}){RESTORE}")

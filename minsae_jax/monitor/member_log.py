@@ -9,7 +9,7 @@ from jaxtyping import Int
 from minsae_jax.files import make_folder
 from minsae_jax.monitor.csv_log import append_rows, start_csv
 from minsae_jax.monitor.frequencies import open_frequencies
-from minsae_jax.monitor.tensorboard import COMPARED, Board, event_files, write_hparams
+from minsae_jax.monitor.tensorboard import COMPARED, Board, write_hparams
 
 METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "lambda")
 
@@ -84,8 +84,8 @@ class MemberLog:
         self._board.flush()
 
     def files(self) -> list[Path]:
-        """Return the paths of all files."""
-        return [self._metrics_csv, self._frequencies.path, *event_files(self.folder), self.folder]
+        """Return the paths of the files that this log writes, and their folder."""
+        return [self._metrics_csv, self._frequencies.path, self._board.path, self.folder]
 
     def _add_scalars(self, group: str, metrics: Mapping[str, int | float], step: int) -> None:
         for name, value in metrics.items():

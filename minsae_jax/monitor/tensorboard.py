@@ -31,7 +31,7 @@ class Board:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        earlier = len(event_files(folder))
+        earlier = len(list(folder.glob(f"{TFEVENTS_PREFIX}*")))
         # Names contain the second of their creation; the suffix distinguishes two of the same
         # second.
         suffix = f".{earlier}" if earlier else ""
@@ -151,8 +151,8 @@ class RunLog:
         self._board.flush()
 
     def files(self) -> list[Path]:
-        """Return the paths of all files."""
-        return [*event_files(self.folder), self.folder]
+        """Return the paths of the files that this log writes, and their folder."""
+        return [self._board.path, self.folder]
 
 
 def _tags(prefix: str, names: Sequence[str]) -> dict[str, str]:
@@ -177,11 +177,6 @@ def _custom_charts(categories: Mapping[str, Mapping[str, str]]) -> "Summary":
         tensor=make_tensor_proto(layout.SerializeToString()),
     )
     return Summary(value=[value])
-
-
-def event_files(folder: Path) -> list[Path]:
-    """Return the paths of TensorBoard's files in a folder."""
-    return list(folder.glob(f"{TFEVENTS_PREFIX}*"))
 
 
 def write_hparams(

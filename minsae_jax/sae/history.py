@@ -1,11 +1,11 @@
 """The history of a run's members, from metrics.csv and act_freqs.csv or .npy, finished or not.
 
-While a run is being written, the last line of a file may be incomplete, and one member may have a
-row more than another: incomplete lines are ignored, and all members are cut to the shortest.
+While a run is being written, one member may have a row more than another: all members are cut to
+the shortest.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minsae_jax.errors import UserError
-from minsae_jax.files import regular_file
-from minsae_jax.monitor import ACT_FREQS_CSV, ACT_FREQS_NPY, damaged, open_table
+from minsae_jax.monitor.csv_log import complete_lines, damaged, parse_rows
+from minsae_jax.monitor.frequencies import ArrayTable, CsvTable, open_table
 from minsae_jax.sae.config import load_run_config
 from minsae_jax.sae.grid import groups_of_sizes
 from minsae_jax.sae.hyper import Hyper, sort_key
@@ -36,7 +36,7 @@ class MemberHistory:
     tokens: Int[np.ndarray, " intervals"]
     mse: Float[np.ndarray, " intervals"]
     l1: Float[np.ndarray, " intervals"]
-    frequencies: Path  # act_freqs.csv or act_freqs.npy
+    frequencies: CsvTable | ArrayTable
 
     @property
     def tokens_per_interval(self) -> Int[np.ndarray, " intervals"]:
@@ -67,10 +67,11 @@ def read_histories(run: Path) -> list[MemberHistory]:
     intervals = min((len(rows) for rows in metrics.values()), default=0)
     if intervals == 0:
         return []
-    d_saes = {_count_features(_frequencies_of(folder)) for folder in folders}
+    frequencies = {folder.name: open_table(folder) for folder in folders}
     config = load_run_config(run).resolved()
+    sizes = sorted({table.d_sae for table in frequencies.values()})
     # config.yaml contains no d_model, on which these members do not depend.
-    groups = groups_of_sizes(config, sorted(d_saes), d_model=1)
+    groups = groups_of_sizes(config, sizes, d_model=1)
     hypers = {member.name: member.hyper for group in groups for member in group}
     if metrics.keys() != hypers.keys():
         name = min(metrics.keys() ^ hypers.keys())
@@ -84,7 +85,7 @@ def read_histories(run: Path) -> list[MemberHistory]:
             tokens=tokens.astype(int),
             mse=mse,
             l1=l1,
-            frequencies=_frequencies_of(run / "members" / name),
+            frequencies=frequencies[name],
         )
         histories.append(history)
     return histories
@@ -95,28 +96,24 @@ def read_densities(histories: list[MemberHistory]) -> Densities:
 
     Of large members, only some log intervals have frequencies.
     """
-    written = np.arange(len(histories[0].step))
-    for history in histories:
-        written = np.intersect1d(written, _written_intervals(history))
-    if not len(written):
-        raise damaged(histories[0].frequencies, "it has no rows")
-    chosen = np.linspace(0, len(written) - 1, MAX_FRAMES).round().astype(int)
-    intervals = written[np.unique(chosen)]
+    written = [_written_intervals(history) for history in histories]
+    common = reduce(np.intersect1d, written)
+    if not len(common):
+        raise damaged(histories[0].frequencies.path, "it has no rows")
+    chosen = np.linspace(0, len(common) - 1, MAX_FRAMES).round().astype(int)
+    intervals = common[np.unique(chosen)]
     longest = max(int(history.tokens_per_interval.max()) for history in histories)
     # From below the density of a feature active on one token to above 1.
     first_bin = -np.ceil(np.log10(longest) / BIN_WIDTH) - 3
     edges = np.arange(first_bin, 4) * BIN_WIDTH
     percents = []
     silents = []
-    for history in histories:
-        density = _read_density(history, intervals)
+    for history, of_member in zip(histories, written, strict=True):
+        rows = np.searchsorted(of_member, intervals)
+        density = _read_density(history, rows, history.tokens_per_interval[intervals])
         percents.append([_smoothed_percent(row, edges) for row in density])
         silents.append((density == 0).sum(axis=1))
-    # A member whose last row is being written may have one frame less.
-    frames = min(map(len, silents))
-    percent = np.stack([member[:frames] for member in percents], axis=1)
-    silent = np.stack([member[:frames] for member in silents], axis=1)
-    return Densities(intervals[:frames], edges, percent, silent)
+    return Densities(intervals, edges, np.stack(percents, axis=1), np.stack(silents, axis=1))
 
 
 def _smoothed_percent(
@@ -129,7 +126,7 @@ def _smoothed_percent(
 
 def _read_metrics(path: Path) -> Float[np.ndarray, "intervals 4"]:
     """Return the columns step, tokens, mse and l1 of a metrics.csv."""
-    lines = _complete_lines(path)
+    lines = complete_lines(path)
     header = next(lines, None)
     if header is None:
         return np.zeros((0, len(COLUMNS)))
@@ -137,7 +134,7 @@ def _read_metrics(path: Path) -> Float[np.ndarray, "intervals 4"]:
     for name in COLUMNS:
         if name not in names:
             raise damaged(path, f"it has no column {name}")
-    table = _parse_rows(path, list(lines), len(names))
+    table = parse_rows(path, list(lines), len(names))
     rows = table[:, [names.index(name) for name in COLUMNS]]
     counters = [(0.0, 0.0), *rows[:, :2]]
     for (step, tokens), (next_step, next_tokens) in pairwise(counters):
@@ -146,23 +143,16 @@ def _read_metrics(path: Path) -> Float[np.ndarray, "intervals 4"]:
     return rows
 
 
-def _frequencies_of(folder: Path) -> Path:
-    """Return the file of a member's feature frequencies."""
-    table = folder / ACT_FREQS_NPY
-    return table if table.exists() else folder / ACT_FREQS_CSV
-
-
 def _written_intervals(history: MemberHistory) -> Int[np.ndarray, " rows"]:
-    """Return the indices of the log intervals with a row; all for a CSV, which may lack the last.
+    """Return the indices of the log intervals with a row of frequencies: every n-th from the first.
 
-    Raises UserError if rows of a .npy file are missing, or do not belong to the log intervals.
+    Raises UserError if rows are missing, or do not belong to the log intervals. The last one may
+    still be missing.
     """
     n_intervals = len(history.tokens)
-    path = history.frequencies
-    if path.suffix == ".csv":
-        return np.arange(n_intervals)
+    path = history.frequencies.path
     # The run may have continued since metrics.csv was read.
-    steps = open_table(path).steps()
+    steps = history.frequencies.steps()
     steps = steps[steps <= history.tokens[-1]]
     intervals = np.searchsorted(history.tokens, steps)
     stride = int(intervals[1]) if len(steps) > 1 else n_intervals
@@ -176,78 +166,13 @@ def _written_intervals(history: MemberHistory) -> Int[np.ndarray, " rows"]:
 
 def _read_density(
     history: MemberHistory,
-    intervals: Int[np.ndarray, " frames"],
-) -> Float[np.ndarray, "written d_sae"]:
-    """Return every feature's density in those log intervals whose rows are written."""
-    if history.frequencies.suffix == ".csv":
-        tokens, active = _read_csv_rows(history, intervals)
-    else:
-        tokens, active = _read_table_rows(history, intervals)
-    intervals = intervals[: len(tokens)]
-    limit = history.tokens_per_interval[intervals]
-    is_valid = (tokens == history.tokens[intervals]) & (active.min(axis=1) >= 0)
-    is_valid &= active.max(axis=1) <= limit
+    rows: Int[np.ndarray, " frames"],
+    n_tokens: Int[np.ndarray, " frames"],
+) -> Float[np.ndarray, "frames d_sae"]:
+    """Return every feature's density in some rows, whose log intervals have n_tokens tokens."""
+    active = history.frequencies.read(rows.tolist())
+    is_valid = (active.min(axis=1) >= 0) & (active.max(axis=1) <= n_tokens)
     if not is_valid.all():
-        row = int(intervals[np.argmin(is_valid)])
-        raise damaged(history.frequencies, f"row {row + 1} does not match metrics.csv")
-    return active / limit[:, None]
-
-
-def _read_table_rows(
-    history: MemberHistory, intervals: Int[np.ndarray, " frames"]
-) -> tuple[Int[np.ndarray, " frames"], Int[np.ndarray, "frames d_sae"]]:
-    """Return the columns `step` and `active` of some log intervals, from act_freqs.npy."""
-    table = open_table(history.frequencies)
-    steps = table.steps()
-    rows = np.searchsorted(steps, history.tokens[intervals])
-    return steps[rows], np.stack([table.read(int(row)) for row in rows])
-
-
-def _read_csv_rows(
-    history: MemberHistory, intervals: Int[np.ndarray, " frames"]
-) -> tuple[Float[np.ndarray, " written"], Float[np.ndarray, "written d_sae"]]:
-    """Return the column `step` and the others of some log intervals, from act_freqs.csv."""
-    path = history.frequencies
-    lines = _complete_lines(path)
-    n_features = next(lines, "").count(",")
-    # Only these rows are parsed: with large d_sae the whole table does not fit into memory.
-    selected = set(intervals.tolist())
-    texts = []
-    n_rows = 0
-    for line, _ in zip(lines, history.tokens, strict=False):
-        if n_rows in selected:
-            texts.append(line)
-        n_rows += 1
-    if n_rows < max(len(history.tokens) - 1, 1):
-        raise damaged(path, f"it has {n_rows} rows, metrics.csv has {len(history.tokens)}")
-    table = _parse_rows(path, texts, 1 + n_features)
-    return table[:, 0], table[:, 1:]
-
-
-def _count_features(path: Path) -> int:
-    if path.suffix == ".npy":
-        return open_table(path).d_sae
-    n_features = next(_complete_lines(path), "").count(",")
-    if n_features == 0:
-        raise damaged(path, "it has no header")
-    return n_features
-
-
-def _complete_lines(path: Path) -> Iterator[str]:
-    """Yield the lines that end with a line break."""
-    with regular_file(path).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield line.rstrip("\n")
-
-
-def _parse_rows(path: Path, lines: list[str], n_columns: int) -> Float[np.ndarray, "rows columns"]:
-    if not lines:
-        return np.zeros((0, n_columns))
-    try:
-        table = np.loadtxt(lines, delimiter=",", ndmin=2, comments=None)
-    except (ValueError, OverflowError) as error:
-        raise damaged(path, error) from error
-    if table.shape != (len(lines), n_columns):
-        raise damaged(path, f"expected {n_columns} columns, got {table.shape[1]}")
-    return table
+        row = int(rows[np.argmin(is_valid)])
+        raise damaged(history.frequencies.path, f"row {row + 1} does not match metrics.csv")
+    return active / n_tokens[:, None]

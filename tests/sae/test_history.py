@@ -61,7 +61,7 @@ def test_run_without_rows_cannot_be_plotted_and_is_not_damaged(plain_run):
         ("metrics.csv", "\n20,2000,", "\n20,x,", "could not convert string 'x'"),
         ("metrics.csv", "\n20,2000,1,0.5,2", "\n20,2000", "number of columns changed"),
         ("metrics.csv", "\n20,", "\n10,", "do not increase"),
-        ("metrics.csv", "\n20,2000,", "\n20,2500,", "row 2 does not match"),
+        ("metrics.csv", "\n20,2000,", "\n20,2500,", "its steps are not those"),
         ("act_freqs.csv", "\n2000,0,", "\n2000,1001,", "row 2 does not match"),
         ("act_freqs.csv", "\n2000,0,", "\n2000,-1,", "row 2 does not match"),
         ("act_freqs.csv", "\n2000,0,", "\n2000,", "number of columns changed"),
