@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,17 @@ def start_jax(deterministic: bool = False, distributed: bool = False) -> None:
 
     On CPU every core of this process becomes a device, up to eight: XLA uses the cores better with
     work split over devices than within one. Raises UserError if there is no device or no cluster,
-    or if numbers have 64 bits by default.
+    if numbers have 64 bits by default, or if JAX may not copy arrays to the devices.
     """
     if jnp.result_type(float) == jnp.float64:
         raise UserError(
             "64-bit numbers of JAX (jax_enable_x64) change the results; unset JAX_ENABLE_X64, or "
             "turn it off in your program"
+        )
+    config: Any = jax.config  # settings have types in some versions of JAX only
+    if str(config.jax_transfer_guard).startswith("disallow"):
+        raise UserError(
+            "arrays are copied to the devices, which JAX_TRANSFER_GUARD=disallow forbids; unset it"
         )
     flags = os.environ.get("XLA_FLAGS", "")
     if deterministic and "xla_gpu_deterministic_ops" not in flags:

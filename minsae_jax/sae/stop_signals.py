@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C in training: the run saves a checkpoint before it stops."""
+"""Signals that stop training, such as Ctrl-C: the run saves a checkpoint first."""
 
 import signal
 import socket
@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-NUMBERS = [signal.SIGTERM, signal.SIGINT]
-# Slurm sends it before a time limit (--signal=USR1@120); Windows does not have it.
-if hasattr(signal, "SIGUSR1"):
-    NUMBERS.append(signal.SIGUSR1)
+# Slurm can send SIGUSR1 before a time limit (--signal=USR1@120); a closed terminal sends SIGHUP.
+# Windows has neither.
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 STOPPING = "stopping after this step"
 AGAIN = "press Ctrl-C again to stop without saving a checkpoint"
 
@@ -19,7 +19,7 @@ def stop_signals(show: Callable[[str], None]) -> Iterator[list[int]]:
     """Yield a list to which these signals are added; only a second Ctrl-C interrupts at once.
 
     Schedulers send SIGTERM more than once: to the processes of a job, and to srun, which passes it
-    on.
+    on. Ignored signals stay ignored, such as SIGHUP by nohup.
 
     show: called with a line at the first signal, in another thread.
     """
@@ -35,7 +35,8 @@ def stop_signals(show: Callable[[str], None]) -> Iterator[list[int]]:
         received.append(number)
 
     with _shown_at_once(show):
-        before = {number: signal.signal(number, handle) for number in NUMBERS}
+        heeded = [n for n in NUMBERS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, handle) for number in heeded}
         try:
             yield received
         finally:

@@ -18,16 +18,26 @@ def test_64_bit_numbers_are_refused():
         start_jax()
 
 
-def test_missing_platform_has_a_reason():
-    """The platform is one that JAX knows, but has no plugin for."""
+def start_with(**environment: str) -> str:
+    """Start JAX in a new process, and return the last line that it prints."""
     program = "from minsae_jax.parallel.processes import start_jax; start_jax()"
     result = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"JAX_PLATFORMS": "cuda"},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
-    last_line = result.stderr.splitlines()[-1]
+    return result.stderr.splitlines()[-1]
+
+
+def test_refused_transfers_are_named():
+    last_line = start_with(JAX_TRANSFER_GUARD="disallow")
+    assert "UserError: arrays are copied to the devices, which JAX_TRANSFER_GUARD" in last_line
+
+
+def test_missing_platform_has_a_reason():
+    """The platform is one that JAX knows, but has no plugin for."""
+    last_line = start_with(JAX_PLATFORMS="cuda")
     assert last_line.startswith("minsae_jax.errors.UserError: JAX found no device (")
     assert "JAX_PLATFORMS" in last_line
 

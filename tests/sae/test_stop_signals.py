@@ -1,13 +1,16 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C during training."""
+"""Signals during training, among them those of Ctrl-C and of a closed terminal."""
 
 import ctypes
 import os
+import pty
+import select
 import signal
 import threading
 
 import pytest
 
 from minsae_jax.sae.stop_signals import AGAIN, STOPPING, stop_signals
+from tests.cluster import minsae, wait_until
 
 
 def send_later(number: int) -> None:
@@ -20,6 +23,7 @@ def send_later(number: int) -> None:
         (signal.SIGINT, f"{STOPPING}; {AGAIN}"),
         (signal.SIGTERM, STOPPING),
         (signal.SIGUSR1, STOPPING),
+        (signal.SIGHUP, STOPPING),
     ],
 )
 def test_line_is_shown_while_native_code_runs(number, line):
@@ -55,6 +59,37 @@ def test_repeated_sigterm_does_not_interrupt_the_save():
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
             signal.raise_signal(number)
     assert signals[0] == signal.SIGUSR1
+
+
+def test_ignored_signals_stay_ignored():
+    """As those of `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_signals(print) as signals:
+        signal.raise_signal(signal.SIGHUP)
+        assert signals == []
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+@pytest.mark.slow
+def test_closed_terminal_saves_a_checkpoint(small_store, tmp_path):
+    run = tmp_path / "run"
+    steps = ("--num_steps", 10**6, "--eval_window", 8, "--checkpoint_every", 10**6)
+    sizes = ("--batch_size", 32, "--feature_dim_factor", 1)
+    command = minsae("train", "--store", small_store, "--run_dir", run, *steps, *sizes)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(command[0], command)
+
+    def has_rows() -> bool:
+        if select.select([terminal], [], [], 0)[0]:
+            os.read(terminal, 10_000)
+        return any(len(p.read_text().splitlines()) > 2 for p in run.rglob("metrics.csv"))
+
+    wait_until(has_rows)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert [path.name.isdecimal() for path in (run / "checkpoints").iterdir()] == [True]
 
 
 def test_other_signals_show_nothing():
