@@ -28,14 +28,13 @@ def atomic_write(path: Path, shared: bool = False, durable: bool = True) -> Iter
     """Yield a temporary path that is renamed to `path` on success and removed on error.
 
     shared: several processes may write this file at once, also of several machines, so the
-    temporary name is unique; those of processes that were killed are removed.
+    temporary name is unique.
     durable: the file survives a power cut once the block has ended. Without it the caller flushes,
     which is quicker for many files.
     """
     suffix = ".tmp"
     if shared:
         suffix = f".tmp{os.getpid()}-{socket.gethostname()}"
-        _remove_leftovers(path)
     temporary = path.with_name(path.name + suffix)
     try:
         with _named_errors(path):
@@ -51,32 +50,6 @@ def atomic_write(path: Path, shared: bool = False, durable: bool = True) -> Iter
         raise
     if durable:
         flush([path.parent])
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files for a path that ended processes of this machine have left."""
-    beginning = f"{path.name}.tmp"
-    ending = f"-{socket.gethostname()}"
-    for leftover in path.parent.iterdir():
-        name = leftover.name
-        process = name.removeprefix(beginning).removesuffix(ending)
-        is_temporary = name == f"{beginning}{process}{ending}" and process.isdecimal()
-        if is_temporary and not _is_running(int(process)):
-            leftover.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
-    """Return whether a process may be running on this machine."""
-    # On Windows, the signal 0 is Ctrl-C.
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
 
 
 @contextmanager

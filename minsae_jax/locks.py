@@ -1,8 +1,8 @@
 """Locks on folders, so that commands do not write files that another one writes or reads.
 
 The kernel locks the folder itself (`flock`), which leaves no file and ends with the process. Where
-that fails, or where other machines cannot see the lock, as on NFS or Lustre, a lock file next to
-the folder names the host and the process. On Windows, the system locks a file next to the folder.
+that fails, as on Windows, or where other machines cannot see the lock, as on NFS or Lustre, a lock
+file next to the folder names the host and the process.
 """
 
 import os
@@ -38,7 +38,7 @@ def lock_folder(folder: Path, shared: bool = False, named: Path | None = None) -
         # Windows does not have this module.
         import fcntl  # noqa: F401
     except ImportError:
-        with _lock_file(folder, shared, named, by_system=True):
+        with _lock_file(folder, shared, named):
             yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -46,7 +46,7 @@ def lock_folder(folder: Path, shared: bool = False, named: Path | None = None) -
         if _lock_by_kernel(folder, descriptor, shared, named):
             yield
         else:
-            with _lock_file(folder, shared, named, by_system=False):
+            with _lock_file(folder, shared, named):
                 yield
     finally:
         # Also releases the lock.
@@ -108,11 +108,10 @@ def _is_remote(descriptor: int) -> bool:
 
 
 @contextmanager
-def _lock_file(folder: Path, shared: bool, named: Path, by_system: bool) -> Iterator[None]:
-    """Lock a file next to the folder; a reader only checks that no other process has.
+def _lock_file(folder: Path, shared: bool, named: Path) -> Iterator[None]:
+    """Lock by a file next to the folder; a reader only checks that no other process has one.
 
-    by_system: the system locks the file, until the process ends. Otherwise its existence is the
-    lock, and it contains host and process; that of a dead process on this host is taken over.
+    It contains host and process; that of a dead process on this host is taken over.
     """
     import filelock
 
@@ -121,8 +120,7 @@ def _lock_file(folder: Path, shared: bool, named: Path, by_system: bool) -> Iter
     # A folder and a link to it must have the same lock file.
     folder = folder.resolve()
     path = folder.with_name(f".{folder.name.lstrip('.')}.lock")
-    lock_class = filelock.FileLock if by_system else filelock.MarkerSoftFileLock
-    lock = lock_class(path)
+    lock = filelock.MarkerSoftFileLock(path)
     if shared and not path.exists():
         yield
         return

@@ -15,7 +15,7 @@ import math
 import os
 import reprlib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -30,6 +30,7 @@ Values = dict[str, Any]  # settings as YAML has them: name -> number, text, bool
 
 FLOAT32_LIMIT = 1e38  # just below the largest float32
 MAX_SHOWN = 80  # characters of a value in a message
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 MAX_YAML_BYTES = 50_000  # PyYAML reads some texts at 50 kB per second
 
 
@@ -261,40 +262,41 @@ def _typed(cls: type, values: Values) -> Values:
     return {name: _coerce(value, hints[name], name) for name, value in values.items()}
 
 
-def _coerce(value: Any, hint: Any, name: str, words: Sequence[str] = ()) -> Any:
+def _coerce(value: Any, hint: Any, name: str) -> Any:
     """Return `value` as the type `hint`. Raises UserError naming the setting if it is another.
 
-    words: others that the setting allows, for the error.
+    hint: int, float, bool, str, a Literal of words, alternatives of these such as
+    `float | Literal["auto"]`, a tuple of one of these, or also None.
     """
-    origin = get_origin(hint)
-    options = get_args(hint)
-    if origin in (Union, types.UnionType):
-        return _coerce_union(value, options, name)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            value = [value]
-        return tuple(_coerce(v, options[0], name) for v in value)
-    if origin is Literal:
-        # The type as well, since True == 1.
-        if type(value) is type(options[0]) and value in options:
+    options = [hint]
+    if get_origin(hint) in (Union, types.UnionType):
+        options = [option for option in get_args(hint) if option is not types.NoneType]
+        if value is None and len(options) < len(get_args(hint)):
+            return None
+    if get_origin(options[0]) is tuple:
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(_coerce(each, get_args(options[0])[0], name) for each in values)
+    expected = []
+    words: list[str] = []
+    for option in options:
+        if get_origin(option) is Literal:
+            words += get_args(option)
+            # The type as well, since 1 == True.
+            if type(value) is str and value in words:
+                return value
+            continue
+        # `type` instead of isinstance, for which true is an int.
+        if option is float and type(value) is int and abs(value) < FLOAT32_LIMIT:
+            return float(value)
+        if option is int and type(value) is float and value.is_integer():
+            return int(value)
+        if type(value) is option:
+            if option is str and not _can_be_path(value):
+                raise UserError(f"{name} contains characters that no path can have: {shown(value)}")
             return value
-        choices = ", ".join(options)
-        suggestion = did_you_mean(value, options)
-        raise UserError(f"{name} must be one of {choices}, got {shown(value)}{suggestion}")
-    # `type` instead of isinstance, for which true is an int.
-    if hint is float and type(value) is int and abs(value) < FLOAT32_LIMIT:
-        return float(value)
-    if hint is int and type(value) is float and value.is_integer():
-        return int(value)
-    if type(value) is not hint:
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        expected = " or ".join([names[hint], *words])
-        raise UserError(
-            f"{name} must be {expected}, got {shown(value)}{did_you_mean(value, words)}"
-        )
-    if hint is str and not _can_be_path(value):
-        raise UserError(f"{name} contains characters that no path can have: {shown(value)}")
-    return value
+        expected.append(TYPE_NAMES[option])
+    choice = " or ".join([*expected, *words]) if expected else f"one of {', '.join(words)}"
+    raise UserError(f"{name} must be {choice}, got {shown(value)}{did_you_mean(value, words)}")
 
 
 def _can_be_path(text: str) -> bool:
@@ -303,16 +305,3 @@ def _can_be_path(text: str) -> bool:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
         return False
-
-
-def _coerce_union(value: Any, options: tuple[Any, ...], name: str) -> Any:
-    if value is None and type(None) in options:
-        return None
-    # The first alternative is also the one that an error names.
-    alternatives = [option for option in options if option is not type(None)]
-    words: list[str] = []
-    for alternative in alternatives[1:]:
-        if type(value) is alternative or value in get_args(alternative):
-            return _coerce(value, alternative, name)
-        words += get_args(alternative)
-    return _coerce(value, alternatives[0], name, words)

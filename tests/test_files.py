@@ -50,19 +50,6 @@ def test_shared_atomic_write_has_a_name_of_its_process(tmp_path):
     assert names(tmp_path) == ["x.txt"]
 
 
-def test_shared_atomic_write_removes_leftovers_of_killed_processes(tmp_path):
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    host = socket.gethostname()
-    running = f"x.txt.tmp{os.getppid()}-{host}"
-    elsewhere = f"x.txt.tmp{ended.pid}-another-host"
-    for name in (f"x.txt.tmp{ended.pid}-{host}", running, elsewhere):
-        (tmp_path / name).touch()
-    with atomic_write(tmp_path / "x.txt", shared=True) as temporary:
-        temporary.write_text("x")
-    assert names(tmp_path) == sorted(["x.txt", running, elsewhere])
-
-
 def test_folder_is_made_and_replaced(tmp_path):
     folder = tmp_path / "parent" / "folder"
     for content in ("first", "second"):

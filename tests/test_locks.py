@@ -1,4 +1,4 @@
-"""Locks on folders: by the kernel, by a file as on Windows, and by a file with host and process."""
+"""Locks on folders: by the kernel, and by a file with host and process."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def without_flock(monkeypatch, number: int) -> None:
 
 @pytest.fixture(params=["posix", "windows", "no flock"])
 def system(request, monkeypatch):
-    """Lock as this system does, with a lock file as Windows does, or without flock."""
+    """Lock as this system does, without fcntl as on Windows, or without flock."""
     if request.param == "windows":
         import filelock  # noqa: F401  (before fcntl is hidden, of which it makes use here)
 

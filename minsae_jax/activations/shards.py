@@ -10,13 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minsae_jax.activations.manifest import (
-    ON_DISK,
-    SHARD_NAME,
-    Manifest,
-    ShardEntry,
-    shard_number,
-)
+from minsae_jax.activations.manifest import ON_DISK, SHARD_NAME, Manifest, ShardEntry, shard_number
 from minsae_jax.checksums import read_npz
 from minsae_jax.errors import UserError, is_system_error, reading
 from minsae_jax.files import regular_file

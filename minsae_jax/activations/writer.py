@@ -183,7 +183,7 @@ class StoreWriter:
     ) -> None:
         """Write one shard in the store's dtype, given in pieces along the first axis.
 
-        Raises UserError if the disk is full or cannot be written.
+        Raises UserError if the disk cannot be written.
         """
         path = self.folder / f"b{number:04d}.npy"
         try:
@@ -192,8 +192,7 @@ class StoreWriter:
                 self._list_shards()
         except OSError as e:
             raise UserError(
-                f"{path} could not be written ({e.strerror or e}); free some space and rerun the "
-                "same command to resume"
+                f"{path} could not be written ({e.strerror or e}); rerun the same command to resume"
             ) from e
         self.done.add(number)
 

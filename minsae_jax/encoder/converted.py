@@ -6,17 +6,14 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from minsae_jax.checksums import SUMS, files_below, write_checksums
-from minsae_jax.encoder.base import Params
 from minsae_jax.encoder.cbramod.encoder import CBraModEncoder
 from minsae_jax.encoder.native import NativeEncoder
 from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
@@ -34,7 +31,6 @@ FORMAT_VERSION = 1
 CONFIG = "config.json"
 PARAMS = "params"
 OWNED_FILES = (CONFIG, SUMS, PARAMS, f"{PARAMS}.orbax-checkpoint-tmp*")
-ORBAX_OVERHEAD = 1 << 18  # bytes that Orbax writes in addition to the parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,25 +68,13 @@ def save_encoder(
         config |= dataclasses.asdict(source)
     try:
         with replaced_folder(folder) as temporary:
-            _check_free_space(temporary, encoder.params)
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(temporary / PARAMS, encoder.params)
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             write_checksums(temporary, files_below(temporary))
     # Orbax raises all three when a write fails.
     except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(
-            f"the encoder could not be written to {folder} ({system_reason(e)}); "
-            "free some space or choose another --out"
-        ) from e
-
-
-def _check_free_space(folder: Path, params: Params) -> None:
-    """Raise OSError if the disk is too full. Orbax would report it with a hundred lines."""
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + ORBAX_OVERHEAD
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"it needs {needed / 1e6:.1f} MB, but {free / 1e6:.1f} MB are free")
+        raise UserError(f"the encoder could not be written to {folder} ({system_reason(e)})") from e
 
 
 def is_encoder(folder: Path) -> bool:

@@ -3,13 +3,11 @@
 `extract` checks that all stores can be written (`plan.py`), then runs one split after the other.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
 
 import grain
 import jax
@@ -27,13 +25,11 @@ from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.plan import SplitPlan, check_free_space, plan_extraction
 from minsae_jax.errors import UserError
 from minsae_jax.locks import lock_folder
-from minsae_jax.monitor import Bar, progress
+from minsae_jax.monitor import Bar, Throughput, progress
 from minsae_jax.parallel.processes import barrier
 
 # Numbers per call of np.isfinite: its temporary array stays in the cache.
 FINITE_CHECK_SIZE = 1 << 22
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,7 @@ class Extraction:
         self.plan = plan
         self.windows = plan.windows
         self.n_batches = -(-len(self.windows) // config.batch_size)
-        self.started_at = 0.0
-        self.seconds_waited = 0.0  # for reading and writing, instead of computing
+        self.throughput = Throughput(0)
         self.writing: Future[None] | None = None
 
     def run(self) -> list[ExtractedStore]:
@@ -143,11 +138,11 @@ class Extraction:
     def _run_batches(self, numbers: list[int], bar: Bar) -> None:
         largest = min(self.config.batch_size, len(self.windows))
         batches = read_ahead(self.windows, [self._bounds(number) for number in numbers])
-        self.started_at = time.perf_counter()
         with ThreadPoolExecutor(1) as background:
             running: RunningBatch | None = None
             for number in numbers:
-                x = self._timed_wait(batches.__next__)
+                with self.throughput.waiting():
+                    x = next(batches)
                 # Returns at once: the devices compute while the batch before is copied.
                 outputs = self.compute.start(x, largest)
                 if running is not None:
@@ -170,19 +165,15 @@ class Extraction:
         self._wait_for_writing()
         self.writing = background.submit(self._write_batch, batch.number, host)
         bar.advance(batch.n_windows)
-        waited = self.seconds_waited / (time.perf_counter() - self.started_at)
+        # For reading and writing, instead of computing
+        waited = self.throughput.since_last(0)["waiting"]
         bar.note(f"waiting {waited:.0%}")
 
     def _wait_for_writing(self) -> None:
         """Wait for the batch that is being written, and raise its error if it failed."""
         if self.writing is not None:
-            self._timed_wait(self.writing.result)
-
-    def _timed_wait(self, wait: Callable[[], Result]) -> Result:
-        started_at = time.perf_counter()
-        result = wait()
-        self.seconds_waited += time.perf_counter() - started_at
-        return result
+            with self.throughput.waiting():
+                self.writing.result()
 
     def _write_batch(self, number: int, host: list[tuple[StoreWriter, list[np.ndarray]]]) -> None:
         for writer, parts in host:

@@ -16,10 +16,7 @@ import orbax.checkpoint as ocp
 from minsae_jax.checksums import files_below, read_checksums, write_checksums
 from minsae_jax.errors import UserError, is_system_error, system_reason
 from minsae_jax.files import flush, flush_tree, regular_file, remove_folder, sha256_of
-from minsae_jax.parallel.processes import (
-    any_process,
-    same_on_all_processes,
-)
+from minsae_jax.parallel.processes import any_process, same_on_all_processes
 from minsae_jax.sae.run import Metrics
 from minsae_jax.sae.step import MemberState, SweepState, TokenMoments
 from minsae_jax.settings import JsonObject
@@ -52,18 +49,23 @@ class Progress:
 
 
 class _FlushedStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """The folder of a step in writing. Orbax itself flushes the arrays, but no JSON and no name."""
+    """A folder that Orbax writes under a temporary name; a checkpoint survives a power cut.
+
+    A checkpoint is a folder with one folder for each item (the state, the notes), which are
+    finalized first. Orbax itself flushes the arrays, but no JSON and no names.
+    """
 
     async def finalize(self) -> None:
         temporary = Path(self.get())
-        # Orbax finalizes the step's folder after those in it, whose files have no checksums. The
-        # files directly in it are still to be written.
-        if Path(self.get_final()).name.isdecimal():
-            write_checksums(temporary, (name for name in files_below(temporary) if "/" in name))
-        flush_tree(temporary)
-        # Writes two more files and renames the folder.
-        await super().finalize()
         folder = Path(self.get_final())
+        if not folder.name.isdecimal():
+            # An item, which is flushed with its checkpoint.
+            await super().finalize()
+            return
+        # Without the files directly in the folder, of which Orbax still writes two.
+        write_checksums(temporary, (name for name in files_below(temporary) if "/" in name))
+        flush_tree(temporary)
+        await super().finalize()
         flush([folder, *folder.iterdir()])
         flush([folder.parent])
 
@@ -135,8 +137,8 @@ class Checkpoints:
         (is_stuck,) = any_process(time.monotonic() - self._agreed_at > STUCK_SECONDS)
         if is_stuck:
             raise UserError(
-                f"a process of the cluster could not write a checkpoint to {self._directory}; free "
-                "some disk space, then rerun the same command"
+                f"a process of the cluster could not write a checkpoint to {self._directory}; "
+                "rerun the same command to resume"
             )
         self._may_be_saving = any_saving
 
@@ -207,7 +209,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as e:
             raise UserError(
                 f"a checkpoint could not be written to {self._directory} ({system_reason(e)}); "
-                "free some disk space, then rerun the same command"
+                "rerun the same command to resume"
             ) from e
 
 

@@ -63,7 +63,11 @@ class SourceFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveFlags:
-    """Recordings and encoder of activations that are computed during training."""
+    """Recordings and encoder of activations that are computed during training.
+
+    These are the settings of `ExtractConfig` that make sense without a store; `api.train` makes one
+    of them.
+    """
 
     heading: ClassVar[str] = "Live activations, without a store"
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from safetensors.numpy import load_file, save
 
-from minsae_jax.errors import UserError, brief, is_system_error, reading
+from minsae_jax.errors import UserError, reading
 from minsae_jax.files import atomic_write, flush, make_folder, sha256_of
 from minsae_jax.sae.kinds import KINDS, Params, SAEKind, kind_of
 from minsae_jax.sae.padding import pad_rows, power_of_two
@@ -164,7 +164,7 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
             f"{folder} has no {WEIGHTS}; choose a member's folder, runs/NAME/members/MEMBER"
         )
     with reading(f"{folder} contains a damaged autoencoder"):
-        params = _load_weights(folder / WEIGHTS)
+        params = load_file(folder / WEIGHTS)
         config = {}
         if (folder / CONFIG).exists():
             config = read_json(folder / CONFIG)
@@ -178,16 +178,6 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
             raise ValueError(f"{WEIGHTS} differs from its checksum in {CONFIG}")
     check_params(KINDS[kind], params, str(folder / WEIGHTS))
     return SparseAutoencoder(params, config)
-
-
-def _load_weights(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a safetensors file. Raises ValueError naming it if it is damaged."""
-    try:
-        return load_file(path)
-    except Exception as e:  # safetensors raises many types
-        if is_system_error(e):
-            raise
-        raise ValueError(f"{path.name}: {brief(e)}") from e
 
 
 def check_params(kind: SAEKind, params: dict[str, np.ndarray], where: str) -> None:

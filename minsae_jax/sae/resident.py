@@ -4,6 +4,7 @@ The stream then yields row numbers instead of tokens: `RowNumbers` has the shard
 store, so that order, position and batches are the same as without a resident store, to the bit.
 """
 
+import math
 from functools import partial
 from typing import Literal
 
@@ -18,12 +19,7 @@ from minsae_jax.activations.store import Store
 from minsae_jax.activations.stream import Source
 from minsae_jax.errors import UserError
 from minsae_jax.monitor import progress
-from minsae_jax.parallel.mesh import (
-    DATA,
-    batch_sharding,
-    by_device,
-    put_replicated,
-)
+from minsae_jax.parallel.mesh import DATA, batch_sharding, by_device, put_replicated
 from minsae_jax.parallel.processes import any_process
 from minsae_jax.parallel.shares import from_bits, to_bits
 
@@ -108,13 +104,12 @@ def open_resident(
     bytes_per_token = source.d_model * source.dtype.itemsize
     n_bytes = source.total_tokens * bytes_per_token / mesh.shape[DATA]
     free = _free_bytes(mesh)
-    has_numbers = source.total_tokens < 2**31
     if setting == "on":
-        fits = has_numbers and (free is None or n_bytes < free)
+        limit = math.inf if free is None else free
     else:
-        fits = has_numbers and free is not None and n_bytes < MAX_SHARE * free
-    # In a cluster, all processes stream or none.
-    (is_too_large,) = any_process(not fits)
+        limit = 0 if free is None else MAX_SHARE * free
+    # Numbers of rows are int32. In a cluster, all processes stream or none.
+    (is_too_large,) = any_process(n_bytes >= limit or source.total_tokens >= 2**31)
     if not is_too_large:
         return ResidentStore(mesh, source)
     if setting == "on":
@@ -138,8 +133,13 @@ def _free_bytes(mesh: Mesh) -> int | None:
 
 
 def _load(mesh: Mesh, store: Store, rows_per_device: int) -> Float[Array, "rows d_model"]:
+    """Return all tokens, split over `data`, with zeros after the last token.
+
+    The host has one piece at a time in its memory.
+    """
     sharding = batch_sharding(mesh)
     shape = (rows_per_device * mesh.shape[DATA], store.d_model)
+    # First row -> the devices along `sweep` that need the rows from there, which are read once.
     devices_by_start: dict[int, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
@@ -149,10 +149,8 @@ def _load(mesh: Mesh, store: Store, rows_per_device: int) -> Float[Array, "rows 
     with progress("load the store", n_rows, "tokens", delay=2.0) as bar:
         for start, devices in devices_by_start.items():
             stop = min(start + rows_per_device, store.total_tokens)
-            buffers = [
-                jnp.zeros((rows_per_device, store.d_model), store.dtype, device=device)
-                for device in devices
-            ]
+            shape_on_device = (rows_per_device, store.d_model)
+            buffers = [jnp.zeros(shape_on_device, store.dtype, device=d) for d in devices]
             for first in range(start, stop, PIECE_TOKENS):
                 piece = store.read_rows(first, min(first + PIECE_TOKENS, stop))
                 for i, device in enumerate(devices):

@@ -21,12 +21,7 @@ from minsae_jax.errors import UserError
 from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.kinds.base import Batch, BatchContext, HyperArrays, Objective, Params
-from minsae_jax.sae.kinds.linear import (
-    Activated,
-    LinearSAE,
-    LinearSums,
-    Vectors,
-)
+from minsae_jax.sae.kinds.linear import Activated, LinearSAE, LinearSums, Vectors
 from minsae_jax.sae.kinds.products import Weights, product
 from minsae_jax.sae.kinds.select import keep_largest
 
