@@ -85,6 +85,7 @@ def check_settings(settings: Any) -> None:
     hints = get_type_hints(type(settings), include_extras=True)
     for name in [field.name for field in dataclasses.fields(settings)]:
         values = _plain(getattr(settings, name))
+        # `_coerce` would take it, as in YAML and on the command line.
         is_single = get_origin(types[name]) is tuple and isinstance(values, str | int | float)
         require(not is_single, f"{name} must be a tuple such as ({values!r},), got {values!r}")
         values = _coerce(values, types[name], name)
@@ -281,7 +282,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     for option in options:
         if get_origin(option) is Literal:
             words += get_args(option)
-            # The type as well, since 1 == True.
+            # No subclass of str, such as an enumeration, which YAML cannot write.
             if type(value) is str and value in words:
                 return value
             continue

@@ -58,6 +58,7 @@ def _process_blocks(mesh: Mesh) -> Mesh | None:
     Returns None if the devices of the processes are not equal blocks.
     """
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    # The size of a block, if all are like that of the first device's process.
     in_sweep = int((owners[:, 0] == owners[0, 0]).sum())
     in_data = int((owners[0] == owners[0, 0]).sum())
     n_sweep, n_data = owners.shape
@@ -66,7 +67,9 @@ def _process_blocks(mesh: Mesh) -> Mesh | None:
     shape = (n_sweep // in_sweep, in_sweep, n_data // in_data, in_data)
     of_blocks = owners.reshape(shape)
     first_owners = of_blocks[:, :1, :, :1]
-    if (of_blocks != first_owners).any() or len(np.unique(first_owners)) < first_owners.size:
+    is_of_one_process = (of_blocks == first_owners).all()
+    has_one_block_each = len(np.unique(first_owners)) == first_owners.size
+    if not (is_of_one_process and has_one_block_each):
         return None
     names = ("sweep", "in_sweep", "data", "in_data")
     return Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * 4)
