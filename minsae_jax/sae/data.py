@@ -21,7 +21,7 @@ from minsae_jax.activations.stream import (
     shuffled_tokens,
 )
 from minsae_jax.errors import UserError
-from minsae_jax.parallel.mesh import on_cpu
+from minsae_jax.parallel.mesh import make_mesh, on_cpu
 from minsae_jax.parallel.processes import WHOLE, Share, barrier, process_share, sum_over_processes
 from minsae_jax.sae.config import TrainConfig, TrainPlan
 from minsae_jax.sae.grid import Group, MemberSpec, make_groups
@@ -75,6 +75,8 @@ def open_train_data(
             "the encoder that it is from"
         )
     groups = make_groups(plan, store.d_model)
+    # Before the run's folder is created; the sweep makes the same mesh.
+    make_mesh(*map(len, groups), shape=config.mesh)
     _check_memory(groups, store.d_model)
     if is_new and jax.process_index() == 0:
         _warn_of_settings_without_effect(config)

@@ -163,20 +163,21 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         raise UserError(
             f"{folder} has no {WEIGHTS}; choose a member's folder, runs/NAME/members/MEMBER"
         )
-    with reading(f"{folder} contains a damaged autoencoder"):
-        params = load_file(folder / WEIGHTS)
-        config = {}
-        if (folder / CONFIG).exists():
-            config = read_json(folder / CONFIG)
-        kind = config.get("kind", "relu")
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise ValueError(f"{CONFIG} has the unknown kind {shown(kind)}")
-        # Members of earlier versions have no checksum. It leaves the config, since that is also
-        # written with the weights in other formats.
-        digest = config.pop("sha256", None)
-        if digest is not None and digest != sha256_of(folder / WEIGHTS):
-            raise ValueError(f"{WEIGHTS} differs from its checksum in {CONFIG}")
-    check_params(KINDS[kind], params, str(folder / WEIGHTS))
+    weights = folder / WEIGHTS
+    with reading(f"{weights} contains a damaged autoencoder"):
+        params = load_file(weights)
+    config = {}
+    if (folder / CONFIG).exists():
+        config = read_json(folder / CONFIG)
+    kind = config.get("kind", "relu")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"{folder / CONFIG} has the unknown kind {shown(kind)}")
+    # Members of earlier versions have no checksum. It leaves the config, since that is also
+    # written with the weights in other formats.
+    digest = config.pop("sha256", None)
+    if digest is not None and digest != sha256_of(weights):
+        raise UserError(f"{weights} differs from its checksum in {CONFIG}")
+    check_params(KINDS[kind], params, str(weights))
     return SparseAutoencoder(params, config)
 
 

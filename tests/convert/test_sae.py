@@ -387,5 +387,5 @@ def test_member_is_written_onto_itself_unchanged(member):
 
 def test_damaged_member_is_refused(member, tmp_path):
     (member / "config.json").write_text("[" * 200_000)
-    with pytest.raises(UserError, match="damaged autoencoder"):
+    with pytest.raises(UserError, match=r"config\.json cannot be read as JSON"):
         load_sae(member)

@@ -387,6 +387,12 @@ def test_a_run_resumes_with_the_same_config_path_spelled_otherwise(settings, tmp
     assert train(replace(settings, config_path="./encoder.yaml")).was_finished
 
 
+def test_mesh_that_does_not_fit_is_refused_before_the_folder_is_made(settings, tmp_path):
+    with pytest.raises(UserError, match="--mesh 4x4 needs 16 devices"):
+        train(replace(settings, mesh="4x4"))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_snapshots_of_a_sweep_with_padding_are_its_members(settings, tmp_path):
     """Three members of each size on two positions along `sweep`."""
