@@ -61,9 +61,11 @@ def run(main: Callable[[list[str]], None], args: list[str] | None = None) -> Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Stopped as e:
-        # After SIGHUP there is no terminal any more.
-        with contextlib.suppress(OSError):
+        try:
             print(e, file=sys.stderr)
+        except OSError:
+            # After SIGHUP there is no terminal any more, and Python would fail again at exit.
+            os._exit(e.exit_code)
         sys.exit(e.exit_code)
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
