@@ -70,6 +70,16 @@ class Description:
             return None
         return np.array(described.sd_uv)
 
+    def origin(self, recording: str) -> tuple[str, float]:
+        """Return the file that a recording was made from, and the seconds cut off at its start.
+
+        The file is "" if it is not known.
+        """
+        described = self.recordings.get(recording)
+        if described is None or self.preparation is None:
+            return "", 0.0
+        return described.source, float(self.preparation.settings.get("crop") or 0.0)
+
 
 TUH = Description(
     sampling_rate=100.0,

@@ -61,18 +61,24 @@ class Features:
         """Return a row for each example of a feature, in the order of the card.
 
         start and stop are those of the active patch in its recording, or of the EEG shown for a
-        token without a patch, in seconds. `events` are those that overlap the EEG shown, with start
-        and stop in seconds; `other_features` have their activations.
+        token without a patch, in seconds; `source` is the EEG file that the recording was made
+        from, "" if unknown, and source_start the start in it. `events` are those that overlap the
+        EEG shown, with start and stop in seconds, and with their channels unless these are all;
+        `other_features` have their activations.
         """
         return [self._example_row(feature, example) for example in self.describe(feature).examples]
 
     def _example_row(self, feature: int, example: Example) -> dict[str, int | float | str]:
         seconds = len(example.trace) / self.context.dataset.sampling_rate
         start, stop = example.patch or (example.start, example.start + seconds)
+        dataset = self.context.dataset
+        source, cut_off = dataset.description.origin(example.recording)
         events = []
         for event in example.events:
-            channels = " ".join(event.channels)
-            events.append(f"{event.kind} {event.start:g}-{event.stop:g} {channels}")
+            words = [f"{event.kind} {event.start:g}-{event.stop:g}"]
+            if len(event.channels) < dataset.n_vars:
+                words += event.channels
+            events.append(" ".join(words))
         others = [f"{other} {activation:g}" for other, activation in example.other_features]
         return {
             "feature": feature,
@@ -83,6 +89,8 @@ class Features:
             "channel": example.channel,
             "start": start,
             "stop": stop,
+            "source": source,
+            "source_start": start + cut_off,
             "artefact_hints": "; ".join(example.hints),
             "events": "; ".join(events),
             "other_features": "; ".join(others),

@@ -24,6 +24,7 @@ from minsae_jax.evaluation.inputs import check_encoder, check_features
 from minsae_jax.monitor import progress
 from minsae_jax.report.entries import active_entries
 from minsae_jax.report.examples import batch_tokens
+from minsae_jax.report.excerpts import channel_name
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_WINDOWS = 16
@@ -38,8 +39,13 @@ class EncodedRecording:
     """
 
     recording: str
+    # Name of the EEG file that it was made from ("" if unknown), and seconds cut off at its start
+    source: str
+    source_start: float
     # In Hz
     sampling_rate: float
+    # Names of the recording's columns
+    channels: tuple[str, ...]
     # First sample of each token in the recording, and the one after the last
     start: Int[np.ndarray, " tokens"]
     stop: Int[np.ndarray, " tokens"]
@@ -47,6 +53,30 @@ class EncodedRecording:
     channel: Int[np.ndarray, " tokens"]
     # Sparse float32 [tokens, d_sae]; features that were not requested are 0
     activations: csc_array
+
+    def at(
+        self, feature: int, seconds: Float[np.ndarray, " times"]
+    ) -> Float[np.ndarray, "times channels"]:
+        """Return a feature's activation on each channel at times of the source file.
+
+        seconds: such as `raw.times` of MNE. Where tokens overlap it is the largest activation, and
+        0 where there is no token. Tokens over all channels count for each of them.
+        """
+        at_sample = np.zeros((int(self.stop.max()), len(self.channels)), np.float32)
+        of_feature = self.activations[:, [feature]].tocoo()
+        for token, activation in zip(of_feature.row, of_feature.data, strict=True):
+            columns = slice(None)
+            if self.channel[token] >= 0:
+                columns = self.channel[token]
+            place = at_sample[self.start[token] : self.stop[token], columns]
+            np.maximum(place, activation, out=place)
+        # As floats, times such as 0.29 are a little too small: 0.29 * 100 < 29.
+        samples = (np.asarray(seconds) - self.source_start) * self.sampling_rate + 1e-6
+        sample = np.floor(samples).astype(int)
+        is_inside = (sample >= 0) & (sample < len(at_sample))
+        activations = np.zeros((len(sample), len(self.channels)), np.float32)
+        activations[is_inside] = at_sample[sample[is_inside]]
+        return activations
 
 
 @dataclass(frozen=True)
@@ -127,9 +157,13 @@ class RecordingEncoder:
         of_token = np.tile(located, len(places.recording))
         start = places.first_samples(sequence, of_token)
         shape = (self.n_tokens, self.sae.d_sae)
+        source, source_start = places.description.origin(places.recordings[0])
         return EncodedRecording(
             recording=places.recordings[0],
+            source=source,
+            source_start=source_start,
             sampling_rate=places.sampling_rate,
+            channels=tuple(channel_name(places, 0, i) for i in range(places.n_vars)),
             start=start,
             stop=start + places.lengths(of_token),
             channel=places.channels_of(sequence, of_token),

@@ -67,9 +67,7 @@ def test_default_equals_the_pipeline_of_mne(tmp_path, ending):
     assert described.channels == CHANNELS
     assert of_recording.original_sampling_rate == 256
     assert of_recording.source == name
-    events = [
-        (e.kind.removeprefix("Comment/"), e.start, e.stop) for e in prepared.records[0].events
-    ]
+    events = [(e.kind, e.start, e.stop) for e in prepared.records[0].events]
     assert events == [("spike", 200, 250), ("blink", 550, 650), ("end", 1980, 2000)]
 
 

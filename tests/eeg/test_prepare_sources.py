@@ -384,7 +384,13 @@ def test_labels_of_recordings(tmp_path):
     assert row["recording"].startswith(row["patient"])
     assert not row["patient"].startswith("b")
     labels.write_text("recording,sex\nc.edf,f\n")
-    with pytest.raises(UserError, match="has no row for any of the recordings"):
+    with pytest.raises(UserError, match=r"no row for .*; the first is a.edf, its patient is a;"):
+        run(tmp_path / "eeg", tmp_path / "out", labels=str(labels), hash_patients=True)
+    labels.write_text("patient;sex\na;f\n")
+    with pytest.raises(UserError, match=r"got patient;sex; columns are separated by commas"):
+        run(tmp_path / "eeg", tmp_path / "out", labels=str(labels), hash_patients=True)
+    labels.write_text("Patient ID,sex\na,f\n")
+    with pytest.raises(UserError, match=r"requires a column recording .*, got Patient ID, sex$"):
         run(tmp_path / "eeg", tmp_path / "out", labels=str(labels), hash_patients=True)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
+import mne
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from minsae_jax.report.view import Elsewhere, choose_shown, token_table
 from minsae_jax.sae.member import SparseAutoencoder, save_member
 from tests.cluster import ROOT
 from tests.conftest import FIXTURES
+from tests.eeg.eeg_files import run as prepare
 from tests.report.viewing import encode_by_hand, read_view
 
 MEMBER = "lambda=1"
@@ -294,6 +296,13 @@ def test_tokens_of_different_lengths_and_channels_share_a_table(tmp_path):
     assert encoded.stop.tolist() == [50, 100, 50, 100, 150, 200, 150, 200]
     assert encoded.channel.tolist() == [0, 0, 1, -1] * 2
     assert encoded.activations.toarray()[:, 0].tolist() == [1, 4, 0, 0, 0, 0, 2, 3]
+    by_sample = np.zeros((200, 2))
+    by_sample[:100, 0] = 4
+    by_sample[150:, :] = 3
+    by_sample[100:150, 1] = 2
+    np.testing.assert_array_equal(encoded.at(0, np.arange(200) / 100), by_sample)
+    at_ends = encoded.at(0, np.array([-0.01, 0.999, 1, 1.9999, 2]))
+    assert at_ends.tolist() == [[0, 0], [4, 0], [0, 2], [3, 3], [0, 0]]
     places = open_places(encoder, tmp_path / "x.npy")
     table = token_table(places, encoded, [0])
     levels = np.rint(np.array([[4, 0, 0, 3], [0, 0, 2, 3]]) * 255 / 4)
@@ -402,3 +411,35 @@ def test_two_recordings_cannot_share_a_page(trained, place, tmp_path):
         settings = ms.ViewConfig(recording=twice, member=member, out=str(out))
         with pytest.raises(ms.UserError, match=message):
             ms.view(settings, trained.encoder)
+
+
+def test_activation_of_a_cropped_recording_fits_the_times_of_its_file(tmp_path):
+    """A step at 9.3 s of an EDF file of 256 Hz is a step of the channel that is added to it."""
+    rate = 256
+    step = round(9.3 * rate)
+    signal = np.zeros((2, 20 * rate))
+    signal[0, step:] = 5e-5
+    signal[1] = np.random.default_rng(0).normal(size=20 * rate) * 1e-5
+    raw = mne.io.RawArray(signal, mne.create_info(["Fz", "Pz"], rate, "eeg"), verbose="ERROR")
+    mne.export.export_raw(tmp_path / "eeg.edf", raw, verbose="ERROR")
+    settings = {"channels": ("Fz", "Pz"), "reference": ("none",), "normalize": "uV", "crop": 5.0}
+    prepare(tmp_path / "eeg.edf", tmp_path / "out", **settings)
+    encoder = ms.from_function(
+        lambda windows: windows.transpose(0, 2, 1).reshape(len(windows), -1, 1),
+        name="samples",
+        seq_len=100,
+        channels=2,
+        sampling_rate=100,
+        tokens=TokenGrid.patches(100, 1, n_channels=2),
+    )
+    one, zero = np.ones((1, 1)), np.zeros(1)
+    sae = SparseAutoencoder({"W_enc": one, "b_enc": -25 * one[0], "W_dec": one, "b_dec": zero})
+    (recording,) = (tmp_path / "out").glob("*.npy")
+    encoded = ms.encode_recording(encoder, sae, recording)
+    assert (encoded.source, encoded.channels) == ("eeg.edf", ("Fz", "Pz"))
+    raw = mne.io.read_raw_edf(tmp_path / encoded.source, verbose="ERROR")
+    of_fz = encoded.at(0, raw.times)[:, 0]
+    onset = raw.times[np.flatnonzero(of_fz)[0]]
+    assert abs(onset - 9.3) < 1 / 100 + 1 / rate
+    end = raw.times[np.flatnonzero(of_fz)[-1]]
+    assert 15 - 1 / 100 - 1 / rate < end < 15

@@ -7,7 +7,7 @@ from minsae_jax.eeg.prepare.bids import bids_patient, bids_root, read_table
 from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.prepare.errors import BadRecordingError
 from minsae_jax.eeg.prepare.sources import Source
-from minsae_jax.errors import UserError
+from minsae_jax.errors import UserError, brief
 
 KEY_COLUMNS = ("recording", "patient", "participant_id")
 PARTICIPANTS = "participants.tsv"
@@ -23,7 +23,11 @@ def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[Labels
     if config.labels:
         rows = _rows_of_table(Path(config.labels), sources)
         if not rows:
-            raise UserError(f"--labels {config.labels} has no row for any of the recordings")
+            named = f"{sources[0].path.name}, its patient is {sources[0].patient}"
+            raise UserError(
+                f"--labels {config.labels} has no row for any of the recordings; the first is "
+                f"{named}; with --patient_pattern the patient can be a part of the name"
+            )
     else:
         rows = _rows_of_bids(sources)
     columns = dict.fromkeys(name for row in rows.values() for name in row)  # an ordered set
@@ -71,10 +75,18 @@ def _read(path: Path, key_columns: Sequence[str]) -> dict[str, Labels]:
         rows = read_table(path, ())
     except BadRecordingError as e:
         raise UserError(f"{path} {e}") from None
-    columns = list(rows[0]) if rows else []
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    columns = list(rows[0])
     present = [name for name in key_columns if name in columns]
     if not present:
-        raise UserError(f"{path} must have rows and a column {' or '.join(key_columns)}")
+        advice = ""
+        if len(columns) == 1:
+            advice = "; columns are separated by commas in .csv and by tabs in .tsv files"
+        raise UserError(
+            f"{path} requires a column {' or '.join(key_columns)}, got "
+            f"{brief(', '.join(columns))}{advice}"
+        )
     labels: dict[str, Labels] = {}
     for row in rows:
         key = _without_sub(row[present[0]])

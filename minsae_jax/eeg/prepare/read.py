@@ -241,7 +241,8 @@ def _only_name(names: list[str]) -> str:
 def _annotations(raw: mne.io.BaseRaw) -> tuple[Annotation, ...]:
     annotations = []
     for each in raw.annotations:
-        kind = str(each["description"])
+        # MNE names the comments of BrainVision so; in other formats the same text has no prefix.
+        kind = str(each["description"]).removeprefix("Comment/")
         # Onsets are times of the acquisition system, for which the file may start later than 0.
         onset = float(each["onset"]) - raw.first_time
         channels = tuple(each.get("ch_names", ()))

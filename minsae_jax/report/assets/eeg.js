@@ -84,6 +84,9 @@ function drawExample(example, look) {
   const end = example.start + samples / rate;
   const gap = look.gap ?? (montage ? ROW_GAP.stack : ROW_GAP.own);
   const pxPerUnit = montage ? gap / spread : 43 / full;
+  const sizes = inUv ? [1000, 500, 200, 100, 50, 20, 10, 5, 2, 1] : [10, 5, 2, 1];
+  const bar = sizes.find((each) => each * pxPerUnit <= 46) ?? 0.5;
+  const size = `${bar} ${inUv ? "µV" : "SD"}`;
   const chains = rows.map((_, i) => rows.slice(1, i + 1).filter((row) => row.isFirst).length);
   const margin = rows.length > 1 ? Math.max(...rows.map((row) => 6.4 * row.name.length)) + 8 : 0;
   const events = example.events ?? [];
@@ -93,7 +96,7 @@ function drawExample(example, look) {
   const kinds = [...new Set(events.map((event) => event.kind))].sort((a, b) => here.has(a) - here.has(b));
   return (width) => {
     const above = EVENT_BAR * kinds.length;
-    const box = { left: montage ? Math.max(32, margin) : margin, right: width - 44, top: (montage ? 8 : 2) + above };
+    const box = { left: montage ? Math.max(32, margin) : margin, right: width - 13 - 6.2 * size.length, top: (montage ? 8 : 2) + above };
     const middle = (i) => box.top + (montage ? gap : 46) + gap * i + (montage ? ROW_GAP.chain * chains[i] : 0);
     box.bottom = middle(rows.length - 1) + (montage ? gap : 46);
     const floor = box.bottom + 26;
@@ -130,12 +133,9 @@ function drawExample(example, look) {
     if (rows.length > 1) root.append(...rows.map(label));
     root.append(window);
 
-    const unit = inUv ? "µV" : "SD";
-    const sizes = inUv ? [1000, 500, 200, 100, 50, 20, 10, 5, 2, 1] : [10, 5, 2, 1];
-    const bar = sizes.find((size) => size * pxPerUnit <= 46) ?? 0.5;
     const [at, low] = [box.right + 7, middle(montage ? Math.min(1, rows.length - 1) : 0) + (bar * pxPerUnit) / 2];
     root.append(svg("path", { class: "axis", d: `M${at} ${low}v${-bar * pxPerUnit}` }));
-    root.append(text(at + 4, low - (bar * pxPerUnit) / 2 + 3.5, "start", `${bar} ${unit}`));
+    root.append(text(at + 4, low - (bar * pxPerUnit) / 2 + 3.5, "start", size));
     const strip = (example.strip ?? []).map((value, i) => [example.strip_start + i * seconds, example.strip_start + (i + 1) * seconds, value]);
     for (const [from, to, value] of example.bars ?? strip) {
       const [a, b] = [from, to].map(inside);
