@@ -248,7 +248,8 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
     encoder = encoder or _encoder_of(config, trained)
     if encoder is None and trained.model is None:
         warnings.warn(
-            "no encoder is given, so loss recovered is not measured; set --checkpoint_path",
+            "no encoder is given, so loss recovered is not measured; for PatchTST and CBraMod, set "
+            "--checkpoint_path",
             stacklevel=2,
         )
     out = run

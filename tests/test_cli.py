@@ -368,7 +368,8 @@ def test_positional_with_several_values():
         cli.parse(Command, ["--out", "c"], "c")
 
 
-def test_overview_lists_verbs(capsys):
+def test_overview_lists_verbs(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     for module in (minsae_jax.__main__, convert.__main__):
         for args in ([], ["--help"], ["-h"]):
             with pytest.raises(SystemExit) as exited:
@@ -377,6 +378,8 @@ def test_overview_lists_verbs(capsys):
             out = capsys.readouterr().out
             for name in module.VERBS:
                 assert re.search(rf"^  {name} +\S", out, flags=re.M)
+            verbs = out.partition("verbs:")[2]
+            assert max(map(len, verbs.splitlines())) < 80
 
 
 def test_version(capsys):

@@ -301,9 +301,11 @@ def _layer_folders(folder: Path) -> list[str]:
 def _open_without_manifest(folder: Path, layer: int | None) -> Store:
     files = shard_files(folder)
     if not files:
-        content = ", ".join(_layer_folders(folder)) or "no b0000.npy"
+        layers = _layer_folders(folder)
+        content = ", ".join(layers) or "no b0000.npy"
         missing = "no store" if layer is None else f"no store of layer {layer}"
-        raise UserError(f"there is {missing} in {folder}: it contains {content}")
+        advice = "; choose the layer with --cache_layer" if layers and layer is not None else ""
+        raise UserError(f"there is {missing} in {folder}: it contains {content}{advice}")
     shards: list[Shard] = []
     for path in files:
         shape, dtype, offset = read_header(path)

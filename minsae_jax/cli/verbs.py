@@ -1,7 +1,9 @@
 """Verbs of a command line, each with its settings class and function."""
 
 import inspect
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,5 +50,9 @@ def parse_verb(
 
 def _overview(verbs: Mapping[str, Verb], prog: str, about: str) -> str:
     width = max(map(len, verbs))
-    lines = [f"  {name:{width}}  {verb.help.splitlines()[0]}" for name, verb in verbs.items()]
+    columns = shutil.get_terminal_size().columns - 2  # as argparse does
+    lines = []
+    for name, verb in verbs.items():
+        text = f"  {name:{width}}  {verb.help.splitlines()[0]}"
+        lines.append(textwrap.fill(text, columns, subsequent_indent=" " * (width + 4)))
     return "\n".join([f"usage: {prog} VERB [flags]", "", about.strip(), "", "verbs:", *lines])

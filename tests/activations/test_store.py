@@ -283,7 +283,9 @@ def test_only_layer_of_a_folder_is_opened(folder):
 def test_missing_stores_and_layers_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="there is no store"):
         open_store(tmp_path / "nowhere", -1)
-    with pytest.raises(UserError, match=r"no store of layer 0 in .*: it contains l-1"):
+    with pytest.raises(
+        UserError, match=r"no store of layer 0 in .*: it contains l-1; choose the layer"
+    ):
         open_store(tmp_path / "store", 0)
     with pytest.raises(UserError, match=r"is of layer -1, not 0"):
         open_store(folder, 0)
