@@ -418,6 +418,20 @@ def test_the_gain_is_the_same_for_all_examples(page, report):
     assert len(set(heights)) == 1
 
 
+@pytest.mark.parametrize("uv_per_sd", [12.5, 40.0, 400.0])
+def test_size_of_the_gain_is_not_cut_off(page, tmp_path, uv_per_sd):
+    card = next(make_cards(1))
+    example = replace(card.examples[0], uv_per_sd=uv_per_sd, others=None)
+    visit(page, write_one(tmp_path, replace(card, examples=[example])), "#f=0")
+    wait_for_feature(page, 0)
+    ((right, of_figure),) = page.execute_script(
+        "return [...document.querySelectorAll('#feature .gallery svg text')]"
+        ".filter((e) => e.textContent.endsWith(' µV'))"
+        ".map((e) => [e, e.ownerSVGElement].map((each) => each.getBoundingClientRect().right))"
+    )
+    assert right <= of_figure
+
+
 @pytest.mark.parametrize("width", [800, 1000, 1225, 1440])
 def test_numbers_of_the_table_are_not_cut_off(page, report, width):
     page.set_window_size(width, 760)
