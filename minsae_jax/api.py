@@ -295,7 +295,7 @@ def steer(config: SteerConfig, encoder: "BaseEncoder | None" = None) -> "Steerin
     start()
     encoder = encoder or _encoder_of(config, trained)
     if encoder is None:
-        raise UserError("steering requires the encoder; set --checkpoint_path")
+        raise UserError("steering requires the encoder, PatchTST or CBraMod; set --checkpoint_path")
     # Two calls for the same features would write the same files.
     with lock_folder(run):
         return steering.steer(config, encoder, trained)

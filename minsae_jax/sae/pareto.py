@@ -29,6 +29,7 @@ DIGIT_WIDTH = 9.0
 LABEL_HEIGHT = 12.0
 LABEL_GAP = 7.0
 POINT_SIZE = 8.0
+MAX_ENTRIES = 22  # of the legend, which would be cut off
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -183,9 +184,14 @@ def _explain_lines(
         for key in members:
             style = replace(styles[key], color="black")
             entries.setdefault(key.others, Line2D([], [], **vars(style)))
+    labels = list(entries)
+    handles = list(entries.values())
+    if len(labels) > MAX_ENTRIES:
+        labels[MAX_ENTRIES - 1 :] = [f"and {len(labels) - MAX_ENTRIES + 1} more"]
+        handles[MAX_ENTRIES - 1 :] = [Line2D([], [], linestyle="none")]
     legend = figure.legend(
-        list(entries.values()),
-        list(entries),
+        handles,
+        labels,
         loc="outside right upper",
         frameon=False,
         fontsize=9,

@@ -51,3 +51,13 @@ def test_labels_of_points_do_not_overlap():
 def test_pareto_of_no_finite_point(tmp_path):
     draw_pareto(tmp_path / "pareto.png", [ParetoPoint({"k": 8.0}, np.nan, 0.1)], "diverged")
     assert (tmp_path / "pareto.png").exists()
+
+
+def test_legend_of_many_lines_ends_inside_the_picture(tmp_path):
+    points = []
+    for i in range(200):
+        hyper = {"kind": ("relu", "topk")[i % 2], "lr": 1e-3 * (i // 10 % 4 + 1), "seed": i % 10}
+        points.append(ParetoPoint(hyper | {"k": float(i // 40)}, 5.0 + i, 0.1))
+    draw_pareto(tmp_path / "pareto.png", points, "many")
+    picture = np.asarray(Image.open(tmp_path / "pareto.png").convert("L"))
+    assert (picture[-10:, -150:] == 255).all()  # where the legend would be cut off
