@@ -49,6 +49,7 @@ from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.converted import load_encoder, save_encoder
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
+from minsae_jax.evaluation import summary
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.sae import trainer
 from minsae_jax.sae.config import TrainConfig, TrainPlan
@@ -81,6 +82,11 @@ CHROMIUM_FLAGS = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest tests, so that no worker waits for another at the end."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 @contextmanager
 def all_optimizations() -> Iterator[None]:
     """Compile with all optimizations, here and in commands: for what computes for many seconds."""
@@ -107,23 +113,42 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices)
 
 
+@pytest.fixture
+def without_figure():
+    """Evaluate without drawing evaluation.png, which takes longer than measuring two members."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary, "draw_evaluation", lambda path, _: path.touch())
+        yield
+
+
 sweeps: dict[Hashable, Sweep] = {}
+# Settings of data, files and logs, which no program of a sweep depends on.
+OTHER_SETTINGS = (
+    *("config", "run_dir", "store", "val_store", "init", "overwrite", "wandb", "max_to_keep"),
+    *("eval_window", "eval_every", "eval_tokens", "checkpoint_every", "checkpoint_minutes"),
+)
 
 
 @contextmanager
 def sharing_programs() -> Iterator[None]:
-    """Let runs that differ in their folders alone share a sweep's programs, across tests.
+    """Let equal sweeps share their programs across tests, and other sweeps their equal steps.
 
     Tracing a step takes longer than the 40 steps of a small run.
     """
 
     def shared_sweep(plan: TrainPlan, groups: tuple[Group, ...], d_model: int) -> Sweep:
-        settings = vars(plan) | vars(plan.config) | {"config": "", "run_dir": "", "store": ""}
+        settings = vars(plan) | vars(plan.config) | dict.fromkeys(OTHER_SETTINGS)
         key = (repr(settings), groups, d_model, tuple(jax.devices()))
         if key not in sweeps:
             if len(sweeps) == MAX_SWEEPS:
                 sweeps.clear()
             sweeps[key] = Sweep(plan, groups, d_model)
+            program = step_key(sweeps[key])
+            for other in sweeps.values():
+                if step_key(other) == program:
+                    sweeps[key].step = other.step
+                    sweeps[key].take_metrics = other.take_metrics
+                    break
         return sweeps[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -131,12 +156,18 @@ def sharing_programs() -> Iterator[None]:
         yield
 
 
+def step_key(sweep: Sweep) -> Hashable:
+    """Return all that a step is traced with, and how many members each group has."""
+    # Functions are equal if they are the same object; these are made from `plan.optimizer`.
+    functions = ("optimizer", "sparsity_schedule", "lr_schedule")
+    values = [value for name, value in vars(sweep.program).items() if name not in functions]
+    sizes = [len(group) for group in sweep.groups]
+    return (*values, sweep.plan.optimizer, *sizes)
+
+
 @pytest.fixture
-def shared_programs(request):
-    """Share programs (`sharing_programs`), but not with a test that patches what it traces."""
-    if "monkeypatch" in request.fixturenames:
-        yield
-        return
+def shared_programs():
+    """Share programs (`sharing_programs`); a test that patches what is traced must not use this."""
     with sharing_programs():
         yield
 

@@ -19,6 +19,8 @@ from minsae_jax.integrity.folders import KnownFolder
 from minsae_jax.sae.trainer import train
 from tests.conftest import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("without_figure")
+
 SPLITS = ("train", "val", "test")
 NEW_RUN = "new_run"
 # What a message says is in the way

@@ -225,8 +225,6 @@ def test_empty_out_is_refused(settings):
         ({"cache_layer": ()}, "--cache_layer requires"),
         ({"split": ()}, "--split requires"),
         ({"split": ("val", "val")}, "--split contains duplicate values"),
-        ({"batch_size": 0}, "--batch_size must be"),
-        ({"max_batches": 0}, "--max_batches must be"),
         ({"split_seed": -1}, "--split_seed must be"),
     ],
 )

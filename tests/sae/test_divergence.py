@@ -10,15 +10,18 @@ import pytest
 from safetensors.numpy import load_file
 
 from minsae_jax.sae.grid import make_groups
+from minsae_jax.sae.run import HELD_OUT_METRICS
 from minsae_jax.sae.sweep import Sweep
 from minsae_jax.sae.trainer import train
+from tests.conftest import write_small_store
 from tests.interrupt import train_until
 from tests.sae.runs import files, table
 
 
 def test_diverged_member_is_frozen_and_the_others_are_unchanged(settings, tmp_path):
     """It is marked; the others are, to the bit, as beside a healthy one."""
-    both = replace(settings, lambda_sparsity=(0.1,), feature_dim_factor=(2.0,))
+    write_small_store(tmp_path / "store_val", seed=1)
+    both = replace(settings, lambda_sparsity=(0.1,), feature_dim_factor=(2.0,), eval_every=20)
     with pytest.warns(
         UserWarning, match=r"lambda=0.1,lr=1e\+30 diverged at step 2 .*the other members continue"
     ) as seen:
@@ -38,7 +41,14 @@ def test_diverged_member_is_frozen_and_the_others_are_unchanged(settings, tmp_pa
     }  # fmt: skip
     assert rows["lambda=0.1,lr=1e+30"]["loss"] == "nan"
     sick = tmp_path / "run/members/lambda=0.1,lr=1e+30"
-    assert json.loads((sick / "config.json").read_text())["diverged_at_step"] == 2
+    config = json.loads((sick / "config.json").read_text())
+    assert config["diverged_at_step"] == 2
+    assert config["held_out"]["dead_fraction"] is None
+    with (tmp_path / "run/eval.csv").open() as f:
+        held_out = [row for row in csv.DictReader(f) if row["member"] == sick.name]
+    assert len(held_out) == 2
+    assert len({tuple(row[name] for name in HELD_OUT_METRICS) for row in held_out}) == 1
+    assert {row["dead_fraction"] for row in held_out} == {"nan"}
     assert np.isnan(table(sick / "metrics.csv")["mse"]).all()
     assert all(np.isfinite(v).all() for v in load_file(sick / "sae.safetensors").values())
 

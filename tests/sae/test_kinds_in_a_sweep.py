@@ -188,18 +188,13 @@ def losses(settings, n_tokens):
     return results
 
 
-# 45 tokens do not divide evenly over eight devices.
-@pytest.mark.parametrize("n_tokens", [48, 45])
 @pytest.mark.slow
-def test_eight_devices_select_the_same_features(mixed, n_tokens):
+def test_eight_devices_select_the_same_features(mixed):
+    """45 tokens do not divide evenly over them."""
     # Adam turns rounding errors of gradients near 0 into steps of up to lr.
     settings = replace(mixed, lr=(1e-3,))
-    if n_tokens == 48:
-        # Of the others, the padding of 45 tokens proves more.
-        selecting = ("batchtopk", "jumprelu", "matryoshka")
-        settings = replace(settings, kind=selecting, lambda_sparsity=(), k=(2.0,))
-    eight = losses(replace(settings, mesh="1x8"), n_tokens)
-    one = losses(replace(settings, mesh="1x1"), n_tokens)
+    eight = losses(replace(settings, mesh="1x8"), n_tokens=45)
+    one = losses(replace(settings, mesh="1x1"), n_tokens=45)
     assert len(jax.devices()) == 8
     for a, b in zip(eight, one, strict=True):
         for ours, theirs in zip(a, b, strict=True):
@@ -244,25 +239,21 @@ def test_too_few_steps_for_the_threshold_are_a_warning(mixed):
     assert "warning: " not in load_run(run.folder).summary()
 
 
-def test_members_far_from_their_target_l0_are_named(mixed):
-    settings = replace(
-        mixed, eval_every=0, kind=("jumprelu",), k=(), lambda_sparsity=(), target_l0=(3.0,)
-    )
-    run = train(settings)
+def test_jumprelu_with_a_target_l0(mixed):
+    """In bfloat16 its threshold moves too, and members far from their target are named."""
+    settings = replace(mixed, kind=("jumprelu",), k=(), lambda_sparsity=(), precision="bfloat16")
+    settings = replace(settings, jumprelu_penalty="step")
+    with pytest.warns(UserWarning, match="--jumprelu_penalty step has no effect with --target_l0"):
+        run = train(settings)
     (trained,) = run.members
+    threshold = np.asarray(trained.load().params["threshold"])
+    assert np.ptp(threshold) > 1e-3  # at first all are equal
+    assert trained.held_out["l1"] == trained.held_out["l0"] > 0  # the penalty is on their number
     for l0, is_named in ((3.2, False), (3.4, True), (2.6, True)):
         member = replace(trained, metrics=trained.metrics | {"l0": l0})
         summary = " ".join(replace(run, members=(member,)).summary().split())
         name = f"L0 is far from the target of {trained.name} ({l0})"
         assert (name in summary) == is_named
-
-
-def test_threshold_moves_in_bfloat16(mixed):
-    settings = replace(mixed, kind=("jumprelu",), k=(), lambda_sparsity=(), precision="bfloat16")
-    run = train(settings)
-    (member,) = run.members
-    threshold = np.asarray(member.load().params["threshold"])
-    assert np.abs(threshold - 0.1).max() > 1e-3
 
 
 @pytest.mark.slow
@@ -374,12 +365,6 @@ def test_jumprelu_has_the_bandwidth_of_its_penalty():
         ((member,),) = make_groups(plan, 144)
         widths[penalty] = (member.kind.bandwidth, member.kind.initial_threshold)
     assert widths == {"tanh": (2, 0.1), "step": pytest.approx((0.012, 0.012))}
-
-
-def test_penalty_without_effect_is_a_warning(mixed):
-    settings = replace(mixed, kind=("jumprelu",), k=(), lambda_sparsity=(), num_steps=1)
-    with pytest.warns(UserWarning, match="--jumprelu_penalty step has no effect with --target_l0"):
-        train(replace(settings, jumprelu_penalty="step"))
 
 
 @pytest.mark.parametrize("recipe", ["april2024", "minsae", "modern"])

@@ -162,7 +162,6 @@ entry()
     ("lost", "signal_number", "named"),
     [
         (0, signal.SIGKILL, "(process 0|another process)"),
-        (1, signal.SIGKILL, "(process 1|another process)"),
         (1, signal.SIGSTOP, "process 1"),  # as if its machine had vanished
     ],
 )

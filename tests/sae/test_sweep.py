@@ -1,6 +1,7 @@
 """A member in a sweep equals the member alone, on any number of devices."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import jax
 import ml_dtypes
@@ -31,6 +32,12 @@ def batches(count, tokens=48):
 
 
 def make_sweep(settings):
+    """Return a sweep, which tests share, so that its programs are compiled once."""
+    return cached_sweep(settings, jax.default_backend())
+
+
+@lru_cache
+def cached_sweep(settings, backend):
     return Sweep(settings.plan(), make_groups(settings.plan(), D), D)
 
 
@@ -79,7 +86,10 @@ def test_a_sweep_is_its_members_alone():
         for g, group in enumerate(make_groups(SETTINGS.plan(), D))
         for i, m in enumerate(group)
     }
-    for member in list(together)[::5]:
+    weights = [params["W_enc"] for m, params in together.items() if m.d_sae == 32]
+    assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(weights) for b in weights[:i])
+    # One of each size
+    for member in list(together)[5:11:5]:
         own = {n: (member.hyper[n],) for n in ("lambda_sparsity", "lr", "seed")}
         alone, own_windows = run(
             replace(SETTINGS, **own, feature_dim_factor=(member.d_sae / D,)), batches(12)
@@ -103,8 +113,8 @@ def test_gpu_code_path_equals_the_cpu_one(monkeypatch):
             np.testing.assert_allclose(ours.l0, theirs.l0, rtol=2e-3)
 
 
-def test_one_compilation(one_device):
-    sweep = make_sweep(SETTINGS)
+def test_one_compilation():
+    sweep = make_sweep(replace(SETTINGS, mesh="1x1"))
     state = sweep.init()
     for x in batches(4):
         state = make_step(sweep, state, x)
@@ -112,50 +122,30 @@ def test_one_compilation(one_device):
     assert sweep.step._cache_size() == 1
 
 
-def test_members_differ():
-    params, _ = run(SETTINGS, batches(12))
-    weights = [p["W_enc"] for m, p in params.items() if m.d_sae == 32]
-    assert all(np.abs(a - b).max() > 1e-4 for i, a in enumerate(weights) for b in weights[:i])
-
-
-# 45 do not divide evenly over eight devices.
-@pytest.mark.parametrize("tokens", [pytest.param(48, marks=pytest.mark.slow), 45])
 @pytest.mark.parametrize(
-    "members", [(1.0, 2.0, 3.0), (1.0, 2.0, 3.0, 4.0)]
-)  # along data alone, along both axes
-def test_eight_devices_are_one(request, tokens, members):
-    settings = replace(ONE_SIZE, lambda_sparsity=members, lr=(1e-3,), seed=(0,))
-    _, eight = run(settings, batches(12, tokens))
-    assert len(jax.devices()) == 8
-    request.getfixturevalue("one_device")
-    _, one = run(settings, batches(12, tokens))
-    for a, b in zip(eight, one, strict=True):
-        for ours, theirs in zip(a, b, strict=True):
-            np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
-            np.testing.assert_allclose(ours.fvu, theirs.fvu, rtol=1e-5)
-            np.testing.assert_allclose(ours.l0, theirs.l0, rtol=2e-3)
-
-
-@pytest.mark.parametrize(
-    "mesh",
+    ("mesh", "n_members"),
     [
-        "4x2",
-        pytest.param("8x1", marks=pytest.mark.slow),
-        pytest.param("1x8", marks=pytest.mark.slow),
-        "3x2",
+        ("4x2", 3),
+        pytest.param("8x1", 3, marks=pytest.mark.slow),
+        ("3x2", 3),
+        # The mesh that is chosen for them: along data alone, along both axes
+        (None, 3),
+        (None, 4),
     ],
 )
-def test_any_mesh(mesh):
-    """Three members, which divide evenly over the last two meshes only; 2x4 is tested below."""
-    settings = replace(ONE_SIZE, lambda_sparsity=(1.0, 2.0, 3.0), lr=(1e-3,), seed=(0,))
+def test_any_mesh(mesh, n_members):
+    """45 tokens divide evenly over no eight devices, three members over 3x2 alone."""
+    members = (1.0, 2.0, 3.0, 4.0)[:n_members]
+    settings = replace(ONE_SIZE, lambda_sparsity=members, lr=(1e-3,), seed=(0,))
     params, meshed = run(replace(settings, mesh=mesh), batches(12, 45))
     expected, one = run(replace(settings, mesh="1x1"), batches(12, 45))
     assert params.keys() == expected.keys()
     for a, b in zip(meshed, one, strict=True):
         for ours, theirs in zip(a, b, strict=True):
-            assert ours.loss.shape == (3,)
+            assert ours.loss.shape == (n_members,)
             np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
             np.testing.assert_allclose(ours.fvu, theirs.fvu, rtol=1e-5)
+            np.testing.assert_allclose(ours.l0, theirs.l0, rtol=2e-3)
             assert not ours.frozen.any()
 
 

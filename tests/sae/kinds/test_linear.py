@@ -65,6 +65,10 @@ def x():
     return np.random.default_rng(0).normal(size=(TOKENS, D)).astype(np.float32)
 
 
+def in_tiles(x):
+    return x.reshape(3, -1, D)
+
+
 def initial_params(kind):
     params = kind.init_tied(jax.random.key(0), D, F, decoder_norm=0.6)
     median = 0.3 * jax.random.normal(jax.random.key(1), (D,))
@@ -144,11 +148,10 @@ def loss_of(kind, p, x, penalty=True):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("n_tiles", [1, 3])
-def test_loss_and_metrics_follow_their_definition(name, n_tiles, x):
+def test_loss_and_metrics_follow_their_definition(name, x):
     kind = KINDS[name]
     params = initial_params(kind)
-    _, metrics = gradients_of(kind, params, x.reshape(n_tiles, -1, D))
+    _, metrics = gradients_of(kind, params, in_tiles(x))
     p = float64(params)
     f = features_of(kind, p, x)
     assert float(metrics.loss) == pytest.approx(loss_of(kind, p, x), rel=1e-5)
@@ -159,15 +162,14 @@ def test_loss_and_metrics_follow_their_definition(name, n_tiles, x):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("n_tiles", [1, 3])
-def test_gradients_equal_finite_differences(name, n_tiles, x):
+def test_gradients_equal_finite_differences(name, x):
     """Of the maps; the threshold's gradient is a convention and has a test of its own."""
     kind = KINDS[name]
     if name == "tanh":
         # Its ramp also reaches the pre-activations; narrower than any distance, it does not.
         kind = replace(kind, bandwidth=1e-9)
     params = initial_params(kind)
-    gradients, _ = gradients_of(kind, params, x.reshape(n_tiles, -1, D))
+    gradients, _ = gradients_of(kind, params, in_tiles(x))
     p = float64(params)
     rng = np.random.default_rng(2)
     for key in ("W_enc", "b_enc", "W_dec", "b_dec"):
@@ -187,7 +189,7 @@ def test_gradients_equal_finite_differences(name, n_tiles, x):
 def test_gradients_equal_autodiff_of_the_loss(name, x):
     kind = KINDS[name]
     params = initial_params(kind)
-    gradients, _ = gradients_of(kind, params, x.reshape(3, -1, D))
+    gradients, _ = gradients_of(kind, params, in_tiles(x))
     context = BatchContext(jnp.zeros(F, bool), jnp.zeros((), bool))
     if isinstance(kind, BatchTopK):
         f = features_of(kind, float64(params), x)
@@ -213,7 +215,7 @@ def test_threshold_gradient_is_that_of_the_ramp(name, x):
     """Rajamanoharan et al. (2024): -θ/ε K for the features, -1/ε K for their number."""
     kind = KINDS[name]
     params = initial_params(kind)
-    gradients, _ = gradients_of(kind, params, x[None])
+    gradients, _ = gradients_of(kind, params, in_tiles(x))
     p = float64(params)
     pre = x @ p["W_enc"] + p["b_enc"]
     f = features_of(kind, p, x)
@@ -229,14 +231,13 @@ def test_threshold_gradient_is_that_of_the_ramp(name, x):
     assert np.abs(expected).max() > 1e-2
 
 
-@pytest.mark.parametrize("n_tiles", [1, 3])
-def test_gradients_of_the_tanh_penalty_have_the_ramp(n_tiles, x, monkeypatch):
+def test_gradients_of_the_tanh_penalty_have_the_ramp(x, monkeypatch):
     """Anthropic's January 2025 update: the ramp also reaches z. Written out in float64."""
     # Large, since 3e-6 would be lost in the tolerance.
     monkeypatch.setattr(jumprelu, "PRE_ACTIVATION_WEIGHT", 0.3)
     kind = KINDS["tanh"]
     params = initial_params(kind)
-    gradients, _ = gradients_of(kind, params, x.reshape(n_tiles, -1, D))
+    gradients, _ = gradients_of(kind, params, in_tiles(x))
     p = float64(params)
     pre = x @ p["W_enc"] + p["b_enc"]
     f = features_of(kind, p, x)
@@ -267,7 +268,7 @@ def test_padding_is_ignored(name, x):
     kind = KINDS[name]
     params = initial_params(kind)
     is_dead = np.arange(F) % 4 == 0
-    whole = gradients_of(kind, params, x[None], is_dead=is_dead)
+    whole = gradients_of(kind, params, in_tiles(x), is_dead=is_dead)
     padded = np.concatenate([x, np.zeros((20, D), np.float32)]).reshape(4, 20, D)
     mask = (np.arange(80) < TOKENS).astype(np.float32).reshape(4, 20)
     masked = gradients_of(kind, params, padded, mask, is_dead=is_dead)
@@ -281,8 +282,8 @@ def test_metrics_and_gradients_do_not_depend_on_the_batch_size(name, x):
     kind = KINDS[name]
     params = initial_params(kind)
     is_dead = np.arange(F) % 4 == 0
-    gradients, metrics = gradients_of(kind, params, x[None], is_dead=is_dead)
-    twice = np.stack([x, x])
+    gradients, metrics = gradients_of(kind, params, in_tiles(x), is_dead=is_dead)
+    twice = np.concatenate([in_tiles(x), in_tiles(x)])
     gradients_2, metrics_2 = gradients_of(kind, params, twice, is_dead=is_dead, n_tokens=2 * TOKENS)
     for metric in ("loss", "mse", "l1", "l0"):
         expected = float(getattr(metrics, metric))
@@ -302,8 +303,8 @@ def test_dead_features_learn_from_the_residual(name, every, x):
     kind = KINDS[name]
     params = initial_params(kind)
     is_dead = np.arange(F) % every == 0
-    without, plain = gradients_of(kind, params, x.reshape(3, -1, D))
-    gradients, metrics = gradients_of(kind, params, x.reshape(3, -1, D), is_dead=is_dead)
+    without, plain = gradients_of(kind, params, in_tiles(x))
+    gradients, metrics = gradients_of(kind, params, in_tiles(x), is_dead=is_dead)
     p = float64(params)
     e = x - features_of(kind, p, x) @ p["W_dec"] - p["b_dec"]
     variance = ((e - e.mean(0)) ** 2).sum()
@@ -332,7 +333,7 @@ def test_zero_picks_are_not_alive(kind):
     params = initial_params(kind)
     params["b_enc"] = jnp.where(jnp.arange(F) < 2, 100.0, -100.0)
     x = np.zeros((TOKENS, D), np.float32)
-    _, metrics = gradients_of(kind, params, x[None])
+    _, metrics = gradients_of(kind, params, in_tiles(x))
     np.testing.assert_array_equal(metrics.active, np.where(np.arange(F) < 2, TOKENS, 0))
     assert float(metrics.l0) == 2
 

@@ -92,7 +92,9 @@ def test_new_kind_trains_and_is_loaded(settings, trained):
 
 
 @pytest.mark.slow
-def test_new_kind_goes_through_the_pipeline(settings, trained, tmp_path, one_device):
+def test_new_kind_goes_through_the_pipeline(
+    settings, trained, tmp_path, one_device, without_figure
+):
     run = train(settings)
     resumed = replace(settings, run_dir=str(tmp_path / "resumed"))
     train_until(resumed, 33)
