@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minsae_jax.encoder.converted import save_encoder
 from tests.cluster import Cluster, minsae, wait_until
-from tests.conftest import FIXTURES
 from tests.encoder.extraction import contents, extract
 
 STORES = ("store/l0", "store/l-1", "store_val/l0", "store_val/l-1")
@@ -35,10 +35,11 @@ def test_two_processes_write_the_store_of_one(encoder, settings, tmp_path):
     """First with a full disk on one of them, then with one killed, then undisturbed."""
     settings = replace(settings, cache_layer=(0, -1), batch_size=1)
     extract(encoder, settings, "train", "val")
+    save_encoder(tmp_path / "encoder", encoder)  # reading it takes less time than torch's import
     command = minsae(
         "extract",
         *("--root_path", settings.root_path),
-        *("--checkpoint_path", FIXTURES / "tuhab_patch_100/checkpoint.pth"),
+        *("--checkpoint_path", tmp_path / "encoder"),
         *("--out", tmp_path / "two"),
         *("--batch_size", settings.batch_size),
         *("--cache_layer", 0, -1),

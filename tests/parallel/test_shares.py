@@ -9,7 +9,6 @@ import pytest
 
 from minsae_jax.activations.store import open_store
 from tests.cluster import ROOT, Cluster, minsae, run_here, wait_until
-from tests.conftest import FIXTURES
 from tests.faults.io_errors import error_lines
 from tests.sae.test_processes import assert_same_metrics
 
@@ -85,9 +84,9 @@ def test_file_that_one_process_cannot_read_ends_both(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_live_activations_like_one(demo_folder, tmp_path):
-    source = ("--live", "--root_path", demo_folder, "--live_batch_size", 4)
-    encoder = ("--checkpoint_path", FIXTURES / "tuhab_patch_100/checkpoint.pth")
+def test_two_processes_train_on_live_activations_like_one(trained, tmp_path):
+    source = ("--live", "--root_path", trained.recordings, "--live_batch_size", 4)
+    encoder = ("--checkpoint_path", trained.encoder_folder)
     sweep = ("--lambda_sparsity", 0.1, 1, "--lr", 1e-3, "--feature_dim_factor", 0.5)
     steps = ("--num_steps", 30, "--batch_size", 500, "--eval_window", 10)
     flags = (*source, *encoder, *sweep, *steps)
