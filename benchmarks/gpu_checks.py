@@ -262,7 +262,7 @@ def _compare_runs(session: Session, precision: str, folder: Path) -> str:
     train.write_noise_store(folder / "store", n_shards=2, n_sequences=256)
     command = [sys.executable, "-m", "minsae_jax", "train", "--store", str(folder / "store")]
     settings = (
-        f"--kind {' '.join(sizes.resume_kinds)} --lambda_sparsity 5 --k 32 --seed 0 1 --lr auto "
+        f"{sizes.resume_kinds} --seed 0 1 --lr auto "
         f"--feature_dim_factor {sizes.d_sae / D_MODEL} --batch_size {sizes.batch} "
         f"--num_steps {sizes.resume_steps} --checkpoint_every {sizes.resume_steps // 3} "
         f"--precision {precision} --deterministic"

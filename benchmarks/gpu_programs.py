@@ -90,7 +90,7 @@ class Sizes:
     rounds: int = 5
     end_to_end_steps: int = 20_000
     resume_steps: int = 3000
-    resume_kinds: tuple[str, ...] = ("relu", "topk", "batchtopk")
+    resume_kinds: str = "--kind relu topk batchtopk --lambda_sparsity 5 --k 32"
     with_compiled: bool = True
 
 
@@ -108,7 +108,7 @@ SMALL = Sizes(
     rounds=1,
     end_to_end_steps=50,
     resume_steps=120,
-    resume_kinds=("relu", "batchtopk"),
+    resume_kinds="--kind relu --lambda_sparsity 5",
     with_compiled=False,
 )
 

@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -99,16 +100,21 @@ def run_here(tmp_path, monkeypatch, capsys):
             warnings.simplefilter("error", DeprecationWarning)
             if words[0] == "minsae":
                 minsae_jax.__main__.main(words[1:])
+            elif words[2].startswith("benchmarks."):
+                monkeypatch.setattr(sys, "argv", words[2:])
+                runpy.run_module(words[2], run_name="__main__", alter_sys=True)
             else:
-                assert words[:3] == ["python", "-m", "convert"]
-                convert.__main__.main(words[3:])
+                assert words[0].endswith("python")
+                assert words[1] == "-m"
+                program = {"convert": convert, "minsae_jax": minsae_jax}[words[2]]
+                program.__main__.main(words[3:])
         return capsys.readouterr().out
 
     return run_here
 
 
 @pytest.mark.slow
-def test_readme(tmp_path, demo_folder, run_here, one_device, environment):
+def test_readme(tmp_path, demo_folder, run_here, one_device, without_figure, environment):
     """Every command and the Python of the README, in order, where its files are."""
     shutil.copytree(demo_folder, tmp_path / "tuhab_preprocessed")
     for name in ("checkpoint.pth", "config.yaml"):
@@ -191,7 +197,9 @@ def checkout(tmp_path_factory):
         "checkpoint_every": 20,
         "feature_dim_factor": 1,
     }
-    config["evaluate"] |= {"substitution_windows": 4, "top": 2}
+    # A member of each kind
+    config["train"] |= {"lambda_sparsity": 2, "k": 4}
+    config["evaluate"] |= {"substitution_windows": 4, "top": 2, "report_features": 16}
     (folder / "configs/demo.yaml").write_text(yaml.safe_dump(config))
     of_edf = yaml.safe_load((folder / "configs/edf.yaml").read_text())
     for section in ("demo", "train"):
@@ -206,43 +214,56 @@ def make(*targets: str) -> list[str]:
     return ["make", "-o", ".venv/.installed", *targets]
 
 
+@pytest.fixture
+def made_here(checkout, environment, run_here, one_device, without_figure, monkeypatch):
+    """made_here(*targets) -> outputs of the commands that make would start, run in this process."""
+
+    def made_here(*targets: str) -> list[str]:
+        monkeypatch.chdir(checkout)
+        commands = run(make("--dry-run", *targets), checkout, environment)
+        return [run_here(command) for command in commands.splitlines()]
+
+    return made_here
+
+
 @pytest.mark.slow
-def test_make_runs_the_demo_once(checkout, environment):
+def test_make_runs_the_demo_once(checkout, environment, made_here):
     first = run(make("extract", "train"), checkout, environment)
     for split in ("train", "val", "test"):
         assert f"split {split}" in first
     members = sorted(path.name for path in (checkout / "runs/demo/members").iterdir())
-    assert members == sorted(path.name for path in (DEMO_RUN / "members").iterdir())
+    assert members == ["batchtopk,k=4", "jumprelu,target_l0=16", "lambda=2", "matryoshka,k=4"]
     assert all(name in first for name in members)
 
     files = [*checkout.glob("runs/demo/**/*"), *checkout.glob("embeddings/**/*")]
     before = {path: path.stat().st_mtime_ns for path in files}
-    second = run(make("extract", "train"), checkout, environment)
-    assert second.count("already") == 4  # three stores and the run
+    extracted, trained = made_here("extract", "train")
+    assert extracted.count("already") == 3
+    assert trained.count("already") == 1
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
-    out = run(make("evaluate"), checkout, environment)
+    (out,) = made_here("evaluate")
     assert re.search(r"^recommended: (\S+)", out, re.M)[1] in members
     report = re.search(r"^open (\S+)", out, re.M)[1]
     assert (checkout / report).is_file()
-    assert len(read_cards(checkout / "runs/demo/report")) == 128
+    assert len(read_cards(checkout / "runs/demo/report")) == 16
 
 
 @pytest.mark.slow
-def test_make_goes_from_edf_files_to_a_run(checkout, environment):
+def test_make_goes_from_edf_files_to_a_run(checkout, made_here):
     """`test_readme` evaluates one, and `test_make_runs_the_demo_once` runs `make evaluate`."""
-    targets = ("prepare", "extract", "train")
-    run(make(*targets, "CONFIG=configs/edf.yaml"), checkout, environment)
+    made_here("prepare", "extract", "train", "CONFIG=configs/edf.yaml")
     assert (checkout / "runs/edf/sweep.csv").is_file()
-    again = run(make("prepare", "CONFIG=configs/edf.yaml"), checkout, environment)
+    (again,) = made_here("prepare", "CONFIG=configs/edf.yaml")
     assert re.search(r"^data/edf/recordings +15 +0 ", again, re.M)
 
 
 @pytest.mark.slow
 def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, run_here, environment):
-    """SIGKILL between checkpoints, then SIGTERM and Ctrl-C, which save first.
+    """SIGKILL between checkpoints, then Ctrl-C, which saves first.
 
-    `test_run_of_all_kinds_resumes_to_the_same_bytes` resumes the other kinds.
+    `test_run_of_all_kinds_resumes_to_the_same_bytes` resumes the other kinds, and
+    `test_signal_to_one_process_stops_both` sends SIGTERM.
     """
     command = (
         f"minsae train --store {small_store} --kind relu batchtopk "
@@ -257,7 +278,7 @@ def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, run_he
         names = [path.name for path in killed.glob("checkpoints/*")]
         return max((int(name) for name in names if name.isdigit()), default=0)
 
-    for step, number in ((40, signal.SIGKILL), (120, signal.SIGTERM), (200, signal.SIGINT)):
+    for step, number in ((40, signal.SIGKILL), (200, signal.SIGINT)):
         with subprocess.Popen(
             shlex.split(command + "killed"),
             cwd=tmp_path,
@@ -284,28 +305,24 @@ def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, run_he
 
 
 @pytest.mark.slow
-def test_killed_extraction_resumes_to_the_same_bytes(demo_folder, tmp_path, run_here, environment):
-    """SIGKILL, SIGTERM and a full disk."""
-    checkpoint = FIXTURES / "tuhab_patch_100/checkpoint.pth"
-    command = (
-        f"minsae extract --root_path {demo_folder} --checkpoint_path {checkpoint} "
-        "--batch_size 1 --out "
-    )
+def test_killed_extraction_resumes_to_the_same_bytes(trained, tmp_path, run_here, environment):
+    """SIGKILL and a full disk."""
+    inputs = f"--root_path {trained.recordings} --checkpoint_path {trained.encoder_folder}"
+    command = f"minsae extract {inputs} --batch_size 1 --out "
     whole = tmp_path / "whole/l-1"
     killed = tmp_path / "killed/l-1"
     run_here(command + "whole")
-    for n_shards, number in ((3, signal.SIGKILL), (14, signal.SIGTERM)):
-        with subprocess.Popen(
-            shlex.split(command + "killed"),
-            cwd=tmp_path,
-            env=environment,
-            stderr=subprocess.DEVNULL,
-        ) as process:
-            while len(list(killed.glob("b*.npy"))) < n_shards:
-                assert process.poll() is None
-                time.sleep(0.001)
-            process.send_signal(number)
-        assert not (killed / "provenance.npz").exists()
+    with subprocess.Popen(
+        shlex.split(command + "killed"),
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while len(list(killed.glob("b*.npy"))) < 3:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+    assert not (killed / "provenance.npz").exists()
     full_disk = subprocess.run(
         ["bash", "-c", f"ulimit -f 50; exec {command} killed"],
         cwd=tmp_path,
@@ -416,9 +433,8 @@ def test_demo_reproduces_its_first_steps(tmp_path, run_here, environment):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "kinds", "stream", "extract", "prepare"])
-def test_benchmarks_run(environment, name):
-    out = run([sys.executable, "-m", f"benchmarks.{name}", "--quick"], ROOT, environment)
-    assert "| " in out
+def test_benchmarks_run(run_here, name):
+    assert "| " in run_here(f"python -m benchmarks.{name} --quick")
 
 
 @pytest.mark.slow
