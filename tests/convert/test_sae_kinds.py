@@ -1,4 +1,4 @@
-"""Kinds other than ReLU in the formats of SAELens and dictionary_learning.
+"""Every kind in the formats of SAELens and dictionary_learning: the same numbers.
 
 The arithmetic of each library is written out here in float64.
 """
@@ -66,7 +66,7 @@ def read_saelens(folder):
     """Return (encode, decode) of a folder, as SAELens computes them."""
     cfg = json.loads((folder / "cfg.json").read_text())
     t = {n: a.astype(np.float64) for n, a in load_file(folder / "sae_weights.safetensors").items()}
-    shift = t["b_dec"] if cfg["apply_b_dec_to_input"] else 0
+    shift = t["b_dec"] if cfg.get("apply_b_dec_to_input", True) else 0
     rescales = cfg.get("rescale_acts_by_decoder_norm", False)
     norms = np.linalg.norm(t["W_dec"], axis=1) if rescales else 1.0
 
@@ -190,6 +190,8 @@ def test_names_and_shapes_are_the_documented_ones(kind, member, tmp_path):
     cfg = json.loads((lens / "cfg.json").read_text())
     architectures = {"relu": "standard", "batchtopk": "jumprelu", "matryoshka": "jumprelu"}
     assert cfg["architecture"] == architectures.get(kind, kind)
+    assert cfg["apply_b_dec_to_input"] is False
+    assert (cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (D_MODEL, D_SAE, "float32")
     assert cfg["metadata"]["sae_lens_version"].startswith("6.")
     tensors = load_file(lens / "sae_weights.safetensors")
     shapes = KINDS[kind].shapes(D_MODEL, D_SAE)
@@ -206,6 +208,14 @@ def test_names_and_shapes_are_the_documented_ones(kind, member, tmp_path):
     assert config["dict_class"] == DICT_CLASSES[kind]
     assert (config["activation_dim"], config["dict_size"]) == (D_MODEL, D_SAE)
     state = torch.load(trainer, weights_only=True)
+    assert all(tensor.is_contiguous() for tensor in state.values())
+    if kind == "relu":
+        assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+            "bias": (D_MODEL,),
+            "encoder.weight": (D_SAE, D_MODEL),
+            "encoder.bias": (D_SAE,),
+            "decoder.weight": (D_MODEL, D_SAE),
+        }
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
     assert dtypes.pop("group_sizes", torch.int64) == torch.int64
     assert dtypes.pop("k", torch.int32) == torch.int32
@@ -231,7 +241,7 @@ def write_saelens(folder, cfg, **tensors):
     shapes = KINDS["relu"].shapes(D_MODEL, D_SAE)
     linear = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     folder.mkdir()
-    (folder / "cfg.json").write_text(json.dumps({"apply_b_dec_to_input": True} | cfg))
+    (folder / "cfg.json").write_text(json.dumps(cfg))
     save_file(linear | tensors, folder / "sae_weights.safetensors")
     return folder
 
@@ -243,7 +253,8 @@ TOPK_THRESHOLD = {"topk_threshold": np.array(1.1, np.float64)}
 @pytest.mark.parametrize(
     ("cfg", "tensors", "kind"),
     [
-        ({"architecture": "topk", "k": 3}, {}, "topk"),
+        ({"architecture": "standard"}, {}, "relu"),
+        ({"architecture": "topk", "k": 3, "apply_b_dec_to_input": True}, {}, "topk"),
         ({"architecture": "topk", "k": 3, "rescale_acts_by_decoder_norm": True}, {}, "topk"),
         ({"architecture": "jumprelu"}, THRESHOLDS, "jumprelu"),
         (
@@ -264,6 +275,7 @@ TOPK_THRESHOLD = {"topk_threshold": np.array(1.1, np.float64)}
     ],
 )
 def test_saelens_bias_and_norms_are_folded_in(cfg, tensors, kind, x, tmp_path):
+    """The bias is subtracted first unless apply_b_dec_to_input is false."""
     folder = write_saelens(tmp_path / "lens", cfg, **tensors)
     sae = load_sae(convert(folder, "member", tmp_path / "back"))
     assert sae.kind.name == kind
