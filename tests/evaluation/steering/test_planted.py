@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import mannwhitneyu
 
 from convert.encoder import convert_encoder
 from minsae_jax.eeg.synthetic import DemoConfig, write_demo
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.extract import extract
 from minsae_jax.evaluation.config import EvaluateConfig, parse_bands
-from minsae_jax.evaluation.evaluate import evaluate
+from minsae_jax.evaluation.events import draw_spans, gather, span_maxima
+from minsae_jax.evaluation.inputs import open_inputs
 from minsae_jax.evaluation.steering.steer import steer_best
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.trainer import train
@@ -45,15 +47,14 @@ def best(tmp_path_factory, optimized):
         mesh="1x1",
     )
     train(train_settings, encoder.fingerprint)
-    settings = EvaluateConfig(
-        run=str(folder / "run"), root_path=root_path, substitution_windows=4, report=False
-    )
-    evaluation = evaluate(settings, encoder)
+    settings = EvaluateConfig(run=str(folder / "run"), root_path=root_path)
+    inputs = open_inputs(settings, encoder)
+    (member,) = inputs.members
     # On test patients: the nine alpha events of val patients are too few to choose a feature by.
-    of_features = evaluation.members[0].event_evaluation.features
-    features = {"alpha": int(of_features.auc[of_features.kinds.index("alpha")].argmax())}
-    (member,) = evaluation.inputs.members
-    yield steer_best(evaluation.inputs, member, features, SCALES, bands=BANDS)
+    spans = gather(inputs.test, draw_spans(inputs.test, inputs.events.test["alpha"], seed=0))
+    maxima = span_maxima(member.sae, spans)
+    u = mannwhitneyu(maxima[spans.is_event], maxima[~spans.is_event]).statistic
+    yield steer_best(inputs, member, {"alpha": int(u.argmax())}, SCALES, bands=BANDS)
     shutil.rmtree(folder)  # 0.3 GB
 
 
