@@ -13,7 +13,7 @@ from scipy.stats import mannwhitneyu
 import minsae_jax as ms
 from minsae_jax import UserError
 from minsae_jax.estimates import Estimate
-from minsae_jax.evaluation import feature_measures, inputs, saved
+from minsae_jax.evaluation import feature_measures, inputs, saved, summary
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate
 from minsae_jax.evaluation.events import event_share, read_events
