@@ -260,10 +260,9 @@ def test_make_goes_from_edf_files_to_a_run(checkout, made_here):
 
 @pytest.mark.slow
 def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, run_here, environment):
-    """SIGKILL between checkpoints, then Ctrl-C, which saves first.
+    """SIGKILL between checkpoints, then SIGTERM and Ctrl-C, which save first.
 
-    `test_run_of_all_kinds_resumes_to_the_same_bytes` resumes the other kinds, and
-    `test_signal_to_one_process_stops_both` sends SIGTERM.
+    `test_run_of_all_kinds_resumes_to_the_same_bytes` resumes the other kinds.
     """
     command = (
         f"minsae train --store {small_store} --kind relu batchtopk "
@@ -278,7 +277,7 @@ def test_killed_training_resumes_to_the_same_bytes(small_store, tmp_path, run_he
         names = [path.name for path in killed.glob("checkpoints/*")]
         return max((int(name) for name in names if name.isdigit()), default=0)
 
-    for step, number in ((40, signal.SIGKILL), (200, signal.SIGINT)):
+    for step, number in ((40, signal.SIGKILL), (120, signal.SIGTERM), (200, signal.SIGINT)):
         with subprocess.Popen(
             shlex.split(command + "killed"),
             cwd=tmp_path,

@@ -19,7 +19,7 @@ def stop_signals(show: Callable[[str], None]) -> Iterator[list[int]]:
     """Yield a list to which these signals are added; only a second Ctrl-C interrupts at once.
 
     Schedulers send SIGTERM more than once: to the processes of a job, and to srun, which passes it
-    on. Ignored signals stay ignored, such as SIGHUP by nohup.
+    on. SIGHUP stays ignored if it is, as by nohup.
 
     show: called with a line at the first signal, in another thread.
     """
@@ -35,13 +35,16 @@ def stop_signals(show: Callable[[str], None]) -> Iterator[list[int]]:
         received.append(number)
 
     with _shown_at_once(show):
-        heeded = [n for n in NUMBERS if signal.getsignal(n) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, handle) for number in heeded}
+        before = {n: signal.signal(n, handle) for n in NUMBERS if not _is_nohup(n)}
         try:
             yield received
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _is_nohup(number: int) -> bool:
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
 
 
 @contextmanager
