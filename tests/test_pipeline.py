@@ -211,7 +211,7 @@ def checkout(tmp_path_factory):
 
 def make(*targets: str) -> list[str]:
     """Return the command for targets of the Makefile, without an installation."""
-    return ["make", "-o", ".venv/.installed", *targets]
+    return ["make", "--no-print-directory", "-o", ".venv/.installed", *targets]
 
 
 @pytest.fixture
