@@ -102,6 +102,8 @@ def run_here(tmp_path, monkeypatch, capsys):
                 minsae_jax.__main__.main(words[1:])
             elif words[2].startswith("benchmarks."):
                 monkeypatch.setattr(sys, "argv", words[2:])
+                # Other tests may have imported it, of which runpy warns.
+                monkeypatch.delitem(sys.modules, words[2], raising=False)
                 runpy.run_module(words[2], run_name="__main__", alter_sys=True)
             else:
                 assert words[0].endswith("python")
