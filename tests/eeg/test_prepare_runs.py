@@ -11,6 +11,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from minsae_jax import UserError
+from minsae_jax.eeg.prepare import plan
 from tests.eeg.eeg_files import make_raw, run, write_file
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +164,17 @@ def test_other_settings_are_refused_or_overwritten(tmp_path):
     assert [name for name in snapshot(out) if name.endswith(".npy")] == [
         "b_s001_t000_preprocessed.npy"
     ]
+
+
+def test_recordings_of_an_earlier_version_are_refused(tmp_path, monkeypatch):
+    path = write_file(make_raw(), tmp_path / "a.edf")
+    monkeypatch.setattr(plan, "VERSION", 1)
+    run(path, tmp_path / "out")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="recordings of other settings, versions or sources"):
+        run(path, tmp_path / "out")
+    run(path, tmp_path / "out", overwrite=True)
+    assert run(path, tmp_path / "out").n_new == 0
 
 
 def test_folder_of_something_else_is_refused(tmp_path, demo_folder):

@@ -10,6 +10,10 @@ from minsae_jax.eeg.prepare.channels import montage_positions, target_channels
 from minsae_jax.eeg.prepare.config import UNITS, PrepareConfig
 from minsae_jax.eeg.prepare.signals import Filters
 
+# Raised when `prepare` makes other recordings or events of the same files, so that those of an
+# earlier version are refused.
+VERSION = 2
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,7 +42,7 @@ def make_plan(config: PrepareConfig) -> Plan:
     )
     versions = {name: version(name) for name in ("mne", "numpy", "scipy")}
     preparation = Preparation(config.recorded(), versions)
-    identity = json.dumps([preparation.settings, versions], sort_keys=True)
+    identity = json.dumps([VERSION, preparation.settings, versions], sort_keys=True)
     return Plan(
         settings=settings,
         channels=channels,
