@@ -10,7 +10,7 @@ import pytest
 from minsae_jax.activations.store import open_store
 from tests.cluster import ROOT, Cluster, minsae, run_here, wait_until
 from tests.faults.io_errors import error_lines
-from tests.sae.test_processes import SHORT_HEARTBEAT, assert_same_metrics
+from tests.sae.test_processes import SHORT_WAITS, assert_same_metrics
 
 
 @pytest.mark.slow
@@ -73,8 +73,8 @@ def test_file_that_one_process_cannot_read_ends_both(tmp_path):
     run = tmp_path / "run"
     flags = ("--store", store, "--num_steps", 1_000_000, "--batch_size", 32, "--eval_window", 8)
     python, _, _, *arguments = minsae("train", *flags, "--checkpoint_every", 10, "--run_dir", run)
-    # The process that can read all hears of the other's end by a missing heartbeat.
-    cluster = Cluster([python, "-c", SHORT_HEARTBEAT, *arguments])
+    # The process that cannot read waits for the other one, which waits for its tokens.
+    cluster = Cluster([python, "-c", SHORT_WAITS, *arguments])
     wait_until((run / "checkpoints/10").exists, seconds=180)
     with (store / "b0001.npy").open("r+b") as file:
         file.truncate(1000)

@@ -148,11 +148,12 @@ def test_checkpoint_that_fails_in_one_process_ends_both(small_store, tmp_path, f
         assert "could not write a checkpoint" in lines[0]
 
 
-SHORT_HEARTBEAT = """
+SHORT_WAITS = """
 from minsae_jax.__main__ import entry
 from minsae_jax.parallel import processes
 
 processes.HEARTBEAT_SECONDS = 5
+processes.SHUTDOWN_SECONDS = 2
 entry()
 """
 
@@ -169,7 +170,7 @@ def test_lost_process_ends_the_other_in_one_line(small_store, tmp_path, lost, si
     run = tmp_path / "run"
     flags = ("--store", small_store, *SMALL, "--num_steps", 100_000, "--run_dir", run)
     python, _, _, *arguments = minsae("train", *flags, "--mesh", "1x4")
-    cluster = Cluster([python, "-c", SHORT_HEARTBEAT, *arguments])
+    cluster = Cluster([python, "-c", SHORT_WAITS, *arguments])
     wait_until((run / "checkpoints/10").exists)
     cluster.processes[lost].send_signal(signal_number)
     lost_at = time.monotonic()
