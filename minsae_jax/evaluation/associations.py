@@ -113,7 +113,9 @@ def measure_associations(
         else:
             fitted = probe
         associations.append(LabelAssociation(label, result.test, fitted, tuple(notes)))
-    return Associations(variance, tuple(associations), pooling, tuple(recordings))
+    # A test store of all patients has the val patients' recordings too.
+    distinct = tuple(dict.fromkeys(recordings))
+    return Associations(variance, tuple(associations), pooling, distinct)
 
 
 class _RecordingValues(NamedTuple):

@@ -1,5 +1,7 @@
 """Associations of features with labels, on planted stores of val and test patients."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,13 @@ def test_labels_are_of_the_patients_in_their_folder(inputs):
     np.testing.assert_allclose(group.test.effect, expected, atol=1e-9)
     assert group.probe is None
     assert group.notes[-1] == f"no probe: {NO_PROBE}"
+
+
+def test_val_patients_in_the_test_store_are_counted_once(inputs):
+    alone = measure_associations(inputs, inputs.members[0], "mean", seed=0)
+    both = measure_associations(replace(inputs, val=inputs.test), inputs.members[0], "mean", seed=0)
+    assert both.recordings == alone.recordings
+    np.testing.assert_allclose(both.labels[0].test.effect, alone.labels[0].test.effect)
 
 
 def test_without_a_file_there_are_no_labels(inputs, tmp_path):
