@@ -398,6 +398,7 @@ def test_alias_is_the_same_flag():
     for name in ("--layer", "--cache_layer"):
         config = cli.parse(ExtractConfig, ["--root_path", "x", name, "5", "-1"], "x")
         assert config.cache_layer == (5, -1)
+        assert cli.parse(TrainConfig, [name, "-2"], "x").cache_layer == -2
 
 
 def test_flag_that_is_given_twice_is_a_warning():

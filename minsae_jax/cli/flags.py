@@ -35,7 +35,7 @@ class Flag:
     """How a setting is given on the command line, next to its type: `Annotated[str, Flag(...)]`.
 
     positional: by its place instead of a name. bare: the value of a flag that is given without one.
-    alias: another name of a flag that takes several values.
+    alias: another name of the flag.
     """
 
     positional: bool = False
@@ -73,28 +73,23 @@ class Argument:
     def add_to(self, group: Any, text: str) -> None:
         """Add the argument to a parser's group, with its help."""
         text = text.replace("%", "%%")  # argparse formats the help with %
+        names = [self.written]
+        if self.flag.alias:
+            names.append(f"--{self.flag.alias}")
         if self.flag.positional:
             # Optional for argparse, since `parse` reports all missing settings together.
             nargs = "*" if self.has_many else "?"
             group.add_argument(self.name, nargs=nargs, metavar=self.written, help=text)
         elif self.types == [bool]:
-            names = (f"--{self.name}", f"--no_{self.name}")
+            names.append(f"--no_{self.name}")
             group.add_argument(*names, dest=self.name, nargs=0, action=_Switch, help=text)
         elif self.flag.bare is not None:
-            options = {"nargs": "?", "const": self.flag.bare, "metavar": self.metavar}
-            group.add_argument(self.written, help=text, **options)
+            bare = self.flag.bare
+            group.add_argument(*names, nargs="?", const=bare, metavar=self.metavar, help=text)
         elif self.has_many:
-            aliases = [f"--{self.flag.alias}"] if self.flag.alias else []
-            group.add_argument(
-                self.written,
-                *aliases,
-                nargs="+",
-                metavar=self.metavar,
-                action=_Values,
-                help=text,
-            )
+            group.add_argument(*names, nargs="+", metavar=self.metavar, action=_Values, help=text)
         else:
-            group.add_argument(self.written, metavar=self.metavar, help=text)
+            group.add_argument(*names, metavar=self.metavar, help=text)
 
     def read(self, words: Any) -> Any:
         """Return the words that argparse has stored as a plain value or a list of them."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from minsae_jax.cli import Flag
 from minsae_jax.eeg.recordings import OnBadRecording, Split
 from minsae_jax.errors import UserError
 from minsae_jax.sae.hyper import SPARSITY
@@ -53,7 +54,7 @@ class SourceFlags:
 
     store: str = "embeddings/store"
     """Store to train on: the folder with the shards, or its parent with l{cache_layer}/."""
-    cache_layer: int = -1
+    cache_layer: Annotated[int, Flag(alias="layer")] = -1
     """Layer of the store to train on."""
     checkpoint_path: str | None = None
     """Encoder for --live, or to check that the store is from it."""
