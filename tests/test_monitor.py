@@ -30,7 +30,8 @@ HPARAMS = {"lambda_sparsity": 5.0, "lr": 1e-3, "seed": 0, "d_sae": 4}
 
 def write(log, step):
     row = dict.fromkeys(METRICS, 0.5) | {"step": step, "tokens": 100 * step, "mse": 1 / step}
-    log.write(row, np.array([50, 10, 0, 100]) * 10, 1000, {"tokens_per_second": 1e6})
+    log.add(row, np.array([50, 10, 0, 100]) * 10, 1000, {"tokens_per_second": 1e6})
+    log.write()
 
 
 def open_log(folder, step=0):

@@ -80,10 +80,16 @@ class FrequencyCsv:
         features = [f"feat_{i}" for i in range(d_sae)]
         # Its column `step` counts tokens, as in the PyTorch minSAE.
         start_csv(path, ("step", *features), last=tokens)
+        self._rows: list[list[int]] = []  # added, not written
 
-    def write(self, interval: int, tokens: int, active: Int[np.ndarray, " d_sae"]) -> None:
+    def add(self, interval: int, tokens: int, active: Int[np.ndarray, " d_sae"]) -> None:
         """Add the row of log interval number `interval`, from 0, which ended after `tokens`."""
-        append_rows(self.path, [[tokens, *active.tolist()]])
+        self._rows.append([tokens, *active.tolist()])
+
+    def write(self) -> None:
+        """Write the rows added since the last time."""
+        rows, self._rows = self._rows, []
+        append_rows(self.path, rows)
 
 
 class FrequencyArray:
@@ -94,6 +100,7 @@ class FrequencyArray:
         self._dtype = row_dtype(d_sae)
         self._stride = stride
         self._n_rows = 0
+        self._rows: list[bytes] = []  # added, not written
         if tokens and path.exists():
             table = _open_array(path)
             if table.dtype != self._dtype:
@@ -112,19 +119,22 @@ class FrequencyArray:
     def _row_offset(self) -> int:
         return len(_header(self._dtype, 0)) + self._n_rows * self._dtype.itemsize
 
-    def write(self, interval: int, tokens: int, active: Int[np.ndarray, " d_sae"]) -> None:
+    def add(self, interval: int, tokens: int, active: Int[np.ndarray, " d_sae"]) -> None:
         """Add the row of log interval number `interval`, from 0, which ended after `tokens`."""
-        if interval % self._stride:
-            return
-        row = np.array((tokens, active), self._dtype)
+        if interval % self._stride == 0:
+            self._rows.append(np.array((tokens, active), self._dtype).tobytes())
+
+    def write(self) -> None:
+        """Write the rows added since the last time."""
+        rows, self._rows = self._rows, []
         with self.path.open("r+b") as file:
             file.seek(self._row_offset())
-            file.write(row.tobytes())
-            # The row must be there when the header counts it.
+            file.write(b"".join(rows))
+            # The rows must be there when the header counts them.
             file.flush()
+            self._n_rows += len(rows)
             file.seek(0)
-            file.write(_header(self._dtype, self._n_rows + 1))
-        self._n_rows += 1
+            file.write(_header(self._dtype, self._n_rows))
 
 
 def row_dtype(d_sae: int) -> np.dtype:

@@ -17,7 +17,8 @@ METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "
 class MemberLog:
     """Metrics of one member, a row for each log interval.
 
-    On resume at `step` and `tokens`, rows and events after that checkpoint are dropped.
+    `add` keeps rows and `write` writes them. On resume at `step` and `tokens`, rows and events
+    after that checkpoint are dropped.
     eval_window: steps of a log interval; n_intervals: log intervals of the whole run.
     hparam_columns: names of the hyper-parameters of all members. held_out: names of the metrics on
     held-out tokens, group "eval".
@@ -40,6 +41,7 @@ class MemberLog:
         self.eval_window = eval_window
         self._metrics_csv = folder / "metrics.csv"
         start_csv(self._metrics_csv, METRICS, last=step)
+        self._rows: list[list[int | float]] = []  # added, not written
         self._frequencies = open_frequencies(folder, d_sae, n_intervals, tokens)
         self._board = Board(folder, step)
         if not step:
@@ -50,27 +52,34 @@ class MemberLog:
             write_hparams(self._board, name, hparams, hparam_columns, tags)
             self._board.flush()
 
-    def write(
+    def add(
         self,
         row: Mapping[str, int | float],
         active: Int[np.ndarray, " d_sae"],
         n_tokens: int,
         speed: Mapping[str, float],
     ) -> None:
-        """Write the metrics of a log interval.
+        """Add the metrics of a log interval.
 
         row: a value for each of METRICS. active: number of the interval's n_tokens tokens on which
         each feature was active. speed: shown in TensorBoard only.
         """
-        append_rows(self._metrics_csv, [[row[name] for name in METRICS]])
+        self._rows.append([row[name] for name in METRICS])
         step = int(row["step"])
-        self._frequencies.write(step // self.eval_window - 1, int(row["tokens"]), active)
+        self._frequencies.add(step // self.eval_window - 1, int(row["tokens"]), active)
         self._add_scalars("train", {name: row[name] for name in METRICS[2:]}, step)
         self._add_scalars("speed", speed, step)
         # Without silent features, whose logarithm is infinite.
         densities = active[active > 0] / n_tokens
         if len(densities):
             self._board.add_histogram("train_density/log10", np.log10(densities), step)
+
+    def write(self) -> None:
+        """Write what was added since the last time."""
+        rows, self._rows = self._rows, []
+        # First, so that who reads a row of metrics.csv finds its frequencies.
+        self._frequencies.write()
+        append_rows(self._metrics_csv, rows)
         self._board.flush()
 
     def write_scalars(self, group: str, step: int, metrics: Mapping[str, float]) -> None:

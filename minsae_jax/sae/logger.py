@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +26,20 @@ from minsae_jax.settings import JsonObject
 
 # Before the next Pareto plot is drawn, except at the end: each takes 0.1 s of CPU time.
 PARETO_SECONDS = 10.0
+# Before rows of further log intervals are written: opening three files for each of 8 members takes
+# as long as a GPU needs for 50 steps.
+WRITE_SECONDS = 1.0
+
+
+class LogInterval(NamedTuple):
+    """What all members share in a log interval."""
+
+    step: int  # at its end
+    tokens: int  # trained on up to its end
+    new_tokens: int  # of the interval itself
+    lambda_factor: float  # of the schedules, at its last step
+    lr_factor: float
+    speed: Mapping[str, float]  # for TensorBoard
 
 
 class RunLogger:
@@ -42,6 +57,7 @@ class RunLogger:
         self._run_log: RunLog | None = None
         self._wandb: Wandb | None = None
         self._pareto_due = time.monotonic() + PARETO_SECONDS
+        self._write_due = time.monotonic()
 
     def open(self, progress: Progress) -> None:
         """Create the files, or drop their rows after the step of `progress`."""
@@ -70,39 +86,46 @@ class RunLogger:
             self._wandb = Wandb(self.folder.folder, {m.name: m.hyper for m in self.members})
 
     def close(self) -> None:
-        """End the runs of W&B; no other log is open between two writes."""
+        """Write what is not yet written, and end the runs of W&B."""
+        self._write_rows()
         if self._wandb:
             self._wandb.close()
 
     def log_interval(
         self,
-        progress: Progress,
+        interval: LogInterval,
         member: MemberSpec,
+        metrics: Mapping[str, float],
         active: Int[np.ndarray, " d_sae"],
-        n_tokens: int,
-        schedules: tuple[float, float],
-        speed: Mapping[str, float],
     ) -> None:
-        """Write one member's row of a log interval from its metrics in `progress`.
+        """Add one member's row of a log interval, which `write_rows_if_due` writes.
 
-        active: tokens of the interval, of n_tokens, with the feature active; schedules: factors of
-        λ and lr; speed: for TensorBoard.
+        active: tokens of the interval with the feature active.
         """
         if not self.writes:
             return
-        lambda_factor, lr_factor = schedules
         has_penalty = member.kind.sparsity_name == "lambda_sparsity"
         penalty_weight = member.sparsity if has_penalty else 0.0
         row = {
-            "step": progress.step,
-            "tokens": progress.tokens,
-            **progress.metrics[member.name],
-            "lr": member.lr * lr_factor,
-            "lambda": penalty_weight * lambda_factor,
+            "step": interval.step,
+            "tokens": interval.tokens,
+            **metrics,
+            "lr": member.lr * interval.lr_factor,
+            "lambda": penalty_weight * interval.lambda_factor,
         }
-        self._member_logs[member.name].write(row, active, n_tokens, speed)
+        self._member_logs[member.name].add(row, active, interval.new_tokens, interval.speed)
         if self._wandb:
             self._wandb.write(member.name, row)
+
+    def write_rows_if_due(self) -> None:
+        """Write the rows added so far, unless others were written a moment ago."""
+        if time.monotonic() >= self._write_due:
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        for log in self._member_logs.values():
+            log.write()
+        self._write_due = time.monotonic() + WRITE_SECONDS
 
     def log_divergence(self, member: MemberSpec, step: int) -> None:
         """Report that a member could not make a step and is frozen."""
@@ -138,12 +161,13 @@ class RunLogger:
                 self._run_log.add_image(name, image, step)
 
     def flush(self) -> None:
-        """Flush everything logged so far to the disk.
+        """Write everything logged so far, and flush it to the disk.
 
         Before a checkpoint: a resumed run appends to these files and does not write them again.
         """
         if not self._run_log:
             return
+        self._write_rows()
         paths = self._run_log.files()
         for log in self._member_logs.values():
             paths += log.files()

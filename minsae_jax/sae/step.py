@@ -67,6 +67,13 @@ class SweepState(NamedTuple):
     moments: TokenMoments
 
 
+class ScheduleFactors(NamedTuple):
+    """Values of the schedules at a step."""
+
+    sparsity: Float[Array, ""]  # factor of λ
+    lr: Float[Array, ""]  # factor of the learning rate
+
+
 @dataclass(frozen=True)
 class StepProgram:
     """The values of a step that are constants of its program."""
@@ -82,12 +89,13 @@ class StepProgram:
     aux_dead_after: int  # tokens without activity after which AuxK trains a feature
     n_features: int  # of the largest group, of one token and all members on a device
 
-
-class ScheduleFactors(NamedTuple):
-    """Values of the schedules at a step."""
-
-    sparsity: Float[Array, ""]  # factor of λ
-    lr: Float[Array, ""]  # factor of the learning rate
+    def schedule_factors(self, step: Int[Array, ""]) -> ScheduleFactors:
+        """Return the values of the schedules at a step, counted from 0."""
+        number = step.astype(jnp.float32)
+        return ScheduleFactors(
+            sparsity=jnp.asarray(self.sparsity_schedule(number), jnp.float32),
+            lr=jnp.asarray(self.lr_schedule(number), jnp.float32),
+        )
 
 
 def member_step(
@@ -205,11 +213,7 @@ def sweep_step(
         objectives = [
             with_bfloat16(program.objective, x.shape[1], d_sae, tiling) for d_sae in d_saes
         ]
-    step_number = state.step.astype(jnp.float32)
-    factors = ScheduleFactors(
-        sparsity=jnp.asarray(program.sparsity_schedule(step_number), jnp.float32),
-        lr=jnp.asarray(program.lr_schedule(step_number), jnp.float32),
-    )
+    factors = program.schedule_factors(state.step)
 
     def on_one_device(
         groups: tuple[MemberState, ...],

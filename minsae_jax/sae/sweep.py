@@ -29,6 +29,7 @@ from minsae_jax.sae.grid import Group
 from minsae_jax.sae.kinds.base import BatchMetrics, HyperArrays, Objective, Params
 from minsae_jax.sae.step import (
     MemberState,
+    ScheduleFactors,
     StepProgram,
     SweepState,
     TokenMoments,
@@ -55,6 +56,8 @@ class IntervalMetrics:
     tokens: int  # of the interval
     steps: Int[np.ndarray, " members"]  # made since the start; fewer than the sweep's if frozen
     frozen: Bool[np.ndarray, " members"]
+    lambda_factor: float  # of the schedules, at the interval's last step
+    lr_factor: float
 
 
 class DeviceMetrics(NamedTuple):
@@ -65,6 +68,7 @@ class DeviceMetrics(NamedTuple):
     steps: tuple[Array, ...]
     frozen: tuple[Array, ...]
     moments: TokenMoments
+    factors: ScheduleFactors
 
 
 class Sweep:
@@ -85,7 +89,7 @@ class Sweep:
         padding = [group[-1:] * (-len(group) % n_sweep) for group in groups]
         self._is_padded = any(padding)
         self._padded_groups = [g + more for g, more in zip(groups, padding, strict=True)]
-        self.sparsity_schedule, self.lr_schedule = make_schedules(plan.optimizer)
+        sparsity_schedule, lr_schedule = make_schedules(plan.optimizer)
         self.hyper = tuple(self._put_hyper(group) for group in self._padded_groups)
         self.program = StepProgram(
             mesh=self.mesh,
@@ -93,8 +97,8 @@ class Sweep:
             objective=Objective(plan.mean_over_d_model, plan.recon_weight),
             precision=plan.config.precision,
             optimizer=make_optimizer(plan.optimizer),
-            sparsity_schedule=self.sparsity_schedule,
-            lr_schedule=self.lr_schedule,
+            sparsity_schedule=sparsity_schedule,
+            lr_schedule=lr_schedule,
             dead_after=plan.config.dead_after,
             aux_dead_after=plan.aux_dead_after,
             n_features=max(len(g) // n_sweep * g[0].d_sae for g in self._padded_groups),
@@ -260,6 +264,9 @@ class Sweep:
             steps=tuple(m.steps for m in members),
             frozen=tuple(m.frozen for m in members),
             moments=state.moments,
+            # Steps count from 0. Computed here, since an operation outside of jit would wait for
+            # all calls that are queued on the devices.
+            factors=self.program.schedule_factors(state.step - 1),
         )
         groups = [group._replace(metrics=_zeros_like(group.metrics)) for group in state.groups]
         return state._replace(groups=tuple(groups), moments=_zeros_like(state.moments)), metrics
@@ -318,7 +325,13 @@ def read_metrics(metrics: DeviceMetrics) -> list[IntervalMetrics] | None:
         means["dead_fraction"] = dead_fraction
         means = {name: np.where(frozen, np.float32(np.nan), mean) for name, mean in means.items()}
         interval = IntervalMetrics(
-            **means, active=sums.active, tokens=n_tokens, steps=steps, frozen=frozen
+            **means,
+            active=sums.active,
+            tokens=n_tokens,
+            steps=steps,
+            frozen=frozen,
+            lambda_factor=float(host.factors.sparsity),
+            lr_factor=float(host.factors.lr),
         )
         groups.append(interval)
     return groups

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from minsae_jax.errors import Stopped, UserError
 from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import Bar, Throughput, short_count
 from minsae_jax.monitor import progress as progress_bar
+from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.parallel.processes import any_process, barrier, same_on_all_processes
 from minsae_jax.sae.batches import DeviceBatches
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
@@ -29,7 +31,7 @@ from minsae_jax.sae.data import (
     measure_scale_and_median,
     open_train_data,
 )
-from minsae_jax.sae.logger import RunLogger
+from minsae_jax.sae.logger import LogInterval, RunLogger
 from minsae_jax.sae.measures import measure
 from minsae_jax.sae.member import SparseAutoencoder
 from minsae_jax.sae.run import HELD_OUT_METRICS, TRAIN_METRICS, Run, RunFolder, load_run
@@ -37,8 +39,10 @@ from minsae_jax.sae.snapshot import MeasureFeatures, Snapshot
 from minsae_jax.sae.stop_signals import stop_signals
 from minsae_jax.sae.sweep import DeviceMetrics, Sweep, read_metrics
 
-# Calls queued on the devices before the host waits.
-CALLS_IN_FLIGHT = 2
+# Calls queued on the devices before the host waits for the first of them. Accelerators work through
+# theirs while the host logs metrics.
+CPU_CALLS = 2
+ACCELERATOR_CALLS = 6
 # Measures of features that take longer, as with several seeds of large members, take at most this
 # share of the time.
 SLOW_MEASURE_SECONDS = 20.0
@@ -109,6 +113,15 @@ def _check_processes_agree(folder: RunFolder, data: TrainData) -> None:
         )
 
 
+class Call(NamedTuple):
+    """A call of the sweep's program, which the devices may not have finished."""
+
+    done: jax.Array  # wait for this to wait for the call
+    step: int  # after it
+    tokens: int  # trained on after it
+    metrics: DeviceMetrics | None  # of a log interval that it ended
+
+
 class Trainer:
     """Trains a run from its last checkpoint, or from its start, to its end."""
 
@@ -132,7 +145,7 @@ class Trainer:
         self.sweep = Sweep(plan, data.groups, data.store.d_model)
         self.logger = RunLogger(plan, folder, data.members, has_held_out=data.held_out is not None)
         self.batches = DeviceBatches(plan, data, self.sweep)
-        self.unlogged: DeviceMetrics | None = None  # of the log interval that has ended
+        self.calls: deque[Call] = deque()  # started, and not finished or not logged
         latest = checkpoints.latest()
         if latest is None:
             self._start()
@@ -182,7 +195,8 @@ class Trainer:
     def run_steps(self) -> None:
         """Run the remaining steps."""
         scale = np.float32(self.progress.scale)
-        calls_in_flight: deque[jax.Array] = deque()
+        first_step = self.progress.step
+        most_calls = CPU_CALLS if on_cpu() else ACCELERATOR_CALLS
         with (
             progress_bar("train", self.num_steps, "steps") as bar,
             stop_signals(bar.print) as signals,
@@ -194,16 +208,11 @@ class Trainer:
                 with self.throughput.waiting():
                     x = self.batches.read(n_steps)
                 n_tokens = x.shape[-2]
-                self.state, call_done = self.sweep.step(
+                self.state, done = self.sweep.step(
                     self.state, self.sweep.hyper, self.batches.put(x), scale, n_tokens=n_tokens
                 )
-                if not calls_in_flight:  # the first call
+                if self.progress.step == first_step:
                     bar.note("")
-                calls_in_flight.append(call_done)
-                if len(calls_in_flight) > CALLS_IN_FLIGHT:
-                    calls_in_flight.popleft().block_until_ready()
-                # Metrics are fetched one call late, while the devices work on this one.
-                self._log_interval(bar)
                 self.progress.step += n_steps
                 self.progress.tokens += n_steps * n_tokens
                 bar.advance(n_steps)
@@ -211,13 +220,18 @@ class Trainer:
                 step = self.progress.step
                 is_last = step == self.num_steps
                 ends_interval = step % self.config.eval_window == 0
+                metrics = None
                 if is_last or ends_interval:
-                    self.state, self.unlogged = self.sweep.take_metrics(self.state)
+                    self.state, metrics = self.sweep.take_metrics(self.state)
+                self.calls.append(Call(done, step, self.progress.tokens, metrics))
+                # Metrics are fetched late, while the devices work on the calls after theirs.
+                self._finish_calls(most_calls, bar)
                 if self.data.held_out and (is_last or step % self.config.eval_every == 0):
+                    self._finish_calls(0, bar)
                     self._measure_held_out(is_last)
                 stopped, is_late = self._agree_on_stop_or_save(bool(signals), ends_interval)
                 if is_last or stopped or is_late or step % self.config.checkpoint_every == 0:
-                    self._log_interval(bar)
+                    self._finish_calls(0, bar)
                     self._save()
                 if stopped and not is_last:
                     self.checkpoints.wait()
@@ -242,24 +256,30 @@ class Trainer:
         self.checkpoints.check_save()
         return any_process(stop, is_late)
 
-    def _log_interval(self, bar: Bar) -> None:
-        """Fetch and write the metrics of a log interval, if one has ended at the current step."""
-        if self.unlogged is None:
-            return
+    def _finish_calls(self, n_left: int, bar: Bar) -> None:
+        """Wait for all calls but the last n_left, and log the intervals that they ended."""
+        while len(self.calls) > n_left:
+            call = self.calls.popleft()
+            call.done.block_until_ready()
+            if call.metrics is not None:
+                self._log_interval(call, call.metrics, bar)
+
+    def _log_interval(self, call: Call, of_devices: DeviceMetrics, bar: Bar) -> None:
+        """Fetch the metrics of the log interval that a call ended, and log them."""
         progress = self.progress
         with barrier("write metrics"):
-            groups = read_metrics(self.unlogged)
-            self.unlogged = None
+            groups = read_metrics(of_devices)
             if groups is None:
                 raise bad_activations(self.config, self.data.store, "NaN or infinity")
-            speed = self.throughput.since_last(progress.tokens)
-            # The factors of the step that was made last; steps count from 0.
-            last_step = float(progress.step - 1)
-            schedules = (
-                float(self.sweep.sparsity_schedule(last_step)),
-                float(self.sweep.lr_schedule(last_step)),
+            interval = LogInterval(
+                step=call.step,
+                tokens=call.tokens,
+                new_tokens=groups[0].tokens,
+                lambda_factor=groups[0].lambda_factor,
+                lr_factor=groups[0].lr_factor,
+                speed=self.throughput.since_last(call.tokens),
             )
-            is_complete = progress.step % self.config.eval_window == 0
+            is_complete = call.step % self.config.eval_window == 0
             for group, metrics in zip(self.data.groups, groups, strict=True):
                 for i, member in enumerate(group):
                     values = {name: float(getattr(metrics, name)[i]) for name in TRAIN_METRICS}
@@ -271,15 +291,15 @@ class Trainer:
                         self.logger.log_divergence(member, progress.diverged[member.name])
                     # A shorter interval at the end counts for sweep.csv only.
                     if is_complete:
-                        self.logger.log_interval(
-                            progress, member, metrics.active[i], metrics.tokens, schedules, speed
-                        )
+                        self.logger.log_interval(interval, member, values, metrics.active[i])
+            self.logger.write_rows_if_due()
         n_members = len(self.data.members)
-        rate = speed["tokens_per_second"]
+        rate = interval.speed["tokens_per_second"]
         note = f"{n_members} x {short_count(rate)} tokens/s"
         # Left out if it rounds to 0 %, so that the line fits into 80 columns.
-        if speed["waiting"] > 0.005:
-            note += f", waiting {speed['waiting']:.0%}"
+        waiting = interval.speed["waiting"]
+        if waiting > 0.005:
+            note += f", waiting {waiting:.0%}"
         bar.note(note)
 
     def _measure_held_out(self, is_last: bool) -> None:

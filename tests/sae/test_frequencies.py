@@ -23,10 +23,16 @@ def no_csv(monkeypatch):
 
 
 def write(folder, intervals, tokens=0):
-    """Write the rows of some log intervals of 1,000 tokens, after a checkpoint at `tokens`."""
+    """Write the rows of some log intervals of 1,000 tokens, after a checkpoint at `tokens`.
+
+    The first one is written alone, the others at once.
+    """
     log = open_frequencies(folder, D_SAE, len(COUNTS), tokens)
     for interval in intervals:
-        log.write(interval, 1000 * (interval + 1), COUNTS[interval])
+        log.add(interval, 1000 * (interval + 1), COUNTS[interval])
+        if interval == intervals[0]:
+            log.write()
+    log.write()
     return log.path
 
 
@@ -82,7 +88,7 @@ def test_a_kill_between_any_two_writes_leaves_whole_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", recorded_open)
     path = write(tmp_path, range(3))
     monkeypatch.undo()
-    assert len(states) == 1 + 2 * 3  # the header, then row and header
+    assert len(states) == 1 + 2 * 2  # the header, then rows and header
     n_rows = []
     for state in states:
         # A row can also be cut short; the first header is renamed into place.
@@ -114,7 +120,8 @@ def test_size_is_bounded(n_intervals):
 def test_csv_of_an_earlier_version_is_continued(tmp_path):
     (tmp_path / "act_freqs.csv").write_text("step,feat_0\r\n1000,3\r\n2000,4\r\n", newline="")
     log = open_frequencies(tmp_path, 1, 10**9, 1000)
-    log.write(1, 2000, np.array([7]))
+    log.add(1, 2000, np.array([7]))
+    log.write()
     assert (tmp_path / "act_freqs.csv").read_bytes() == b"step,feat_0\r\n1000,3\r\n2000,7\r\n"
     assert not (tmp_path / "act_freqs.npy").exists()
 
@@ -161,7 +168,8 @@ def binary_run(plain_run, monkeypatch):
     monkeypatch.setattr(frequencies, "MAX_NUMBERS", 16 * 40)
     log = open_frequencies(csv.parent, 16, len(rows), 0)
     for interval, row in enumerate(rows):
-        log.write(interval, int(row[0]), row[1:])
+        log.add(interval, int(row[0]), row[1:])
+    log.write()
     csv.unlink()
     return plain_run
 
