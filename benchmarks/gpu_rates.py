@@ -171,10 +171,10 @@ def _training_row(session: Session, precision: str) -> str:
 
 
 def _layer_rows(session: Session, layer: int) -> str:
-    from benchmarks.extract import measure_layer  # which needs torch
+    from benchmarks.extract import forward_windows, measure_layer  # which need torch
 
     encoder = demo_encoder()
-    x = noise_windows(session.sizes.n_windows)
+    x = noise_windows(forward_windows(session.sizes.n_windows))
     n_layers = layer % encoder.architecture.n_layers + 1
     seconds, best = measure_layer(encoder, x, n_layers, rounds=min(session.sizes.rounds, 3))
     ratios = {name: s / seconds["minsae_jax"] for name, s in seconds.items()}

@@ -21,8 +21,24 @@ SMALLEST = 0x00800000
 LARGEST = 0x7F7FFFFF
 # Counts are int32.
 MAX_COUNT = 2**31 - 1
-# Numbers counted as one integer with three counts of 10 bits.
-CHUNK = 512
+# Thresholds at which a pass over a tile counts on accelerators.
+THRESHOLDS = 6
+
+
+class Packing(NamedTuple):
+    """How several counts of up to `size` numbers share an int32."""
+
+    size: int
+    bits: int  # of a count
+
+    @property
+    def n_counts(self) -> int:
+        return 32 // self.bits
+
+
+# Of a whole tensor, as rows, and of columns.
+ROWS = Packing(size=512, bits=10)
+COLUMNS = Packing(size=2**15, bits=16)
 
 
 def keep_largest(
@@ -66,23 +82,25 @@ def _bisect(numbers: Float[Array, "d_sae tile"], k: Float[Array, " tile"]) -> Fl
 def _narrow(numbers: Float[Array, "d_sae tile"], k: Float[Array, " tile"]) -> Float[Array, " tile"]:
     """Return the same as `_bisect`, by another search for accelerators.
 
-    Each pass over memory counts at 6 thresholds, which leave a seventh of the bracket. The number
-    of passes is known, since the host waits for the device at every round of a loop whose end
-    depends on the numbers.
+    Each pass over memory counts at several thresholds, which leave a part of the bracket. The
+    number of passes is known, since the host waits for the device at every round of a loop whose
+    end depends on the numbers.
     """
     steps = []
     width = LARGEST + 1 - SMALLEST
     while width > 1:
-        width = -(-width // 7)
+        width = -(-width // (THRESHOLDS + 1))
         steps.append(width)
+    size = min(len(numbers), COLUMNS.size)
     # Filled up with 0, which reaches no threshold.
-    padded = jnp.pad(numbers, ((0, -len(numbers) % CHUNK), (0, 0)))
-    chunks = padded.reshape(-1, CHUNK, numbers.shape[1])
+    padded = jnp.pad(numbers, ((0, -len(numbers) % size), (0, 0)))
+    chunks = padded.reshape(-1, size, numbers.shape[1])
 
     def narrow(low: Int[Array, " tile"], step: Int[Array, ""]) -> tuple[Int[Array, " tile"], None]:
         # low + j * step, but at most LARGEST, in a form that does not exceed int32.
-        thresholds = [jnp.minimum(low, LARGEST - j * step) + j * step for j in range(1, 7)]
-        counts = _count_reaching(chunks, [_to_float(t)[None, None] for t in thresholds])
+        numbers_of_steps = range(1, THRESHOLDS + 1)
+        thresholds = [jnp.minimum(low, LARGEST - j * step) + j * step for j in numbers_of_steps]
+        counts = _count_reaching(chunks, [_to_float(t)[None, None] for t in thresholds], COLUMNS)
         for threshold, count in zip(thresholds, counts, strict=True):
             low = jnp.where(count.astype(jnp.float32) >= k, threshold, low)
         return low, None
@@ -177,27 +195,32 @@ def _count_reaching_in_tiles(
 
     def add_tile(counts: Array, tile: Array) -> tuple[Array, None]:
         # Filled up with 0, which reaches no threshold.
-        chunks = jnp.pad(tile.ravel(), (0, -tile.size % CHUNK)).reshape(-1, CHUNK)
-        return counts + jnp.stack(_count_reaching(chunks, list(thresholds))), None
+        chunks = jnp.pad(tile.ravel(), (0, -tile.size % ROWS.size)).reshape(-1, ROWS.size)
+        return counts + jnp.stack(_count_reaching(chunks, list(thresholds), ROWS)), None
 
     # One tile after the other: XLA for CPU stores `packed`, which then fits the cache.
     return jax.lax.scan(add_tile, jnp.zeros(len(thresholds), jnp.int32), pre)[0]
 
 
 def _count_reaching(
-    chunks: Float[Array, "chunks size *columns"], thresholds: list[Float[Array, "..."]]
+    chunks: Float[Array, "chunks size *columns"],
+    thresholds: list[Float[Array, "..."]],
+    packing: Packing,
 ) -> list[Int[Array, "*columns"]]:
-    """Return how many numbers of every column are >= each of n thresholds. n: a multiple of 3.
+    """Return how many numbers of every column are >= each threshold.
 
-    The counts of a chunk take 10 bits each, so that three of them are added as one integer.
+    Several counts of a chunk are added as one integer. The number of thresholds must be a multiple
+    of theirs.
     """
     counts = []
-    for first in range(0, len(thresholds), 3):
+    mask = (1 << packing.bits) - 1
+    shifts = [packing.bits * i for i in range(packing.n_counts)]
+    for first in range(0, len(thresholds), packing.n_counts):
         packed = jnp.zeros((), jnp.int32)
-        for i in range(3):
-            packed = packed + jnp.where(chunks >= thresholds[first + i], 1 << (10 * i), 0)
+        for i, shift in enumerate(shifts):
+            packed = packed + jnp.where(chunks >= thresholds[first + i], 1 << shift, 0)
         sums = packed.sum(1)
-        counts += [((sums >> (10 * i)) & 1023).sum(0) for i in range(3)]
+        counts += [((sums >> shift) & mask).sum(0) for shift in shifts]
     return counts
 
 
