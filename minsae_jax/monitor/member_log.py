@@ -67,8 +67,8 @@ class MemberLog:
         self._rows.append([row[name] for name in METRICS])
         step = int(row["step"])
         self._frequencies.add(step // self.eval_window - 1, int(row["tokens"]), active)
-        self._add_scalars("train", {name: row[name] for name in METRICS[2:]}, step)
-        self._add_scalars("speed", speed, step)
+        train = {name: row[name] for name in METRICS[2:]}
+        self._add_scalars({"train": train, "speed": speed}, step)
         # Without silent features, whose logarithm is infinite.
         densities = active[active > 0] / n_tokens
         if len(densities):
@@ -84,7 +84,7 @@ class MemberLog:
 
     def write_scalars(self, group: str, step: int, metrics: Mapping[str, float]) -> None:
         """Write metrics to TensorBoard only, with the names group/name."""
-        self._add_scalars(group, metrics, step)
+        self._add_scalars({group: metrics}, step)
         self._board.flush()
 
     def write_text(self, step: int, text: str) -> None:
@@ -96,8 +96,12 @@ class MemberLog:
         """Return the paths of the files that this log writes, and their folder."""
         return [self._metrics_csv, self._frequencies.path, self._board.path, self.folder]
 
-    def _add_scalars(self, group: str, metrics: Mapping[str, int | float], step: int) -> None:
-        for name, value in metrics.items():
+    def _add_scalars(self, groups: Mapping[str, Mapping[str, int | float]], step: int) -> None:
+        values = {
+            f"{group}/{name}": value
+            for group, metrics in groups.items()
+            for name, value in metrics.items()
             # Metrics of a frozen member are NaN, which TensorBoard cannot draw.
-            if np.isfinite(value):
-                self._board.add_scalar(f"{group}/{name}", value, step)
+            if np.isfinite(value)
+        }
+        self._board.add_scalars(values, step)

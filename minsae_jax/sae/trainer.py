@@ -19,7 +19,6 @@ from minsae_jax.errors import Stopped, UserError
 from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import Bar, Throughput, short_count
 from minsae_jax.monitor import progress as progress_bar
-from minsae_jax.parallel.mesh import on_cpu
 from minsae_jax.parallel.processes import any_process, barrier, same_on_all_processes
 from minsae_jax.sae.batches import DeviceBatches
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
@@ -39,10 +38,9 @@ from minsae_jax.sae.snapshot import MeasureFeatures, Snapshot
 from minsae_jax.sae.stop_signals import stop_signals
 from minsae_jax.sae.sweep import DeviceMetrics, Sweep, read_metrics
 
-# Calls queued on the devices before the host waits for the first of them. Accelerators work through
-# theirs while the host logs metrics.
-CPU_CALLS = 2
-ACCELERATOR_CALLS = 6
+# Calls queued on the devices before the host waits for the first of them. The devices work through
+# the others while the host logs metrics.
+CALLS_IN_FLIGHT = 2
 # Measures of features that take longer, as with several seeds of large members, take at most this
 # share of the time.
 SLOW_MEASURE_SECONDS = 20.0
@@ -196,7 +194,6 @@ class Trainer:
         """Run the remaining steps."""
         scale = np.float32(self.progress.scale)
         first_step = self.progress.step
-        most_calls = CPU_CALLS if on_cpu() else ACCELERATOR_CALLS
         with (
             progress_bar("train", self.num_steps, "steps") as bar,
             stop_signals(bar.print) as signals,
@@ -225,7 +222,7 @@ class Trainer:
                     self.state, metrics = self.sweep.take_metrics(self.state)
                 self.calls.append(Call(done, step, self.progress.tokens, metrics))
                 # Metrics are fetched late, while the devices work on the calls after theirs.
-                self._finish_calls(most_calls, bar)
+                self._finish_calls(CALLS_IN_FLIGHT, bar)
                 if self.data.held_out and (is_last or step % self.config.eval_every == 0):
                     self._finish_calls(0, bar)
                     self._measure_held_out(is_last)

@@ -28,6 +28,18 @@ def calls():
         yield made
 
 
+@pytest.mark.parametrize(("interval", "longest"), [(8, 8), (4, 4), (6, 4)])
+def test_calls_are_long_if_they_divide_the_intervals(
+    settings, tmp_path, calls, monkeypatch, interval, longest
+):
+    monkeypatch.setattr(batches, "LONG_CALL", 8)
+    settings = replace(settings, num_steps=24, eval_window=interval, checkpoint_every=24)
+    settings = replace(settings, eval_every=24, run_dir=str(tmp_path / "run"))
+    train(settings)
+    assert sum(calls) == 24
+    assert max(calls) == longest
+
+
 def weights(run):
     paths = sorted(run.rglob("sae.safetensors"))
     return [load_sae(path.parent).params for path in paths]
