@@ -39,7 +39,13 @@ from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.extract import extract
 from minsae_jax.encoder.patchtst.architecture import Architecture
 from minsae_jax.encoder.patchtst.encoder import PatchTSTEncoder
-from minsae_jax.parallel.mesh import fetch_batch, make_mesh, put_batch, replicated
+from minsae_jax.parallel.mesh import (
+    fetch_batch,
+    make_mesh,
+    put_batch,
+    replicated,
+    start_fetch,
+)
 from minsae_jax.parallel.processes import start_jax
 
 CHECKPOINT = Path(__file__).parent.parent / "configs/demo/encoder.pth"
@@ -75,7 +81,7 @@ def flax_forward(
     def run() -> None:
         before = None
         for batch in batches:
-            running = program(put_batch(mesh, batch))
+            running = start_fetch(program(put_batch(mesh, batch)))
             if before is not None:
                 fetch_batch(before, BATCH)
             before = running

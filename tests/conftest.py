@@ -24,6 +24,9 @@ type_checks.install()
 # JAX reads these when it is imported, here and in the commands that tests start. All of them
 # share one folder of compiled programs, which also serves the next run of the tests. Two processes
 # may write the same program at once: a reader that meets half of it compiles it again.
+# A GPU is used if JAX_PLATFORMS says so; the workers then share its memory.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {COMPILER_FLAGS}"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -111,6 +114,13 @@ def one_device(monkeypatch):
     """Give meshes made in the test one device instead of eight."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
+@pytest.fixture
+def eight_devices():
+    """Skip a test that needs several devices, on a machine with fewer GPUs."""
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, got {jax.device_count()}")
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from minsae_jax.parallel.mesh import (
     put_batch,
     replicated,
     shard_over_batch,
+    start_fetch,
 )
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -63,10 +64,11 @@ class Activations:
     def start(
         self, x: Float[np.ndarray, "windows seq_len n_vars"], padded_windows: int
     ) -> tuple[Output, ...]:
-        """Start computing a batch and return the outputs of the layers.
+        """Start computing a batch and return the outputs of the layers, for `fetch`.
 
-        Devices compute while this returns at once. x: float32; padded_windows: size of the largest
-        batch, to which all are padded, so that there is one compilation.
+        Devices compute, and copy the outputs to the host, while this returns at once. x: float32;
+        padded_windows: size of the largest batch, to which all are padded, so that there is one
+        compilation.
         """
         if self.runs_on_host:
             # `train --live` reads ahead in two threads.
@@ -78,10 +80,10 @@ class Activations:
         padded = put_batch(self._mesh, x, windows_per_device)
         outputs = self._function(self._params, padded)
         _check_lengths(outputs, len(padded))
-        return outputs
+        return tuple(start_fetch(z) for z in outputs)
 
     def fetch(self, output: Output, n_windows: int) -> list[np.ndarray]:
-        """Wait for an output and copy its first windows to the host.
+        """Wait for an output and return its first windows on the host.
 
         Returns pieces of [sequences, n_tokens, d_model], one for each device, in order.
         """

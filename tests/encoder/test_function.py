@@ -284,6 +284,7 @@ def test_function_must_return_all_windows(described, tmp_path):
         ms.extract(encoder, settings)
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_function_on_devices_must_return_all_windows(described, tmp_path):
     """As one that averages over the batch, which has the right shape for a single window."""
     grid = ms.TokenGrid.patches(N_PATCHES, PATCH)

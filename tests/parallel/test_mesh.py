@@ -7,6 +7,7 @@ import pytest
 from minsae_jax.parallel.mesh import fetch_batch, make_mesh, put_batch
 
 
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize("n_rows", [1, 8, 21, 40])
 def test_fetched_batch_equals_the_one_put(n_rows, backend, monkeypatch):

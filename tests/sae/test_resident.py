@@ -23,6 +23,7 @@ def results(run):
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(paths)}
 
 
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("shape", ["1x1", "1x8", "2x4", "8x1"])
 def test_gathered_batches_are_the_streams(small_store, shape):
     store = open_store(small_store, -1)
@@ -36,6 +37,7 @@ def test_gathered_batches_are_the_streams(small_store, shape):
         assert not batch[16:].any()
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_half_precision_keeps_its_bits(tmp_path):
     """All finite float16 numbers, among them -0 and subnormal ones."""
     x = np.arange(2**16, dtype=np.uint16).view(np.float16)

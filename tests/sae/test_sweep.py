@@ -122,6 +122,7 @@ def test_one_compilation():
     assert sweep.step._cache_size() == 1
 
 
+@pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize(
     ("mesh", "n_members"),
     [
@@ -149,6 +150,7 @@ def test_any_mesh(mesh, n_members):
             assert not ours.frozen.any()
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_a_state_moves_from_mesh_to_mesh():
     settings = replace(ONE_SIZE, lambda_sparsity=(1.0, 2.0, 3.0), lr=(1e-3,), seed=(0,))
     xs = batches(4)
@@ -185,6 +187,7 @@ def test_padding_repeats_the_last_member_after_a_resume_too():
         assert not group.tokens_since_fired[3].any()
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_a_mesh_of_more_devices_than_there_are():
     with pytest.raises(UserError, match="--mesh 4x4 needs 16 devices, got 8"):
         make_sweep(replace(SETTINGS, mesh="4x4"))

@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -15,7 +16,8 @@ from convert.sae import convert_sae
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
 from minsae_jax.locks import lock_folder
-from minsae_jax.sae import trainer
+from minsae_jax.monitor import MemberLog
+from minsae_jax.sae import logger, sweep, trainer
 from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.sae.data import measure_scale
 from minsae_jax.sae.member import save_member
@@ -128,6 +130,41 @@ def test_files_of_a_run(settings, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert train(settings).was_finished
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_rows_that_are_written_late_are_the_same(settings, tmp_path, monkeypatch):
+    """Rows of many log intervals are written at once, at a checkpoint and at the end."""
+    writes = []
+    write = MemberLog.write
+
+    def count(log):
+        writes.append(log.folder.name)
+        write(log)
+
+    settings = replace(settings, eval_window=2, checkpoint_every=10**6)
+    monkeypatch.setattr(logger, "WRITE_SECONDS", 0)
+    train(replace(settings, run_dir=str(tmp_path / "at once")))
+    monkeypatch.setattr(MemberLog, "write", count)
+    monkeypatch.setattr(logger, "WRITE_SECONDS", 1e9)
+    train(replace(settings, run_dir=str(tmp_path / "late")))
+    paths = sorted((tmp_path / "at once").glob("members/*/*.csv"))
+    assert len(paths) == 2 * len(set(writes))
+    for path in paths:
+        late = tmp_path / "late" / path.relative_to(tmp_path / "at once")
+        assert late.read_bytes() == path.read_bytes()
+    # The first interval, the last checkpoint and the end.
+    assert len(writes) == 3 * len(set(writes))
+
+
+def test_schedules_are_evaluated_under_jit_only(settings, monkeypatch):
+    """Any other operation on a GPU would wait for all steps that are queued there."""
+
+    def traced_only(step):
+        assert isinstance(step, jax.core.Tracer)
+        return step * 0 + 1
+
+    monkeypatch.setattr(sweep, "make_schedules", lambda plan: (traced_only, traced_only))
+    train(settings)
 
 
 def test_shorter_last_interval_counts_for_sweep_csv_only(settings, tmp_path):
