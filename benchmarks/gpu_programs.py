@@ -236,14 +236,3 @@ def _silence_half(state: SweepState) -> SweepState:
     silenced = jnp.where(group.tokens_since_fired > 0, SILENT, b_enc)
     params = group.params | {"b_enc": jax.device_put(silenced, b_enc.sharding)}
     return state._replace(groups=(group._replace(params=params),))
-
-
-def in_a_row(start: Callable[[], jax.Array], n_calls: int) -> Callable[[], None]:
-    """Return a function that starts some calls, and waits for the last."""
-
-    def run() -> None:
-        for _ in range(n_calls):
-            done = start()
-        done.block_until_ready()
-
-    return run

@@ -29,10 +29,17 @@ from benchmarks.gpu_programs import (
     Variant,
     demo_encoder,
     encoder_program,
-    in_a_row,
     noise_windows,
 )
-from benchmarks.timing import alternate, import_torch, peak_memory, peak_rss, row, table_head
+from benchmarks.timing import (
+    alternate,
+    import_torch,
+    in_a_row,
+    peak_memory,
+    peak_rss,
+    row,
+    table_head,
+)
 from minsae_jax.errors import brief
 from minsae_jax.parallel.mesh import fetch_batch, make_mesh, put_batch
 from minsae_jax.parallel.processes import start_jax

@@ -49,6 +49,10 @@ def alternate_all(
     return seconds
 
 
+# Products or passes between two waits for the device: one alone is as short as the wait.
+CALLS = 10
+
+
 def matrix_product_flops(precision: str = "float32", quick: bool = False) -> float:
     """Return the best FLOP/s of a large square product, JAX's or torch's, on one device.
 
@@ -64,9 +68,7 @@ def matrix_product_flops(precision: str = "float32", quick: bool = False) -> flo
     on_device = jax.device_put(a).astype(dtype)
     jax_precision = "default" if precision == "tf32" else "highest"
     jax_product = jax.jit(lambda a: jax.numpy.matmul(a, a, precision=jax_precision))
-    contestants: dict[str, Callable[[], object]] = {
-        "jax": lambda: jax_product(on_device).block_until_ready()
-    }
+    contestants = {"jax": in_a_row(lambda: jax_product(on_device), CALLS)}
     torch = import_torch()
     if torch is not None and torch.cuda.is_available() == on_gpu:
         tensor = torch.from_numpy(a).to("cuda" if on_gpu else "cpu", getattr(torch, dtype))
@@ -74,20 +76,32 @@ def matrix_product_flops(precision: str = "float32", quick: bool = False) -> flo
 
         def run_torch() -> None:
             torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-            torch.matmul(tensor, tensor, out=out)
+            for _ in range(CALLS):
+                torch.matmul(tensor, tensor, out=out)
             out[0, 0].item()
 
         contestants["torch"] = run_torch
     seconds = alternate(contestants)
-    return 2 * size**3 / min(seconds.values())
+    return CALLS * 2 * size**3 / min(seconds.values())
 
 
 def copy_bandwidth(n_bytes: int) -> float:
     """Return bytes read and written per second, by a pass over an array on one device."""
     x = jax.numpy.arange(n_bytes // 4, dtype=np.float32)
     negate = jax.jit(jax.numpy.negative)
-    seconds = alternate({"pass": lambda: negate(x).block_until_ready()})
-    return 2 * n_bytes / seconds["pass"]
+    seconds = alternate({"passes": in_a_row(lambda: negate(x), CALLS)})
+    return CALLS * 2 * n_bytes / seconds["passes"]
+
+
+def in_a_row(start: Callable[[], jax.Array], n_calls: int) -> Callable[[], None]:
+    """Return a function that starts some calls, and waits for the last."""
+
+    def run() -> None:
+        for _ in range(n_calls):
+            done = start()
+        done.block_until_ready()
+
+    return run
 
 
 def import_torch() -> Any:
