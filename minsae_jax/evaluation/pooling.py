@@ -4,7 +4,7 @@ All of it comes from one pass over a store. Memory is three times [recordings, f
 the number of tokens. Recordings of a patient can then be averaged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from minsae_jax.eeg.splits import patient_of
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.monitor import progress
-from minsae_jax.parallel.mesh import on_cpu
+from minsae_jax.parallel.mesh import fetch_late, on_cpu
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
 from minsae_jax.sae.padding import pad_rows
@@ -147,15 +147,19 @@ def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
     batch_values = CPU_BATCH_VALUES if on_cpu() else BATCH_VALUES
     n_sequences = batch_values // (dataset.n_tokens * n_features)
     n_sequences = min(max(n_sequences, 1), MAX_BATCH_SEQUENCES)
-    with progress("pool features", len(dataset.recording), "sequences", delay=2.0) as bar:
+
+    def run_batches() -> Iterator[tuple[int, int, BatchSums]]:
         for first, x in dataset.batches(n_sequences):
             # The channel -1 of whole windows is the last group.
             channel = dataset.channel[first : first + len(x)] % (n_channels + 1)
             rows = (pad_rows(x, n_sequences), pad_rows(channel, n_sequences))
-            sums = sum_batch(kind, n_channels + 1, params, *rows, np.int32(len(x)))
+            yield first, len(x), sum_batch(kind, n_channels + 1, params, *rows, np.int32(len(x)))
+
+    with progress("pool features", len(dataset.recording), "sequences", delay=2.0) as bar:
+        for first, n_rows, sums in fetch_late(run_batches()):
             row = int(np.searchsorted(with_tokens, dataset.recording[first]))
-            totals.add(row, len(x) * dataset.n_tokens, jax.device_get(sums))
-            bar.advance(len(x))
+            totals.add(row, n_rows * dataset.n_tokens, sums)
+            bar.advance(n_rows)
     # In place: with many recordings and features each of these arrays takes a gigabyte.
     totals.active /= totals.counts[:, None].astype(np.float32)
     return Pooled(

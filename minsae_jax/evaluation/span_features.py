@@ -1,7 +1,8 @@
 """The features of an autoencoder on the spans of one kind of events, for `event_measures`."""
 
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from minsae_jax.evaluation.events import (
     max_over_spans,
     span_groups,
 )
+from minsae_jax.parallel.mesh import fetch_late, start_fetch
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
 from minsae_jax.sae.padding import pad_rows, power_of_two
@@ -43,19 +45,24 @@ def encode_spans(
     logits = []
     of_chosen = []
     sums = np.zeros((2, sae.d_sae))
-    for group in span_groups(spans.activations):
-        x = np.concatenate([spans.activations[i] for i in group])
-        side = np.repeat(spans.is_event[group], lengths[group])
-        # Padded, so that all groups but those of a longer span share one compiled program.
-        n_rows = max(BATCH_TOKENS, power_of_two(len(x)))
-        sides = np.stack([side, ~side], axis=1).astype(np.float32)
-        rows = (pad_rows(x, n_rows), pad_rows(sides, n_rows).T)
-        with jax.default_matmul_precision("highest"):
-            encoded = _encode(sae.kind, sae.params, *rows, probes, chosen)
-        features, side_sums, group_logits, group_chosen = map(np.asarray, encoded)
-        maxima.append(max_over_spans(features[: len(x)], lengths[group]))
-        logits.append(group_logits[: len(x)])
-        of_chosen.append(group_chosen[: len(x)])
+
+    def run_groups() -> Iterator[tuple[np.ndarray, list[Any]]]:
+        for group in span_groups(spans.activations):
+            x = np.concatenate([spans.activations[i] for i in group])
+            side = np.repeat(spans.is_event[group], lengths[group])
+            # Padded, so that all groups but those of a longer span share one compiled program.
+            n_rows = max(BATCH_TOKENS, power_of_two(len(x)))
+            sides = np.stack([side, ~side], axis=1).astype(np.float32)
+            rows = (pad_rows(x, n_rows), pad_rows(sides, n_rows).T)
+            with jax.default_matmul_precision("highest"):
+                features, *others = _encode(sae.kind, sae.params, *rows, probes, chosen)
+            yield group, [start_fetch(features), *others]
+
+    for group, (features, side_sums, group_logits, group_chosen) in fetch_late(run_groups()):
+        n_tokens = lengths[group].sum()
+        maxima.append(max_over_spans(features[:n_tokens], lengths[group]))
+        logits.append(group_logits[:n_tokens])
+        of_chosen.append(group_chosen[:n_tokens])
         sums += side_sums
     is_event = np.repeat(spans.is_event, lengths)
     counts = np.array([is_event.sum(), (~is_event).sum()])

@@ -8,7 +8,7 @@ left out, and so are recordings without any labelled event, whose events nobody 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from minsae_jax.evaluation.bootstrap import SHARE, Resamples, estimate
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.ranking import auc
 from minsae_jax.monitor import progress
-from minsae_jax.parallel.mesh import on_cpu
+from minsae_jax.parallel.mesh import fetch_late, on_cpu
 from minsae_jax.sae.kinds import Params, SAEKind
 from minsae_jax.sae.member import SparseAutoencoder
 from minsae_jax.sae.padding import pad_rows
@@ -44,6 +44,14 @@ class TopTokens(NamedTuple):
     sequence: Int[Array, "d_sae top"]
     # Index into the tokens with samples
     token: Int[Array, "d_sae top"]
+
+
+class BatchNumbers(NamedTuple):
+    """What the host adds up, of a batch and an autoencoder."""
+
+    sums: Float[Array | np.ndarray, "3 d_sae"]
+    # Activations of the chosen features; None of recordings without labels
+    chosen: Float[Array | np.ndarray, "rows n_located chosen"] | None
 
 
 @dataclass(frozen=True)
@@ -113,13 +121,19 @@ def read_features(
     batch_values = CPU_BATCH_VALUES if on_cpu() else BATCH_VALUES
     n_rows = max(1, min(MAX_SEQUENCES, batch_values // (dataset.n_tokens * largest)))
     with progress("read features", n_sequences, "sequences", delay=2.0) as bar:
-        for start, x in dataset.batches(n_rows):
-            batch = pad_rows(x, n_rows)
-            # All sequences of a batch are of one recording.
-            are_labelled = bool(is_labelled[dataset.recording[start]])
-            for one in passes.values():
-                one.add(batch, len(x), start, located, are_labelled)
-            bar.advance(len(x))
+
+        def run_batches() -> Iterator[tuple[str, int, BatchNumbers]]:
+            for start, x in dataset.batches(n_rows):
+                batch = jax.device_put(pad_rows(x, n_rows))
+                places = np.array([start, len(x)], np.int32)
+                # All sequences of a batch are of one recording.
+                are_labelled = bool(is_labelled[dataset.recording[start]])
+                for name, one in passes.items():
+                    yield name, len(x), one.measure(batch, places, located, are_labelled)
+                bar.advance(len(x))
+
+        for name, n_valid, numbers in fetch_late(run_batches()):
+            passes[name].add(numbers, n_valid)
     return {name: one.finish() for name, one in passes.items()}
 
 
@@ -140,27 +154,34 @@ class _Pass:
         # The strongest tokens of batches that are not merged yet
         self.batches: list[TopTokens] = []
 
-    def add(
+    def measure(
         self,
-        x: Float[np.ndarray, "rows n_tokens d_model"],
-        n_valid: int,
-        start: int,
+        x: Float[Array, "rows n_tokens d_model"],
+        places: Int[np.ndarray, " 2"],
         located: Int[np.ndarray, " n_located"],
         are_labelled: bool,
-    ) -> None:
-        """Add the first n_valid sequences of x, which begin at sequence `start`."""
-        places = np.array([start, n_valid], np.int32)
+    ) -> BatchNumbers:
+        """Start measuring a batch, and return what `add` takes.
+
+        places: the batch's first sequence, and how many of its rows are sequences.
+        """
         with jax.default_matmul_precision("highest"):
             sums, strongest, chosen = measure_batch(
                 self.sae.kind, self.sae.params, x, places, located, self.chosen
             )
-        self.sums += np.asarray(sums, np.float64)
         if not are_labelled:
-            return
+            return BatchNumbers(sums, None)
         self.batches.append(strongest)
         if (len(self.batches) + 1) * len(x) > MAX_SEQUENCES:
             self._merge()
-        by_feature = np.moveaxis(np.asarray(chosen), -1, 0)
+        return BatchNumbers(sums, chosen)
+
+    def add(self, numbers: BatchNumbers, n_valid: int) -> None:
+        """Add the numbers of a batch of n_valid sequences, on the host."""
+        self.sums += numbers.sums
+        if numbers.chosen is None:
+            return
+        by_feature = np.moveaxis(np.asarray(numbers.chosen), -1, 0)
         self.values[:, self.n_values : self.n_values + n_valid] = by_feature[:, :n_valid]
         self.n_values += n_valid
 

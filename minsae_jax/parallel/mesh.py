@@ -5,8 +5,9 @@ Weights are replicated along `data`.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
 from minsae_jax.errors import UserError
+
+T = TypeVar("T")
 
 SWEEP = "sweep"
 DATA = "data"
@@ -188,6 +191,21 @@ def pad_axis(x: np.ndarray, axis: int, multiple: int) -> np.ndarray:
     widths[axis] = (0, -x.shape[axis] % multiple)
     # np.pad copies also where there is nothing to add.
     return np.pad(x, widths) if widths[axis][1] else x
+
+
+def fetch_late(running: Iterable[T]) -> Iterator[T]:
+    """Yield the results of calls on the host, each after the next call was started.
+
+    So accelerators always have work. On CPU this is not worth the memory of a second call. running:
+    yields the results of a call, in any structure.
+    """
+    n_late = 0 if on_cpu() else 1
+    waiting: deque[T] = deque()
+    for results in running:
+        waiting.append(results)
+        if len(waiting) > n_late:
+            yield jax.device_get(waiting.popleft())
+    yield from map(jax.device_get, waiting)
 
 
 def start_fetch(x: jax.Array) -> jax.Array:

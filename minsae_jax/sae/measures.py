@@ -16,7 +16,7 @@ All but l1 are the same in any unit of x.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 from minsae_jax.parallel.mesh import (
     DATA,
     SWEEP,
+    fetch_late,
     map_first_axis,
     put_batch,
     replicated,
@@ -95,18 +96,21 @@ def measure(
     n_features = max(
         math.prod(params["W_dec"].shape[:-1]) // mesh.shape[SWEEP] for params in groups
     )
-    tiling = None
+
+    def run_batches() -> Iterator[tuple[TokenSums, list[MemberSums]]]:
+        tiling = None
+        for x in batches:
+            if tiling is None:
+                # All are padded to the shape of the first, so that there is one compilation.
+                tiling = tile_batch(mesh, len(x), n_features)
+            rows = put_batch(mesh, x, tiling[0] * tiling[1])
+            run = batch_program(mesh, tuple(kinds), tiling[0])
+            yield run(list(groups), rows, np.float32(scale), np.int32(len(x)))
+
     token_total: TokenSums | None = None
     member_totals: list[MemberSums] = []
-    for x in batches:
-        if tiling is None:
-            # All batches are padded to the shape of the first, so that there is one compilation.
-            tiling = tile_batch(mesh, len(x), n_features)
-        rows = put_batch(mesh, x, tiling[0] * tiling[1])
-        run = batch_program(mesh, tuple(kinds), tiling[0])
-        device_sums = run(list(groups), rows, np.float32(scale), np.int32(len(x)))
-        host_sums = jax.device_get(device_sums)
-        token_sums, member_sums = jax.tree.map(lambda a: np.asarray(a, np.float64), host_sums)
+    for sums in fetch_late(run_batches()):
+        token_sums, member_sums = jax.tree.map(lambda a: np.asarray(a, np.float64), sums)
         if token_total is None:
             token_total = token_sums
             member_totals = member_sums
