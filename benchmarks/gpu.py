@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import gpu_checks, gpu_rates
+from benchmarks import gpu_checks, gpu_kernels, gpu_rates
 from benchmarks.gpu_programs import SMALL, Goals, Lines, Session, Sizes
 from benchmarks.timing import copy_bandwidth, matrix_product_flops, row, table_head
 from minsae_jax.errors import UserError, brief
@@ -35,6 +35,7 @@ PARTS: dict[str, Callable[[Session], Lines]] = {
     "extraction": gpu_rates.extraction,
     "end-to-end": gpu_rates.end_to_end,
     "steps": gpu_rates.steps,
+    "kernels": gpu_kernels.kernels,
     "resume": gpu_checks.resume,
     "pytorch": gpu_rates.pytorch,
     "memory": gpu_rates.memory,

@@ -85,21 +85,25 @@ def _compute_and_copy(program: Callable[[jax.Array], jax.Array], x: np.ndarray) 
 
 def end_to_end(session: Session) -> Lines:
     """Runs of `minsae train` with the store on the device, metrics and logs included."""
-    yield table_head("products", "million tokens x members/s", "ms a step", "of the bfloat16 rate")
-    precisions = session.sizes.precisions[:2]
-    yield from session.rows({name: partial(_run_row, session, name) for name in precisions})
+    yield table_head(
+        *("kind", "products", "million tokens x members/s", "ms a step", "of the bfloat16 rate")
+    )
+    sizes = session.sizes
+    runs = [("relu", precision) for precision in sizes.precisions[:2]]
+    runs += [(kind, "bfloat16") for kind in ("batchtopk", "topk") if kind in sizes.kinds]
+    yield from session.rows({", ".join(run): partial(_run_row, session, *run) for run in runs})
 
 
-def _run_row(session: Session, precision: str) -> str:
+def _run_row(session: Session, kind: str, precision: str) -> str:
     sizes = session.sizes
     rate = train.end_to_end(
-        sizes.n_members, sizes.end_to_end_steps, precision, sizes.d_sae, sizes.batch
+        sizes.n_members, sizes.end_to_end_steps, precision, sizes.d_sae, sizes.batch, kind
     )
     share = session.share(rate, sizes.d_sae)
-    if precision == "bfloat16":
+    if (kind, precision) == ("relu", "bfloat16"):
         session.goals.run_share = share
     ms = 1e3 * sizes.n_members * sizes.batch / rate
-    return row(precision, f"{rate / 1e6:.1f}", f"{ms:.3f}", f"{share:.1%}")
+    return row(kind, precision, f"{rate / 1e6:.1f}", f"{ms:.3f}", f"{share:.1%}")
 
 
 def steps(session: Session) -> Lines:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.kinds import SETTINGS
 from benchmarks.timing import (
     alternate,
     import_torch,
@@ -191,12 +192,13 @@ def end_to_end(
     precision: str = "float32",
     d_sae: int = 1024,
     batch: int = BATCH,
+    kind: str = "relu",
 ) -> float:
     """Return tokens x members per second of a run, without its start and end.
 
     n_steps: that are timed, a multiple of MARGIN. The steps before them compile; those after them
     keep the last checkpoint out. The host is as many calls ahead of the devices when the time
-    starts as when it stops.
+    starts as when it stops. kind: a key of `kinds.SETTINGS`.
     """
     times = {}
 
@@ -208,13 +210,14 @@ def end_to_end(
         config = TrainConfig(
             store=f"{folder}/store",
             run_dir=f"{folder}/run",
-            lambda_sparsity=lambdas(n_members),
+            seed=tuple(range(n_members)),
             feature_dim_factor=(d_sae / D_MODEL,),
             batch_size=batch,
             num_steps=n_steps + 2 * MARGIN,
             precision=precision,
             eval_window=MARGIN,
             checkpoint_every=10**6,
+            **SETTINGS[kind],
         )
         train(config, on_step=on_step)
     seconds = times[MARGIN + n_steps] - times[MARGIN]

@@ -1,10 +1,12 @@
 """The runner of benchmarks.gpu: failures and the time limit."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import gpu
+from benchmarks.gpu_kernels import Kernel, kernels_of
 from benchmarks.gpu_programs import Goals, Session, Sizes
 
 
@@ -96,4 +98,20 @@ def test_goals_are_compared():
         ["not measured", " |"],
         ["not measured", " |"],
         ["1", "yes |"],
+    ]
+
+
+def test_kernels_are_counted_once_and_on_gpus_only():
+    def line(name, *events):
+        events = [SimpleNamespace(name=n, duration_ns=d) for n, d in events]
+        return SimpleNamespace(name=name, events=events)
+
+    stream = line("Stream #1", ("gemm", 3e6), ("sort", 1e6), ("gemm", 5e6))
+    again = line("XLA Ops", ("gemm", 3e6))
+    gpu_plane = SimpleNamespace(name="/device:GPU:0", lines=[stream, again])
+    host = SimpleNamespace(name="/host:CPU", lines=[line("Stream", ("gemm", 1e6))])
+    profile = SimpleNamespace(planes=[gpu_plane, host])
+    assert list(kernels_of(profile, n_steps=2)) == [
+        Kernel("gemm", 4.0, 1),
+        Kernel("sort", 0.5, 0.5),
     ]
