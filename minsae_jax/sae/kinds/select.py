@@ -21,7 +21,7 @@ SMALLEST = 0x00800000
 LARGEST = 0x7F7FFFFF
 # Counts are int32.
 MAX_COUNT = 2**31 - 1
-# Thresholds at which a pass over a tile counts on accelerators.
+# Thresholds of a pass of TopK's search on accelerators.
 THRESHOLDS = 6
 
 
@@ -36,9 +36,9 @@ class Packing(NamedTuple):
         return 32 // self.bits
 
 
-# Of a whole tensor, as rows, and of columns.
-ROWS = Packing(size=512, bits=10)
-COLUMNS = Packing(size=2**15, bits=16)
+OF_BATCH = Packing(size=512, bits=10)
+# 2¹⁵ in the upper half is -2³¹, of which the shift and mask make 2¹⁵ again.
+OF_TOKENS = Packing(size=2**15, bits=16)
 
 
 def keep_largest(
@@ -91,16 +91,18 @@ def _narrow(numbers: Float[Array, "d_sae tile"], k: Float[Array, " tile"]) -> Fl
     while width > 1:
         width = -(-width // (THRESHOLDS + 1))
         steps.append(width)
-    size = min(len(numbers), COLUMNS.size)
+    n_chunks = -(-len(numbers) // OF_TOKENS.size)
     # Filled up with 0, which reaches no threshold.
-    padded = jnp.pad(numbers, ((0, -len(numbers) % size), (0, 0)))
-    chunks = padded.reshape(-1, size, numbers.shape[1])
+    padded = jnp.pad(numbers, ((0, -len(numbers) % n_chunks), (0, 0)))
+    # Passes over rows: XLA for GPUs may transpose at every pass over columns.
+    chunks = padded.T.reshape(numbers.shape[1], n_chunks, -1)
 
     def narrow(low: Int[Array, " tile"], step: Int[Array, ""]) -> tuple[Int[Array, " tile"], None]:
         # low + j * step, but at most LARGEST, in a form that does not exceed int32.
-        numbers_of_steps = range(1, THRESHOLDS + 1)
-        thresholds = [jnp.minimum(low, LARGEST - j * step) + j * step for j in numbers_of_steps]
-        counts = _count_reaching(chunks, [_to_float(t)[None, None] for t in thresholds], COLUMNS)
+        factors = range(1, THRESHOLDS + 1)
+        thresholds = [jnp.minimum(low, LARGEST - j * step) + j * step for j in factors]
+        floats = [_to_float(t)[:, None, None] for t in thresholds]
+        counts = _count_reaching(chunks, floats, OF_TOKENS)
         for threshold, count in zip(thresholds, counts, strict=True):
             low = jnp.where(count.astype(jnp.float32) >= k, threshold, low)
         return low, None
@@ -195,22 +197,22 @@ def _count_reaching_in_tiles(
 
     def add_tile(counts: Array, tile: Array) -> tuple[Array, None]:
         # Filled up with 0, which reaches no threshold.
-        chunks = jnp.pad(tile.ravel(), (0, -tile.size % ROWS.size)).reshape(-1, ROWS.size)
-        return counts + jnp.stack(_count_reaching(chunks, list(thresholds), ROWS)), None
+        chunks = jnp.pad(tile.ravel(), (0, -tile.size % OF_BATCH.size)).reshape(-1, OF_BATCH.size)
+        return counts + jnp.stack(_count_reaching(chunks, list(thresholds), OF_BATCH)), None
 
     # One tile after the other: XLA for CPU stores `packed`, which then fits the cache.
     return jax.lax.scan(add_tile, jnp.zeros(len(thresholds), jnp.int32), pre)[0]
 
 
 def _count_reaching(
-    chunks: Float[Array, "chunks size *columns"],
+    chunks: Float[Array, "*rows chunks size"],
     thresholds: list[Float[Array, "..."]],
     packing: Packing,
-) -> list[Int[Array, "*columns"]]:
-    """Return how many numbers of every column are >= each threshold.
+) -> list[Int[Array, "*rows"]]:
+    """Return how many numbers of every row are >= each threshold.
 
-    Several counts of a chunk are added as one integer. The number of thresholds must be a multiple
-    of theirs.
+    packing.n_counts counts of a chunk are added as one integer; the number of thresholds must be a
+    multiple of that.
     """
     counts = []
     mask = (1 << packing.bits) - 1
@@ -219,8 +221,8 @@ def _count_reaching(
         packed = jnp.zeros((), jnp.int32)
         for i, shift in enumerate(shifts):
             packed = packed + jnp.where(chunks >= thresholds[first + i], 1 << shift, 0)
-        sums = packed.sum(1)
-        counts += [((sums >> shift) & mask).sum(0) for shift in shifts]
+        sums = packed.sum(-1)
+        counts += [((sums >> shift) & mask).sum(-1) for shift in shifts]
     return counts
 
 

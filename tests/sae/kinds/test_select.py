@@ -87,6 +87,16 @@ def test_the_k_largest_of_every_token_are_kept(case, k):
     np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.parametrize("d_sae", [2**15, 40_000])
+def test_counts_of_many_features_are_exact(d_sae):
+    """On accelerators two counts of up to 2¹⁵ features share an integer; here all are equal."""
+    equal = np.ones((d_sae, 2), np.float32)
+    equal[:5, 1] = 2
+    result = np.asarray(keep_largest(jnp.asarray(equal), jnp.float32(5)))
+    assert (result[:, 0] == 1).all()
+    assert (result[:, 1] > 0).sum() == 5
+
+
 def test_members_select_with_their_own_k():
     features = np.maximum(numbers("normal", (40, 30)), 0)
     ks = jnp.float32([1, 3, 8])
