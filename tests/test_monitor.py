@@ -2,8 +2,9 @@
 
 import sys
 import threading
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from minsae_jax.monitor import (
     METRICS,
     MemberLog,
     RunLog,
+    Throughput,
     Wandb,
     append_rows,
     progress,
@@ -329,3 +331,22 @@ def test_csv_of_a_resumed_run_is_rewritten_only_to_drop_rows(tmp_path):
     append_rows(path, [[100, 1.25]])
     start_csv(path, columns, last=50)
     assert path.read_bytes() == b"step,mse\r\n50,1.5\r\n"
+
+
+def test_speed_is_averaged_over_half_a_second_without_pauses(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    throughput = Throughput(tokens=500)
+    clock.now += 2
+    assert throughput.recent(1500) == {"tokens_per_second": 500, "waiting": 0}
+    # Two log intervals that the host sees end together.
+    clock.now += 0.25
+    assert throughput.recent(2400)["tokens_per_second"] == pytest.approx(1900 / 2.25)
+    clock.now += 0.25
+    assert throughput.recent(2500)["tokens_per_second"] == pytest.approx(1000 / 0.5)
+    with throughput.paused():
+        clock.now += 60
+    with throughput.waiting():
+        clock.now += 1
+    clock.now += 1
+    assert throughput.recent(4500) == {"tokens_per_second": 1000, "waiting": 0.5}

@@ -166,7 +166,7 @@ class Extraction:
         self.writing = background.submit(self._write_batch, batch.number, host)
         bar.advance(batch.n_windows)
         # For reading and writing, instead of computing
-        waited = self.throughput.since_last(0)["waiting"]
+        waited = self.throughput.recent(0)["waiting"]
         bar.note(f"waiting {waited:.0%}")
 
     def _wait_for_writing(self) -> None:

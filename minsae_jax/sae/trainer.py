@@ -114,7 +114,7 @@ def _check_processes_agree(folder: RunFolder, data: TrainData) -> None:
 class Call(NamedTuple):
     """A call of the sweep's program, which the devices may not have finished."""
 
-    done: jax.Array  # wait for this to wait for the call
+    done: jax.Array  # ready when the call has finished
     step: int  # after it
     tokens: int  # trained on after it
     metrics: DeviceMetrics | None  # of a log interval that it ended
@@ -261,11 +261,11 @@ class Trainer:
             if call.metrics is not None:
                 self._log_interval(call, call.metrics, bar)
 
-    def _log_interval(self, call: Call, of_devices: DeviceMetrics, bar: Bar) -> None:
+    def _log_interval(self, call: Call, device_metrics: DeviceMetrics, bar: Bar) -> None:
         """Fetch the metrics of the log interval that a call ended, and log them."""
         progress = self.progress
         with barrier("write metrics"):
-            groups = read_metrics(of_devices)
+            groups = read_metrics(device_metrics)
             if groups is None:
                 raise bad_activations(self.config, self.data.store, "NaN or infinity")
             interval = LogInterval(
@@ -274,7 +274,7 @@ class Trainer:
                 new_tokens=groups[0].tokens,
                 lambda_factor=groups[0].lambda_factor,
                 lr_factor=groups[0].lr_factor,
-                speed=self.throughput.since_last(call.tokens),
+                speed=self.throughput.recent(call.tokens),
             )
             is_complete = call.step % self.config.eval_window == 0
             for group, metrics in zip(self.data.groups, groups, strict=True):
