@@ -323,9 +323,9 @@ def compiler_options(program: StepProgram) -> dict[str, str] | None:
     step on an H200; in a CUDA graph the GPU itself decides. Other kinds do not gain by this, and
     sums over devices are left out.
     """
-    has_open_loop = any(kind.has_open_loop for kind in program.kinds)
+    has_data_dependent_loop = any(kind.has_data_dependent_loop for kind in program.kinds)
     is_on_gpu = jax.default_backend() == "gpu"
-    if is_on_gpu and has_open_loop and program.mesh.shape[DATA] == 1:
+    if is_on_gpu and has_data_dependent_loop and program.mesh.shape[DATA] == 1:
         return CUDA_GRAPHS
     return None
 

@@ -108,8 +108,8 @@ class SAEKind:
     starts_at_median: ClassVar[bool] = False
     # Steps until averages over steps among the parameters have settled; 0 without such averages.
     settling_steps: ClassVar[int] = 0
-    # Whether a step has a loop whose end depends on the data, on accelerators.
-    has_open_loop: ClassVar[bool] = False
+    # Whether a step on an accelerator has a loop whose end depends on the data.
+    has_data_dependent_loop: ClassVar[bool] = False
 
     @property
     def settings(self) -> dict[str, Any]:

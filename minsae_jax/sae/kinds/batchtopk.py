@@ -35,7 +35,7 @@ class BatchTopK(LinearSAE):
     unit_decoder = True
     selects = True
     uses_aux = True
-    has_open_loop = True
+    has_data_dependent_loop = True
     settling_steps = 1 + math.ceil(math.log(SETTLED_WEIGHT) / math.log(1 - THRESHOLD_RATE))
 
     def shapes(self, d_model: int, d_sae: int) -> dict[str, tuple[int, ...]]:
