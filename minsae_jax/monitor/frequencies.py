@@ -80,16 +80,18 @@ class FrequencyCsv:
         features = [f"feat_{i}" for i in range(d_sae)]
         # Its column `step` counts tokens, as in the PyTorch minSAE.
         start_csv(path, ("step", *features), last=tokens)
-        self._rows: list[list[int]] = []  # added, not written
+        self._rows: list[tuple[int, Int[np.ndarray, " d_sae"]]] = []  # added, not written
 
     def add(self, interval: int, tokens: int, active: Int[np.ndarray, " d_sae"]) -> None:
         """Add the row of log interval number `interval`, from 0, which ended after `tokens`."""
-        self._rows.append([tokens, *active.tolist()])
+        # As an array, a row takes a tenth of the memory of a list.
+        self._rows.append((tokens, active))
 
     def write(self) -> None:
-        """Write the rows added since the last time."""
-        rows, self._rows = self._rows, []
-        append_rows(self.path, rows)
+        """Write the rows added since the last write; after an error they are lost."""
+        rows = self._rows
+        self._rows = []
+        append_rows(self.path, ([tokens, *active.tolist()] for tokens, active in rows))
 
 
 class FrequencyArray:
@@ -125,8 +127,11 @@ class FrequencyArray:
             self._rows.append(np.array((tokens, active), self._dtype).tobytes())
 
     def write(self) -> None:
-        """Write the rows added since the last time."""
-        rows, self._rows = self._rows, []
+        """Write the rows added since the last write; after an error they are lost."""
+        rows = self._rows
+        self._rows = []
+        if not rows:
+            return
         with self.path.open("r+b") as file:
             file.seek(self._row_offset())
             file.write(b"".join(rows))

@@ -17,8 +17,8 @@ METRICS = ("step", "tokens", "loss", "mse", "l1", "l0", "dead_fraction", "lr", "
 class MemberLog:
     """Metrics of one member, a row for each log interval.
 
-    `add` keeps rows and `write` writes them. On resume at `step` and `tokens`, rows and events
-    after that checkpoint are dropped.
+    Rows and events are added by `add` and written by `write`. On resume at `step` and `tokens`,
+    those after that checkpoint are dropped.
     eval_window: steps of a log interval; n_intervals: log intervals of the whole run.
     hparam_columns: names of the hyper-parameters of all members. held_out: names of the metrics on
     held-out tokens, group "eval".
@@ -75,9 +75,10 @@ class MemberLog:
             self._board.add_histogram("train_density/log10", np.log10(densities), step)
 
     def write(self) -> None:
-        """Write what was added since the last time."""
-        rows, self._rows = self._rows, []
-        # First, so that who reads a row of metrics.csv finds its frequencies.
+        """Write the rows and events added since the last write; after an error they are lost."""
+        rows = self._rows
+        self._rows = []
+        # First: a reader of metrics.csv must find the frequencies of its rows, after errors too.
         self._frequencies.write()
         append_rows(self._metrics_csv, rows)
         self._board.flush()

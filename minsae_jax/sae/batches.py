@@ -13,9 +13,10 @@ from minsae_jax.settings import JsonObject
 # Steps that an accelerator makes in one call. Beside an H200, a call and its batches cost the host
 # 2.5 ms: as much as nine steps of 8 members of 1,024 features cost the accelerator.
 STEPS_PER_CALL = 10
-# The same of short steps, where nothing else is ever to be done in between.
+# The same if steps are short and nothing else is ever to be done between those of a call.
 LONG_CALL = 50
-# Features of all members and tokens of a short step, which takes up to 1 ms on an H200.
+# Features of the largest group on a device, times tokens of a batch, of a short step: 1 ms for ReLU
+# in bfloat16 on an H200.
 SHORT_STEP = 2**27
 # Batches of one call are this large at most, in bytes.
 CALL_BYTES = 2**28
@@ -53,7 +54,7 @@ class DeviceBatches:
     def steps_in_call(self, step: int) -> int:
         """Return how many steps the call after `step` steps is to make: 1 or the number per call.
 
-        It depends on `step` and the settings alone, so that a resumed run makes the same calls.
+        It depends on `step`, settings and devices only: a resumed run makes the same calls.
         Calls of several steps start at multiples of their number, and end where something else is
         to be done.
         """

@@ -26,13 +26,13 @@ from minsae_jax.settings import JsonObject
 
 # Before the next Pareto plot is drawn, except at the end: each takes 0.1 s of CPU time.
 PARETO_SECONDS = 10.0
-# Before rows of further log intervals are written: opening three files for each of 8 members takes
-# as long as a GPU needs for 50 steps.
+# Before the rows of further log intervals are written: opening three files for each of 8 members
+# takes as long as 50 steps of a GPU.
 WRITE_SECONDS = 1.0
 
 
 class LogInterval(NamedTuple):
-    """What all members share in a log interval."""
+    """Values of a log interval that all members share."""
 
     step: int  # at its end
     tokens: int  # trained on up to its end
@@ -86,10 +86,12 @@ class RunLogger:
             self._wandb = Wandb(self.folder.folder, {m.name: m.hyper for m in self.members})
 
     def close(self) -> None:
-        """Write what is not yet written, and end the runs of W&B."""
-        self._write_rows()
-        if self._wandb:
-            self._wandb.close()
+        """Write the remaining rows, and end the runs of W&B."""
+        try:
+            self._write_rows()
+        finally:
+            if self._wandb:
+                self._wandb.close()
 
     def log_interval(
         self,
@@ -118,7 +120,7 @@ class RunLogger:
             self._wandb.write(member.name, row)
 
     def write_rows_if_due(self) -> None:
-        """Write the rows added so far, unless others were written a moment ago."""
+        """Write the rows added so far if the last write was WRITE_SECONDS ago."""
         if time.monotonic() >= self._write_due:
             self._write_rows()
 
@@ -143,6 +145,8 @@ class RunLogger:
         """Write every member's metrics on held-out tokens, and a Pareto plot if it is due."""
         if not self.writes:
             return
+        # Measures of features come next and can take minutes.
+        self._write_rows()
         rows = []
         for name, metrics in progress.held_out.items():
             values = [metrics[metric] for metric in HELD_OUT_METRICS]
