@@ -210,6 +210,8 @@ class Trainer:
                 )
                 if self.progress.step == first_step:
                     bar.note("")
+                    # Without the compilation.
+                    self.throughput = Throughput(self.progress.tokens)
                 self.progress.step += n_steps
                 self.progress.tokens += n_steps * n_tokens
                 bar.advance(n_steps)
