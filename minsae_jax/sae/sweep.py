@@ -5,6 +5,7 @@ the same tokens. The whole state goes into a checkpoint, the sums of the unfinis
 too, so that a resumed run has no gap in its metrics.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -320,12 +321,13 @@ def compiler_options(program: StepProgram) -> dict[str, str] | None:
     """Return XLA's options for a step.
 
     At a loop whose end depends on the data the host waits for the GPU, for a quarter of a BatchTopK
-    step on an H200; in a CUDA graph the GPU itself decides. Other kinds do not gain by this, and
-    sums over devices are left out.
+    step on an H200; in a CUDA graph the GPU itself decides. Other kinds do not gain by this.
+    Programs with sums over devices have no graphs, and XLA_FLAGS has priority.
     """
     has_data_dependent_loop = any(kind.has_data_dependent_loop for kind in program.kinds)
     is_on_gpu = jax.default_backend() == "gpu"
-    if is_on_gpu and has_data_dependent_loop and program.mesh.shape[DATA] == 1:
+    is_set = any(option in os.environ.get("XLA_FLAGS", "") for option in CUDA_GRAPHS)
+    if is_on_gpu and has_data_dependent_loop and program.mesh.shape[DATA] == 1 and not is_set:
         return CUDA_GRAPHS
     return None
 

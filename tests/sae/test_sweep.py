@@ -11,8 +11,9 @@ import pytest
 from minsae_jax import UserError
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.grid import make_groups
+from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.step import make_schedules
-from minsae_jax.sae.sweep import Sweep, read_metrics
+from minsae_jax.sae.sweep import CUDA_GRAPHS, Sweep, compiler_options, read_metrics
 
 D = 16
 SETTINGS = TrainConfig(
@@ -301,3 +302,28 @@ def test_dead_features():
         active.append(metrics.active[0].tolist())
     assert dead == [1, 1, 1, 2]  # feature 2 was silent for 40, 80, 120 >= 100 tokens
     assert active == [[40, 0, 40], [40, 0, 0], [40, 0, 0], [40, 0, 0]]
+
+
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize(
+    ("kinds", "mesh", "flags", "uses_graphs"),
+    [
+        ("topk batchtopk", "8x1", "", True),
+        ("matryoshka", "1x1", "--xla_gpu_autotune_level=0", True),
+        ("topk relu", "1x1", "", False),
+        ("batchtopk", "1x8", "", False),
+        ("batchtopk", "1x1", "--xla_gpu_enable_command_buffer=", False),
+    ],
+)
+def test_cuda_graphs_are_for_loops_without_sums(monkeypatch, kinds, mesh, flags, uses_graphs):
+    sweep = make_sweep(replace(ONE_SIZE, mesh=mesh))
+    program = replace(sweep.program, kinds=tuple(KINDS[kind] for kind in kinds.split()))
+    assert compiler_options(program) is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert compiler_options(program) == (CUDA_GRAPHS if uses_graphs else None)
+
+
+def test_xla_knows_the_options_of_cuda_graphs():
+    double = jax.jit(lambda x: 2 * x, compiler_options=CUDA_GRAPHS)
+    assert double(3) == 6
