@@ -44,7 +44,7 @@ help setup demo prepare convert extract train evaluate tensorboard test test-all
 bench bench-train bench-stream bench-extract bench-gpu cuda-check clean
 """
 GPU_PARTS = """
-encoder first-steps extraction end-to-end steps resume pytorch memory several-gpus
+encoder first-steps extraction end-to-end steps kernels resume pytorch memory several-gpus
 """
 
 
