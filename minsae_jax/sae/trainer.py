@@ -19,6 +19,7 @@ from minsae_jax.errors import Stopped, UserError
 from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import Bar, Throughput, short_count
 from minsae_jax.monitor import progress as progress_bar
+from minsae_jax.parallel.agreement import Agreement
 from minsae_jax.parallel.processes import any_process, barrier, same_on_all_processes
 from minsae_jax.sae.batches import DeviceBatches
 from minsae_jax.sae.checkpoints import Checkpoints, Progress
@@ -151,6 +152,9 @@ class Trainer:
             self._resume(latest)
         self.saved_at = time.monotonic()
         self.features_due = self.saved_at
+        self.agreement = Agreement()
+        # Of logging, which the other processes of a cluster do not know yet
+        self.failure: Exception | None = None
         self.throughput = Throughput(self.progress.tokens)
 
     def _start(self) -> None:
@@ -246,52 +250,63 @@ class Trainer:
     def _agree_on_stop_or_save(self, stop: bool, ends_interval: bool) -> tuple[bool, ...]:
         """Return whether a process was asked to stop, and whether a checkpoint is overdue.
 
-        In a cluster the processes agree on this at the end of a log interval.
+        In a cluster the processes agree on this, and on failures of logging, now and then.
         """
-        minutes = (time.monotonic() - self.saved_at) / 60
-        is_late = minutes > self.config.checkpoint_minutes
-        if jax.process_count() > 1 and not ends_interval:
+        if not self.agreement.is_due(ends_interval):
             return False, False
+        self._raise_failure_of_any()
         self.checkpoints.check_save()
-        return any_process(stop, is_late)
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return self.agreement.exchange(stop, minutes > self.config.checkpoint_minutes)
+
+    def _raise_failure_of_any(self) -> None:
+        """Raise on all processes if logging failed on one."""
+        with barrier("write metrics"):
+            if self.failure is not None:
+                raise self.failure
 
     def _finish_calls(self, n_left: int, bar: Bar) -> None:
         """Wait for all calls but the last n_left, and log the intervals that they ended."""
         while len(self.calls) > n_left:
             call = self.calls.popleft()
             call.done.block_until_ready()
-            if call.metrics is not None:
-                self._log_interval(call, call.metrics, bar)
+            if call.metrics is not None and self.failure is None:
+                try:
+                    self._log_interval(call, call.metrics, bar)
+                except Exception as e:
+                    if jax.process_count() == 1:
+                        raise
+                    # The other processes continue until they agree the next time.
+                    self.failure = e
 
     def _log_interval(self, call: Call, device_metrics: DeviceMetrics, bar: Bar) -> None:
         """Fetch the metrics of the log interval that a call ended, and log them."""
         progress = self.progress
-        with barrier("write metrics"):
-            groups = read_metrics(device_metrics)
-            if groups is None:
-                raise bad_activations(self.config, self.data.store, "NaN or infinity")
-            interval = LogInterval(
-                step=call.step,
-                tokens=call.tokens,
-                new_tokens=groups[0].tokens,
-                lambda_factor=groups[0].lambda_factor,
-                lr_factor=groups[0].lr_factor,
-                speed=self.throughput.recent(call.tokens),
-            )
-            is_complete = call.step % self.config.eval_window == 0
-            for group, metrics in zip(self.data.groups, groups, strict=True):
-                for i, member in enumerate(group):
-                    values = {name: float(getattr(metrics, name)[i]) for name in TRAIN_METRICS}
-                    if self.plan.logs_weighted_l1:
-                        values["l1"] *= member.sparsity
-                    progress.metrics[member.name] = values
-                    if metrics.frozen[i] and member.name not in progress.diverged:
-                        progress.diverged[member.name] = int(metrics.steps[i]) + 1
-                        self.logger.log_divergence(member, progress.diverged[member.name])
-                    # A shorter interval at the end counts for sweep.csv only.
-                    if is_complete:
-                        self.logger.log_interval(interval, member, values, metrics.active[i])
-            self.logger.write_rows_if_due()
+        groups = read_metrics(device_metrics)
+        if groups is None:
+            raise bad_activations(self.config, self.data.store, "NaN or infinity")
+        interval = LogInterval(
+            step=call.step,
+            tokens=call.tokens,
+            new_tokens=groups[0].tokens,
+            lambda_factor=groups[0].lambda_factor,
+            lr_factor=groups[0].lr_factor,
+            speed=self.throughput.recent(call.tokens),
+        )
+        is_complete = call.step % self.config.eval_window == 0
+        for group, metrics in zip(self.data.groups, groups, strict=True):
+            for i, member in enumerate(group):
+                values = {name: float(getattr(metrics, name)[i]) for name in TRAIN_METRICS}
+                if self.plan.logs_weighted_l1:
+                    values["l1"] *= member.sparsity
+                progress.metrics[member.name] = values
+                if metrics.frozen[i] and member.name not in progress.diverged:
+                    progress.diverged[member.name] = int(metrics.steps[i]) + 1
+                    self.logger.log_divergence(member, progress.diverged[member.name])
+                # A shorter interval at the end counts for sweep.csv only.
+                if is_complete:
+                    self.logger.log_interval(interval, member, values, metrics.active[i])
+        self.logger.write_rows_if_due()
         n_members = len(self.data.members)
         rate = interval.speed["tokens_per_second"]
         note = f"{n_members} x {short_count(rate)} tokens/s"
@@ -348,6 +363,7 @@ class Trainer:
             self.features_due += seconds / MEASURE_SHARE
 
     def _save(self) -> None:
+        self._raise_failure_of_any()
         with barrier("write metrics"):
             self.logger.flush()
         state = self.sweep.portable(self.state)
