@@ -47,7 +47,7 @@ class TopTokens(NamedTuple):
 
 
 class BatchNumbers(NamedTuple):
-    """What the host adds up, of a batch and an autoencoder."""
+    """Numbers of one batch and autoencoder that the host adds up."""
 
     sums: Float[Array | np.ndarray, "3 d_sae"]
     # Activations of the chosen features; None of recordings without labels
