@@ -17,6 +17,7 @@ from benchmarks.gpu_programs import (
     Sizes,
     Step,
     StepCalls,
+    Variant,
     encoder_program,
     noise_windows,
 )
@@ -53,7 +54,7 @@ def _step_rows(step: Step, sizes: Sizes) -> str:
     return _rows(str(step), StepCalls(step, sizes).start, STEPS_PER_CALL)
 
 
-def _encoder_rows(sizes: Sizes, variant: Any) -> str:
+def _encoder_rows(sizes: Sizes, variant: Variant) -> str:
     layer = sizes.layers[-1]
     program = encoder_program(layer, variant, sizes.n_windows)
     x = put_batch(make_mesh(), noise_windows(sizes.n_windows))

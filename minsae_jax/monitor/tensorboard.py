@@ -45,7 +45,7 @@ class Board:
         self.flush()
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Add values by tag, as one event: each event takes as long as ten values."""
+        """Add values by tag, as one event: nine take a third of the time of nine events."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]

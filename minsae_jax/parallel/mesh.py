@@ -196,8 +196,8 @@ def pad_axis(x: np.ndarray, axis: int, multiple: int) -> np.ndarray:
 def fetch_late(running: Iterable[T]) -> Iterator[T]:
     """Yield the results of calls on the host, each after the next call was started.
 
-    So accelerators always have work. On CPU this is not worth the memory of a second call. running:
-    yields the results of a call, in any structure.
+    So accelerators always have work. On CPU, where nothing is copied, results are yielded at once.
+    running: yields the results of a call, in any structure.
     """
     n_late = 0 if on_cpu() else 1
     waiting: deque[T] = deque()

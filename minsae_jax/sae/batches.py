@@ -10,8 +10,8 @@ from minsae_jax.sae.resident import open_resident
 from minsae_jax.sae.sweep import Sweep
 from minsae_jax.settings import JsonObject
 
-# Steps that an accelerator makes in one call. Beside an H200, a call and its batches cost the host
-# 2.5 ms: as much as nine steps of 8 members of 1,024 features cost the accelerator.
+# Steps that an accelerator makes in one call. A call and its batches take the host of an H200
+# 2.5 ms. In this time the H200 makes nine steps of 8 members of 1,024 features.
 STEPS_PER_CALL = 10
 # The same if steps are short and nothing else is ever to be done between those of a call.
 LONG_CALL = 50

@@ -33,9 +33,8 @@ def test_calls_are_long_if_they_divide_the_intervals(
     settings, tmp_path, calls, monkeypatch, interval, longest
 ):
     monkeypatch.setattr(batches, "LONG_CALL", 8)
-    settings = replace(settings, num_steps=24, eval_window=interval, checkpoint_every=24)
-    settings = replace(settings, eval_every=24, run_dir=str(tmp_path / "run"))
-    train(settings)
+    settings = replace(settings, num_steps=24, checkpoint_every=24, eval_every=24)
+    train(replace(settings, eval_window=interval, run_dir=str(tmp_path / "run")))
     assert sum(calls) == 24
     assert max(calls) == longest
 
