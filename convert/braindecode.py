@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from minsae_jax.errors import UserError, brief
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+HUB_SECONDS = 10  # that the Hugging Face Hub may take to answer
 
 
 class BraindecodeEncoder(BaseEncoder):
@@ -159,7 +162,7 @@ def load_braindecode(
 
     name: of its class, in any case. weights: a folder written by `save_pretrained`, or a model of
     the Hugging Face Hub; by default the published weights. channels: see BraindecodeEncoder.
-    Raises UserError if Braindecode, the class or the weights are missing.
+    Raises UserError if Braindecode, the class or the weights are missing, or cannot be downloaded.
     """
     if name.lower() not in MODELS:
         listed = ", ".join(entry.class_name for entry in MODELS.values())
@@ -179,6 +182,7 @@ def load_braindecode(
                 f"Braindecode cannot be imported ({brief(e)}); torch and torchaudio must be of the "
                 "same build"
             ) from e
+        _check_download(weights)
         try:
             model = getattr(models, entry.class_name).from_pretrained(weights)
         except Exception as e:  # the library raises many types
@@ -186,3 +190,22 @@ def load_braindecode(
                 f"{weights} cannot be loaded as Braindecode's {entry.class_name} ({brief(e)})"
             ) from e
         return BraindecodeEncoder(model, channels)
+
+
+def _check_download(weights: str) -> None:
+    """Raise UserError if weights are neither here nor on the Hugging Face Hub.
+
+    Without a network, the download itself would retry for half a minute.
+    """
+    from huggingface_hub import model_info, try_to_load_from_cache
+
+    if Path(weights).is_dir():
+        return
+    try:
+        if try_to_load_from_cache(weights, "config.json") is None:
+            model_info(weights, timeout=HUB_SECONDS)
+    except Exception as e:  # many types, which differ between versions
+        raise UserError(
+            f"{weights} is not a folder and cannot be downloaded from the Hugging Face Hub "
+            f"({brief(e)})"
+        ) from e

@@ -1,7 +1,9 @@
 """Models of Braindecode with random weights: where their tokens lie, and what extraction gets."""
 
 import json
+import socket
 import sys
+import time
 import warnings
 from typing import get_args
 from unittest.mock import MagicMock
@@ -198,6 +200,37 @@ def test_saved_folder_is_loaded_with_its_fingerprint(make, tmp_path):
     with torch.no_grad():
         model.blocks[1].attn.proj.bias[0] += 1e-3
     assert loaded.fingerprint != BraindecodeEncoder(model, CHANNELS).fingerprint
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(*_, **__):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+
+
+def test_without_a_network_a_download_fails_without_retries(models, no_network, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    message = "labram-pretrained is not a folder and cannot be downloaded .*name resolution"
+    with pytest.raises(UserError, match=message):
+        load_braindecode("LaBraM", channels=CHANNELS)
+    assert pauses == []
+
+
+def test_downloaded_weights_are_loaded_without_a_network(make, no_network, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    model = make("Labram")
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    saved = tmp_path / "models--someone--labram"
+    model.save_pretrained(saved / "snapshots" / revision)
+    (saved / "refs").mkdir()
+    (saved / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    loaded = load_braindecode("LaBraM", "someone/labram", CHANNELS)
+    assert loaded.fingerprint == BraindecodeEncoder(model, CHANNELS).fingerprint
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
