@@ -1,17 +1,17 @@
-"""Pareto plots: FVU over L0, one point per member."""
+"""Pareto plots: FVU over L0, one point per member, one line through the means over seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from minsae_jax.files import atomic_write
 from minsae_jax.sae.figures import (
     COLOURS,
     KIND_COLOURS,
-    PCA,
     STYLES,
     make_figure,
     plain_log_ticks,
@@ -42,11 +42,26 @@ class ParetoPoint:
     fvu: float
 
 
+@dataclass(frozen=True)
+class SeedGroup:
+    """Members that differ only in their seed, with the mean of their L0 and FVU."""
+
+    members: list[ParetoPoint]
+
+    @property
+    def l0(self) -> float:
+        return float(np.mean([member.l0 for member in self.members]))
+
+    @property
+    def fvu(self) -> float:
+        return float(np.mean([member.fvu for member in self.members]))
+
+
 class LineKey(NamedTuple):
     """Settings shared by the members of a line of a Pareto plot."""
 
     kind: str  # "" if unknown
-    others: str  # varied settings but kind and sparsity, as a label
+    others: str  # varied settings but kind, sparsity and seed, as a label
     symbol: str  # of the sparsity setting, "" if there is none
 
 
@@ -79,11 +94,11 @@ class ParetoStyle:
 def draw_pareto(path: Path, points: Sequence[ParetoPoint], title: str) -> None:
     """Write a PNG of FVU over L0, one point per member.
 
-    Members that differ only in their sparsity setting are joined by a line. If there are several
-    kinds, the colour of a line is its kind, and marker and dashes are its other varied settings;
-    otherwise each line has its own colour. Points are labelled with the sparsity setting where
-    there is room. Axes are logarithmic if their values span more than a decade. Points that are not
-    finite are left out.
+    Members that differ only in their seed have the same look. A line joins the means over seeds of
+    the members that differ only in their sparsity setting. If there are several kinds, the colour
+    of a line is its kind, and marker and dashes are its other varied settings; otherwise each line
+    has its own colour. Means are labelled with the sparsity setting where there is room. Axes are
+    logarithmic if their values span more than a decade. Points that are not finite are left out.
     """
     finite = [p for p in points if np.isfinite([p.l0, p.fvu]).all()]
     lines = _group_by_line(finite)
@@ -91,10 +106,8 @@ def draw_pareto(path: Path, points: Sequence[ParetoPoint], title: str) -> None:
     figure.set_dpi(DPI)
     axes = figure.subplots()
     styles = _pareto_styles(list(lines))
-    for key, members in lines.items():
-        x = [m.l0 for m in members]
-        y = [m.fvu for m in members]
-        axes.plot(x, y, alpha=0.85, markersize=6, linewidth=1.2, **vars(styles[key]))
+    for key, groups in lines.items():
+        _draw_line(axes, groups, styles[key])
     if _spans_decade([m.l0 for m in finite]):
         axes.set_xscale("log")
         plain_log_ticks(axes.xaxis)
@@ -114,44 +127,58 @@ def draw_pareto(path: Path, points: Sequence[ParetoPoint], title: str) -> None:
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
-def _group_by_line(points: Sequence[ParetoPoint]) -> dict[LineKey, list[ParetoPoint]]:
-    """Return the points of each line by increasing L0."""
-    # A setting that some kinds do not have, such as PCA, does not vary because of them.
+def _group_by_line(points: Sequence[ParetoPoint]) -> dict[LineKey, list[SeedGroup]]:
+    """Return the members of each line by increasing L0, grouped over seeds."""
+    # A setting that some kinds do not have does not vary because of them.
     names = []
     for name in SYMBOLS:
         values = {point.hyper[name] for point in points if name in point.hyper}
-        if name not in ("kind", *SPARSITY) and len(values) > 1:
+        if name not in ("kind", "seed", *SPARSITY) and len(values) > 1:
             names.append(name)
-    lines: dict[LineKey, list[ParetoPoint]] = {}
+    lines: dict[LineKey, dict[Any, list[ParetoPoint]]] = {}
     for point in points:
         hyper = point.hyper
         setting = sparsity(hyper)
         symbol = "" if setting is None else SYMBOLS[setting[0]]
         key = LineKey(str(hyper.get("kind", "")), hyper_label(hyper, names), symbol)
-        lines.setdefault(key, []).append(point)
-    return {key: sorted(line, key=lambda point: point.l0) for key, line in lines.items()}
+        lines.setdefault(key, {}).setdefault(setting, []).append(point)
+    grouped = {}
+    for key, line in lines.items():
+        groups = [SeedGroup(members) for members in line.values()]
+        grouped[key] = sorted(groups, key=lambda group: group.l0)
+    return grouped
 
 
 def _pareto_styles(keys: Sequence[LineKey]) -> dict[LineKey, ParetoStyle]:
     kinds = list(dict.fromkeys(key.kind for key in keys))
-    others = list(dict.fromkeys(key.others for key in keys if key.kind != PCA))
-    has_several_kinds = len({*kinds} - {PCA}) > 1
+    others = list(dict.fromkeys(key.others for key in keys))
     styles = {}
     for key in keys:
-        other = others.index(key.others) if key.others in others else 0
-        if has_several_kinds or key.kind == PCA:
+        other = others.index(key.others)
+        if len(kinds) > 1:
             fallback = COLOURS[kinds.index(key.kind) % len(COLOURS)]
             colour = KIND_COLOURS.get(key.kind, fallback)
         else:
             colour = COLOURS[other % len(COLOURS)]
-        marker = "x" if key.kind == PCA else MARKERS[other % len(MARKERS)]
+        marker = MARKERS[other % len(MARKERS)]
         styles[key] = ParetoStyle(colour, STYLES[other % len(STYLES)], marker)
     return styles
 
 
+def _draw_line(axes: "Axes", groups: Sequence[SeedGroup], style: ParetoStyle) -> None:
+    """Draw a point per member, and a line through the means over seeds."""
+    x = [group.l0 for group in groups]
+    y = [group.fvu for group in groups]
+    axes.plot(x, y, alpha=0.85, linewidth=1.2, color=style.color, linestyle=style.linestyle)
+    members = [member for group in groups for member in group.members]
+    x = [member.l0 for member in members]
+    y = [member.fvu for member in members]
+    axes.plot(x, y, style.marker, alpha=0.85, markersize=6, color=style.color)
+
+
 def _explain_lines(
     figure: "Figure",
-    lines: Mapping[LineKey, Sequence[ParetoPoint]],
+    lines: Mapping[LineKey, Sequence[SeedGroup]],
     styles: Mapping[LineKey, ParetoStyle],
 ) -> None:
     """Add a legend: kinds by colour with the setting that labels their points, others by marker.
@@ -161,27 +188,28 @@ def _explain_lines(
     from matplotlib.lines import Line2D
 
     symbols = [key.symbol for key in lines if key.symbol]
+    has_seeds = any(len(group.members) > 1 for line in lines.values() for group in line)
+    notes = ["lines: means over seeds"] if has_seeds else []
     if len(lines) <= 1:
         if symbols:
-            note = f"numbers: {symbols[0]}"
-            figure.axes[0].set_title(note, loc="right", fontsize=8, color="grey")
+            notes.insert(0, f"numbers: {symbols[0]}")
+        figure.axes[0].set_title("; ".join(notes), loc="right", fontsize=8, color="grey")
         return
-    members = [key for key in lines if key.kind != PCA]
-    has_several_kinds = len({key.kind for key in members}) > 1
-    has_several_others = len({key.others for key in members}) > 1
+    if symbols:
+        notes.insert(0, "numbers at the points:\nsetting in brackets")
+    has_several_kinds = len({key.kind for key in lines}) > 1
+    has_several_others = len({key.others for key in lines}) > 1
     entries: dict[str, Line2D] = {}
     for key, style in styles.items():
         setting = f" ({key.symbol})" if key.symbol else ""
-        if key.kind == PCA:
-            entries[f"PCA{setting}"] = Line2D([], [], **vars(style))
-        elif has_several_kinds:
+        if has_several_kinds:
             handle = Line2D([], [], color=style.color, marker="o")
             entries.setdefault(f"{key.kind or 'unknown'}{setting}", handle)
         else:
             label = key.others or key.kind or "members"
             entries[f"{label}{setting}"] = Line2D([], [], **vars(style))
     if has_several_kinds and has_several_others:
-        for key in members:
+        for key in lines:
             style = replace(styles[key], color="black")
             entries.setdefault(key.others, Line2D([], [], **vars(style)))
     labels = list(entries)
@@ -195,7 +223,7 @@ def _explain_lines(
         loc="outside right upper",
         frameon=False,
         fontsize=9,
-        title="numbers at the points:\nsetting in brackets" if symbols else None,
+        title="\n".join(notes),
         title_fontsize=8,
         alignment="left",
     )
@@ -204,31 +232,33 @@ def _explain_lines(
 
 def _label_points(
     axes: "Axes",
-    lines: Mapping[LineKey, Sequence[ParetoPoint]],
+    lines: Mapping[LineKey, Sequence[SeedGroup]],
     styles: Mapping[LineKey, ParetoStyle],
 ) -> None:
-    """Write the sparsity setting beside each point, unless it would hide a point or a label."""
+    """Write the sparsity setting beside its points, unless it would hide a point or a label."""
+    half = POINT_SIZE / 2
     taken: list[Box] = []
     for line in lines.values():
-        for point in line:
-            x, y = axes.transData.transform((point.l0, point.fvu))
-            half = POINT_SIZE / 2
-            taken.append(Box(x - half, y - half, x + half, y + half))
+        for group in line:
+            for x, y in _pixels(axes, group):
+                taken.append(Box(x - half, y - half, x + half, y + half))
     for key, line in lines.items():
-        for point in line:
-            setting = sparsity(point.hyper)
+        for group in line:
+            setting = sparsity(group.members[0].hyper)
             if setting is None:
                 continue
             text = value_text(setting[1])
-            x, y = axes.transData.transform((point.l0, point.fvu))
-            places = _places(x, y, len(text))
+            pixels = _pixels(axes, group)
+            points = Box(*pixels.min(0), *pixels.max(0))
+            places = _places(points, len(text))
             box = next((place for place in places if not place.overlaps_any(taken)), None)
             if box is None:
                 continue
             taken.append(box)
+            x, y = axes.transData.transform((group.l0, group.fvu))
             axes.annotate(
                 text,
-                (point.l0, point.fvu),
+                (group.l0, group.fvu),
                 (box.left - x, box.bottom - y),
                 textcoords="offset pixels",
                 fontsize=8,
@@ -236,15 +266,20 @@ def _label_points(
             )
 
 
-def _places(x: float, y: float, n_digits: int) -> "list[Box]":
-    """Return places for a label around a point, all in pixels, the best first."""
+def _pixels(axes: "Axes", group: SeedGroup) -> Float[np.ndarray, "members 2"]:
+    """Return the places of a group's points in pixels."""
+    return axes.transData.transform([(member.l0, member.fvu) for member in group.members])
+
+
+def _places(points: Box, n_digits: int) -> list[Box]:
+    """Return places for a label around points, all in pixels, the best first."""
     width = DIGIT_WIDTH * n_digits
-    right = x + LABEL_GAP
-    left = x - LABEL_GAP - width
-    above = y + LABEL_GAP
-    below = y - LABEL_GAP - LABEL_HEIGHT
-    level = y - LABEL_HEIGHT / 2
-    middle = x - width / 2
+    right = points.right + LABEL_GAP
+    left = points.left - LABEL_GAP - width
+    above = points.top + LABEL_GAP
+    below = points.bottom - LABEL_GAP - LABEL_HEIGHT
+    level = (points.bottom + points.top - LABEL_HEIGHT) / 2
+    middle = (points.left + points.right - width) / 2
     corners = [
         (right, above - 5), (left, below + 5), (right, level), (left, level),
         (middle, above), (middle, below), (right, below), (left, above),

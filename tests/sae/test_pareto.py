@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image, ImageColor
 
-from minsae_jax.sae.figures import KIND_COLOURS
+from minsae_jax.sae import pareto
+from minsae_jax.sae.figures import KIND_COLOURS, make_figure
 from minsae_jax.sae.pareto import Box, ParetoPoint, draw_pareto
 
 
@@ -26,7 +27,6 @@ def test_every_kind_has_its_colour_in_the_pareto_plot(tmp_path):
         "batchtopk": ("k", (8.0, 16.0, 32.0)),
         "matryoshka": ("k", (8.0, 16.0)),
         "jumprelu": ("target_l0", (16.0,)),
-        "pca": ("k", (4, 8, 16, 32)),
     }
     points = []
     for i, (kind, (name, values)) in enumerate(settings.items()):
@@ -46,6 +46,27 @@ def test_labels_of_points_do_not_overlap():
     assert Box(2, 2, 3, 3).overlaps_any(taken)
     assert not Box(10, 0, 12, 10).overlaps_any(taken)
     assert not Box(3, -5, 5, 0).overlaps_any(taken)
+
+
+def test_seeds_have_one_label_and_a_line_through_their_means(tmp_path, monkeypatch):
+    figure = make_figure(7.0, 5.0)
+    monkeypatch.setattr(pareto, "make_figure", lambda *_: figure)
+    l0 = {0.5: (88.6, 87.4, 91.2), 1.0: (58.6, 59.6, 63.5), 2.0: (39.6, 42.4, 37.8)}
+    points = []
+    for lambda_sparsity, values in l0.items():
+        for seed, value in enumerate(values):
+            hyper = {"lambda_sparsity": lambda_sparsity, "seed": seed}
+            points.append(ParetoPoint(hyper, value, 0.03 * lambda_sparsity))
+    draw_pareto(tmp_path / "pareto.png", points, "seeds")
+    (axes,) = figure.axes
+    line, dots = axes.lines
+    means = sorted(sum(values) / 3 for values in l0.values())
+    np.testing.assert_allclose(line.get_xdata(), means)
+    np.testing.assert_allclose(line.get_ydata(), [0.06, 0.03, 0.015])
+    assert len(dots.get_xdata()) == 9
+    assert sorted(text.get_text() for text in axes.texts) == ["0.5", "1", "2"]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert max(box.count_overlaps(boxes) for box in boxes) == 1  # with itself
 
 
 def test_pareto_of_no_finite_point(tmp_path):
