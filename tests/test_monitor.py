@@ -156,8 +156,8 @@ class FakeWandb(ModuleType):
             self.logged.append((name, step, metrics))
 
         def finish():
-            self._fail("finish")
             self.finished.append(name)
+            self._fail("finish")
 
         run = ModuleType(name)
         run.log = log
@@ -201,7 +201,9 @@ def test_wandb(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("failing", ["import", "init", "log", "finish"])
 def test_wandb_error_does_not_stop_training(tmp_path, monkeypatch, failing):
-    monkeypatch.setitem(sys.modules, "wandb", None if failing == "import" else FakeWandb(failing))
+    """There is one warning, and runs that were started are ended."""
+    fake = FakeWandb(failing)
+    monkeypatch.setitem(sys.modules, "wandb", None if failing == "import" else fake)
 
     def run():
         log = Wandb(tmp_path, MEMBERS)
@@ -216,6 +218,7 @@ def test_wandb_error_does_not_stop_training(tmp_path, monkeypatch, failing):
         run()
     assert len(seen) == 1
     assert "\n" not in str(seen[0].message)
+    assert fake.finished == (list(MEMBERS) if failing in ("log", "finish") else [])
 
 
 def test_table():

@@ -21,6 +21,7 @@ class Wandb:
 
     def __init__(self, folder: Path, members: Mapping[str, Mapping[str, int | float | str]]):
         self._runs: dict[str, Any] = {}
+        self._has_failed = False
         with self._disabled_on_error():
             # In here, since a missing package must not stop training either.
             import wandb
@@ -46,22 +47,24 @@ class Wandb:
         try:
             yield
         except Exception as e:
-            self._runs = {}
-            reason = f"{type(e).__name__}: {brief(e)}"
-            message = f"W&B failed and is disabled ({reason}); training continues"
-            warnings.warn(message, stacklevel=2)
+            if not self._has_failed:
+                reason = f"{type(e).__name__}: {brief(e)}"
+                message = f"W&B failed and is disabled ({reason}); training continues"
+                warnings.warn(message, stacklevel=2)
+            self._has_failed = True
 
     def write(self, member: str, row: Mapping[str, int | float]) -> None:
         """Send the metrics of a log interval; those of a frozen member are NaN and not sent."""
         metrics = {"avg_mse": row["mse"], "avg_l1": row["l1"], "avg_active_features": row["l0"]}
         is_finite = np.isfinite(list(metrics.values())).all()
-        if member in self._runs and is_finite:
+        if is_finite and not self._has_failed:
             with self._disabled_on_error():
                 self._runs[member].log(metrics, step=int(row["step"]))
 
     def close(self) -> None:
-        with self._disabled_on_error():
-            for run in self._runs.values():
+        """End all runs, also after an error in one of them."""
+        for run in self._runs.values():
+            with self._disabled_on_error():
                 run.finish()
 
 

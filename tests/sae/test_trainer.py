@@ -1,6 +1,7 @@
 """The whole loop: parity with a run of minSAE, refusals, files."""
 
 import csv
+import errno
 import json
 import shutil
 import sys
@@ -461,3 +462,26 @@ def test_wandb(settings, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="W&B failed and is disabled") as seen:
         train(replace(settings, wandb=True, overwrite=True))
     assert len(seen) == 1
+
+
+def test_failed_send_to_wandb_keeps_the_metrics_and_ends_its_runs(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb("log"))
+    with pytest.warns(UserWarning, match="W&B failed and is disabled"):
+        train(replace(settings, wandb=True))
+    members = tmp_path / "run/members"
+    assert sorted(fake.finished) == sorted(member.name for member in members.iterdir())
+    with_wandb = files(members, "metrics.csv")
+    train(replace(settings, overwrite=True))
+    assert with_wandb == files(members, "metrics.csv")
+
+
+def test_failed_write_of_metrics_ends_the_runs_of_wandb(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+
+    def fail(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MemberLog, "write", fail)
+    with pytest.raises(OSError, match="No space left"):
+        train(replace(settings, wandb=True))
+    assert sorted(fake.finished) == sorted(run["name"] for run in fake.started) != []
