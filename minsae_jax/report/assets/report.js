@@ -132,7 +132,7 @@ function showPage(title, ...content) {
 function bar(back, previous = null, where = "", next = null) {
   const step = (to, kind, name) =>
     (to === null ? html("span", { class: "off" }, name) : html("a", { href: to, class: kind }, name));
-  const steps = where ? html("span", {}, step(previous, "previous", "‹ Previous"), html("span", { class: "off" }, where), step(next, "next", "Next ›")) : null;
+  const steps = where ? html("span", {}, step(previous, "previous", "‹ Previous"), html("span", {}, where), step(next, "next", "Next ›")) : null;
   return html("nav", {}, html("a", { href: indexHash, class: "back" }, back), steps);
 }
 
