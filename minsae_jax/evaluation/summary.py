@@ -30,19 +30,21 @@ ties "-": not known, since fewer than three val patients have such events."""
 TOKENS_NOTE = """\
 Of the same features. chance: the precision of random tokens."""
 STABILITY_NOTE = """\
-stability: share of the features that other seeds find again (weighted by their part in x̂)."""
+stability: share of the features that other seeds find again. weighted: by their
+part in x̂."""
 
 
 def summary(evaluation: Evaluation) -> str:
-    """Return the members as a table, the events of the selected member, and the recommendation."""
+    """Return the members as tables, the events of the selected member, and the recommendation.
+
+    There are several tables, since one would be wider than 80 columns.
+    """
     recommendation = evaluation.recommendation
-    has_stability = any(member.stability is not None for member in evaluation.members)
-    parts = [_members_table(evaluation, has_stability)]
-    if has_stability:
-        parts.append(STABILITY_NOTE)
+    parts = [_members_table(evaluation)]
+    if any(member.stability is not None for member in evaluation.members):
+        parts += [f"stability over seeds:\n{_stability_table(evaluation)}", STABILITY_NOTE]
     if evaluation.baselines:
         parts += [f"labelled events:\n{_events_table(evaluation)}", EVENTS_NOTE]
-        # Two tables, since one would be wider than 80 columns.
         title = f"{evaluation.selected} by kind of event"
         scores = list(_scores(evaluation))
         parts += [f"{title}, spans:\n{_spans_table(scores)}", SPANS_NOTE]
@@ -59,13 +61,11 @@ def summary(evaluation: Evaluation) -> str:
     return "\n\n".join(parts)
 
 
-def _members_table(evaluation: Evaluation, has_stability: bool) -> str:
+def _members_table(evaluation: Evaluation) -> str:
     columns = ["member", "L0", "FVU", "bits", "never active"]
     has_loss = evaluation.substitution is not None
     if has_loss:
         columns.append("loss recovered")
-    if has_stability:
-        columns.append("stability")
     rows = []
     for member in evaluation.members:
         row = [
@@ -77,16 +77,22 @@ def _members_table(evaluation: Evaluation, has_stability: bool) -> str:
         ]
         if has_loss:
             row.append(_loss_cell(member))
-        if member.stability is not None and member.weighted_stability is not None:
-            weighted = _number(member.weighted_stability, ".0%", "undefined")
-            row.append(f"{member.stability.share():.1%} ({weighted})")
         rows.append(row)
     for pca in evaluation.pca:
         row = [pca.name, f"{pca.k:.1f}", f"{pca.fvu:.4f}", f"{pca.description_bits:.0f}", ""]
         if has_loss:
             row.append(_loss_cell(pca))
         rows.append(row)
-    return table(columns, [row + [""] * (len(columns) - len(row)) for row in rows])
+    return table(columns, rows)
+
+
+def _stability_table(evaluation: Evaluation) -> str:
+    rows = []
+    for member in evaluation.members:
+        if member.stability is not None and member.weighted_stability is not None:
+            weighted = _number(member.weighted_stability, ".0%", "undefined")
+            rows.append([member.member, f"{member.stability.share():.1%}", weighted])
+    return table(["member", "stability", "weighted"], rows)
 
 
 def _loss_cell(evaluated: Evaluated) -> str:
@@ -125,7 +131,7 @@ def _events_table(evaluation: Evaluation) -> str:
             _number(means.token_auc, ".3f"),
             _number(means.precision, ".1%"),
             str(means.pure_features),
-            _cell(means.tpp, ".2f"),  # undefined with a single kind of events
+            _number(means.tpp.value, ".2f"),  # undefined with a single kind of events
         ]
         rows.append(row)
     return table(["features of", "AUC", "token AUC", "precision", "pure", "TPP"], rows)

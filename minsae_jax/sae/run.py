@@ -28,7 +28,7 @@ from minsae_jax.files import (
 from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import TFEVENTS_PREFIX, table, wrap
 from minsae_jax.sae.config import TrainConfig, TrainPlan, load_run_config
-from minsae_jax.sae.hyper import INTEGERS, SPARSITY, SYMBOLS, Hyper
+from minsae_jax.sae.hyper import INTEGERS, SYMBOLS, Hyper
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.member import SparseAutoencoder, load_sae
 from minsae_jax.settings import JsonObject, Values, to_dict
@@ -264,12 +264,7 @@ class Run:
     def summary(self) -> str:
         """Return the members as a table for the terminal, with warnings of a wrong L0."""
         has_held_out = any(member.held_out for member in self.members)
-        settings = {name for name in SPARSITY for m in self.members if name in m.hyper}
-        # If members have different settings, their names contain the values.
-        setting = settings.pop() if len(settings) == 1 else None
         columns = ["member", "MSE", "L0", "FVU", "dead"]
-        if setting is not None:
-            columns.insert(1, SYMBOLS[setting])
         if has_held_out:
             columns += ["val L0", "val FVU"]
         rows = []
@@ -282,8 +277,6 @@ class Run:
                 f"{m['fvu']:.3f}",
                 f"{m['dead_fraction']:.1%}",
             ]
-            if setting is not None:
-                row.insert(1, f"{member.hyper[setting]:g}")
             if has_held_out:
                 row += [f"{member.held_out['l0']:.1f}", f"{member.held_out['fvu']:.3f}"]
             rows.append([*row, member.status])
