@@ -190,9 +190,15 @@ class Trainer:
     def export(self) -> None:
         """Write the weights of the members, and the table that marks the run as finished."""
         self.checkpoints.wait()
+        weights = self.sweep.weights(self.state)
         with barrier("write the members"):
-            weights = self.sweep.weights(self.state)
-            self.logger.export(self.progress, self.data.store, weights)
+            try:
+                self.logger.export(self.progress, self.data.store, weights)
+            except Exception:
+                # The other processes of a cluster cannot fetch weights without this one.
+                for _ in weights:
+                    pass
+                raise
 
     def run_steps(self) -> None:
         """Run the remaining steps."""
@@ -203,7 +209,8 @@ class Trainer:
             stop_signals(bar.print) as signals,
         ):
             bar.start_at(self.progress.step)
-            bar.note("compiling")
+            if first_step < self.num_steps:
+                bar.note("compiling")
             while self.progress.step < self.num_steps:
                 n_steps = self.batches.steps_in_call(self.progress.step)
                 with self.throughput.waiting():

@@ -148,6 +148,21 @@ def test_checkpoint_that_fails_in_one_process_ends_both(small_store, tmp_path, f
         assert "could not write a checkpoint" in lines[0]
 
 
+@pytest.mark.slow
+def test_member_that_cannot_be_written_ends_both(small_store, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--store", small_store, *SMALL, "--lambda_sparsity", 1, 2, "--num_steps", 30)
+    cluster = Cluster(minsae("train", *flags, "--run_dir", run, "--mesh", "2x2"))
+    wait_until((run / "checkpoints/10").exists)
+    blocked = run / "members/lambda=1/config.json.tmp"
+    blocked.mkdir()
+    first, second = cluster.wait()
+    assert (first.returncode, second.returncode) == (2, 2), first.stderr + second.stderr
+    assert error_lines(first.stderr) == [f"error: Is a directory: {blocked}"]
+    (line,) = error_lines(second.stderr)
+    assert "another process failed to write the members" in line
+
+
 SHORT_WAITS = """
 from minsae_jax.__main__ import entry
 from minsae_jax.parallel import processes
