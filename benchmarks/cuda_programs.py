@@ -28,7 +28,6 @@ from minsae_jax.parallel.mesh import (
     DATA,
     SWEEP,
     batch_sharding,
-    batches_sharding,
     members_sharding,
     replicated,
     tile_batch,
@@ -239,7 +238,7 @@ def _lower_step(
     if n_steps == 1:
         x = _shape(jnp.float32, batch_sharding(cards), n_rows, D_MODEL)
     else:
-        x = _shape(jnp.float32, batches_sharding(cards), n_steps, n_rows, D_MODEL)
+        x = _shape(jnp.float32, batch_sharding(cards, axis=1), n_steps, n_rows, D_MODEL)
     return step.lower(
         _on(cards, sweep.abstract_portable()),
         _on(cards, sweep.hyper),

@@ -131,14 +131,9 @@ def members_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(SWEEP))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Split the first axis, windows or tokens, over `data`."""
-    return NamedSharding(mesh, P(DATA))
-
-
-def batches_sharding(mesh: Mesh) -> NamedSharding:
-    """Split the second axis, tokens of several batches, over `data`."""
-    return NamedSharding(mesh, P(None, DATA))
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Split an axis, windows or tokens, over `data`."""
+    return NamedSharding(mesh, P(*[None] * axis, DATA))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -146,12 +141,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def put_batch(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
-    """Put a batch on the devices, zero-padded at the end.
+def put_batch(mesh: Mesh, x: np.ndarray, multiple: int = 1, axis: int = 0) -> jax.Array:
+    """Put a batch on the devices, zero-padded at the end; or several, whose rows are along `axis`.
 
     Every device of `data` gets the same number of rows, a multiple of `multiple`.
     """
-    return _put(pad_axis(x, 0, mesh.shape[DATA] * multiple), batch_sharding(mesh))
+    return _put(pad_axis(x, axis, mesh.shape[DATA] * multiple), batch_sharding(mesh, axis))
 
 
 def put_replicated(mesh: Mesh, x: np.ndarray) -> jax.Array:
@@ -164,14 +159,6 @@ def _put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.device_put(x, sharding)
     # Every process has the whole array and puts the parts for its devices.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-
-def put_batches(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
-    """Put batches of equal size on the devices, each as `put_batch` does.
-
-    x: [batches, rows, width].
-    """
-    return _put(pad_axis(x, 1, mesh.shape[DATA] * multiple), batches_sharding(mesh))
 
 
 def by_device(mesh: Mesh, x: np.ndarray) -> np.ndarray:

@@ -13,11 +13,9 @@ from jaxtyping import Array
 from minsae_jax.parallel.mesh import (
     DATA,
     batch_sharding,
-    batches_sharding,
     by_device,
     pad_axis,
     put_batch,
-    put_batches,
 )
 from minsae_jax.parallel.processes import sum_over_processes
 
@@ -25,17 +23,18 @@ from minsae_jax.parallel.processes import sum_over_processes
 def put_shares(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
     """Put a batch of which each process has some rows, and zeros for the others, on the devices.
 
-    The result is that of `put_batch` for the whole batch, to the bit, or of `put_batches` for
-    several batches. x: [*batches, rows, width]. Every process of a cluster must call this.
+    The result is that of `put_batch` for the whole batch, or for several, to the bit.
+    x: [*batches, rows, width]. Every process of a cluster must call this.
     """
-    put = put_batch if x.ndim == 2 else put_batches
+    axis = x.ndim - 2
     if batch_sharding(mesh).is_fully_addressable:
-        return put(mesh, x, multiple)
+        return put_batch(mesh, x, multiple, axis)
     blocks = _process_blocks(mesh)
     if blocks is None:
         bits_dtype = np.dtype(f"u{x.dtype.itemsize}")
-        return put(mesh, sum_over_processes(x.view(bits_dtype)).view(x.dtype), multiple)
-    x = pad_axis(x, -2, mesh.shape[DATA] * multiple)
+        whole = sum_over_processes(x.view(bits_dtype)).view(x.dtype)
+        return put_batch(mesh, whole, multiple, axis)
+    x = pad_axis(x, axis, mesh.shape[DATA] * multiple)
     # Each device of a process gets an equal part of the rows that it adds for the devices at its
     # place along `data`; parts of devices along `sweep`, which need the same rows, differ. The axes
     # are the places of this block along `sweep` and `data`, then the block along `data` that needs
@@ -47,8 +46,7 @@ def put_shares(mesh: Mesh, x: np.ndarray, multiple: int = 1) -> jax.Array:
     parts = parts.reshape(1, 1, *shape, x.shape[-1])
     spec = P("sweep", "data", None, "in_data", "in_sweep")
     summands = jax.make_array_from_process_local_data(NamedSharding(blocks, spec), parts)
-    n_batches = None if x.ndim == 2 else len(x)
-    return _add_shares(mesh, blocks, spec, share, n_batches)(summands)
+    return _add_shares(mesh, blocks, spec, share, x.shape[:-2])(summands)
 
 
 @lru_cache
@@ -77,9 +75,13 @@ def _process_blocks(mesh: Mesh) -> Mesh | None:
 
 @lru_cache
 def _add_shares(
-    mesh: Mesh, blocks: Mesh, spec: P, share: int, n_batches: int | None
+    mesh: Mesh, blocks: Mesh, spec: P, share: int, batches: tuple[int, ...]
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return the compiled sum over processes; share: rows of a device in the result."""
+    """Return the compiled sum over processes.
+
+    share: rows of a device in the result. batches: sizes of the axes before the rows.
+    """
+    axis = len(batches)
 
     def on_one_device(part: Array) -> Array:
         bits = to_bits(part.reshape(-1, part.shape[-1]))
@@ -89,18 +91,16 @@ def _add_shares(
         # From the parts of the devices along `sweep` of this block.
         bits = jax.lax.all_gather(bits, "in_sweep", tiled=True)
         x = from_bits(bits[:share], part.dtype)
-        return x if n_batches is None else x.reshape(n_batches, -1, x.shape[1])
+        return x.reshape(*batches, -1, x.shape[1])
 
-    rows = ("data", "in_data")
     sharded = jax.shard_map(
         on_one_device,
         mesh=blocks,
         in_specs=spec,
-        out_specs=P(rows) if n_batches is None else P(None, rows),
+        out_specs=P(*[None] * axis, ("data", "in_data")),
         check_vma=False,
     )
-    sharding = batch_sharding(mesh) if n_batches is None else batches_sharding(mesh)
-    return jax.jit(sharded, out_shardings=sharding)
+    return jax.jit(sharded, out_shardings=batch_sharding(mesh, axis))
 
 
 def to_bits(x: Array) -> Array:

@@ -51,7 +51,7 @@ class ResidentStore:
         )
         self.rows_per_device = -(-store.total_tokens // mesh.shape[DATA])
         self.tokens = _load(mesh, store, self.rows_per_device)
-        self._gather = jax.jit(self._traced_gather, static_argnames="n_batches")
+        self._gather = jax.jit(self._traced_gather, static_argnames="batches")
 
     def gather(
         self, rows: Int[np.ndarray, "*batches tokens"], n_padded: int
@@ -63,12 +63,11 @@ class ResidentStore:
         padded = np.full((*rows.shape[:-1], n_padded), -1, np.int32)
         padded[..., : rows.shape[-1]] = rows
         parts = by_device(self.mesh, padded[..., None])
-        n_batches = None if rows.ndim == 1 else len(rows)
         on_devices = put_replicated(self.mesh, parts.ravel())
-        return self._gather(self.tokens, on_devices, n_batches=n_batches)
+        return self._gather(self.tokens, on_devices, batches=rows.shape[:-1])
 
     def _traced_gather(
-        self, tokens: Float[Array, "rows d_model"], rows: Int[Array, " n"], n_batches: int | None
+        self, tokens: Float[Array, "rows d_model"], rows: Int[Array, " n"], batches: tuple[int, ...]
     ) -> Float[Array, "*batches n_padded d_model"]:
         def on_one_device(tokens: Array, rows: Array) -> Array:
             place = rows - jax.lax.axis_index(DATA) * self.rows_per_device
@@ -79,13 +78,13 @@ class ResidentStore:
             bits = to_bits(values)
             bits = jnp.where(is_here[:, None], bits, jnp.zeros_like(bits))
             x = from_bits(jax.lax.psum_scatter(bits, DATA, tiled=True), values.dtype)
-            return x if n_batches is None else x.reshape(n_batches, -1, x.shape[1])
+            return x.reshape(*batches, -1, x.shape[1])
 
         run = jax.shard_map(
             on_one_device,
             mesh=self.mesh,
             in_specs=(P(DATA), P()),
-            out_specs=P(DATA) if n_batches is None else P(None, DATA),
+            out_specs=batch_sharding(self.mesh, len(batches)).spec,
             check_vma=False,
         )
         return run(tokens, rows)
