@@ -81,19 +81,19 @@ def check_settings(settings: Any) -> None:
     value is refused where there can be several: with `split="train"`, each letter would be read as
     a split.
     """
-    types = get_type_hints(type(settings))
-    hints = get_type_hints(type(settings), include_extras=True)
+    hints = get_type_hints(type(settings))
+    annotated = get_type_hints(type(settings), include_extras=True)
     for name in [field.name for field in dataclasses.fields(settings)]:
         values = _plain(getattr(settings, name))
         # `_coerce` would take it, as in YAML and on the command line.
-        is_single = get_origin(types[name]) is tuple and isinstance(values, str | int | float)
+        is_single = get_origin(hints[name]) is tuple and isinstance(values, str | int | float)
         require(not is_single, f"{name} must be a tuple such as ({values!r},), got {values!r}")
-        values = _coerce(values, types[name], name)
+        values = _coerce(values, hints[name], name)
         object.__setattr__(settings, name, values)  # the class is frozen
         if not isinstance(values, tuple):
             values = (values,)
         numbers = [value for value in values if isinstance(value, int | float)]
-        for allowed in _ranges(hints[name]):
+        for allowed in _ranges(annotated[name]):
             for number in numbers:
                 require(abs(number) < FLOAT32_LIMIT, f"--{name} must be finite, got {number}")
                 require(allowed.contains(number), f"--{name} must be {allowed}, got {number}")

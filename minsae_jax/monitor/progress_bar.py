@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from tqdm import tqdm
 
@@ -114,12 +114,6 @@ def progress(title: str, total: int, unit: str, delay: float = 0.0) -> Iterator[
 
     If stderr is not a terminal, a line is printed every ten seconds instead of a bar.
     """
-    bar: Bar
-    if sys.stderr.isatty():
-        bar = Bar(title, total, unit, delay)
-    else:
-        bar = _Lines(title, total, unit, delay)
-    try:
+    kind = Bar if sys.stderr.isatty() else _Lines
+    with closing(kind(title, total, unit, delay)) as bar:
         yield bar
-    finally:
-        bar.close()

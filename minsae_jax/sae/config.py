@@ -262,7 +262,7 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
         names = {name for defaults in _RECIPE_DEFAULTS.values() for name in defaults}
         for name in sorted(names - _RECIPE_DEFAULTS[self.recipe].keys()):
             is_given = getattr(self, name) not in (None, ())
-            recipes = [recipe for recipe, own in _RECIPE_DEFAULTS.items() if name in own]
+            recipes = [recipe for recipe, defaults in _RECIPE_DEFAULTS.items() if name in defaults]
             require(not is_given, f"--{name} requires --recipe {' or '.join(recipes)}")
         self._check_kinds()
 

@@ -41,7 +41,7 @@ class TrainData:
     held_out: Store | None
     stream: TokenStream  # in a cluster, this process's share of the tokens
     groups: tuple[Group, ...]
-    # A resumed run has these three in its checkpoint, so they are None there.
+    # For the initial state of a new run; None when it resumes.
     start: Params | None  # weights of --init, for raw activations
     scale: float | None = None  # factor of the activations in training
     # Geometric median of the scaled tokens; None if no kind starts there.

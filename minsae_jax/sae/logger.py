@@ -24,10 +24,10 @@ from minsae_jax.sae.run import HELD_OUT_METRICS, RunFolder
 from minsae_jax.sae.snapshot import FeatureMeasures
 from minsae_jax.settings import JsonObject
 
-# Before the next Pareto plot is drawn, except at the end: each takes 0.1 s of CPU time.
+# Least time between two Pareto plots, except at the end: each takes 0.1 s of CPU time.
 PARETO_SECONDS = 10.0
-# Before the rows of further log intervals are written. A GPU can end 75 of them in a second, and
-# each has rows in three files of every member.
+# Least time between two writes of rows. A GPU can end 75 log intervals in a second, and each has
+# rows in three files of every member.
 WRITE_SECONDS = 1.0
 
 

@@ -87,7 +87,7 @@ class StepProgram:
     lr_schedule: optax.Schedule  # factor of the learning rate at a step
     dead_after: int  # tokens
     aux_dead_after: int  # tokens without activity after which AuxK trains a feature
-    n_features: int  # of the largest group, of one token and all members on a device
+    n_features: int  # of one token in the largest group, over its members on a device
 
     def schedule_factors(self, step: Int[Array, ""]) -> ScheduleFactors:
         """Return the values of the schedules at a step, counted from 0."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from minsae_jax.parallel.mesh import (
@@ -191,16 +192,11 @@ class Sweep:
 
     def abstract_portable(self) -> SweepState:
         """Return shapes, dtypes and shardings of the portable state; nothing is allocated."""
-        shapes = jax.eval_shape(
-            lambda: self._traced_unpad(self._traced_init(None, None, self.hyper))
-        )
 
-        def with_sharding(sharding: jax.sharding.Sharding, subtree: Any) -> Any:
-            return jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), subtree
-            )
+        def init() -> SweepState:
+            return self._traced_unpad(self._traced_init(None, None, self.hyper))
 
-        return jax.tree.map(with_sharding, self._portable_shardings, shapes)
+        return jax.eval_shape(jax.jit(init, out_shardings=self._portable_shardings))
 
     def _put_hyper(self, group: Group) -> HyperArrays:
         """Put the sparsity setting and lr of a group's members on the devices."""
@@ -278,8 +274,9 @@ class Sweep:
             # all calls that are queued on the devices.
             factors=self.program.schedule_factors(state.step - 1),
         )
-        groups = [group._replace(metrics=_zeros_like(group.metrics)) for group in state.groups]
-        return state._replace(groups=tuple(groups), moments=_zeros_like(state.moments)), metrics
+        zeros_like = optax.tree.zeros_like
+        groups = [group._replace(metrics=zeros_like(group.metrics)) for group in state.groups]
+        return state._replace(groups=tuple(groups), moments=zeros_like(state.moments)), metrics
 
     def _traced_dead_fractions(
         self, groups: tuple[MemberState, ...], tokens_seen: Array
@@ -360,7 +357,3 @@ def read_metrics(metrics: DeviceMetrics) -> list[IntervalMetrics] | None:
         )
         groups.append(interval)
     return groups
-
-
-def _zeros_like(tree: Any) -> Any:
-    return jax.tree.map(jnp.zeros_like, tree)

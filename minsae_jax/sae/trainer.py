@@ -94,7 +94,8 @@ def train(
         stack.enter_context(checkpoints)
         trainer = Trainer(plan, folder, data, checkpoints, on_step, measure_features)
         with closing(trainer.logger):
-            # One process opens them. Gloo ends a first sum that the others start 30 s earlier.
+            # One process opens them. The others wait here: Gloo ends a program's first sum if one
+            # process starts it 30 s before another.
             with barrier("open the logs"):
                 trainer.logger.open(trainer.progress)
             trainer.run_steps()

@@ -55,7 +55,7 @@ class Batch(NamedTuple):
     is_token: Float[Array, "tiles tile"] | None  # 0 for padding; None if there is no padding
 
     def masked(self, a: Array) -> Array:
-        """Return a [..., tile] with 0 for padding, where this is a single tile."""
+        """Return `a` [..., tile] with 0 for padding; this batch is a single tile."""
         return a if self.is_token is None else a * self.is_token[None]
 
 
@@ -65,7 +65,7 @@ class BatchContext(NamedTuple):
     is_dead: Bool[Array, " d_sae"]
     # Number of dead features: of this member, or the largest of the members of the group.
     n_dead: Int[Array, ""]
-    # Pre-activations of the whole batch from here on are active.
+    # Pre-activations that reach it are active: one threshold for the whole batch.
     threshold: Float[Array, ""] | None = None
     # All pre-activations, where they were needed for the threshold already.
     pre: Float[Array, "tiles d_sae tile"] | None = None
