@@ -116,6 +116,8 @@ def member_step(
     if "lambda_sparsity" in hyper:
         hyper = hyper | {"lambda_sparsity": hyper["lambda_sparsity"] * factors.sparsity}
     is_dead = members.tokens_since_fired >= program.aux_dead_after
+    # Frozen members train no features, among them copies that fill up a mesh.
+    is_dead &= ~members.frozen[:, None]
     most_dead = is_dead.sum(1).max()
 
     def member_sums(

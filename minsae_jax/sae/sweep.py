@@ -300,17 +300,11 @@ class Sweep:
             state.groups, self.groups, self._padded_groups, strict=True
         ):
             rows = jnp.arange(len(padded))
-            is_padding = rows >= len(group)
             # The last member repeats.
             state_of_rows = itemgetter(jnp.minimum(rows, len(group) - 1))
             padded_state = jax.tree.map(state_of_rows, group_state)
-            tokens_since_fired = padded_state.tokens_since_fired
-            padded_state = padded_state._replace(
-                frozen=padded_state.frozen | is_padding,
-                # Dead features of one member make all train theirs (AuxK), which takes time.
-                tokens_since_fired=jnp.where(is_padding[:, None], 0, tokens_since_fired),
-            )
-            groups.append(padded_state)
+            frozen = padded_state.frozen | (rows >= len(group))
+            groups.append(padded_state._replace(frozen=frozen))
         return state._replace(groups=tuple(groups))
 
 

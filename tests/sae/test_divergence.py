@@ -2,14 +2,17 @@
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from minsae_jax.sae import step
 from minsae_jax.sae.grid import make_groups
+from minsae_jax.sae.kinds.topk import TopK
 from minsae_jax.sae.run import HELD_OUT_METRICS
 from minsae_jax.sae.sweep import Sweep
 from minsae_jax.sae.trainer import train
@@ -73,6 +76,33 @@ def test_frozen_member_keeps_its_state(settings, monkeypatch):
         ):
             np.testing.assert_array_equal(before[1], now[1])
             assert name == "tokens_since_fired" or (before[0] != now[0]).any()
+
+
+@dataclass(frozen=True)
+class CountsDead(TopK):
+    """Stores how many dead features AuxK trains in b_dec."""
+
+    def finish_update(self, params, context):
+        return params | {"b_dec": jnp.full_like(params["b_dec"], context.n_dead)}
+
+
+def test_dead_features_of_a_frozen_member_are_not_trained(settings, monkeypatch):
+    """Nor do they slow the others down: accelerators compute AuxK for all members or none."""
+    monkeypatch.setattr(step, "on_cpu", lambda: False)
+    topk = replace(settings, kind=("topk",), lambda_sparsity=(), k=(2.0,), lr=(1e-3, 2e-3))
+    plan = replace(topk, feature_dim_factor=(2.0,), mesh="1x1").plan()
+    (group,) = make_groups(plan, 16)
+    sweep = Sweep(plan, (tuple(replace(member, kind=CountsDead()) for member in group),), 16)
+    state = sweep.init()
+    dead = np.zeros((2, 32), np.int32)
+    dead[0, :3] = plan.aux_dead_after
+    dead[1, :9] = plan.aux_dead_after
+    members = state.groups[0]._replace(tokens_since_fired=dead, frozen=np.array([False, True]))
+    x = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
+    state, _ = sweep.step(
+        state._replace(groups=(members,)), sweep.hyper, sweep.put(x), np.float32(1), n_tokens=32
+    )
+    assert set(np.asarray(state.groups[0].params["b_dec"][0])) == {3}
 
 
 def test_divergence_is_remembered_after_a_resume(settings, tmp_path):
