@@ -271,9 +271,10 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     """
     options = [hint]
     if get_origin(hint) in (Union, types.UnionType):
-        options = [option for option in get_args(hint) if option is not types.NoneType]
-        if value is None and len(options) < len(get_args(hint)):
-            return None
+        options = list(get_args(hint))
+    if types.NoneType in options and value is None:
+        return None
+    options = [option for option in options if option is not types.NoneType]
     if get_origin(options[0]) is tuple:
         values = value if isinstance(value, list | tuple) else [value]
         return tuple(_coerce(each, get_args(options[0])[0], name) for each in values)

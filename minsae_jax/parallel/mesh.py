@@ -174,10 +174,13 @@ def by_device(mesh: Mesh, x: np.ndarray) -> np.ndarray:
 
 def pad_axis(x: np.ndarray, axis: int, multiple: int) -> np.ndarray:
     """Return x with zeros added at the end of an axis, up to a multiple of a length."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % multiple)
+    n_added = -x.shape[axis] % multiple
     # np.pad copies also where there is nothing to add.
-    return np.pad(x, widths) if widths[axis][1] else x
+    if n_added == 0:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, n_added)
+    return np.pad(x, widths)
 
 
 def fetch_late(running: Iterable[T]) -> Iterator[T]:

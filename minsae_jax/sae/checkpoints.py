@@ -77,7 +77,8 @@ class Checkpoints:
         self._directory = folder.absolute()
         self._barrier_key: str | None = None  # that a thread of Orbax waits at
         self._may_be_saving = False  # in a cluster
-        self._agreed_at = 0.0  # when not all processes waited at different barriers
+        # When, for the last time, all processes waited at the same barrier or one did not wait.
+        self._agreed_at = 0.0
         for path in self._directory.glob("*/_CHECKPOINT_METADATA"):
             # Orbax reads these files of all steps; it would wait forever for a named pipe.
             if path.parent.name.isdecimal():

@@ -67,11 +67,13 @@ def test_densities_of_an_interval_that_contains_a_resume(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_between_the_last_checkpoint_and_the_export(settings, tmp_path):
+def test_kill_between_the_last_checkpoint_and_the_export(settings, tmp_path, capsys):
     train_until(settings, 40)
     assert _latest(tmp_path / "run") == 40
     assert not (tmp_path / "run/sweep.csv").exists()
+    capsys.readouterr()
     train(settings)
+    assert capsys.readouterr().err == "train 100%, 40/40\n"
     train(replace(settings, run_dir=str(tmp_path / "other")))
     names = ("metrics.csv", "act_freqs.csv", "sae.safetensors", "sweep.csv")
     assert files(tmp_path / "run", *names) == files(tmp_path / "other", *names)
