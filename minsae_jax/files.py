@@ -37,7 +37,7 @@ def atomic_write(path: Path, shared: bool = False, durable: bool = True) -> Iter
         suffix = f".tmp{os.getpid()}-{socket.gethostname()}"
     temporary = path.with_name(path.name + suffix)
     try:
-        with _named_errors(path):
+        with named_errors(path):
             yield temporary
         if durable:
             # Before the renaming: a power cut must not leave the new name without its content.
@@ -77,7 +77,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
                 # Refused before the work rather than after it.
                 with lock_folder(folder):
                     pass
-            with _named_errors(folder):
+            with named_errors(folder):
                 yield temporary
             flush_tree(temporary)
             if folder.exists():
@@ -101,7 +101,7 @@ def _locked_or_removed(folder: Path, named: Path) -> Iterator[None]:
     """Lock an empty folder, or remove it if an error of the system prevents that."""
     with ExitStack() as stack:
         try:
-            with _named_errors(named):
+            with named_errors(named):
                 stack.enter_context(lock_folder(folder, named=named))
         except OSError:
             with suppress(OSError):
@@ -120,7 +120,7 @@ def empty_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
     """Add the path to errors of the system that have none, such as that of a full disk."""
     try:
         yield
@@ -186,7 +186,7 @@ def _flush(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
-        with _named_errors(path):
+        with named_errors(path):
             os.fsync(descriptor)
     except OSError as e:
         # Some network file systems cannot flush folders.

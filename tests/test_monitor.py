@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,8 +26,10 @@ from minsae_jax.monitor import (
     table,
     wrap,
 )
+from minsae_jax.monitor.tensorboard import Board
 
 COLUMNS = ["lambda_sparsity", "k", "lr", "seed", "d_sae"]  # some members have k
+FULL = Path("/dev/full")
 HPARAMS = {"lambda_sparsity": 5.0, "lr": 1e-3, "seed": 0, "d_sae": 4}
 
 
@@ -38,6 +41,17 @@ def write(log, step):
 
 def open_log(folder, step=0):
     return MemberLog(folder, HPARAMS, 4, step, 100 * step, 10, 3, COLUMNS, ("fvu",))
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="a device of Linux, as if the disk were full")
+def test_full_disk_is_named(tmp_path):
+    board = Board(tmp_path, step=0)
+    board.path = FULL
+    board.add_scalars({"train/mse": 0.5}, step=1)
+    for write_file in (board.flush, partial(append_rows, FULL, [[1, 0.5]])):
+        with pytest.raises(OSError, match="No space left") as error:
+            write_file()
+        assert error.value.filename == str(FULL)
 
 
 def test_tensorboard(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.errors import UserError, reading
-from minsae_jax.files import atomic_write, regular_file
+from minsae_jax.files import atomic_write, named_errors, regular_file
 
 RESTORE = "; restore the file or train the run again"
 
@@ -40,7 +40,7 @@ def start_csv(path: Path, header: tuple[str, ...], last: int) -> None:
 
 def append_rows(path: Path, rows: Iterable[Iterable[object]]) -> None:
     """Add rows at the end of a CSV file."""
-    with path.open("a", newline="", encoding="utf-8") as file:
+    with named_errors(path), path.open("a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 

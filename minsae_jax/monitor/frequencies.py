@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minsae_jax.errors import reading
-from minsae_jax.files import atomic_write
+from minsae_jax.files import atomic_write, named_errors
 from minsae_jax.monitor.csv_log import (
     RESTORE,
     append_rows,
@@ -132,7 +132,7 @@ class FrequencyArray:
         self._rows = []
         if not rows:
             return
-        with self.path.open("r+b") as file:
+        with named_errors(self.path), self.path.open("r+b") as file:
             file.seek(self._row_offset())
             file.write(b"".join(rows))
             # The rows must be there when the header counts them.

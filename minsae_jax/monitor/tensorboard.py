@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from minsae_jax.files import named_errors
+
 if TYPE_CHECKING:  # tensorboard takes 0.2 seconds to import
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
@@ -91,7 +93,7 @@ class Board:
         # Not a second time, should this fail.
         self._records.seek(0)
         self._records.truncate()
-        with self.path.open("ab") as file:
+        with named_errors(self.path), self.path.open("ab") as file:
             file.write(records)
 
 
