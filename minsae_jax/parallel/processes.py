@@ -121,7 +121,8 @@ def process_share() -> Share:
 def barrier(what: str) -> Iterator[None]:
     """Barrier: if any process raises inside the block, all raise.
 
-    The processes that had no error themselves raise UserError.
+    The processes that had no error themselves raise UserError. Nothing in the block may wait for
+    the other processes, since one that raises has left it.
     """
     try:
         yield
