@@ -140,7 +140,7 @@ class Sweep:
         self._dead_fractions = jax.jit(self._traced_dead_fractions, out_shardings=whole)
         # The index is an argument, so that all members of a group share a compilation.
         self._get_member = jax.jit(
-            lambda params, i: jax.tree.map(lambda a: a[i], params), out_shardings=whole
+            lambda params, i: jax.tree.map(itemgetter(i), params), out_shardings=whole
         )
         self._unpad = jax.jit(self._traced_unpad, out_shardings=self._portable_shardings)
         self._pad = jax.jit(self._traced_pad, out_shardings=self.shardings)
