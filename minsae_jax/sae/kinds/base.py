@@ -178,10 +178,12 @@ class SAEKind:
         """Return some of the features; kinds whose features are independent compute only these."""
         if not self.independent:
             return self.encode(params, x)[..., indices]
-        d_sae = params["W_dec"].shape[0]
+        # With sizes that differ, as those of the parameters may not.
+        shapes = self.shapes(d_model=1, d_sae=2)
         columns = {}
         for name, p in params.items():
-            columns[name] = p[..., indices] if p.shape[-1:] == (d_sae,) else p
+            is_by_feature = shapes[name][-1:] == (2,)
+            columns[name] = p[..., indices] if is_by_feature else p
         return self.encode(columns, x)
 
     def penalty(

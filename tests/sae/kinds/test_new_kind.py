@@ -55,6 +55,26 @@ def new_kind(monkeypatch):
     monkeypatch.setitem(config.SPARSITY_SETTINGS, "squared", ("lambda_sparsity",))
 
 
+class Centred(Squared):
+    """Encodes x - b_dec."""
+
+    independent = True
+
+    def encode(self, params, x):
+        return super().encode(params, x - jnp.broadcast_to(params["b_dec"], x.shape))
+
+
+def test_some_features_of_as_many_as_d_model():
+    d_sae = d_model = 3
+    rng = np.random.default_rng(0)
+    shapes = Centred().shapes(d_model, d_sae)
+    params = {name: jnp.array(rng.normal(size=shapes[name]), jnp.float32) for name in shapes}
+    x = jnp.array(rng.normal(size=(5, d_model)), jnp.float32)
+    indices = jnp.array([2, 0])
+    some = Centred().encode_features(params, x, indices)
+    np.testing.assert_allclose(some, Centred().encode(params, x)[:, indices], rtol=1e-6)
+
+
 def csv_and_weights(run):
     paths = [path for path in run.rglob("*") if path.suffix in (".csv", ".safetensors")]
     return {str(path.relative_to(run)): path.read_bytes() for path in paths}
