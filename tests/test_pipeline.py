@@ -400,7 +400,8 @@ from tests.interrupt import train_until
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.settings import from_dict, read_yaml
 
-config = from_dict(TrainConfig, read_yaml("configs/demo.yaml")["train"])
+settings = read_yaml("configs/demo.yaml")["train"] | {"eval_window": 10}
+config = from_dict(TrainConfig, settings)
 train_until(config, step=52)
 """
 
@@ -422,14 +423,20 @@ def test_demo_reproduces_its_first_steps(tmp_path, run_here, environment):
         "XLA_FLAGS": TWO_DEVICES,  # compiled as for users
     }
     run([sys.executable, "-c", DEMO_STEPS], tmp_path, environment | changes)
-    for expected in sorted(DEMO_RUN.glob("members/*/metrics.csv")):
-        actual = tmp_path / "runs/demo" / expected.relative_to(DEMO_RUN)
-        columns = np.genfromtxt(actual, delimiter=",", names=True, ndmin=1)
-        expected_columns = np.genfromtxt(expected, delimiter=",", names=True)
-        for name in ("step", "tokens", "loss", "mse", "l1", "l0"):
-            # The first log interval: training amplifies rounding, by step 100 to up to 10 %. Means
-            # of this interval differ by 0.11 % between jax 0.10.2 and 0.12.0.
-            np.testing.assert_allclose(columns[name][0], expected_columns[name][0], rtol=3e-3)
+    for first in read_csv(DEMO_RUN / "first_steps.csv"):
+        metrics = f"members/{first['member']}/metrics.csv"
+        columns = np.genfromtxt(tmp_path / "runs/demo" / metrics, delimiter=",", names=True)
+        record = np.genfromtxt(DEMO_RUN / metrics, delimiter=",", names=True)
+        assert columns["step"][0] == float(first["step"])
+        assert columns["step"][4] == record["step"][0]
+        assert columns["tokens"][4] == record["tokens"][0]
+        for name in ("loss", "mse", "l1", "l0"):
+            # Training amplifies rounding: means of ten steps differ by 4e-6 between jax 0.10.2 and
+            # 0.12.0.1, and by 2e-5 if the store changes by 1e-6; an lr larger by 0.1 % changes
+            # them by 5e-4 or more.
+            np.testing.assert_allclose(columns[name][0], float(first[name]), rtol=3e-4)
+            # Means of 50 steps differ by 1 %, and with this lr by 8 %.
+            np.testing.assert_allclose(columns[name][:5].mean(), record[name][0], rtol=0.1)
 
 
 @pytest.mark.slow
