@@ -71,7 +71,13 @@ def read_tokens(store: str) -> Numbers:
     return opened.read_rows(0, opened.total_tokens)
 
 
+def to_numpy(function: Callable[[Numbers], Any]) -> Callable[[Numbers], Numbers]:
+    """Return the function with a NumPy array as its result."""
+    return lambda x: np.asarray(function(x))
+
+
 def measure(sae: Trained, x: Numbers) -> Measures:
+    """Measure an SAE on tokens."""
     squares = 0.0
     n_active: Any = 0  # tokens on which each feature is active
     for start in range(0, len(x), TILE):
@@ -111,8 +117,8 @@ def train_ours(store: Path, n_steps: int) -> Iterator[Trained]:
                 sparsity=setting[1],
                 lr=float(member.hyper["lr"]),
                 seconds=seconds,
-                encode=lambda x, sae=sae: np.asarray(sae.encode(x)),
-                decode=lambda features, sae=sae: np.asarray(sae.decode(features)),
+                encode=to_numpy(sae.encode),
+                decode=to_numpy(sae.decode),
             )
 
 
