@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -423,7 +424,7 @@ def test_reference_of_most_channels_is_no_part_of_their_names(tmp_path):
 def test_channels_of_a_file_that_cannot_be_used_are_named(tmp_path):
     pairs = [f"{a}-{b}" for a, b in itertools.pairwise(NEW_NAMES)]
     path = write_file(make_raw(pairs), tmp_path / "a.edf")
-    with pytest.raises(UserError, match=r"the file's other channels are C3-CZ, .* and 8 more"):
+    with pytest.raises(UserError, match=r"other channels of the file: C3-CZ, .* and 8 more"):
         run(path, tmp_path / "out")
 
 
@@ -514,3 +515,16 @@ def test_description_has_every_step(tmp_path):
     assert settings["reference"] == ["average"]
     assert content["preparation"]["versions"]["mne"] == mne.__version__
     assert str(tmp_path) not in json.dumps(content)
+
+
+def test_truncated_file_is_reported_also_where_logging_is_off(tmp_path):
+    """As in the command line, which turns off the logs of libraries."""
+    path = write_file(make_raw(), tmp_path / "a.edf")
+    path.write_bytes(path.read_bytes()[:-50_000])
+    logging.disable()
+    try:
+        prepared = run(path, tmp_path / "out")
+    finally:
+        logging.disable(logging.NOTSET)
+    assert load(tmp_path / "out").shape[0] < SECONDS * 100
+    assert "file is shorter or longer than its header says" in prepared.findings()[0]

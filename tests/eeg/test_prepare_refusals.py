@@ -39,7 +39,11 @@ def with_nan(data: np.ndarray) -> None:
         (scaled(1), {"max_duration": 15.0}, "is too long: 20 s"),
         (scaled(1), {"crop": 11.0}, "is too short: 0 s"),
         (scaled(1), {"channels": ("Fz", "AFz"), "on_missing": "error"}, "lacks AFz"),
-        (scaled(1), {"channels": ("Fz", "AFz")}, "has 1 usable channels of 2"),
+        (
+            scaled(1),
+            {"channels": ("Fz", "AFz")},
+            "has 1 usable channels of 2, too few for --max_interpolated 0.2",
+        ),
         (scaled(1), {"reference": ("M1",)}, "has no reference channel M1"),
         (scaled(1), {"sampling_rate": 500.0, "h_freq": 200.0}, "is too low for --h_freq 200"),
         (scaled(1), {"sampling_rate": 500.0, "notch": (180.0,)}, "is too low for --notch 180"),
@@ -121,3 +125,9 @@ def test_invalid_setting_is_one_line(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         run(path, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_file_of_labels_is_named(tmp_path):
+    path = write_file(make_raw(), tmp_path / "a_raw.fif")
+    with pytest.raises(UserError, match=r"^--labels no.csv does not exist$"):
+        run(path, tmp_path / "out", labels="no.csv")

@@ -107,8 +107,9 @@ def check_interpolated(channels: FileChannels, plan: Plan) -> None:
     n_channels = len(plan.channels)
     if len(names) > settings.max_interpolated * n_channels:
         raise BadRecordingError(
-            f"has {n_channels - len(names)} usable channels of {n_channels}; missing, flat or bad "
-            f"are {' '.join(names)}; the file's other channels are "
+            f"has {n_channels - len(names)} usable channels of {n_channels}, too few for "
+            f"--max_interpolated {settings.max_interpolated:g}; missing, flat or bad are "
+            f"{' '.join(names)}; other channels of the file: "
             f"{join_some(channels.unused, limit=10) or 'none'}"
         )
     positions = dict(zip(plan.channels, plan.positions, strict=True))

@@ -21,6 +21,8 @@ def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[Labels
     Raises UserError if a table is invalid.
     """
     if config.labels:
+        if not Path(config.labels).exists():
+            raise UserError(f"--labels {config.labels} does not exist")
         rows = _rows_of_table(Path(config.labels), sources)
         if not rows:
             named = f"{sources[0].path.name}, its patient is {sources[0].patient}"

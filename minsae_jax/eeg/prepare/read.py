@@ -25,7 +25,7 @@ from minsae_jax.files import regular_file
 # Annotations at the start of a file and at gaps, by MNE, EEGLAB and BrainVision.
 BOUNDARY = re.compile(r"^(EDGE boundary|BAD boundary|boundary|New Segment/.*)$")
 MIN_SHARED = 10  # channels, for a reference that is shared
-TRUNCATED = "does not match the file size"  # in MNE's log, of EDF files
+TRUNCATED = "does not match the file size"  # in MNE's warning, of EDF files
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class EegFile:
     bad: frozenset[str]  # canonical names of channels that the source marks as bad
     not_eeg: frozenset[str]  # canonical names of channels of other types in BIDS's channels.tsv
     annotations: tuple[Annotation, ...]
-    is_truncated: bool  # shorter than its header says
+    is_truncated: bool  # shorter or longer than its header says
     n_gaps: int  # across which the samples are joined
     scales: dict[str, float]  # that MNE leaves out, by the name in the file; see `edf.Header`
     is_resampled: bool  # by MNE, since channels of `raw` have different rates
@@ -67,8 +67,8 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
         for each in (path, *files_with_stem(path.parent, path.stem)):
             regular_file(each)
         # Warnings can contain parts of the header, so they are not shown.
-        with warnings.catch_warnings(), mne.utils.catch_logging() as log:
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             raw = _read_raw(path)
             names = _names(raw.ch_names)
             annotations = _annotations(raw)
@@ -123,7 +123,7 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
         bad=frozenset(bad),
         not_eeg=frozenset(not_eeg),
         annotations=tuple(each for each in annotations if not BOUNDARY.match(each.kind)),
-        is_truncated=TRUNCATED in log.getvalue(),
+        is_truncated=any(TRUNCATED in str(each.message) for each in caught),
         n_gaps=n_gaps,
         scales=scales,
         is_resampled=len({rates.get(name) for name in raw.ch_names}) > 1,
