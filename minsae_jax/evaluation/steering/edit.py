@@ -10,6 +10,7 @@ Scale 1 is therefore the model itself, bit for bit, and scale 0 removes the feat
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -107,8 +108,12 @@ class SteeredEncoder:
         places: Sequence[Place],
         features: Sequence[int],
         scales: Float[np.ndarray, "variants features"],
+        folder: Path | None = None,
     ) -> Iterator[SteeredWindows]:
-        """Yield some windows at a time; the variants are scale 1 everywhere, then `scales`."""
+        """Yield some windows at a time; the variants are scale 1 everywhere, then `scales`.
+
+        folder: of the recordings, by default that of the dataset.
+        """
         encoder_params, sae_params = self._params
         ones = np.ones((1, len(features)))
         all_scales = np.concatenate([ones, scales]).astype(np.float32)
@@ -118,7 +123,7 @@ class SteeredEncoder:
         with progress("steer", len(places), "windows", delay=2.0) as bar:
             for start in range(0, len(places), BATCH_WINDOWS):
                 batch = places[start : start + BATCH_WINDOWS]
-                windows = [self.read_window(place) for place in batch]
+                windows = [self.read_window(place, folder) for place in batch]
                 x = put_batch(self._mesh, np.stack(windows), per_device)
                 downstream = self._run((encoder_params, edit), x)
                 n = len(windows)
@@ -137,10 +142,12 @@ class SteeredEncoder:
         norms = np.linalg.norm(self.sae.decoder_directions[list(features)], axis=1)
         return self.sae.encode_features(x, features) @ norms
 
-    def read_window(self, place: Place) -> Float[np.ndarray, "seq_len n_vars"]:
+    def read_window(
+        self, place: Place, folder: Path | None = None
+    ) -> Float[np.ndarray, "seq_len n_vars"]:
         """Return the EEG of a window in the recording's unit, float32."""
         seq_len = self.dataset.seq_len
-        recording = open_recording(self.dataset.folder / place.recording)
+        recording = open_recording((folder or self.dataset.folder) / place.recording)
         start = place.window * seq_len
         return np.asarray(recording[start : start + seq_len], np.float32)
 

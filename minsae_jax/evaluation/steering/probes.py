@@ -9,6 +9,7 @@ reads steered activations, so that it is downstream of every layer that is steer
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -65,7 +66,8 @@ class LabelledSpans:
     # Of every span
     kind: Int[np.ndarray, " spans"]
     is_event: Bool[np.ndarray, " spans"]
-    # Windows that contain tokens of the spans
+    # Windows that contain tokens of the spans, and the folder of their recordings
+    folder: Path
     places: list[Place]
     # Of every token that a span touches, by window
     span: Int[np.ndarray, " touched"]
@@ -192,6 +194,7 @@ def _locate_spans(
     return LabelledSpans(
         kind=np.array(kind_of_span, np.int64),
         is_event=np.array(is_event, bool),
+        folder=dataset.folder,
         places=places,
         span=span[order],
         place=place[order],
@@ -213,7 +216,7 @@ def read_spans(
     n_tokens = np.bincount(spans.span, minlength=n_spans)
     weight = 1 / n_tokens.astype(np.float32)
     strongest = np.zeros((n_spans, len(features)), np.float32)
-    for windows in steered.run(spans.places, features, scales):
+    for windows in steered.run(spans.places, features, scales, spans.folder):
         stop = windows.start + len(windows.hidden)
         first, end = np.searchsorted(spans.place, [windows.start, stop])
         rows = slice(first, end)

@@ -1,5 +1,6 @@
 """Probes on the last layer against spans that are read one by one from the store."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -145,3 +146,17 @@ def test_without_any_span_there_are_no_probes(inputs, steered):
 
 def test_without_a_val_store_there_are_no_probes(inputs, steered):
     assert make_probes(replace(inputs, val=None, events=None), steered, FEATURES, 0) is None
+
+
+def test_val_windows_are_not_read_from_the_folder_of_the_test_recordings(inputs, probes, tmp_path):
+    """It has other recordings of the same names, as those of a second study can."""
+    for name in inputs.test.recordings:
+        shutil.copy(inputs.test.folder / name, tmp_path)
+    for name in inputs.val.recordings:
+        recording = np.load(inputs.val.folder / name)
+        np.save(tmp_path / name, recording[::-1])
+    test = replace(inputs.test, folder=tmp_path)
+    steered = SteeredEncoder(inputs.encoder, test, inputs.layer, inputs.members[0].sae)
+    of_two_folders = make_probes(replace(inputs, test=test), steered, FEATURES, seed=0)
+    for probe, expected in zip(of_two_folders.probes, probes.probes, strict=True):
+        assert probe.val_aucs == expected.val_aucs
