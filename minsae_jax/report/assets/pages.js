@@ -64,7 +64,7 @@ function drawLabels() {
     { name: "name", title: "Label", words: true, value: (l) => l.name, cell: (l) => html("a", { href: address("label", l.name) }, l.name) },
     { name: "values", title: "Values", words: true, value: (l) => l.values },
     { name: "patients", title: "Patients", value: (l) => l.patients, cell: (l) => whole(l.patients) },
-    { name: "n_significant", title: `Features with q < ${SIGNIFICANT}`, value: (l) => l.n_significant, cell: (l) => `${whole(l.n_significant)} of ${whole(l.n_tested)}` },
+    { name: "n_significant", title: `Features with q < ${SIGNIFICANT}`, value: (l) => l.n_significant, cell: (l) => (l.n_tested ? `${whole(l.n_significant)} of ${whole(l.n_tested)}` : "not tested") },
     { name: "probe", title: "Probe on features", value: (l) => l.probe?.features.score, cell: (l) => probeText(l.probe, l.probe?.features.score) },
     { name: "raw", title: "On raw dimensions", value: (l) => l.probe?.raw.score, cell: (l) => probeText(l.probe, l.probe?.raw.score) },
     { name: "permuted", title: "Labels permuted", hint: "the same probe on features with labels exchanged between patients", value: (l) => l.probe?.features.permuted, cell: (l) => probeText(l.probe, l.probe?.features.permuted) },
@@ -224,6 +224,7 @@ function showLabel(name) {
 
 function labelSentence(label) {
   const { n_tested: tested, n_significant: found } = label;
+  if (!tested) return "No feature is tested.";
   const tests = `Of ${count(tested, "feature")} tested with patients as the unit,`;
   return found
     ? `${tests} ${whole(found)} ${found === 1 ? "is" : "are"} associated with ${label.name} at q < ${SIGNIFICANT}.`
