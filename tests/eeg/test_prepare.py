@@ -19,7 +19,6 @@ import pytest
 from minsae_jax import UserError
 from minsae_jax.eeg.description import read_description
 from minsae_jax.eeg.montage import CHANNELS
-from minsae_jax.eeg.prepare.channels import montage_positions, target_channels
 from minsae_jax.eeg.recordings import open_windows, read_lengths
 from minsae_jax.evaluation.events import read_events
 from tests.eeg.eeg_files import NEW_NAMES, SECONDS, load, make_raw, run, write_file
@@ -434,18 +433,6 @@ def test_montage_with_two_names_of_an_electrode_is_a_list_of_channels(tmp_path):
     path = write_file(make_raw(channels, seconds=10), tmp_path / "a_raw.fif")
     run(path, tmp_path / "out", channels=("colin27_1020",))
     assert read_description(tmp_path / "out").channels == tuple(channels)
-
-
-def test_montages_are_found_by_their_names_before_mne_1_13(monkeypatch):
-    channels = ("AF3", "PO4", "Iz")
-    expected = montage_positions(channels, "colin27_1005")
-    make = mne.channels.make_standard_montage
-    monkeypatch.setattr(mne.channels, "get_builtin_montages", lambda: ["standard_1005"])
-    monkeypatch.setattr(
-        mne.channels, "make_standard_montage", {"standard_1005": make("colin27_1005")}.get
-    )
-    assert montage_positions(channels, "standard_1005") == expected
-    assert len(target_channels(("standard_1005",))) > 300
 
 
 def test_channels_without_a_position_are_reported(tmp_path):

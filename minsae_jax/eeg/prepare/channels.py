@@ -104,9 +104,9 @@ def _interpolation(
 def _montage(name: str) -> mne.channels.DigMontage | None:
     """Return one of MNE's montages, None if it has none of this name."""
     # MNE 1.13 has renamed standard_1005 to colin27_1005, and its relatives likewise.
-    for spelling in (name.replace("standard_", "colin27_"), name):
-        if spelling in mne.channels.get_builtin_montages():
-            return mne.channels.make_standard_montage(spelling)
+    name = name.replace("standard_", "colin27_")
+    if name in mne.channels.get_builtin_montages():
+        return mne.channels.make_standard_montage(name)
     return None
 
 
