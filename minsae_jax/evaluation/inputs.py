@@ -259,8 +259,12 @@ def _open_split(
     split: Literal["val", "test"],
     named: str | None,
 ) -> Dataset | None:
-    """Open the store at `named`, else the sibling of the train store, or None if it is missing."""
-    path = Path(named) if named else sibling_store(Path(train_config.store), split)
+    """Open the store at `named`, else the sibling of the train store, or None if it is missing.
+
+    A run with --live has no train store.
+    """
+    sibling = None if train_config.live else sibling_store(Path(train_config.store), split)
+    path = Path(named) if named else sibling
     if path is None or not (named or path.is_dir()):
         return None
     layer = train_config.cache_layer

@@ -416,6 +416,19 @@ def test_patients_that_are_also_in_the_train_store_are_a_warning(trained, settin
     assert len(caught) == 2  # of val and test
 
 
+def test_live_run_does_not_take_the_stores_beside_the_default_store(trained, settings):
+    """Those of a run with a train store are taken."""
+    config = load_run_config(trained.run)
+    with_store = replace(settings, store=f"{trained.stores}_test", val_store=None)
+    assert inputs.open_inputs(with_store, trained.encoder, config).val is not None
+    live = replace(config, live=True, root_path=str(trained.recordings))
+    with pytest.warns(UserWarning, match="no store of the val patients .*; set --val_store"):
+        assert inputs.open_inputs(with_store, trained.encoder, live).val is None
+    without_store = replace(settings, store=None, val_store=None)
+    with pytest.raises(UserError, match="no store of the test patients; set --store"):
+        inputs.open_inputs(without_store, trained.encoder, live)
+
+
 def test_evaluation_on_val_patients_warns(trained, settings):
     val = trained.stores.with_name(f"{trained.stores.name}_val")
     with pytest.warns(UserWarning, match="on which features and probes are chosen"):

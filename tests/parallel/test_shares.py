@@ -39,10 +39,13 @@ def bytes_read(stdout: str) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts the bytes")
 def test_two_processes_read_half_of_the_store_each(tmp_path):
-    """A whole run: scale, three epochs, the start of Python and all its imports."""
+    """A whole run: scale, six epochs, the start of Python and all its imports.
+
+    At the end, the reader may be ahead by a shuffle buffer, or not.
+    """
     batch = 16_384
     store = write_large_store(tmp_path / "store")
-    n_steps = 3 * sum(open_store(store).tokens_per_shard) // batch
+    n_steps = 6 * sum(open_store(store).tokens_per_shard) // batch
     flags = ("--store", store, "--batch_size", batch, "--num_steps", n_steps, "--eval_window", 8)
     sweep = ("--lambda_sparsity", 0.1, 1, 3, 10, "--feature_dim_factor", 0.0625)
 
@@ -55,7 +58,7 @@ def test_two_processes_read_half_of_the_store_each(tmp_path):
         command("one", "--mesh", "1x1"), check=True, capture_output=True, text=True, cwd=ROOT
     )
     whole = bytes_read(one.stdout)
-    assert whole > 3 * 64e6
+    assert whole > 6 * 64e6
     # Every device needs all tokens.
     for result in Cluster(command("two", "--mesh", "4x1")).wait():
         assert result.returncode == 0, result.stderr
