@@ -161,8 +161,8 @@ class RecipeFlags:
     )
     """Shares of d_sae in the prefixes of matryoshka, increasing to 1."""
     aux_dead_after: Annotated[int | None, Range(min=1, below=2**30)] = None
-    """AuxK trains features of top-k kinds that have not been active for this many tokens (default:
-    10 million, but at most --dead_after and a sixteenth of the run)."""
+    """AuxK trains features, of all kinds but relu, that have not been active for this many tokens
+    (default: 10 million, but at most --dead_after and a sixteenth of the run)."""
     beta1: Annotated[float, Range(min=0, below=1)] = 0.9
     """Adam's decay rate of the first moment."""
     beta2: Annotated[float, Range(min=0, below=1)] = 0.999

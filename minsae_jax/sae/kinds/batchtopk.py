@@ -34,7 +34,6 @@ class BatchTopK(LinearSAE):
     starts_at_median = True
     unit_decoder = True
     selects = True
-    uses_aux = True
     has_data_dependent_loop = True
     settling_steps = 1 + math.ceil(math.log(SETTLED_WEIGHT) / math.log(1 - THRESHOLD_RATE))
 

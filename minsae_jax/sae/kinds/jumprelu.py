@@ -8,6 +8,8 @@ width ε (Rajamanoharan et al. 2024). Three penalties:
     step        λ L0, where L0 is the number of active features (Rajamanoharan et al. 2024)
     target_l0   d_model (L0 / target - 1)², where L0 is the batch's mean number of active features
                 (d_model, since E‖x‖² is about d_model; dictionary_learning has 1 for E‖x‖² = 1)
+
+The loss also has AuxK, as that of the top-k kinds.
 """
 
 from dataclasses import dataclass

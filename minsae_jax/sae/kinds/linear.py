@@ -1,6 +1,7 @@
 """Kinds that are an activation between two linear maps, with the gradient of the maps by hand.
 
     pre = x W_enc + b_enc,    features = activate(pre),    x̂ = features W_dec + b_dec
+    loss = mse + penalties of the kind + AuxK
 
 A kind says what `activate` is, and autodiff gives its gradient, which is elementwise and cheap. The
 five matrix products of a step are written out, so that features are computed once, [d_sae, tile],
@@ -108,8 +109,6 @@ class LinearSAE(SAEKind):
     # Whether a feature is its pre-activation where that reaches a threshold, which is above 0 and
     # not differentiated, and there is no penalty.
     selects: ClassVar[bool] = False
-    # Whether dead features learn from the residual (AuxK).
-    uses_aux: ClassVar[bool] = False
 
     @property
     def weighs_batch_penalty(self) -> bool:
@@ -193,13 +192,10 @@ class LinearSAE(SAEKind):
 
         def add_tile(
             sums: LinearSums, tile_and_pre: tuple[Batch, Array | None]
-        ) -> tuple[LinearSums, Array | None]:
+        ) -> tuple[LinearSums, Array]:
             tile, pre = tile_and_pre
             tile_context = context._replace(pre=pre)
-            sums, error = self.add_tile(
-                sums, weights, vectors, tile, hyper, objective, tile_context
-            )
-            return sums, error if self.uses_aux else None
+            return self.add_tile(sums, weights, vectors, tile, hyper, objective, tile_context)
 
         zero = jnp.zeros(())
         d_sae = params["W_dec"].shape[0]
@@ -215,8 +211,6 @@ class LinearSAE(SAEKind):
             active=jnp.zeros(d_sae, jnp.int32),
         )
         sums, errors = jax.lax.scan(add_tile, start, (batch, context.pre))
-        if errors is None:
-            return sums
         gradients, aux = aux_sums(params, weights, batch, errors, objective, context)
         return sums._replace(
             gradients=jax.tree.map(jnp.add, sums.gradients, gradients), other=sums.other + aux

@@ -55,7 +55,6 @@ class TopK(LinearSAE):
     starts_at_median = True
     unit_decoder = True
     selects = True
-    uses_aux = True
 
     @property
     def settings(self) -> dict[str, Any]:

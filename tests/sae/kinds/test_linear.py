@@ -294,7 +294,7 @@ def test_metrics_and_gradients_do_not_depend_on_the_batch_size(name, x):
 
 
 @pytest.mark.parametrize("every", [3, 5, 20])
-@pytest.mark.parametrize("name", ["topk", "topk by rows", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize("name", KINDS)
 def test_dead_features_learn_from_the_residual(name, every, x):
     """AuxK with a forced dead mask: D/32 Σ‖e - ê‖² / Σ‖e - mean e‖², e not differentiated.
 

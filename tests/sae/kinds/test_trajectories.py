@@ -101,8 +101,7 @@ class Reference:
             loss = loss + LAMBDA * sparsity_factor * penalty + 3e-6 * below
         elif self.name == "target_l0":
             loss = loss + D * (count.mean() / TARGET - 1) ** 2
-        else:
-            loss = loss + self.aux_loss(pre, errors[-1].detach())
+        loss = loss + self.aux_loss(pre, errors[-1].detach())
         active = features > 0
         return loss, mses[-1], active
 
@@ -194,8 +193,7 @@ def test_fifty_steps_follow_the_definition(name):
     for key in reference.trained:
         np.testing.assert_allclose(params[key], reference.p[key].detach(), atol=1e-4)
         assert np.abs(np.asarray(params[key]) - start[key]).max() > 0.01
-    if name in UNIT_DECODER:
-        assert reference.n_aux_steps > 10
+    assert reference.n_aux_steps > 10
     if name in ("batchtopk", "matryoshka"):
         selected, other = reference.kth
         assert other * (1 - 1e-4) <= float(params["threshold"]) <= selected * (1 + 1e-4)
