@@ -7,9 +7,11 @@ width ε (Rajamanoharan et al. 2024). Three penalties:
                 (Anthropic, January 2025; the ramp's gradient also goes to z)
     step        λ L0, where L0 is the number of active features (Rajamanoharan et al. 2024)
     target_l0   d_model (L0 / target - 1)², where L0 is the batch's mean number of active features
-                (d_model, since E‖x‖² is about d_model; dictionary_learning has 1 for E‖x‖² = 1)
+                (d_model, since E‖x‖² is about d_model; dictionary_learning has 1 for E‖x‖² = 1),
+                + 3e-6 d_model Σ relu(θ_i - z_i) over dead features
 
-The loss also has AuxK, as that of the top-k kinds.
+The loss also has AuxK. It raises z_i of dead features, but leaves θ_i where z_i may never reach it;
+the last term lowers θ_i.
 """
 
 from dataclasses import dataclass
@@ -34,11 +36,15 @@ STEP_WIDTH = 1e-3
 
 @dataclass(frozen=True)
 class JumpReLU(LinearSAE):
-    """mode: the penalty. bandwidth: ε, in the unit of scaled activations, as initial_threshold."""
+    """mode: the penalty. bandwidth: ε, in the unit of scaled activations, as initial_threshold.
+
+    dead_weight: of the distance of dead features below their thresholds, with mode `target_l0`.
+    """
 
     mode: Literal["tanh", "step", "target_l0"] = "tanh"
     bandwidth: float = 2.0
     initial_threshold: float = 0.1
+    dead_weight: float = 0.0
 
     name = "jumprelu"
     param_names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
@@ -47,7 +53,7 @@ class JumpReLU(LinearSAE):
 
     def for_run(self, config: TrainConfig, d_model: int) -> "JumpReLU":
         if config.target_l0:
-            return JumpReLU(mode="target_l0")
+            return JumpReLU(mode="target_l0", dead_weight=PRE_ACTIVATION_WEIGHT * d_model)
         if config.jumprelu_penalty == "step":
             # Scaled activations have a mean norm of √d_model.
             width = STEP_WIDTH * d_model**0.5
@@ -99,7 +105,10 @@ class JumpReLU(LinearSAE):
         # The value is pre * active, and the ramp's gradient is multiplied by θ, as in the paper.
         constant = jax.lax.stop_gradient(active)
         features = pre * constant + jax.lax.stop_gradient(threshold) * (active - constant)
-        return Activated(features, penalty=active)
+        if self.mode == "step":
+            return Activated(features, penalty=active)
+        below = jnp.where(context.is_dead[:, None], jax.nn.relu(threshold - pre), 0)
+        return Activated(features, penalty=active, other=self.dead_weight * below)
 
     def penalty(
         self, params: Params, features: Float[Array, "tokens d_sae"]

@@ -44,7 +44,7 @@ KINDS = {
     "matryoshka": Matryoshka(shares=(0.25, 0.5, 1.0)),
     "tanh": JumpReLU(mode="tanh"),
     "step": JumpReLU(mode="step", bandwidth=0.5),
-    "target_l0": JumpReLU(mode="target_l0", bandwidth=0.5),
+    "target_l0": JumpReLU(mode="target_l0", bandwidth=0.5, dead_weight=0.3),
 }
 HYPER = {
     "k": jnp.float32(5),
@@ -298,7 +298,7 @@ def test_metrics_and_gradients_do_not_depend_on_the_batch_size(name, x):
 def test_dead_features_learn_from_the_residual(name, every, x):
     """AuxK with a forced dead mask: D/32 Σ‖e - ê‖² / Σ‖e - mean e‖², e not differentiated.
 
-    14, 8 and 2 features are dead, which are trained from 40, 10 and 2 rows of the weights.
+    With a target L0, dead features also rise to their thresholds. 14, 8 and 2 features are dead, which are trained from 40, 10 and 2 rows of the weights.
     """
     kind = KINDS[name]
     params = initial_params(kind)
@@ -309,20 +309,27 @@ def test_dead_features_learn_from_the_residual(name, every, x):
     e = x - features_of(kind, p, x) @ p["W_dec"] - p["b_dec"]
     variance = ((e - e.mean(0)) ** 2).sum()
 
-    def aux_loss(p):
-        positive = np.where(is_dead, np.maximum(x @ p["W_enc"] + p["b_enc"], 0), 0)
+    def dead_loss(p):
+        pre = x @ p["W_enc"] + p["b_enc"]
+        positive = np.where(is_dead, np.maximum(pre, 0), 0)
         kth = np.sort(positive, axis=1)[:, -(D // 2)][:, None]
         a = np.where(positive >= np.maximum(kth, 1e-30), positive, 0)
-        return ((e - a @ p["W_dec"]) ** 2).sum() / variance * D / 32
+        loss = ((e - a @ p["W_dec"]) ** 2).sum() / variance * D / 32
+        if name == "target_l0":
+            below = np.where(is_dead, np.maximum(p["threshold"] - pre, 0), 0)
+            loss += 0.3 * below.sum(1).mean()
+        return loss
 
-    assert float(metrics.loss - plain.loss) == pytest.approx(aux_loss(p), rel=1e-3)
+    assert float(metrics.loss - plain.loss) == pytest.approx(dead_loss(p), rel=1e-3)
     rng = np.random.default_rng(2)
-    for key in ("W_enc", "b_enc", "W_dec", "b_dec"):
+    for key in gradients:
         direction = rng.normal(size=p[key].shape)
         if key == "W_dec":
             direction -= (direction * p[key]).sum(1, keepdims=True) * p[key]
         step = 1e-6 * direction
-        expected = (aux_loss(p | {key: p[key] + step}) - aux_loss(p | {key: p[key] - step})) / 2e-6
+        above = dead_loss(p | {key: p[key] + step})
+        below = dead_loss(p | {key: p[key] - step})
+        expected = (above - below) / 2e-6
         difference = np.asarray(gradients[key] - without[key], np.float64)
         assert (difference * direction).sum() == pytest.approx(expected, rel=2e-3, abs=1e-5)
 

@@ -100,7 +100,8 @@ class Reference:
             below = (torch.relu(p["threshold"] - pre) * norms).sum(1).mean()
             loss = loss + LAMBDA * sparsity_factor * penalty + 3e-6 * below
         elif self.name == "target_l0":
-            loss = loss + D * (count.mean() / TARGET - 1) ** 2
+            below = torch.relu(p["threshold"] - pre)[:, self.silent_for >= DEAD_AFTER]
+            loss = loss + D * (count.mean() / TARGET - 1) ** 2 + 3e-6 * D * below.sum(1).mean()
         loss = loss + self.aux_loss(pre, errors[-1].detach())
         active = features > 0
         return loss, mses[-1], active
