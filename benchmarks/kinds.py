@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "jumprelu, tanh": {"kind": ("jumprelu",), "lambda_sparsity": (5.0,)},
     "jumprelu, target L0": {"kind": ("jumprelu",), "target_l0": (32.0,)},
 }
-AUX_KINDS = ("topk", "batchtopk", "matryoshka")
+AUX_KINDS = ("topk", "batchtopk", "matryoshka", "jumprelu, target L0")
 DEAD_SHARES = (0.05, 0.5)
 
 
