@@ -32,6 +32,7 @@ from minsae_jax.sae.kinds.products import (
     project_back,
     round_weights,
     store_features,
+    transpose_w_enc,
     zero_gradients,
 )
 
@@ -100,8 +101,7 @@ class ReLU(SAEKind):
             active=jnp.zeros(d_sae, jnp.int32),
         )
         sums, _ = jax.lax.scan(add_tile, start, batch)
-        gradients = sums.gradients | {"W_enc": sums.gradients["W_enc"].T}
-        return sums._replace(gradients=gradients)
+        return sums._replace(gradients=transpose_w_enc(sums.gradients))
 
     def gradients(
         self,
