@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minsae_jax.parallel.mesh import materialize, on_cpu, sum_devices
+from minsae_jax.parallel.mesh import materialize, sum_devices
 from minsae_jax.sae.kinds.base import Batch, BatchContext, Objective, Params
 from minsae_jax.sae.kinds.products import (
     Weights,
@@ -15,7 +15,7 @@ from minsae_jax.sae.kinds.products import (
     product,
     project_back,
     store_features,
-    transpose_w_enc,
+    zero_gradients,
 )
 from minsae_jax.sae.kinds.select import keep_largest
 
@@ -28,22 +28,21 @@ SHARES = (1 / 16, 1 / 4)
 LEAST_ROWS = 64
 
 
-def add_aux(
-    gradients: Params,
+def aux_sums(
+    params: Params,
     weights: Weights,
     batch: Batch,
     errors: Float[Array, "tiles d_model tile"],
     objective: Objective,
     context: BatchContext,
 ) -> tuple[Params, Float[Array, ""]]:
-    """Return gradients to which AuxK's are added, and its loss: dead features learn the residual.
+    """Return AuxK's gradients and loss, times tokens: dead features reconstruct the residual.
 
         d_model / 32 * Σ‖e - ê‖² / Σ‖e - mean e‖²,    e = x - x̂ (not differentiated)
 
     ê = Σ_i a_i W_dec,i over the d_model / 2 largest activations a of dead features (Gao et al.
     2024, as dictionary_learning computes it). Nothing is computed if no feature is dead. If few
     are, it is from their rows of the weights: from all rows, AuxK would double the time of a step.
-    Gradients and loss are times tokens; W_enc's gradient comes transposed and leaves as stored.
     """
     d_model = errors.shape[1]
     n_aux = max(d_model // 2, 1)
@@ -59,13 +58,10 @@ def add_aux(
     # With this bias, features that are not dead are inactive.
     b_enc = jnp.where(context.is_dead, weights.b_enc, -jnp.inf)
     d_sae = len(b_enc)
-    # XLA lays out what a branch returns as its shape says. For GPUs it would transpose Adam's
-    # moments if the gradient of W_enc were not added in the shape of W_enc; on CPU that is slower.
-    arrange = (lambda gradients: gradients) if on_cpu() else transpose_w_enc
-    zeros = jax.tree.map(jnp.zeros_like, gradients)
+    zeros = zero_gradients(params)
 
     def sums_from_rows(n_rows: int) -> tuple[Params, Array]:
-        """Return the sums if at most n_rows features are dead."""
+        """Return the sums, if at most n_rows features are dead."""
         rows: Int[Array, " rows"] | slice = slice(None)
         if n_rows < d_sae:
             rows = jnp.argsort(~context.is_dead)[:n_rows]
@@ -92,29 +88,27 @@ def add_aux(
             # So that one pass over both computes the gradient and its sum.
             f_FxB, backward_FxB = materialize((f_FxB, backward_FxB))
             pre_gradient_FxB = jnp.where(f_FxB > 0, 2 * backward_FxB.astype(jnp.float32), 0)
-            of_tile = {
+            gradients = {
                 "W_enc": encoder_gradient(round_factor(pre_gradient_FxB), round_factor(x_BxD)),
                 "b_enc": pre_gradient_FxB.sum(1),
                 "W_dec": 2 * product(rounded_f_FxB, rounded_DxB.T),
             }
-            tile_sums = (of_tile, jnp.square(difference_DxB).sum())
+            tile_sums = (gradients, jnp.square(difference_DxB).sum())
             return jax.tree.map(jnp.add, sums, tile_sums), None
 
         start = {name: zeros[name][rows] for name in ("W_enc", "b_enc", "W_dec")}
-        sums, loss = jax.lax.scan(add_tile, (start, jnp.zeros(())), (batch.x, errors, mask))[0]
+        gradients, loss = jax.lax.scan(add_tile, (start, jnp.zeros(())), (batch.x, errors, mask))[0]
         # With --deterministic, XLA for GPU needs 11 more launches for rows that may repeat.
         of_all = {
             name: zeros[name].at[rows].set(gradient, unique_indices=True)
-            for name, gradient in sums.items()
+            for name, gradient in gradients.items()
         }
-        return arrange(zeros | of_all), loss
+        return zeros | of_all, loss
 
     # The first size that all dead features fit into, or all rows.
     sizes = sorted({max(int(share * d_sae), LEAST_ROWS) for share in SHARES})
     sizes = [size for size in sizes if size < d_sae]
     branches = [partial(sums_from_rows, size) for size in (*sizes, d_sae)]
     branch = (context.n_dead > jnp.array([0, *sizes])).sum()
-    nothing = (arrange(zeros), jnp.zeros(()))
-    of_dead, loss = jax.lax.switch(branch, [lambda: nothing, *branches])
-    total = jax.tree.map(lambda a, b: a + factor * b, arrange(gradients), of_dead)
-    return transpose_w_enc(total) if on_cpu() else total, factor * loss
+    sums = jax.lax.switch(branch, [lambda: (zeros, jnp.zeros(())), *branches])
+    return jax.tree.map(lambda a: factor * a, sums)

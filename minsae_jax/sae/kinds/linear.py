@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Num
 
 from minsae_jax.parallel.mesh import materialize, on_cpu
-from minsae_jax.sae.kinds.auxk import add_aux
+from minsae_jax.sae.kinds.auxk import aux_sums
 from minsae_jax.sae.kinds.base import (
     Batch,
     BatchContext,
@@ -91,7 +91,7 @@ def _gradient_of_sum(
 class LinearSums(NamedTuple):
     """Sums over tokens, which may be added over tiles and devices."""
 
-    gradients: Params  # of loss * tokens; in the loop over tiles with W_enc transposed
+    gradients: Params  # of loss * tokens, with W_enc transposed
     vectors: Vectors  # gradients of loss * tokens
     penalty_vectors: Vectors  # gradients of the penalty, if its weight depends on the whole batch
     reconstruction: Float[Array, ""]  # Σ‖x̂ - x‖², for Matryoshka the mean over its prefixes
@@ -211,8 +211,10 @@ class LinearSAE(SAEKind):
             active=jnp.zeros(d_sae, jnp.int32),
         )
         sums, errors = jax.lax.scan(add_tile, start, (batch, context.pre))
-        gradients, aux = add_aux(sums.gradients, weights, batch, errors, objective, context)
-        return sums._replace(gradients=gradients, other=sums.other + aux)
+        gradients, aux = aux_sums(params, weights, batch, errors, objective, context)
+        return sums._replace(
+            gradients=jax.tree.map(jnp.add, sums.gradients, gradients), other=sums.other + aux
+        )
 
     def add_tile(
         self,
@@ -344,7 +346,7 @@ class LinearSAE(SAEKind):
         w_dec = params["W_dec"]
         of_maps, metrics = super().gradients(params, sums, n_tokens, hyper, objective)
         gradients = {name: jnp.zeros_like(p) for name, p in params.items()}
-        gradients |= of_maps
+        gradients |= of_maps | {"W_enc": of_maps["W_enc"].T}
         vectors = {name: a / n_tokens for name, a in sums.vectors.items()}
         batch_loss, weight = self.batch_penalty(metrics.l1, hyper, w_dec.shape[1])
         for name, gradient in sums.penalty_vectors.items():

@@ -43,13 +43,8 @@ def pre_activations(
 
 def zero_gradients(params: Params) -> Params:
     """Return zeros for the gradients of the two maps, with W_enc transposed."""
-    names = ("W_enc", "b_enc", "W_dec", "b_dec")
-    return transpose_w_enc({name: jnp.zeros_like(params[name]) for name in names})
-
-
-def transpose_w_enc(gradients: Params) -> Params:
-    """Return the gradients with that of W_enc transposed, as products write it, or back."""
-    return gradients | {"W_enc": gradients["W_enc"].T}
+    zeros = {name: jnp.zeros_like(params[name]) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    return zeros | {"W_enc": zeros["W_enc"].T}
 
 
 def row_sums(a: Float[Array, "m n"]) -> Float[Array, " m"]:

@@ -32,7 +32,6 @@ from minsae_jax.sae.kinds.products import (
     project_back,
     round_weights,
     store_features,
-    transpose_w_enc,
     zero_gradients,
 )
 
@@ -101,7 +100,8 @@ class ReLU(SAEKind):
             active=jnp.zeros(d_sae, jnp.int32),
         )
         sums, _ = jax.lax.scan(add_tile, start, batch)
-        return sums._replace(gradients=transpose_w_enc(sums.gradients))
+        gradients = sums.gradients | {"W_enc": sums.gradients["W_enc"].T}
+        return sums._replace(gradients=gradients)
 
     def gradients(
         self,
