@@ -298,7 +298,8 @@ def test_metrics_and_gradients_do_not_depend_on_the_batch_size(name, x):
 def test_dead_features_learn_from_the_residual(name, every, x):
     """AuxK with a forced dead mask: D/32 Σ‖e - ê‖² / Σ‖e - mean e‖², e not differentiated.
 
-    With a target L0, dead features also rise to their thresholds. 14, 8 and 2 features are dead, which are trained from 40, 10 and 2 rows of the weights.
+    With a target L0, dead features also rise to their thresholds. 14, 8 and 2 features are dead,
+    which are trained from 40, 10 and 2 rows of the weights.
     """
     kind = KINDS[name]
     params = initial_params(kind)
