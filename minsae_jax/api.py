@@ -24,7 +24,7 @@ from minsae_jax.files import foreign_entries
 from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.locks import lock_folder
 from minsae_jax.report.view_config import ViewConfig
-from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
+from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config, run_of
 from minsae_jax.settings import require
 
 if TYPE_CHECKING:
@@ -233,6 +233,7 @@ def _open_feature_monitor(
 def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "Evaluation":
     """Measure a finished run on held-out recordings; with `config.report`, also write its report.
 
+    With `config.out`, SAEs that belong to other runs, or to none, can be measured too.
     encoder: by default the one at `config.checkpoint_path`, or else the run's. Without any, loss
     recovered is not measured, with a warning. A model of --model has no head to measure it by, so
     it is not loaded. Raises UserError if there is no such run, encoder or store, or they do not
@@ -240,13 +241,20 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
     """
     _check_config(config, EvaluateConfig)
     from minsae_jax.evaluation import evaluate as evaluation
+    from minsae_jax.evaluation.members import is_sae, training_of
     from minsae_jax.report.report import write_report
 
     run = Path(config.run)
-    trained = load_run_config(run)
+    trained = training_of(run)
+    if is_sae(run):
+        require(config.out is not None, f"{run} is an SAE and not a run; set --out")
+    for other in config.compare_with:
+        require(Path(other).is_dir(), f"--compare_with {other} is not a folder")
     start()
     encoder = encoder or _encoder_of(config, trained)
-    if encoder is None and trained.model is None:
+    # A model of --model has no reconstruction head.
+    has_head = trained is None or trained.model is None
+    if encoder is None and has_head:
         warnings.warn(
             "no encoder is given, so loss recovered is not measured; for PatchTST and CBraMod, set "
             "--checkpoint_path",
@@ -261,6 +269,8 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
         # Two evaluations of one run would write the same files; one elsewhere only reads the run.
         is_elsewhere = out != run
         locks.enter_context(lock_folder(run, shared=is_elsewhere))
+        for other in config.compare_with:
+            locks.enter_context(lock_folder(Path(other), shared=True))
         if is_elsewhere:
             locks.enter_context(lock_folder(out))
         result = evaluation.evaluate(config, encoder, trained)
@@ -314,13 +324,11 @@ def view(config: ViewConfig, encoder: "BaseEncoder | None" = None) -> "list[View
 
     start()
     sae = load_sae(config.member)
-    # A member that was converted from another format belongs to no run.
-    run = Path(config.member).resolve().parent.parent
-    is_in_run = (run / "config.yaml").is_file()
-    encoder = encoder or _encoder_of(config, load_run_config(run) if is_in_run else None)
+    run = run_of(config.member)
+    encoder = encoder or _encoder_of(config, load_run_config(run) if run is not None else None)
     if encoder is None:
         raise UserError("view requires the encoder; set --checkpoint_path")
-    return views.view(config, encoder, sae, run if is_in_run else None)
+    return views.view(config, encoder, sae, run)
 
 
 def _encoder_of(

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.inputs import EvaluationInputs, Member
+from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.label_probes import LabelProbe, PooledSplits, probe_label
 from minsae_jax.evaluation.label_tests import LabelTest, compare_labels
 from minsae_jax.evaluation.labels import PatientLabel, read_labels
+from minsae_jax.evaluation.members import Member
 from minsae_jax.evaluation.pooling import Pooling, by_patient, pool
 from minsae_jax.evaluation.variance import VarianceShares, variance_shares
 from minsae_jax.sae.member import SparseAutoencoder

@@ -47,7 +47,8 @@ class EvaluationInputConfig:
     heading: ClassVar[str] = "Inputs"
 
     run: str
-    """Folder of the finished run."""
+    """Folder of the finished run; for `evaluate` also that of a single SAE, such as an imported
+    one."""
     root_path: str
     """Folder of the recordings; its events.csv, if any, has labelled events."""
     store: str | None = None
@@ -71,6 +72,8 @@ class MeasureConfig:
 
     heading: ClassVar[str] = "Measures"
 
+    compare_with: tuple[str, ...] = ()
+    """Other runs, and folders of single SAEs, to evaluate together with the run; requires --out."""
     member: str | None = None
     """Evaluate and report only this member (default: evaluate all, report the recommended)."""
     out: str | None = None
@@ -119,4 +122,6 @@ class EvaluateConfig(ReportConfig, MeasureConfig, EvaluationInputConfig):
 
     def __post_init__(self) -> None:
         check_settings(self)
+        is_elsewhere = self.out is not None
+        require(is_elsewhere or not self.compare_with, "--compare_with requires --out")
         parse_bands(self.bands)

@@ -7,16 +7,18 @@ Measures of an earlier evaluation are reused if their inputs have not changed; s
 from collections.abc import Mapping, Sequence
 
 from minsae_jax.encoder.base import BaseEncoder
+from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.feature_measures import FeatureResult, measure_features
-from minsae_jax.evaluation.inputs import EvaluationInputs, Member, open_inputs
+from minsae_jax.evaluation.inputs import EvaluationInputs, open_inputs
 from minsae_jax.evaluation.loss_recovered import (
     LossRecovered,
     SubstitutionErrors,
     substitution_errors,
     summarise,
 )
+from minsae_jax.evaluation.members import Member
 from minsae_jax.evaluation.pca import PCA, PCA_K, fit_pca, pca_autoencoder, raw_autoencoder
 from minsae_jax.evaluation.recommend import RULE, recommend
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
@@ -46,7 +48,9 @@ def evaluate(
     measured. train_config: settings of the run, read from it unless passed. Raises UserError if
     run, stores, encoder and recordings do not belong together.
     """
-    inputs = open_inputs(settings, encoder, train_config, settings.member, settings.out)
+    inputs = open_inputs(
+        settings, encoder, train_config, settings.member, settings.out, settings.compare_with
+    )
     with inputs.locked():
         return _evaluate(settings, inputs)
 
@@ -57,6 +61,7 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     components = _pca_members(pca)
     baselines = _baselines(pca, inputs)
     members = inputs.members
+    _check_names(members, [*components, *baselines])
     keys = _keys(settings, inputs, [*members, *components, *baselines])
     if settings.member is not None:
         # The others stay if nothing has to be measured.
@@ -120,6 +125,14 @@ def _baselines(pca: PCA | None, inputs: EvaluationInputs) -> list[Member]:
     return [Member(RAW, raw_autoencoder(pca.mean)), Member(COMPONENTS, components)]
 
 
+def _check_names(members: Sequence[Member], baselines: Sequence[Member]) -> None:
+    """Raise UserError if a member is called like a baseline, whose measures it would replace."""
+    reserved = {baseline.name for baseline in baselines}
+    for member in members:
+        if member.name in reserved:
+            raise UserError(f"{member.name} is the name of a baseline; rename {member.folder}")
+
+
 def _evaluate_member(
     member: Member,
     tokens: TokenResult,
@@ -153,9 +166,8 @@ def _keys(
     events = [sha256_of(path) for path in inputs.event_files]
     keys = {}
     for member in members:
-        weights = inputs.run / "members" / member.name / WEIGHTS
-        # Baselines have no file, since they are made from the val store.
-        source = sha256_of(weights) if weights.is_file() else val
+        # Baselines have no files, since they are made from the val store.
+        source = val if member.folder is None else sha256_of(member.folder / WEIGHTS)
         about = [source, member.sae.config.get("kind", "relu"), member.sae.d_sae]
         keys[member.name] = Keys(
             tokens=make_key("tokens", about, [test]),

@@ -28,7 +28,8 @@ from minsae_jax.evaluation.event_results import (
     FeatureEvents,
 )
 from minsae_jax.evaluation.events import WITHOUT_SPANS, draw_spans, event_share, gather
-from minsae_jax.evaluation.inputs import EvaluationInputs, Member
+from minsae_jax.evaluation.inputs import EvaluationInputs
+from minsae_jax.evaluation.members import Member
 from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
 from minsae_jax.evaluation.token_measures import TokenResult
 from minsae_jax.evaluation.token_pass import read_features

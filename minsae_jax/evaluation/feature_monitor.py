@@ -26,7 +26,7 @@ from minsae_jax.evaluation.events import (
     sample,
     span_maxima,
 )
-from minsae_jax.evaluation.inputs import Member
+from minsae_jax.evaluation.members import Member
 from minsae_jax.evaluation.ranking import auc
 from minsae_jax.evaluation.stability import seed_stability
 from minsae_jax.sae.member import SparseAutoencoder

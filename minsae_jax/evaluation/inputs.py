@@ -1,4 +1,4 @@
-"""Inputs of an evaluation: the members of a run, its settings and the stores, each opened once."""
+"""Inputs of an evaluation: members, settings of their runs and stores, each opened once."""
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from minsae_jax.activations.manifest import Manifest
 from minsae_jax.activations.store import open_store, sibling_store, warn_of_common_patients
 from minsae_jax.eeg.events import EVENTS
 from minsae_jax.eeg.recordings import LENGTHS, read_lengths, recordings_folder
@@ -16,22 +17,10 @@ from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluationInputConfig
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.evaluation.events import LabelledEvent, read_events
+from minsae_jax.evaluation.members import Member, open_members, training_of
 from minsae_jax.locks import lock_folder
-from minsae_jax.sae.config import TrainConfig, hint_at_runs, load_run_config
-from minsae_jax.sae.hyper import Hyper, member_hyper, sort_key
-from minsae_jax.sae.member import SparseAutoencoder, load_sae
-
-
-@dataclass(frozen=True)
-class Member:
-    """A trained member of a run."""
-
-    name: str
-    sae: SparseAutoencoder
-
-    @property
-    def hyper(self) -> Hyper:
-        return member_hyper(self.sae.config)
+from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae.member import SparseAutoencoder
 
 
 class SplitEvents(NamedTuple):
@@ -45,6 +34,7 @@ class SplitEvents(NamedTuple):
 class EvaluationInputs:
     """Everything that `evaluate` reads; the report uses the same objects."""
 
+    # A run, or the folder of a single SAE
     run: Path
     # Where measures and report are written: the run, or another folder
     out: Path
@@ -57,6 +47,13 @@ class EvaluationInputs:
     val: Dataset | None
     # None unless there are labelled events of both val and test patients
     events: SplitEvents | None
+
+    @property
+    def source(self) -> Path:
+        """The run, or `out` if not all members are of this run."""
+        folders = [member.folder for member in self.members if member.folder is not None]
+        is_one_run = all(folder.parent.parent == self.run for folder in folders)
+        return (self.run if is_one_run else self.out).resolve()
 
     @property
     def layer(self) -> int:
@@ -91,31 +88,41 @@ def open_inputs(
     train_config: TrainConfig | None = None,
     member: str | None = None,
     out: str | None = None,
+    compare_with: Sequence[str] = (),
 ) -> EvaluationInputs:
     """Open members and stores; train_config is read from the run unless it is passed.
 
-    member: one that the run must have. out: folder of the results, by default the run. Raises
-    UserError if run, members, stores, encoder and recordings do not belong together.
+    member: one that there must be. out: folder of the results, by default the run. compare_with:
+    folders of other runs, and of single SAEs. Raises UserError if run, members, stores, encoder and
+    recordings do not belong together.
     """
     run = Path(settings.run)
-    members = open_members(run)
-    names = [member.name for member in members]
+    folders = [run, *map(Path, compare_with)]
+    members = open_members(folders)
+    names = [each.name for each in members]
     if member is not None and member not in names:
         raise UserError(f"unknown member {member} in {run}; members: {', '.join(names)}")
     if encoder is not None:
         for each in members:
             check_encoder(each.sae, encoder, each.name)
-    train_config = train_config or load_run_config(run)
-    test = _open_split(settings, train_config, encoder, "test", settings.store)
+    trainings = [train_config or training_of(run), *map(training_of, folders[1:])]
+    train_configs = [config for config in trainings if config is not None]
+    # Only for the places of stores that are not given.
+    first = train_configs[0] if train_configs else None
+    layer = members[0].sae.config.get("layer") if first is None else first.cache_layer
+    test = _open_split(settings, first, layer, encoder, "test", settings.store)
     if test is None:
         raise UserError(
             "there is no store of the test patients; set --store, or run extract with --split test"
         )
-    val = _open_split(settings, train_config, encoder, "val", settings.val_store)
-    if encoder is None:
-        _check_stores(members, [test] if val is None else [test, val])
-    train_recordings = _train_recordings(train_config)
-    _warn_of_training_patients(train_config, train_recordings, test)
+    val = _open_split(settings, first, layer, encoder, "val", settings.val_store)
+    datasets = [test] if val is None else [test, val]
+    for dataset in datasets:
+        _check_store(members, dataset, encoder)
+    train_recordings: set[str] = set()
+    for config in train_configs:
+        train_recordings |= _train_recordings(config)
+    _warn_of_training_patients(train_configs, train_recordings, test)
     if val is not None:
         warn_of_common_patients(val.store, train_recordings)
         _warn_of_val_patients(val, test)
@@ -157,24 +164,6 @@ def _read_events(test: Dataset, val: Dataset | None) -> SplitEvents | None:
     return None
 
 
-def open_members(run: Path) -> tuple[Member, ...]:
-    """Load all members of a run, sorted by hyper-parameters.
-
-    Raises UserError if the run is not finished.
-    """
-    folder = run / "members"
-    names = []
-    if folder.is_dir():
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if not names or not (run / "sweep.csv").exists():
-        raise UserError(
-            f"{run} is not a finished run; choose one with --run, or rerun `train`"
-            f"{hint_at_runs(run)}"
-        )
-    members = [Member(n, load_sae(folder / n)) for n in names]
-    return tuple(sorted(members, key=lambda member: sort_key(member.hyper)))
-
-
 def _train_recordings(config: TrainConfig) -> set[str]:
     """Return the file names of the recordings that members were trained on; none if unknown."""
     try:
@@ -191,12 +180,14 @@ def _train_recordings(config: TrainConfig) -> set[str]:
 
 
 def _warn_of_training_patients(
-    config: TrainConfig, train_recordings: set[str], test: Dataset
+    train_configs: Sequence[TrainConfig], train_recordings: set[str], test: Dataset
 ) -> None:
     """Warn if patients to evaluate on are among those that the members were trained on."""
     folder = test.store.folder.resolve()
     is_train_split = test.store.require_manifest().data.get("split") == "train"
-    if not is_train_split and Path(config.store).resolve() not in (folder, folder.parent):
+    train_stores = [Path(config.store).resolve() for config in train_configs]
+    is_train_store = folder in train_stores or folder.parent in train_stores
+    if not (is_train_split or is_train_store):
         warn_of_common_patients(test.store, train_recordings)
     else:
         warnings.warn(
@@ -238,23 +229,44 @@ def check_features(sae: SparseAutoencoder, features: Collection[int], name: str 
             )
 
 
-def _check_stores(members: Sequence[Member], datasets: Sequence[Dataset]) -> None:
-    """Compare members and stores with each other if there is no encoder."""
-    for dataset in datasets:
-        manifest = dataset.store.require_manifest()
-        for member in members:
-            trained_on = member.sae.config.get("encoder_fingerprint")
-            is_other = trained_on is not None and trained_on != manifest.encoder
-            if is_other or member.sae.d_model != manifest.d_model:
-                raise UserError(
-                    f"{member.name} was trained on activations of another encoder than those of "
-                    f"{dataset.store.folder}; choose its store with --store and --val_store"
-                )
+def _check_store(members: Sequence[Member], dataset: Dataset, encoder: BaseEncoder | None) -> None:
+    """Raise UserError if a store is not of the encoder and layer of all members."""
+    store = dataset.store
+    manifest = store.require_manifest()
+    if encoder is not None and manifest.encoder != encoder.fingerprint:
+        raise UserError(
+            f"{store.folder} was extracted with another encoder than --checkpoint_path; "
+            "extract it again"
+        )
+    for member in members:
+        trained_on = member.sae.config.get("encoder_fingerprint")
+        is_other = trained_on is not None and trained_on != manifest.encoder
+        if is_other or member.sae.d_model != manifest.d_model:
+            raise UserError(
+                f"{member.name} was trained on activations of another encoder than those of "
+                f"{store.folder}; choose its store with --store and --val_store"
+            )
+        layer = member.sae.config.get("layer")
+        if layer is not None and not _is_layer(layer, manifest, encoder):
+            raise UserError(
+                f"{store.folder} is of layer {manifest.layer}, but {member.name} was trained on "
+                f"layer {layer}"
+            )
+
+
+def _is_layer(layer: int, manifest: Manifest, encoder: BaseEncoder | None) -> bool:
+    """Return whether a store can be of a layer, which counts from the end if it is negative."""
+    if encoder is not None:
+        return encoder.spec.layer_index(layer) == manifest.layer_index
+    # Without an encoder, the number of its layers is unknown.
+    is_unknown = layer < 0 <= manifest.layer
+    return is_unknown or layer in (manifest.layer, manifest.layer_index)
 
 
 def _open_split(
     settings: EvaluationInputConfig,
-    train_config: TrainConfig,
+    train_config: TrainConfig | None,
+    layer: int | None,
     encoder: BaseEncoder | None,
     split: Literal["val", "test"],
     named: str | None,
@@ -263,25 +275,13 @@ def _open_split(
 
     A run with --live has no train store.
     """
-    sibling = None if train_config.live else sibling_store(Path(train_config.store), split)
+    sibling = None
+    if train_config is not None and not train_config.live:
+        sibling = sibling_store(Path(train_config.store), split)
     path = Path(named) if named else sibling
     if path is None or not (named or path.is_dir()):
         return None
-    layer = train_config.cache_layer
     root_path = settings.root_path
     if split == "val" and settings.val_root_path is not None:
         root_path = settings.val_root_path
-    dataset = open_dataset(path, layer, encoder, root_path)
-    if encoder is None:
-        return dataset
-    manifest = dataset.store.require_manifest()
-    if manifest.encoder != encoder.fingerprint:
-        raise UserError(
-            f"{dataset.store.folder} was extracted with another encoder than --checkpoint_path; "
-            "extract it again"
-        )
-    if manifest.layer_index != encoder.spec.layer_index(layer):
-        raise UserError(
-            f"{dataset.store.folder} is of layer {manifest.layer}, but the members are not"
-        )
-    return dataset
+    return open_dataset(path, layer, encoder, root_path)

@@ -253,6 +253,7 @@ class Evaluation:
         record = {
             "rule": self.rule,
             "run": str(self.inputs.run),
+            "folders": {member.name: str(member.folder) for member in self.inputs.members},
             "store": str(store.folder),
             "tokens": store.total_tokens,
             "substitution": self._substitution_record(),

@@ -15,7 +15,7 @@ import numpy as np
 
 from minsae_jax.checksums import read_npz, write_npz
 from minsae_jax.errors import is_system_error
-from minsae_jax.evaluation.inputs import Member
+from minsae_jax.evaluation.members import Member
 
 FOLDER = "evaluation"
 # Increment when a measure changes, so that results of earlier versions are not used.

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
-from minsae_jax.evaluation.inputs import Member
+from minsae_jax.evaluation.members import Member
 
 MIN_COSINE = 0.7
 CANDIDATES = 32
@@ -72,16 +72,18 @@ class Stability:
 def seed_stability(
     members: Sequence[Member], is_live: Mapping[str, Bool[np.ndarray, " d_sae"]]
 ) -> dict[str, Stability]:
-    """Return the stability of every member that has a partner which differs in the seed only.
+    """Return the stability of every member with a partner that differs in the seed only.
 
-    is_live: by member's name. Members without a live feature are left out. Random directions are
-    drawn once for each setting, always the same.
+    Partners are of the same run. Members without a live feature are left out. Random directions are
+    drawn once for each setting, always the same. is_live: by member's name.
     """
     by_setting: dict[tuple, list[Member]] = {}
     for member in members:
-        if is_live[member.name].any():
+        if is_live[member.name].any() and "seed" in member.hyper:
             setting = tuple(item for item in member.hyper.items() if item[0] != "seed")
-            by_setting.setdefault(setting, []).append(member)
+            # Other settings of two runs can differ.
+            run = member.folder and member.folder.parent
+            by_setting.setdefault((run, *setting), []).append(member)
     stability: dict[str, Stability] = {}
     for partners in by_setting.values():
         if len(partners) > 1:

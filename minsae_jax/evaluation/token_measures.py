@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.inputs import EvaluationInputs, Member
+from minsae_jax.evaluation.inputs import EvaluationInputs
+from minsae_jax.evaluation.members import Member
 from minsae_jax.evaluation.results import DecoderCosines, DensityHistogram, TokenMeasures
 from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
 from minsae_jax.monitor import progress
@@ -56,20 +57,40 @@ def measure_tokens(
         "tokens",
         members,
         keys,
-        lambda missing: _pass_over_tokens(inputs.test, missing),
+        lambda missing: _measure_missing(inputs.test, missing),
         TokenResult.to_arrays,
         _token_result,
     )
 
 
-def _pass_over_tokens(test: Dataset, members: Sequence[Member]) -> dict[str, TokenResult]:
-    """Measure all members in one pass over the store."""
+def _measure_missing(test: Dataset, members: Sequence[Member]) -> dict[str, TokenResult]:
+    """Measure members in one pass over the store for each scale of activations in training.
+
+    L1 has the unit of that scale. The members of a run have the same one; SAEs of other programs
+    have 1. Baselines have none, and no L1, and so do not need a pass of their own.
+    """
+    by_scale: dict[float, list[Member]] = {}
+    baselines = []
+    for member in members:
+        if member.folder is None:
+            baselines.append(member)
+        else:
+            by_scale.setdefault(float(member.sae.config.get("scale", 1.0)), []).append(member)
+    results: dict[str, TokenResult] = {}
+    for scale, of_scale in (by_scale or {1.0: []}).items():
+        results |= _pass_over_tokens(test, [*of_scale, *baselines], scale)
+        baselines = []
+    return results
+
+
+def _pass_over_tokens(
+    test: Dataset, members: Sequence[Member], scale: float
+) -> dict[str, TokenResult]:
+    """Measure all members on scale * x in one pass over the store."""
     groups = _group_by_shape(members)
     # The parameters of each group are stacked along a member axis, which lies along the mesh's
     # `sweep` axis, so that one pass over the store measures all members.
     kinds = [group[0].sae.kind for group in groups]
-    # As in training, of which L1 has the unit. All members of a run have the same scale.
-    scale = float(members[0].sae.config.get("scale", 1.0))
     params = []
     for kind, group in zip(kinds, groups, strict=True):
         scaled = [kind.fold_scale(member.sae.params, 1 / scale) for member in group]

@@ -59,6 +59,8 @@ class ReportMeta:
 
     title: str
     member: str
+    member_folder: str
+    # Or the folder of the evaluation, if not all members are of one run
     run: str
     # Fingerprint of the encoder
     encoder: str

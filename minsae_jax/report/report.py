@@ -7,7 +7,7 @@ import numpy as np
 
 from minsae_jax.evaluation.associations import measure_associations
 from minsae_jax.evaluation.config import EvaluateConfig, parse_bands
-from minsae_jax.evaluation.inputs import Member
+from minsae_jax.evaluation.members import Member
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation
 from minsae_jax.evaluation.steering.edit import can_steer
 from minsae_jax.evaluation.steering.results import Steering
@@ -108,14 +108,15 @@ def _make_meta(
     test = inputs.test
     manifest = test.store.require_manifest()
     grid = test.tokens
-    run = inputs.run.resolve()
+    assert member.folder is not None  # only baselines have no files
     sampling_rate = test.sampling_rate
     names = test.channel_names
     positions = test.positions
     return ReportMeta(
-        title=f"{run.name}: {member.name}",
+        title=f"{inputs.source.name}: {member.name}",
         member=member.name,
-        run=str(run),
+        member_folder=str(member.folder.resolve()),
+        run=str(inputs.source),
         encoder=manifest.encoder[:12],
         layer=manifest.layer,
         created_with=f"minsae_jax {version('minsae_jax')}",

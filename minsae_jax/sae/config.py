@@ -430,6 +430,12 @@ def hint_at_runs(folder: Path) -> str:
     return f"; runs in it: {', '.join(names[:MAX_LISTED_RUNS])}" if names else ""
 
 
+def run_of(member: str | Path) -> Path | None:
+    """Return the run that a member's folder is in, or None for an SAE that belongs to no run."""
+    run = Path(member).resolve().parent.parent
+    return run if (run / "config.yaml").is_file() else None
+
+
 def load_run_config(run: Path) -> TrainConfig:
     """Read the settings that a run was started with from its config.yaml."""
     path = run / "config.yaml"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from minsae_jax.evaluation.associations import NO_PROBE, measure_associations
-from minsae_jax.evaluation.inputs import EvaluationInputs, Member
+from minsae_jax.evaluation.inputs import EvaluationInputs
+from minsae_jax.evaluation.members import Member
 from tests.evaluation.planted import (
     draw_codes,
     draw_dictionary,

@@ -14,6 +14,7 @@ import minsae_jax as ms
 from minsae_jax import UserError
 from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation import feature_measures, inputs, saved, summary
+from minsae_jax.evaluation import members as evaluation_members
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate
 from minsae_jax.evaluation.events import event_share, read_events
@@ -127,7 +128,7 @@ def test_keys_of_evaluation_json(evaluation):
     """Other programs read these."""
     record = evaluation.to_record()
     assert " ".join(record) == (
-        "rule run store tokens substitution recommended recommendation baselines "
+        "rule run folders store tokens substitution recommended recommendation baselines "
         "baseline_summaries members pca"
     )
     assert " ".join(record["substitution"]) == (
@@ -445,8 +446,12 @@ def test_each_input_is_opened_once(trained, settings, monkeypatch, without_figur
 
         return call
 
-    for name in ("load_sae", "open_dataset", "load_run_config"):
-        monkeypatch.setattr(inputs, name, counting(getattr(inputs, name)))
+    for module, name in (
+        (evaluation_members, "load_sae"),
+        (evaluation_members, "load_run_config"),
+        (inputs, "open_dataset"),
+    ):
+        monkeypatch.setattr(module, name, counting(getattr(module, name)))
     evaluate(replace(settings, member="lambda=1"), trained.encoder)
     assert len(opened) == len(set(opened)) == 5  # two members, two stores, config.yaml
 
@@ -481,7 +486,7 @@ def test_inputs_that_do_not_belong_together_are_errors(trained, settings, tmp_pa
     (tmp_path / "others/file_lengths_map.csv").write_text("filename,time_len\n")
     check("does not contain demo.*, which the store", root_path=str(tmp_path / "others"))
     (tmp_path / "run").mkdir()
-    check("is not a finished run", run=str(tmp_path / "run"))
+    check("is not a finished run, nor", run=str(tmp_path / "run"))
     check(f"runs in it: {trained.run.name}", run=str(trained.run.parent))
     other = tmp_path / "other"
     shutil.copytree(trained.run, other)

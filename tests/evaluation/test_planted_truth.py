@@ -8,9 +8,9 @@ import pytest
 import minsae_jax as ms
 from minsae_jax import SparseAutoencoder
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.inputs import Member, open_members
 from minsae_jax.evaluation.label_tests import compare_labels
 from minsae_jax.evaluation.labels import PatientLabel
+from minsae_jax.evaluation.members import Member, open_members
 from minsae_jax.evaluation.pooling import Pooled, by_patient, pool
 from minsae_jax.evaluation.stability import MIN_COSINE, match_directions, seed_stability
 from minsae_jax.evaluation.variance import variance_shares
@@ -64,7 +64,7 @@ def planted(tmp_path_factory, optimized):
         mesh="1x1",
     )
     ms.train(config)
-    members = open_members(folder / "run")
+    members = open_members([folder / "run"])
     return Planted(members, dictionary, test, codes.reshape(-1, N_TRUE))
 
 

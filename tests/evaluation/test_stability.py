@@ -1,11 +1,13 @@
 """Stability between seeds: counted by hand, against the dense assignment, and on planted truth."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
 from minsae_jax import SparseAutoencoder
-from minsae_jax.evaluation.inputs import Member
+from minsae_jax.evaluation.members import Member
 from minsae_jax.evaluation.stability import (
     MIN_COSINE,
     match_directions,
@@ -16,14 +18,14 @@ from minsae_jax.evaluation.stability import (
 )
 
 
-def make_member(name, decoder, seed, k=2.0, encoder=None):
+def make_member(name, decoder, seed, k=2.0, encoder=None, folder=None):
     decoder = np.asarray(decoder, np.float32)
     encoder = decoder if encoder is None else np.asarray(encoder, np.float32)
     d_sae, d_model = decoder.shape
     params = {"W_enc": encoder.T, "b_enc": np.zeros(d_sae), "W_dec": decoder}
     params |= {"b_dec": np.zeros(d_model), "k": np.float32(k)}
     config = {"kind": "topk", "k": k, "seed": seed, "d_sae": d_sae}
-    return Member(name, SparseAutoencoder(params, config))
+    return Member(name, SparseAutoencoder(params, config), folder)
 
 
 def test_share_of_live_features_that_reappear():
@@ -41,6 +43,21 @@ def test_share_of_live_features_that_reappear():
     assert stability["b"].match.tolist() == [[0, -1, 1]]
     np.testing.assert_allclose(stability["a"].decoder_cosine, [[1, np.sqrt(0.5), 0]], atol=1e-6)
     assert stability["a"].share() == stability["b"].share() == pytest.approx(2 / 3)
+
+
+def test_only_members_of_one_run_with_a_known_seed_are_partners():
+    """Other settings of two runs, and of two imported SAEs, can differ too."""
+    x, y, _ = np.eye(3)
+    of_a, of_b = Path("a/members/m"), Path("b/members/m")
+    members = [
+        make_member("a0", [x, y], 0, folder=of_a),
+        make_member("a1", [y, x], 1, folder=of_a),
+        make_member("b2", [x, y], 2, folder=of_b),
+        make_member("no seed", [x, y], None, folder=of_a),
+        make_member("no seed either", [x, y], None, folder=of_a),
+    ]
+    stability = seed_stability(members, {member.name: np.ones(2, bool) for member in members})
+    assert {name: one.others for name, one in stability.items()} == {"a0": ("a1",), "a1": ("a0",)}
 
 
 def test_dead_features_neither_count_nor_match():

@@ -54,6 +54,7 @@ def make_meta(**changes: Any) -> ReportMeta:
     values: dict[str, Any] = {
         "title": "Features of a demo encoder",
         "member": "lambda=5",
+        "member_folder": "runs/demo/members/lambda=5",
         "run": "runs/demo",
         "encoder": "0123456789ab",
         "layer": -1,

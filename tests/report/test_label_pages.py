@@ -3,7 +3,8 @@
 import numpy as np
 
 from minsae_jax.evaluation.associations import measure_associations
-from minsae_jax.evaluation.inputs import EvaluationInputs, Member
+from minsae_jax.evaluation.inputs import EvaluationInputs
+from minsae_jax.evaluation.members import Member
 from minsae_jax.report.label_pages import label_page
 from tests.evaluation.planted import (
     draw_codes,

@@ -10,7 +10,8 @@ from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band, parse_bands
 from minsae_jax.evaluation.dataset import Dataset, open_recording
-from minsae_jax.evaluation.inputs import EvaluationInputs, Member, check_features, open_inputs
+from minsae_jax.evaluation.inputs import EvaluationInputs, check_features, open_inputs
+from minsae_jax.evaluation.members import Member
 from minsae_jax.evaluation.steering.config import SteerConfig
 from minsae_jax.evaluation.steering.edit import Place, SteeredEncoder
 from minsae_jax.evaluation.steering.output import WindowChanges, measure_windows
