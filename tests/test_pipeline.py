@@ -164,6 +164,12 @@ def test_readme(tmp_path, demo_folder, run_here, one_device, without_figure, env
     flags = f"--store stores/mine {SHORT_TRAINING} --lambda_sparsity 1 --run_dir runs/two"
     assert "lambda=1" in run_here(f"{start_from_member} {flags}")
 
+    beside_a_run = re.search(r"`(minsae evaluate --compare_with \S+)`", README)[1]
+    flags = f"--run runs/mine --root_path tuhab_preprocessed --out compared {SHORT_EVALUATION}"
+    run_here(f"{beside_a_run} {flags}")
+    evaluation = json.loads((tmp_path / "compared/evaluation.json").read_text())
+    assert "from_minsae" in evaluation["folders"]
+
 
 @pytest.mark.slow
 def test_tensorboard_starts(tmp_path, environment):
