@@ -49,11 +49,15 @@ class EvaluationInputs:
     events: SplitEvents | None
 
     @property
-    def source(self) -> Path:
-        """The run, or `out` if not all members are of this run."""
+    def is_one_run(self) -> bool:
+        """Whether all members are of the run."""
         folders = [member.folder for member in self.members if member.folder is not None]
-        is_one_run = all(folder.parent.parent == self.run for folder in folders)
-        return (self.run if is_one_run else self.out).resolve()
+        return all(folder.parent.parent == self.run for folder in folders)
+
+    @property
+    def source(self) -> Path:
+        """The run, or `out` if not all members are of the run."""
+        return (self.run if self.is_one_run else self.out).resolve()
 
     @property
     def layer(self) -> int:

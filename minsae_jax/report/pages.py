@@ -76,7 +76,12 @@ def make_pages(
     """
     stability = evaluation.find(evaluation.selected).stability
     has_seeds = "seed" in varied_names(member.hyper for member in evaluation.members)
-    members = [_member_row(member, has_seeds) for member in evaluation.members]
+    is_one_run = evaluation.inputs.is_one_run
+    members = []
+    for member in evaluation.members:
+        # Settings can be equal in several runs, or unknown.
+        setting = _setting(member, has_seeds) if is_one_run else member.member
+        members.append(_member_row(member, setting))
     return Pages(
         recommendation=evaluation.recommendation,
         rule=evaluation.rule,
@@ -88,15 +93,19 @@ def make_pages(
     )
 
 
-def _member_row(member: MemberEvaluation, has_seeds: bool) -> MemberRow:
+def _setting(member: MemberEvaluation, has_seeds: bool) -> str:
     setting = sparsity(member.hyper)
     texts = [] if setting is None else [f"{SYMBOLS[setting[0]]} = {value_text(setting[1])}"]
     if has_seeds:
         texts.append(f"seed {member.hyper['seed']}")
+    return ", ".join(texts)
+
+
+def _member_row(member: MemberEvaluation, setting: str) -> MemberRow:
     return MemberRow(
         name=member.member,
         kind=str(member.hyper.get("kind", "relu")),
-        setting=", ".join(texts),
+        setting=setting,
         line=",".join(value_text(v) for name, v in member.hyper.items() if name not in SPARSITY),
         l0=member.tokens.l0,
         fvu=member.fvu,

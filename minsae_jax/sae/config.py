@@ -431,9 +431,11 @@ def hint_at_runs(folder: Path) -> str:
 
 
 def run_of(member: str | Path) -> Path | None:
-    """Return the run that a member's folder is in, or None for an SAE that belongs to no run."""
+    """Return the finished run that a member's folder is in; None for an SAE of no such run."""
     run = Path(member).resolve().parent.parent
-    return run if (run / "config.yaml").is_file() else None
+    # Imported SAEs can be in ./members, beside ./checkpoints and the config.yaml of an encoder.
+    is_run = (run / "sweep.csv").is_file() and (run / "config.yaml").is_file()
+    return run if is_run else None
 
 
 def load_run_config(run: Path) -> TrainConfig:

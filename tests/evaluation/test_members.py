@@ -9,7 +9,7 @@ import pytest
 
 import minsae_jax as ms
 from minsae_jax import UserError
-from minsae_jax.evaluation.members import open_members
+from minsae_jax.evaluation.members import open_members, training_of
 from minsae_jax.sae.member import load_sae, save_member
 
 
@@ -49,7 +49,7 @@ def test_runs_and_saes_are_evaluated_together(trained, config, tmp_path, without
     other = shutil.copytree(trained.run, tmp_path / "other")
     before = {path: path.stat().st_mtime_ns for path in other.rglob("*")}
     theirs = imported_sae(trained, tmp_path / "theirs")
-    compared = ms.evaluate(replace(config, compare_with=(str(other), str(theirs))))
+    compared = ms.evaluate(replace(config, compare_with=(str(other), str(theirs)), report=True))
     name = trained.run.name
     expected = {f"lambda=0.1,from={name}", "lambda=0.1,from=other", "theirs"}
     expected |= {f"lambda=1,from={name}", "lambda=1,from=other"}
@@ -67,6 +67,9 @@ def test_runs_and_saes_are_evaluated_together(trained, config, tmp_path, without
     assert content["folders"]["theirs"] == str(theirs)
     assert content["folders"]["lambda=1,from=other"] == str(other / "members/lambda=1")
     assert {path: path.stat().st_mtime_ns for path in other.rglob("*")} == before
+    # The report names settings by the members' names, since the runs have the same ones.
+    pages = (tmp_path / "evaluation/report/index_data.js").read_text()
+    assert '"setting":"lambda=1,from=other"' in pages
 
 
 def test_sae_of_no_run_is_evaluated_alone(trained, config, tmp_path, without_figure):
@@ -118,6 +121,13 @@ def test_unfit_members_are_refused(trained, config, tmp_path):
     check("is an SAE and not a run; set --out", run=str(sae), out=None)
     with pytest.raises(UserError, match="--compare_with requires --out"):
         replace(config, compare_with=(str(sae),), out=None)
+
+
+def test_imported_sae_beside_the_yaml_of_an_encoder_is_not_in_a_run(trained, tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {}")
+    (tmp_path / "checkpoints").mkdir()
+    assert training_of(imported_sae(trained, tmp_path / "members/theirs")) is None
+    assert training_of(trained.run / "members/lambda=1") == training_of(trained.run)
 
 
 def test_equal_names_get_those_of_their_folders(trained, tmp_path):
