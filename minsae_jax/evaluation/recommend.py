@@ -115,8 +115,13 @@ def _reason(equal: Sequence[MemberEvaluation], n_eligible: int, is_better: bool)
             f"{_describe(best)} is the only member that {verb}s {percent(share)} of the {what}"
             f"{by_pca}"
         )
-    dominated = "" if is_better else ", all of them dominated by PCA"
-    place = "the shortest description" if n_equal == 1 else "one of the shortest descriptions"
+    dominated = " and that PCA does not dominate" if is_better else ", all of them dominated by PCA"
+    choice = ""
+    if n_equal > 1 and _stability(best) > _stability(equal[1]):
+        choice = "the most stable features"
+    elif n_equal > 1 and _n_pure(best) > _n_pure(equal[1]):
+        choice = "the most pure features"
+    place = "one of the shortest descriptions" if choice else "the shortest description"
     reason = (
         f"{_describe(best)} has {place}, {best.description_bits:.0f} bits per token (L0 "
         f"{best.tokens.l0:.1f}), of the {n_eligible} that {verb} {percent(share)} of the "
@@ -124,12 +129,8 @@ def _reason(equal: Sequence[MemberEvaluation], n_eligible: int, is_better: bool)
     )
     if n_equal == 1:
         return reason
-    if _stability(best) > _stability(equal[1]):
-        choice = "the most stable features"
-    elif _n_pure(best) > _n_pure(equal[1]):
-        choice = "the most pure features"
-    else:
-        choice = "the shortest description"
+    if not choice:
+        return f"{reason}; no other within 5 % of it has more stable or more pure features"
     return f"{reason}; of the {n_equal} within 5 % of the shortest, it has {choice}"
 
 

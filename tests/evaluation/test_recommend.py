@@ -131,6 +131,11 @@ def test_members_that_pca_dominates_come_last():
         "is the only member that recovers 95 % of the loss and that PCA does not dominate"
     )
     assert result.warnings == {"dominated": ("8 principal components explain more variance",)}
+    third = member("third", 70, 0.99, l0=4.0, fvu=0.04)
+    of_three = recommend([dominated, better, third], components, D_MODEL)
+    assert of_three.reason.endswith(
+        "of the 2 that recover 95 % of the loss and that PCA does not dominate"
+    )
     alone = recommend([dominated], components, D_MODEL)
     assert alone.member == "dominated"
     assert alone.reason.endswith("that recovers 95 % of the loss, yet PCA dominates it")
@@ -152,6 +157,13 @@ def test_equal_lengths_are_decided_by_stability_then_purity():
     by_stability = recommend([shortest, stable], [], D_MODEL)
     assert by_stability.member == "stable"
     assert by_stability.reason.endswith("it has the most stable features")
+    as_stable = member("as_stable", 103, 0.99, stability=0.3, pure=9)
+    by_length = recommend([as_stable, shortest], [], D_MODEL)
+    assert by_length.member == "shortest"
+    assert " has the shortest description, 100 bits per token" in by_length.reason
+    assert by_length.reason.endswith(
+        "no other within 5 % of it has more stable or more pure features"
+    )
 
 
 def test_no_member_reaches_the_threshold():
