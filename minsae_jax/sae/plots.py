@@ -93,18 +93,22 @@ def _member_styles(histories: Sequence[MemberHistory]) -> list[LineStyle]:
 def _draw_metrics(
     path: Path, histories: Sequence[MemberHistory], l1_title: str, title: str
 ) -> None:
-    """Draw MSE and L1 over steps, one line per member."""
-    figure = make_figure(11.0, 4.5)
-    mse_axes, l1_axes = figure.subplots(1, 2)
+    """Draw MSE and L1 over steps, one line per member; MSE alone if no member has an L1."""
+    # That of top-k kinds is 0.
+    has_l1 = any((history.l1 > 0).any() for history in histories)
+    figure = make_figure(11.0 if has_l1 else 6.5, 4.5)
+    (mse_axes, *l1_axes) = figure.subplots(1, 1 + has_l1, squeeze=False)[0]
     labels = _member_labels(histories)
     styles = _member_styles(histories)
     for history, label, style in zip(histories, labels, styles, strict=True):
         _plot_positive(mse_axes, history.step, history.mse, label, style)
-        _plot_positive(l1_axes, history.step, history.l1, label, style)
+        for axes in l1_axes:
+            _plot_positive(axes, history.step, history.l1, label, style)
     _finish_metric_axes(mse_axes, "MSE")
-    _finish_metric_axes(l1_axes, l1_title)
+    for axes in l1_axes:
+        _finish_metric_axes(axes, l1_title)
     figure.suptitle(title, x=0.01, ha="left", parse_math=False)
-    handles, handle_labels = l1_axes.get_legend_handles_labels()
+    handles, handle_labels = mse_axes.get_legend_handles_labels()
     _add_legend(figure, handles, handle_labels)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

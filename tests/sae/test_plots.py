@@ -29,6 +29,16 @@ def test_plot_writes_a_picture_and_an_animation(plain_run, tmp_path):
     assert elsewhere.densities.read_bytes() == files.densities.read_bytes()
 
 
+def test_members_without_an_l1_get_no_plot_of_it(plain_run):
+    """That of top-k kinds is 0, which a logarithmic axis cannot show."""
+    for path in plain_run.glob("members/*/metrics.csv"):
+        rows = path.read_text().splitlines()
+        rows[1:] = [row.rsplit(",", 1)[0] + ",0" for row in rows[1:]]
+        path.write_text("\n".join(rows) + "\n")
+    with Image.open(plot(PlotConfig(run=str(plain_run))).metrics) as picture:
+        assert picture.width == 780
+
+
 def test_damaged_run_gets_no_plots(plain_run):
     path = plain_run / "members/lambda=10,d_sae=8/metrics.csv"
     path.write_text(path.read_text().replace("step,", "stop,", 1))
