@@ -264,8 +264,9 @@ def open_store(path: str | Path, layer: int | None = None) -> Store:
     layers = _layer_folders(folder)
     if layer is None and len(layers) == 1:
         folder = folder / layers[0]
-    elif f"l{layer}" in layers:
-        folder = folder / f"l{layer}"
+    elif layer is not None:
+        name = _folder_of_layer(folder, layers, layer)
+        folder = folder if name is None else folder / name
     if not folder.is_dir():
         raise UserError(f"there is no store {folder}; write one with `minsae extract`")
     manifest = read_manifest(folder)
@@ -298,13 +299,30 @@ def _layer_folders(folder: Path) -> list[str]:
     return [name for name in names if LAYER_FOLDER.fullmatch(name)]
 
 
+def _folder_of_layer(folder: Path, layers: Sequence[str], layer: int) -> str | None:
+    """Return the one of a store's folders of layers with this layer, or None."""
+    if f"l{layer}" in layers:
+        return f"l{layer}"
+    # A layer that was extracted as -1 may be requested by its number from 0.
+    for name in layers:
+        manifest = read_manifest(folder / name)
+        if manifest is not None and manifest.layer_index == layer:
+            return name
+    return None
+
+
 def _open_without_manifest(folder: Path, layer: int | None) -> Store:
     files = shard_files(folder)
     if not files:
         layers = _layer_folders(folder)
         content = ", ".join(layers) or "no b0000.npy"
         missing = "no store" if layer is None else f"no store of layer {layer}"
-        advice = "; choose the layer with --cache_layer" if layers and layer is not None else ""
+        advice = ""
+        if layers and layer is not None:
+            advice = (
+                "; choose one of these with `train --cache_layer`, or write it with "
+                f"`extract --cache_layer {layer}`"
+            )
         raise UserError(f"there is {missing} in {folder}: it contains {content}{advice}")
     shards: list[Shard] = []
     for path in files:

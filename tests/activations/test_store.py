@@ -280,11 +280,22 @@ def test_only_layer_of_a_folder_is_opened(folder):
         open_store(folder.parent)
 
 
+def test_layer_of_a_folder_is_opened_by_either_number(folder):
+    write(folder.parent / "l0", arrays(), layer=0, layer_index=0)
+    assert open_store(folder.parent, -1).folder == folder
+    assert open_store(folder.parent, 2).folder == folder
+    assert open_store(folder.parent, 0).folder == folder.parent / "l0"
+    with pytest.raises(UserError, match="no store of layer 1"):
+        open_store(folder.parent, 1)
+
+
 def test_missing_stores_and_layers_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="there is no store"):
         open_store(tmp_path / "nowhere", -1)
     with pytest.raises(
-        UserError, match=r"no store of layer 0 in .*: it contains l-1; choose the layer"
+        UserError,
+        match=r"no store of layer 0 in .*: it contains l-1; choose one of these with "
+        r"`train --cache_layer`, or write it with `extract --cache_layer 0`$",
     ):
         open_store(tmp_path / "store", 0)
     with pytest.raises(UserError, match=r"is of layer -1, not 0"):
