@@ -88,6 +88,8 @@ class ReportMeta:
     shifted_recordings: int
     # Folder of the recordings, for the command that shows one in full
     recordings: str = ""
+    # Further flags of that command, which name the encoder
+    encoder_flags: Sequence[str] = ()
     # Chains of the longitudinal bipolar montage, as pairs of channels; empty without its channels
     bipolar: Sequence[Chain] = ()
     # Whether tokens are of single channels; False if all are over all channels

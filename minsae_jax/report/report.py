@@ -142,7 +142,18 @@ def _make_meta(
         waveform_unit="SD of the window" if manifest.data["revin"] else test.description.unit,
         shifted_recordings=int(test.shifted.sum()),
         recordings=str(test.folder.resolve()),
+        encoder_flags=_encoder_flags(settings),
     )
+
+
+def _encoder_flags(settings: EvaluateConfig) -> list[str]:
+    """Return the flags by which `view` loads the encoder, if it is not that of the run's config."""
+    flags = []
+    if settings.checkpoint_path is not None:
+        flags += ["--checkpoint_path", str(Path(settings.checkpoint_path).resolve())]
+    if settings.config_path is not None:
+        flags += ["--config_path", str(Path(settings.config_path).resolve())]
+    return flags
 
 
 def _summary_rows(evaluated: MemberEvaluation, member: Member) -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ from minsae_jax.json_values import to_json
 from minsae_jax.sae.config import load_run_config
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.member import load_sae, save_member
+from tests.report.reading import read_script
 
 
 @pytest.fixture(scope="module")
@@ -505,13 +506,21 @@ def test_without_a_val_store_events_are_not_evaluated(trained, settings, tmp_pat
     moved = tmp_path / "store"
     config.write_text(config.read_text().replace(f"store: {store}\n", f"store: {moved}\n"))
     test_store = store.with_name(f"{store.name}_test")
-    changed = replace(settings, run=str(run), store=str(test_store), report=True)
+    changed = replace(
+        settings,
+        run=str(run),
+        store=str(test_store),
+        report=True,
+        checkpoint_path=str(trained.encoder_folder),
+    )
     with pytest.warns(UserWarning, match=r"events.csv are not evaluated, since there is no store"):
         result = ms.evaluate(changed, trained.encoder)
     assert result.members[0].events is None
     assert (result.pca, result.baselines) == ((), {})
     assert np.isfinite(result.members[0].loss.loss_recovered.value)
-    assert (run / "report/index.html").exists()
+    # The report's command for a whole recording works without the encoder in the run's settings.
+    meta = read_script(run / "report/index_data.js")["meta"]
+    assert meta["encoder_flags"] == ["--checkpoint_path", str(trained.encoder_folder.resolve())]
 
 
 def test_without_events_of_val_patients_events_are_not_evaluated(

@@ -410,7 +410,8 @@ def test_keys(page, report):
 def test_command_for_the_whole_recording(page, tmp_path):
     """A shell reads the paths in it as they are, and the address shows the example."""
     member = "/data/Ann's runs/a b/members/lambda=5,lr=5e-05"
-    meta = make_meta(member_folder=member, recordings="/data/my EEG")
+    encoder_flags = ["--checkpoint_path", "/data/my encoder"]
+    meta = make_meta(member_folder=member, recordings="/data/my EEG", encoder_flags=encoder_flags)
     card = with_findings(next(make_cards(1)))
     write_pages(tmp_path / "report", meta, [card])
     visit(page, tmp_path / "report", "#f=0")
@@ -418,7 +419,7 @@ def test_command_for_the_whole_recording(page, tmp_path):
     find(page, "figcaption button")[0].click()
     example = card.examples[0]
     expected = ["minsae", "view", f"/data/my EEG/{example.recording}"]
-    expected += ["--member", member, "--feature", "0", "--out", "views"]
+    expected += ["--member", member, *encoder_flags, "--feature", "0", "--out", "views"]
     script = "printf '%s\\n' " + texts(page, "#view-command")[0]
     words = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
     assert words.splitlines() == expected

@@ -177,8 +177,9 @@ function viewLink(example, feature) {
 
 /** Show the command that writes the page of the example's recording, and the page's address at the example. */
 function explainView(example, feature) {
+  const encoder = meta.encoder_flags.map(shellWord).join(" ");
   const parts = [`minsae view ${shellWord(`${meta.recordings}/${example.recording}`)}`, `--member ${shellWord(meta.member_folder)}`,
-    `--feature ${feature} --out views`];
+    ...(encoder ? [encoder] : []), `--feature ${feature} --out views`];
   const time = example.patch ? `&t=${((example.patch[0] + example.patch[1]) / 2).toFixed(2)}` : "";
   $("#view-command").textContent = parts.join(" \\\n  ");
   $("#view-page").textContent = `views/${example.recording.replace(/\.npy$/, "")}.html#f=${feature}${time}`;
