@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from minsae_jax import UserError
+from minsae_jax.eeg.montage import CHANNELS
 from tests.eeg.eeg_files import NEW_NAMES, load, make_raw, run, write_file
 
 
@@ -75,6 +76,18 @@ def test_wrong_unit_is_corrected_by_scale(tmp_path):
     run(good, tmp_path / "good")
     run(wrong, tmp_path / "out", scale=1e-6)
     np.testing.assert_allclose(load(tmp_path / "out"), load(tmp_path / "good"), atol=1e-5)
+
+
+def test_channel_that_is_the_reference_is_found(tmp_path):
+    path = write_file(make_raw(), tmp_path / "a_raw.fif")
+    prepared = run(path, tmp_path / "cz", reference=("Cz",))
+    assert prepared.findings()[0] == (
+        "channels all zero, since they are the reference: CZ (in a-raw_s001_t000_preprocessed.npy)"
+    )
+    assert not load(tmp_path / "cz")[:, CHANNELS.index("CZ")].any()
+    for reference in (("C3", "C4"), ("average",)):
+        prepared = run(path, tmp_path / reference[0], reference=reference)
+        assert not any("all zero" in finding for finding in prepared.findings())
 
 
 def test_clipped_channel_is_found(tmp_path):

@@ -80,6 +80,9 @@ def check_channels(
     # Types and amplitudes of EEG are expected of electrodes only.
     electrodes = [key for key in channels.read if key in channels.electrodes]
     not_eeg = [key for key in electrodes if file.is_among(key, file.not_eeg)]
+    # A single channel minus itself
+    is_only_reference = len(channels.references) == 1
+    zero = [key for key in channels.references if is_only_reference and key in channels.names]
     bad = {*flat, *marked, *not_eeg, *(key for key in electrodes if key in too_strong)}
     problems = {
         "flat": flat,
@@ -87,6 +90,7 @@ def check_channels(
         "of another type than EEG": not_eeg,
         f"with an SD above {STRONGEST_UV:,.0f} µV": too_strong,
         "clipped": [key for key in channels.read if quality[key].is_clipped],
+        "all zero, since they are the reference": zero,
     }
     return dataclasses.replace(
         channels,
