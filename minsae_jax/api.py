@@ -327,7 +327,10 @@ def view(config: ViewConfig, encoder: "BaseEncoder | None" = None) -> "list[View
     run = run_of(config.member)
     encoder = encoder or _encoder_of(config, load_run_config(run) if run is not None else None)
     if encoder is None:
-        raise UserError("view requires the encoder; set --checkpoint_path")
+        raise UserError(
+            "view requires the encoder; set --checkpoint_path, or in Python give it to "
+            "minsae_jax.view"
+        )
     return views.view(config, encoder, sae, run)
 
 

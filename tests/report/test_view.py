@@ -377,6 +377,22 @@ def test_missing_and_other_files_are_one_line(trained, place, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_missing_encoder_is_one_line(trained, place, tmp_path):
+    """Of a function there is no folder that --checkpoint_path could name."""
+    (tmp_path / "members").mkdir()
+    shutil.copytree(trained.run / "members" / MEMBER, tmp_path / "members" / MEMBER)
+    settings = ms.ViewConfig(
+        recording=(str(place / "mine.npy"),),
+        member=str(tmp_path / "members" / MEMBER),
+        out=str(tmp_path / "out"),
+    )
+    with pytest.raises(
+        ms.UserError, match=r"set --checkpoint_path, or in Python .* minsae_jax.view"
+    ):
+        ms.view(settings)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_encoder_is_refused(trained, place, tmp_path):
     from convert.encoder import convert_encoder
 
