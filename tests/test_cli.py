@@ -415,3 +415,23 @@ def test_flags_override_the_config_file(tmp_path, joined):
     args = [*config, "--num_steps", "9"]
     settings = cli.parse(TrainConfig, args, "minsae train", "", SECTIONS, "train")
     assert (settings.lr, settings.num_steps) == ((1e-4,), 9)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--kind", "relu"], "--k requires --kind topk or batchtopk or matryoshka ({path} sets k)"),
+        (
+            ["--recipe", "minsae"],
+            "--batch_size requires --recipe april2024 or modern ({path} sets batch_size)",
+        ),
+        (["--kind", "relu", "--k", "8"], "--k requires --kind topk or batchtopk or matryoshka"),
+        (["--lr", "1", "1"], "--lr contains duplicate values: 1.0 1.0"),
+    ],
+)
+def test_contradiction_names_the_file_of_a_setting_that_is_not_a_flag(tmp_path, words, message):
+    path = tmp_path / "x.yaml"
+    path.write_text("train: {kind: topk, k: [4, 8], batch_size: 64, lr: 1e-4}")
+    with pytest.raises(UserError) as e:
+        cli.parse(TrainConfig, ["--config", str(path), *words], "x", "", SECTIONS, "train")
+    assert str(e.value) == message.format(path=path)

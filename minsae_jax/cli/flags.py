@@ -172,7 +172,16 @@ def parse(
         if sections:
             message += f" (as a flag or in section {section} of --config)"
         raise UserError(message)
-    return from_dict(cls, values)
+    try:
+        return from_dict(cls, values)
+    except UserError as e:
+        # The file alone is valid: a flag contradicts it.
+        message = str(e)
+        named = [name for name in from_file if re.search(rf"--{name}\b", message)]
+        not_typed = [name for name in named if name not in words]
+        if not_typed:
+            message += f" ({paths[0]} sets {' and '.join(not_typed)})"
+        raise UserError(message) from None
 
 
 def _normalised(word: str) -> str:
