@@ -130,8 +130,10 @@ def check_usable(bad: Mapping[str, str]) -> None:
         )
 
 
-def list_bad(bad: Mapping[str, str]) -> str:
+def list_bad(bad: Mapping[str, str], limit: int = 50) -> str:
     """Return the recordings of each reason as text. bad: file name -> reason.
+
+    limit: reasons that are listed, and other recordings of each.
 
     >>> list_bad({"a.npy": "is too short", "b.npy": "contains NaN", "c.npy": "is too short"})
     'recording a.npy is too short (also c.npy); recording b.npy contains NaN'
@@ -140,12 +142,16 @@ def list_bad(bad: Mapping[str, str]) -> str:
     for name, reason in bad.items():
         names_of.setdefault(reason, []).append(name)
     clauses = []
-    for reason, (first, *others) in names_of.items():
-        clause = f"recording {first} {reason}"
-        if others:
-            clause += f" (also {join_some(others, limit=50)})"
+    n_more = len(bad)
+    for reason, names in list(names_of.items())[:limit]:
+        clause = f"recording {names[0]} {reason}"
+        if len(names) > 1:
+            clause += f" (also {join_some(names[1:], limit=limit)})"
         clauses.append(clause)
-    return join_some(clauses, "; ", limit=50)
+        n_more -= len(names)
+    if n_more:
+        clauses.append(f"and {n_more} more")
+    return "; ".join(clauses)
 
 
 def open_windows(

@@ -111,6 +111,21 @@ def test_bad_recordings_and_copies_can_be_skipped(tmp_path):
     assert "left out" in prepared.summary()
 
 
+def test_error_names_the_first_of_many_bad_recordings(tmp_path):
+    for number, seconds in enumerate([11, 12, 12, 12, 12, 12, 13, 14, 15]):
+        raw = make_raw(seed=number, seconds=seconds)
+        write_file(raw, tmp_path / f"{number}_raw.fif")
+    write_file(make_raw(), tmp_path / "good_raw.fif")
+    reasons = (
+        "0_raw.fif is too short: 11 s .*; .*1_raw.fif is too short: 12 s .*; .*6_raw.fif .* 13 s"
+    )
+    with pytest.raises(UserError, match=f"{reasons} .*; and 2 more: repair") as e:
+        run(tmp_path, tmp_path / "out", min_duration=20.0)
+    assert "4_raw.fif, and 1 more); " in str(e.value)
+    prepared = run(tmp_path, tmp_path / "out", min_duration=20.0, on_bad_recording="skip")
+    assert sum(line.startswith("left out: ") for line in prepared.findings()) == 9
+
+
 def test_recording_with_missing_channels_is_skipped(tmp_path):
     write_file(make_raw(), tmp_path / "eeg/a.edf")
     write_file(make_raw(NEW_NAMES[1:], seed=1), tmp_path / "eeg/b.edf")

@@ -107,7 +107,8 @@ class SelectionFlags:
     max_interpolated: Annotated[float, Range(min=0, below=1)] = 0.2
     """Largest share of the channels that may be interpolated."""
     on_bad_recording: OnBadRecording = "error"
-    """Recordings that cannot be used: list them all and stop (error), or leave them out (skip)."""
+    """Recordings that cannot be used: stop and name the first ones (error), or leave them out and
+    list them all (skip)."""
     event_seconds: Annotated[float, Positive] = 1.0
     """Length of events whose annotation has none."""
 

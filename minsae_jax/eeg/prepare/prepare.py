@@ -19,12 +19,13 @@ from minsae_jax.eeg.prepare.record import RECORDS, Record, Rejected, read_record
 from minsae_jax.eeg.prepare.recording import prepare_recording
 from minsae_jax.eeg.prepare.sources import Source, files_of, find_sources
 from minsae_jax.eeg.prepare.workers import worker_pool
-from minsae_jax.eeg.recordings import LABELS, LENGTHS, check_usable, list_bad
+from minsae_jax.eeg.recordings import LABELS, LENGTHS, list_bad
 from minsae_jax.errors import UserError, join_some
 from minsae_jax.files import atomic_write, foreign_entries, make_folder, regular_file
 from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import progress, table
 
+MAX_REASONS = 3  # in an error; those of damaged files are long, and differ
 TABLES = (DESCRIPTION, EVENTS, LABELS)  # written after LENGTHS is removed and before it is back
 OWNED_FILES = (
     "*_s[0-9]*_t[0-9]*_preprocessed.npy",
@@ -145,11 +146,17 @@ def _prepare(
             bar.advance(1)
     rejected += _remove_copies(folder, sources, records)
     rejected.sort(key=lambda each: each.source.path.as_posix())
-    if config.on_bad_recording == "error":
-        check_usable({str(each.source.path): each.reason for each in rejected if each.is_bad})
+    bad = {str(each.source.path): each.reason for each in rejected if each.is_bad}
+    if bad and config.on_bad_recording == "error":
+        raise UserError(
+            f"{list_bad(bad, limit=MAX_REASONS)}: repair or remove them, or skip them with "
+            "--on_bad_recording skip, which lists them all"
+        )
     if not records:
         reasons = {str(each.source.path): each.reason for each in rejected}
-        raise UserError(f"none of the recordings can be used: {list_bad(reasons)}")
+        raise UserError(
+            f"none of the recordings can be used: {list_bad(reasons, limit=MAX_REASONS)}"
+        )
     ordered = tuple(records[name] for name in sorted(records))
     _write_tables(folder, plan, ordered, labels)
     patients = [each.label for each in sources if each.is_patient and each.name in records]
