@@ -37,7 +37,9 @@ CENTRE_PRIOR = 0.02  # m; channels that are less spread from back to front say l
 EAR_ANGLE = np.deg2rad(95)  # from the vertex to T7 and T8, seen from that centre
 
 NEW_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
-PREFIX = re.compile(r"^(EEG|POL)[ _:-]+")
+# Without a separator, an electrode of the 10-10 system must follow: EEGFP1, but not EEG001.
+ELECTRODE = r"(FP|AF|F|FT|FC|T|C|TP|CP|P|PO|O)(Z|[1-9]|10)(?![A-Z0-9])"
+PREFIX = re.compile(rf"^((EEG|POL)[ _:-]+|EEG(?={ELECTRODE}))")
 # References that all channels of a recording share. A1, A2, M1 and M2 alone are not among them:
 # F3-A2 beside F4-A1 has two references, which no average over the channels can remove. With the
 # lookbehind, the time grows with the length of a name and not with its square.
