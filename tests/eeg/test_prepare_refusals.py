@@ -45,6 +45,21 @@ def with_nan(data: np.ndarray) -> None:
             {"channels": ("Fz", "AFz")},
             "has 1 usable channels of 2, too few for --max_interpolated 0.2",
         ),
+        (
+            scaled(1),
+            {"channels": ("standrd_1020",)},
+            r"missing, flat or bad are standrd_1020; did you mean 'standard_1020'\?; other",
+        ),
+        (
+            scaled(1),
+            {"channels": ("tuhh",), "on_missing": "error"},
+            r"lacks tuhh; did you mean 'tuh'\?",
+        ),
+        (
+            scaled(1),
+            {"reference": ("avrage",)},
+            "has no reference channel AVRAGE; --reference takes average, none, or channels",
+        ),
         (scaled(1), {"reference": ("M1",)}, "has no reference channel M1"),
         (scaled(1), {"sampling_rate": 500.0, "h_freq": 200.0}, "is too low for --h_freq 200"),
         (scaled(1), {"sampling_rate": 500.0, "notch": (180.0,)}, "is too low for --notch 180"),
@@ -138,6 +153,7 @@ def test_recording_with_missing_channels_is_skipped(tmp_path):
     ("settings", "message"),
     [
         ({"channels": ("tuhh",), "montage": "x"}, "MNE has no montage 'x'"),
+        ({"montage": "standard_1050"}, r"'standard_1050'; did you mean 'standard_1005'\?"),
         ({"channels": ("T3", "T7")}, "one electrode twice: T3 and T7"),
         ({"channels": ("Fz", " ")}, "--channels contains an empty name"),
         ({"reference": ("average", "M1")}, "--reference average cannot be combined"),

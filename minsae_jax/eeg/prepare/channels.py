@@ -36,6 +36,11 @@ def target_channels(names: Sequence[str]) -> tuple[str, ...]:
     return channels
 
 
+def layout_hint(names: Sequence[str]) -> str:
+    """Return a hint at a layout if --channels is one word that is similar, such as `tuhh`."""
+    return did_you_mean(names[0], ["tuh", *_montage_names()]) if len(names) == 1 else ""
+
+
 @lru_cache
 def montage_positions(channels: tuple[str, ...], montage: str) -> tuple[Position | None, ...]:
     """Return the positions in one of MNE's montages, in head coordinates; None if it has none.
@@ -43,8 +48,8 @@ def montage_positions(channels: tuple[str, ...], montage: str) -> tuple[Position
     Raises UserError if there is no such montage.
     """
     if _montage(montage) is None:
-        known = mne.channels.get_builtin_montages()
-        raise UserError(f"--montage: MNE has no montage {montage!r}{did_you_mean(montage, known)}")
+        hint = did_you_mean(montage, _montage_names())
+        raise UserError(f"--montage: MNE has no montage {montage!r}{hint}")
     positions: list[Position | None] = []
     for channel in _info(channels, montage)["chs"]:
         x, y, z = (float(value) for value in channel["loc"][:3])
@@ -99,6 +104,12 @@ def _interpolation(
     raw = mne.io.RawArray(identity, info, verbose="ERROR")
     raw.interpolate_bads(verbose="ERROR")
     return raw.get_data()
+
+
+def _montage_names() -> list[str]:
+    """Return the names that `_montage` knows."""
+    names = mne.channels.get_builtin_montages()
+    return names + [name.replace("colin27_", "standard_") for name in names if "colin27_" in name]
 
 
 def _montage(name: str) -> mne.channels.DigMontage | None:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.eeg.montage import canonical
+from minsae_jax.eeg.prepare.channels import layout_hint
 from minsae_jax.eeg.prepare.errors import BadRecordingError, SkippedError
 from minsae_jax.eeg.prepare.plan import Plan
 from minsae_jax.eeg.prepare.read import EegFile
@@ -47,7 +48,10 @@ def find_channels(file: EegFile, plan: Plan) -> FileChannels:
         references = [canonical(name) for name in plan.settings.reference]
     absent = [key for key in references if key not in file.names]
     if absent:
-        raise BadRecordingError(f"has no reference channel {' '.join(absent)}")
+        raise BadRecordingError(
+            f"has no reference channel {' '.join(absent)}; --reference takes average, none, or "
+            "channels of the file"
+        )
     read = dict.fromkeys([*present, *references])  # an ordered set
     # Two keys can be of one channel: C3-A2 and, where most channels have this reference, C3.
     names_read = {name for key in read for name in file.names[key]}
@@ -102,8 +106,11 @@ def check_channels(
 def check_interpolated(channels: FileChannels, plan: Plan) -> None:
     """Raise if so many channels cannot be interpolated, or must not be."""
     settings = plan.settings
+    # Without a layout of the name in --channels, it is that of a channel.
+    is_listed = settings.channels == plan.channels
+    hint = layout_hint(plan.channels) if channels.missing and is_listed else ""
     if channels.missing and settings.on_missing != "interpolate":
-        reason = f"lacks {' '.join(channels.named(channels.missing))}"
+        reason = f"lacks {' '.join(channels.named(channels.missing))}{hint}"
         if settings.on_missing == "skip":
             raise SkippedError(reason)
         raise BadRecordingError(reason)
@@ -113,7 +120,7 @@ def check_interpolated(channels: FileChannels, plan: Plan) -> None:
         raise BadRecordingError(
             f"has {n_channels - len(names)} usable channels of {n_channels}, too few for "
             f"--max_interpolated {settings.max_interpolated:g}; missing, flat or bad are "
-            f"{' '.join(names)}; other channels of the file: "
+            f"{' '.join(names)}{hint}; other channels of the file: "
             f"{join_some(channels.unused, limit=10) or 'none'}"
         )
     positions = dict(zip(plan.channels, plan.positions, strict=True))
