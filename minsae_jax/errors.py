@@ -31,6 +31,10 @@ def brief(text: object, limit: int = 200) -> str:
     >>> brief(ValueError("two\\n  lines"))
     'two lines'
     """
+    if isinstance(text, UnicodeDecodeError):
+        # Python's message names a codec. Some spreadsheets write tables in Latin-1.
+        byte = text.object[text.start]
+        text = f"its encoding must be {text.encoding.upper()}, got the byte 0x{byte:02x}"
     return " ".join(str(text).split())[:limit]
 
 

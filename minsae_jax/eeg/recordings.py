@@ -294,7 +294,7 @@ def read_lengths(path: Path) -> dict[str, int]:
             for row in rows:
                 lengths[row["filename"]] = _parse_length(row["time_len"], path, rows.line_num)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path} cannot be read as CSV: {e}") from None
+        raise UserError(f"{path} cannot be read as CSV: {brief(e)}") from None
     if None in lengths or "" in lengths:
         raise UserError(f"{path} has a row without a filename")
     return lengths

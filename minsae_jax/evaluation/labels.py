@@ -94,7 +94,7 @@ def _read_rows(path: Path) -> dict[tuple[str, str], dict[str, str]]:
             columns = reader.fieldnames or []
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path} cannot be read as CSV: {e}") from None
+        raise UserError(f"{path} cannot be read as CSV: {brief(e)}") from None
     if not any(key in columns for key in KEYS):
         raise UserError(
             f"{path} requires a column recording or patient, got "

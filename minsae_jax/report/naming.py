@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from minsae_jax.errors import UserError
+from minsae_jax.errors import UserError, brief
 from minsae_jax.evaluation.config import Band
 from minsae_jax.files import regular_file
 
@@ -158,7 +158,8 @@ def read_feature_labels(
                     labels[feature] = label
     except (KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(
-            f"{path} must have the columns feature, label and note, one row per feature ({e})"
+            f"{path} must have the columns feature, label and note, one row per feature "
+            f"({brief(e)})"
         ) from None
     if before not in (None, member) and "member" not in columns:
         warnings.warn(

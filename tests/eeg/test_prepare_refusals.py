@@ -171,6 +171,21 @@ def test_invalid_setting_is_one_line(tmp_path, settings, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["labels.csv", "participants.tsv"])
+def test_table_of_labels_in_latin_1_is_named(tmp_path, name):
+    root = tmp_path / "study"
+    path = write_file(make_raw(), root / "sub-01/eeg/sub-01_task-rest_eeg.edf")
+    (root / "dataset_description.json").write_text("{}")
+    table = "participant_id,site\nsub-01,M\xfcnchen\n"
+    if name == "participants.tsv":
+        table = table.replace(",", "\t")
+    (root / name).write_bytes(table.encode("latin-1"))
+    settings = {"labels": str(root / name)} if name == "labels.csv" else {}
+    message = rf"{name} \(its encoding must be UTF-8, got the byte 0xfc\)$"
+    with pytest.raises(UserError, match=message):
+        run(path, tmp_path / "out", **settings)
+
+
 def test_missing_file_of_labels_is_named(tmp_path):
     path = write_file(make_raw(), tmp_path / "a_raw.fif")
     with pytest.raises(UserError, match=r"^--labels no.csv does not exist$"):

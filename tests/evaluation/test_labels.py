@@ -106,6 +106,13 @@ def test_invalid_file_is_an_error(folder, text, message):
         read(folder, text)
 
 
+def test_file_in_latin_1_is_an_error(folder):
+    (folder / "labels.csv").write_bytes("patient,site\na,Genève\n".encode("latin-1"))
+    message = r"labels\.csv cannot be read as CSV: its encoding must be UTF-8, got the byte 0xe8$"
+    with pytest.raises(UserError, match=message):
+        read_labels(folder, [])
+
+
 def test_selected_categories_are_numbered_anew(folder):
     label = read(folder, "patient,group\na,x\nb,y\nc,z\n")["group"].only(["x", "z"])
     assert label.patients == ("a", "c")

@@ -93,7 +93,8 @@ def test_labels_without_a_member_warn_if_the_member_changed(tmp_path):
     path.write_text("feature,label,note,member\n1,alpha,,a\n")
     assert read_feature_labels(path, 16, "b", before="a") == {}
     path.write_bytes("feature,läbel,note\n".encode("latin-1"))
-    with pytest.raises(UserError, match="must have the columns feature, label and note"):
+    message = "must have the columns feature, label and note, .* must be UTF-8, got the byte 0xe4"
+    with pytest.raises(UserError, match=message):
         read_feature_labels(path, 16, "b", before="a")
 
 
