@@ -56,8 +56,8 @@ class EvaluationInputConfig:
     stores/mine)."""
     val_store: str | None = None
     """Store of the val patients, on which principal components and probes are fitted and features
-    for events are chosen (default: that beside the train store, stores/mine_val for
-    stores/mine)."""
+    for events are chosen (default: the run's --val_store, or else that beside the train store,
+    stores/mine_val for stores/mine)."""
     val_root_path: str | None = None
     """Folder of the recordings of the val store, with their events.csv (default: --root_path)."""
     checkpoint_path: str | None = None

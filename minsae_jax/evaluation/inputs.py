@@ -267,6 +267,17 @@ def _is_layer(layer: int, manifest: Manifest, encoder: BaseEncoder | None) -> bo
     return is_unknown or layer in (manifest.layer, manifest.layer_index)
 
 
+def _default_store(config: TrainConfig, split: Literal["val", "test"]) -> Path | None:
+    """Return the run's --val_store if it exists, or else the sibling of the train store.
+
+    A run with --live has no train store.
+    """
+    # The members were measured on this store while they were trained.
+    if split == "val" and config.val_store is not None and Path(config.val_store).is_dir():
+        return Path(config.val_store)
+    return None if config.live else sibling_store(Path(config.store), split)
+
+
 def _open_split(
     settings: EvaluationInputConfig,
     train_config: TrainConfig | None,
@@ -275,14 +286,9 @@ def _open_split(
     split: Literal["val", "test"],
     named: str | None,
 ) -> Dataset | None:
-    """Open the store at `named`, else the sibling of the train store, or None if it is missing.
-
-    A run with --live has no train store.
-    """
-    sibling = None
-    if train_config is not None and not train_config.live:
-        sibling = sibling_store(Path(train_config.store), split)
-    path = Path(named) if named else sibling
+    """Open the store at `named`, else the default of the run, or None if it is missing."""
+    default = None if train_config is None else _default_store(train_config, split)
+    path = Path(named) if named else default
     if path is None or not (named or path.is_dir()):
         return None
     root_path = settings.root_path

@@ -77,11 +77,14 @@ def make_pages(
     stability = evaluation.find(evaluation.selected).stability
     has_seeds = "seed" in varied_names(member.hyper for member in evaluation.members)
     is_one_run = evaluation.inputs.is_one_run
+    folders = {m.name: m.folder and m.folder.parent for m in evaluation.inputs.members}
     members = []
     for member in evaluation.members:
-        # Settings can be equal in several runs, or unknown.
-        setting = _setting(member, has_seeds) if is_one_run else member.member
-        members.append(_member_row(member, setting))
+        row = _member_row(member, _setting(member, has_seeds))
+        if not is_one_run:
+            # Settings can be equal in several runs, or unknown.
+            row = replace(row, setting=member.member, line=f"{row.line},{folders[member.member]}")
+        members.append(row)
     return Pages(
         recommendation=evaluation.recommendation,
         rule=evaluation.rule,

@@ -431,6 +431,28 @@ def test_live_run_does_not_take_the_stores_beside_the_default_store(trained, set
         inputs.open_inputs(without_store, trained.encoder, live)
 
 
+def test_val_store_of_the_run_comes_before_the_one_beside_the_train_store(
+    trained, settings, tmp_path
+):
+    stores = trained.stores
+    beside = stores.with_name(f"{stores.name}_val")
+    copy = tmp_path / "copy"
+    shutil.copytree(beside, copy)
+    settings = replace(settings, store=f"{stores}_test", val_store=None)
+    config = replace(load_run_config(trained.run), val_store=str(copy))
+
+    def val_store(config, **changes):
+        val = inputs.open_inputs(replace(settings, **changes), trained.encoder, config).val
+        assert val is not None
+        return val.store.folder.parent
+
+    live = replace(config, live=True, root_path=str(trained.recordings))
+    assert val_store(config) == val_store(live) == copy
+    assert val_store(config, val_store=str(beside)) == beside
+    shutil.rmtree(copy)
+    assert val_store(config) == beside
+
+
 def test_evaluation_on_val_patients_warns(trained, settings):
     val = trained.stores.with_name(f"{trained.stores.name}_val")
     with pytest.warns(UserWarning, match="on which features and probes are chosen"):
