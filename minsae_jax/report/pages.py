@@ -24,7 +24,7 @@ from minsae_jax.evaluation.steering.results import Steering
 from minsae_jax.report.event_pages import EventPage, event_means, event_pages
 from minsae_jax.report.label_pages import LabelPage, label_page
 from minsae_jax.sae.figures import PCA
-from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, sparsity, value_text, varied_names
+from minsae_jax.sae.hyper import SPARSITY, SYMBOLS, Hyper, sparsity, value_text, varied_names
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,17 @@ def make_pages(
     """
     stability = evaluation.find(evaluation.selected).stability
     has_seeds = "seed" in varied_names(member.hyper for member in evaluation.members)
-    is_one_run = evaluation.inputs.is_one_run
-    folders = {m.name: m.folder and m.folder.parent for m in evaluation.inputs.members}
+    runs = {m.name: str(m.folder and m.folder.parent) for m in evaluation.inputs.members}
     members = []
     for member in evaluation.members:
-        row = _member_row(member, _setting(member, has_seeds))
-        if not is_one_run:
+        line = ",".join(value_text(v) for k, v in member.hyper.items() if k not in SPARSITY)
+        if evaluation.inputs.is_one_run:
+            setting = _setting(member.hyper, has_seeds)
+        else:
             # Settings can be equal in several runs, or unknown.
-            row = replace(row, setting=member.member, line=f"{row.line},{folders[member.member]}")
-        members.append(row)
+            setting = member.member
+            line = f"{line},{runs[member.member]}"
+        members.append(_member_row(member, setting, line))
     return Pages(
         recommendation=evaluation.recommendation,
         rule=evaluation.rule,
@@ -96,20 +98,20 @@ def make_pages(
     )
 
 
-def _setting(member: MemberEvaluation, has_seeds: bool) -> str:
-    setting = sparsity(member.hyper)
+def _setting(hyper: Hyper, has_seeds: bool) -> str:
+    setting = sparsity(hyper)
     texts = [] if setting is None else [f"{SYMBOLS[setting[0]]} = {value_text(setting[1])}"]
     if has_seeds:
-        texts.append(f"seed {member.hyper['seed']}")
+        texts.append(f"seed {hyper['seed']}")
     return ", ".join(texts)
 
 
-def _member_row(member: MemberEvaluation, setting: str) -> MemberRow:
+def _member_row(member: MemberEvaluation, setting: str, line: str) -> MemberRow:
     return MemberRow(
         name=member.member,
         kind=str(member.hyper.get("kind", "relu")),
         setting=setting,
-        line=",".join(value_text(v) for name, v in member.hyper.items() if name not in SPARSITY),
+        line=line,
         l0=member.tokens.l0,
         fvu=member.fvu,
         description_bits=member.description_bits,
