@@ -67,7 +67,7 @@ def _measure_missing(test: Dataset, members: Sequence[Member]) -> dict[str, Toke
     """Measure members in one pass over the store for each scale of activations in training.
 
     L1 has the unit of that scale. The members of a run have the same one; SAEs of other programs
-    have 1. Baselines have none, and no L1, and so do not need a pass of their own.
+    have 1. Baselines have neither a scale nor an L1, and join the first pass.
     """
     by_scale: dict[float, list[Member]] = {}
     baselines = []
@@ -75,11 +75,13 @@ def _measure_missing(test: Dataset, members: Sequence[Member]) -> dict[str, Toke
         if member.folder is None:
             baselines.append(member)
         else:
-            by_scale.setdefault(float(member.sae.config.get("scale", 1.0)), []).append(member)
+            scale = float(member.sae.config.get("scale", 1.0))
+            by_scale.setdefault(scale, []).append(member)
+    first = next(iter(by_scale), 1.0)
+    by_scale.setdefault(first, []).extend(baselines)
     results: dict[str, TokenResult] = {}
-    for scale, of_scale in (by_scale or {1.0: []}).items():
-        results |= _pass_over_tokens(test, [*of_scale, *baselines], scale)
-        baselines = []
+    for scale, of_scale in by_scale.items():
+        results |= _pass_over_tokens(test, of_scale, scale)
     return results
 
 
