@@ -76,19 +76,27 @@ class Manifest(StoreIdentity):
 
     format_version: int = FORMAT_VERSION
     complete: bool = False
+    # Counted from the end, -1 is the last; None if unknown, as in imported stores.
+    layer_from_end: int | None = None
     shards: tuple[ShardEntry, ...] = ()
     unknown: Mapping[str, Any] = field(default_factory=dict)  # keys of other versions, preserved
 
     @classmethod
-    def of(cls, identity: StoreIdentity) -> "Manifest":
+    def of(cls, identity: StoreIdentity, layer_from_end: int | None) -> "Manifest":
         """Return the manifest of a new store."""
-        return cls(**identity.to_json())
+        return cls(**identity.to_json(), layer_from_end=layer_from_end)
+
+    def is_layer(self, layer: int) -> bool:
+        """Return whether the layer is known by this number, such as 2 and -1 for the last of 3."""
+        return layer in (self.layer, self.layer_index, self.layer_from_end)
 
     def to_json(self) -> Mapping[str, Any]:
+        known = {} if self.layer_from_end is None else {"layer_from_end": self.layer_from_end}
         return {
             "format_version": self.format_version,
             "complete": self.complete,
             **super().to_json(),
+            **known,
             "shards": [entry.to_json() for entry in self.shards],
             **self.unknown,
         }
@@ -176,6 +184,9 @@ def _parse_manifest(content: Mapping[str, Any]) -> Manifest:
     _check_data(known["data"])
     if known["dtype"] not in ON_DISK:
         raise ValueError("dtype")
+    layer_from_end = content.get("layer_from_end")
+    if layer_from_end is not None and (type(layer_from_end) is not int or layer_from_end >= 0):
+        raise ValueError("layer_from_end")
     # A split without windows is an error of `extract`, so no complete store is empty.
     if known["complete"] and not known["shards"]:
         raise ValueError("shards")
@@ -183,8 +194,8 @@ def _parse_manifest(content: Mapping[str, Any]) -> Manifest:
     shards = tuple(parse_shard_entry(entry, sequence_shape) for entry in known.pop("shards"))
     if len({entry.file for entry in shards}) < len(shards):
         raise ValueError("shards")
-    unknown = {name: value for name, value in content.items() if name not in _TYPES}
-    return Manifest(**known, shards=shards, unknown=unknown)
+    unknown = {n: value for n, value in content.items() if n not in {*_TYPES, "layer_from_end"}}
+    return Manifest(**known, layer_from_end=layer_from_end, shards=shards, unknown=unknown)
 
 
 def parse_shard_entry(content: Mapping[str, Any], sequence_shape: list[int]) -> ShardEntry:

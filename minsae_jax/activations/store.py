@@ -274,8 +274,7 @@ def open_store(path: str | Path, layer: int | None = None) -> Store:
         return _open_without_manifest(folder, layer)
     if not manifest.complete:
         raise UserError(f"the store {folder} is incomplete; {RERUN}")
-    # A layer may be requested by either number, such as -1 or 2 in an encoder of three layers.
-    if layer is not None and layer not in (manifest.layer, manifest.layer_index):
+    if layer is not None and not manifest.is_layer(layer):
         raise UserError(f"the store {folder} is of layer {manifest.layer}, not {layer}")
     problem = next(find_damage(folder, manifest), None)
     if problem:
@@ -303,10 +302,10 @@ def _folder_of_layer(folder: Path, layers: Sequence[str], layer: int) -> str | N
     """Return the one of a store's folders of layers with this layer, or None."""
     if f"l{layer}" in layers:
         return f"l{layer}"
-    # A layer that was extracted as -1 may be requested by its number from 0.
+    # A layer that was extracted as -1 may be requested by its number from 0, and vice versa.
     for name in layers:
         manifest = read_manifest(folder / name)
-        if manifest is not None and manifest.layer_index == layer:
+        if manifest is not None and manifest.is_layer(layer):
             return name
     return None
 

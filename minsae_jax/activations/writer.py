@@ -58,14 +58,20 @@ class StoreWriter:
 
     A `with` block locks the folder, and `begin` prepares it. Raises UserError, before anything is
     written, if the folder contains files of others or a store of another identity; `overwrite`
-    replaces the store.
+    replaces the store. layer_from_end: for the manifest.
 
     Several processes can write one store; all call `begin` and `finish` together. The first writes
     manifest.json; process n lists its shards in manifest.{n}.json, which are merged by `finish` or
     by the next `begin`.
     """
 
-    def __init__(self, folder: Path, identity: StoreIdentity, overwrite: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        identity: StoreIdentity,
+        overwrite: bool = False,
+        layer_from_end: int | None = None,
+    ):
         _check_replaceable(folder, identity, overwrite)
         self.folder = folder
         self.identity = identity
@@ -74,7 +80,7 @@ class StoreWriter:
         self.finished = False
         self.done: set[int] = set()  # numbers of complete shards
         self._shards: tuple[ShardEntry, ...] = ()  # those that this process lists
-        self._manifest = Manifest.of(identity)
+        self._manifest = self._new_manifest = Manifest.of(identity, layer_from_end)
         self._unlisted: list[ShardEntry] = []  # shards that are not in the manifest yet
         self._listed_at = -MANIFEST_SECONDS
         self._lock = ExitStack()
@@ -127,7 +133,7 @@ class StoreWriter:
         if self._is_complete(manifest):
             self._remove_partial_manifests()
             return
-        self._manifest = manifest or Manifest.of(self.identity)
+        self._manifest = manifest or self._new_manifest
         self._shards = self._manifest.shards
         self._shards = tuple(e for e in self._merged_shards() if self._is_intact(e))
         # The manifest first, then the files: it must never list a shard that is gone.

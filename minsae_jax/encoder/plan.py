@@ -44,7 +44,9 @@ def plan_extraction(
         writers = []
         for index, layer in layers.items():
             identity = _store_identity(encoder, config, options, split, recordings, layer, index)
-            writer = StoreWriter(config.store(split, layer), identity, config.overwrite)
+            from_end = encoder.spec.layers.index(index) - len(encoder.spec.layers)
+            folder = config.store(split, layer)
+            writer = StoreWriter(folder, identity, config.overwrite, layer_from_end=from_end)
             writers.append(writer)
         plans.append(SplitPlan(split, recordings, tuple(layers), tuple(writers)))
     return plans

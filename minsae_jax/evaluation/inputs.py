@@ -262,9 +262,9 @@ def _is_layer(layer: int, manifest: Manifest, encoder: BaseEncoder | None) -> bo
     """Return whether a store can be of a layer, which counts from the end if it is negative."""
     if encoder is not None:
         return encoder.spec.layer_index(layer) == manifest.layer_index
-    # Without an encoder, the number of its layers is unknown.
-    is_unknown = layer < 0 <= manifest.layer
-    return is_unknown or layer in (manifest.layer, manifest.layer_index)
+    # The number of the encoder's layers is unknown in some stores.
+    is_unknown = layer < 0 <= manifest.layer and manifest.layer_from_end is None
+    return is_unknown or manifest.is_layer(layer)
 
 
 def _default_store(config: TrainConfig, split: Literal["val", "test"]) -> Path | None:

@@ -262,7 +262,7 @@ class Run:
         return {member.name: member.metrics for member in self.members}
 
     def summary(self) -> str:
-        """Return the members as a table for the terminal, with warnings of a wrong L0."""
+        """Return the members as a table for the terminal, with warnings of bad ones."""
         has_held_out = any(member.held_out for member in self.members)
         columns = ["member", "MSE", "L0", "FVU", "dead"]
         if has_held_out:
@@ -280,7 +280,7 @@ class Run:
             if has_held_out:
                 row += [f"{member.held_out['l0']:.1f}", f"{member.held_out['fvu']:.3f}"]
             rows.append([*row, member.status])
-        warnings = [self._threshold_warning(), self._target_warning()]
+        warnings = [self._threshold_warning(), self._target_warning(), self._variance_warning()]
         paragraphs = [wrap(warning) for warning in warnings if warning is not None]
         return "\n".join([table([*columns, "status"], rows), *paragraphs])
 
@@ -305,6 +305,17 @@ class Run:
         return (
             f"warning: L0 is far from the target of {', '.join(values)}; it takes more steps, or a "
             "higher lr"
+        )
+
+    def _variance_warning(self) -> str | None:
+        """Return a warning if members explain no variance of the tokens, else None."""
+        metrics = {m.name: m.held_out or m.metrics for m in self.members if m.status != "diverged"}
+        useless = [f"{name} ({m['fvu']:.3g})" for name, m in metrics.items() if m["fvu"] >= 1]
+        if not useless:
+            return None
+        return (
+            f"warning: FVU is 1 or more, no better than the mean of all tokens, for "
+            f"{', '.join(useless)}; try more steps, a lower lr, or less sparse features"
         )
 
 

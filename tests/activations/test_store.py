@@ -37,14 +37,15 @@ def arrays(dtype=np.float32):
 
 
 @contextmanager
-def begun(folder, identity=IDENTITY, overwrite=False):
-    with StoreWriter(folder, identity, overwrite) as writer:
+def begun(folder, identity=IDENTITY, overwrite=False, layer_from_end=None):
+    with StoreWriter(folder, identity, overwrite, layer_from_end) as writer:
         writer.begin()
         yield writer
 
 
-def write(folder, xs, **changes):
-    with begun(folder, replace(IDENTITY, **changes)) as writer:
+def write(folder, xs, layer_from_end=None, **changes):
+    identity = replace(IDENTITY, **changes)
+    with begun(folder, identity, layer_from_end=layer_from_end) as writer:
         for i, x in enumerate(xs):
             if i not in writer.done:
                 writer.write(i, [x])
@@ -287,6 +288,18 @@ def test_layer_of_a_folder_is_opened_by_either_number(folder):
     assert open_store(folder.parent, 0).folder == folder.parent / "l0"
     with pytest.raises(UserError, match="no store of layer 1"):
         open_store(folder.parent, 1)
+
+
+def test_last_layer_is_opened_as_minus_1_although_it_was_extracted_by_its_number(tmp_path):
+    for layer in range(3):
+        write(tmp_path / f"l{layer}", arrays(), layer - 3, layer=layer, layer_index=layer)
+    assert open_store(tmp_path, -1).folder == tmp_path / "l2"
+    assert open_store(tmp_path, -3).folder == tmp_path / "l0"
+    assert open_store(tmp_path / "l1", -2).folder == tmp_path / "l1"
+    with pytest.raises(UserError, match=r"is of layer 1, not -1"):
+        open_store(tmp_path / "l1", -1)
+    with pytest.raises(UserError, match="no store of layer -4"):
+        open_store(tmp_path, -4)
 
 
 def test_missing_stores_and_layers_are_refused(folder, tmp_path):

@@ -60,6 +60,7 @@ def test_store_contains_the_activations_of_every_window(encoder, settings, tmp_p
         )
     assert store.manifest.encoder == encoder.fingerprint
     assert (store.manifest.layer, store.manifest.layer_index) == (layer, layer % 3)
+    assert store.manifest.layer_from_end == layer % 3 - 3
 
 
 def test_shards_of_the_tuh_layout_are_those_of_a_pytorch_loop(encoder, settings, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import dataclass, replace
 
 import jax
@@ -54,6 +55,17 @@ def test_diverged_member_is_frozen_and_the_others_are_unchanged(settings, tmp_pa
     assert {row["dead_fraction"] for row in held_out} == {"nan"}
     assert np.isnan(table(sick / "metrics.csv")["mse"]).all()
     assert all(np.isfinite(v).all() for v in load_file(sick / "sae.safetensors").values())
+
+
+def test_summary_names_members_that_explain_nothing(settings):
+    """Those that diverged are named when they do."""
+    settings = replace(settings, lambda_sparsity=(0.1,), feature_dim_factor=(2.0,))
+    assert "warning" not in train(settings).summary()
+    with pytest.warns(UserWarning, match="diverged"):
+        run = train(replace(settings, lr=(3e-3, 1.0, 1e30), run_dir=settings.run_dir + "2"))
+    assert run.metrics["lambda=0.1,lr=1"]["fvu"] > 1
+    told = " ".join(run.summary().split())
+    assert re.search(r"warning: FVU is 1 or more, .*, for lambda=0.1,lr=1 \(\S+\); try", told)
 
 
 def test_frozen_member_keeps_its_state(settings, monkeypatch):
