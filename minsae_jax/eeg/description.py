@@ -33,7 +33,7 @@ Position = tuple[float, float, float]  # metres, head coordinates of MNE: right,
 class RecordingDescription:
     """Origin of one recording. Tuples of numbers have one for each channel."""
 
-    source: str  # file name without folders
+    source: str  # file name, with folders if other files have the same name
     mean_uv: tuple[float, ...]  # of the prepared signal before it was brought to its unit, in µV
     sd_uv: tuple[float, ...]  # population SD, likewise
     bad_channels: tuple[str, ...]  # flat, marked as bad in the source, or not EEG there

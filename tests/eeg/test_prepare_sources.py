@@ -394,6 +394,34 @@ def test_labels_of_recordings(tmp_path):
         run(tmp_path / "eeg", tmp_path / "out", labels=str(labels), hash_patients=True)
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    """Also in a table of labels, where night1.edf would be all of them."""
+    eeg, labels = tmp_path / "eeg", tmp_path / "labels.csv"
+    write_file(make_raw(), eeg / "p1/night1.edf")
+    settings = {"patient_pattern": "(?P<patient>[^/]+)/[^/]+$", "labels": str(labels)}
+    labels.write_text("recording,age\nnight1.edf,30\n")
+    assert sources_of(run(eeg, tmp_path / "out", **settings)) == ["night1.edf"]
+    write_file(make_raw(seed=1), eeg / "p2/night1.edf")
+    write_file(make_raw(seed=2), eeg / "p2/night2.edf")
+    with pytest.raises(UserError, match=r"no row for any .*; the first is p1/night1.edf, its"):
+        run(eeg, tmp_path / "out", **settings)
+    labels.write_text("recording,age\np1/night1.edf,30\np2/night1,40\nnight2.edf,50\n")
+    prepared = run(eeg, tmp_path / "out", **settings)
+    assert prepared.n_new == 2
+    assert sources_of(prepared) == ["p1/night1.edf", "p2/night1.edf", "night2.edf"]
+    assert [row["age"] for row in rows_of(tmp_path / "out/labels.csv")] == ["30", "40", "50"]
+    hashed = sources_of(run(eeg, tmp_path / "hashed", **settings, hash_patients=True))
+    assert len({source for source in hashed if len(source) == 12 + len(".edf")}) == 3
+
+
+def sources_of(prepared):
+    """Return the sources in dataset.json, after a check that it has those of the result."""
+    recordings = json.loads((prepared.folder / "dataset.json").read_text())["recordings"]
+    sources = [recordings[record.name]["source"] for record in prepared.records]
+    assert sources == [record.description.source for record in prepared.records]
+    return sources
+
+
 def damage(root: Path, seed: int) -> Path:
     """Damage one file of a dataset so that bytes are missing, replaced, added or all gone."""
     rng = random.Random(seed)

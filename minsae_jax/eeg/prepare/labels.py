@@ -25,7 +25,7 @@ def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[Labels
             raise UserError(f"--labels {config.labels} does not exist")
         rows = _rows_of_table(Path(config.labels), sources)
         if not rows:
-            named = f"{sources[0].path.name}, its patient is {sources[0].patient}"
+            named = f"{sources[0].short_path}, its patient is {sources[0].patient}"
             raise UserError(
                 f"--labels {config.labels} has no row for any of the recordings; the first is "
                 f"{named}; with --patient_pattern the patient can be a part of the name"
@@ -47,8 +47,8 @@ def _rows_of_table(path: Path, sources: Sequence[Source]) -> dict[str, Labels]:
     of_key = _read(path, KEY_COLUMNS)
     rows = {}
     for source in sources:
-        file_name = source.path.name
-        for key in (source.name, file_name, file_name.split(".")[0], source.patient):
+        stem = source.short_path.removesuffix("".join(source.path.suffixes))
+        for key in (source.name, source.short_path, stem, source.patient):
             if _without_sub(key) in of_key:
                 rows[source.name] = of_key[_without_sub(key)]
                 break

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def read_record(source: Source, plan: Plan, folder: Path) -> Record | None:
         is_current = content["key"] == plan.key and content["stamp"] == stamp_of(source)
         if not is_current or content["size"] != size:
             return None
-        return _parse_record(content["record"])
+        record = _parse_record(content["record"])
+        # It depends on the other files, which may be new.
+        return replace(record, description=replace(record.description, source=source.label))
     # A damaged record is written again.
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

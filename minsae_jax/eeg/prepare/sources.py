@@ -8,7 +8,8 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,8 +36,9 @@ class Source:
     """One EEG file and the recording that is made from it."""
 
     path: Path
+    short_path: str  # its name, with folders if other files have the same name
     name: str  # of the recording's file
-    label: str  # of the file in dataset.json: its name, or a hash of it
+    label: str  # of the file in dataset.json: short_path, or a hash of it
     patient: str  # as in the source
     notes: tuple[Path, ...] = ()  # EDF+ files without signals, with annotations of this one
 
@@ -78,14 +80,16 @@ def find_sources(config: PrepareConfig) -> list[Source]:
     names = _recording_names(parts, config.hash_patients)
     if not config.patient_pattern:
         _check_patients(parts)
+    short_paths = _short_paths(parts)
     sources = []
     for path, part in parts.items():
-        label = path.name
+        label = short_paths[path]
         if config.hash_patients:
-            label = _hashed(path.name) + path.suffix
+            label = _hashed(label) + path.suffix
         sources.append(
             Source(
                 path=path,
+                short_path=short_paths[path],
                 name=names[path],
                 label=label,
                 patient=part.patient,
@@ -269,6 +273,22 @@ def _recording_names(parts: dict[Path, _Parts], is_hashed: bool) -> dict[Path, s
                 numbers = f"s{session_numbers[session]:03d}_t{token_numbers[token]:03d}"
                 names[path] = f"{name}_{numbers}_preprocessed.npy"
     return names
+
+
+def _short_paths(paths: Collection[Path]) -> dict[Path, str]:
+    """Return each path's name, with as many of its folders as tell it from the others."""
+    short_paths: dict[Path, str] = {}
+    n_parts = 1
+    while remaining := [path for path in paths if path not in short_paths]:
+        ends = {path: "/".join(path.parts[-n_parts:]) for path in remaining}
+        n_equal = Counter(ends.values())
+        short_paths |= {
+            path: end
+            for path, end in ends.items()
+            if n_equal[end] == 1 or n_parts == len(path.parts)
+        }
+        n_parts += 1
+    return short_paths
 
 
 def _numbers(texts: Iterable[str], first: int) -> dict[str, int]:
