@@ -171,7 +171,8 @@ def _read_labels(path: Path) -> None:
         assert np.isfinite(label.values).all()
     config = PrepareConfig(source=("x.edf",), out="out", labels=str(path))
     name = valid.names()[0]
-    read_prepare_labels(config, [Source(Path("x.edf"), name, "x.edf", patient_of(name))])
+    source = Source(Path("x.edf"), "x.edf", name, "x.edf", patient_of(name))
+    read_prepare_labels(config, [source])
 
 
 def _feature_labels(folder: Path) -> Path:
