@@ -154,8 +154,9 @@ def test_other_settings_are_refused_or_overwritten(tmp_path):
     out = tmp_path / "out"
     run(path, out)
     before = snapshot(out)
-    with pytest.raises(UserError, match="recordings of other settings, versions or sources"):
-        run(path, out, l_freq=1.0)
+    changes = r"l_freq \(0.0, now 1.0\), reference \(\['average'\], now \['none'\]\)"
+    with pytest.raises(UserError, match=rf"recordings of other settings or versions: {changes};"):
+        run(path, out, l_freq=1.0, reference=("none",))
     other = write_file(make_raw(), tmp_path / "b.edf")
     with pytest.raises(UserError, match="other settings, versions or sources, such as a_s001"):
         run(other, out)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minsae_jax.checksums import SUMS, write_checksums
-from minsae_jax.eeg.description import DESCRIPTION, Description, write_description
+from minsae_jax.eeg.description import DESCRIPTION, Description, read_description, write_description
 from minsae_jax.eeg.events import EVENTS, write_events
 from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.prepare.labels import read_labels
@@ -20,7 +20,7 @@ from minsae_jax.eeg.prepare.recording import prepare_recording
 from minsae_jax.eeg.prepare.sources import Source, files_of, find_sources
 from minsae_jax.eeg.prepare.workers import worker_pool
 from minsae_jax.eeg.recordings import LABELS, LENGTHS, list_bad
-from minsae_jax.errors import UserError, join_some
+from minsae_jax.errors import UserError, brief, join_some
 from minsae_jax.files import atomic_write, foreign_entries, make_folder, regular_file
 from minsae_jax.locks import lock_folder
 from minsae_jax.monitor import progress, table
@@ -181,15 +181,36 @@ def _remove_stale(folder: Path, plan: Plan, names: set[str], overwrite: bool) ->
         if key != plan.key or name not in names:
             stale.append(name)
     if stale and not overwrite:
+        changes = _changes(folder, plan)
+        others = f"other settings, versions or sources, such as {stale[0]}"
+        if changes:
+            others = f"other settings or versions: {', '.join(changes)}"
         raise UserError(
-            f"{folder} contains recordings of other settings, versions or sources, such as "
-            f"{stale[0]}; use --overwrite to replace them, or choose another --out"
+            f"{folder} contains recordings of {others}; use --overwrite to replace them, or choose "
+            "another --out"
         )
     if stale:
         (folder / LENGTHS).unlink(missing_ok=True)
     for name in stale:
         (folder / name).unlink(missing_ok=True)
         record_path(folder, name).unlink()
+
+
+def _changes(folder: Path, plan: Plan) -> list[str]:
+    """Return how settings and versions differ from those in dataset.json, if it has them."""
+    try:
+        before = read_description(folder).preparation
+    except UserError:
+        return []
+    if before is None:
+        return []
+    old = {**before.settings, **before.versions}
+    new = {**plan.preparation.settings, **plan.preparation.versions}
+    return [
+        f"{name} ({brief(old.get(name), 60)}, now {brief(value, 60)})"
+        for name, value in new.items()
+        if old.get(name) != value
+    ]
 
 
 def _remove_copies(
