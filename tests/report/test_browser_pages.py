@@ -404,7 +404,7 @@ def test_keys(page, report):
     assert not page.execute_script("return document.querySelector('#help').open")
     find(page, "#search")[0].send_keys(Keys.ESCAPE)
     press(page, "m")
-    wait(page, "return document.title === 'Members of the sweep'")
+    wait(page, "return document.title === 'Members'")
 
 
 def test_command_for_the_whole_recording(page, tmp_path):

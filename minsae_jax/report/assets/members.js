@@ -34,8 +34,8 @@ function showMembers() {
     scatter.replaceChildren(memberScatter(members, drawScatter));
     redraw();
   };
-  showPage("Members of the sweep", bar("← Overview"),
-    html("header", {}, html("p", { class: "eyebrow" }, meta.run), html("h1", {}, "Members of the sweep"),
+  showPage("Members", bar("← Overview"),
+    html("header", {}, html("p", { class: "eyebrow" }, meta.run), html("h1", {}, "Members"),
       html("p", { class: "lead" }, `All on the same test patients.${members.some(isPca) ? " PCA keeps the principal components of largest magnitude of every token." : ""}`)),
     html("div", { class: "pair" }, scatter, sideBySide(members)),
     html("section", {}, html("h2", {}, "All members"), memberTable(members)));
@@ -143,11 +143,13 @@ function drawMembers(all, xMeasure, yMeasure, height = 340) {
       if (isRecommended(m)) root.append(svg("circle", { cx, cy, r: 8.5, class: "ring" }));
       const tip = `${m.name}: ${[xMeasure, yMeasure].map(({ title, format, value }) => `${title} ${format(value(m))}`).join(", ")}`;
       root.append(svg("circle", { cx, cy, r: 4.5, class: `point ${kindColour(m)}` }, svg("title", {}, tip)));
-      const y = [cy - 6, cy + 15].find((at) => labels.every((l) => Math.abs(l.cx - cx) > 44 || Math.abs(l.y - at) > 11));
+      const wide = 6.2 * m.setting.length;
+      const fitsRight = cx + 10 + wide < box.right + 14; // into the margin
+      const [from, to] = fitsRight ? [cx + 10, cx + 10 + wide] : [cx - 10 - wide, cx - 10];
+      const y = [cy - 6, cy + 15].find((at) => labels.every((l) => l.to < from || to < l.from || Math.abs(l.y - at) > 11));
       if (y === undefined) continue;
-      const anchor = cx > box.right - 50 ? "end" : "start";
-      const node = text(cx + (anchor === "end" ? -10 : 10), y, anchor, m.setting, isRecommended(m) ? "halo strong" : "halo");
-      labels.push({ cx, y, node });
+      const node = text(fitsRight ? from : to, y, fitsRight ? "start" : "end", m.setting, isRecommended(m) ? "halo strong" : "halo");
+      labels.push({ from, to, y, node });
     }
     root.append(...labels.map(({ node }) => node)); // above all lines
     for (const [i, [name, kind]] of names.entries()) {
