@@ -206,14 +206,15 @@ def _output_sums(
     channel_of_token = token_channels(dataset, len(is_affected))
     channels = np.unique(channel_of_token[is_affected])
     n_segment = min(dataset.seq_len, round(SPECTRUM_SECONDS * dataset.sampling_rate))
-    hz, power = welch(traces[:, channels], dataset.sampling_rate, nperseg=n_segment)
+    # Of all channels, since welch returns other shapes if no channel is affected.
+    hz, power = welch(traces, dataset.sampling_rate, nperseg=n_segment)
     correlation = _correlation(traces[0], eeg.T)
     sums = _OutputSums(
         n_windows=1,
         n_patches=changes.shape[1],
         waveform=changes.sum(axis=1),
         n_channels=len(channels),
-        power=power.sum(axis=1),
+        power=power[:, channels].sum(axis=1),
         correlation=float(correlation[channels].sum()),
         mean_squares=np.square(traces - traces[:1]).mean(axis=2),
     )

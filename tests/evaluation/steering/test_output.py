@@ -79,6 +79,32 @@ def test_changes_match_their_definitions(trained):
     assert changes.r == pytest.approx(np.mean(correlations), abs=1e-4)
 
 
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_windows_where_the_feature_is_inactive_count_in_the_rms_only(trained, order):
+    dataset = trained.dataset("test")
+    places = [Place(dataset.recordings[0], 0), Place(dataset.recordings[-1], 1)]
+    sae = trained.sae("lambda=0.1")
+    scales = np.array([[0.0]])
+    steered = SteeredEncoder(trained.encoder, dataset, 1, sae)
+    (windows,) = steered.run(places, [FEATURE], scales)
+    largest = sae.encode_features(windows.hidden, [FEATURE]).max(axis=(1, 2, 3))
+    places = [places[i] for i in np.argsort(-largest)]
+    bias = np.array(sae.params["b_enc"])
+    bias[FEATURE] -= largest.mean()
+    sae.params |= {"b_enc": bias}
+    steered = SteeredEncoder(trained.encoder, dataset, 1, sae)
+    expected = measure_windows(steered, places[:1], [FEATURE], scales, BANDS)
+    changes = measure_windows(steered, [places[i] for i in order], [FEATURE], scales, BANDS)
+    assert changes.n_affected == expected.n_affected > 0
+    np.testing.assert_array_equal(changes.hz, expected.hz)
+    assert changes.r == pytest.approx(expected.r)
+    for got, one in zip(changes.reconstructions, expected.reconstructions, strict=True):
+        np.testing.assert_allclose(got.waveform, one.waveform)
+        np.testing.assert_allclose(got.power, one.power)
+        assert got.band_ratio == pytest.approx(one.band_ratio)
+        np.testing.assert_allclose(got.rms, one.rms / np.sqrt(2))
+
+
 def test_examples_are_around_the_strongest_tokens(trained):
     dataset = trained.dataset("test")
     sae = trained.sae("lambda=0.1")
