@@ -113,8 +113,10 @@ def read_events(folder: Path) -> dict[str, list[LabelledEvent]]:
                     f"{path} has no column {missing[0]}; it requires {', '.join(COLUMNS)}"
                 )
             for row in rows:
+                if any(row[name] is None for name in COLUMNS):
+                    raise ValueError("the row is too short")
                 events.setdefault(row["event"], []).append(_parse_event(row, columns_of))
-        except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as e:
+        except (ValueError, csv.Error) as e:
             raise UserError(
                 f"{path}, line {rows.line_num}: expected recording, event, start, stop and "
                 f"channels ({brief(e)})"
@@ -141,7 +143,7 @@ def _columns_of(cell: str, channel_names: list[str]) -> tuple[int, ...]:
 def _parse_event(
     row: Mapping[str, str], columns_of: Callable[[str], tuple[int, ...]]
 ) -> LabelledEvent:
-    """Raises KeyError, TypeError, ValueError, AttributeError or csv.Error on an invalid row."""
+    """Return the event of a row. Raises ValueError or csv.Error if a cell is invalid."""
     channels = columns_of(row["channels"])
     start = int(row["start"])
     stop = int(row["stop"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minsae_jax import TokenGrid, UserError
+from minsae_jax.eeg.events import COLUMNS
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.evaluation.events import (
     LabelledEvent,
@@ -262,6 +263,18 @@ def test_invalid_events_csv_is_an_error(tmp_path, row):
     header = "recording,event,start,stop,channels"
     (tmp_path / "events.csv").write_text(f"{header}\nb.npy,alpha,1,9,CZ\n{row}\n")
     with pytest.raises(UserError, match=r"events.csv, line 3: expected recording"):
+        read_events(tmp_path)
+
+
+@pytest.mark.parametrize("last", COLUMNS)
+def test_row_without_its_last_cell_is_an_error(tmp_path, last):
+    """Whichever column is the last one."""
+    cells = {"recording": "a.npy", "event": "alpha", "start": "1", "stop": "9", "channels": "CZ"}
+    columns = [name for name in COLUMNS if name != last]
+    row = ",".join(cells[name] for name in columns)
+    header = ",".join([*columns, last])
+    (tmp_path / "events.csv").write_text(f"{header}\n{row},{cells[last]}\n{row}\n")
+    with pytest.raises(UserError, match=r"events.csv, line 3: .*\(the row is too short\)"):
         read_events(tmp_path)
 
 
