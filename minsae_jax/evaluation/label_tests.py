@@ -118,9 +118,12 @@ def usable_label(
     is_among = [patient in among for patient in label.patients]
     label = label.select(np.array(is_among, bool))
     if label.is_number:
-        if len(label.patients) >= min_patients and len(set(label.values)) > 1:
-            return label, ""
-        return None, f"not tested: {len(label.patients)} patients with a value"
+        note = f"not tested: {len(label.patients)} patients with a value"
+        if len(label.patients) < min_patients:
+            return None, note
+        if len(set(label.values)) == 1:
+            return None, f"{note}, the same for all"
+        return label, ""
     counts = np.bincount(label.category, minlength=len(label.categories))
     sizes = [f"{name} ({n})" for name, n in zip(label.categories, counts, strict=True)]
     is_large = counts >= min_patients
