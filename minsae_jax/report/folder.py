@@ -143,9 +143,9 @@ def read_index(folder: Path) -> JsonObject | None:
     path = folder / "index_data.js"
     if not path.exists():
         return None
-    text = regular_file(path).read_text().removeprefix("receive(").removesuffix(");\n")
     try:
-        index = json.loads(text)
+        text = regular_file(path).read_text(encoding="utf-8")
+        index = json.loads(text.removeprefix("receive(").removesuffix(");\n"))
         str(index["meta"]["member"])
     except (ValueError, KeyError, TypeError):  # a damaged report is written anew
         return None

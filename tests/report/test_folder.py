@@ -159,6 +159,12 @@ def test_the_member_of_a_report(tmp_path, report):
     assert read_member(tmp_path) is None
 
 
+@pytest.mark.parametrize("content", [b"receive({", b"receive({});\n", b"receive(\xff);\n"])
+def test_a_damaged_report_is_about_no_member(tmp_path, content):
+    (tmp_path / "index_data.js").write_bytes(content)
+    assert read_member(tmp_path) is None
+
+
 def test_rewriting_keeps_other_files(tmp_path):
     folder = tmp_path / "report"
     folder.mkdir()
