@@ -17,6 +17,7 @@ from pathlib import Path
 
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
+from minsae_jax.evaluation.inputs import check_features
 from minsae_jax.report.context import Context
 from minsae_jax.report.describe import FeatureCard, describe, describe_all
 from minsae_jax.report.examples import Activity, Tokens, collect
@@ -49,7 +50,11 @@ class Features:
     context: Context
 
     def describe(self, feature: int) -> FeatureCard:
-        """Return the card of one feature: its examples with EEG, spectrum, channels and so on."""
+        """Return the card of one feature: its examples with EEG, spectrum, channels and so on.
+
+        Raises UserError if there is no such feature.
+        """
+        check_features(self.context.sae, [feature])
         return describe(self.context, feature)
 
     def table(self) -> list[dict[str, int | float | str]]:

@@ -4,7 +4,9 @@ import csv
 import io
 
 import numpy as np
+import pytest
 
+from minsae_jax import UserError
 from minsae_jax.report.features import COLUMNS, load_features
 
 
@@ -33,6 +35,9 @@ def test_load_features(trained):
             assert (row["start"], row["stop"]) == example.patch
         assert all(event.kind in row["events"] for event in example.events)
         assert row["other_features"].count(";") == max(0, len(example.other_features) - 1)
+    for unknown in (-1, 64):
+        with pytest.raises(UserError, match="it has the features 0 to 63"):
+            features.examples_table(unknown)
     # As CSV and back.
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, table[0])
