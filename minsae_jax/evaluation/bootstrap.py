@@ -88,7 +88,7 @@ def interval(
     4 patients it is 86 to 95 % instead of 73 to 81 %.
 
     Resamples in which the measure is undefined (NaN) are left out. None if nothing varies, as with
-    a single recording: then there is no interval to speak of.
+    a single recording.
     """
     defined = replicates[np.isfinite(replicates)]
     if n_units < 2 or len(defined) == 0 or np.ptp(defined) == 0:

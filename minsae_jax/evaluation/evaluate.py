@@ -41,7 +41,7 @@ def evaluate(
     encoder: BaseEncoder | None,
     train_config: TrainConfig | None = None,
 ) -> Evaluation:
-    """Evaluate the members of a run, and write evaluation.json, .csv and .png into it.
+    """Evaluate members, and write evaluation.json, .csv and .png into --out, by default the run.
 
     With --member, only that one is measured; others stay in the evaluation if their saved measures
     are still valid. Without an encoder, or if it declares no reconstruction, loss recovered is not

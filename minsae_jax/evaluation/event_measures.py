@@ -270,7 +270,7 @@ def _summarise(
 
     n_patients: with test spans of any kind.
     """
-    own_drop = np.mean([drops[i, i] for i in range(len(kinds))], axis=0)
+    target_drop = np.mean([drops[i, i] for i in range(len(kinds))], axis=0)
     other_drop = np.mean([_mean_without(drops[i], i) for i in range(len(kinds))], axis=0)
     x = np.mean([kind.x_probe_auc for kind in kinds], axis=0) - 0.5
     x_hat = np.mean([of_kind.x_hat_probe_auc for of_kind in spans], axis=0) - 0.5
@@ -284,7 +284,7 @@ def _summarise(
         token_auc=_mean_of_defined([score.token_auc for score in scores.values()]),
         probe_auc=estimate(probe_aucs, n_patients, SHARE),
         pure_features=int(features.is_pure.any(axis=0).sum()),
-        tpp=estimate(own_drop - other_drop, n_patients),
+        tpp=estimate(target_drop - other_drop, n_patients),
         probe_recovered=estimate(x_hat / np.where(x > 0, x, np.nan), n_patients),
     )
 

@@ -57,7 +57,7 @@ def open_members(folders: Sequence[Path]) -> tuple[Member, ...]:
 def _member_folders(folder: Path) -> list[Path]:
     """Return the folders of a run's members, or that of a single SAE."""
     if is_sae(folder):
-        # For its name, which "." has not.
+        # Resolved, since "." has no name.
         return [folder.resolve()]
     members = folder / "members"
     paths = []

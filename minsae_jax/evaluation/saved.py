@@ -1,8 +1,8 @@
-"""Measures of earlier evaluations of the run, saved to be used again.
+"""Measures of earlier evaluations, saved to be used again.
 
-Each part of a result is a file `evaluation/<name>.<part>.npz` in the run, with a key: the checksum
-of everything that the part depends on. A part with another key is measured again, so that old
-measures are never used for new labels, another encoder or a retrained member.
+Each part of a result is a file `evaluation/<name>.<part>.npz` in the output folder, with a key: the
+checksum of everything that the part depends on. A part with another key is measured again, so that
+old measures are never used for new labels, another encoder or a retrained member.
 """
 
 import hashlib
@@ -38,9 +38,9 @@ def make_key(*parts: object) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def load_part(run: Path, name: str, part: str, key: str) -> Arrays | None:
+def load_part(out: Path, name: str, part: str, key: str) -> Arrays | None:
     """Return the saved arrays, or None if there are none with this key, or they are damaged."""
-    path = run / FOLDER / f"{name}.{part}.npz"
+    path = out / FOLDER / f"{name}.{part}.npz"
     if not path.is_file():
         return None
     try:
@@ -53,15 +53,15 @@ def load_part(run: Path, name: str, part: str, key: str) -> Arrays | None:
     return arrays if saved_key == key else None
 
 
-def save_part(run: Path, name: str, part: str, key: str, arrays: Arrays) -> None:
+def save_part(out: Path, name: str, part: str, key: str, arrays: Arrays) -> None:
     """Write arrays with their key, over those of another key."""
-    path = run / FOLDER / f"{name}.{part}.npz"
+    path = out / FOLDER / f"{name}.{part}.npz"
     path.parent.mkdir(exist_ok=True)
     write_npz(path, {"key": np.array(key), **arrays})
 
 
 def saved_or_measured(
-    run: Path,
+    out: Path,
     part: str,
     members: Sequence[Member],
     keys: Mapping[str, Keys],
@@ -73,13 +73,13 @@ def saved_or_measured(
     results = {}
     missing = []
     for member in members:
-        saved = load_part(run, member.name, part, getattr(keys[member.name], part))
+        saved = load_part(out, member.name, part, getattr(keys[member.name], part))
         if saved is None:
             missing.append(member)
         else:
             results[member.name] = from_arrays(saved)
     if missing:
         for name, result in measure_missing(missing).items():
-            save_part(run, name, part, getattr(keys[name], part), to_arrays(result))
+            save_part(out, name, part, getattr(keys[name], part), to_arrays(result))
             results[name] = result
     return {member.name: results[member.name] for member in members}

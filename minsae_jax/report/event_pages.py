@@ -18,7 +18,7 @@ class SteeringEffect:
     """Changes when the activations of a feature are multiplied by `scale`."""
 
     scale: float
-    # By kind of event: mean change of its probe's logit on its own events, in SD
+    # By kind of event: mean change of its probe's logit on its events, in SD
     changes: Mapping[str, float]
     # |change| of the target over the largest |change| of another kind
     selectivity: float | None = None

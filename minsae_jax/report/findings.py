@@ -26,7 +26,7 @@ class SeedMatch:
 
 @dataclass(frozen=True)
 class SeedStability:
-    """In how many of the seeds a feature is found, its own included."""
+    """The number of seeds in which a feature is found, that of its member included."""
 
     found: int
     seeds: int

@@ -136,7 +136,7 @@ def read_feature_labels(
     member: the member that the report is about; rows of another one, in the optional column
     `member`, are left out. before: the member of the report before, if any; warns if it is another
     one and the file has no such column. Features from d_sae on are left out with a warning. Raises
-    UserError if the file has not the columns feature, label and note.
+    UserError if the file lacks a column feature or label, or a feature is not a number.
     """
     if not path.exists():
         return {}

@@ -23,7 +23,8 @@ ENTRY = np.dtype(
 class LargestByFeature:
     """The `size` entries of each feature with the largest keys; the earlier position if equal.
 
-    window: of every sequence of n_tokens positions, of which at most one of each window is kept.
+    window: of every sequence, which has n_tokens positions; of the entries of a feature in one
+    window, only that with the largest key counts.
     New entries wait until they are many, since each merge sorts all entries.
     """
 

@@ -46,7 +46,7 @@ EEG_RATE = 100  # Hz, at least, of the EEG in a page
 EEG_STEP = 0.02  # SD per unit
 MAX_EEG_SAMPLES = 50_000_000  # of all channels at EEG_RATE; longer recordings have MONTAGE_RATE
 EEG_CHUNK = 6000  # samples of the page that are filtered at a time
-DENSE = 0.1  # share of tokens from which a feature says little of any
+DENSE = 0.1  # share of tokens above which an active feature says little about any of them
 MAX_RATIO = 1024  # of the mean here over that elsewhere, also for features never active there
 
 

@@ -69,7 +69,7 @@ class WindowChanges:
 
 
 class _LayerSums(NamedTuple):
-    """Sums of one window; the first entry of a pair is over affected tokens, the second others."""
+    """Sums of one window; of a pair the first is over affected tokens, the second over others."""
 
     n_tokens: int
     n_affected: int

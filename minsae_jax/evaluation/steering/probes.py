@@ -38,11 +38,11 @@ class ProbeReading:
     """The scores of the probe for one kind of event on the test patients, at one scale."""
 
     kind: str
-    # AUC over the kind's own spans
+    # AUC over the spans of the kind
     auc: float
     # Share of the kind's events that the probe classifies as events
     positive_rate: float
-    # Change of the logit, mean over the kind's own events, in SD of the untouched logits over all
+    # Change of the logit, mean over the events of the kind, in SD of the untouched logits over all
     # of its spans
     change: float
 
