@@ -18,6 +18,6 @@ def test_wrong_types_are_refused():
 
 def test_wrong_shapes_and_dtypes_are_refused():
     with pytest.raises(TypeCheckError, match="segments"):
-        relative_power(np.zeros(8, np.float32))
+        relative_power(np.zeros(8, np.float32), 100.0, 45.0)
     with pytest.raises(TypeCheckError, match="segments"):
-        relative_power(np.zeros((2, 8), np.int32))
+        relative_power(np.zeros((2, 8), np.int32), 100.0, 45.0)

@@ -57,9 +57,9 @@ class LossRecovered:
     loss_recovered: Estimate
     loss_recovered_of_zero_ablation: float
     # Errors of the untouched encoder, mean-ablation and zero-ablation on the same windows
-    untouched_error: float = float("nan")
-    mean_ablation_error: float = float("nan")
-    zero_ablation_error: float = float("nan")
+    untouched_error: float
+    mean_ablation_error: float
+    zero_ablation_error: float
 
 
 def summarise(errors: SubstitutionErrors, recordings: Sequence[str], seed: int) -> LossRecovered:

@@ -39,7 +39,7 @@ def differs(path: Path, digest: str) -> str | None:
     return None if is_equal else "differs from its checksum"
 
 
-def unreadable(path: Path, is_known: bool = True) -> str | None:
+def unreadable(path: Path, is_known: bool) -> str | None:
     """Read a file that has no checksum, by the rules of its format if that is known."""
     read = _reader_of(path) if is_known else sha256_of
     try:

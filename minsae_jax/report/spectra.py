@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.signal import periodogram
 
-from minsae_jax.eeg.recordings import SAMPLING_RATE
 from minsae_jax.evaluation.config import Band
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.report.activations import count_up
@@ -134,10 +133,13 @@ def cut_segments(
 
 def relative_power(
     segments: Float[np.ndarray, "n span"],
-    sampling_rate: float = SAMPLING_RATE,
-    max_hz: float = MAX_HZ,
+    sampling_rate: float,
+    max_hz: float,
 ) -> Float[np.ndarray, "n n_hz"]:
-    """Return Hann-windowed periodograms, each divided by its sum over the frequencies shown."""
+    """Return Hann-windowed periodograms, each divided by its sum over the frequencies shown.
+
+    sampling_rate, max_hz: in Hz.
+    """
     n_samples = segments.shape[1]
     centred = segments - segments.mean(axis=1, keepdims=True)
     # In float64, and with a symmetric window where scipy's own is periodic.
@@ -261,7 +263,7 @@ def _token_variances(
 
 
 def artefact_hints(
-    eeg: Float[np.ndarray, "*n time"], sampling_rate: float = SAMPLING_RATE
+    eeg: Float[np.ndarray, "*n time"], sampling_rate: float
 ) -> dict[str, Bool[np.ndarray, "*n"]]:
     """Return which simple signs of an artefact stretches of one channel show; eeg in SD."""
     centred = eeg - eeg.mean(axis=-1, keepdims=True)

@@ -74,7 +74,7 @@ def member(
     loss = None
     if recovered is not None:
         limits = Interval(recovered - reach, recovered + reach)
-        loss = LossRecovered(0.1, Estimate(recovered, limits), recovered)
+        loss = LossRecovered(0.1, Estimate(recovered, limits), recovered, 0.1, 0.2, 0.3)
     events = None
     if pure is not None:
         events = EventEvaluation({}, summary(pure), NO_FEATURES)

@@ -458,7 +458,7 @@ def _make_members() -> list[MemberRow]:
                 l0=tokens.l0,
                 fvu=tokens.fvu,
                 description_bits=90 + 12.0 * k,
-                loss=LossRecovered(0.1, recovered, 0.99),
+                loss=LossRecovered(0.1, recovered, 0.99, 0.1, 0.2, 0.3),
                 events=events,
                 stability=0.1 + 0.4 / k if is_sae else None,
                 tokens=tokens if is_sae else None,

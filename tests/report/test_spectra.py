@@ -26,17 +26,19 @@ def test_relative_power_matches_its_definition():
     centred = segments - segments.mean(1, keepdims=True)
     power = np.abs(np.fft.rfft(centred * np.hanning(500), axis=1))[:, SHOWN] ** 2
     expected = power / power.sum(1, keepdims=True)
-    np.testing.assert_allclose(relative_power(segments), expected, rtol=1e-10, atol=1e-15)
+    np.testing.assert_allclose(
+        relative_power(segments, 100.0, 45.0), expected, rtol=1e-10, atol=1e-15
+    )
 
 
 def test_spectrum_of_a_rhythm_peaks_at_its_frequency():
-    power = relative_power(rhythm(10))
+    power = relative_power(rhythm(10), 100.0, 45.0)
     np.testing.assert_allclose(power.sum(1), 1)
     assert abs(HZ[SHOWN][power.mean(0).argmax()] - 10) < 0.3
 
 
 def test_dominant_band():
-    power = relative_power(rhythm(10)).mean(0)
+    power = relative_power(rhythm(10), 100.0, 45.0).mean(0)
     assert dominant_band(DEFAULT_BANDS, make_spectrum(power * SHOWN.sum())) == "alpha"
     assert dominant_band(DEFAULT_BANDS, make_spectrum(np.ones(SHOWN.sum()))) == "broadband"
     assert dominant_band(DEFAULT_BANDS, None) == ""
@@ -50,7 +52,7 @@ def test_dominant_band():
 def test_artefact_hints():
     rng = np.random.default_rng(0)
     slow = np.sin(2 * np.pi * 3 * np.arange(200) / 100)
-    assert not any(artefact_hints(slow).values())
-    assert artefact_hints(slow + 6 * (np.arange(200) == 100))["beyond 5 SD"]
-    assert artefact_hints(np.zeros(200))["flat"]
-    assert artefact_hints(np.diff(rng.normal(size=201)))["over 25 Hz"]
+    assert not any(artefact_hints(slow, 100.0).values())
+    assert artefact_hints(slow + 6 * (np.arange(200) == 100), 100.0)["beyond 5 SD"]
+    assert artefact_hints(np.zeros(200), 100.0)["flat"]
+    assert artefact_hints(np.diff(rng.normal(size=201)), 100.0)["over 25 Hz"]
