@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.members import Member
@@ -24,6 +25,7 @@ from minsae_jax.sae.member import SparseAutoencoder
 BATCH_SEQUENCES = 64
 COSINE_ROWS = 1024  # decoder rows compared with all others at a time
 DENSITY_EDGES = np.arange(-7, 0.51, 0.5)  # log10
+MIN_VARIANCE = 1e-12  # of the tokens, as a share of their mean square
 
 
 class TokenResult(NamedTuple):
@@ -88,7 +90,10 @@ def _measure_missing(test: Dataset, members: Sequence[Member]) -> dict[str, Toke
 def _pass_over_tokens(
     test: Dataset, members: Sequence[Member], scale: float
 ) -> dict[str, TokenResult]:
-    """Measure all members on scale * x in one pass over the store."""
+    """Measure all members on scale * x in one pass over the store.
+
+    Raises UserError if all tokens are equal.
+    """
     groups = _group_by_shape(members)
     # The parameters of each group are stacked along a member axis, which lies along the mesh's
     # `sweep` axis, so that one pass over the store measures all members.
@@ -105,6 +110,12 @@ def _pass_over_tokens(
     measured = measure(mesh, kinds, params, batches, scale)
     mean, mean_square = totals / test.store.total_tokens
     variance = float((mean_square - mean**2).sum())
+    # Below it is the rounding error of the difference.
+    if variance <= MIN_VARIANCE * mean_square.sum():
+        raise UserError(
+            f"all tokens of {test.store.folder} are equal, so that there is nothing to explain; "
+            "check the encoder and the recordings"
+        )
     for group, measures in zip(groups, measured, strict=True):
         for i, member in enumerate(group):
             results[member.name] = TokenResult(

@@ -519,6 +519,18 @@ def test_inputs_that_do_not_belong_together_are_errors(trained, settings, tmp_pa
     check("lambda=1 was trained on another encoder", run=str(other))
 
 
+def test_equal_tokens_are_an_error(trained, settings, tmp_path):
+    """As of an encoder whose output does not depend on the EEG."""
+    store = tmp_path / "store"
+    shutil.copytree(f"{trained.stores}_test", store)
+    for path in store.glob("l-1/b*.npy"):
+        shape = np.load(path).shape
+        token = np.random.default_rng(0).normal(size=shape[-1])
+        np.save(path, np.broadcast_to(token, shape).astype(np.float32))
+    with pytest.raises(UserError, match=r"all tokens of .*l-1 are equal"):
+        evaluate(replace(settings, store=str(store), out=str(tmp_path)), trained.encoder)
+
+
 @pytest.mark.slow
 def test_without_a_val_store_events_are_not_evaluated(trained, settings, tmp_path):
     run = tmp_path / "run"
