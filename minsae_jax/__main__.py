@@ -111,7 +111,7 @@ def plot(config: PlotConfig) -> None:
 
 
 def verify(config: VerifyConfig) -> None:
-    """Read all files of stores, encoders, runs and recordings, and report damaged ones."""
+    """Read all files of stores, encoders, runs, evaluations and recordings, and report damage."""
     verification = api.verify(config)
     problems = verification.problems
     for problem in problems:

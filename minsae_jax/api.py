@@ -355,7 +355,7 @@ def plot(config: PlotConfig) -> "PlotFiles":
 
 
 def verify(config: VerifyConfig) -> "Verification":
-    """Read all files of stores, encoders, runs, members and recordings, and find damaged ones.
+    """Read all files of stores, encoders, runs, members, evaluations and recordings; find damage.
 
     Raises UserError if a folder contains none of these. Damage is not an error: it is listed in
     `problems` of the result.

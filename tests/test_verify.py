@@ -79,6 +79,21 @@ def same_arrays(first: Path, second: Path) -> bool:
     return same_names and all(changed[n].tobytes() == original[n].tobytes() for n in original)
 
 
+def test_evaluation_outside_its_run(finished, tmp_path):
+    """As `evaluate --out` writes it."""
+    for name in ("evaluation.json", "evaluation.csv", "report", SUMS):
+        source = finished / "run" / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    lines = (tmp_path / SUMS).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.split(maxsplit=1)[1].startswith(("evaluation.j", "rep"))]
+    (tmp_path / SUMS).write_text("".join(kept))
+    (verified,) = ms.verify(ms.VerifyConfig(path=(str(tmp_path),))).folders
+    assert (verified.kind, verified.problems) == ("evaluation", ())
+    flip(tmp_path / "report/index_data.js", 100)
+    (problem,) = problems(tmp_path)
+    assert problem.endswith("differs from its checksum: remove it, then rerun `evaluate`")
+
+
 def test_finished_files_are_fine(finished):
     verification = ms.verify(ms.VerifyConfig(path=(str(finished),)))
     assert verification.problems == []

@@ -12,7 +12,7 @@ class VerifyConfig:
     """Folders to verify."""
 
     path: Annotated[tuple[str, ...], Flag(positional=True)]
-    """Folders of stores, encoders, runs, members or recordings, or folders that contain these."""
+    """Stores, encoders, runs, members, evaluations, recordings, or folders that contain these."""
 
     def __post_init__(self) -> None:
         check_settings(self)

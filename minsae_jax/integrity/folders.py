@@ -22,9 +22,11 @@ from minsae_jax.sae.config import load_run_config
 from minsae_jax.sae.history import read_histories
 from minsae_jax.sae.member import WEIGHTS, load_sae
 from minsae_jax.sae.run import SWEEP_CSV, load_run
+from minsae_jax.settings import read_json
 
 RESTORE = "restore it from a copy"
 EXTRACT = "remove it, then rerun `extract` to write it again"
+EVALUATION = "evaluation.json"  # of an evaluation with --out; others are part of their runs
 EVALUATE = "remove it, then rerun `evaluate`"
 EXPORT = f"remove {SWEEP_CSV}, then rerun `train` to export the members again"
 # Kind of folder -> pattern of paths below it (the first match counts) -> remedy
@@ -49,6 +51,7 @@ REMEDIES = {
         "*": f"{RESTORE}, or rerun `train` with --overwrite",
     },
     "member": {"*": f"{RESTORE}, or export the member again"},
+    "evaluation": {"*": EVALUATE},
     "recordings": {
         "*tuh_patient_splits_*": f"{RESTORE}, or remove it to draw the same split again",
         "*": f"{RESTORE}, or remove it and write the recordings again",
@@ -69,7 +72,7 @@ class Check:
 
 @dataclass(frozen=True)
 class KnownFolder:
-    """A store, encoder, run, member, or folder of recordings."""
+    """A store, encoder, run, member, evaluation, or folder of recordings."""
 
     folder: Path
     kind: str
@@ -155,6 +158,7 @@ OPEN: dict[str, Callable[[Path], object]] = {
     "encoder": load_encoder,
     "run": _open_run,
     "member": load_sae,
+    "evaluation": lambda folder: read_json(folder / EVALUATION),
     "recordings": _open_recordings,
 }
 
@@ -178,7 +182,9 @@ def find_folders(root: Path) -> Iterator[KnownFolder]:
         if kind not in (None, "recordings"):
             children.clear()
     if not n_found:
-        raise UserError(f"{root} does not contain a store, encoder, run, member or recordings")
+        raise UserError(
+            f"{root} does not contain a store, encoder, run, member, evaluation or recordings"
+        )
 
 
 def _kind_of(folder: Path) -> str | None:
@@ -190,6 +196,8 @@ def _kind_of(folder: Path) -> str | None:
         return "run"
     if (folder / WEIGHTS).is_file():
         return "member"
+    if (folder / EVALUATION).is_file():
+        return "evaluation"
     if (folder / LENGTHS).is_file():
         return "recordings"
     return None

@@ -1,4 +1,4 @@
-"""`verify`: read every file of stores, encoders, runs and recordings, and report damage."""
+"""`verify`: read every file of stores, runs, evaluations and so on, and report damage."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Verified:
     """The result for one folder."""
 
     folder: Path
-    kind: str  # store, encoder, run, member or recordings
+    kind: str  # a key of REMEDIES, such as "store"
     n_files: int
     without_checksum: tuple[Path, ...]  # only read, so that not every change is found
     problems: tuple[str, ...]  # a line each, with the file and the remedy
