@@ -15,6 +15,9 @@ from minsae_jax.report.examples import Tokens
 MIN_HZ = 0.9
 MAX_HZ = 45.0  # unless a band reaches higher
 NYQUIST_SHARE = 0.45  # of the sampling rate: no spectrum reaches higher
+# Around patches that are shorter than PATCH_SECONDS; the demo's w patches of 0.1 s to either side
+SPAN_SECONDS = 2.1
+PATCH_SECONDS = 1.0  # enough to tell the bands apart: a resolution of 2 Hz with the Hann window
 BASE_SEGMENTS = 300  # per channel, for the base rate
 MIN_EXAMPLES = 4  # for a spectrum
 BOOTSTRAP_SAMPLES = 200
@@ -56,13 +59,12 @@ class BaseSpectra:
 def measure_base_spectra(
     dataset: Dataset, w: int, seed: int, bands: Sequence[Band] = ()
 ) -> BaseSpectra:
-    """Return each channel's base rate. A segment is a patch with `w` patches to either side.
+    """Return each channel's base rate, over segments as long as those around a feature's tokens.
 
     Frequencies reach to 45 Hz, or to the highest of the bands, if the sampling rate allows it.
     """
-    grid = dataset.tokens
     rng = np.random.default_rng(seed)
-    span = min(dataset.seq_len, 2 * w * grid.mean_step + grid.longest)
+    span = segment_samples(dataset, w)
     highest = max([MAX_HZ, *(band.high for band in bands)])
     max_hz = min(highest, NYQUIST_SHARE * dataset.sampling_rate)
     all_hz = np.fft.rfftfreq(span, 1 / dataset.sampling_rate)
@@ -88,6 +90,19 @@ def measure_base_spectra(
         power=base.astype(np.float32),
         variance=variance,
     )
+
+
+def segment_samples(dataset: Dataset, w: int) -> int:
+    """Return the number of samples around a token that its spectrum and hints are computed from.
+
+    A patch of 1 s or more is alone, since its neighbours may show other rhythms. Shorter ones have
+    `w` patches to either side, up to 2.1 s in all.
+    """
+    grid = dataset.tokens
+    if grid.longest >= PATCH_SECONDS * dataset.sampling_rate:
+        return min(dataset.seq_len, grid.longest)
+    longest_span = max(grid.longest, round(SPAN_SECONDS * dataset.sampling_rate))
+    return min(dataset.seq_len, 2 * w * grid.mean_step + grid.longest, longest_span)
 
 
 def _draw_tokens(

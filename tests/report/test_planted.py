@@ -12,6 +12,7 @@ from minsae_jax.report.context import Context
 from minsae_jax.report.describe import FeatureCard, describe_all
 from minsae_jax.report.examples import collect
 from minsae_jax.report.excerpts import shown_samples
+from minsae_jax.report.spectra import segment_samples
 from tests.evaluation.planted import Places, true_autoencoder, write_planted
 
 SEQ_LEN = 200
@@ -101,3 +102,34 @@ def test_hints_of_tokens_over_all_channels_are_of_the_channel_that_is_shown(tmp_
     # Too few for a sample, which is not a share of 0.
     assert np.isnan(few.artefact)
     assert few.artefact_top == np.mean([bool(example.hints) for example in few.examples[:2]])
+
+
+def test_the_spectrum_of_a_long_patch_is_that_of_the_patch(tmp_path):
+    """Every window of 10 s has alpha in one patch of 1 s, where the feature is active."""
+    places = places_of([0])
+    rng = np.random.default_rng(0)
+    patch = rng.integers(10, size=len(places.window))
+    activations = np.zeros((len(patch), 10, 1))
+    activations[np.arange(len(patch)), patch, 0] = rng.uniform(1, 2, len(patch))
+    grid = TokenGrid.patches(10, 100)
+    dataset = write_planted(tmp_path, activations, places, tokens=grid, seq_len=1000)
+    for i, name in enumerate(dataset.recordings):
+        eeg = rng.normal(size=(N_WINDOWS * 1000, 19))
+        for window in range(N_WINDOWS):
+            at = 1000 * window + 100 * patch[i * N_WINDOWS + window]
+            eeg[at : at + 100, 0] += 2 * np.sin(2 * np.pi * 10 * np.arange(100) / 100)
+        np.save(dataset.folder / name, eeg.astype(np.float32))
+    (card,) = cards_of(dataset, 1, w=10)
+    assert card.band == "alpha"
+    is_peak = (card.spectrum.hz >= 9.5) & (card.spectrum.hz <= 10.5)
+    assert card.spectrum.ratio[is_peak].max() > 3
+
+
+@pytest.mark.parametrize(("patch_len", "expected"), [(10, 210), (50, 210), (100, 100), (300, 300)])
+def test_samples_of_a_spectrum(tmp_path, patch_len, expected):
+    """At 100 Hz; w is 10 patches to either side."""
+    grid = TokenGrid.patches(1200 // patch_len, patch_len)
+    places = places_of([0])
+    activations = np.zeros((len(places.window), grid.n_tokens, 1))
+    dataset = write_planted(tmp_path, activations, places, tokens=grid, seq_len=1200)
+    assert segment_samples(dataset, w=10) == expected
