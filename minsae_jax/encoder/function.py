@@ -3,12 +3,13 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 
 from minsae_jax.activations.tokens import TokenGrid
+from minsae_jax.eeg.description import Unit
 from minsae_jax.encoder.base import (
     DEFAULT_OPTIONS,
     BaseEncoder,
@@ -18,7 +19,7 @@ from minsae_jax.encoder.base import (
     Params,
     fingerprint_of,
 )
-from minsae_jax.errors import UserError
+from minsae_jax.errors import UserError, brief
 
 MAX_DEVIATION = 0.02  # of the activations of one window, relative to their SD
 
@@ -60,6 +61,7 @@ def from_function(
     channels: int | Sequence[str],
     tokens: TokenGrid,
     sampling_rate: int | float | None = None,
+    unit: Unit | None = None,
     params: Params = None,
     backend: Literal["jax", "host"] = "jax",
 ) -> FunctionEncoder:
@@ -76,6 +78,7 @@ def from_function(
     seq_len: samples per window. channels: names, or their number if names do not matter.
     tokens: places of the tokens of a window, such as `TokenGrid.patches(10, 200, n_channels=30)`.
     sampling_rate: in Hz; None accepts recordings of any rate.
+    unit: of the EEG that `f` expects: "uV", "100 uV", "mV" or "SD" (z-scored); None accepts any.
     params: a pytree of arrays, which are put on the devices once. Without it, weights that `f`
     refers to become constants of the compiled program.
     backend: "jax" for a pure function of JAX arrays, which is compiled; "host" for one that takes
@@ -97,6 +100,8 @@ def from_function(
     else:
         names = tuple(channels)
         n_vars = len(names)
+    if unit is not None and unit not in get_args(Unit):
+        raise UserError(f"unit must be one of {', '.join(get_args(Unit))}, got {unit!r}")
     if tokens.last.max() >= seq_len or tokens.channel.max() >= n_vars:
         raise UserError(
             f"the tokens reach to sample {tokens.last.max()} and channel {tokens.channel.max()}, "
@@ -110,6 +115,7 @@ def from_function(
         seq_len=seq_len,
         n_vars=n_vars,
         sampling_rate=None if sampling_rate is None else float(sampling_rate),
+        unit=unit,
         channels=names,
         layers=tuple(sorted(shapes)),
         d_model=d_model,
@@ -160,11 +166,23 @@ def _output_shapes(
         outputs = _call(f, params, np.zeros(shape, np.float32))
     else:
         windows = jax.ShapeDtypeStruct(shape, np.float32)
-        outputs = jax.eval_shape(lambda params, x: _call(f, params, x), params, windows)
+        try:
+            outputs = jax.eval_shape(lambda params, x: _call(f, params, x), params, windows)
+        except TypeError as e:
+            raise UserError(
+                f'JAX cannot trace the function ({brief(e)}); set backend="host" if it calls '
+                "PyTorch or NumPy"
+            ) from e
     if not outputs or not all(type(layer) is int and layer >= 0 for layer in outputs):
         listed = ", ".join(map(repr, outputs)) or "nothing"
         raise UserError(f"the function must return its layers by numbers from 0, but has {listed}")
-    return {layer: tuple(np.shape(x)) for layer, x in outputs.items()}
+    for layer, x in outputs.items():
+        if not hasattr(x, "shape"):
+            raise UserError(
+                f"layer {layer} of the function must be an array or a tensor, got "
+                f"{type(x).__name__}; return nothing but the layers"
+            )
+    return {layer: tuple(x.shape) for layer, x in outputs.items()}
 
 
 def _d_model(shapes: Mapping[int, tuple[int, ...]], tokens: TokenGrid) -> int:

@@ -220,6 +220,9 @@ def test_integers_of_numpy_make_the_same_encoder(encoder):
         ),
         (lambda x: {"a": x}, {}, "layers by numbers from 0, but has 'a'"),
         (lambda x: {}, {}, "but has nothing"),
+        # As models that return logits and a tuple of hidden states
+        (lambda x: (x[:, 0], (x, x)), {}, "layer 1 .* must be an array or a tensor, got tuple"),
+        (lambda x: x.tolist(), {}, "layer 0 .* must be an array or a tensor, got list"),
         (amplitudes, {"seq_len": 700}, "reach to sample 799 .* windows have 700 samples"),
         (amplitudes, {"channels": 19}, "channel 29, but windows .* 19 channels"),
     ],
@@ -227,6 +230,33 @@ def test_integers_of_numpy_make_the_same_encoder(encoder):
 def test_output_must_fit_the_tokens(f, changes, message):
     with pytest.raises(ms.UserError, match=message):
         make_encoder(f, **changes)
+
+
+def test_function_of_pytorch_requires_the_host_backend():
+    with pytest.raises(ms.UserError, match=r'cannot trace .* set backend="host" if it calls Py'):
+        make_encoder(amplitudes, backend="jax")
+
+
+def test_unit_of_the_recordings_must_be_that_of_the_function(described, tmp_path):
+    """Those of the fixture are z-scored."""
+    settings = ms.ExtractConfig(root_path=str(described.folder), out=str(tmp_path / "store"))
+    with pytest.raises(ms.UserError, match="expects EEG in uV, but the recordings are in SD"):
+        ms.extract(make_encoder(unit="uV"), settings)
+    encoder = make_encoder(unit="SD")
+    ms.extract(encoder, settings)
+    # A store that was extracted before the unit was given stays valid.
+    assert encoder.fingerprint == make_encoder().fingerprint
+    # Annotations are checked in tests only.
+    with pytest.raises(ms.UserError, match="unit must be one of SD, uV, 100 uV, mV, got 'V'"):
+        inspect.unwrap(ms.from_function)(
+            amplitudes,
+            name="amplitudes",
+            seq_len=WINDOW,
+            channels=N_CHANNELS,
+            tokens=GRID,
+            unit="V",
+            backend="host",
+        )
 
 
 def patches_of(x: np.ndarray) -> torch.Tensor:
