@@ -14,6 +14,11 @@ from minsae_jax.files import atomic_write
 from minsae_jax.monitor import table, wrap
 from minsae_jax.sae.hyper import SYMBOLS
 
+FEW_PATIENTS = 3
+PCA_NOTE = """\
+pca: principal components of fewer than three val patients. Where the test
+patients differ from them, PCA looks worse than it is. To check, evaluate again
+with the train store as --val_store, and another --out."""
 EVENTS_NOTE = """\
 Means over the kinds of events, of the best feature for each, chosen on val
 patients and measured on test patients. AUC: a span with an event against one
@@ -41,6 +46,9 @@ def summary(evaluation: Evaluation) -> str:
     """
     recommendation = evaluation.recommendation
     parts = [_members_table(evaluation)]
+    val = evaluation.inputs.val
+    if evaluation.pca and val is not None and len(set(val.patients)) < FEW_PATIENTS:
+        parts.append(PCA_NOTE)
     if any(member.stability is not None for member in evaluation.members):
         parts += [f"stability over seeds:\n{_stability_table(evaluation)}", STABILITY_NOTE]
     if evaluation.baselines:

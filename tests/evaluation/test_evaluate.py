@@ -178,6 +178,17 @@ def test_summary(evaluation):
         assert f"{recovered:.1%} [{low:.1%}, {high:.1%}]" in text
 
 
+def test_summary_says_that_components_are_of_few_patients(evaluation):
+    """The demo of ten patients has one in val."""
+    note = "pca: principal components of fewer than three val patients"
+    assert note in evaluation.summary()
+    val = evaluation.inputs.val
+    names = tuple(f"p{i}_s001_t000_preprocessed.npy" for i in range(3))
+    several = replace(evaluation.inputs, val=replace(val, recordings=names))
+    assert note not in replace(evaluation, inputs=several).summary()
+    assert note not in replace(evaluation, pca=()).summary()
+
+
 def test_summary_of_undefined_loss_recovered(evaluation):
     members = []
     for member in evaluation.members:
