@@ -176,6 +176,7 @@ def test_channels_and_spectrum_are_those_of_the_bursts(described, run, card):
     assert spectrum["hz"][int(np.argmax(spectrum["ratio"]))] == pytest.approx(HZ, abs=1.1)
     assert card["suggestion"] == "posterior alpha, 8–13 Hz"
     meta = read_script(run / "report/index_data.js")["meta"]
+    assert meta["view_in_python"]
     assert meta["sampling_rate"] == RATE
     assert meta["patch_seconds"] == PATCH / RATE
     assert meta["channels"] == list(described.names)

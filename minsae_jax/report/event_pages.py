@@ -48,7 +48,7 @@ class EventPage:
     kind: str
     # Of the member's features ("sae") and of the baselines' ("raw", "pca")
     scores: Mapping[str, EventScore]
-    # By AUC on val, the best first
+    # Those that are active, by AUC on val, the best first
     features: Sequence[FeatureScore] = ()
     steering: SteeringResult | None = None
 
@@ -63,7 +63,11 @@ def event_pages(evaluation: Evaluation, steering: Mapping[str, Steering]) -> lis
         return []
     pages = []
     for i, (kind, score) in enumerate(events.scores.items()):
-        order = np.argsort(-events.features.val_auc[i], kind="stable")[:RANKED]
+        order = np.argsort(-events.features.val_auc[i], kind="stable")
+        # Features that are never active have an AUC of 0.5, above that of many others.
+        is_listed = events.features.examples[order] > 0
+        is_listed |= order == score.feature
+        order = order[is_listed][:RANKED]
         page = EventPage(
             kind=kind,
             scores={"sae": score} | evaluation.baselines[kind],

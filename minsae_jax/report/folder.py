@@ -90,6 +90,8 @@ class ReportMeta:
     recordings: str = ""
     # Further flags of that command, which name the encoder
     encoder_flags: Sequence[str] = ()
+    # Whether no flag can name the encoder, such as one of `from_function`
+    view_in_python: bool = False
     # Chains of the longitudinal bipolar montage, as pairs of channels; empty without its channels
     bipolar: Sequence[Chain] = ()
     # Whether tokens are of single channels; False if all are over all channels

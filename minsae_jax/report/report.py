@@ -7,7 +7,7 @@ import numpy as np
 
 from minsae_jax.evaluation.associations import measure_associations
 from minsae_jax.evaluation.config import EvaluateConfig, parse_bands
-from minsae_jax.evaluation.members import Member
+from minsae_jax.evaluation.members import Member, training_of
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation
 from minsae_jax.evaluation.steering.edit import can_steer
 from minsae_jax.evaluation.steering.results import Steering
@@ -23,6 +23,7 @@ from minsae_jax.report.folder import ReportMeta, read_member, write_pages
 from minsae_jax.report.montages import bipolar_chains
 from minsae_jax.report.naming import LABELS_CSV, read_feature_labels
 from minsae_jax.report.pages import Pages, make_pages, shown_features
+from minsae_jax.sae.config import TrainConfig
 
 
 def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
@@ -109,6 +110,7 @@ def _make_meta(
     manifest = test.store.require_manifest()
     grid = test.tokens
     assert member.folder is not None  # only baselines have no files
+    training = training_of(member.folder)
     sampling_rate = test.sampling_rate
     names = test.channel_names
     positions = test.positions
@@ -143,7 +145,14 @@ def _make_meta(
         shifted_recordings=int(test.shifted.sum()),
         recordings=str(test.folder.resolve()),
         encoder_flags=_encoder_flags(settings),
+        view_in_python=settings.checkpoint_path is None and not _names_encoder(training),
     )
+
+
+def _names_encoder(training: TrainConfig | None) -> bool:
+    """Return whether `view` finds the encoder in the settings of the member's run."""
+    # With --model, the checkpoint is the weights of that model, which `view` does not load.
+    return training is not None and training.checkpoint_path is not None and training.model is None
 
 
 def _encoder_flags(settings: EvaluateConfig) -> list[str]:

@@ -21,6 +21,7 @@ from minsae_jax.evaluation.events import event_share, read_events
 from minsae_jax.evaluation.loss_recovered import substitution_errors
 from minsae_jax.evaluation.token_pass import read_features
 from minsae_jax.json_values import to_json
+from minsae_jax.report.event_pages import event_pages
 from minsae_jax.sae.config import load_run_config
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.member import load_sae, save_member
@@ -187,6 +188,25 @@ def test_summary_says_that_components_are_of_few_patients(evaluation):
     several = replace(evaluation.inputs, val=replace(val, recordings=names))
     assert note not in replace(evaluation, inputs=several).summary()
     assert note not in replace(evaluation, pca=()).summary()
+
+
+def test_features_of_an_event_are_active(evaluation):
+    """A feature that is never active has an AUC of 0.5, above that of many others."""
+    selected = evaluation.find(evaluation.selected)
+    events = selected.event_evaluation
+    kind = events.features.kinds[0]
+    best = events.scores[kind].feature
+    # One that is active, and the best one, which is of the val patients.
+    active = next(i for i in np.flatnonzero(events.features.examples) if i != best)
+    examples = np.zeros_like(events.features.examples)
+    examples[active] = 16
+    few = replace(events, features=replace(events.features, examples=examples))
+    members = [
+        replace(member, event_evaluation=few) if member is selected else member
+        for member in evaluation.members
+    ]
+    (page, *_) = event_pages(replace(evaluation, members=tuple(members)), {})
+    assert {score.feature for score in page.features} == {best, active}
 
 
 def test_summary_of_undefined_loss_recovered(evaluation):
@@ -566,6 +586,7 @@ def test_without_a_val_store_events_are_not_evaluated(trained, settings, tmp_pat
     # The report's command for a whole recording works without the encoder in the run's settings.
     meta = read_script(run / "report/index_data.js")["meta"]
     assert meta["encoder_flags"] == ["--checkpoint_path", str(trained.encoder_folder.resolve())]
+    assert not meta["view_in_python"]
 
 
 def test_without_events_of_val_patients_events_are_not_evaluated(

@@ -16,6 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
+import minsae_jax as ms
 from minsae_jax.report.folder import write_pages
 from minsae_jax.report.pages import Pages
 from tests.report.made_up import (
@@ -299,6 +300,31 @@ def test_a_single_member_is_shown(page, tmp_path):
     assert len(find(page, "#page .pair svg circle.point")) == 2  # one of the legend
 
 
+def test_names_of_members_in_a_plot_do_not_overlap(page, tmp_path):
+    """Those of seeds, which are long and of neighbouring points."""
+    pages = make_pages(1)
+    members = [
+        replace(
+            member, l0=member.l0 + 0.3 * seed, setting=f"target L0 = {member.l0:g}, seed {seed}"
+        )
+        for member in pages.members
+        for seed in range(3)
+    ]
+    write_pages(
+        tmp_path / "report",
+        make_meta(pages=replace(pages, members=members)),
+        [make_dead_card(0, 1)],
+    )
+    visit(page, tmp_path / "report", "#members")
+    boxes = [name.rect for name in find(page, "#page .pair svg text.halo")]
+    assert len(boxes) > 3
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            across = min(a["x"] + a["width"], b["x"] + b["width"]) - max(a["x"], b["x"])
+            down = min(a["y"] + a["height"], b["y"] + b["height"]) - max(a["y"], b["y"])
+            assert across < 2 or down < 5
+
+
 def test_findings_on_the_page_of_a_feature(page, report):
     visit(page, report, "#f=1")
     wait_for_feature(page, 1)
@@ -308,6 +334,8 @@ def test_findings_on_the_page_of_a_feature(page, report):
     assert badges[1].startswith("blink, AUC 0.")
     titles = texts(page, "#feature .columns h3")
     assert titles[:4] == ["What else explains it", "Events", "Labels", "Other seeds"]
+    seeds = [cell.text for cell in find(page, "#feature .columns td[title*='seed=']")]
+    assert seeds == ["seed=1", "seed=2"]
     (warning,) = texts(page, "#feature .warning")
     assert warning == (
         "It may mark the patient rather than what happens in the EEG. "
@@ -430,6 +458,27 @@ def test_command_for_the_whole_recording(page, tmp_path):
     press(page, Keys.ESCAPE)
     wait(page, "return !document.querySelector('#whole').open")
     assert page.title.startswith("Feature 0")
+
+
+def test_whole_recording_of_an_encoder_that_no_flag_names(page, tmp_path):
+    meta = make_meta(member_folder="/runs/a", recordings="/data/my EEG", view_in_python=True)
+    card = with_findings(next(make_cards(1)))
+    write_pages(tmp_path / "report", meta, [card])
+    visit(page, tmp_path / "report", "#f=0")
+    wait_for_feature(page, 0)
+    find(page, "figcaption button")[0].click()
+    configs = []
+    names = {"ms": ms, "encoder": "mine"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ms, "view", lambda config, encoder: configs.append((config, encoder)))
+        exec(texts(page, "#view-command")[0], names)
+    expected = ms.ViewConfig(
+        recording=(f"/data/my EEG/{card.examples[0].recording}",),
+        member="/runs/a",
+        feature=(0,),
+        out="views",
+    )
+    assert configs == [(expected, "mine")]
 
 
 def test_bands_of_the_spectrum_are_as_wide_as_their_frequencies(page, report):

@@ -177,13 +177,20 @@ function viewLink(example, feature) {
 
 /** Show the command that writes the page of the example's recording, and the page's address at the example. */
 function explainView(example, feature) {
+  const recording = `${meta.recordings}/${example.recording}`;
   const encoder = meta.encoder_flags.map(shellWord).join(" ");
-  const parts = [`minsae view ${shellWord(`${meta.recordings}/${example.recording}`)}`, `--member ${shellWord(meta.member_folder)}`,
+  const python = [`config = ms.ViewConfig(recording=(${JSON.stringify(recording)},),`, `member=${JSON.stringify(meta.member_folder)},`,
+    `feature=(${feature},), out="views")`];
+  const command = [`minsae view ${shellWord(recording)}`, `--member ${shellWord(meta.member_folder)}`,
     ...(encoder ? [encoder] : []), `--feature ${feature} --out views`];
+  const code = (separator) => (meta.view_in_python ? `${python.join(separator)}\nms.view(config, encoder)` : command.join(separator));
   const time = example.patch ? `&t=${((example.patch[0] + example.patch[1]) / 2).toFixed(2)}` : "";
-  $("#view-command").textContent = parts.join(" \\\n  ");
+  $("#view-note").textContent = meta.view_in_python
+    ? "This Python code shows the feature over all of this recording, with import minsae_jax as ms and the encoder of the store:"
+    : "This command shows the feature over all of this recording:";
+  $("#view-command").textContent = code(meta.view_in_python ? "\n  " : " \\\n  ");
   $("#view-page").textContent = `views/${example.recording.replace(/\.npy$/, "")}.html#f=${feature}${time}`;
-  $("#copy").onclick = () => copyText(parts.join(" "), $("#view-command"));
+  $("#copy").onclick = () => copyText(code(" "), $("#view-command"));
   $("#whole").showModal();
 }
 
@@ -281,5 +288,6 @@ const featureLabels = (labels) => compactTable(["Label"], ["Effect", "p", "q"], 
     numberCells([fixed(label.effect, 2), pValue(label.p), pValue(label.q)]))));
 
 const seedMatches = (matches) => compactTable(["Member"], ["Feature", "Encoder", "Decoder"], matches.map((match) =>
-  html("tr", { class: match.is_same ? null : "faded" }, html("td", { title: match.member }, match.member),
+  html("tr", { class: match.is_same ? null : "faded" },
+    html("td", { title: match.member }, match.member.match(/seed=[^,]+/)?.[0] ?? match.member),
     numberCells([match.feature, fixed(match.encoder_cosine, 2), fixed(match.decoder_cosine, 2)]))));

@@ -105,13 +105,15 @@ function memberAxis(measure, members, width) {
 const KNOWN_KINDS = ["relu", "topk", "batchtopk", "jumprelu", "matryoshka", "gated"];
 const kindColour = ({ kind }) => (kind === "pca" ? "pca" : KNOWN_KINDS.includes(kind) ? `kind-${kind}` : "kind-4");
 
+const LETTER = 6.2; // pixels of a letter, about
+
 const lineOf = (m) => `${m.kind} ${m.line}`;
 
 /** Return places of words one after the other, in rows of a width: {x, row}. */
 function flow(words, left, width) {
   let [x, row] = [left, 0];
   return words.map((word) => {
-    const wide = 6.2 * word.length + 32;
+    const wide = LETTER * word.length + 32;
     if (x + wide > width && x > left) [x, row] = [left, row + 1];
     const place = { x, row };
     x += wide;
@@ -143,7 +145,7 @@ function drawMembers(all, xMeasure, yMeasure, height = 340) {
       if (isRecommended(m)) root.append(svg("circle", { cx, cy, r: 8.5, class: "ring" }));
       const tip = `${m.name}: ${[xMeasure, yMeasure].map(({ title, format, value }) => `${title} ${format(value(m))}`).join(", ")}`;
       root.append(svg("circle", { cx, cy, r: 4.5, class: `point ${kindColour(m)}` }, svg("title", {}, tip)));
-      const wide = 6.2 * m.setting.length;
+      const wide = LETTER * m.setting.length;
       const fitsRight = cx + 10 + wide < box.right + 14; // into the margin
       const [from, to] = fitsRight ? [cx + 10, cx + 10 + wide] : [cx - 10 - wide, cx - 10];
       const y = [cy - 6, cy + 15].find((at) => labels.every((l) => l.to < from || to < l.from || Math.abs(l.y - at) > 11));
