@@ -99,13 +99,13 @@ class ReportConfig:
     report: bool = True
     """Write the report of the member's features, report/index.html in the run."""
     w: Annotated[int, NonNegative] = 10
-    """Patches shown before and after the patch of an example."""
+    """Patches shown before and after the patch of an example, up to 6 s in all."""
     top: Annotated[int, AtLeastOne] = 16
     """Number of strongest examples per feature, each from another sequence."""
     per_recording: Annotated[int, AtLeastOne] = 3
     """Maximum number of strongest examples from one recording."""
     context_seconds: Annotated[float, Range(above=0)] | None = None
-    """Seconds of EEG shown with an example (default: those of its patches)."""
+    """Seconds of EEG shown with an example (default: those of its patches, up to 6 s)."""
     report_features: Annotated[int, AtLeastOne] | None = None
     """Number of features with a page, the most relevant (default: as many as fit in 250 MB)."""
     bands: tuple[str, ...] = ("delta 1-4", "theta 4-8", "alpha 8-13", "beta 13-25", "gamma 25-35")

@@ -15,6 +15,7 @@ from minsae_jax.report.selection import shown_span
 from minsae_jax.report.spectra import artefact_hints
 
 TRACE_STEP = 0.1  # SD per unit of an int8 trace
+SHOWN_SECONDS = 6.0  # of EEG in an example, by default and at most, unless patches are long
 MONTAGE_RATE = 50  # Hz, at least, of the traces of all channels
 FILTER_REACH = 10  # samples of a montage to either side, of the filter in `resample_poly`
 ALL_CHANNELS = "all channels"  # of a token over all of them
@@ -95,11 +96,16 @@ class ChosenToken:
 
 
 def shown_samples(dataset: Dataset, w: int, context_seconds: float | None = None) -> int:
-    """Return the samples of EEG shown around a patch: `w` patches to either side, or seconds."""
+    """Return the samples of EEG shown around a patch.
+
+    Those of `context_seconds`, or else of `w` patches to either side, up to 6 s or three patches.
+    """
     if context_seconds is not None:
         return max(1, round(context_seconds * dataset.sampling_rate))
     grid = dataset.tokens
-    return 2 * w * grid.mean_step + grid.longest
+    # In a figure of an example, waves of 10 Hz cannot be seen in more.
+    limit = max(3 * grid.longest, round(SHOWN_SECONDS * dataset.sampling_rate))
+    return min(2 * w * grid.mean_step + grid.longest, limit)
 
 
 def cut_example(

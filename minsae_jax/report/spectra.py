@@ -95,8 +95,8 @@ def measure_base_spectra(
 def segment_samples(dataset: Dataset, w: int) -> int:
     """Return the number of samples around a token that its spectrum and hints are computed from.
 
-    A patch of 1 s or more is alone, since its neighbours may show other rhythms. Shorter ones have
-    `w` patches to either side, up to 2.1 s in all.
+    A patch of 1 s or more is taken alone, since its neighbours may show other rhythms. Shorter ones
+    have `w` patches to either side, up to 2.1 s in all.
     """
     grid = dataset.tokens
     if grid.longest >= PATCH_SECONDS * dataset.sampling_rate:

@@ -125,11 +125,17 @@ def test_the_spectrum_of_a_long_patch_is_that_of_the_patch(tmp_path):
     assert card.spectrum.ratio[is_peak].max() > 3
 
 
-@pytest.mark.parametrize(("patch_len", "expected"), [(10, 210), (50, 210), (100, 100), (300, 300)])
-def test_samples_of_a_spectrum(tmp_path, patch_len, expected):
+@pytest.mark.parametrize(
+    ("patch_len", "of_spectrum", "shown"),
+    [(10, 210, 210), (50, 210, 600), (100, 100, 600), (300, 300, 900)],
+)
+def test_samples_around_a_patch(tmp_path, patch_len, of_spectrum, shown):
     """At 100 Hz; w is 10 patches to either side."""
     grid = TokenGrid.patches(1200 // patch_len, patch_len)
     places = places_of([0])
     activations = np.zeros((len(places.window), grid.n_tokens, 1))
     dataset = write_planted(tmp_path, activations, places, tokens=grid, seq_len=1200)
-    assert segment_samples(dataset, w=10) == expected
+    assert segment_samples(dataset, w=10) == of_spectrum
+    assert shown_samples(dataset, w=10) == shown
+    assert shown_samples(dataset, w=10, context_seconds=21.0) == 2100
+    assert shown_samples(dataset, w=0) == patch_len
