@@ -14,7 +14,7 @@ from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import PlotConfig, load_run_config
 from minsae_jax.sae.figures import STYLES, make_figure, tidy
 from minsae_jax.sae.history import Densities, MemberHistory, read_densities, read_histories
-from minsae_jax.sae.hyper import SPARSITY, hyper_label, varied_names
+from minsae_jax.sae.hyper import SPARSITY, Hyper, hyper_label, varied_names
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and few verbs need it
     from matplotlib.axes import Axes
@@ -72,21 +72,24 @@ def _member_labels(histories: Sequence[MemberHistory]) -> list[str]:
     return [hyper_label(hyper, names) for hyper in hypers]
 
 
-def _member_styles(histories: Sequence[MemberHistory]) -> list[LineStyle]:
-    """Colour by the first varied hyper-parameter, from dark to light; dashes by all others."""
+def member_styles(hypers: Sequence[Hyper]) -> list[LineStyle]:
+    """Return colours by the first varied hyper-parameter, dark to light, and dashes by the others.
+
+    Up to four members of one colour have different dashes.
+    """
     import matplotlib
 
     colours = matplotlib.colormaps["viridis"]
-    hypers = [history.hyper for history in histories]
     names = varied_names(hypers) or list(SPARSITY)
     values = {name: sorted({hyper.get(name, 0) for hyper in hypers}) for name in names}
+    places = [tuple(values[name].index(hyper.get(name, 0)) for name in names) for hyper in hypers]
     styles = []
-    for hyper in hypers:
-        first, *others = [values[name].index(hyper.get(name, 0)) for name in names]
+    for first, *others in places:
+        of_colour = sorted({place[1:] for place in places if place[0] == first})
         share = first / max(len(values[names[0]]) - 1, 1)
         # The lightest 15 % of the colour map are hard to see on white.
         colour = colours(0.85 * share)
-        styles.append(LineStyle(colour, STYLES[sum(others) % len(STYLES)]))
+        styles.append(LineStyle(colour, STYLES[of_colour.index(tuple(others)) % len(STYLES)]))
     return styles
 
 
@@ -99,7 +102,7 @@ def _draw_metrics(
     figure = make_figure(11.0 if has_l1 else 6.5, 4.5)
     (mse_axes, *l1_axes) = figure.subplots(1, 1 + has_l1, squeeze=False)[0]
     labels = _member_labels(histories)
-    styles = _member_styles(histories)
+    styles = member_styles([history.hyper for history in histories])
     for history, label, style in zip(histories, labels, styles, strict=True):
         _plot_positive(mse_axes, history.step, history.mse, label, style)
         for axes in l1_axes:
@@ -150,7 +153,7 @@ def _animate_densities(
     # `fill` needs a closed outline, so the curve starts and ends on the axis.
     x = np.concatenate([edges[:1], middles, edges[-1:]])
     areas = []
-    for style in _member_styles(histories):
+    for style in member_styles([history.hyper for history in histories]):
         (area,) = axes.fill(x, 0 * x, linewidth=1.6, **vars(style))
         area.set(facecolor=(style.color, 0.1), edgecolor=style.color)
         areas.append(area)

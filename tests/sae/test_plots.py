@@ -6,7 +6,7 @@ from PIL import Image
 
 from minsae_jax import UserError
 from minsae_jax.sae.config import PlotConfig
-from minsae_jax.sae.plots import plot
+from minsae_jax.sae.plots import member_styles, plot
 
 
 @pytest.mark.slow
@@ -37,6 +37,18 @@ def test_members_without_an_l1_get_no_plot_of_it(plain_run):
         path.write_text("\n".join(rows) + "\n")
     with Image.open(plot(PlotConfig(run=str(plain_run))).metrics) as picture:
         assert picture.width == 780
+
+
+def test_members_of_one_colour_have_different_dashes():
+    hypers = [
+        {"kind": kind, "k": k, "lr": 1e-3, "seed": seed, "d_sae": 64}
+        for kind in ("batchtopk", "topk")
+        for k in (4.0, 8.0)
+        for seed in (0, 1)
+    ]
+    styles = member_styles(hypers)
+    assert len({(style.color, style.linestyle) for style in styles}) == 8
+    assert len({style.color for style in styles}) == 2
 
 
 def test_damaged_run_gets_no_plots(plain_run):
