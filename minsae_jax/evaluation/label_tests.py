@@ -61,6 +61,8 @@ class LabelTest:
     categories: tuple[str, ...]
     # Of each category, or of all for a number
     n_patients: tuple[int, ...]
+    # Number of features that vary between patients
+    n_tested: int
     effect: Float[np.ndarray, " features"]
     p: Float[np.ndarray, " features"]
     q: Float[np.ndarray, " features"]
@@ -118,11 +120,11 @@ def usable_label(
     is_among = [patient in among for patient in label.patients]
     label = label.select(np.array(is_among, bool))
     if label.is_number:
-        note = f"not tested: {len(label.patients)} patients with a value"
+        note = f"not tested: patients with a value: {len(label.patients)}"
         if len(label.patients) < min_patients:
             return None, note
         if len(set(label.values)) == 1:
-            return None, f"{note}, the same for all"
+            return None, f"{note}, which is the same for all"
         return label, ""
     counts = np.bincount(label.category, minlength=len(label.categories))
     sizes = [f"{name} ({n})" for name, n in zip(label.categories, counts, strict=True)]
@@ -164,7 +166,9 @@ def _test(label: PatientLabel, values: Float[np.ndarray, "patients features"]) -
     q = np.ones(len(varies))
     if varies.any():
         q[varies] = false_discovery_control(p_values)
-    return LabelTest(label.name, name, label.categories, n_patients, effect, p, q, slope)
+    return LabelTest(
+        label.name, name, label.categories, n_patients, int(varies.sum()), effect, p, q, slope
+    )
 
 
 def mann_whitney(

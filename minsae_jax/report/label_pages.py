@@ -63,7 +63,7 @@ def label_page(association: LabelAssociation, associations: Associations) -> Lab
         page,
         effect_name=test.effect_name,
         effect_hint=_effect_hint(test),
-        n_tested=len(test.q),
+        n_tested=test.n_tested,
         n_significant=len(test.significant()),
         features=[associations.of_feature(test, feature) for feature in order.tolist()],
     )

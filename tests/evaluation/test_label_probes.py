@@ -117,4 +117,4 @@ def test_too_few_patients_are_a_reason():
     assert "val patients: not tested: fewer than two" in probe_label(label, splits, splits)
     number = PatientLabel("age", names[:5], np.arange(5.0), ())
     reason = probe_label(number, splits, splits)
-    assert reason == "test patients: not tested: 1 patients with a value"
+    assert reason == "test patients: not tested: patients with a value: 1"

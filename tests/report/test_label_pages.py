@@ -27,13 +27,17 @@ def page_of(folder, dictionary, dataset, name):
 def test_patients_and_recordings_are_those_that_are_tested(tmp_path):
     """Patients have one or two recordings in turn; p006 has a rare drug, p007 and p008 none."""
     rng = np.random.default_rng(0)
-    dictionary = draw_dictionary(rng, 4, 8)
+    dictionary = np.eye(4, 8)
     places = make_places(9, 2)
-    dataset = write_planted(tmp_path, draw_codes(rng, places, 4) @ dictionary, places)
+    codes = draw_codes(rng, places, 4)
+    # A feature that is never active is not tested.
+    codes[..., 3] = 0
+    dataset = write_planted(tmp_path, codes @ dictionary, places)
     rows = [f"p{i:03d},{drug}" for i, drug in enumerate([*"aaabbbc", "n/a", ""])]
     (dataset.folder / "labels.csv").write_text("\n".join(["patient,drug", *rows]))
     page = page_of(tmp_path, dictionary, dataset, "drug")
     assert (page.patients, page.recordings, len(dataset.recordings)) == (6, 9, 13)
+    assert page.n_tested == 3
 
 
 def test_pages_of_labels_without_values_and_of_ambiguous_patients(tmp_path):
@@ -51,7 +55,7 @@ def test_pages_of_labels_without_values_and_of_ambiguous_patients(tmp_path):
     for name in ("empty", "other"):
         page = page_of(tmp_path, dictionary, dataset, name)
         assert (page.patients, page.recordings, page.values) == (0, 0, "none")
-        assert page.notes[0] == "not tested: 0 patients with a value"
+        assert page.notes[0] == "not tested: patients with a value: 0"
     drug = page_of(tmp_path, dictionary, dataset, "drug")
     assert drug.values == "a 2, b 0, c 0"
     assert sum("several categories" in note for note in drug.notes) == 1
