@@ -481,6 +481,19 @@ def test_whole_recording_of_an_encoder_that_no_flag_names(page, tmp_path):
     assert configs == [(expected, "mine")]
 
 
+def test_broadband_is_explained(page, tmp_path):
+    cards = list(make_cards(2))
+    cards = [
+        replace(card, band=band) for card, band in zip(cards, ("alpha", "broadband"), strict=True)
+    ]
+    write_pages(tmp_path / "report", make_meta(), cards)
+    for feature, is_explained in ((0, False), (1, True)):
+        visit(page, tmp_path / "report", f"#f={feature}")
+        wait_for_feature(page, feature)
+        text = find(page, "#feature")[0].text
+        assert ("Broadband: no band stands out." in text) == is_explained
+
+
 def test_bands_of_the_spectrum_are_as_wide_as_their_frequencies(page, report):
     visit(page, report, "#f=1")
     wait_for_feature(page, 1)

@@ -220,7 +220,8 @@ function scalpCard(f) {
 
 function spectrumCard(f) {
   const note = "Relative power of the EEG around active tokens over the base rate of the same channels (dotted: equal), with a 95 % interval.";
-  return f.spectrum ? card("Spectrum", note, figure(drawSpectrum(f.spectrum, meta.bands))) : null;
+  const broadband = f.band === "broadband" ? " Broadband: no band stands out. Total power is not compared." : "";
+  return f.spectrum ? card("Spectrum", note + broadband, figure(drawSpectrum(f.spectrum, meta.bands))) : null;
 }
 
 function otherCards(f, active) {
