@@ -19,7 +19,14 @@ from minsae_jax.evaluation.loss_recovered import (
     summarise,
 )
 from minsae_jax.evaluation.members import Member
-from minsae_jax.evaluation.pca import PCA, PCA_K, fit_pca, pca_autoencoder, raw_autoencoder
+from minsae_jax.evaluation.pca import (
+    PCA,
+    PCA_K,
+    PCA_TOKENS,
+    fit_pca,
+    pca_autoencoder,
+    raw_autoencoder,
+)
 from minsae_jax.evaluation.recommend import RULE, recommend
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
 from minsae_jax.evaluation.saved import Keys, load_part, make_key, save_part, saved_or_measured
@@ -28,9 +35,9 @@ from minsae_jax.evaluation.summary import write_files
 from minsae_jax.evaluation.token_measures import TokenResult, decoder_cosines, measure_tokens
 from minsae_jax.files import sha256_of
 from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae.data import sample_batches
 from minsae_jax.sae.member import WEIGHTS
 
-BATCH_SEQUENCES = 64
 # Names of the baselines in results and saved files; they differ from those of members and PCAs.
 RAW = "raw"
 COMPONENTS = "pca"
@@ -160,14 +167,15 @@ def _keys(
 ) -> dict[str, Keys]:
     """Return the checksums of the inputs of each member's measures, by name."""
     val = None if inputs.val is None else _fingerprint(inputs.val)
+    components = None if inputs.pca_store is None else [inputs.pca_store.fingerprint, PCA_TOKENS]
     test = _fingerprint(inputs.test)
     encoder = None if inputs.encoder is None else inputs.encoder.fingerprint
     windows = [settings.substitution_windows, settings.mask_ratio, settings.seed]
     events = [sha256_of(path) for path in inputs.event_files]
     keys = {}
     for member in members:
-        # Baselines have no files, since they are made from the val store.
-        source = val if member.folder is None else sha256_of(member.folder / WEIGHTS)
+        # Baselines have no files, since they are made from a store.
+        source = components if member.folder is None else sha256_of(member.folder / WEIGHTS)
         about = [source, member.sae.config.get("kind", "relu"), member.sae.d_sae]
         keys[member.name] = Keys(
             tokens=make_key("tokens", about, [test]),
@@ -190,15 +198,15 @@ def _fingerprint(dataset: Dataset) -> str:
 
 
 def _fit_pca(inputs: EvaluationInputs) -> PCA | None:
-    """Return the components of the tokens of the val patients, or None without a val store."""
-    if inputs.val is None:
+    """Return the components of up to PCA_TOKENS tokens, or None without a store for them."""
+    store = inputs.pca_store
+    if store is None:
         return None
-    key = make_key("pca", _fingerprint(inputs.val))
+    key = make_key("pca", PCA_TOKENS, store.fingerprint)
     saved = load_part(inputs.out, COMPONENTS, "fit", key)
     if saved is not None:
         return PCA(saved["mean"], saved["directions"])
-    batches = inputs.val.batches(BATCH_SEQUENCES)
-    pca = fit_pca(x.reshape(-1, x.shape[-1]) for _, x in batches)
+    pca = fit_pca(sample_batches(store, PCA_TOKENS))
     save_part(inputs.out, COMPONENTS, "fit", key, pca._asdict())
     return pca
 

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minsae_jax.activations.manifest import Manifest
-from minsae_jax.activations.store import open_store, sibling_store, warn_of_common_patients
+from minsae_jax.activations.store import (
+    Store,
+    open_store,
+    sibling_store,
+    warn_of_common_patients,
+)
 from minsae_jax.eeg.events import EVENTS
 from minsae_jax.eeg.recordings import LENGTHS, read_lengths, recordings_folder
 from minsae_jax.eeg.splits import patient_of, read_splits, splits_path
@@ -20,6 +25,7 @@ from minsae_jax.evaluation.events import LabelledEvent, read_events
 from minsae_jax.evaluation.members import Member, open_members, training_of
 from minsae_jax.locks import lock_folder
 from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae.data import mismatch_of
 from minsae_jax.sae.member import SparseAutoencoder
 
 
@@ -47,6 +53,18 @@ class EvaluationInputs:
     val: Dataset | None
     # None unless there are labelled events of both val and test patients
     events: SplitEvents | None
+    # The run's train store; None if it does not exist any more, or for a single SAE
+    train: Store | None
+
+    @property
+    def pca_store(self) -> Store | None:
+        """The store whose principal components are the baseline: as the members, of train patients.
+
+        It is that of the val patients if there is no train store, or None.
+        """
+        if self.train is not None or self.val is None:
+            return self.train
+        return self.val.store
 
     @property
     def is_one_run(self) -> bool:
@@ -80,6 +98,8 @@ class EvaluationInputs:
         datasets = [self.test] if self.val is None else [self.test, self.val]
         folders = {dataset.folder for dataset in datasets}
         folders |= {dataset.store.folder for dataset in datasets}
+        if self.train is not None:
+            folders.add(self.train.folder)
         with ExitStack() as stack:
             for folder in sorted(folders):
                 stack.enter_context(lock_folder(folder, shared=True))
@@ -123,9 +143,10 @@ def open_inputs(
     datasets = [test] if val is None else [test, val]
     for dataset in datasets:
         _check_store(members, dataset, encoder)
+    train_stores = [_train_store(config) for config in train_configs]
     train_recordings: set[str] = set()
-    for config in train_configs:
-        train_recordings |= _train_recordings(config)
+    for config, store in zip(train_configs, train_stores, strict=True):
+        train_recordings |= _train_recordings(config, store)
     _warn_of_training_patients(train_configs, train_recordings, test)
     if val is not None:
         warn_of_common_patients(val.store, train_recordings)
@@ -138,6 +159,7 @@ def open_inputs(
         test=test,
         val=val,
         events=_read_events(test, val),
+        train=next((store for store in train_stores if _is_like(store, test.store)), None),
     )
 
 
@@ -168,18 +190,33 @@ def _read_events(test: Dataset, val: Dataset | None) -> SplitEvents | None:
     return None
 
 
-def _train_recordings(config: TrainConfig) -> set[str]:
+def _train_store(config: TrainConfig) -> Store | None:
+    """Return the store of a run, or None if it has none or it was moved or removed since."""
+    if config.live:
+        return None
+    try:
+        return open_store(config.store, config.cache_layer)
+    except UserError:
+        return None
+
+
+def _is_like(store: Store | None, test: Store) -> bool:
+    """Return whether there is a store, and it is of the test store's encoder and layer."""
+    return store is not None and mismatch_of(store, test) is None
+
+
+def _train_recordings(config: TrainConfig, store: Store | None) -> set[str]:
     """Return the file names of the recordings that members were trained on; none if unknown."""
     try:
         if not config.live:
-            return open_store(config.store, config.cache_layer).recordings()
+            return set() if store is None else store.recordings()
         folder = recordings_folder(Path(str(config.root_path)))
         names = set(read_lengths(folder / LENGTHS))
         if config.split == "all":
             return names
         patients = set(read_splits(splits_path(folder, config.split_seed))[config.split])
     except UserError:
-        return set()  # the store or the recordings were moved or removed since
+        return set()  # they were moved or removed since, or are damaged
     return {name for name in names if patient_of(name) in patients}
 
 

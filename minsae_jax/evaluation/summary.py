@@ -16,9 +16,9 @@ from minsae_jax.sae.hyper import SYMBOLS
 
 FEW_PATIENTS = 3
 PCA_NOTE = """\
-pca: principal components of fewer than three val patients. Where the test
-patients differ from them, PCA looks worse than it is. To check, evaluate again
-with the train store as --val_store, and another --out."""
+pca: principal components of fewer than three val patients, since there is no
+train store. Where the test patients differ from them, PCA looks worse than it
+is."""
 EVENTS_NOTE = """\
 Means over the kinds of events, of the best feature for each, chosen on val
 patients and measured on test patients. AUC: a span with an event against one
@@ -46,8 +46,9 @@ def summary(evaluation: Evaluation) -> str:
     """
     recommendation = evaluation.recommendation
     parts = [_members_table(evaluation)]
-    val = evaluation.inputs.val
-    if evaluation.pca and val is not None and len(set(val.patients)) < FEW_PATIENTS:
+    train, val = evaluation.inputs.train, evaluation.inputs.val
+    is_few = val is not None and len(set(val.patients)) < FEW_PATIENTS
+    if evaluation.pca and train is None and is_few:
         parts.append(PCA_NOTE)
     if any(member.stability is not None for member in evaluation.members):
         parts += [f"stability over seeds:\n{_stability_table(evaluation)}", STABILITY_NOTE]

@@ -28,7 +28,7 @@ from minsae_jax.sae.grid import Group, MemberSpec, make_groups
 from minsae_jax.sae.kinds import Params
 from minsae_jax.sae.member import load_sae
 
-HELD_OUT_BATCH = 4096  # tokens
+SAMPLE_BATCH = 4096  # tokens
 MEDIAN_TOKENS = 32_768  # for the geometric median, as Gao et al. (2024)
 MEDIAN_ITERATIONS = 100  # at most
 
@@ -195,7 +195,7 @@ def open_held_out(config: TrainConfig, store: Source) -> Store | None:
         return None
     if config.val_store:
         held_out = open_store(config.val_store, config.cache_layer)
-        mismatch = _mismatch(store, held_out)
+        mismatch = mismatch_of(store, held_out)
         if mismatch:
             raise UserError(f"--val_store {config.val_store} {mismatch}")
         return held_out
@@ -204,7 +204,7 @@ def open_held_out(config: TrainConfig, store: Source) -> Store | None:
         return None
     try:
         held_out = open_store(sibling, config.cache_layer)
-        mismatch = _mismatch(store, held_out)
+        mismatch = mismatch_of(store, held_out)
     except UserError as e:
         mismatch = f"cannot be used ({e})"
     if mismatch:
@@ -217,7 +217,7 @@ def open_held_out(config: TrainConfig, store: Source) -> Store | None:
     return held_out
 
 
-def _mismatch(store: Source, held_out: Store) -> str | None:
+def mismatch_of(store: Source, held_out: Store) -> str | None:
     """Return why the held-out tokens do not fit the train store, or None."""
     # A single token has no variance, which FVU divides by.
     if held_out.total_tokens < 2:
@@ -233,21 +233,22 @@ def _mismatch(store: Source, held_out: Store) -> str | None:
     return None
 
 
-def held_out_batches(
-    config: TrainConfig, held_out: Store
-) -> Iterator[Float[np.ndarray, "tokens d_model"]]:
-    """Yield eval_tokens tokens from all over the store, always the same, or all of them once."""
+def sample_batches(store: Store, n_tokens: int) -> Iterator[Float[np.ndarray, "tokens d_model"]]:
+    """Yield n_tokens tokens from all over the store, always the same, or all of them once.
+
+    Raises UserError if one is not finite.
+    """
     # A fixed seed: all runs on a store are measured on the same tokens.
-    buffers = ShuffleBuffers(held_out, seed=0)
-    n_missing = min(config.eval_tokens, held_out.total_tokens)
+    buffers = ShuffleBuffers(store, seed=0)
+    n_missing = min(n_tokens, store.total_tokens)
     for i in range(buffers.buffers_per_epoch):
         if n_missing == 0:
             return
         tokens = buffers[i][:n_missing]
         if not np.isfinite(tokens.astype(np.float32, copy=False)).all():
-            raise UserError(f"the store {held_out.folder} contains NaN or infinity; extract again")
-        for first in range(0, len(tokens), HELD_OUT_BATCH):
-            yield tokens[first : first + HELD_OUT_BATCH]
+            raise UserError(f"the store {store.folder} contains NaN or infinity; extract again")
+        for first in range(0, len(tokens), SAMPLE_BATCH):
+            yield tokens[first : first + SAMPLE_BATCH]
         n_missing -= len(tokens)
 
 

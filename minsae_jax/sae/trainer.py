@@ -27,9 +27,9 @@ from minsae_jax.sae.config import TrainConfig, TrainPlan
 from minsae_jax.sae.data import (
     TrainData,
     bad_activations,
-    held_out_batches,
     measure_scale_and_median,
     open_train_data,
+    sample_batches,
 )
 from minsae_jax.sae.logger import LogInterval, RunLogger
 from minsae_jax.sae.measures import measure
@@ -328,7 +328,7 @@ class Trainer:
         assert self.data.held_out
         jax.block_until_ready(self.state)
         with self.throughput.paused():
-            batches = held_out_batches(self.config, self.data.held_out)
+            batches = sample_batches(self.data.held_out, self.config.eval_tokens)
             params = [group.params for group in self.state.groups]
             kinds = self.sweep.program.kinds
             measures = measure(self.sweep.mesh, kinds, params, batches, self.progress.scale)

@@ -33,7 +33,7 @@ def inputs(tmp_path_factory):
     (datasets["test"].folder / "labels.csv").write_text(f"patient,group\n{rows}")
     member = Member("planted", true_autoencoder(dictionary))
     folder = tmp_path_factory.mktemp("run")
-    return EvaluationInputs(folder, folder, None, (member,), events=None, **datasets)
+    return EvaluationInputs(folder, folder, None, (member,), events=None, train=None, **datasets)
 
 
 def test_labels_are_of_the_patients_in_their_folder(inputs):

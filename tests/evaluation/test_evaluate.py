@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy.stats import mannwhitneyu
 
 import minsae_jax as ms
 from minsae_jax import UserError
+from minsae_jax.activations.store import open_store
 from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation import feature_measures, inputs, saved, summary
 from minsae_jax.evaluation import members as evaluation_members
@@ -182,12 +184,38 @@ def test_summary(evaluation):
 def test_summary_says_that_components_are_of_few_patients(evaluation):
     """The demo of ten patients has one in val."""
     note = "pca: principal components of fewer than three val patients"
+    assert note not in evaluation.summary()  # they are of the train patients
+    evaluation = replace(evaluation, inputs=replace(evaluation.inputs, train=None))
     assert note in evaluation.summary()
     val = evaluation.inputs.val
     names = tuple(f"p{i}_s001_t000_preprocessed.npy" for i in range(3))
     several = replace(evaluation.inputs, val=replace(val, recordings=names))
     assert note not in replace(evaluation, inputs=several).summary()
     assert note not in replace(evaluation, pca=()).summary()
+
+
+def test_components_are_those_of_the_train_store(trained, evaluation, settings, tmp_path):
+    """Those of the members' data, or of the val patients if it is not there any more."""
+    train = open_store(trained.stores, -1)
+    assert evaluation.inputs.pca_store.folder == train.folder
+    tokens = np.concatenate([train.read(i) for i in range(len(train.shards))])
+    test = evaluation.inputs.test.store
+    x = np.concatenate([test.read(i) for i in range(len(test.shards))]).astype(np.float64)
+    _, directions = np.linalg.eigh(np.cov(tokens.T.astype(np.float64)))
+    mean = tokens.mean(axis=0, dtype=np.float64)
+    parts = (x - mean) @ directions
+    is_left_out = np.abs(parts).argsort(axis=1).argsort(axis=1) < x.shape[1] - 4
+    fvu = np.square(parts * is_left_out).sum() / np.square(x - x.mean(axis=0)).sum()
+    assert evaluation.pca[0].fvu == pytest.approx(fvu, rel=1e-4)
+
+    run = Path(shutil.copytree(trained.run, tmp_path / "run"))
+    config = run / "config.yaml"
+    moved = config.read_text().replace(f"store: {trained.stores}\n", f"store: {tmp_path}\n")
+    config.write_text(moved)
+    val_store = str(trained.stores.with_name(trained.stores.name + "_val"))
+    changed = replace(settings, run=str(run), store=str(test.folder), val_store=val_store)
+    opened = inputs.open_inputs(changed, None)
+    assert (opened.train, opened.pca_store) == (None, opened.val.store)
 
 
 def test_features_of_an_event_are_active(evaluation):

@@ -18,7 +18,7 @@ from tests.evaluation.planted import (
 def page_of(folder, dictionary, dataset, name):
     """Return the page of a label of a store without val patients."""
     member = Member("planted", true_autoencoder(dictionary))
-    inputs = EvaluationInputs(folder, folder, None, (member,), dataset, val=None, events=None)
+    inputs = EvaluationInputs(folder, folder, None, (member,), dataset, None, None, None)
     associations = measure_associations(inputs, member, "mean", seed=0)
     pages = {label.label.name: label_page(label, associations) for label in associations.labels}
     return pages[name]

@@ -15,8 +15,7 @@ from minsae_jax.activations.store import open_store
 from minsae_jax.activations.stream import ShuffleBuffers
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.sae import logger
-from minsae_jax.sae.config import TrainConfig
-from minsae_jax.sae.data import held_out_batches, measure_scale, physical_memory
+from minsae_jax.sae.data import measure_scale, physical_memory, sample_batches
 from minsae_jax.sae.pareto import draw_pareto
 from minsae_jax.sae.run import HELD_OUT_METRICS, read_held_out
 from minsae_jax.sae.trainer import train
@@ -130,10 +129,7 @@ def test_eval_every_0_measures_nothing(settings, small_store, val_store, tmp_pat
 
 def test_held_out_tokens_are_the_same_each_time(val_store):
     store = open_store(val_store, -1)
-    everything = [
-        np.concatenate(list(held_out_batches(TrainConfig(eval_tokens=n), store)))
-        for n in (10**6, 105, 40)
-    ]
+    everything = [np.concatenate(list(sample_batches(store, n))) for n in (10**6, 105, 40)]
     assert [len(x) for x in everything] == [105, 105, 40]
     np.testing.assert_array_equal(everything[0], everything[1])
     np.testing.assert_array_equal(everything[0][:40], everything[2])
@@ -155,7 +151,7 @@ def test_held_out_tokens_are_read_without_the_rest_of_the_store(tmp_path, monkey
     monkeypatch.setattr(ShuffleBuffers, "__getitem__", counted)
     store = open_store(tmp_path, -1)
     n_tokens = store.tokens_per_chunk + 1
-    tokens = list(held_out_batches(TrainConfig(eval_tokens=n_tokens), store))
+    tokens = list(sample_batches(store, n_tokens))
     assert sum(map(len, tokens)) == n_tokens < store.total_tokens
     assert read == [0, 1]
 
