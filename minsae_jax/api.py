@@ -282,7 +282,8 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
 
 def _check_evaluation_folder(out: Path) -> None:
     """Raise UserError if a folder contains anything else than an evaluation."""
-    owned = ("evaluation", "evaluation.*", "report", SUMS)
+    # A killed evaluation can leave SHA256SUMS.tmp and .report.tmp or .report.old.
+    owned = ("evaluation", "evaluation.*", "report", ".report.*", SUMS, f"{SUMS}.tmp")
     foreign = foreign_entries(out, owned)
     if foreign:
         raise UserError(

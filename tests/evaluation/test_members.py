@@ -123,6 +123,17 @@ def test_unfit_members_are_refused(trained, config, tmp_path):
         replace(config, compare_with=(str(sae),), out=None)
 
 
+def test_evaluation_elsewhere_is_made_again_after_it_was_killed(trained, config, tmp_path):
+    out = tmp_path / "evaluation"
+    for folder in (out / "evaluation", out / ".report.tmp/data", out / ".report.old"):
+        folder.mkdir(parents=True)
+    for name in ("SHA256SUMS.tmp", "evaluation.json.tmp"):
+        (out / name).write_text("half")
+    # The next check after that of the folder
+    with pytest.raises(UserError, match="contain 2 members called"):
+        ms.evaluate(replace(config, compare_with=(str(trained.run),)))
+
+
 def test_imported_sae_beside_the_yaml_of_an_encoder_is_not_in_a_run(trained, tmp_path):
     (tmp_path / "config.yaml").write_text("data: {}")
     (tmp_path / "checkpoints").mkdir()
