@@ -107,6 +107,12 @@ def _scan_file(windows: Windows, name: str, n_samples: int) -> Scan:
     )
 
 
+def sha256_of_scans(scans: Mapping[str, Scan]) -> str:
+    """Return the checksum of the samples of all windows, by the scans of their files in order."""
+    digests = "".join(f"{name} {scan.sha256}" for name, scan in scans.items())
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Recordings:
     """Windows whose samples have all been scanned."""
@@ -197,8 +203,7 @@ def _scanned_recordings(split: Split, scan: _SplitScan, description: Description
     if not len(scan.windows):
         reasons = list_bad(scan.bad)
         raise UserError(f"split {split} is empty: none of its recordings can be used ({reasons})")
-    digests = "".join(f"{name} {scan.scans[name].sha256}" for name in files)
-    sha256 = hashlib.sha256(digests.encode()).hexdigest()
+    sha256 = sha256_of_scans(scan.scans)
     shifted = np.zeros(len(files), bool)
     if description is TUH:
         # In described recordings a channel that is all zero is flat.

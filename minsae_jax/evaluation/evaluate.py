@@ -28,6 +28,7 @@ from minsae_jax.evaluation.pca import (
     raw_autoencoder,
 )
 from minsae_jax.evaluation.recommend import RULE, recommend
+from minsae_jax.evaluation.recordings import check_unchanged
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
 from minsae_jax.evaluation.saved import Keys, load_part, make_key, save_part, saved_or_measured
 from minsae_jax.evaluation.stability import Stability, seed_stability
@@ -64,6 +65,7 @@ def evaluate(
 
 def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     """Evaluate the members of a run on locked inputs."""
+    check_unchanged(inputs.test)
     pca = _fit_pca(inputs)
     components = _pca_members(pca)
     baselines = _baselines(pca, inputs)

@@ -19,8 +19,9 @@ from minsae_jax.eeg.description import TUH, read_description
 from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, check_recordings
 from minsae_jax.encoder.compute import Activations
 from minsae_jax.errors import UserError
-from minsae_jax.evaluation.dataset import TokenPlaces, open_recording
+from minsae_jax.evaluation.dataset import TokenPlaces
 from minsae_jax.evaluation.inputs import check_encoder, check_features
+from minsae_jax.evaluation.recordings import open_finite_recording
 from minsae_jax.monitor import progress
 from minsae_jax.report.entries import active_entries
 from minsae_jax.report.examples import batch_tokens
@@ -28,7 +29,6 @@ from minsae_jax.report.excerpts import channel_name
 from minsae_jax.sae.member import SparseAutoencoder
 
 BATCH_WINDOWS = 16
-CHECKED_SAMPLES = 100_000  # at a time
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def open_places(encoder: BaseEncoder, path: Path, allow_mismatch: bool = False) 
         raise UserError(f"{path} is not a recording (.npy); `minsae prepare` makes them from EEG")
     if not path.exists():
         raise UserError(f"there is no recording {path}")
-    eeg = open_recording(path)
+    eeg = open_finite_recording(path)
     if eeg.shape[1] != spec.n_vars:
         raise UserError(
             f"{path} has {eeg.shape[1]} channels, but the encoder expects {spec.n_vars}"
@@ -256,11 +256,6 @@ def open_places(encoder: BaseEncoder, path: Path, allow_mismatch: bool = False) 
             f"{path} has {len(eeg):,} samples, which is less than a window of the encoder "
             f"({spec.seq_len:,})"
         )
-    for start in range(0, len(eeg), CHECKED_SAMPLES):
-        is_finite = np.isfinite(eeg[start : start + CHECKED_SAMPLES]).all(axis=1)
-        if not is_finite.all():
-            sample = start + int(np.argmin(is_finite))
-            raise UserError(f"{path} contains NaN or infinity at sample {sample}")
     channels = np.array([-1])
     if spec.per_channel:
         channels = np.arange(spec.n_vars)

@@ -590,6 +590,23 @@ def test_equal_tokens_are_an_error(trained, settings, tmp_path):
         evaluate(replace(settings, store=str(store), out=str(tmp_path)), trained.encoder)
 
 
+def test_recordings_that_have_changed_since_the_extraction_are_refused(trained, settings, tmp_path):
+    recordings = shutil.copytree(trained.recordings, tmp_path / "recordings")
+    path = recordings / trained.dataset("test").recordings[0]
+    eeg = np.load(path)
+    config = replace(settings, root_path=str(recordings))
+
+    def check(changed, match):
+        np.save(path, changed)
+        with pytest.raises(UserError, match=match):
+            evaluate(config, trained.encoder)
+
+    check(eeg[:50], "has 50 samples of 19 channels, but the store .*_test/l-1 is of")
+    check(eeg[::-1], "recordings in .* are not those that the store .* was extracted from")
+    eeg[3] = np.nan
+    check(eeg, "are not those that the store")
+
+
 @pytest.mark.slow
 def test_without_a_val_store_events_are_not_evaluated(trained, settings, tmp_path):
     run = tmp_path / "run"

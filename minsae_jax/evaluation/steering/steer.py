@@ -9,9 +9,10 @@ from jaxtyping import Float
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band, parse_bands
-from minsae_jax.evaluation.dataset import Dataset, open_recording
+from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.inputs import EvaluationInputs, check_features, open_inputs
 from minsae_jax.evaluation.members import Member
+from minsae_jax.evaluation.recordings import check_unchanged, open_finite_recording
 from minsae_jax.evaluation.steering.config import SteerConfig
 from minsae_jax.evaluation.steering.edit import Place, SteeredEncoder
 from minsae_jax.evaluation.steering.output import WindowChanges, measure_windows
@@ -53,6 +54,10 @@ def _steer(
     settings: SteerConfig, encoder: BaseEncoder, inputs: EvaluationInputs, member_name: str
 ) -> Steering:
     """Steer features on locked inputs."""
+    check_unchanged(inputs.test)
+    if inputs.val is not None and inputs.events is not None:
+        # Probes are fitted on it.
+        check_unchanged(inputs.val)
     member = next(m for m in inputs.members if m.name == member_name)
     features = settings.feature
     check_features(member.sae, features, member.name)
@@ -223,7 +228,7 @@ def _places_of(name: str, windows: Sequence[int], dataset: Dataset) -> list[Plac
         raise UserError(
             f"there is no recording {name} in {dataset.folder}" + did_you_mean(name, known)
         )
-    recording = open_recording(path)
+    recording = open_finite_recording(path)
     if recording.shape[1] != dataset.n_vars:
         raise UserError(
             f"{name} has {recording.shape[1]} channels, but the encoder expects {dataset.n_vars}"

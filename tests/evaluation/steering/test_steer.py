@@ -251,6 +251,17 @@ def test_windows_must_exist_and_contain_the_feature(trained, config):
         ms.steer(replace(config, recording=name, feature=(DEAD,)), trained.encoder)
 
 
+def test_recording_must_be_finite(trained, config, tmp_path):
+    """Also one that no store is of."""
+    recordings = shutil.copytree(trained.recordings, tmp_path / "recordings")
+    eeg = np.load(recordings / trained.dataset("test").recordings[0])
+    eeg[30, 2] = np.nan
+    np.save(recordings / "other_s001_t000_preprocessed.npy", eeg)
+    other = replace(config, root_path=str(recordings), recording="other_s001_t000_preprocessed.npy")
+    with pytest.raises(UserError, match=r"other_.* contains NaN or infinity at sample 30"):
+        ms.steer(other, trained.encoder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
