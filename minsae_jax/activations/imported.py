@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Int
 
-from minsae_jax.activations.manifest import MANIFEST, ON_DISK, StoreIdentity
+from minsae_jax.activations.manifest import ON_DISK, StoreIdentity, read_manifest
 from minsae_jax.activations.store import Store, open_store, store_folder
 from minsae_jax.activations.tokens import TokenGrid
 from minsae_jax.activations.writer import StoreWriter
@@ -36,6 +36,16 @@ def _check_places(
     _check_range("recording", places[0], 0, n_recordings)
     _check_range("window", places[1], 0, np.inf)
     _check_range("channel", places[2], -1, np.inf if n_vars is None else n_vars)
+
+
+def _int32(name: str, values: Sequence[int] | np.ndarray) -> Int[np.ndarray, " n"]:
+    """Return integers as int32. Raises UserError if they are others, such as times in seconds."""
+    array = np.asarray(values)
+    # An empty list has the dtype float64.
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise UserError(f"{name} must be a list of integers, got {array.dtype}{list(array.shape)}")
+    _check_range(name, array, -1, 2**31)
+    return array.astype(np.int32)
 
 
 def _check_range(name: str, values: Int[np.ndarray, " n"], lowest: int, limit: int | float) -> None:
@@ -77,19 +87,23 @@ def write_store(
     sampling_rate (in Hz), channels (names): of the recordings; needed if they have a dataset.json.
 
     Raises UserError if arrays do not fit each other or contain NaN or infinity, or if the folder
-    contains other files or, unless `overwrite`, a store.
+    contains other files or, unless `overwrite`, a store. One that an interrupted call of the same
+    settings left is written anew.
     """
     # Integers of NumPy cannot be written to JSON.
     layer = int(layer)
     seq_len = int(seq_len)
     folder = store_folder(out, split, layer)
-    if (folder / MANIFEST).exists() and not overwrite:
+    existing = None if overwrite else read_manifest(folder)
+    if existing is not None and existing.complete:
         raise UserError(f"{folder} contains a store; choose another folder, or use overwrite=True")
     if channel is None:
         channel = np.full(len(recording), -1)
     if len({len(recording), len(window), len(channel)}) > 1:
         raise UserError("recording, window and channel must have one entry for each sequence")
-    places = np.array([recording, window, channel], np.int32)
+    places = np.stack(
+        [_int32("recording", recording), _int32("window", window), _int32("channel", channel)]
+    )
     n_vars = None if channels is None else len(channels)
     _check_places(places, len(recordings), n_vars)
     if len(set(recordings)) < len(recordings):
@@ -105,6 +119,8 @@ def write_store(
         raise UserError("there are no activations")
     data: JsonObject = {"split": split, "seq_len": seq_len, "revin": False}
     if sampling_rate is not None:
+        if not 0 < sampling_rate < np.inf:
+            raise UserError(f"sampling_rate must be positive and finite, got {sampling_rate}")
         data["sampling_rate"] = float(sampling_rate)
     if channels is not None:
         data["channels"] = list(channels)
@@ -117,7 +133,9 @@ def write_store(
         encoder=hashlib.sha256(encoder.encode()).hexdigest(),
         data=data,
     )
-    with StoreWriter(folder, identity, overwrite) as writer:
+    # One that was interrupted is written from its start, since its activations may be others now.
+    is_interrupted = existing is not None and StoreIdentity.to_json(existing) == identity.to_json()
+    with StoreWriter(folder, identity, overwrite or is_interrupted) as writer:
         writer.begin()
         n_sequences = 0
         for number, pieces in enumerate(_shards(chain([first], parts))):

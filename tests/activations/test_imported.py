@@ -79,6 +79,25 @@ def test_existing_store_is_replaced_on_request_only(tmp_path):
     np.testing.assert_array_equal(store.read(0), 2 * X.reshape(-1, 4))
 
 
+def test_interrupted_store_is_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(imported, "SHARD_TOKENS", 3)
+
+    def killed():
+        yield 2 * X[:2]
+        yield 2 * X[2:4]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, killed())
+    with pytest.raises(ms.UserError, match=r"a store of other settings: encoder"):
+        write(tmp_path, encoder="theirs")
+    # In fewer shards than were written
+    store = write(tmp_path, X)
+    assert len(store.shards) == 1
+    store.verify()
+    np.testing.assert_array_equal(store.read(0), X.reshape(-1, 4))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -97,6 +116,12 @@ def test_existing_store_is_replaced_on_request_only(tmp_path):
         ({"window": [0, 1, 2, 0]}, "one entry for each sequence"),
         ({"window": [0, 2, 1, 0, 5]}, "sequence 2 comes before the one in front of it"),
         ({"recording": [0, 0, 0, 1, 2]}, "recording is 0 to 2; expected 0 to 1"),
+        (
+            {"window": np.array([0, 0.5, 1, 0, 5])},
+            r"window must be a list of integers, got float64",
+        ),
+        ({"window": np.array([0, 1, 2, 0, 2**32])}, "window is 0 to 4294967296; expected"),
+        ({"sampling_rate": float("nan")}, "sampling_rate must be positive and finite, got nan"),
         ({"recording": [-1, 0, 0, 1, 1]}, "recording is -1 to 1; expected 0 to 1"),
         ({"channel": [0, 0, 1, 0, 2], "channels": ["Cz", "Pz"]}, "channel is 0 to 2"),
     ],
