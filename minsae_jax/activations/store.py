@@ -81,6 +81,7 @@ class Origin:
     encoder: str | None = None  # fingerprint
     layer: int | None = None  # as requested
     layer_index: int | None = None  # from 0
+    revin: bool | None = None  # whether the encoder's input was normalized by RevIN
     # Skipped recordings and why, if no manifest on disk lists them.
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -117,7 +118,12 @@ class Store:
     def origin(self) -> Origin:
         if self.manifest is None:
             return Origin()
-        return Origin(self.manifest.encoder, self.manifest.layer, self.manifest.layer_index)
+        return Origin(
+            encoder=self.manifest.encoder,
+            layer=self.manifest.layer,
+            layer_index=self.manifest.layer_index,
+            revin=self.manifest.data.get("revin"),
+        )
 
     @property
     def total_tokens(self) -> int:

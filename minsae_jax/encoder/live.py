@@ -36,7 +36,8 @@ class LiveStore:
         self.folder = self.windows.folder
         self.d_model = spec.d_model
         self.tokens_per_chunk = spec.n_sequences * spec.tokens.n_tokens
-        self.origin = Origin(encoder.fingerprint, layer, index, recordings.skipped)
+        revin = encoder.applies_revin(options)
+        self.origin = Origin(encoder.fingerprint, layer, index, revin, recordings.skipped)
         # Hashed into the fingerprint: with other names or values here, runs cannot resume.
         self._description: JsonObject = {
             "layer": layer,
@@ -45,7 +46,7 @@ class LiveStore:
             "recordings_sha256": recordings.sha256,
             "n_windows": len(self.windows),
             "batch_size": config.batch_size,
-            "revin": encoder.applies_revin(options),
+            "revin": revin,
             "skipped": recordings.skipped,
             **recordings.described(),
         }

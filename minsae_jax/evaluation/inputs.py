@@ -287,6 +287,12 @@ def _check_store(members: Sequence[Member], dataset: Dataset, encoder: BaseEncod
                 f"{member.name} was trained on activations of another encoder than those of "
                 f"{store.folder}; choose its store with --store and --val_store"
             )
+        revin = member.sae.config.get("revin")
+        if revin is not None and revin != manifest.data["revin"]:
+            raise UserError(
+                f"{store.folder} was extracted with another --force_revin than the activations "
+                f"that {member.name} was trained on"
+            )
         layer = member.sae.config.get("layer")
         if layer is not None and not _is_layer(layer, manifest, encoder):
             raise UserError(

@@ -288,7 +288,11 @@ def _layer_index(encoder: BaseEncoder, sae: SparseAutoencoder, layer: int | None
 
 
 def _had_revin(sae: SparseAutoencoder) -> bool:
-    """Return whether the SAE's store, if it still exists, was extracted with RevIN."""
+    """Return whether RevIN was applied to the windows that the SAE was trained on."""
+    recorded = sae.config.get("revin")
+    if recorded is not None:
+        return bool(recorded)
+    # Members of earlier versions only name their store, which may have been moved.
     store = sae.config.get("store")
     manifest = read_manifest(Path(store)) if store else None
     return manifest is not None and bool(manifest.data.get("revin"))

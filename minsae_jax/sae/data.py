@@ -224,11 +224,13 @@ def mismatch_of(store: Source, held_out: Store) -> str | None:
         return "contains a single token"
     if held_out.d_model != store.d_model:
         return f"has d_model {held_out.d_model}, but the train store has {store.d_model}"
-    for name in ("encoder", "layer_index"):
+    for name in ("encoder", "layer_index", "revin"):
         expected = getattr(store.origin, name)
         actual = getattr(held_out.origin, name)
         is_known = expected is not None and actual is not None
         if is_known and expected != actual:
+            if name == "revin":
+                return "was extracted with another --force_revin than the train store"
             return f"is from another {name.removesuffix('_index')} than the train store"
     return None
 

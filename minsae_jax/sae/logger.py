@@ -211,6 +211,7 @@ class RunLogger:
             "d_model": store.d_model,
             "layer": store.origin.layer,
             "encoder_fingerprint": store.origin.encoder,
+            "revin": store.origin.revin,
             "store": str(store.folder),
             "store_fingerprint": store.fingerprint,
             "skipped_recordings": store.origin.skipped,

@@ -172,7 +172,15 @@ def test_interrupted_run_ends_with_the_same_bytes(encoder, settings, tmp_path, f
         assert path.read_bytes() == same.read_bytes()
     assert not list(tmp_path.rglob("b*.npy"))
     for path in (tmp_path / "other/members").glob("*/config.json"):
-        assert json.loads(path.read_text())["encoder_fingerprint"] == encoder.fingerprint
+        config = json.loads(path.read_text())
+        assert config["encoder_fingerprint"] == encoder.fingerprint
+        assert config["revin"] is False
+
+
+def test_source_says_whether_revin_is_applied(encoder, demo_folder):
+    config = ExtractConfig(root_path=str(demo_folder), split=("test",))
+    assert open_live(encoder, config).origin.revin is False
+    assert open_live(encoder, replace(config, force_revin=True)).origin.revin is True
 
 
 @pytest.mark.parametrize(

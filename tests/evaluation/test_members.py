@@ -114,6 +114,8 @@ def test_unfit_members_are_refused(trained, config, tmp_path):
     check("contain 2 members called lambda=0.1,from=run", trained.run)
     other_layer = imported_sae(trained, tmp_path / "layer", layer=0)
     check("is of layer -1, but layer was trained on layer 0", other_layer)
+    other_revin = imported_sae(trained, tmp_path / "revin", revin=True)
+    check("extracted with another --force_revin than .* that revin was", other_revin)
     other_encoder = imported_sae(trained, tmp_path / "encoder", encoder_fingerprint="f" * 64)
     check("encoder was trained on another", other_encoder)
     check("pca,k=4 is the name of a baseline", imported_sae(trained, tmp_path / "pca,k=4"))

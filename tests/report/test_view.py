@@ -98,7 +98,9 @@ def test_revin_is_applied_if_the_store_was_extracted_with_it(trained, place, tmp
     )
     (store,) = ms.extract(trained.encoder, settings)
     sae = trained.sae(MEMBER)
-    with_revin = SparseAutoencoder(sae.params, sae.config | {"store": str(store.folder)})
+    # Members of earlier versions have no `revin`.
+    config = sae.config | {"store": str(store.folder), "revin": None}
+    with_revin = SparseAutoencoder(sae.params, config)
     seq_len = trained.encoder.spec.seq_len
     eeg = np.load(place / "mine.npy").astype(np.float64)
     windows = eeg[: N_WINDOWS * seq_len].reshape(N_WINDOWS, seq_len, -1)
@@ -110,6 +112,10 @@ def test_revin_is_applied_if_the_store_was_extracted_with_it(trained, place, tmp
     np.testing.assert_allclose(encoded.activations.toarray(), expected, rtol=1e-3, atol=1e-3)
     forced = ms.encode_recording(trained.encoder, sae, place / "mine.npy", force_revin=True)
     np.testing.assert_array_equal(forced.activations.toarray(), encoded.activations.toarray())
+    # The store may have been moved since, and live activations have none.
+    recorded = SparseAutoencoder(sae.params, sae.config | {"revin": True, "store": "moved"})
+    without_store = ms.encode_recording(trained.encoder, recorded, place / "mine.npy")
+    np.testing.assert_array_equal(without_store.activations.toarray(), forced.activations.toarray())
 
 
 def test_only_requested_features_are_kept(trained, place, by_hand):
