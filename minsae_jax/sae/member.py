@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import NoneType
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,25 @@ from safetensors.numpy import load_file, save
 
 from minsae_jax.errors import UserError, reading
 from minsae_jax.files import atomic_write, flush, make_folder, sha256_of
+from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.kinds import KINDS, Params, SAEKind, kind_of
 from minsae_jax.sae.padding import pad_rows, power_of_two
 from minsae_jax.settings import JsonObject, read_json, shown
 
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
+# Entries of config.json that commands read; None where a value is unknown.
+_NUMBER = (int, float, NoneType)
+_TEXT = (str, NoneType)
+_CONFIG_TYPES: dict[str, tuple[type, ...]] = {
+    **{name: _NUMBER for name in SYMBOLS if name != "kind"},
+    "scale": (int, float),
+    "layer": (int, NoneType),
+    "revin": (bool, NoneType),
+    "encoder_fingerprint": _TEXT,
+    "store": _TEXT,
+    "status": _TEXT,
+}
 
 
 class SparseAutoencoder:
@@ -172,6 +186,10 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
     kind = config.get("kind", "relu")
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{folder / CONFIG} has the unknown kind {shown(kind)}")
+    for name, types in _CONFIG_TYPES.items():
+        # Not isinstance, since bool is a subclass of int.
+        if name in config and type(config[name]) not in types:
+            raise UserError(f"{folder / CONFIG} has an invalid {name}: {shown(config[name])}")
     # Members of earlier versions have no checksum. It leaves the config, since that is also
     # written with the weights in other formats.
     digest = config.pop("sha256", None)

@@ -119,6 +119,19 @@ def test_settings_of_the_kind_are_loaded(tmp_path):
     assert load_sae(tmp_path / "matryoshka").kind == matryoshka
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("layer", "last"), ("encoder_fingerprint", 5), ("store", [1]), ("k", "8"), ("revin", 1)],
+)
+def test_entries_of_another_type_are_refused(tmp_path, name, value):
+    params = RELU.init_torch(jax.random.key(0), 8, 20)
+    save_member(tmp_path, params, {"kind": "relu", name: None})
+    assert load_sae(tmp_path).config == {"kind": "relu", name: None}
+    save_member(tmp_path, params, {"kind": "relu", name: value})
+    with pytest.raises(UserError, match=rf"config\.json has an invalid {name}: "):
+        load_sae(tmp_path)
+
+
 def test_wrong_members(tmp_path):
     params = {k: np.asarray(v) for k, v in RELU.init_torch(jax.random.key(0), 8, 20).items()}
     (tmp_path / "sparse_autoencoder_final.pt").touch()
