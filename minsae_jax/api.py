@@ -269,8 +269,11 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
         # Two evaluations of one run would write the same files; one elsewhere only reads the run.
         is_elsewhere = out != run
         locks.enter_context(lock_folder(run, shared=is_elsewhere))
-        for other in config.compare_with:
-            locks.enter_context(lock_folder(Path(other), shared=True))
+        others = [Path(other) for other in config.compare_with]
+        # `train --overwrite` locks the run and replaces its members.
+        runs = [run_of(folder) for folder in (run, *others) if is_sae(folder)]
+        for folder in [*others, *filter(None, runs)]:
+            locks.enter_context(lock_folder(folder, shared=True))
         if is_elsewhere:
             locks.enter_context(lock_folder(out))
         result = evaluation.evaluate(config, encoder, trained)

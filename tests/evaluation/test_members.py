@@ -10,6 +10,7 @@ import pytest
 import minsae_jax as ms
 from minsae_jax import UserError
 from minsae_jax.evaluation.members import open_members, training_of
+from minsae_jax.locks import lock_folder
 from minsae_jax.sae.member import load_sae, save_member
 
 
@@ -134,6 +135,15 @@ def test_evaluation_elsewhere_is_made_again_after_it_was_killed(trained, config,
     # The next check after that of the folder
     with pytest.raises(UserError, match="contain 2 members called"):
         ms.evaluate(replace(config, compare_with=(str(trained.run),)))
+
+
+def test_run_of_a_single_member_is_locked(trained, config):
+    member = str(trained.run / "members/lambda=1")
+    with (
+        lock_folder(trained.run),
+        pytest.raises(UserError, match="run is being written by another process"),
+    ):
+        ms.evaluate(replace(config, run=member))
 
 
 def test_imported_sae_beside_the_yaml_of_an_encoder_is_not_in_a_run(trained, tmp_path):
