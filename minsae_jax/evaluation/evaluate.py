@@ -30,7 +30,14 @@ from minsae_jax.evaluation.pca import (
 from minsae_jax.evaluation.recommend import RULE, recommend
 from minsae_jax.evaluation.recordings import check_unchanged
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
-from minsae_jax.evaluation.saved import Keys, load_part, make_key, save_part, saved_or_measured
+from minsae_jax.evaluation.saved import (
+    Keys,
+    discard_unfinished,
+    load_part,
+    make_key,
+    save_part,
+    saved_or_measured,
+)
 from minsae_jax.evaluation.stability import Stability, seed_stability
 from minsae_jax.evaluation.summary import write_files
 from minsae_jax.evaluation.token_measures import TokenResult, decoder_cosines, measure_tokens
@@ -66,6 +73,7 @@ def evaluate(
 def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     """Evaluate the members of a run on locked inputs."""
     check_unchanged(inputs.test)
+    discard_unfinished(inputs.out)
     pca = _fit_pca(inputs)
     components = _pca_members(pca)
     baselines = _baselines(pca, inputs)

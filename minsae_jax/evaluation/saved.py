@@ -16,8 +16,11 @@ import numpy as np
 from minsae_jax.checksums import read_npz, write_npz
 from minsae_jax.errors import is_system_error
 from minsae_jax.evaluation.members import Member
+from minsae_jax.files import atomic_write, flush
 
 FOLDER = "evaluation"
+# Suffix of a file that is there while a part is saved. It contains the names of the members.
+UNFINISHED = ".unfinished.json"
 # Increment when a measure changes, so that results of earlier versions are not used.
 MEASURES_VERSION = 7
 Arrays = Mapping[str, np.ndarray]
@@ -60,6 +63,20 @@ def save_part(out: Path, name: str, part: str, key: str, arrays: Arrays) -> None
     write_npz(path, {"key": np.array(key), **arrays})
 
 
+def discard_unfinished(out: Path) -> None:
+    """Remove measures of a part that was not saved for all members before a process was killed.
+
+    They would be measured again without the members that are saved already, and be rounded in
+    another way, since the size of a batch depends on the members that are measured together.
+    """
+    for unfinished in (out / FOLDER).glob(f"*{UNFINISHED}"):
+        part = unfinished.name.removesuffix(UNFINISHED)
+        for name in json.loads(unfinished.read_text()):
+            unfinished.with_name(f"{name}.{part}.npz").unlink(missing_ok=True)
+        flush([unfinished.parent])
+        unfinished.unlink()
+
+
 def saved_or_measured(
     out: Path,
     part: str,
@@ -79,7 +96,14 @@ def saved_or_measured(
         else:
             results[member.name] = from_arrays(saved)
     if missing:
-        for name, result in measure_missing(missing).items():
+        measured = measure_missing(missing)
+        unfinished = out / FOLDER / f"{part}{UNFINISHED}"
+        unfinished.parent.mkdir(exist_ok=True)
+        with atomic_write(unfinished) as temporary:
+            temporary.write_text(json.dumps(list(measured)))
+        for name, result in measured.items():
             save_part(out, name, part, getattr(keys[name], part), to_arrays(result))
-            results[name] = result
+        unfinished.unlink()
+        flush([unfinished.parent])
+        results |= measured
     return {member.name: results[member.name] for member in members}

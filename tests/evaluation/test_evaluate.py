@@ -436,6 +436,37 @@ def test_saved_measures_are_used_until_something_changes(
     assert {part for name, part in written if name != "lambda=1"} == {"features"}
 
 
+def test_measures_are_rounded_in_the_same_way_after_a_kill(
+    trained, settings, tmp_path, monkeypatch, without_figure
+):
+    """Members are measured together again, since their number changes the size of a batch."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    settings = replace(settings, run=str(run))
+    save_part = saved.save_part
+    written = []
+    limit = 3
+
+    def save(run, name, part, key, arrays):
+        if len(written) == limit:
+            raise KeyboardInterrupt
+        save_part(run, name, part, key, arrays)
+        if part == "tokens":
+            written.append(name)
+
+    monkeypatch.setattr(saved, "save_part", save)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(settings, trained.encoder)
+    before = set(written)
+    written.clear()
+    limit = None
+    evaluate(settings, trained.encoder)
+    assert len(before) == 3
+    assert before < set(written)
+    assert not list(run.rglob("*.unfinished.json"))
+
+
 def test_member_without_any_active_feature_has_no_nan_in_its_table(trained, settings, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
