@@ -183,6 +183,12 @@ def test_source_says_whether_revin_is_applied(encoder, demo_folder):
     assert open_live(encoder, replace(config, force_revin=True)).origin.revin is True
 
 
+def test_held_out_store_without_revin_is_refused(settings, trained):
+    settings = replace(settings, force_revin=True, val_store=f"{trained.stores}_val")
+    with pytest.raises(UserError, match=r"--val_store .* was extracted with another --force_revin"):
+        ms.train(settings)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
