@@ -288,7 +288,7 @@ def _check_store(members: Sequence[Member], dataset: Dataset, encoder: BaseEncod
                 f"{store.folder}; choose its store with --store and --val_store"
             )
         revin = member.sae.config.get("revin")
-        if revin is not None and revin != manifest.data["revin"]:
+        if revin is not None and manifest.data.get("revin", revin) != revin:
             raise UserError(
                 f"{store.folder} was extracted with another --force_revin than the activations "
                 f"that {member.name} was trained on"
