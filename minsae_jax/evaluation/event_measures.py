@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from minsae_jax.evaluation.bootstrap import DIFFERENCE, SHARE, Resamples, estimate
+from minsae_jax.estimates import Estimate
+from minsae_jax.evaluation.bootstrap import DIFFERENCE, SHARE, Resamples, estimate, interval
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.event_results import (
     EventEvaluation,
@@ -272,8 +273,8 @@ def _summarise(
     """
     target_drop = np.mean([drops[i, i] for i in range(len(kinds))], axis=0)
     other_drop = np.mean([_mean_without(drops[i], i) for i in range(len(kinds))], axis=0)
-    x = np.mean([kind.x_probe_auc for kind in kinds], axis=0) - 0.5
-    x_hat = np.mean([of_kind.x_hat_probe_auc for of_kind in spans], axis=0) - 0.5
+    x_aucs = np.mean([kind.x_probe_auc for kind in kinds], axis=0)
+    x_hat_aucs = np.mean([of_kind.x_hat_probe_auc for of_kind in spans], axis=0)
     aucs = np.mean([of_kind.auc for of_kind in spans], axis=0)
     recalls = np.mean([of_kind.recall for of_kind in spans], axis=0)
     probe_aucs = np.mean([of_kind.probe_auc for of_kind in spans], axis=0)
@@ -285,8 +286,22 @@ def _summarise(
         probe_auc=estimate(probe_aucs, n_patients, SHARE),
         pure_features=int(features.is_pure.any(axis=0).sum()),
         tpp=estimate(target_drop - other_drop, n_patients),
-        probe_recovered=estimate(x_hat / np.where(x > 0, x, np.nan), n_patients),
+        probe_recovered=probe_recovered(x_aucs, x_hat_aucs, n_patients),
     )
+
+
+def probe_recovered(
+    x_aucs: Float[np.ndarray, " n"], x_hat_aucs: Float[np.ndarray, " n"], n_patients: int
+) -> Estimate:
+    """Return (AUC on x̂ - 0.5) / (AUC on x - 0.5), from AUCs in the test set and its resamples.
+
+    It is NaN if the AUC on x is not above chance: its interval contains 0.5, or less.
+    """
+    x = x_aucs - 0.5
+    of_x = interval(x[1:], n_patients)
+    if x[0] <= 0 or (of_x is not None and of_x.low <= 0):
+        return Estimate(math.nan)
+    return estimate((x_hat_aucs - 0.5) / np.where(x > 0, x, np.nan), n_patients)
 
 
 def _mean_of_defined(values: Sequence[float]) -> float:

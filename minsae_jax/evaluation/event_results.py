@@ -116,7 +116,8 @@ class EventSummary:
     pure_features: int
     # Drop of the target kind's probe AUC by ablation of its features, less that of other kinds'
     tpp: Estimate
-    # (AUC - 0.5) of the probes fitted on x, on x̂ over that on x, each a mean over kinds
+    # (AUC - 0.5) of the probes fitted on x, on x̂ over that on x, each a mean over kinds;
+    # NaN if the latter is not above chance
     probe_recovered: Estimate
 
 

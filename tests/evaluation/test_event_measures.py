@@ -7,7 +7,12 @@ from scipy.stats import mannwhitneyu, norm, t
 
 from minsae_jax import SparseAutoencoder
 from minsae_jax.evaluation.bootstrap import Resamples, draw_weights
-from minsae_jax.evaluation.event_measures import EventKind, choose_features, score_events
+from minsae_jax.evaluation.event_measures import (
+    EventKind,
+    choose_features,
+    probe_recovered,
+    score_events,
+)
 from minsae_jax.evaluation.events import Span, SpanActivations
 from minsae_jax.evaluation.linear_probe import fit_probe
 from minsae_jax.evaluation.pca import raw_autoencoder
@@ -252,3 +257,18 @@ def test_interval_of_targeted_perturbation_is_of_differences(directions, kinds, 
     low, high = expanded_percentiles(np.mean(differences, axis=0))
     assert tuple(score(sae, kinds).summary.tpp.interval) == pytest.approx((low, high), abs=2e-3)
     assert high - low > 0.02
+
+
+def test_probe_recovered_is_undefined_where_the_probe_of_x_is_at_chance():
+    """The quotient of an AUC of 0.6 and one of 0.52 would be 5, with an interval of -20 to 30."""
+    noise = np.random.default_rng(0).normal(scale=0.03, size=1000)
+    x_hat = 0.6 + np.append(0, noise)
+    certain = probe_recovered(0.7 + np.append(0, noise), x_hat, 8)
+    assert certain.value == pytest.approx(0.5)
+    assert certain.interval.low < 0.5 < certain.interval.high
+    for x in (0.52, 0.48):
+        at_chance = probe_recovered(x + np.append(0, noise), x_hat, 8)
+        assert np.isnan(at_chance.value)
+        assert at_chance.interval is None
+    # Of a single patient, nothing varies.
+    assert probe_recovered(np.full(5, 0.7), np.full(5, 0.6), 1).value == pytest.approx(0.5)
