@@ -34,7 +34,7 @@ from minsae_jax.parallel.mesh import (
 )
 from minsae_jax.sae.batches import STEPS_PER_CALL
 from minsae_jax.sae.config import SPARSITY_SETTINGS, TrainConfig
-from minsae_jax.sae.data import HELD_OUT_BATCH
+from minsae_jax.sae.data import SAMPLE_BATCH
 from minsae_jax.sae.grid import make_groups
 from minsae_jax.sae.kinds import KINDS
 from minsae_jax.sae.measures import batch_program
@@ -263,7 +263,7 @@ def _lower_measures(kind: str, d_sae: int, mesh: str) -> jax.stages.Lowered:
     """Lower the sums over a batch of held-out tokens, for 8 members."""
     cards = _cards(mesh)
     n_features = N_MEMBERS // cards.shape[SWEEP] * d_sae
-    n_tiles, tile = tile_batch(cards, HELD_OUT_BATCH, n_features)
+    n_tiles, tile = tile_batch(cards, SAMPLE_BATCH, n_features)
     n_rows = n_tiles * tile * cards.shape[DATA]
     return batch_program(cards, (KINDS[kind],), n_tiles).lower(
         [_params(kind, d_sae, members_sharding(cards), N_MEMBERS)],
