@@ -47,6 +47,11 @@ def with_nan(data: np.ndarray) -> None:
         ),
         (
             scaled(1),
+            {"channels": ("standard_1020",)},
+            r"missing, flat or bad are (\w+, ){10}and \d\d more; other channels",
+        ),
+        (
+            scaled(1),
             {"channels": ("standrd_1020",)},
             r"missing, flat or bad are standrd_1020; did you mean 'standard_1020'\?; other",
         ),
