@@ -54,9 +54,7 @@ def draw_evaluation(path: Path, evaluation: Evaluation) -> None:
         list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles),
         frameon=False,
     )  # fmt: skip
-    title = (
-        f"{evaluation.inputs.source.name} on test patients; recommended: {evaluation.recommended}"
-    )
+    title = f"{evaluation.inputs.name} on test patients; recommended: {evaluation.recommended}"
     figure.suptitle(title, x=0.01, ha="left", parse_math=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

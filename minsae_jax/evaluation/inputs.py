@@ -74,8 +74,14 @@ class EvaluationInputs:
 
     @property
     def source(self) -> Path:
-        """The run, or `out` if not all members are of the run."""
-        return (self.run if self.is_one_run else self.out).resolve()
+        """The run, or `out` if not all members are of the run; as given, often a relative path."""
+        return self.run if self.is_one_run else self.out
+
+    @property
+    def name(self) -> str:
+        """Name of the folder in titles."""
+        # Resolved, since "." has no name.
+        return self.source.resolve().name
 
     @property
     def layer(self) -> int:

@@ -194,7 +194,7 @@ def _describe(
     )
     spectrum = None if sample is None else sample.spectrum
     artefacts = {} if sample is None else sample.artefacts
-    band = dominant_band(context.bands, spectrum)
+    band = dominant_band(context.bands, sample)
     shares = _patient_shares(context, feature)
     by_position = activity.by_token[feature] / n_active
     is_located = dataset.tokens.first >= 0

@@ -115,7 +115,7 @@ def _make_meta(
     names = test.channel_names
     positions = test.positions
     return ReportMeta(
-        title=f"{inputs.source.name}: {member.name}",
+        title=f"{inputs.name}: {member.name}",
         member=member.name,
         member_folder=str(member.folder.resolve()),
         run=str(inputs.source),

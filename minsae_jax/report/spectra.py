@@ -172,6 +172,8 @@ class SampleSpectra:
     spectrum: Spectrum
     # Relative power around each example over that of the same channels anywhere
     ratios: Float[np.ndarray, "examples n_hz"]
+    # The ratio of the spectrum in each bootstrap sample of the examples
+    resampled: Float[np.ndarray, "samples n_hz"]
     # Share of the examples with each artefact hint, on the channel that is shown
     artefacts: dict[str, float]
 
@@ -219,6 +221,7 @@ def measure_spectrum(
     return SampleSpectra(
         spectrum=Spectrum(base.hz, ratio, low, high),
         ratios=power / np.maximum(base_power, 1e-12),
+        resampled=ratios,
         artefacts={hint: float(is_present.mean()) for hint, is_present in hints.items()},
     )
 
@@ -297,18 +300,22 @@ def artefact_hints(
     return dict(zip(HINTS, map(np.asarray, is_present), strict=True))
 
 
-def dominant_band(bands: Sequence[Band], spectrum: Spectrum | None) -> str:
+def dominant_band(bands: Sequence[Band], spectra: SampleSpectra | None) -> str:
     """Return the band with the largest mean ratio, `broadband` if it is small, "" if unknown.
 
-    Only bands where the lower ends of the bootstrap interval are above 1 on average are considered.
+    Only bands are considered whose mean ratio is above 1 by its 95 % bootstrap interval, corrected
+    for the number of bands (Bonferroni).
     """
-    if spectrum is None:
+    if spectra is None:
         return ""
+    hz = spectra.spectrum.hz
     means = {}
     for band in bands:
-        has_band = band.contains(spectrum.hz).any()
-        if has_band and band_ratio(spectrum.hz, spectrum.low, band) > 1:
-            means[band.name] = float(band_ratio(spectrum.hz, spectrum.ratio, band))
+        if not band.contains(hz).any():
+            continue
+        low = np.quantile(band_ratio(hz, spectra.resampled, band), 0.025 / len(bands))
+        if low > 1:
+            means[band.name] = float(band_ratio(hz, spectra.spectrum.ratio, band))
     if not means:
         return "broadband"
     best = max(means, key=means.__getitem__)

@@ -218,6 +218,12 @@ def test_components_are_those_of_the_train_store(trained, evaluation, settings, 
     assert (opened.train, opened.pca_store) == (None, opened.val.store)
 
 
+def test_run_is_shown_as_it_was_given(evaluation):
+    """A report that is passed on does not contain the folders of its author."""
+    here = replace(evaluation.inputs, run=Path("."), members=())
+    assert (here.source, here.name) == (Path("."), Path.cwd().name)
+
+
 def test_features_of_an_event_are_active(evaluation):
     """A feature that is never active has an AUC of 0.5, above that of many others."""
     selected = evaluation.find(evaluation.selected)
