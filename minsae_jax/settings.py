@@ -33,6 +33,18 @@ MAX_SHOWN = 80  # characters of a value in a message
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 MAX_YAML_BYTES = 50_000  # PyYAML reads some texts at 50 kB per second
 
+# Names in papers and other programs, and what the settings are called here.
+NAMES_ELSEWHERE = {
+    "d_sae": "feature_dim_factor",
+    "expansion_factor": "feature_dim_factor",
+    "l1_coefficient": "lambda_sparsity",
+    "l0": "target_l0",
+    "learning_rate": "lr",
+    "steps": "num_steps",
+    "dtype": "precision",
+    "data": "root_path",
+}
+
 
 @dataclass(frozen=True)
 class Range:
@@ -214,16 +226,20 @@ def missing_settings(cls: type, values: Values) -> list[str]:
     ]
 
 
-def did_you_mean(word: object, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str], prefix: str = "") -> str:
     """Return a hint at the most similar known word, or "" if no known word is similar.
 
-    A known word is also similar if it only continues.
+    A known word is also similar if it only continues, or if it is our name for what papers or
+    other programs name `word`. prefix: of the word in the hint.
 
     >>> did_you_mean("lamda", ["lr", "lambda_sparsity"])
     "; did you mean 'lambda_sparsity'?"
     """
     if not isinstance(word, str):
         return ""
+    known = list(known)
+    if NAMES_ELSEWHERE.get(word) in known:
+        word = NAMES_ELSEWHERE[word]
     word = word[:50]  # the time grows with the square of the length
 
     def similarity(candidate: str) -> float:
@@ -235,7 +251,7 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     # 0.6 is also the cutoff of difflib.get_close_matches.
     if not best or similarity(best) < 0.6:
         return ""
-    return f"; did you mean {best!r}?"
+    return f"; did you mean {prefix + best!r}?"
 
 
 def shown(value: Any) -> str:

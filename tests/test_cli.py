@@ -58,6 +58,8 @@ def help_of(capsys, main, *args: str) -> str:
         (["train", "--num", "3"], "unknown flag --num"),  # no abbreviations
         (["train", "3"], "unexpected argument '3' (see minsae train --help)"),
         (["train", "--lr", "x"], "lr must be a number or auto, got 'x'"),
+        (["train", "--d_sae", "64"], "--d_sae; did you mean '--feature_dim_factor'?"),
+        (["train", "--learning-rate", "1"], "did you mean '--lr'?"),
         (["train", "--lr", "atuo"], "or auto, got 'atuo'; did you mean 'auto'?"),
         (["train", "--lr", "-1e-3"], "--lr must be"),
         (["train", "--lr", "auto", "auto"], "--lr contains duplicate values: auto auto"),

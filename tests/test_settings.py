@@ -3,7 +3,7 @@
 import json
 import time
 import tracemalloc
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from minsae_jax.errors import UserError
 from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.settings import (
+    NAMES_ELSEWHERE,
     AtLeastOne,
     NonNegative,
     Positive,
@@ -317,6 +318,12 @@ def test_hint_only_at_similar_words():
     assert did_you_mean("split", ["split_seed", "store"]) == "; did you mean 'split_seed'?"
     assert did_you_mean("fly", ["train", "extract"]) == ""
     assert did_you_mean("x" * 10**6, ["train"]) == ""
+    assert did_you_mean("learning_rate", ["lr", "lr_decay"]) == "; did you mean 'lr'?"
+
+
+def test_names_elsewhere_are_those_of_settings_here():
+    flags = {field.name for cls in (TrainConfig, ExtractConfig) for field in fields(cls)}
+    assert set(NAMES_ELSEWHERE.values()) <= flags
 
 
 @pytest.mark.parametrize(

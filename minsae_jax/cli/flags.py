@@ -196,9 +196,9 @@ def _normalised(word: str) -> str:
 def _unknown_argument(word: str, cls: type) -> str:
     if not word.startswith("-"):
         return f"unexpected argument {shown(word)}"
-    name = word.partition("=")[0]
-    known = [f"--{field.name}" for field in dataclasses.fields(cls)]
-    return f"unknown flag {brief(name)}{did_you_mean(name, known)}"
+    flag = word.partition("=")[0]
+    known = [field.name for field in dataclasses.fields(cls)]
+    return f"unknown flag {brief(flag)}{did_you_mean(flag.lstrip('-'), known, prefix='--')}"
 
 
 class _Parser(argparse.ArgumentParser):
