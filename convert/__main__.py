@@ -1,4 +1,4 @@
-"""PyTorch in and out: `python -m convert encoder` and `python -m convert sae`."""
+"""Conversion of encoders and SAEs: `python -m convert encoder`, `randomize` and `sae`."""
 
 import dataclasses
 import sys
@@ -16,13 +16,20 @@ from convert.patchtst.weights import write_pytorch
 from convert.sae import Format, convert_sae
 from minsae_jax import cli
 from minsae_jax.encoder.converted import is_encoder, load_encoder, load_source, save_encoder
+from minsae_jax.encoder.random_weights import (
+    has_batch_norm,
+    windows_for_averages,
+    with_random_weights,
+)
 from minsae_jax.errors import UserError
+from minsae_jax.settings import Seed
 
 ABOUT = """
 Convert weights between PyTorch and minsae_jax.
 
   python -m convert encoder SOURCE [--config_path YAML] --out DIR   PyTorch to Flax
   python -m convert encoder DIR --to pytorch --out PATH             and back
+  python -m convert randomize DIR --out DIR                         random weights, for a control
   python -m convert sae PATH --to member|minsae|saelens|dictionary_learning --out PATH
 
 `python -m convert VERB --help` shows the flags; docs/convert.md describes the formats.
@@ -101,6 +108,21 @@ class EncoderCommand(ArchitectureFlags, ConversionFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RandomizeCommand:
+    """Flags of `python -m convert randomize`."""
+
+    source: Annotated[str, cli.Flag(positional=True)]
+    """Folder of a converted encoder"""
+    out: str
+    """Folder to write"""
+    root_path: str | None = None
+    """Folder of the recordings; required by an encoder with BatchNorm, whose averages become those
+    of their train patients"""
+    seed: Annotated[int, Seed] = 0
+    """Seed of the permutations"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SaeCommand:
     """Flags of `python -m convert sae`."""
 
@@ -158,6 +180,25 @@ def _export_encoder(command: EncoderCommand, folder: Path) -> None:
     print(f"written to {command.out}")
 
 
+def randomize(command: RandomizeCommand) -> None:
+    """Permute the weights of an encoder: the control for what it has learnt (docs/evaluate.md)."""
+    folder = Path(command.source)
+    trained = load_encoder(folder)
+    if Path(command.out).resolve() == folder.resolve():
+        raise UserError(f"--out must be another folder than {folder}, which would be replaced")
+    windows = None
+    if has_batch_norm(trained):
+        if command.root_path is None:
+            raise UserError(f"{folder} has BatchNorm, whose averages require --root_path")
+        windows = windows_for_averages(command.root_path, trained)
+    random = with_random_weights(trained, windows, command.seed)
+    weights = f"permutation of {trained.fingerprint[:12]} with seed {command.seed}"
+    origin = load_source(folder)
+    sources = {**origin.sources, "weights": weights}
+    save_encoder(command.out, random, dataclasses.replace(origin, sources=sources))
+    print(f"weights: {weights}, fingerprint {random.fingerprint[:12]}\nwritten to {command.out}")
+
+
 def sae(command: SaeCommand) -> None:
     """Convert a sparse autoencoder between file formats; the format of PATH is detected."""
     converted = convert_sae(command.path, command.to, command.out)
@@ -169,6 +210,7 @@ def sae(command: SaeCommand) -> None:
 
 VERBS = {
     "encoder": cli.Verb(EncoderCommand, encoder),
+    "randomize": cli.Verb(RandomizeCommand, randomize),
     "sae": cli.Verb(SaeCommand, sae),
 }
 

@@ -4,6 +4,7 @@ A model is a class of nnx modules that is made by `model_type(architecture, dtyp
 call returns the output of the head, and `hidden(windows, layers)` the outputs of layers.
 """
 
+from abc import abstractmethod
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -29,8 +30,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 class NativeEncoder(BaseEncoder):
     """A Flax encoder: an architecture (a frozen dataclass) and its parameters.
 
-    Derived classes set `architecture_type`, `model_type` and `spec`. `fingerprint` is the SHA-256
-    of the architecture and all parameters.
+    Derived classes set `architecture_type`, `model_type` and `spec`, and define `without_head`.
+    `fingerprint` is the SHA-256 of the architecture and all parameters.
     """
 
     architecture_type: type
@@ -60,6 +61,10 @@ class NativeEncoder(BaseEncoder):
     def with_options(self, options: ComputeOptions) -> Any:
         """Return the architecture, changed as the options say; the parameters stay the same."""
         return self.architecture
+
+    @abstractmethod
+    def without_head(self) -> Any:
+        """Return the architecture without the head; its parameters are a subset of these."""
 
     @classmethod
     def abstract_params(cls, architecture: Any) -> Params:

@@ -37,12 +37,13 @@ def pure_features(
     base_rate: see `EventScore`.
     """
     above_chance = (precision - base_rate) / max(1 - base_rate, 1e-12)
-    is_pure = (above_chance >= PURE) & (features.examples >= PURE_EXAMPLES)
+    examples = features.examples
+    is_pure = (above_chance >= PURE) & (examples >= PURE_EXAMPLES)
     if not is_pure.any():
         return is_pure
     shifted = ShiftedTokens(dataset, events)
     for feature in np.flatnonzero(is_pure):
-        n_tokens = features.examples[feature]
+        n_tokens = examples[feature]
         sequence = features.sequence[feature, :n_tokens]
         token = dataset.tokens.located[features.token[feature, :n_tokens]]
         n_inside = np.rint(precision[feature] * n_tokens)

@@ -79,8 +79,8 @@ class FeatureTokens:
     ) -> Float[np.ndarray, " d_sae"]:
         """Return the share of each feature's strongest tokens that are inside, NaN without any."""
         hits = is_inside[self.sequence, self.token] & (self.value > 0)
-        examples = np.where(self.examples > 0, self.examples, np.nan)
-        return hits.sum(axis=1) / examples
+        examples = self.examples
+        return hits.sum(axis=1) / np.where(examples > 0, examples, np.nan)
 
     def precision_of(
         self,

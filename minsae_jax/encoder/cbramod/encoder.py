@@ -1,5 +1,6 @@
 """CBraMod as an encoder for extraction, evaluation and report."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -56,6 +57,9 @@ class CBraModEncoder(NativeEncoder):
         if not self.architecture.has_head:
             raise UserError("this encoder has no reconstruction head")
         return super().__call__(past_values)
+
+    def without_head(self) -> Architecture:
+        return replace(self.architecture, has_head=False)
 
     def function_from(
         self, layer: int, substitutes: Substitutes, options: ComputeOptions = DEFAULT_OPTIONS

@@ -47,6 +47,9 @@ class PatchTSTEncoder(NativeEncoder):
     def with_options(self, options: ComputeOptions) -> Architecture:
         return replace(self.architecture, revin=self.applies_revin(options))
 
+    def without_head(self) -> Architecture:
+        return replace(self.architecture, head_type="none")
+
     def function_from(
         self, layer: int, substitutes: Substitutes, options: ComputeOptions = DEFAULT_OPTIONS
     ) -> FunctionFrom:
