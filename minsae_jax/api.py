@@ -250,6 +250,11 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
         require(config.out is not None, f"{run} is an SAE and not a run; set --out")
     for other in config.compare_with:
         require(Path(other).is_dir(), f"--compare_with {other} is not a folder")
+    if config.control is not None:
+        control = Path(config.control)
+        require(control.is_dir(), f"--control {control} is not a folder")
+        is_other = control.resolve() != Path(config.out or run).resolve()
+        require(is_other, "--control must be another folder than that of this evaluation")
     start()
     encoder = encoder or _encoder_of(config, trained)
     # A model of --model has no reconstruction head.
@@ -270,6 +275,8 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
         is_elsewhere = out != run
         locks.enter_context(lock_folder(run, shared=is_elsewhere))
         others = [Path(other) for other in config.compare_with]
+        if config.control is not None:
+            others.append(Path(config.control))
         # `train --overwrite` locks the run and replaces its members.
         runs = [run_of(folder) for folder in (run, *others) if is_sae(folder)]
         for folder in [*others, *filter(None, runs)]:

@@ -5,10 +5,12 @@ Measures of an earlier evaluation are reused if their inputs have not changed; s
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
+from minsae_jax.evaluation.control import RANDOM, check_control, read_control
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.feature_measures import FeatureResult, measure_features
 from minsae_jax.evaluation.inputs import EvaluationInputs, open_inputs
@@ -78,6 +80,9 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     components = _pca_members(pca)
     baselines = _baselines(pca, inputs)
     members = inputs.members
+    if settings.control is not None:
+        wanted = [member.name for member in members]
+        check_control(Path(settings.control), [settings.member] if settings.member else wanted)
     _check_names(members, [*components, *baselines])
     keys = _keys(settings, inputs, [*members, *components, *baselines])
     if settings.member is not None:
@@ -119,13 +124,17 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
         if events is not None:
             baseline_events[member.name] = events
     recommendation = recommend(evaluations, pca_evaluations, inputs.test.store.d_model)
+    selected = settings.member or recommendation.member
+    events = features[selected].events
+    if settings.control is not None and events is not None:
+        baseline_events[RANDOM] = read_control(Path(settings.control), selected, events)
     evaluation = Evaluation(
         inputs=inputs,
         members=tuple(evaluations),
         pca=tuple(pca_evaluations),
         recommendation=recommendation,
         rule=RULE,
-        selected=settings.member or recommendation.member,
+        selected=selected,
         substitution=next(iter(errors.values()), None),
         mask_ratio=settings.mask_ratio,
         baseline_events=baseline_events,

@@ -65,19 +65,19 @@ class FeatureResult(NamedTuple):
         record = to_json({"scores": self.events.scores, "summary": self.events.summary})
         return arrays | {"record": np.array(json.dumps(record))} | vars(self.events.features)
 
-
-def _feature_result(saved: Arrays) -> FeatureResult:
-    bits = float(saved["description_bits"])
-    left_out = tuple(json.loads(str(saved["left_out"])))
-    if "record" not in saved:
-        return FeatureResult(bits, saved["contribution"], None, left_out)
-    record = json.loads(str(saved["record"]))
-    scores = {kind: _from_json(EventScore, score) for kind, score in record["scores"].items()}
-    summary = _from_json(EventSummary, record["summary"])
-    names = [field.name for field in fields(FeatureEvents) if field.name != "kinds"]
-    features = FeatureEvents(tuple(scores), **{name: saved[name] for name in names})
-    events = EventEvaluation(scores, summary, features)
-    return FeatureResult(bits, saved["contribution"], events, left_out)
+    @classmethod
+    def from_arrays(cls, saved: Arrays) -> "FeatureResult":
+        bits = float(saved["description_bits"])
+        left_out = tuple(json.loads(str(saved["left_out"])))
+        if "record" not in saved:
+            return cls(bits, saved["contribution"], None, left_out)
+        record = json.loads(str(saved["record"]))
+        scores = {kind: _from_json(EventScore, score) for kind, score in record["scores"].items()}
+        summary = _from_json(EventSummary, record["summary"])
+        names = [field.name for field in fields(FeatureEvents) if field.name != "kinds"]
+        features = FeatureEvents(tuple(scores), **{name: saved[name] for name in names})
+        events = EventEvaluation(scores, summary, features)
+        return cls(bits, saved["contribution"], events, left_out)
 
 
 def _from_json(measures: type[Measures], record: JsonObject) -> Measures:
@@ -115,7 +115,7 @@ def measure_features(
         keys,
         lambda missing: _score_features(settings, inputs, missing, variance),
         FeatureResult.to_arrays,
-        _feature_result,
+        FeatureResult.from_arrays,
     )
     # The same for all members
     left_out = next(iter(results.values())).left_out

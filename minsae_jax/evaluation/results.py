@@ -212,7 +212,8 @@ class Evaluation:
     substitution: SubstitutionErrors | None
     mask_ratio: float
     # All raw dimensions ("raw") and all principal components ("pca") as features, which have both
-    # signs; empty without labelled events
+    # signs, and with --control the features of the selected member's control ("random"); empty
+    # without labelled events
     baseline_events: Mapping[str, EventEvaluation]
 
     def __repr__(self) -> str:

@@ -41,9 +41,14 @@ def make_key(*parts: object) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def part_file(out: Path, name: str, part: str) -> Path:
+    """Return the file of a part of one autoencoder's measures."""
+    return out / FOLDER / f"{name}.{part}.npz"
+
+
 def load_part(out: Path, name: str, part: str, key: str) -> Arrays | None:
     """Return the saved arrays, or None if there are none with this key, or they are damaged."""
-    path = out / FOLDER / f"{name}.{part}.npz"
+    path = part_file(out, name, part)
     if not path.is_file():
         return None
     try:
@@ -58,7 +63,7 @@ def load_part(out: Path, name: str, part: str, key: str) -> Arrays | None:
 
 def save_part(out: Path, name: str, part: str, key: str, arrays: Arrays) -> None:
     """Write arrays with their key, over those of another key."""
-    path = out / FOLDER / f"{name}.{part}.npz"
+    path = part_file(out, name, part)
     path.parent.mkdir(exist_ok=True)
     write_npz(path, {"key": np.array(key), **arrays})
 

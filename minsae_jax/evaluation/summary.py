@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from minsae_jax.checksums import update_checksums
 from minsae_jax.estimates import Estimate
+from minsae_jax.evaluation.control import RANDOM
 from minsae_jax.evaluation.event_results import EventScore
 from minsae_jax.evaluation.figure import draw_evaluation
 from minsae_jax.evaluation.results import Evaluated, Evaluation
@@ -34,6 +35,8 @@ NO_TIES_NOTE = """\
 ties "-": not known, since fewer than three val patients have such events."""
 TOKENS_NOTE = """\
 Of the same features. chance: the precision of random tokens."""
+CONTROL_NOTE = """\
+random: {member}, trained on the encoder with random weights (--control)."""
 STABILITY_NOTE = """\
 stability: share of the features that other seeds find again. weighted: by their
 part in x̂."""
@@ -60,6 +63,8 @@ def summary(evaluation: Evaluation) -> str:
         if any(score.n_ties is None for _, _, score in scores):
             parts[-1] += f"\n{NO_TIES_NOTE}"
         parts += [f"{title}, tokens:\n{_tokens_table(scores)}", TOKENS_NOTE]
+        if RANDOM in evaluation.baseline_events:
+            parts[-1] += f"\n{CONTROL_NOTE.format(member=evaluation.selected)}"
     verdict = [f"recommended: {recommendation.member}", f"reason: {recommendation.reason}"]
     if recommendation.runners_up:
         verdict.append(f"runners-up: {'; '.join(recommendation.runners_up)}")
@@ -130,6 +135,8 @@ def _events_table(evaluation: Evaluation) -> str:
     if baselines:
         summaries["principal components"] = baselines["pca"].summary
         summaries["raw dimensions"] = baselines["raw"].summary
+    if RANDOM in baselines:
+        summaries["random encoder"] = baselines[RANDOM].summary
     rows = []
     for name, means in summaries.items():
         if means is None:
@@ -154,6 +161,8 @@ def _scores(evaluation: Evaluation) -> Iterator[tuple[str, str, EventScore]]:
         yield kind, "SAE", score
         yield "", "PCA", baseline["pca"]
         yield "", "raw", baseline["raw"]
+        if RANDOM in baseline:
+            yield "", RANDOM, baseline[RANDOM]
 
 
 def _spans_table(scores: Sequence[tuple[str, str, EventScore]]) -> str:

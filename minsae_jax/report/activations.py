@@ -73,7 +73,7 @@ def measure_examples(
     sequence: Int[np.ndarray, " examples"],
     token: Int[np.ndarray, " examples"],
 ) -> Iterator[ExampleActivations]:
-    """Yield the activations around the examples of each feature; `feature` is sorted.
+    """Return the activations around the examples of each feature; `feature` is sorted.
 
     w: tokens shown to either side. All activations shown are in memory: 4 bytes each.
     """
@@ -102,7 +102,15 @@ def measure_examples(
             of_others = np.where(is_same, 0, largest)
             activations[examples] = np.take_along_axis(of_others, order, axis=1)
             bar.advance(len(examples))
-    around = np.split(values, starts[1:])
+    return _by_feature(feature, np.split(values, starts[1:]), others, activations)
+
+
+def _by_feature(
+    feature: Int[np.ndarray, " examples"],
+    around: list[np.ndarray],
+    others: Int[np.ndarray, "examples others"],
+    activations: Float[np.ndarray, "examples others"],
+) -> Iterator[ExampleActivations]:
     first = 0
     for count in np.unique(feature, return_counts=True)[1].tolist():
         of_feature = slice(first, first + count)

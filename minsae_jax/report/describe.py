@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from minsae_jax.evaluation.associations import LabelledFeature
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.evaluation.event_results import FeatureScore
+from minsae_jax.monitor import progress
 from minsae_jax.report.activations import ExampleActivations, measure_examples
 from minsae_jax.report.context import SPECTRA_SEED, Context
 from minsae_jax.report.entries import EDGES
@@ -150,11 +151,13 @@ def describe_all(context: Context, features: Sequence[int] | None = None) -> Ite
     nearest = nearest_features(context.sae.unit_directions, features)
     coactive = coactive_features(context.activity.together, features)
     with_examples = set(of_example.tolist())
-    for feature, near, together in zip(features, nearest, coactive, strict=True):
-        activations = ExampleActivations([], [])
-        if feature in with_examples:
-            activations = next(measured)
-        yield _describe(context, feature, activations, near, together)
+    with progress("describe features", len(features), "features", delay=2.0) as bar:
+        for feature, near, together in zip(features, nearest, coactive, strict=True):
+            activations = ExampleActivations([], [])
+            if feature in with_examples:
+                activations = next(measured)
+            yield _describe(context, feature, activations, near, together)
+            bar.advance(1)
 
 
 def feature_row(context: Context, feature: int) -> FeatureRow:

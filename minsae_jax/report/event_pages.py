@@ -46,7 +46,7 @@ class EventPage:
     """One kind of event: its row in the overview, and its page."""
 
     kind: str
-    # Of the member's features ("sae") and of the baselines' ("raw", "pca")
+    # Of the member's features ("sae") and of the baselines' ("raw", "pca", with --control "random")
     scores: Mapping[str, EventScore]
     # Those that are active, by AUC on val, the best first
     features: Sequence[FeatureScore] = ()

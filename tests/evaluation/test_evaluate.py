@@ -18,6 +18,7 @@ from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation import feature_measures, inputs, saved, summary
 from minsae_jax.evaluation import members as evaluation_members
 from minsae_jax.evaluation.config import EvaluateConfig
+from minsae_jax.evaluation.control import check_control, read_control
 from minsae_jax.evaluation.evaluate import evaluate
 from minsae_jax.evaluation.events import event_share, read_events
 from minsae_jax.evaluation.loss_recovered import substitution_errors
@@ -158,6 +159,55 @@ def test_keys_of_evaluation_json(evaluation):
     baseline = next(iter(record["baselines"].values()))
     assert list(baseline) == ["raw_auc", "pca_auc", "raw", "pca"]
     assert baseline["raw"].keys() == baseline["pca"].keys() == score.keys()
+
+
+def exchanged(run: Path, control: Path) -> None:
+    """Write an evaluation like that of the run, with the features of each member at the other."""
+    folder = control / "evaluation"
+    shutil.copytree(run / "evaluation", folder)
+    for name, other in (("lambda=0.1", "lambda=1"), ("lambda=1", "lambda=0.1")):
+        source = run / "evaluation" / f"{other}.features.npz"
+        shutil.copy(source, folder / f"{name}.features.npz")
+
+
+def test_control_is_a_row_beside_the_baselines(trained, evaluation, settings, tmp_path):
+    exchanged(trained.run, tmp_path / "control")
+    settings = replace(settings, out=str(tmp_path / "out"), control=str(tmp_path / "control"))
+    shutil.copytree(trained.run / "evaluation", tmp_path / "out/evaluation")
+    result = evaluate(settings, trained.encoder)
+    (other,) = (m for m in result.members if m.member != result.selected)
+    for kind, scores in result.baselines.items():
+        assert scores["random"] == other.events[kind]
+    record = result.to_record()
+    assert record["baseline_summaries"]["random"] == to_json(other.event_summary)
+    text = result.summary()
+    (row,) = (line for line in text.splitlines() if line.startswith("random encoder "))
+    assert f" {other.event_summary.auc.value:.3f} " in row
+    assert f"random: {result.selected}, trained on" in text
+    pages = event_pages(result, {})
+    assert all(page.scores["random"] == other.events[page.kind] for page in pages)
+
+
+def test_a_control_that_does_not_fit_is_an_error(trained, evaluation, tmp_path):
+    events = evaluation.find("lambda=1").event_evaluation
+    with pytest.raises(UserError, match="no evaluation of lambda=1, lambda=2; train"):
+        check_control(tmp_path, ["lambda=1", "lambda=2"])
+    shutil.copytree(trained.run / "evaluation", tmp_path / "evaluation")
+    check_control(tmp_path, ["lambda=1"])
+    with pytest.raises(UserError, match="has the same SAE"):
+        read_control(tmp_path, "lambda=1", events)
+    scores = {kind: replace(score, val_events=0) for kind, score in events.scores.items()}
+    with pytest.raises(UserError, match="was evaluated on other events"):
+        read_control(tmp_path, "lambda=1", replace(events, scores=scores))
+    (tmp_path / "evaluation/lambda=1.features.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="evaluate the control again"):
+        read_control(tmp_path, "lambda=1", events)
+
+
+def test_control_must_be_another_folder(trained, settings, tmp_path):
+    for control, message in ((tmp_path / "x", "is not a folder"), (trained.run, "another folder")):
+        with pytest.raises(UserError, match=message):
+            ms.evaluate(replace(settings, control=str(control)), trained.encoder)
 
 
 def test_summary(evaluation):

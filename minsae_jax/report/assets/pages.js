@@ -1,7 +1,7 @@
 // The pages of a kind of event (#event=spindle) and of a label of recordings (#label=age), and their tables in the overview.
 "use strict";
 
-const SETS = [["sae", "SAE feature"], ["raw", "raw dimension"], ["pca", "principal component"]];
+const SETS = [["sae", "SAE feature"], ["raw", "raw dimension"], ["pca", "principal component"], ["random", "feature of the random encoder"]];
 const SIGNIFICANT = 0.05; // LEVEL in label_tests.py
 
 const MEASURES = [
