@@ -113,18 +113,19 @@ def test_overview_compares_features_with_their_baselines_by_event(page, report):
         "Recall",
         "Token AUC",
         "Precision",
+        "Pure",
         "Probe, 2",
         "Probe, 5",
     ]
     assert len(rows) == 3 * (len(EVENTS) + 1)
     scores = make_pages(N).events[0].scores
-    kind, name, best, auc, _, recall, token_auc, precision, probe_2, probe_5 = rows[0]
+    kind, name, best, auc, _, recall, token_auc, precision, pure, probe_2, probe_5 = rows[0]
     assert (kind, name, best) == ("alpha83 test events", "SAE feature", "4 tied")
     assert auc == f"{scores['sae'].auc.value:.3f} 0.960–1.000"
     assert token_auc == "0.690"
     assert probe_2 == "0.994 0.970–1.000"
     assert probe_5.startswith("0.998 0.98")
-    assert [recall, precision] == ["97 %", "98 %"]
+    assert [recall, precision, pure] == ["97 %", "98 %", str(scores["sae"].pure_features)]
     assert rows[1][0] == "raw dimension"
     assert rows[2][0] == "principal component"
     assert rows[-3][0] == "mean over kinds"

@@ -8,6 +8,7 @@ const MEASURES = [
   { key: "recall", title: "Recall", hint: "share of the events found at a precision of 90 %", format: percent },
   { key: "token_auc", title: "Token AUC", hint: "AUC over single tokens instead of spans" },
   { key: "precision", title: "Precision", hint: "share of the 50 strongest tokens, of recordings with labelled events, that touch one of this kind", format: percent },
+  { key: "pure_features", title: "Pure", hint: "features of the set whose strongest tokens nearly all touch an event of this kind", format: whole },
   { key: "probe_2_auc", title: "Probe, 2", hint: "AUC of a logistic regression on the best two of the set, chosen on val", interval: "probe_2_auc_interval" },
   { key: "probe_auc", title: "Probe, 5", hint: "AUC of a logistic regression on the best five of the set, chosen on val", interval: "probe_auc_interval" },
 ];
