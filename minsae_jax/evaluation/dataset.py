@@ -1,5 +1,7 @@
 """A store with the recording, time and channel of its tokens, and the EEG behind them."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -78,6 +80,19 @@ class TokenPlaces:
             return POSITIONS
         positions = scalp_positions(self.description.positions)
         return None if np.isnan(positions).all() else positions
+
+    def places_sha256(self) -> str:
+        """Return a checksum of everything that says where tokens lie, for measures that are saved.
+
+        A store's own fingerprint is of its activations.
+        """
+        grid = self.tokens
+        names = [self.recordings, self.description.channels, self.seq_len]
+        digest = hashlib.sha256(json.dumps(names).encode())
+        per_sequence = (self.recording, self.window, self.channel)
+        for places in (grid.channel, grid.first, grid.last, *per_sequence):
+            digest.update(places.astype("<i4").tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def has_channels(self) -> bool:

@@ -197,7 +197,7 @@ def _keys(
         source = components if member.folder is None else sha256_of(member.folder / WEIGHTS)
         about = [source, member.sae.config.get("kind", "relu"), member.sae.d_sae]
         keys[member.name] = Keys(
-            tokens=make_key("tokens", about, [test]),
+            tokens=make_key("tokens", about, test),
             loss=make_key("loss", about, [test, encoder, *windows]),
             features=make_key("features", about, [test, val, events, settings.seed]),
         )
@@ -212,8 +212,13 @@ def _is_saved(inputs: EvaluationInputs, name: str, keys: Mapping[str, Keys]) -> 
     return all(load_part(inputs.out, name, part, key) is not None for part, key in parts.items())
 
 
-def _fingerprint(dataset: Dataset) -> str:
-    return dataset.store.require_manifest().fingerprint
+def _fingerprint(dataset: Dataset) -> list[str]:
+    """Return checksums of a store and of the places of its tokens.
+
+    An imported store can be written again with other places, such as corrected recordings, and the
+    same activations.
+    """
+    return [dataset.store.require_manifest().fingerprint, dataset.places_sha256()]
 
 
 def _fit_pca(inputs: EvaluationInputs) -> PCA | None:

@@ -28,6 +28,7 @@ from minsae_jax.report.event_pages import event_pages
 from minsae_jax.sae.config import load_run_config
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.member import load_sae, save_member
+from tests.evaluation import planted
 from tests.report.reading import read_script
 
 
@@ -490,6 +491,42 @@ def test_saved_measures_are_used_until_something_changes(
     evaluate(replace(settings, substitution_windows=3), trained.encoder)
     assert {part for name, part in written if name == "lambda=1"} == {"tokens", "features"}
     assert {part for name, part in written if name != "lambda=1"} == {"features"}
+
+
+def test_measures_of_tokens_in_other_places_are_not_used(tmp_path, monkeypatch, without_figure):
+    """The activations stay, as if the names of recordings in `write_store` had been corrected."""
+    x = np.random.default_rng(0).normal(size=(6, planted.TOKENS, 4))
+    save_member(tmp_path / "sae", planted.true_autoencoder(np.eye(4)).params, {})
+    (tmp_path / "out").mkdir()
+    fingerprints = set()
+    measured = []
+    read = feature_measures.read_features
+
+    def count(dataset, *arguments):
+        measured.append(dataset.recordings[0])
+        return read(dataset, *arguments)
+
+    monkeypatch.setattr(feature_measures, "read_features", count)
+
+    def evaluate_with(first_patient):
+        folder = tmp_path / str(first_patient)
+        folder.mkdir(exist_ok=True)
+        places = planted.make_places(n_patients=2, n_windows=1, first_patient=first_patient)
+        shutil.rmtree(folder / "store_test", ignore_errors=True)
+        dataset = planted.write_planted(folder, x, places)
+        fingerprints.add(dataset.store.fingerprint)
+        config = EvaluateConfig(
+            run=str(tmp_path / "sae"),
+            root_path=str(dataset.folder),
+            store=str(dataset.store.folder),
+            out=str(tmp_path / "out"),
+        )
+        evaluate(config, None)
+
+    for first_patient in (0, 0, 2):
+        evaluate_with(first_patient)
+    assert measured == ["p000_s001_t000_preprocessed.npy", "p002_s001_t000_preprocessed.npy"]
+    assert len(fingerprints) == 1
 
 
 def test_measures_are_rounded_in_the_same_way_after_a_kill(
