@@ -149,6 +149,11 @@ def open_inputs(
     datasets = [test] if val is None else [test, val]
     for dataset in datasets:
         _check_store(members, dataset, encoder)
+    if val is not None:
+        # An imported SAE does not say of which encoder and layer it is.
+        mismatch = mismatch_of(test.store, val.store, "test")
+        if mismatch:
+            raise UserError(f"{val.store.folder} {mismatch}; choose another --val_store")
     train_stores = [_train_store(config) for config in train_configs]
     train_recordings: set[str] = set()
     for config, store in zip(train_configs, train_stores, strict=True):

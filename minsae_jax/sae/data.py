@@ -217,21 +217,21 @@ def open_held_out(config: TrainConfig, store: Source) -> Store | None:
     return held_out
 
 
-def mismatch_of(store: Source, held_out: Store) -> str | None:
-    """Return why the held-out tokens do not fit the train store, or None."""
+def mismatch_of(store: Source, held_out: Store, name_of_store: str = "train") -> str | None:
+    """Return why the held-out tokens do not fit another store, such as the train store, or None."""
     # A single token has no variance, which FVU divides by.
     if held_out.total_tokens < 2:
         return "contains a single token"
     if held_out.d_model != store.d_model:
-        return f"has d_model {held_out.d_model}, but the train store has {store.d_model}"
+        return f"has d_model {held_out.d_model}, but the {name_of_store} store has {store.d_model}"
     for name in ("encoder", "layer_index", "revin"):
         expected = getattr(store.origin, name)
         actual = getattr(held_out.origin, name)
         is_known = expected is not None and actual is not None
         if is_known and expected != actual:
             if name == "revin":
-                return "was extracted with another --force_revin than the train store"
-            return f"is from another {name.removesuffix('_index')} than the train store"
+                return f"was extracted with another --force_revin than the {name_of_store} store"
+            return f"is from another {name.removesuffix('_index')} than the {name_of_store} store"
     return None
 
 

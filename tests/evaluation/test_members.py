@@ -87,6 +87,20 @@ def test_sae_of_no_run_is_evaluated_alone(trained, config, tmp_path, without_fig
     assert f'"title":"evaluation: theirs","member":"theirs","member_folder":"{sae}"' in meta
 
 
+def test_val_store_of_another_layer_than_the_test_store_is_refused(trained, config, tmp_path):
+    """An imported SAE fits both."""
+    sae = imported_sae(trained, tmp_path / "theirs")
+    val = tmp_path / "val"
+    shutil.copytree(f"{trained.stores}_val", val)
+    (manifest,) = val.rglob("manifest.json")
+    content = json.loads(manifest.read_text())
+    content |= {"layer": 0, "layer_index": 0, "layer_from_end": -3}
+    manifest.write_text(json.dumps(content))
+    stores = {"store": f"{trained.stores}_test", "val_store": str(val)}
+    with pytest.raises(UserError, match=r"val.* is from another layer than the test store"):
+        ms.evaluate(replace(config, run=str(sae), **stores))
+
+
 def test_sae_in_a_run_has_its_encoder_and_stores(trained, config, without_figure):
     member = str(trained.run / "members/lambda=1")
     evaluation = ms.evaluate(replace(config, run=member, checkpoint_path=None))
