@@ -101,7 +101,8 @@ def measure_associations(
     results = compare_labels(by_patient(recordings, *[each.values for each in by_split]), labels)
     probes: list[LabelProbe | str] = [NO_PROBE] * len(labels)
     if len(splits) == 2:
-        of_raw = [_pool_values(split, None, pooling) for split in splits]
+        dimensions = _raw_dimensions(splits[0]) if pooling == "active" else None
+        of_raw = [_pool_values(split, dimensions, pooling) for split in splits]
         features = PooledSplits(*[by_patient(*each) for each in by_split])
         raw = PooledSplits(*[by_patient(*each) for each in of_raw])
         probes = [probe_label(label, features, raw, seed=seed) for label in labels]
@@ -117,6 +118,17 @@ def measure_associations(
     # A test store of all patients has the val patients' recordings too.
     distinct = tuple(dict.fromkeys(recordings))
     return Associations(variance, tuple(associations), pooling, distinct)
+
+
+def _raw_dimensions(val: Dataset) -> SparseAutoencoder:
+    """Return the raw dimensions as features that are active above their mean on the val tokens.
+
+    Their sign says nothing where their mean is far from 0, as in residual streams.
+    """
+    pooled = pool(val, None)
+    mean = np.average(pooled.mean, axis=0, weights=pooled.n_tokens)
+    identity = np.eye(len(mean))
+    return SparseAutoencoder({"W_enc": identity, "b_enc": -mean, "W_dec": identity, "b_dec": mean})
 
 
 class _RecordingValues(NamedTuple):

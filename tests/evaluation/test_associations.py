@@ -9,6 +9,7 @@ from minsae_jax.evaluation.associations import NO_PROBE, measure_associations
 from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.members import Member
 from tests.evaluation.planted import (
+    TOKENS,
     draw_codes,
     draw_dictionary,
     make_places,
@@ -62,6 +63,27 @@ def test_val_patients_in_the_test_store_are_counted_once(inputs):
     both = measure_associations(replace(inputs, val=inputs.test), inputs.members[0], "mean", seed=0)
     assert both.recordings == alone.recordings
     np.testing.assert_allclose(both.labels[0].test.effect, alone.labels[0].test.effect)
+
+
+def test_probe_on_raw_dimensions_does_not_depend_on_their_mean(tmp_path):
+    """By default it pools the share of active tokens, and these dimensions are never below 0."""
+    rng = np.random.default_rng(0)
+    datasets = {}
+    for split, first_patient in (("val", 0), ("test", 50)):
+        places = make_places(N_PATIENTS, 6, first_patient)
+        x = rng.normal(size=(len(places.recording), TOKENS, 4)) + 50
+        x[..., 0] += places.patient[:, None] % 2
+        datasets[split] = write_planted(tmp_path, x, places, split)
+    rows = "".join(f"p{i:03d},{i % 2}\n" for i in range(100))
+    (datasets["test"].folder / "labels.csv").write_text(f"patient,group\n{rows}")
+    sae = true_autoencoder(np.eye(4))
+    inputs = EvaluationInputs(
+        tmp_path, tmp_path, None, (Member("sae", sae),), events=None, train=None, **datasets
+    )
+    (group,) = measure_associations(inputs, inputs.members[0], "active", seed=0).labels
+    assert group.probe.features.score == 0.5
+    assert group.probe.raw.score == 1
+    assert 0 in group.probe.raw.features
 
 
 def test_without_a_file_there_are_no_labels(inputs, tmp_path):
