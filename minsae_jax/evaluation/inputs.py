@@ -1,11 +1,14 @@
 """Inputs of an evaluation: members, settings of their runs and stores, each opened once."""
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from minsae_jax.activations.manifest import Manifest
 from minsae_jax.activations.store import (
@@ -18,7 +21,7 @@ from minsae_jax.eeg.events import EVENTS
 from minsae_jax.eeg.recordings import LENGTHS, read_lengths, recordings_folder
 from minsae_jax.eeg.splits import patient_of, read_splits, splits_path
 from minsae_jax.encoder.base import BaseEncoder
-from minsae_jax.errors import UserError
+from minsae_jax.errors import UserError, join_some
 from minsae_jax.evaluation.config import EvaluationInputConfig
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
 from minsae_jax.evaluation.events import LabelledEvent, read_events
@@ -192,6 +195,8 @@ def _read_events(test: Dataset, val: Dataset | None) -> SplitEvents | None:
     else:
         of_test = read_events(test.folder)
         of_val = of_test if val.folder == test.folder else read_events(val.folder)
+        _warn_of_shifted_columns(val, of_val)
+        _warn_of_shifted_columns(test, of_test)
         kinds = sorted(of_val.keys() | of_test.keys())
         return SplitEvents(
             {kind: of_val.get(kind, []) for kind in kinds},
@@ -199,6 +204,24 @@ def _read_events(test: Dataset, val: Dataset | None) -> SplitEvents | None:
         )
     warnings.warn(f"events in {path} are not evaluated, since {reason}", stacklevel=2)
     return None
+
+
+def _warn_of_shifted_columns(
+    dataset: Dataset, events: Mapping[str, Sequence[LabelledEvent]]
+) -> None:
+    """Warn if recordings whose columns are not those of the channel names have events on some."""
+    shifted = {dataset.recordings[i] for i in np.flatnonzero(dataset.shifted)}
+    affected = set()
+    for event in chain.from_iterable(events.values()):
+        if event.recording in shifted and len(set(event.channels)) < dataset.n_vars:
+            affected.add(event.recording)
+    if affected:
+        warnings.warn(
+            f"events in {join_some(sorted(affected), limit=3)} are compared on wrong channels: "
+            "the last channel is all zero, since missing electrodes shifted the columns; remove "
+            f"their rows from {dataset.folder / EVENTS}",
+            stacklevel=2,
+        )
 
 
 def _train_store(config: TrainConfig) -> Store | None:

@@ -14,6 +14,8 @@ from scipy.stats import mannwhitneyu
 import minsae_jax as ms
 from minsae_jax import UserError
 from minsae_jax.activations.store import open_store
+from minsae_jax.checksums import read_npz, write_npz
+from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation import feature_measures, inputs, saved, summary
 from minsae_jax.evaluation import members as evaluation_members
@@ -21,6 +23,7 @@ from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.control import check_control, read_control
 from minsae_jax.evaluation.evaluate import evaluate
 from minsae_jax.evaluation.events import event_share, read_events
+from minsae_jax.evaluation.inputs import open_inputs
 from minsae_jax.evaluation.loss_recovered import substitution_errors
 from minsae_jax.evaluation.token_pass import read_features
 from minsae_jax.json_values import to_json
@@ -732,6 +735,26 @@ def test_recordings_that_have_changed_since_the_extraction_are_refused(trained, 
 
 
 @pytest.mark.slow
+def test_events_in_recordings_with_shifted_columns_are_a_warning(trained, settings, tmp_path):
+    """Their channel names are wrong, unless an event is on all channels."""
+    shutil.copytree(f"{trained.stores}_test", tmp_path / "store")
+    (path,) = tmp_path.rglob("provenance.npz")
+    arrays = read_npz(path)
+    arrays["shifted"][0] = True
+    write_npz(path, arrays)
+    shutil.copytree(trained.recordings, tmp_path / "recordings")
+    settings = replace(
+        settings, store=str(tmp_path / "store"), root_path=str(tmp_path / "recordings")
+    )
+    name = str(arrays["recordings"][0])
+    with pytest.warns(UserWarning, match=f"events in {name} are compared on wrong channels"):
+        open_inputs(settings, trained.encoder)
+    row = f"{name},seizure,0,100,{' '.join(CHANNELS)}"
+    events = tmp_path / "recordings/events.csv"
+    events.write_text(f"recording,event,start,stop,channels\n{row}\n")
+    open_inputs(settings, trained.encoder)  # warnings are errors
+
+
 def test_without_a_val_store_events_are_not_evaluated(trained, settings, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained.run, run)
