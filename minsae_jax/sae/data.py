@@ -26,11 +26,12 @@ from minsae_jax.parallel.processes import WHOLE, Share, barrier, process_share, 
 from minsae_jax.sae.config import TrainConfig, TrainPlan
 from minsae_jax.sae.grid import Group, MemberSpec, make_groups
 from minsae_jax.sae.kinds import Params
-from minsae_jax.sae.member import load_sae
+from minsae_jax.sae.member import SparseAutoencoder, load_sae
 
 SAMPLE_BATCH = 4096  # tokens
 MEDIAN_TOKENS = 32_768  # for the geometric median, as Gao et al. (2024)
 MEDIAN_ITERATIONS = 100  # at most
+SAME_NORM = 1e-3  # largest relative difference of decoder norms that counts as rounding
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,23 @@ def _load_start(config: TrainConfig, groups: tuple[Group, ...], d_model: int) ->
             f"--init {config.init} has d_model {start.d_model} and d_sae {start.d_sae}, expected "
             f"{d_model} and {expected}; see --feature_dim_factor"
         )
+    if jax.process_index() == 0:
+        _warn_of_decoder_norms(config.init, start)
     return start.params
+
+
+def _warn_of_decoder_norms(init: str, start: SparseAutoencoder) -> None:
+    """Warn if a kind that selects features will select others, since norms become features'."""
+    norms = np.linalg.norm(start.decoder_directions, axis=1)
+    in_training = start.kind.normalize_decoder(start.params)["W_dec"]
+    factors = np.linalg.norm(in_training, axis=1)[norms > 0] / norms[norms > 0]
+    if factors.size and np.ptp(factors) > SAME_NORM * factors.max():
+        warn(
+            f"the decoder rows of --init {init} have different norms; {start.kind.name} trains "
+            "with rows of norm 1 and selects features by activation times norm, so that x̂ is not "
+            "the same at the start",
+            stacklevel=2,
+        )
 
 
 def open_stream(plan: TrainPlan, store: Source, share: Share = WHOLE) -> TokenStream:

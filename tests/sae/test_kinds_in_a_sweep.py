@@ -15,11 +15,12 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from minsae_jax import UserError, load_sae
 from minsae_jax.activations.store import open_store
 from minsae_jax.sae.config import TrainConfig
-from minsae_jax.sae.data import geometric_median
+from minsae_jax.sae.data import geometric_median, open_train_data
 from minsae_jax.sae.grid import make_groups
 from minsae_jax.sae.hyper import sparsity
 from minsae_jax.sae.kinds import KINDS as KIND_OF_NAME
 from minsae_jax.sae.kinds import BatchContext
+from minsae_jax.sae.member import save_member
 from minsae_jax.sae.run import load_run
 from minsae_jax.sae.sweep import Sweep, read_metrics
 from minsae_jax.sae.trainer import train
@@ -285,6 +286,35 @@ def test_geometric_median_is_where_mean_distance_is_least():
     assert np.abs(median).max() < 1
     for direction in np.random.default_rng(1).normal(size=(20, 5)):
         assert mean_distance(median + 0.05 * direction) > mean_distance(median)
+
+
+@pytest.mark.parametrize(("kind", "warns"), [("topk", True), ("relu", False)])
+def test_init_with_decoder_rows_of_several_norms_is_a_warning(mixed, tmp_path, kind, warns):
+    """Kinds that select features by their size then select others; those of ReLU stay."""
+    rng = np.random.default_rng(0)
+    store = open_store(mixed.store, -1)
+    w_dec = rng.normal(size=(4, store.d_model))
+    params = {"W_enc": w_dec.T, "b_enc": np.zeros(4), "W_dec": w_dec, "k": np.array(2.0)}
+    params["b_dec"] = np.zeros(store.d_model)
+    save_member(tmp_path / "init", params, {"kind": kind})
+    config = replace(
+        mixed,
+        kind=(kind,),
+        lambda_sparsity=(1.0,) if kind == "relu" else (),
+        k=(2.0,) if kind == "topk" else (),
+        target_l0=(),
+        feature_dim_factor=(4 / store.d_model,),
+        init=str(tmp_path / "init"),
+    )
+
+    def open_inputs():
+        return open_train_data(config.plan(), store, None, is_new=True)
+
+    if not warns:
+        open_inputs()  # warnings are errors
+        return
+    with pytest.warns(UserWarning, match="x̂ is not the same at the start"):
+        open_inputs()
 
 
 @pytest.mark.slow

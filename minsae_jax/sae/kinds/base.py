@@ -209,9 +209,10 @@ class SAEKind:
         }
 
     def normalize_decoder(self, params: Params) -> Params:
-        """Return parameters with decoder rows of the norm that training keeps, for the same x̂.
+        """Return parameters with decoder rows of the norm that training keeps.
 
-        Kinds with rows of norm 1 multiply each feature by the norm of its row.
+        Kinds with rows of norm 1 multiply each feature by the norm of its row. x̂ is the same if all
+        norms are equal, and otherwise unless features are selected by their size.
         """
         return params
 
