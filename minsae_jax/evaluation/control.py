@@ -3,12 +3,13 @@
 The control is evaluated first, in its own folder; its measures are read from there.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from minsae_jax.checksums import read_npz
 from minsae_jax.errors import UserError, brief, join_some
-from minsae_jax.evaluation.event_results import EventEvaluation
+from minsae_jax.evaluation.bootstrap import DIFFERENCE, estimate
+from minsae_jax.evaluation.event_results import Control, EventEvaluation
 from minsae_jax.evaluation.feature_measures import FeatureResult
 from minsae_jax.evaluation.saved import part_file
 
@@ -26,26 +27,30 @@ def check_control(folder: Path, members: Collection[str]) -> None:
         )
 
 
-def read_control(folder: Path, member: str, events: EventEvaluation) -> EventEvaluation:
-    """Return how well the features of the control's member separate the events.
+def read_control(folder: Path, member: str, events: EventEvaluation) -> Control:
+    """Return the control of a member.
 
-    events: those of the same member of the trained encoder. Raises UserError if the control was
-    evaluated on other events, or if it is not another SAE.
+    events: those of the member. Raises UserError if the control was evaluated on other events, or
+    if it is not another SAE.
     """
     path = part_file(folder, member, "features")
     try:
         control = FeatureResult.from_arrays(read_npz(path)).events
     except Exception as e:  # damaged, or of another version
         raise UserError(f"{path} cannot be read ({brief(e)}); evaluate the control again") from e
-    if control is None or _counts(control) != _counts(events):
+    own = events.resampled
+    if control is None or control.resampled.source != own.source:
         raise UserError(
-            f"--control {folder} was evaluated on other events; evaluate it with the same "
-            "recordings, split and --seed"
+            f"--control {folder} was evaluated on other recordings or events, or with another "
+            "--seed; evaluate it like this run"
         )
     if control.scores == events.scores:
         raise UserError(f"--control {folder} has the same SAE as this evaluation ({HOW})")
-    return control
-
-
-def _counts(events: EventEvaluation) -> Mapping[str, tuple[int, int]]:
-    return {kind: (s.val_events, s.test_events) for kind, s in events.scores.items()}
+    gains = own.aucs - control.resampled.aucs
+    *n_of_kinds, n_patients = own.n_patients.tolist()
+    auc_gain = {
+        kind: estimate(gain, n, DIFFERENCE)
+        for kind, gain, n in zip(events.scores, gains, n_of_kinds, strict=True)
+    }
+    mean = estimate(gains.mean(axis=0), n_patients, DIFFERENCE)
+    return Control(folder, control, auc_gain, mean)

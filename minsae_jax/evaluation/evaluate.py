@@ -126,8 +126,10 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     recommendation = recommend(evaluations, pca_evaluations, inputs.test.store.d_model)
     selected = settings.member or recommendation.member
     events = features[selected].events
+    control = None
     if settings.control is not None and events is not None:
-        baseline_events[RANDOM] = read_control(Path(settings.control), selected, events)
+        control = read_control(Path(settings.control), selected, events)
+        baseline_events[RANDOM] = control.events
     evaluation = Evaluation(
         inputs=inputs,
         members=tuple(evaluations),
@@ -138,6 +140,7 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
         substitution=next(iter(errors.values()), None),
         mask_ratio=settings.mask_ratio,
         baseline_events=baseline_events,
+        control=control,
     )
     write_files(evaluation)
     return evaluation

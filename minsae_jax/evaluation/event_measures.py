@@ -23,6 +23,7 @@ from minsae_jax.evaluation.event_results import (
     EventScore,
     EventSummary,
     FeatureEvents,
+    ResampledAUCs,
 )
 from minsae_jax.evaluation.events import LabelledEvent, SpanActivations, max_over_spans
 from minsae_jax.evaluation.linear_probe import LinearProbe, fit_probe
@@ -155,11 +156,13 @@ def score_events(
     chosen: Sequence[ChosenFeatures],
     tokens: FeatureTokens,
     test: Dataset,
+    source: str,
 ) -> EventEvaluation:
     """Score an autoencoder's features on the test spans and test tokens of all kinds.
 
-    chosen: for each kind. tokens: with the activations of the best feature for each kind. The
-    activations of all features are in memory for the spans of one kind at a time.
+    chosen: for each kind. tokens: with the activations of the best feature for each kind. source:
+    see `ResampledAUCs`. The activations of all features are in memory for the spans of one kind at
+    a time.
     """
     any_kind = np.concatenate([kind.test.recording for kind in kinds])
     n_patients = kinds[0].test_resamples.n_units(any_kind)
@@ -199,7 +202,12 @@ def score_events(
             pure_features=int(features.is_pure[i].sum()),
         )
     summary = _summarise(kinds, spans, drops, scores, features, n_patients)
-    return EventEvaluation(scores, summary, features)
+    resampled = ResampledAUCs(
+        np.stack([of_kind.auc for of_kind in spans]),
+        np.array([*(kind.n_patients for kind in kinds), n_patients]),
+        source,
+    )
+    return EventEvaluation(scores, summary, features, resampled)
 
 
 def _measure_spans(

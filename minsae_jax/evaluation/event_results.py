@@ -5,6 +5,8 @@ A set of features is that of a member, of principal components, or of raw dimens
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -121,6 +123,16 @@ class EventSummary:
     probe_recovered: Estimate
 
 
+class ResampledAUCs(NamedTuple):
+    """AUC of the best feature for each kind: in the test recordings, then in each resample."""
+
+    aucs: Float[np.ndarray, "kinds resamples"]
+    # Test patients, or other units, with events of each kind, and then of any kind
+    n_patients: Int[np.ndarray, " kinds+1"]
+    # Checksum of recordings, events and seed: only AUCs on the same resamples can be compared
+    source: str
+
+
 @dataclass(frozen=True)
 class EventEvaluation:
     """One set of features against the labelled events: of a member, of PCA, or raw dimensions."""
@@ -129,3 +141,17 @@ class EventEvaluation:
     scores: Mapping[str, EventScore]
     summary: EventSummary
     features: FeatureEvents
+    # To compare with another set of features on the same events
+    resampled: ResampledAUCs
+
+
+@dataclass(frozen=True)
+class Control:
+    """The member of the same name as the selected one, of the encoder with random weights."""
+
+    folder: Path
+    events: EventEvaluation
+    # AUC of the selected member's best feature less that of the control's, by kind of event and
+    # for the mean over kinds; intervals are over patients, who are drawn for both at once
+    auc_gain: Mapping[str, Estimate]
+    mean_auc_gain: Estimate

@@ -26,13 +26,15 @@ from minsae_jax.evaluation.event_results import (
     EventScore,
     EventSummary,
     FeatureEvents,
+    ResampledAUCs,
 )
 from minsae_jax.evaluation.events import WITHOUT_SPANS, draw_spans, event_share, gather
 from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.members import Member
-from minsae_jax.evaluation.saved import Arrays, Keys, saved_or_measured
+from minsae_jax.evaluation.saved import Arrays, Keys, make_key, saved_or_measured
 from minsae_jax.evaluation.token_measures import TokenResult
 from minsae_jax.evaluation.token_pass import read_features
+from minsae_jax.files import sha256_of
 from minsae_jax.json_values import to_json
 from minsae_jax.monitor import progress
 from minsae_jax.settings import JsonObject
@@ -63,7 +65,9 @@ class FeatureResult(NamedTuple):
         if self.events is None:
             return arrays
         record = to_json({"scores": self.events.scores, "summary": self.events.summary})
-        return arrays | {"record": np.array(json.dumps(record))} | vars(self.events.features)
+        arrays["record"] = np.array(json.dumps(record))
+        resampled = self.events.resampled._asdict()
+        return arrays | vars(self.events.features) | {k: np.array(v) for k, v in resampled.items()}
 
     @classmethod
     def from_arrays(cls, saved: Arrays) -> "FeatureResult":
@@ -76,7 +80,8 @@ class FeatureResult(NamedTuple):
         summary = _from_json(EventSummary, record["summary"])
         names = [field.name for field in fields(FeatureEvents) if field.name != "kinds"]
         features = FeatureEvents(tuple(scores), **{name: saved[name] for name in names})
-        events = EventEvaluation(scores, summary, features)
+        resampled = ResampledAUCs(saved["aucs"], saved["n_patients"], str(saved["source"]))
+        events = EventEvaluation(scores, summary, features, resampled)
         return cls(bits, saved["contribution"], events, left_out)
 
 
@@ -138,6 +143,7 @@ def _score_features(
     n_tokens = test.store.total_tokens
     is_labelled = _labelled_recordings(inputs)
     kinds, left_out = _event_kinds(settings, inputs, is_labelled)
+    source = _source_of(settings, inputs)
     chosen: dict[str, list[ChosenFeatures]] = {}
     with progress("choose features", len(members), "members", delay=2.0) as bar:
         for member in members:
@@ -161,10 +167,19 @@ def _score_features(
                 contribution = of_sae.mean * of_sae.active / n_tokens
                 events = None
                 if kinds:
-                    events = score_events(sae, kinds, chosen[name], of_sae, test)
+                    events = score_events(sae, kinds, chosen[name], of_sae, test, source)
                 results[name] = FeatureResult(bits, contribution, events, left_out)
                 bar.advance(1)
     return results
+
+
+def _source_of(settings: EvaluateConfig, inputs: EvaluationInputs) -> str:
+    places = [
+        None if dataset is None else dataset.places_sha256()
+        for dataset in (inputs.test, inputs.val)
+    ]
+    events = [sha256_of(path) for path in inputs.event_files]
+    return make_key("resamples", places, events, settings.seed)
 
 
 def _labelled_recordings(inputs: EvaluationInputs) -> Bool[np.ndarray, " recordings"]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 
 from minsae_jax.estimates import Estimate, Interval
-from minsae_jax.evaluation.event_results import EventEvaluation, EventScore, EventSummary
+from minsae_jax.evaluation.event_results import Control, EventEvaluation, EventScore, EventSummary
 from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.loss_recovered import LossRecovered, SubstitutionErrors
 from minsae_jax.evaluation.stability import Stability
@@ -215,6 +215,8 @@ class Evaluation:
     # signs, and with --control the features of the selected member's control ("random"); empty
     # without labelled events
     baseline_events: Mapping[str, EventEvaluation]
+    # None without --control, or without labelled events
+    control: Control | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inputs.run}, {len(self.members)} members)"
@@ -265,6 +267,9 @@ class Evaluation:
             "members": [member.to_record() for member in self.members],
             "pca": [components.to_record() for components in self.pca],
         }
+        if self.control is not None:
+            gains = {"mean": self.control.mean_auc_gain} | dict(self.control.auc_gain)
+            record["control"] = {"folder": str(self.control.folder), "auc_gain": gains}
         return to_json(record)
 
     def _substitution_record(self) -> JsonObject | str:

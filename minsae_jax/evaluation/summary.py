@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from minsae_jax.checksums import update_checksums
 from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation.control import RANDOM
-from minsae_jax.evaluation.event_results import EventScore
+from minsae_jax.evaluation.event_results import Control, EventScore
 from minsae_jax.evaluation.figure import draw_evaluation
 from minsae_jax.evaluation.results import Evaluated, Evaluation
 from minsae_jax.files import atomic_write
@@ -36,7 +36,8 @@ ties "-": not known, since fewer than three val patients have such events."""
 TOKENS_NOTE = """\
 Of the same features. chance: the precision of random tokens."""
 CONTROL_NOTE = """\
-random: {member}, trained on the encoder with random weights (--control)."""
+random: {member}, trained on the encoder with random weights.
+gain: AUC of the SAE's best feature less that of the control's."""
 STABILITY_NOTE = """\
 stability: share of the features that other seeds find again. weighted: by their
 part in x̂."""
@@ -63,8 +64,9 @@ def summary(evaluation: Evaluation) -> str:
         if any(score.n_ties is None for _, _, score in scores):
             parts[-1] += f"\n{NO_TIES_NOTE}"
         parts += [f"{title}, tokens:\n{_tokens_table(scores)}", TOKENS_NOTE]
-        if RANDOM in evaluation.baseline_events:
-            parts[-1] += f"\n{CONTROL_NOTE.format(member=evaluation.selected)}"
+        if evaluation.control is not None:
+            note = CONTROL_NOTE.format(member=evaluation.selected)
+            parts += [f"{title}, above the control:\n{_gains_table(evaluation.control)}", note]
     verdict = [f"recommended: {recommendation.member}", f"reason: {recommendation.reason}"]
     if recommendation.runners_up:
         verdict.append(f"runners-up: {'; '.join(recommendation.runners_up)}")
@@ -195,6 +197,11 @@ def _tokens_table(scores: Sequence[tuple[str, str, EventScore]]) -> str:
         ]
         rows.append(row)
     return table(["event", "of", "token AUC", "precision", "chance", "pure"], rows)
+
+
+def _gains_table(control: Control) -> str:
+    gains = {**control.auc_gain, "mean": control.mean_auc_gain}
+    return table(["event", "gain"], [[kind, _cell(gain, ".3f")] for kind, gain in gains.items()])
 
 
 def write_files(evaluation: Evaluation) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
+from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation.event_results import EventScore, EventSummary, FeatureScore
 from minsae_jax.evaluation.results import Evaluation
 from minsae_jax.evaluation.steering.results import Steering
@@ -51,6 +52,8 @@ class EventPage:
     # Those that are active, by AUC on val, the best first
     features: Sequence[FeatureScore] = ()
     steering: SteeringResult | None = None
+    # AUC of the best feature less that of the control's
+    auc_gain: Estimate | None = None
 
 
 def event_pages(evaluation: Evaluation, steering: Mapping[str, Steering]) -> list[EventPage]:
@@ -73,6 +76,7 @@ def event_pages(evaluation: Evaluation, steering: Mapping[str, Steering]) -> lis
             scores={"sae": score} | evaluation.baselines[kind],
             features=[events.features.score(kind, feature) for feature in order.tolist()],
             steering=_steering_result(steering[kind]) if kind in steering else None,
+            auc_gain=None if evaluation.control is None else evaluation.control.auc_gain[kind],
         )
         pages.append(page)
     return pages

@@ -182,12 +182,23 @@ def test_control_is_a_row_beside_the_baselines(trained, evaluation, settings, tm
     (other,) = (m for m in result.members if m.member != result.selected)
     for kind, scores in result.baselines.items():
         assert scores["random"] == other.events[kind]
+    selected = result.find(result.selected)
+    gains = result.control.auc_gain
+    for kind, gain in gains.items():
+        difference = selected.events[kind].auc.value - other.events[kind].auc.value
+        assert gain.value == pytest.approx(difference)
+        if gain.interval is not None:
+            assert gain.interval.low <= gain.value <= gain.interval.high
     record = result.to_record()
+    assert record["control"]["auc_gain"]["mean"] == pytest.approx(
+        np.mean([gain.value for gain in gains.values()])
+    )
     assert record["baseline_summaries"]["random"] == to_json(other.event_summary)
     text = result.summary()
     (row,) = (line for line in text.splitlines() if line.startswith("random encoder "))
     assert f" {other.event_summary.auc.value:.3f} " in row
     assert f"random: {result.selected}, trained on" in text
+    assert "above the control:" in text
     pages = event_pages(result, {})
     assert all(page.scores["random"] == other.events[page.kind] for page in pages)
 
@@ -200,9 +211,9 @@ def test_a_control_that_does_not_fit_is_an_error(trained, evaluation, tmp_path):
     check_control(tmp_path, ["lambda=1"])
     with pytest.raises(UserError, match="has the same SAE"):
         read_control(tmp_path, "lambda=1", events)
-    scores = {kind: replace(score, val_events=0) for kind, score in events.scores.items()}
-    with pytest.raises(UserError, match="was evaluated on other events"):
-        read_control(tmp_path, "lambda=1", replace(events, scores=scores))
+    others = replace(events, resampled=events.resampled._replace(source="other"))
+    with pytest.raises(UserError, match="was evaluated on other recordings or events"):
+        read_control(tmp_path, "lambda=1", others)
     (tmp_path / "evaluation/lambda=1.features.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="evaluate the control again"):
         read_control(tmp_path, "lambda=1", events)

@@ -82,7 +82,7 @@ def score(tmp_path_factory):
         chosen = [choose_features(sae, kind) for kind in kinds]
         best = [int(of_kind.best[0]) for of_kind in chosen]
         tokens = read_features(test, {"sae": sae}, {"sae": best}, np.ones(1, bool))
-        return score_events(sae, kinds, chosen, tokens["sae"], test)
+        return score_events(sae, kinds, chosen, tokens["sae"], test, "source")
 
     return score
 

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from minsae_jax.estimates import Estimate, Interval
-from minsae_jax.evaluation.event_results import EventEvaluation, EventSummary, FeatureEvents
+from minsae_jax.evaluation.event_results import (
+    EventEvaluation,
+    EventSummary,
+    FeatureEvents,
+    ResampledAUCs,
+)
 from minsae_jax.evaluation.loss_recovered import LossRecovered
 from minsae_jax.evaluation.recommend import dominating, member_warnings, recommend
 from minsae_jax.evaluation.results import (
@@ -28,6 +33,7 @@ NO_FEATURES = FeatureEvents(
     base_rate=np.zeros(0),
     is_pure=NOTHING > 0,
 )
+NO_AUCS = ResampledAUCs(NOTHING, np.zeros(1, int), "")
 
 
 def make_stability(share):
@@ -77,7 +83,7 @@ def member(
         loss = LossRecovered(0.1, Estimate(recovered, limits), recovered, 0.1, 0.2, 0.3)
     events = None
     if pure is not None:
-        events = EventEvaluation({}, summary(pure), NO_FEATURES)
+        events = EventEvaluation({}, summary(pure), NO_FEATURES, NO_AUCS)
     cosines = DecoderCosines(0.1, 0.1, twins)
     return MemberEvaluation(
         member=name,

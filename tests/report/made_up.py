@@ -366,6 +366,7 @@ def _make_event(i: int, kind: str, n: int) -> EventPage:
         },
         features=ranked,
         steering=_make_steering(i) if i < 3 else None,
+        auc_gain=_estimate(-0.012, 0.04, 0.03) if i == 0 else None,
     )
 
 

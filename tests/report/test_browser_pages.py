@@ -215,6 +215,8 @@ def test_page_of_an_event(page, report):
     lead = texts(page, "#page .lead")[0]
     assert "Feature 0 separates events from spans without one with an AUC of 0.990" in lead
     assert "By the val patients, the best one can be any of 4 features" in lead
+    assert "Its AUC is 0.012 below that of the random encoder's best feature" in lead
+    assert "(95 % interval of the difference −0.052 to 0.018)" in lead
     titles, *rows = table(page, "#page table:not(.scores)")
     assert titles == ["Feature", "Seeds", "AUC, val", "AUC, test", "Recall", "Precision", "Density"]
     assert [int(row[0].split()[0]) for row in rows] == [f.feature for f in event.features]

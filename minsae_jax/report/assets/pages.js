@@ -104,7 +104,7 @@ function showEvent(kind) {
 }
 
 /** Return what the scores say, in one or two sentences. */
-function eventSentence({ scores }) {
+function eventSentence({ scores, auc_gain: gain, auc_gain_interval: ends }) {
   const { sae } = scores;
   const { feature, n_ties: ties, ties_auc: range } = sae;
   const within = sae.auc_interval ? ` (95 % interval ${sae.auc_interval.map((v) => fixed(v)).join(" to ")})` : "";
@@ -114,7 +114,9 @@ function eventSentence({ scores }) {
   if (missing(ties)) tied = " With events of fewer than three val patients, it is unknown which other features could be the best one.";
   const better = SETS.slice(1).filter(([key]) => scores[key] && scores[key].auc >= sae.auc).map(([, title]) => `best ${title}`);
   const baseline = better.length ? ` The ${better.join(" and the ")} ${better.length > 1 ? "do" : "does"} as well or better.` : "";
-  return first + tied + baseline;
+  let control = "";
+  if (!missing(gain)) control = ` Its AUC is ${fixed(Math.abs(gain))} ${gain < 0 ? "below" : "above"} that of the random encoder's best feature${ends ? ` (95 % interval of the difference ${ends.map((v) => fixed(v)).join(" to ")})` : ""}.`;
+  return first + tied + baseline + control;
 }
 
 const eventFacts = (sae) => factList([
