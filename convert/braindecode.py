@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from minsae_jax.encoder.base import (
     EncoderSpec,
     HiddenFunction,
 )
-from minsae_jax.errors import UserError, brief
+from minsae_jax.errors import UserError, brief, join_some
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,6 +78,28 @@ class BraindecodeEncoder(BaseEncoder):
     ) -> Float[np.ndarray, "batch n_tokens d_model"]:
         """Return the tokens in front of the first layer."""
         return self._streams(past_values, (0,))[0]
+
+    def depends_on(self, names: Collection[str]) -> bool:
+        """Return whether the streams depend on any of these tensors of the model.
+
+        They do not depend on its heads, for example.
+        """
+        import torch
+
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(1, self.layout.seq_len, self.layout.n_vars)).astype(np.float32)
+        stages = tuple(range(len(self.layout.stages)))
+        state = self.model.state_dict()
+        tensors = [state[name] for name in names if state[name].is_floating_point()]
+        originals = [tensor.clone() for tensor in tensors]
+        before = self._streams(x, stages)
+        for tensor in tensors:
+            # Not a constant, which LayerNorm can remove.
+            tensor += torch.from_numpy(rng.normal(size=tensor.shape)).to(tensor)
+        after = self._streams(x, stages)
+        for tensor, original in zip(tensors, originals, strict=True):
+            tensor.copy_(original)
+        return not all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
     def _streams(
         self, x: Float[np.ndarray, "batch seq_len n_vars"], stages: tuple[int, ...]
@@ -173,6 +195,11 @@ def load_braindecode(
         try:
             from braindecode import models
         except ModuleNotFoundError as e:
+            if e.name == "torchaudio":
+                raise UserError(
+                    "Braindecode requires torchaudio, of the same version and build as torch: "
+                    "install it from the same index"
+                ) from None
             raise UserError(
                 f"{name} requires Braindecode: install minsae_jax[braindecode] ({e})"
             ) from None
@@ -185,11 +212,47 @@ def load_braindecode(
         _check_download(weights)
         try:
             model = getattr(models, entry.class_name).from_pretrained(weights)
+            missing = _load_again(model, weights)
         except Exception as e:  # the library raises many types
             raise UserError(
                 f"{weights} cannot be loaded as Braindecode's {entry.class_name} ({brief(e)})"
             ) from e
-        return BraindecodeEncoder(model, channels)
+        encoder = BraindecodeEncoder(model, channels)
+    if missing and encoder.depends_on(missing):
+        raise UserError(
+            f"{weights} lacks weights of Braindecode's {entry.class_name}, which would be random: "
+            f"{join_some(missing, limit=3)}"
+        )
+    return encoder
+
+
+def _load_again(model: "nn.Module", weights: str) -> list[str]:
+    """Load weights as `from_pretrained` did, and return the model's tensors that they lack.
+
+    `from_pretrained` leaves these at their random initial values without a warning. Here they
+    become 0, so that the fingerprint does not change from call to call.
+    """
+    import torch
+    from huggingface_hub import try_to_load_from_cache
+    from safetensors.torch import load_model
+
+    def find(name: str) -> Path | None:
+        if Path(weights).is_dir():
+            return Path(weights, name)
+        cached = try_to_load_from_cache(weights, name)
+        return Path(cached) if isinstance(cached, str) else None
+
+    if file := find("model.safetensors"):
+        missing, _ = load_model(model, file, strict=False)
+    elif file := find("pytorch_model.bin"):
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        missing = model.load_state_dict(state, strict=False).missing_keys
+    else:
+        raise FileNotFoundError("no file of weights in the cache")
+    tensors = model.state_dict()
+    for name in missing:
+        tensors[name].zero_()
+    return sorted(missing)
 
 
 def _check_download(weights: str) -> None:

@@ -11,6 +11,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from convert.braindecode import BraindecodeEncoder, load_braindecode
 from minsae_jax import UserError, load_sae
@@ -200,6 +201,28 @@ def test_saved_folder_is_loaded_with_its_fingerprint(make, tmp_path):
     with torch.no_grad():
         model.blocks[1].attn.proj.bias[0] += 1e-3
     assert loaded.fingerprint != BraindecodeEncoder(model, CHANNELS).fingerprint
+
+
+def test_weights_that_the_layers_lack_are_refused(make, tmp_path):
+    """The library would leave them random. Those of the head have no effect."""
+    make("Labram").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+
+    def load_without(prefix: str) -> BraindecodeEncoder:
+        save_file({k: t for k, t in tensors.items() if not k.startswith(prefix)}, path)
+        return load_braindecode("LaBraM", str(tmp_path), CHANNELS)
+
+    message = (
+        r"lacks weights of Braindecode's Labram, .* blocks.1.attn.k_norm.bias, .* and \d+ more"
+    )
+    with pytest.raises(UserError, match=message):
+        load_without("blocks.1.")
+    with pytest.raises(UserError, match=r"random: blocks.0.norm1.bias$"):
+        load_without("blocks.0.norm1.bias")
+    assert load_without("final_layer.").fingerprint == load_without("final_layer.").fingerprint
+    with pytest.raises(UserError, match="lacks weights of Braindecode's CBraMod"):
+        load_braindecode("CBraMod", str(tmp_path), CHANNELS)
 
 
 @pytest.fixture
