@@ -1,6 +1,7 @@
 """Folders of synthetic EEG with planted, labelled events: `python -m minsae_jax demo`."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,10 +181,13 @@ def _write_recordings(folder: Path, settings: DemoConfig) -> None:
                 samples -= samples % SAMPLING_RATE
             seed = [settings.seed, patient, token]
             eeg, planted = recording(seed, samples, spindle_factor)
+            # To memory first: on a full disk, NumPy's and edfio's errors would not say so.
+            content = io.BytesIO()
             if settings.edf:
-                _write_edf(folder / name, eeg, planted)
+                _write_edf(content, eeg, planted)
             else:
-                np.save(folder / name, eeg)
+                np.save(content, eeg)
+            (folder / name).write_bytes(content.getbuffer())
             lengths.append((name, samples))
             events += [(name, event) for event in planted]
     with (folder / LENGTHS).open("w", newline="", encoding="utf-8") as file:
@@ -210,7 +214,9 @@ def _write_labels(path: Path, settings: DemoConfig) -> Bool[np.ndarray, " patien
     return has_more_spindles
 
 
-def _write_edf(path: Path, eeg: Float[np.ndarray, "samples 19"], events: Sequence[Event]) -> None:
+def _write_edf(
+    content: io.BytesIO, eeg: Float[np.ndarray, "samples 19"], events: Sequence[Event]
+) -> None:
     """Write a recording in SD as EDF in µV, with its events as annotations.
 
     Raises UserError if edfio is not installed.
@@ -237,4 +243,4 @@ def _write_edf(path: Path, eeg: Float[np.ndarray, "samples 19"], events: Sequenc
         for channel in event.channels:
             text = f"{event.kind}@@EEG {channel}-REF"
             annotations.append(edfio.EdfAnnotation(onset, duration, text))
-    edfio.Edf(signals, annotations=annotations).write(path)
+    edfio.Edf(signals, annotations=annotations).write(content)

@@ -1,6 +1,7 @@
 """The demo's recordings: their statistics, their events, their files."""
 
 import csv
+import resource
 from dataclasses import replace
 from os import mkfifo
 from pathlib import Path
@@ -87,7 +88,9 @@ def test_demo_folder_is_valid(tmp_path):
     assert demo.is_new
     assert demo.hours == pytest.approx(sum(lengths.values()) / 100 / 3600)
     assert set(lengths) == {p.name for p in folder.glob("*.npy")}
-    assert all(len(np.load(folder / name)) == length for name, length in lengths.items())
+    for name, length in lengths.items():
+        eeg, _ = recording([0, int(name[4:8]), int(name.split("_t")[1][:3])], length)
+        np.testing.assert_array_equal(np.load(folder / name), eeg)
     for split in ("train", "val", "test"):
         assert len(open_windows(folder, split, 42, 1000, 10, 19)) > 0
     with (folder / "events.csv").open() as f:
@@ -144,6 +147,18 @@ def test_recording_that_cannot_be_read_is_written_again(settings, damage):
     damage(path)
     assert write_demo(settings).is_new
     assert path.read_bytes() == content
+
+
+def test_full_disk_is_named(settings, tmp_path):
+    """As on a full disk: no file may be longer than 16 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*/tuhab_preprocessed"):
+            write_demo(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
