@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import date, time
+from datetime import UTC, date, datetime, time
 from pathlib import Path
 
 import edfio
@@ -379,6 +379,33 @@ def test_hypnogram_gives_events_to_the_recording_of_its_patient_and_session(tmp_
     assert run(tmp_path / "eeg", tmp_path / "nights", **settings).n_new == 0
     path.touch()  # a changed hypnogram
     assert run(tmp_path / "eeg", tmp_path / "nights", **settings).n_new == 1
+
+
+def test_hypnogram_of_a_recording_that_starts_after_its_acquisition(tmp_path):
+    """In FIF, the date is that of the acquisition, which can have begun before the recording."""
+    raw = make_raw(seconds=50)
+    raw.set_meas_date(datetime(2020, 1, 1, 10, tzinfo=UTC))
+    write_file(raw.crop(tmin=30), tmp_path / "eeg/p_s001_t000.fif")
+    start = {"recording": edfio.Recording(startdate=date(2020, 1, 1)), "starttime": time(10)}
+    write_edf(tmp_path / "eeg/p_s001_t001.edf", [], [(36.0, 2.0, "stage")], **start)
+    (record,) = run(tmp_path / "eeg", tmp_path / "out").records
+    events = [(event.kind, event.start, event.stop) for event in record.events]
+    assert ("stage", 600, 800) in events
+
+
+@pytest.mark.parametrize("gap", [None, 100.0])
+def test_annotations_of_several_lines_are_read_and_those_without_a_text_are_not(tmp_path, gap):
+    raw = make_raw()
+    texts = ["a long text that makes room", "two:lines", ":", "last"]
+    raw.set_annotations(mne.Annotations([2.0, 4.0, 6.0, 8.0], [0.5] * 4, texts))
+    path = write_file(raw, tmp_path / "x.edf")
+    if gap:
+        make_discontinuous(path, gap)
+    content = path.read_bytes().replace(b"two:lines", b"two\nlines")
+    path.write_bytes(content.replace(b"\x14:\x14", b"\x14 \x14"))
+    (record,) = run(path, tmp_path / "out").records
+    events = [(event.kind, event.start, event.stop) for event in record.events]
+    assert events == [(texts[0], 200, 250), ("two lines", 400, 450), ("last", 800, 850)]
 
 
 def test_upsampling_and_low_pass(tmp_path):

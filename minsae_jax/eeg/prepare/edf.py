@@ -9,7 +9,7 @@ and drops those after the end of the joined records.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ MILLIVOLT = re.compile(r"(m|milli)V(olts?)?", re.IGNORECASE)
 # Texts at one time: onset, perhaps a duration after character 21, and texts between characters 20.
 # The first such list of a record has no text: its onset is the time at which the record begins.
 TEXTS = re.compile(rb"([+-]\d+\.?\d*)(?:\x15(\d+\.?\d*))?\x14(.*?)\x14\0", re.DOTALL)
+Texts = tuple[bytes, bytes, bytes]  # onset, duration, texts
 ROUNDING = 1e-3  # of a record's time in seconds
 
 
@@ -136,29 +137,51 @@ def read_records(path: Path, header: Header) -> Records:
 
     Raises ValueError or IndexError if a record's time is invalid.
     """
+    starts = []
+    texts: list[Texts] = []
+    for in_record in _texts(path, header):
+        starts.append(float(in_record[0][0]))
+        texts += in_record
+    annotations = _annotations(texts, starts[0])
+    return Records(header.seconds, np.array(starts) - starts[0], annotations)
+
+
+def read_several_lines(path: Path, header: Header) -> tuple[Annotation, ...]:
+    """Return the annotations of a continuous file with line breaks, which MNE leaves out."""
+    texts = [each for in_record in _texts(path, header) for each in in_record]
+    start = 0.0
+    # Without a text: the time of the first record, a fraction of a second.
+    if texts and not texts[0][2].partition(b"\x14")[0]:
+        start = float(texts[0][0])
+    return _annotations([each for each in texts if b"\n" in each[2]], start)
+
+
+def _texts(path: Path, header: Header) -> Iterator[list[Texts]]:
+    """Yield the texts of each record."""
     channel_bytes = [header.sample_bytes * n for n in header.n_samples]
     record_bytes = sum(channel_bytes)
     first_record = HEADER_BYTES * (1 + len(header.labels))
-    n_records = (path.stat().st_size - first_record) // record_bytes
     text_channels = [i for i, label in enumerate(header.labels) if label in ANNOTATIONS]
-    starts = []
-    texts: list[tuple[bytes, bytes, bytes]] = []  # onset, duration, texts
+    if not text_channels:
+        return
     with path.open("rb") as file:
-        for record in range(n_records):
+        for record in range((path.stat().st_size - first_record) // record_bytes):
             in_record = []
             for i in text_channels:
                 file.seek(first_record + record * record_bytes + sum(channel_bytes[:i]))
                 in_record += TEXTS.findall(file.read(channel_bytes[i]))
-            starts.append(float(in_record[0][0]))
-            texts += in_record
+            yield in_record
+
+
+def _annotations(texts: Iterable[Texts], start: float) -> tuple[Annotation, ...]:
     annotations = []
     for onset, duration, kinds in texts:
         for text in filter(None, _decoded(kinds).split("\x14")):
             # One channel at most, as MNE writes it: KIND@@CHANNEL
             kind, *channel = text.split("@@")
-            time = float(onset) - starts[0]
+            time = float(onset) - start
             annotations.append(Annotation(kind, time, float(duration or 0), tuple(channel)))
-    return Records(header.seconds, np.array(starts) - starts[0], tuple(annotations))
+    return tuple(annotations)
 
 
 def _decoded(texts: bytes) -> str:

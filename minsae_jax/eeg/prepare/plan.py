@@ -12,7 +12,7 @@ from minsae_jax.eeg.prepare.signals import Filters
 
 # Raised when `prepare` makes other recordings or events of the same files, so that those of an
 # earlier version are refused.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

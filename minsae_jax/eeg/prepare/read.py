@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
             raw = _read_raw(path)
             names = _names(raw.ch_names)
             annotations = _annotations(raw)
-            start = raw.info["meas_date"]
+            start = _start_time(raw)
             in_notes = [each for note in notes for each in _annotations_in(note, start)]
             if path.suffix.lower() in edf.SUFFIXES:
                 header = edf.read_header(path)
@@ -81,6 +81,8 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
                 scales = {name: header.scales[i] for name, i in signals.items()}
                 if header.is_discontinuous:
                     records = edf.read_records(path, header)
+                else:
+                    annotations += edf.read_several_lines(path, header)
                 if len(set(rates.values())) > 1:
                     raw = _without_unused(path, raw, names, wanted)
         sampling_rate = float(raw.info["sfreq"])
@@ -139,10 +141,16 @@ def _read_raw(path: Path, exclude: Sequence[str] = ()) -> mne.io.BaseRaw:
     return _in_either_encoding(mne.io.read_raw, path, **settings)
 
 
+def _start_time(raw: mne.io.BaseRaw) -> datetime | None:
+    """Return the time of the first sample, which in FIF can be after that of the acquisition."""
+    begin = raw.info["meas_date"]
+    return None if begin is None else begin + timedelta(seconds=raw.first_time)
+
+
 def _annotations_in(path: Path, start: datetime | None) -> list[Annotation]:
     """Return the annotations of an EDF+ file without signals, for a recording from `start` on."""
     delay = 0.0
-    begin = _read_raw(path).info["meas_date"]
+    begin = _start_time(_read_raw(path))
     if start is not None and begin is not None:
         delay = (begin - start).total_seconds()
     rows = _in_either_encoding(mne.read_annotations, path)

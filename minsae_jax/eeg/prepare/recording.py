@@ -164,7 +164,7 @@ def _events(
         if annotation.channels:
             named = {canonical(name) for name in annotation.channels}
             of_event = tuple(n for key, n in channels.names.items() if file.is_among(key, named))
-        if start < stop and of_event:
-            kind = " ".join(annotation.kind.split())
+        kind = " ".join(annotation.kind.split())
+        if kind and start < stop and of_event:
             events.append(Event(kind, start, stop, of_event))
     return tuple(sorted(events, key=lambda event: (event.start, event.stop, event.kind)))
