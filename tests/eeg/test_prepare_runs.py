@@ -55,6 +55,22 @@ def test_resumed_and_repeated_runs_give_the_same_bytes(tmp_path, monkeypatch):
     assert snapshot(part) != expected
 
 
+def test_changed_part_of_a_split_file_is_read_again(tmp_path):
+    names = ("Fz", "Cz")
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        raw = make_raw(names, rate=5000.0, seconds=60, seed=seed)
+        raw.save(folder / "x_raw.fif", split_size="2MB", verbose="ERROR")
+        assert (folder / "x_raw-1.fif").exists()
+    settings = {"channels": names}
+    source = tmp_path / "0/x_raw.fif"
+    assert run(source, tmp_path / "out", **settings).n_new == 1
+    assert run(source, tmp_path / "out", **settings).n_new == 0
+    (tmp_path / "1/x_raw-1.fif").replace(tmp_path / "0/x_raw-1.fif")
+    assert run(source, tmp_path / "out", **settings).n_new == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_killed_run_resumes_to_the_same_bytes(tmp_path, jobs):

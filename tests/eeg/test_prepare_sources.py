@@ -1,6 +1,7 @@
 """Which files `prepare` finds, how it names their recordings, and what it takes from BIDS."""
 
 import csv
+import errno
 import json
 import os
 import random
@@ -44,8 +45,29 @@ def test_names_of_the_tuh_corpus_are_kept(tmp_path):
 
 
 def test_files_of_other_names_are_a_patient_each(tmp_path):
-    names = names_of(tmp_path, "b 1.edf", "a.vhdr", "a.eeg", "a.vmrk", ".hidden.edf", "x_raw-1.fif")
+    names = names_of(tmp_path, "b 1.edf", "a.vhdr", "a.eeg", "a.vmrk", ".hidden.edf")
     assert names == {"a.vhdr": "a_s001_t000", "b 1.edf": "b-1_s001_t000"}
+
+
+def test_later_parts_of_split_fif_files_are_no_recordings(tmp_path):
+    """Other files with such names are."""
+    split = ("x_raw.fif", "x_raw-1.fif", "sub-1_split-01_eeg.fif", "sub-1_split-02_eeg.fif")
+    others = ("a-1.fif", "b-02.fif", "sub-2_split-01_eeg.edf", "sub-2_split-02_eeg.edf")
+    assert set(names_of(tmp_path, *split, *others)) == {split[0], split[2], *others}
+
+
+def test_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    """The user who runs the tests may be allowed to read everything."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "p2":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="p2"):
+        names_of(tmp_path, "p1/a.edf", "p2/b.edf")
 
 
 def test_files_of_the_same_name_get_patients_from_the_pattern_of_the_message(tmp_path):

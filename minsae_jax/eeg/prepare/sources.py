@@ -25,8 +25,10 @@ SUFFIXES = (
     ".nxe", ".lay", ".nedf",
 )  # fmt: skip
 TUH = r"(?:^|[/\\])(?P<patient>[^_/\\]+)_s(?P<session>\d+)_t(?P<token>\d+)[^/\\]*$"
-# Parts of a recording after the first, which MNE reads together with it.
-CONTINUATION = re.compile(r"(_split-(?!0*1_)\d+_)|(-\d+\.fif(\.gz)?$)")
+# Names of the parts of a FIF recording after the first, which MNE reads together with it.
+LATER_PART = re.compile(
+    r"(?P<start>.+)(-[1-9]\d*|(?P<split>_split-)(?P<number>\d+)(?P<rest>_.*))(?P<end>\.fif(\.gz)?)"
+)
 HASH_LENGTH = 12
 NOT_RAW = ("derivatives", "sourcedata")  # folders of a BIDS dataset
 
@@ -105,7 +107,7 @@ def files_of(path: Path) -> list[Path]:
         return sorted(file for file in path.rglob("*") if file.is_file())
     stem = path.name.removesuffix(".gz")
     stem = stem[: stem.rfind(".")]
-    files = {path, *files_with_stem(path.parent, stem)}
+    files = {path, *files_with_stem(path.parent, stem), *_later_parts(path)}
     for what in ("events", "channels"):
         sidecar = bids_sidecar(path, what)
         if sidecar is not None:
@@ -132,6 +134,42 @@ def _by_stem(folder: Path, modified_ns: int) -> dict[str, list[Path]]:
     return by_stem
 
 
+def _later_parts(path: Path) -> list[Path]:
+    """Return the files of a split FIF recording after the first."""
+    if not path.name.endswith((".fif", ".fif.gz")) or not os.access(path.parent, os.R_OK):
+        return []
+    return _parts_by_first(path.parent, path.parent.stat().st_mtime_ns).get(path.name, [])
+
+
+# As in _by_stem
+@lru_cache(maxsize=16)
+def _parts_by_first(folder: Path, modified_ns: int) -> dict[str, list[Path]]:
+    """Return the later parts of split FIF recordings in a folder by the name of the first part."""
+    parts: dict[str, list[Path]] = {}
+    for path in folder.iterdir():
+        first = _first_part(path.name)
+        if first is not None:
+            parts.setdefault(first, []).append(path)
+    return parts
+
+
+def _first_part(name: str) -> str | None:
+    """Return the name of a FIF recording's first file if this is that of a later one.
+
+    >>> _first_part("a_raw-1.fif"), _first_part("s_split-02_eeg.fif"), _first_part("a_raw.fif")
+    ('a_raw.fif', 's_split-01_eeg.fif', None)
+    """
+    match = LATER_PART.fullmatch(name)
+    if match is None:
+        return None
+    if match["split"] is None:
+        return match["start"] + match["end"]
+    first = f"{1:0{len(match['number'])}d}"
+    if match["number"] == first:
+        return None
+    return f"{match['start']}_split-{first}{match['rest']}{match['end']}"
+
+
 def _files_in(source: str) -> list[Path]:
     path = Path(source)
     if path.is_dir() and path.suffix.lower() not in SUFFIXES:
@@ -155,7 +193,8 @@ def _files_below(folder: Path) -> list[Path]:
         if not files:
             raise UserError(f"there is no EEG file in {folder} ({', '.join(SUFFIXES)})")
         return files
-    subjects = sorted(path for path in folder.glob("sub-*") if path.is_dir())
+    subjects = sorted(path for path in folder.iterdir() if path.name.startswith("sub-"))
+    subjects = [path for path in subjects if path.is_dir()]
     files = [file for subject in subjects for file in _search(subject)]
     files = [file for file in files if file.parent.name == "eeg" and "_eeg." in file.name]
     if not files:
@@ -165,8 +204,23 @@ def _files_below(folder: Path) -> list[Path]:
 
 def _search(folder: Path) -> list[Path]:
     """Return the EEG files below a folder, without processed copies in BIDS datasets there."""
-    files = [path for path in sorted(folder.rglob("*")) if _starts_a_recording(path)]
+    files = [path for path in _content(folder) if _starts_a_recording(path)]
     return [path for path in files if not _is_derived(path, folder)]
+
+
+def _content(folder: Path) -> list[Path]:
+    """Return the files and folders below a folder. Raises OSError if one cannot be read.
+
+    Path.rglob would leave out the content of that one.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    paths = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        paths += [Path(parent, name) for name in (*folders, *files)]
+    return sorted(paths)
 
 
 def _is_derived(path: Path, folder: Path) -> bool:
@@ -181,7 +235,10 @@ def _starts_a_recording(path: Path) -> bool:
     # Only recordings of EGI are folders; the files in them are not recordings.
     is_folder = name.endswith(".mff")
     is_inside = any(parent.suffix.lower() == ".mff" for parent in path.parents)
-    return path.is_dir() == is_folder and not is_inside and not CONTINUATION.search(path.name)
+    if path.is_dir() != is_folder or is_inside:
+        return False
+    first = _first_part(path.name)
+    return first is None or not path.with_name(first).is_file()
 
 
 def _parts_of(path: Path, patterns: Sequence[str], is_given: bool) -> _Parts:
