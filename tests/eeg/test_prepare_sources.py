@@ -14,7 +14,8 @@ from mne_bids import get_bids_path_from_fname
 
 from minsae_jax import PrepareConfig, UserError
 from minsae_jax.eeg.montage import CHANNELS
-from minsae_jax.eeg.prepare.bids import bids_sidecar
+from minsae_jax.eeg.prepare.bids import bids_sidecar, read_table
+from minsae_jax.eeg.prepare.errors import BadRecordingError
 from minsae_jax.eeg.prepare.sources import find_sources
 from tests.eeg.eeg_files import NEW_NAMES, load, make_raw, run, write_file
 from tests.samples import sample
@@ -240,6 +241,23 @@ def test_kinds_of_events_in_bids(tmp_path, table, kinds):
     (path.parent / "sub-01_task-rest_events.tsv").write_text(table)
     (record,) = run(path, tmp_path / "out").records
     assert [event.kind for event in record.events] == kinds
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ('onset\tduration\tvalue\n1\t1\t"a\n2\t1\tb\n', "must end with one"),
+        ('onset\tduration\tvalue\n1\t1\t"a\n2\t1\t"b\n', "must end with one"),
+        ("onset\tduration\tvalue\tvalue\n1\t1\ta\tb\n", "has the column value twice"),
+    ],
+)
+def test_table_of_which_a_part_would_be_lost_is_refused(tmp_path, table, message):
+    path = tmp_path / "events.tsv"
+    path.write_text(table)
+    with pytest.raises(BadRecordingError, match=rf"invalid table: events.tsv .*{message}"):
+        read_table(path, ("onset",))
+    path.write_text('onset\tvalue\n1\t"a\tb"\n2\t5" tall\n')
+    assert [row["value"] for row in read_table(path, ())] == ["a\tb", '5" tall']
 
 
 @pytest.mark.parametrize(

@@ -145,11 +145,22 @@ def read_table(path: Path, required: Sequence[str]) -> list[dict[str, str]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
+            # Otherwise a quotation mark that is never closed would take in all further lines.
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
             rows = list(reader)
             columns = reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except csv.Error as e:
+        raise BadRecordingError(
+            f"has an invalid table: {path.name} ({brief(e)}; a field that starts with a quotation "
+            "mark must end with one)"
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
         raise BadRecordingError(f"has an invalid table: {path.name} ({brief(e)})") from None
+    repeated = [name for name in columns if name and columns.count(name) > 1]
+    if repeated:
+        raise BadRecordingError(
+            f"has an invalid table: {path.name} has the column {repeated[0]} twice"
+        )
     missing = [name for name in required if name not in columns]
     if missing:
         raise BadRecordingError(
