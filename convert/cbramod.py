@@ -51,6 +51,11 @@ def read_source(
     """
     left_out = (*TASK_HEADS, HEAD) if without_head else TASK_HEADS
     names = {key.removeprefix(FINE_TUNED): tensor for key, tensor in checkpoint.tensors.items()}
+    if len(names) < len(checkpoint.tensors):
+        raise UserError(
+            f"{checkpoint.path} contains several CBraMods, one in {FINE_TUNED.rstrip('.')!r}; save "
+            "one of them alone"
+        )
     tensors = {key: tensor for key, tensor in names.items() if not key.startswith(left_out)}
     checkpoint = replace(checkpoint, program="cbramod", tensors=tensors)
     unused = [name for name in flags if name not in PUBLISHED]

@@ -86,6 +86,11 @@ def test_names_of_all_programs_give_the_same_encoder(from_state, state):
     assert fine_tuned.fingerprint == expected
 
 
+def test_encoder_beside_that_of_a_fine_tuned_model_is_refused(from_state, state):
+    with pytest.raises(UserError, match="contains several CBraMods, one in 'backbone'"):
+        from_state(state | {f"backbone.{k}": t + 1 for k, t in state.items()})
+
+
 def test_head_is_optional(from_state, state):
     without = {key: tensor for key, tensor in state.items() if not key.startswith("proj_out.")}
     encoder = from_state(without)
