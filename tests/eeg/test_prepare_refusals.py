@@ -90,6 +90,17 @@ def test_electrode_with_two_channels_of_one_name_is_refused(tmp_path):
     assert len(run(path, tmp_path / "others", **settings).records) == 1
 
 
+def test_file_of_constant_channels_has_flat_ones_and_no_wrong_unit(tmp_path):
+    """Their SD, as NumPy computes it, is 1e-16 µV."""
+    path = write_file(make_raw(), tmp_path / "a.edf")
+    content = path.read_bytes()
+    n_header = int(content[184:192])
+    n_samples = (len(content) - n_header) // 2
+    path.write_bytes(content[:n_header] + b"\x07\x01" * n_samples)
+    with pytest.raises(UserError, match="has 0 usable channels of 19"):
+        run(path, tmp_path / "out")
+
+
 def test_wrong_unit_is_corrected_by_scale(tmp_path):
     good = write_file(make_raw(), tmp_path / "a_raw.fif")
     wrong = write_file(with_samples(scaled(1e6)), tmp_path / "b_raw.fif")

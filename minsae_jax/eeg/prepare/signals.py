@@ -52,6 +52,9 @@ def check_quality(data: Float[np.ndarray, "channels samples"]) -> list[Quality]:
         # The SD is not finite either if any sample is not.
         if not np.isfinite(sd):
             raise BadRecordingError("contains NaN or infinity")
+        # Rounding of the mean can leave a constant channel an SD.
+        if sd < FLAT_UV and np.ptp(samples) == 0:
+            sd = 0.0
         is_clipped = sd > 0 and _clipped_share(samples) > CLIPPED_SHARE
         sds.append(sd)
         channels.append(Quality(sd < FLAT_UV, sd > STRONGEST_UV, is_clipped))
