@@ -315,6 +315,18 @@ def test_labels_of_bids_files_by_name(tmp_path):
     assert [row["sleep"] for row in rows_of(tmp_path / "out/labels.csv")] == ["7", "8"]
 
 
+def test_recordings_without_a_row_of_labels_are_reported(tmp_path):
+    root = write_bids(tmp_path / "bids")
+    (root / "participants.tsv").write_text("participant_id\tage\nSUB-01\t34\nsub-02 \t61\n")
+    line = "recordings without a row in the table of labels: 0{}_s001_t000_preprocessed.npy"
+    prepared = run(root, tmp_path / "out")
+    assert any(finding.startswith(line.format(1)) for finding in prepared.findings())
+    assert not (tmp_path / "out/labels.csv").exists()
+    labels = tmp_path / "labels.csv"
+    labels.write_text("patient,sleep\n01,7\n")
+    assert line.format(2) in run(root, tmp_path / "out", labels=str(labels)).findings()
+
+
 def test_copies_with_another_header_are_found(tmp_path):
     """Their patients, who are one person, could be in train and test."""
     path = write_file(make_raw(), tmp_path / "eeg/smith.edf")

@@ -1,6 +1,7 @@
 """labels.csv: labels of recordings and patients, from BIDS or a table of the user."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from minsae_jax.eeg.prepare.bids import bids_patient, bids_root, read_table
@@ -15,14 +16,23 @@ PARTICIPANTS = "participants.tsv"
 Labels = dict[str, str]  # name -> value, as text
 
 
-def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[Labels]:
-    """Return a row for each recording that has labels: recording, patient, and all labels.
+@dataclass(frozen=True)
+class LabelTable:
+    """Labels of the recordings."""
+
+    rows: tuple[Labels, ...]  # of each recording that has labels: recording, patient, all labels
+    without: tuple[str, ...]  # recordings that a table has no row for
+
+
+def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> LabelTable:
+    """Return the labels of recordings from --labels, or else from BIDS's participants.tsv.
 
     Raises UserError if a table is invalid.
     """
     if config.labels:
         if not Path(config.labels).exists():
             raise UserError(f"--labels {config.labels} does not exist")
+        in_table = sources
         rows = _rows_of_table(Path(config.labels), sources)
         if not rows:
             named = f"{sources[0].short_path}, its patient is {sources[0].patient}"
@@ -31,7 +41,8 @@ def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[Labels
                 f"{named}; with --patient_pattern the patient can be a part of the name"
             )
     else:
-        rows = _rows_of_bids(sources)
+        in_table = [source for source in sources if _participants(source) is not None]
+        rows = _rows_of_bids(in_table)
     columns = dict.fromkeys(name for row in rows.values() for name in row)  # an ordered set
     labels = []
     for source in sources:
@@ -39,7 +50,8 @@ def read_labels(config: PrepareConfig, sources: Sequence[Source]) -> list[Labels
             patient = source.name.split("_")[0]
             values = {name: rows[source.name].get(name, "") for name in columns}
             labels.append({"recording": source.name, "patient": patient} | values)
-    return labels
+    without = tuple(source.name for source in in_table if source.name not in rows)
+    return LabelTable(tuple(labels), without)
 
 
 def _rows_of_table(path: Path, sources: Sequence[Source]) -> dict[str, Labels]:
@@ -56,19 +68,28 @@ def _rows_of_table(path: Path, sources: Sequence[Source]) -> dict[str, Labels]:
 
 
 def _rows_of_bids(sources: Sequence[Source]) -> dict[str, Labels]:
-    """Return the row of each BIDS recording in the participants.tsv of its dataset."""
+    """Return the row of each recording in the participants.tsv of its dataset."""
     tables: dict[Path, dict[str, Labels]] = {}
     rows = {}
     for source in sources:
-        root = bids_root(source.path)
+        path = _participants(source)
         patient = bids_patient(source.path)
-        if root is None or patient is None or not (root / PARTICIPANTS).is_file():
-            continue
-        if root not in tables:
-            tables[root] = _read(root / PARTICIPANTS, ("participant_id",))
-        if patient in tables[root]:
-            rows[source.name] = tables[root][patient]
+        assert path is not None
+        assert patient is not None
+        if path not in tables:
+            tables[path] = _read(path, ("participant_id",))
+        if patient in tables[path]:
+            rows[source.name] = tables[path][patient]
     return rows
+
+
+def _participants(source: Source) -> Path | None:
+    """Return the participants.tsv for a BIDS recording; None for others and without one."""
+    root = bids_root(source.path)
+    if root is None or bids_patient(source.path) is None:
+        return None
+    path = root / PARTICIPANTS
+    return path if path.is_file() else None
 
 
 def _read(path: Path, key_columns: Sequence[str]) -> dict[str, Labels]:

@@ -13,7 +13,7 @@ from minsae_jax.checksums import SUMS, write_checksums
 from minsae_jax.eeg.description import DESCRIPTION, Description, read_description, write_description
 from minsae_jax.eeg.events import EVENTS, write_events
 from minsae_jax.eeg.prepare.config import PrepareConfig
-from minsae_jax.eeg.prepare.labels import read_labels
+from minsae_jax.eeg.prepare.labels import LabelTable, read_labels
 from minsae_jax.eeg.prepare.plan import Plan, make_plan
 from minsae_jax.eeg.prepare.record import RECORDS, Record, Rejected, read_record, record_path
 from minsae_jax.eeg.prepare.recording import prepare_recording
@@ -47,6 +47,7 @@ class Prepared:
     n_new: int  # of these, written now
     rejected: tuple[Rejected, ...]
     patients: tuple[str, ...]  # files that count as a patient each
+    unlabelled: tuple[str, ...]  # recordings that the table of labels has no row for
 
     def findings(self) -> list[str]:
         """Return one line for each finding, with the recordings that have it."""
@@ -67,6 +68,9 @@ class Prepared:
                 f"files that count as a patient each: {join_some(self.patients, limit=3)}; if a "
                 "patient has several, give --patient_pattern, or train and test share patients"
             )
+        if self.unlabelled:
+            listed = join_some(self.unlabelled, limit=3)
+            lines.append(f"recordings without a row in the table of labels: {listed}")
         lines += [f"left out: {each.source.path} {each.reason}" for each in self.rejected]
         return lines
 
@@ -125,7 +129,7 @@ def _prepare(
     config: PrepareConfig,
     plan: Plan,
     sources: Sequence[Source],
-    labels: Sequence[dict[str, str]],
+    labels: LabelTable,
     folder: Path,
 ) -> Prepared:
     rejected: list[Rejected] = []
@@ -166,6 +170,7 @@ def _prepare(
         n_new=sum(source.name in records for source in missing),
         rejected=tuple(rejected),
         patients=() if config.patient_pattern else tuple(patients),
+        unlabelled=tuple(name for name in labels.without if name in records),
     )
 
 
@@ -268,7 +273,7 @@ def _write_tables(
     folder: Path,
     plan: Plan,
     records: Sequence[Record],
-    labels: Sequence[dict[str, str]],
+    labels: LabelTable,
 ) -> None:
     description = Description(
         sampling_rate=plan.filters.sampling_rate,
@@ -285,8 +290,8 @@ def _write_tables(
         with atomic_write(folder / EVENTS) as temporary:
             write_events(temporary, events)
     names = {record.name for record in records}
-    rows = [tuple(row.values()) for row in labels if row["recording"] in names]
-    columns = tuple(labels[0]) if labels else ()
+    rows = [tuple(row.values()) for row in labels.rows if row["recording"] in names]
+    columns = tuple(labels.rows[0]) if labels.rows else ()
     _write_csv(folder / LABELS, columns, rows)
     lengths = [(record.name, record.n_samples) for record in records]
     _write_csv(folder / LENGTHS, ("filename", "time_len"), lengths)
