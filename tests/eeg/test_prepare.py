@@ -394,6 +394,22 @@ def test_hypnogram_of_a_recording_that_starts_after_its_acquisition(tmp_path):
 
 
 @pytest.mark.parametrize("gap", [None, 100.0])
+def test_hypnogram_of_another_date_is_reported(tmp_path, gap):
+    raw = make_raw()
+    raw.set_annotations(mne.Annotations([2.0], [0.5], ["a long text that makes room"]))
+    path = write_file(raw, tmp_path / "eeg/p_s001_t000.edf")
+    if gap:
+        make_discontinuous(path, gap)
+    for day, n_outside in ((1, 0), (2, 1)):
+        start = {"recording": edfio.Recording(startdate=date(1985, 1, day)), "starttime": time(0)}
+        write_edf(tmp_path / "eeg/p_s001_t001.edf", [], [(6.0, 2.0, "stage")], **start)
+        prepared = run(tmp_path / "eeg", tmp_path / str(day))
+        line = "files of annotations that are all before or after the recording"
+        assert sum(finding.startswith(line) for finding in prepared.findings()) == n_outside
+        assert ("stage" in [event.kind for event in prepared.records[0].events]) == (day == 1)
+
+
+@pytest.mark.parametrize("gap", [None, 100.0])
 def test_annotations_of_several_lines_are_read_and_those_without_a_text_are_not(tmp_path, gap):
     raw = make_raw()
     texts = ["a long text that makes room", "two:lines", ":", "last"]

@@ -41,6 +41,7 @@ class EegFile:
     annotations: tuple[Annotation, ...]
     is_truncated: bool  # shorter or longer than its header says
     n_gaps: int  # across which the samples are joined
+    n_notes_outside: int  # files of annotations, all of which are before or after the recording
     scales: dict[str, float]  # that MNE leaves out, by the name in the file; see `edf.Header`
     is_resampled: bool  # by MNE, since channels of `raw` have different rates
 
@@ -73,7 +74,8 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
             names = _names(raw.ch_names)
             annotations = _annotations(raw)
             start = _start_time(raw)
-            in_notes = [each for note in notes for each in _annotations_in(note, start)]
+            in_notes = [_annotations_in(note, start) for note in notes]
+            in_notes = [each for each in in_notes if each]
             if path.suffix.lower() in edf.SUFFIXES:
                 header = edf.read_header(path)
                 signals = dict(zip(raw.ch_names, header.signals, strict=True))
@@ -106,10 +108,14 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
     events_table = bids_sidecar(path, "events")
     if events_table is not None:
         annotations = read_events(events_table, names, default=annotations)
-    annotations += tuple(in_notes)
     if records is not None:
         # Times of all of them are by the clock.
         annotations = records.joined(annotations)
+        in_notes = [records.joined(each) for each in in_notes]
+    n_notes_outside = 0
+    for of_note in in_notes:
+        annotations += of_note
+        n_notes_outside += not _any_within(of_note, n_samples / sampling_rate)
 
     bad = {canonical(name) for name in raw.info["bads"]}
     not_eeg: set[str] = set()
@@ -127,6 +133,7 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
         annotations=tuple(each for each in annotations if not BOUNDARY.match(each.kind)),
         is_truncated=any(TRUNCATED in str(each.message) for each in caught),
         n_gaps=n_gaps,
+        n_notes_outside=n_notes_outside,
         scales=scales,
         is_resampled=len({rates.get(name) for name in raw.ch_names}) > 1,
     )
@@ -147,17 +154,22 @@ def _start_time(raw: mne.io.BaseRaw) -> datetime | None:
     return None if begin is None else begin + timedelta(seconds=raw.first_time)
 
 
-def _annotations_in(path: Path, start: datetime | None) -> list[Annotation]:
+def _any_within(annotations: Sequence[Annotation], seconds: float) -> bool:
+    """Return whether any annotation is in a recording of some length."""
+    return any(each.onset < seconds and each.onset + each.duration >= 0 for each in annotations)
+
+
+def _annotations_in(path: Path, start: datetime | None) -> tuple[Annotation, ...]:
     """Return the annotations of an EDF+ file without signals, for a recording from `start` on."""
     delay = 0.0
     begin = _start_time(_read_raw(path))
     if start is not None and begin is not None:
         delay = (begin - start).total_seconds()
     rows = _in_either_encoding(mne.read_annotations, path)
-    return [
+    return tuple(
         Annotation(str(row["description"]), float(row["onset"]) + delay, float(row["duration"]), ())
         for row in rows
-    ]
+    )
 
 
 def _in_either_encoding(read: Callable[..., Any], path: Path, **settings: Any) -> Any:

@@ -125,6 +125,11 @@ def _findings(file: EegFile, plan: Plan, channels: FileChannels) -> tuple[str, .
         findings.append("file is shorter or longer than its header says")
     if file.n_gaps:
         findings.append(f"gaps across which windows are cut: {file.n_gaps}")
+    if file.n_notes_outside:
+        findings.append(
+            "files of annotations that are all before or after the recording, by the dates and "
+            f"times of both: {file.n_notes_outside}"
+        )
     if file.sampling_rate < plan.filters.sampling_rate:
         findings.append(f"sampling rate {file.sampling_rate:g} Hz is below the target")
     positions = zip(plan.channels, plan.positions, strict=True)
