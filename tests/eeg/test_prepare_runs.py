@@ -71,6 +71,20 @@ def test_changed_part_of_a_split_file_is_read_again(tmp_path):
     assert run(source, tmp_path / "out", **settings).n_new == 1
 
 
+def test_files_of_other_names_that_a_header_names_belong_to_the_recording(tmp_path):
+    path = write_file(make_raw(), tmp_path / "x.vhdr")
+    path.write_text(path.read_text().replace("DataFile=x.eeg", "DataFile=Ärzte.eeg"))
+    data = (tmp_path / "x.eeg").rename(tmp_path / "Ärzte.eeg")
+    assert run(path, tmp_path / "out").n_new == 1
+    assert run(path, tmp_path / "out").findings() == []
+    write_file(make_raw(seed=1), tmp_path / "other/x.vhdr").with_suffix(".eeg").replace(data)
+    assert run(path, tmp_path / "out").n_new == 1
+    (tmp_path / "x.vmrk").unlink()
+    prepared = run(path, tmp_path / "out")
+    assert prepared.records[0].events == ()
+    assert prepared.findings()[0].startswith("file of markers is missing")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_killed_run_resumes_to_the_same_bytes(tmp_path, jobs):

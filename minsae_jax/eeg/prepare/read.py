@@ -18,7 +18,7 @@ from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.prepare import edf
 from minsae_jax.eeg.prepare.bids import bids_sidecar, read_channels, read_events
 from minsae_jax.eeg.prepare.errors import BadRecordingError
-from minsae_jax.eeg.prepare.sources import files_with_stem
+from minsae_jax.eeg.prepare.sources import files_in_header, files_with_stem
 from minsae_jax.errors import brief
 from minsae_jax.files import regular_file
 
@@ -41,6 +41,7 @@ class EegFile:
     annotations: tuple[Annotation, ...]
     is_truncated: bool  # shorter or longer than its header says
     n_gaps: int  # across which the samples are joined
+    lacks_markers: bool  # a file of markers that the header names does not exist
     n_notes_outside: int  # files of annotations, all of which are before or after the recording
     scales: dict[str, float]  # that MNE leaves out, by the name in the file; see `edf.Header`
     is_resampled: bool  # by MNE, since channels of `raw` have different rates
@@ -133,6 +134,11 @@ def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -
         annotations=tuple(each for each in annotations if not BOUNDARY.match(each.kind)),
         is_truncated=any(TRUNCATED in str(each.message) for each in caught),
         n_gaps=n_gaps,
+        # MNE cannot read it without the data. Of both, it also finds those of the header's name.
+        lacks_markers=not all(
+            each.exists() or path.with_suffix(each.suffix).exists()
+            for each in files_in_header(path)
+        ),
         n_notes_outside=n_notes_outside,
         scales=scales,
         is_resampled=len({rates.get(name) for name in raw.ch_names}) > 1,

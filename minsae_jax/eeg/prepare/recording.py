@@ -125,6 +125,8 @@ def _findings(file: EegFile, plan: Plan, channels: FileChannels) -> tuple[str, .
         findings.append("file is shorter or longer than its header says")
     if file.n_gaps:
         findings.append(f"gaps across which windows are cut: {file.n_gaps}")
+    if file.lacks_markers:
+        findings.append("file of markers is missing, so that there are no events of it")
     if file.n_notes_outside:
         findings.append(
             "files of annotations that are all before or after the recording, by the dates and "

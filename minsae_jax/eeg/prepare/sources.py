@@ -18,6 +18,7 @@ from minsae_jax.eeg.prepare.bids import BIDS, bids_root, bids_sidecar, is_bids
 from minsae_jax.eeg.prepare.config import PrepareConfig
 from minsae_jax.eeg.prepare.edf import has_signals
 from minsae_jax.errors import UserError
+from minsae_jax.files import regular_file
 
 # Endings of the files that start a recording; a file of any other format can be given by name.
 SUFFIXES = (
@@ -29,6 +30,9 @@ TUH = r"(?:^|[/\\])(?P<patient>[^_/\\]+)_s(?P<session>\d+)_t(?P<token>\d+)[^/\\]
 LATER_PART = re.compile(
     r"(?P<start>.+)(-[1-9]\d*|(?P<split>_split-)(?P<number>\d+)(?P<rest>_.*))(?P<end>\.fif(\.gz)?)"
 )
+# Files of data and markers in a header of BrainVision
+BRAINVISION = (".vhdr", ".ahdr")
+BRAINVISION_PARTS = re.compile(r"^(?:DataFile|MarkerFile)=(.+?)\s*$", re.MULTILINE)
 HASH_LENGTH = 12
 NOT_RAW = ("derivatives", "sourcedata")  # folders of a BIDS dataset
 
@@ -108,6 +112,7 @@ def files_of(path: Path) -> list[Path]:
     stem = path.name.removesuffix(".gz")
     stem = stem[: stem.rfind(".")]
     files = {path, *files_with_stem(path.parent, stem), *_later_parts(path)}
+    files.update(files_in_header(path))
     for what in ("events", "channels"):
         sidecar = bids_sidecar(path, what)
         if sidecar is not None:
@@ -132,6 +137,25 @@ def _by_stem(folder: Path, modified_ns: int) -> dict[str, list[Path]]:
         for dot in re.finditer(r"\.", path.name):
             by_stem.setdefault(path.name[: dot.start()], []).append(path)
     return by_stem
+
+
+def files_in_header(path: Path) -> list[Path]:
+    """Return the files that a header of BrainVision names; none for other or unreadable files."""
+    if path.suffix.lower() not in BRAINVISION:
+        return []
+    try:
+        text = regular_file(path).read_text(encoding="latin-1")
+    except OSError:
+        return []
+    return [path.parent / _in_utf_8(name) for name in BRAINVISION_PARTS.findall(text)]
+
+
+def _in_utf_8(name: str) -> str:
+    """Return a name that was decoded as Latin-1, which any bytes can be, as UTF-8 if it is."""
+    try:
+        return name.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return name
 
 
 def _later_parts(path: Path) -> list[Path]:
