@@ -344,11 +344,12 @@ def test_markers_of_gaps_are_no_events(tmp_path):
     """EEGLAB marks cut parts, with their lengths, and BrainVision each start."""
     raw = make_raw()
     marks = [(0.0, 0.0, "boundary"), (5.0, 7.0, "boundary"), (9.0, 0.0, "New Segment/")]
+    marks.append((7.0, 1.0, "BAD_ACQ_SKIP"))
     onsets, durations, kinds = zip(*marks, (8.0, 1.0, "go"), strict=True)
     raw.set_annotations(mne.Annotations(onsets, durations, kinds))
     prepared = run(write_file(raw, tmp_path / "a.set"), tmp_path / "out")
     assert [(e.kind, e.start, e.stop) for e in prepared.records[0].events] == [("go", 800, 900)]
-    assert prepared.findings()[0].startswith("gaps across which windows are cut: 2 (in")
+    assert prepared.findings()[0].startswith("gaps across which windows are cut: 3 (in")
 
 
 def test_hypnogram_gives_events_to_the_recording_of_its_patient_and_session(tmp_path):

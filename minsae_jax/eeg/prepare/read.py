@@ -23,7 +23,7 @@ from minsae_jax.errors import brief
 from minsae_jax.files import regular_file
 
 # Annotations at the start of a file and at gaps, by MNE, EEGLAB and BrainVision.
-BOUNDARY = re.compile(r"^(EDGE boundary|BAD boundary|boundary|New Segment/.*)$")
+BOUNDARY = re.compile(r"^(EDGE boundary|BAD boundary|BAD_ACQ_SKIP|boundary|New Segment/.*)$")
 MIN_SHARED = 10  # channels, for a reference that is shared
 TRUNCATED = "does not match the file size"  # in MNE's warning, of EDF files
 
