@@ -46,13 +46,14 @@ $(SETUP): pyproject.toml
 
 demo: $(DEMO_DATA) ## write the demo's recordings
 
-$(DEMO_DATA): | $(SETUP)
+# If the YAML is newer, `demo` compares its settings with those of the recordings.
+$(DEMO_DATA): configs/demo.yaml | $(SETUP)
 	@$(MINSAE) demo --config configs/demo.yaml
 
 prepare: $(SETUP) $(if $(filter configs/edf.yaml,$(CONFIG)),$(EDF_DATA)) ## convert EEG files into recordings (CONFIG=configs/edf.yaml for a demo)
 	@$(MINSAE) prepare --config $(CONFIG)
 
-$(EDF_DATA): | $(SETUP)
+$(EDF_DATA): configs/edf.yaml | $(SETUP)
 	@$(MINSAE) demo --config configs/edf.yaml
 
 convert: $(ENCODER)/config.json ## convert a PyTorch encoder (CHECKPOINT=x.pth CHECKPOINT_YAML=x.yaml ENCODER=folder)
