@@ -181,7 +181,7 @@ def _export_encoder(command: EncoderCommand, folder: Path) -> None:
 
 
 def randomize(command: RandomizeCommand) -> None:
-    """Permute the weights of an encoder: the control for what it has learnt (docs/evaluate.md)."""
+    """Permute the weights of an encoder: the control for what it has learned (docs/evaluate.md)."""
     folder = Path(command.source)
     trained = load_encoder(folder)
     if Path(command.out).resolve() == folder.resolve():

@@ -1,4 +1,4 @@
-"""Encoders with random weights: the control for what an encoder has learnt.
+"""Encoders with random weights: the control for what an encoder has learned.
 
 SAEs find features that detect events also in a transformer that was never trained, since its
 activations still contain its input (Heap et al. 2025, arXiv 2501.17727). Only what exceeds this
