@@ -104,12 +104,14 @@ class SweepFlags:
     """Kinds of autoencoder: relu, topk, batchtopk, jumprelu, matryoshka, see docs/kinds.md
     (april2024 and minsae: relu; modern: batchtopk)."""
     lambda_sparsity: Annotated[tuple[float, ...], NonNegative] = ()
-    """Weight λ of the penalty of relu and jumprelu (april2024, modern: 5; minsae: 0.01)."""
+    """Weight λ of the penalty of relu and jumprelu (relu in april2024 and modern: 5, in minsae:
+    0.01)."""
     k: Annotated[tuple[float, ...], Positive] = ()
     """Active features per token: of topk a whole number, of batchtopk and matryoshka on average
     (april2024, modern: 16, 32 and 64)."""
     target_l0: Annotated[tuple[float, ...], Positive] = ()
-    """Active features per token that jumprelu is to reach, instead of λ."""
+    """Active features per token that jumprelu is to reach, unless it has a λ (april2024, modern:
+    16, 32 and 64)."""
     lr: Annotated[tuple[float | Literal["auto"], ...], NonNegative] = ()
     """Adam's learning rate; auto is 2e-4 √(16,384 / d_sae), for each size its value (april2024:
     5e-5; minsae: 1e-3; modern: auto)."""
@@ -270,7 +272,10 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
         """Return the name of the setting that controls the sparsity of a kind in this run."""
         names = SPARSITY_SETTINGS[kind]
         given = [name for name in names if getattr(self, name)]
-        return given[-1] if given else names[0]
+        if given:
+            return given[-1]
+        # By default a target, since no λ suits every d_model and data; the penalty `step` has a λ.
+        return names[0] if self.jumprelu_penalty == "step" else names[-1]
 
     def _check_kinds(self) -> None:
         kinds = self.kind or _RECIPE_DEFAULTS[self.recipe]["kind"]
@@ -377,6 +382,7 @@ _APRIL2024: Values = {
     "kind": ("relu",),
     "lambda_sparsity": (5.0,),
     "k": (16.0, 32.0, 64.0),
+    "target_l0": (16.0, 32.0, 64.0),
     "lr": (5e-5,),
     "num_steps": 50_000,
     "batch_size": 4096,

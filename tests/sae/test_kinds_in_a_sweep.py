@@ -240,6 +240,23 @@ def test_too_few_steps_for_the_threshold_are_a_warning(mixed):
     assert "warning: " not in load_run(run.folder).summary()
 
 
+@pytest.mark.parametrize(
+    ("given", "setting", "values"),
+    [
+        ({}, "target_l0", (16.0, 32.0, 64.0)),
+        ({"lambda_sparsity": (0.1,)}, "lambda_sparsity", (0.1,)),
+        ({"jumprelu_penalty": "step"}, "lambda_sparsity", (5.0,)),
+        ({"lambda_sparsity": (0.1,), "target_l0": (8.0,)}, "target_l0", (8.0,)),
+    ],
+)
+def test_jumprelu_has_a_target_l0_unless_it_has_a_penalty(given, setting, values):
+    config = TrainConfig(kind=("relu", "jumprelu"), **given).resolved()
+    assert config.sparsity_setting("jumprelu") == setting
+    assert getattr(config, setting) == values
+    # That of relu is independent of it.
+    assert config.lambda_sparsity == given.get("lambda_sparsity", (5.0,))
+
+
 def test_jumprelu_with_a_target_l0(mixed):
     """In bfloat16 its threshold moves too, and members far from their target are named."""
     settings = replace(mixed, kind=("jumprelu",), k=(), lambda_sparsity=(), precision="bfloat16")
