@@ -27,6 +27,8 @@ without. Token AUC and precision: single tokens, of which few are in an event.
 pure: features whose strongest tokens nearly all touch one kind. TPP: drop of
 the AUC of a kind's probe when five features are ablated, less the mean drop of
 the other kinds' probes. [ ]: 95 % intervals over patients."""
+CONTROL_HINT = """\
+Features of an untrained encoder reach high AUCs too: compare them (--control)."""
 SPANS_NOTE = """\
 ties: other features that could be the best one for all patients; with it they
 contain that feature with 95 % confidence. recall: at 90 % precision among
@@ -58,6 +60,8 @@ def summary(evaluation: Evaluation) -> str:
         parts += [f"stability over seeds:\n{_stability_table(evaluation)}", STABILITY_NOTE]
     if evaluation.baselines:
         parts += [f"labelled events:\n{_events_table(evaluation)}", EVENTS_NOTE]
+        if evaluation.control is None:
+            parts[-1] += f"\n{CONTROL_HINT}"
         title = f"{evaluation.selected} by kind of event"
         scores = list(_scores(evaluation))
         parts += [f"{title}, spans:\n{_spans_table(scores)}", SPANS_NOTE]
