@@ -22,7 +22,7 @@ from minsae_jax.encoder.random_weights import (
     with_random_weights,
 )
 from minsae_jax.errors import UserError
-from minsae_jax.settings import Seed
+from minsae_jax.settings import Seed, check_settings
 
 ABOUT = """
 Convert weights between PyTorch and minsae_jax.
@@ -120,6 +120,9 @@ class RandomizeCommand:
     of their train patients"""
     seed: Annotated[int, Seed] = 0
     """Seed of the permutations"""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True, kw_only=True)

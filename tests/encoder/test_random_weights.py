@@ -83,6 +83,8 @@ def test_the_command_writes_an_encoder(trained, tmp_path, capsys):
     given = ["--root_path", str(trained.recordings)]
     with pytest.raises(UserError, match="--out must be another folder"):
         main(["randomize", source, "--out", f"{source}/../encoder", *given])
+    with pytest.raises(UserError, match="--seed must be"):
+        main(["randomize", source, "--out", out, "--seed", "-1", *given])
     main(["randomize", source, "--out", out, "--seed", "3", *given])
     random = load_encoder(out)
     assert random.fingerprint[:12] in capsys.readouterr().out
