@@ -63,7 +63,10 @@ def with_random_weights(
 
 def _with_averages_of(windows: np.ndarray, model: PatchTST) -> PatchTST:
     """Set the averages of each BatchNorm to the mean and variance of its inputs."""
-    model.set_attributes(nnx.BatchNorm, use_running_average=False, momentum=0.0)
+    # Flax's fast variance, E[x²] - E[x]², loses digits in float32.
+    model.set_attributes(
+        nnx.BatchNorm, use_running_average=False, momentum=0.0, use_fast_variance=False
+    )
     with jax.default_matmul_precision("highest"):
         # Not `hidden`, which on CPU runs the sequences one by one.
         x = model.embed(patches(model.architecture, model.normalized(jnp.asarray(windows))))

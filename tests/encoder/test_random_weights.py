@@ -53,6 +53,16 @@ def test_outputs_of_layers_have_the_mean_and_sd_of_their_batch_norm(random, wind
     np.testing.assert_allclose(z.std((0, 1, 2)), np.abs(norm["scale"]), atol=1e-3)
 
 
+def test_variance_is_exact_where_the_mean_is_large(encoder, windows):
+    params = jax.tree.map(np.asarray, encoder.params)
+    bias = params["layers"][0]["ff_out"]["bias"]
+    params["layers"][0]["ff_out"]["bias"] = bias + np.float32(3000)
+    random = with_random_weights(type(encoder)(encoder.architecture, params), windows)
+    z = np.asarray(random.activations(windows, 0), np.float64)
+    scale = random.params["layers"][0]["norm_ff"]["scale"]
+    np.testing.assert_allclose(z.std((0, 1, 2)), np.abs(scale), rtol=1e-3)
+
+
 def test_the_seed_decides(encoder, random, windows):
     assert with_random_weights(encoder, windows).fingerprint == random.fingerprint
     other = with_random_weights(encoder, windows, seed=1)
