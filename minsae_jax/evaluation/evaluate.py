@@ -10,9 +10,10 @@ from pathlib import Path
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
-from minsae_jax.evaluation.control import RANDOM, check_control, read_control
+from minsae_jax.evaluation.control import RANDOM, compare_with_control, read_control
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.feature_measures import FeatureResult, measure_features
+from minsae_jax.evaluation.event_results import EventEvaluation
+from minsae_jax.evaluation.feature_measures import FeatureResult, measure_features, source_of
 from minsae_jax.evaluation.inputs import EvaluationInputs, open_inputs
 from minsae_jax.evaluation.loss_recovered import (
     LossRecovered,
@@ -74,15 +75,13 @@ def evaluate(
 
 def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     """Evaluate the members of a run on locked inputs."""
+    controls = _read_control(settings, inputs)
     check_unchanged(inputs.test)
     discard_unfinished(inputs.out)
     pca = _fit_pca(inputs)
     components = _pca_members(pca)
     baselines = _baselines(pca, inputs)
     members = inputs.members
-    if settings.control is not None:
-        wanted = [member.name for member in members]
-        check_control(Path(settings.control), [settings.member] if settings.member else wanted)
     _check_names(members, [*components, *baselines])
     keys = _keys(settings, inputs, [*members, *components, *baselines])
     if settings.member is not None:
@@ -128,7 +127,7 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     events = features[selected].events
     control = None
     if settings.control is not None and events is not None:
-        control = read_control(Path(settings.control), selected, events)
+        control = compare_with_control(Path(settings.control), controls[selected], events)
         baseline_events[RANDOM] = control.events
     evaluation = Evaluation(
         inputs=inputs,
@@ -144,6 +143,20 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     )
     write_files(evaluation)
     return evaluation
+
+
+def _read_control(settings: EvaluateConfig, inputs: EvaluationInputs) -> dict[str, EventEvaluation]:
+    """Return the control of each member that can be selected, by name; empty without --control.
+
+    It is read before anything is measured, which can take hours.
+    """
+    if settings.control is None:
+        return {}
+    if inputs.events is None:
+        raise UserError("--control requires labelled events of val and test patients (events.csv)")
+    members = [m for m in inputs.members if settings.member in (None, m.name)]
+    encoder = inputs.test.store.require_manifest().encoder
+    return read_control(Path(settings.control), members, source_of(settings, inputs), encoder)
 
 
 def _baselines(pca: PCA | None, inputs: EvaluationInputs) -> list[Member]:

@@ -206,6 +206,7 @@ def score_events(
         np.stack([of_kind.auc for of_kind in spans]),
         np.array([*(kind.n_patients for kind in kinds), n_patients]),
         source,
+        test.store.require_manifest().encoder,
     )
     return EventEvaluation(scores, summary, features, resampled)
 

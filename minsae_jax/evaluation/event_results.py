@@ -129,8 +129,11 @@ class ResampledAUCs(NamedTuple):
     aucs: Float[np.ndarray, "kinds resamples"]
     # Test patients, or other units, with events of each kind, and then of any kind
     n_patients: Int[np.ndarray, " kinds+1"]
-    # Checksum of recordings, events and seed: only AUCs on the same resamples can be compared
+    # Checksum of recordings, events, layer and seed: only AUCs on the same resamples, of the same
+    # layer, can be compared
     source: str
+    # Fingerprint; a control is of another encoder
+    encoder: str
 
 
 @dataclass(frozen=True)

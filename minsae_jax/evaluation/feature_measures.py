@@ -80,7 +80,9 @@ class FeatureResult(NamedTuple):
         summary = _from_json(EventSummary, record["summary"])
         names = [field.name for field in fields(FeatureEvents) if field.name != "kinds"]
         features = FeatureEvents(tuple(scores), **{name: saved[name] for name in names})
-        resampled = ResampledAUCs(saved["aucs"], saved["n_patients"], str(saved["source"]))
+        resampled = ResampledAUCs(
+            saved["aucs"], saved["n_patients"], str(saved["source"]), str(saved["encoder"])
+        )
         events = EventEvaluation(scores, summary, features, resampled)
         return cls(bits, saved["contribution"], events, left_out)
 
@@ -143,7 +145,7 @@ def _score_features(
     n_tokens = test.store.total_tokens
     is_labelled = _labelled_recordings(inputs)
     kinds, left_out = _event_kinds(settings, inputs, is_labelled)
-    source = _source_of(settings, inputs)
+    source = source_of(settings, inputs)
     chosen: dict[str, list[ChosenFeatures]] = {}
     with progress("choose features", len(members), "members", delay=2.0) as bar:
         for member in members:
@@ -173,13 +175,15 @@ def _score_features(
     return results
 
 
-def _source_of(settings: EvaluateConfig, inputs: EvaluationInputs) -> str:
+def source_of(settings: EvaluateConfig, inputs: EvaluationInputs) -> str:
+    """Return the checksum of everything that AUCs of two encoders must share to be compared."""
     places = [
         None if dataset is None else dataset.places_sha256()
         for dataset in (inputs.test, inputs.val)
     ]
     events = [sha256_of(path) for path in inputs.event_files]
-    return make_key("resamples", places, events, settings.seed)
+    origin = inputs.test.store.origin
+    return make_key("resamples", places, events, settings.seed, origin.layer_index, origin.revin)
 
 
 def _labelled_recordings(inputs: EvaluationInputs) -> Bool[np.ndarray, " recordings"]:

@@ -268,8 +268,11 @@ class Evaluation:
             "pca": [components.to_record() for components in self.pca],
         }
         if self.control is not None:
-            gains = {"mean": self.control.mean_auc_gain} | dict(self.control.auc_gain)
-            record["control"] = {"folder": str(self.control.folder), "auc_gain": gains}
+            record["control"] = {
+                "folder": str(self.control.folder),
+                "mean_auc_gain": self.control.mean_auc_gain,
+                "auc_gain": dict(self.control.auc_gain),
+            }
         return to_json(record)
 
     def _substitution_record(self) -> JsonObject | str:

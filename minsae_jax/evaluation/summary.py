@@ -204,8 +204,8 @@ def _tokens_table(scores: Sequence[tuple[str, str, EventScore]]) -> str:
 
 
 def _gains_table(control: Control) -> str:
-    gains = {**control.auc_gain, "mean": control.mean_auc_gain}
-    return table(["event", "gain"], [[kind, _cell(gain, ".3f")] for kind, gain in gains.items()])
+    gains = [*control.auc_gain.items(), ("mean", control.mean_auc_gain)]
+    return table(["event", "gain"], [[kind, _cell(gain, ".3f")] for kind, gain in gains])
 
 
 def write_files(evaluation: Evaluation) -> None:

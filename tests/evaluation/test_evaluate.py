@@ -20,7 +20,6 @@ from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation import feature_measures, inputs, saved, summary
 from minsae_jax.evaluation import members as evaluation_members
 from minsae_jax.evaluation.config import EvaluateConfig
-from minsae_jax.evaluation.control import check_control, read_control
 from minsae_jax.evaluation.evaluate import evaluate
 from minsae_jax.evaluation.events import event_share, read_events
 from minsae_jax.evaluation.inputs import open_inputs
@@ -165,17 +164,23 @@ def test_keys_of_evaluation_json(evaluation):
     assert baseline["raw"].keys() == baseline["pca"].keys() == score.keys()
 
 
-def exchanged(run: Path, control: Path) -> None:
-    """Write an evaluation like that of the run, with the features of each member at the other."""
+def change_part(folder: Path, name: str, **changes: np.ndarray) -> None:
+    path = folder / f"evaluation/{name}.features.npz"
+    write_npz(path, {**read_npz(path), **changes})
+
+
+def write_control(run: Path, control: Path) -> None:
+    """Write an evaluation of another encoder, with the features of each member at the other."""
     folder = control / "evaluation"
     shutil.copytree(run / "evaluation", folder)
     for name, other in (("lambda=0.1", "lambda=1"), ("lambda=1", "lambda=0.1")):
         source = run / "evaluation" / f"{other}.features.npz"
         shutil.copy(source, folder / f"{name}.features.npz")
+        change_part(control, name, encoder=np.array("random"))
 
 
 def test_control_is_a_row_beside_the_baselines(trained, evaluation, settings, tmp_path):
-    exchanged(trained.run, tmp_path / "control")
+    write_control(trained.run, tmp_path / "control")
     settings = replace(settings, out=str(tmp_path / "out"), control=str(tmp_path / "control"))
     shutil.copytree(trained.run / "evaluation", tmp_path / "out/evaluation")
     result = evaluate(settings, trained.encoder)
@@ -190,9 +195,10 @@ def test_control_is_a_row_beside_the_baselines(trained, evaluation, settings, tm
         if gain.interval is not None:
             assert gain.interval.low <= gain.value <= gain.interval.high
     record = result.to_record()
-    assert record["control"]["auc_gain"]["mean"] == pytest.approx(
+    assert record["control"]["mean_auc_gain"] == pytest.approx(
         np.mean([gain.value for gain in gains.values()])
     )
+    assert record["control"]["auc_gain"] == to_json(gains)
     assert record["baseline_summaries"]["random"] == to_json(other.event_summary)
     text = result.summary()
     (row,) = (line for line in text.splitlines() if line.startswith("random encoder "))
@@ -203,20 +209,38 @@ def test_control_is_a_row_beside_the_baselines(trained, evaluation, settings, tm
     assert all(page.scores["random"] == other.events[page.kind] for page in pages)
 
 
-def test_a_control_that_does_not_fit_is_an_error(trained, evaluation, tmp_path):
-    events = evaluation.find("lambda=1").event_evaluation
-    with pytest.raises(UserError, match="no evaluation of lambda=1, lambda=2; train"):
-        check_control(tmp_path, ["lambda=1", "lambda=2"])
-    shutil.copytree(trained.run / "evaluation", tmp_path / "evaluation")
-    check_control(tmp_path, ["lambda=1"])
-    with pytest.raises(UserError, match="has the same SAE"):
-        read_control(tmp_path, "lambda=1", events)
-    others = replace(events, resampled=events.resampled._replace(source="other"))
-    with pytest.raises(UserError, match="was evaluated on other recordings or events"):
-        read_control(tmp_path, "lambda=1", others)
-    (tmp_path / "evaluation/lambda=1.features.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match="evaluate the control again"):
-        read_control(tmp_path, "lambda=1", events)
+def test_a_control_that_does_not_fit_is_an_error(trained, evaluation, settings, tmp_path):
+    control = tmp_path / "control"
+    control.mkdir()
+    settings = replace(settings, control=str(control), out=str(tmp_path / "out"))
+
+    def error(message, settings=settings):
+        with pytest.raises(UserError, match=message):
+            ms.evaluate(settings, trained.encoder)
+        # Nothing was measured.
+        assert not (tmp_path / "out/evaluation").exists()
+
+    error("no evaluation of lambda=0.1, lambda=1; train")
+    shutil.copytree(trained.run / "evaluation", control / "evaluation")
+    error("is of the encoder of this run")
+    for name in ("lambda=0.1", "lambda=1"):
+        change_part(control, name, encoder=np.array("random"))
+    error("was evaluated on other recordings or events", settings=replace(settings, seed=1))
+    part = read_npz(control / "evaluation/lambda=1.features.npz")
+    of_features = ("val_auc", "auc", "recall", "precision", "examples", "is_pure")
+    change_part(control, "lambda=1", **{name: part[name][..., :-1] for name in of_features})
+    error(r"lambda=1 has d_sae \d+, expected")
+    (control / "evaluation/lambda=1.features.npz").write_bytes(b"PK")
+    error("evaluate the control again")
+
+
+def test_control_requires_events(trained, evaluation, settings, tmp_path):
+    recordings = shutil.copytree(trained.recordings, tmp_path / "recordings")
+    (recordings / "events.csv").unlink()
+    write_control(trained.run, tmp_path / "control")
+    settings = replace(settings, control=str(tmp_path / "control"), root_path=str(recordings))
+    with pytest.raises(UserError, match="--control requires labelled events"):
+        ms.evaluate(replace(settings, out=str(tmp_path / "out")), trained.encoder)
 
 
 def test_control_must_be_another_folder(trained, settings, tmp_path):

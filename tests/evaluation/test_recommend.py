@@ -33,7 +33,7 @@ NO_FEATURES = FeatureEvents(
     base_rate=np.zeros(0),
     is_pure=NOTHING > 0,
 )
-NO_AUCS = ResampledAUCs(NOTHING, np.zeros(1, int), "")
+NO_AUCS = ResampledAUCs(NOTHING, np.zeros(1, int), "", "")
 
 
 def make_stability(share):
