@@ -215,7 +215,7 @@ def test_page_of_an_event(page, report):
     lead = texts(page, "#page .lead")[0]
     assert "Feature 0 separates events from spans without one with an AUC of 0.990" in lead
     assert "By the val patients, the best one can be any of 4 features" in lead
-    assert "Its AUC is 0.012 below that of the random encoder's best feature" in lead
+    assert "The AUC of feature 0 is 0.012 below that of the random encoder's best feature" in lead
     assert "(95 % interval of the difference −0.052 to 0.018)" in lead
     titles, *rows = table(page, "#page table:not(.scores)")
     assert titles == ["Feature", "Seeds", "AUC, val", "AUC, test", "Recall", "Precision", "Density"]

@@ -115,7 +115,7 @@ function eventSentence({ scores, auc_gain: gain, auc_gain_interval: ends }) {
   const better = SETS.slice(1).filter(([key]) => scores[key] && scores[key].auc >= sae.auc).map(([, title]) => `best ${title}`);
   const baseline = better.length ? ` The ${better.join(" and the ")} ${better.length > 1 ? "do" : "does"} as well or better.` : "";
   let control = "";
-  if (!missing(gain)) control = ` Its AUC is ${fixed(Math.abs(gain))} ${gain < 0 ? "below" : "above"} that of the random encoder's best feature${ends ? ` (95 % interval of the difference ${ends.map((v) => fixed(v)).join(" to ")})` : ""}.`;
+  if (!missing(gain)) control = ` The AUC of feature ${feature} is ${fixed(Math.abs(gain))} ${gain < 0 ? "below" : "above"} that of the random encoder's best feature${ends ? ` (95 % interval of the difference ${ends.map((v) => fixed(v)).join(" to ")})` : ""}.`;
   return first + tied + baseline + control;
 }
 
