@@ -75,8 +75,9 @@ class MeasureConfig:
     compare_with: tuple[str, ...] = ()
     """Other runs, and folders of single SAEs, to evaluate together with the run; requires --out."""
     control: str | None = None
-    """Folder of an evaluation of the same members, trained on an encoder with random weights, whose
-    features for events are shown beside (docs/evaluate.md)."""
+    """Folder of the evaluation of a control: the same members, trained on an encoder with random
+    weights. Its best features for events are shown beside those of the member
+    (docs/evaluate.md)."""
     member: str | None = None
     """Evaluate and report only this member (default: evaluate all, report the recommended)."""
     out: str | None = None
