@@ -234,6 +234,16 @@ def test_a_control_that_does_not_fit_is_an_error(trained, evaluation, settings, 
     error("evaluate the control again")
 
 
+def test_only_auc_of_one_layer_can_be_compared(settings):
+    opened = inputs.open_inputs(settings, None)
+    source = feature_measures.source_of(settings, opened)
+    store = opened.test.store
+    other = replace(store, manifest=replace(store.require_manifest(), layer_index=0))
+    of_other = replace(opened, test=replace(opened.test, store=other))
+    assert feature_measures.source_of(settings, opened) == source
+    assert feature_measures.source_of(settings, of_other) != source
+
+
 def test_control_requires_events(trained, evaluation, settings, tmp_path):
     recordings = shutil.copytree(trained.recordings, tmp_path / "recordings")
     (recordings / "events.csv").unlink()
