@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from minsae_jax.errors import UserError
-from minsae_jax.files import atomic_write, regular_file, sha256_of
+from minsae_jax.files import HEADER_LOCK, atomic_write, regular_file, sha256_of
 
 SUMS = "SHA256SUMS"
 # The digest, a space, a space or * for binary mode, and the path below the folder.
@@ -69,7 +69,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     Raises many types of errors if it is damaged; any change of the arrays is noticed.
     """
     with regular_file(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
+        with HEADER_LOCK:
+            arrays = {name: archive[name] for name in archive.files}
         # zipfile compares the checksum of each array, but where the directory of the archive is
         # damaged it can miss an array. Their number is at byte 10 of the archive's last record.
         file.seek(-ZIP_END_BYTES, os.SEEK_END)

@@ -16,11 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from threading import Lock
 
 from minsae_jax.errors import UserError
 from minsae_jax.locks import lock_folder
 
 FLUSH_THREADS = 8
+# To be held while NumPy reads the header of an array. It does so with Python's parser, which Python
+# 3.11 cannot run in two threads at once: it raises SystemError now and then.
+HEADER_LOCK = Lock()
 
 
 @contextmanager

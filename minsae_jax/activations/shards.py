@@ -13,7 +13,7 @@ import numpy as np
 from minsae_jax.activations.manifest import ON_DISK, SHARD_NAME, Manifest, ShardEntry, shard_number
 from minsae_jax.checksums import read_npz
 from minsae_jax.errors import UserError, is_system_error, reading
-from minsae_jax.files import regular_file
+from minsae_jax.files import HEADER_LOCK, regular_file
 
 PROVENANCE = "provenance.npz"
 NPY_START_BYTES = 128  # of which most headers consist
@@ -99,11 +99,10 @@ def read_header(path: Path) -> Header:
 def _parse_header(content: bytes) -> Header:
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        parsed = np.lib.format.read_array_header_1_0(file)
-    else:
-        parsed = np.lib.format.read_array_header_2_0(file)
-    shape, is_fortran, dtype = parsed
+    is_first = version == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+    with HEADER_LOCK:
+        shape, is_fortran, dtype = read(file)
     # Tokens are read by their byte offset, which is valid in C order only.
     if is_fortran and len(shape) > 1:
         raise ValueError("it is not in C order")

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ from minsae_jax.eeg.splits import (
     splits_path,
 )
 from minsae_jax.errors import UserError, brief, join_some
-from minsae_jax.files import regular_file
+from minsae_jax.files import HEADER_LOCK, regular_file
 from minsae_jax.settings import shown
 
 OnBadRecording = Literal["error", "skip"]
@@ -35,9 +34,6 @@ OnBadRecording = Literal["error", "skip"]
 SAMPLING_RATE = 100  # Hz, of recordings without dataset.json
 LENGTHS = "file_lengths_map.csv"
 LABELS = "labels.csv"
-# NumPy parses headers with Python's parser, which Python 3.11 cannot run in two threads at once
-# (it raises SystemError).
-_header_lock = Lock()
 
 
 class WindowShape(NamedTuple):
@@ -321,7 +317,7 @@ def file_stamp(path: Path) -> tuple[int, int]:
 
 def load_recording(path: Path) -> np.ndarray:
     """Return a recording [time, channels] as a memory map."""
-    with _header_lock:
+    with HEADER_LOCK:
         mapped = np.load(regular_file(path), mmap_mode="r", allow_pickle=False)
     if not isinstance(mapped, np.ndarray):
         raise ValueError("it is an archive of arrays")

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minsae_jax.errors import reading
-from minsae_jax.files import atomic_write, named_errors
+from minsae_jax.files import HEADER_LOCK, atomic_write, named_errors
 from minsae_jax.monitor.csv_log import (
     RESTORE,
     append_rows,
@@ -233,7 +233,8 @@ def _open_array(path: Path) -> ArrayTable:
             version = np.lib.format.read_magic(file)
             if version != (1, 0):
                 raise ValueError(f"its format is {version}")
-            (n_rows,), _, dtype = np.lib.format.read_array_header_1_0(file)
+            with HEADER_LOCK:
+                (n_rows,), _, dtype = np.lib.format.read_array_header_1_0(file)
             offset = file.tell()
             n_bytes = file.seek(0, io.SEEK_END) - offset
         table = ArrayTable(path, dtype, min(n_rows, n_bytes // dtype.itemsize), offset)
