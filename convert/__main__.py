@@ -15,6 +15,8 @@ from convert.encoder import convert, describe, read_source
 from convert.patchtst.weights import write_pytorch
 from convert.sae import Format, convert_sae
 from minsae_jax import cli
+from minsae_jax.eeg.description import read_description
+from minsae_jax.eeg.recordings import recordings_folder
 from minsae_jax.encoder.converted import is_encoder, load_encoder, load_source, save_encoder
 from minsae_jax.encoder.random_weights import (
     has_batch_norm,
@@ -29,12 +31,13 @@ Convert weights between PyTorch and minsae_jax.
 
   python -m convert encoder SOURCE [--config_path YAML] --out DIR   PyTorch to Flax
   python -m convert encoder DIR --to pytorch --out PATH             and back
-  python -m convert randomize DIR --out DIR                         random weights, for a control
+  python -m convert randomize SOURCE --out DIR                      random weights, for a control
   python -m convert sae PATH --to member|minsae|saelens|dictionary_learning --out PATH
 
 `python -m convert VERB --help` shows the flags; docs/convert.md describes the formats.
 """
 NOISE = "noise"
+BRAINDECODE = "braindecode:"
 Choice = Literal["true", "false"]  # a switch that can also be left to the checkpoint
 
 
@@ -112,12 +115,14 @@ class RandomizeCommand:
     """Flags of `python -m convert randomize`."""
 
     source: Annotated[str, cli.Flag(positional=True)]
-    """Folder of a converted encoder"""
+    """Folder of a converted encoder, or a model of Braindecode such as braindecode:LaBraM"""
     out: str
-    """Folder to write"""
+    """Folder to write; for a model of Braindecode it is the --checkpoint_path of minsae extract"""
     root_path: str | None = None
-    """Folder of the recordings; required by an encoder with BatchNorm, whose averages become those
-    of their train patients"""
+    """Folder of the recordings; required by models of Braindecode, for the names of their channels,
+    and by encoders with BatchNorm, whose averages become those of the train patients"""
+    checkpoint_path: str | None = None
+    """Weights of a model of Braindecode, as for minsae extract"""
     seed: Annotated[int, Seed] = 0
     """Seed of the permutations"""
 
@@ -185,6 +190,11 @@ def _export_encoder(command: EncoderCommand, folder: Path) -> None:
 
 def randomize(command: RandomizeCommand) -> None:
     """Permute the weights of an encoder: the control for what it has learned (docs/evaluate.md)."""
+    if command.source.startswith(BRAINDECODE):
+        _randomize_braindecode(command)
+        return
+    if command.checkpoint_path is not None:
+        raise UserError("--checkpoint_path is for models of Braindecode; SOURCE has the weights")
     folder = Path(command.source)
     trained = load_encoder(folder)
     if Path(command.out).resolve() == folder.resolve():
@@ -199,7 +209,25 @@ def randomize(command: RandomizeCommand) -> None:
     origin = load_source(folder)
     sources = {**origin.sources, "weights": weights}
     save_encoder(command.out, random, dataclasses.replace(origin, sources=sources))
-    print(f"weights: {weights}, fingerprint {random.fingerprint[:12]}\nwritten to {command.out}")
+    _print_random_weights(command, trained.fingerprint, random.fingerprint)
+
+
+def _randomize_braindecode(command: RandomizeCommand) -> None:
+    """Write a model of Braindecode with permuted weights, as its `save_pretrained` does."""
+    from convert.braindecode import load_braindecode, save_random_weights
+
+    if command.root_path is None:
+        raise UserError("models of Braindecode require --root_path, for the names of the channels")
+    channels = read_description(recordings_folder(Path(command.root_path))).channels
+    name = command.source.removeprefix(BRAINDECODE)
+    trained = load_braindecode(name, command.checkpoint_path, channels)
+    random = save_random_weights(trained, Path(command.out), command.seed)
+    _print_random_weights(command, trained.fingerprint, random)
+
+
+def _print_random_weights(command: RandomizeCommand, trained: str, random: str) -> None:
+    print(f"weights: permutation of {trained[:12]} with seed {command.seed}")
+    print(f"fingerprint {random[:12]}, written to {command.out}")
 
 
 def sae(command: SaeCommand) -> None:

@@ -24,7 +24,8 @@ from minsae_jax.encoder.base import (
     EncoderSpec,
     HiddenFunction,
 )
-from minsae_jax.errors import UserError, brief, join_some
+from minsae_jax.errors import UserError, brief, join_some, system_reason
+from minsae_jax.files import replaced_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -224,6 +225,30 @@ def load_braindecode(
             f"{join_some(missing, limit=3)}"
         )
     return encoder
+
+
+def save_random_weights(encoder: BraindecodeEncoder, folder: Path, seed: int) -> str:
+    """Write the model with permuted weights, and return the fingerprint of that encoder.
+
+    The entries of each parameter keep their distribution, and nothing else. The encoder itself is
+    changed. Raises UserError if the folder is not empty or cannot be written.
+    """
+    import torch
+
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} must be empty or new: it would be replaced")
+    rng = np.random.default_rng(seed)
+    model: Any = encoder.model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            flat = rng.permutation(parameter.cpu().numpy().reshape(-1))
+            parameter.copy_(torch.from_numpy(flat.reshape(parameter.shape)))
+    try:
+        with replaced_folder(folder) as temporary, _quiet():
+            model.save_pretrained(temporary)
+    except OSError as e:
+        raise UserError(f"{folder} could not be written ({system_reason(e)})") from e
+    return _fingerprint(model, encoder.spec, encoder.layout)
 
 
 def _load_again(model: "nn.Module", weights: str) -> list[str]:

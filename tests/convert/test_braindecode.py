@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from convert.__main__ import main as convert
 from convert.braindecode import BraindecodeEncoder, load_braindecode
 from minsae_jax import UserError, load_sae
 from minsae_jax.__main__ import main
@@ -310,6 +311,41 @@ def test_command_extracts_what_the_native_encoder_extracts(models, tmp_path):
     yaml = ["--config_path", "x.yaml"]
     with pytest.raises(UserError, match="--config_path cannot be combined with --model"):
         main([*paths, "--model", "braindecode:cbramod", *yaml])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_random_weights_are_permutations_of_the_trained(make, models, tmp_path, capsys, name):
+    recordings = write_recordings(tmp_path / "recordings", channels=CHANNELS)
+    model = make(name)
+    model.save_pretrained(tmp_path / "trained")
+    out = tmp_path / "random"
+    source = [f"braindecode:{name}", "--checkpoint_path", str(tmp_path / "trained")]
+    command = ["randomize", *source, "--root_path", str(recordings), "--out", str(out)]
+    convert([*command, "--seed", "1"])
+    random = load_braindecode(name, str(out), CHANNELS)
+    assert random.fingerprint[:12] in capsys.readouterr().out
+    changed = 0
+    for (key, before), after in zip(
+        model.named_parameters(), random.model.parameters(), strict=True
+    ):
+        before, after = before.detach().flatten(), after.detach().flatten()
+        assert torch.equal(before.sort().values, after.sort().values), key
+        changed += not torch.equal(before, after)
+    assert changed > 10
+    trained = load_braindecode(name, str(tmp_path / "trained"), CHANNELS)
+    assert random.fingerprint != trained.fingerprint
+    saved = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match="random must be empty or new"):
+        convert(command)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == saved
+
+
+def test_random_weights_without_recordings_or_for_a_folder_are_one_line(tmp_path):
+    out = ["--out", str(tmp_path / "random")]
+    with pytest.raises(UserError, match="require --root_path, for the names of the channels"):
+        convert(["randomize", "braindecode:cbramod", *out])
+    with pytest.raises(UserError, match="--checkpoint_path is for models of Braindecode"):
+        convert(["randomize", "checkpoints/demo", "--checkpoint_path", str(SAVED), *out])
 
 
 def test_live_training_on_a_model_equals_training_on_its_store(models, tmp_path):
