@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from minsae_jax.estimates import Estimate
+from minsae_jax.evaluation.control import RANDOM
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
 from minsae_jax.files import atomic_write
 from minsae_jax.sae.figures import KIND_COLOURS, PCA, make_figure, plain_log_ticks, tidy
@@ -51,8 +52,8 @@ def draw_evaluation(path: Path, evaluation: Evaluation) -> None:
         artists, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, artists, strict=True))
     figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=len(handles),
-        frameon=False,
+        list(handles.values()), list(handles), loc="outside lower center",
+        ncols=min(len(handles), 2 * n_columns), frameon=False,
     )  # fmt: skip
     title = f"{evaluation.inputs.name} on test patients; recommended: {evaluation.recommended}"
     figure.suptitle(title, x=0.01, ha="left", parse_math=False)
@@ -135,10 +136,11 @@ def _bar(measure: Estimate) -> tuple[float, float]:
 
 
 def _draw_baselines(axes: "Axes", evaluation: Evaluation) -> None:
-    """Draw the mean over kinds of events of raw dimensions and of all principal components."""
+    """Draw the mean over kinds of events of all baselines, and of the selected member's control."""
     for name, colour, label in (
         ("raw", RAW_COLOUR, "best raw dimension"),
         ("pca", KIND_COLOURS[PCA], "best principal component"),
+        (RANDOM, UNKNOWN_COLOUR, f"control of {evaluation.selected}"),
     ):
         if name in evaluation.baseline_events:
             auc = evaluation.baseline_events[name].summary.auc.value

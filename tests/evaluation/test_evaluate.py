@@ -17,7 +17,7 @@ from minsae_jax.activations.store import open_store
 from minsae_jax.checksums import read_npz, write_npz
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.estimates import Estimate
-from minsae_jax.evaluation import feature_measures, inputs, saved, summary
+from minsae_jax.evaluation import feature_measures, figure, inputs, saved, summary
 from minsae_jax.evaluation import members as evaluation_members
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.evaluate import evaluate
@@ -28,6 +28,7 @@ from minsae_jax.evaluation.token_pass import read_features
 from minsae_jax.json_values import to_json
 from minsae_jax.report.event_pages import event_pages
 from minsae_jax.sae.config import load_run_config
+from minsae_jax.sae.figures import KIND_COLOURS, make_figure
 from minsae_jax.sae.hyper import SYMBOLS
 from minsae_jax.sae.member import load_sae, save_member
 from tests.evaluation import planted
@@ -209,6 +210,25 @@ def test_control_is_a_row_beside_the_baselines(trained, evaluation, settings, tm
     assert "above the control:" in text
     pages = event_pages(result, {})
     assert all(page.scores["random"] == other.events[page.kind] for page in pages)
+
+
+def test_legend_with_a_control_fits_the_figure(
+    trained, evaluation, settings, tmp_path, monkeypatch, without_figure
+):
+    write_control(trained.run, tmp_path / "control")
+    settings = replace(settings, out=str(tmp_path / "out"), control=str(tmp_path / "control"))
+    shutil.copytree(trained.run / "evaluation", tmp_path / "out/evaluation")
+    result = evaluate(settings, trained.encoder)
+    member = result.members[0]
+    kinds = [replace(member, hyper={"kind": kind}) for kind in KIND_COLOURS]
+    drawn = make_figure(13.2, 7.8)
+    monkeypatch.setattr(figure, "make_figure", lambda *size: drawn)
+    figure.draw_evaluation(tmp_path / "evaluation.png", replace(result, members=tuple(kinds)))
+    (legend,) = drawn.legends
+    assert f"control of {result.selected}" in [text.get_text() for text in legend.get_texts()]
+    extent = legend.get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= drawn.bbox.x1
 
 
 def test_a_control_that_does_not_fit_is_an_error(trained, evaluation, settings, tmp_path):
