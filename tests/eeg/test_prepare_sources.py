@@ -57,6 +57,19 @@ def test_later_parts_of_split_fif_files_are_no_recordings(tmp_path):
     assert set(names_of(tmp_path, *split, *others)) == {split[0], split[2], *others}
 
 
+def test_files_behind_links_to_folders_are_found_once(tmp_path):
+    """Patients on another disk; a link back to the top has no end."""
+    (tmp_path / "disk/p2").mkdir(parents=True)
+    (tmp_path / "disk/p2/b.edf").touch()
+    study = tmp_path / "study"
+    (study / "p3").mkdir(parents=True)
+    links = {"all": study, "p2": tmp_path / "disk/p2", "a_p2": study / "p2", "a_p3": study / "p3"}
+    for link, target in links.items():
+        (study / link).symlink_to(target)
+    names = names_of(tmp_path, "study/p1/a.edf", "study/p3/c.edf", source="study")
+    assert list(names) == ["study/a_p2/b.edf", "study/p1/a.edf", "study/p3/c.edf"]
+
+
 def test_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     """The user who runs the tests may be allowed to read everything."""
     scandir = os.scandir

@@ -233,16 +233,24 @@ def _search(folder: Path) -> list[Path]:
 
 
 def _content(folder: Path) -> list[Path]:
-    """Return the files and folders below a folder. Raises OSError if one cannot be read.
+    """Return the files and folders below a folder, also behind links; each folder once.
 
-    Path.rglob would leave out the content of that one.
+    Raises OSError if one cannot be read, whose content Path.rglob would leave out.
     """
 
     def refuse(error: OSError) -> None:
         raise error
 
     paths = []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
+    # A link to a folder above it would have no end.
+    seen = {folder.resolve()}
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        below = [Path(parent, name) for name in sorted(folders)]
+        folders.clear()
+        for path in sorted(below, key=Path.is_symlink):  # a folder itself before links to it
+            if path.resolve() not in seen:
+                seen.add(path.resolve())
+                folders.append(path.name)
         paths += [Path(parent, name) for name in (*folders, *files)]
     return sorted(paths)
 
