@@ -349,10 +349,17 @@ def _default_store(config: TrainConfig, split: Literal["val", "test"]) -> Path |
 
     A run with --live has no train store.
     """
+    sibling = None if config.live else sibling_store(Path(config.store), split)
+    if split == "test" or config.val_store is None:
+        return sibling
     # The members were measured on this store while they were trained.
-    if split == "val" and config.val_store is not None and Path(config.val_store).is_dir():
+    if Path(config.val_store).is_dir():
         return Path(config.val_store)
-    return None if config.live else sibling_store(Path(config.store), split)
+    if sibling is not None and sibling.is_dir():
+        warnings.warn(
+            f"the run's --val_store {config.val_store} is missing; using {sibling}", stacklevel=2
+        )
+    return sibling
 
 
 def _open_split(

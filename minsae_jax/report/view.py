@@ -376,5 +376,5 @@ def write_view(path: Path, meta: ViewMeta) -> None:
     for place, content in parts.items():
         page = page.replace(place, content)
     make_folder(path.parent)
-    with atomic_write(path) as temporary:
+    with atomic_write(path, shared=True) as temporary:
         temporary.write_text(page, encoding="utf-8")

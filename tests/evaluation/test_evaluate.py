@@ -703,7 +703,8 @@ def test_val_store_of_the_run_comes_before_the_one_beside_the_train_store(
     assert val_store(config) == val_store(live) == copy
     assert val_store(config, val_store=str(beside)) == beside
     shutil.rmtree(copy)
-    assert val_store(config) == beside
+    with pytest.warns(UserWarning, match=r"--val_store .*copy is missing; using .*_val"):
+        assert val_store(config) == beside
 
 
 def test_evaluation_on_val_patients_warns(trained, settings):
