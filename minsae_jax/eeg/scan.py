@@ -36,6 +36,7 @@ SCAN_BLOCK = 100_000  # samples
 # Limits of the median root mean square of the channels
 PLAUSIBLE_SD = (0.1, 10.0)
 PLAUSIBLE_UV = (0.01, 10_000.0)
+NOT_FINITE = "contains NaN or infinity"  # in the reason of a skipped recording
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _scan_split(
             selected = windows.first(min(max_windows, len(windows)))
         scans = scan_windows(selected, scans)
         not_finite = {
-            name: f"contains NaN or infinity at sample {scan.first_not_finite}"
+            name: f"{NOT_FINITE} at sample {scan.first_not_finite}"
             for name, scan in scans.items()
             if scan.first_not_finite is not None
         }

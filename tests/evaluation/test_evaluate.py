@@ -16,14 +16,18 @@ from minsae_jax import UserError
 from minsae_jax.activations.store import open_store
 from minsae_jax.checksums import read_npz, write_npz
 from minsae_jax.eeg.montage import CHANNELS
+from minsae_jax.encoder.config import ExtractConfig
+from minsae_jax.encoder.extract import extract
 from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation import feature_measures, figure, inputs, saved, summary
 from minsae_jax.evaluation import members as evaluation_members
 from minsae_jax.evaluation.config import EvaluateConfig
+from minsae_jax.evaluation.dataset import open_dataset
 from minsae_jax.evaluation.evaluate import evaluate
 from minsae_jax.evaluation.events import event_share, read_events
 from minsae_jax.evaluation.inputs import open_inputs
 from minsae_jax.evaluation.loss_recovered import substitution_errors
+from minsae_jax.evaluation.recordings import check_unchanged
 from minsae_jax.evaluation.token_pass import read_features
 from minsae_jax.json_values import to_json
 from minsae_jax.report.event_pages import event_pages
@@ -800,6 +804,31 @@ def test_recordings_that_have_changed_since_the_extraction_are_refused(trained, 
     check(eeg[::-1], "recordings in .* are not those that the store .* was extracted from")
     eeg[3] = np.nan
     check(eeg, "are not those that the store")
+
+
+@pytest.mark.parametrize("max_batches", [None, 1])
+def test_recordings_beside_skipped_ones_with_nan_are_accepted(trained, tmp_path, max_batches):
+    recordings = shutil.copytree(trained.recordings, tmp_path / "recordings")
+    path = recordings / trained.dataset("test").recordings[0]
+    eeg = np.load(path)
+    eeg[3] = np.nan
+    np.save(path, eeg)
+    config = ExtractConfig(
+        root_path=str(recordings),
+        split=("test",),
+        out=str(tmp_path / "store"),
+        max_batches=max_batches,
+        batch_size=4,
+        on_bad_recording="skip",
+    )
+    with pytest.warns(UserWarning, match="left out of split test"):
+        extract(trained.encoder, config)
+    dataset = open_dataset(tmp_path / "store", None, trained.encoder, recordings)
+    check_unchanged(dataset)
+    other = recordings / dataset.recordings[0]
+    np.save(other, np.load(other)[:50])
+    with pytest.raises(UserError, match="has 50 samples"):
+        check_unchanged(dataset)
 
 
 @pytest.mark.slow
