@@ -244,11 +244,12 @@ def _train_recordings(config: TrainConfig, store: Store | None) -> set[str]:
     try:
         if not config.live:
             return set() if store is None else store.recordings()
-        folder = recordings_folder(Path(str(config.root_path)))
-        names = set(read_lengths(folder / LENGTHS))
+        root = Path(str(config.root_path))
+        names = set(read_lengths(recordings_folder(root) / LENGTHS))
         if config.split == "all":
             return names
-        patients = set(read_splits(splits_path(folder, config.split_seed))[config.split])
+        # In `root`, also where the recordings are in its tuhab_preprocessed.
+        patients = set(read_splits(splits_path(root, config.split_seed))[config.split])
     except UserError:
         return set()  # they were moved or removed since, or are damaged
     return {name for name in names if patient_of(name) in patients}

@@ -675,6 +675,17 @@ def test_patients_that_are_also_in_the_train_store_are_a_warning(trained, settin
     assert len(caught) == 2  # of val and test
 
 
+def test_patients_of_a_live_run_are_known_if_its_root_is_above_the_recordings(
+    trained, settings, tmp_path
+):
+    folder = shutil.copytree(trained.recordings, tmp_path / "tuhab_preprocessed")
+    (folder / "tuh_patient_splits_seed_42.pkl").rename(tmp_path / "tuh_patient_splits_seed_42.pkl")
+    config = replace(load_run_config(trained.run), live=True, root_path=str(tmp_path), split="test")
+    settings = replace(settings, store=f"{trained.stores}_test", val_store=f"{trained.stores}_val")
+    with pytest.warns(UserWarning, match="patients in .*_test.* train store"):
+        inputs.open_inputs(settings, trained.encoder, config)
+
+
 def test_live_run_does_not_take_the_stores_beside_the_default_store(trained, settings):
     """Those of a run with a train store are taken."""
     config = load_run_config(trained.run)
