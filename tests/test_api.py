@@ -19,7 +19,7 @@ heavy = {"jax", "flax", "orbax", "grain", "optax", "scipy", "matplotlib", "tenso
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 
-# In its own process: the type checks of the tests would refuse the dict first.
+# In processes of their own: the type checks of the tests would refuse these first.
 WRONG_SETTINGS = """
 import minsae_jax as ms
 
@@ -28,6 +28,20 @@ for verb, arguments in {"train": [{}], "extract": [None, {}], "plot": ["runs/dem
         getattr(ms, verb)(*arguments)
     except ms.UserError as error:
         print(error)
+"""
+
+WRONG_VALUES = """
+import minsae_jax as ms
+from minsae_jax.__main__ import VERBS
+from minsae_jax.settings import missing_settings
+
+for name, verb in VERBS.items():
+    wrong = dict.fromkeys(missing_settings(verb.settings, {}) or ["seed"], object())
+    try:
+        verb.settings(**wrong)
+    except ms.UserError:
+        continue
+    print(name)
 """
 
 
@@ -57,6 +71,12 @@ def test_settings_of_another_class_are_refused():
         "expected minsae_jax.ExtractConfig(...), got settings of type dict",
         "expected minsae_jax.PlotConfig(...), got settings of type str",
     ]
+
+
+def test_settings_of_every_verb_refuse_values_of_another_type():
+    command = [sys.executable, "-c", WRONG_VALUES]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout == ""
 
 
 def test_pytorch_encoder_is_converted_in_memory(encoder):

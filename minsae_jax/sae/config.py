@@ -429,6 +429,9 @@ class PlotConfig:
     out: str | None = None
     """Folder for the plots (default: plots/ in the run)."""
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+
 
 def hint_at_runs(folder: Path) -> str:
     """Return a hint at the runs in a folder, or "" if there are none."""
