@@ -20,7 +20,7 @@ from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig, EvaluationInputConfig
 from minsae_jax.evaluation.steering.config import SteerConfig
-from minsae_jax.files import foreign_entries
+from minsae_jax.files import foreign_entries, make_folder
 from minsae_jax.integrity.config import VerifyConfig
 from minsae_jax.locks import lock_folder
 from minsae_jax.report.view_config import ViewConfig
@@ -269,7 +269,7 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
     if config.out is not None:
         out = Path(config.out)
         _check_evaluation_folder(out)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     with ExitStack() as locks:
         # Two evaluations of one run would write the same files; one elsewhere only reads the run.
         is_elsewhere = out != run

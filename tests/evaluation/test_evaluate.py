@@ -279,6 +279,14 @@ def test_control_requires_events(trained, evaluation, settings, tmp_path):
         ms.evaluate(replace(settings, out=str(tmp_path / "out")), trained.encoder)
 
 
+def test_other_files_are_not_taken_for_an_evaluation(trained, settings, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"contains notes\.txt, which is not part of an evaluation"):
+        ms.evaluate(replace(settings, out=str(tmp_path)), trained.encoder)
+    with pytest.raises(NotADirectoryError):
+        ms.evaluate(replace(settings, out=str(tmp_path / "notes.txt")), trained.encoder)
+
+
 def test_control_must_be_another_folder(trained, settings, tmp_path):
     for control, message in ((tmp_path / "x", "is not a folder"), (trained.run, "another folder")):
         with pytest.raises(UserError, match=message):
