@@ -34,7 +34,6 @@ Pooling = Literal["mean", "maximum", "active"]
 class GroupMeans:
     """Mean features of groups of tokens, with the number of tokens of each group."""
 
-    names: tuple[str, ...]
     n_tokens: Int[np.ndarray, " groups"]
     mean: Float[np.ndarray, "groups features"]
 
@@ -175,46 +174,38 @@ def pool(dataset: Dataset, sae: SparseAutoencoder | None) -> Pooled:
 
 
 def _position_means(dataset: Dataset, totals: _Totals) -> GroupMeans:
-    first_samples, group = np.unique(dataset.tokens.first, return_inverse=True)
-    names = [f"{dataset.seconds(first_sample):g} s" for first_sample in first_samples.tolist()]
-    if first_samples[0] < 0:
-        names[0] = "CLS"
+    _, group = np.unique(dataset.tokens.first, return_inverse=True)
     n_sequences = np.full(dataset.n_tokens, len(dataset.recording))
-    return _group_means(names, group, n_sequences, totals.of_token)
+    return _group_means(group, n_sequences, totals.of_token)
 
 
 def _channel_means(dataset: Dataset, totals: _Totals) -> GroupMeans:
-    """Return means by channel: of tokens if they have their own, else of sequences."""
-    if (dataset.tokens.channel >= 0).any():
-        group = dataset.tokens.channel
-        n_tokens = np.full(dataset.n_tokens, len(dataset.recording))
-        sums = totals.of_token
-    else:
-        sums = totals.of_channel
-        group = np.arange(len(sums))
-        group[-1] = -1
-        n_tokens = np.bincount(dataset.channel % len(sums), minlength=len(sums)) * dataset.n_tokens
-    n_channels = int(group.max(initial=-1)) + 1
-    known = dataset.channel_names or ()
-    names = [f"channel {i}" for i in range(n_channels)]
-    names[: len(known)] = known[:n_channels]
-    return _group_means([*names, "no channel"], group % (n_channels + 1), n_tokens, sums)
+    """Return means by channel: of tokens if they have their own, else of sequences.
+
+    Those without a channel (-1) are the last group.
+    """
+    channel = dataset.tokens.channel
+    if (channel >= 0).any():
+        n_sequences = np.full(dataset.n_tokens, len(dataset.recording))
+        return _group_means(channel % (channel.max() + 2), n_sequences, totals.of_token)
+    n_groups = len(totals.of_channel)
+    n_sequences = np.bincount(dataset.channel % n_groups, minlength=n_groups)
+    return _group_means(np.arange(n_groups), n_sequences * dataset.n_tokens, totals.of_channel)
 
 
 def _group_means(
-    names: list[str],
     group: Int[np.ndarray, " parts"],
     n_tokens: Int[np.ndarray, " parts"],
     sums: Float[np.ndarray, "parts features"],
 ) -> GroupMeans:
     """Return the means of groups of parts; groups without tokens are left out."""
-    total = np.zeros((len(names), sums.shape[1]))
+    n_groups = int(group.max()) + 1
+    total = np.zeros((n_groups, sums.shape[1]))
     np.add.at(total, group, sums)
-    n_of_group = np.zeros(len(names), np.int64)
+    n_of_group = np.zeros(n_groups, np.int64)
     np.add.at(n_of_group, group, n_tokens)
     present = np.flatnonzero(n_of_group)
-    means = total[present] / n_of_group[present, None]
-    return GroupMeans(tuple(names[i] for i in present), n_of_group[present], means)
+    return GroupMeans(n_of_group[present], total[present] / n_of_group[present, None])
 
 
 def by_patient(

@@ -36,8 +36,8 @@ class VarianceShares:
 def variance_shares(pooled: Pooled) -> VarianceShares:
     """Return the shares of variance that position, channel, recording and patient explain."""
     overall = np.average(pooled.by_position.mean, axis=0, weights=pooled.by_position.n_tokens)
-    by_recording = GroupMeans(pooled.recordings, pooled.n_tokens, pooled.mean)
-    by_patient = _patient_means(pooled)
+    by_recording = GroupMeans(pooled.n_tokens, pooled.mean)
+    patients, by_patient = _patient_means(pooled)
     total = pooled.total_squares
     top = by_patient.mean.argmax(axis=0)
     mean_of_top = by_patient.mean.max(axis=0)
@@ -48,7 +48,7 @@ def variance_shares(pooled: Pooled) -> VarianceShares:
         channel=_share(pooled.by_channel, overall, total),
         recording=_share(by_recording, overall, total),
         patient=_share(by_patient, overall, total),
-        top_patient=tuple(by_patient.names[i] for i in top),
+        top_patient=tuple(patients[i] for i in top),
         top_patient_share=of_top / np.where(of_all != 0, of_all, np.nan),
     )
 
@@ -69,8 +69,8 @@ def _share(
     return np.minimum(share, 1)
 
 
-def _patient_means(pooled: Pooled) -> GroupMeans:
-    """Return the means over the tokens of each patient."""
+def _patient_means(pooled: Pooled) -> tuple[tuple[str, ...], GroupMeans]:
+    """Return the patients, and the means over the tokens of each."""
     patients, patient = group_by_patient(pooled.recordings)
     n_tokens = np.zeros(len(patients), np.int64)
     np.add.at(n_tokens, patient, pooled.n_tokens)
@@ -78,4 +78,4 @@ def _patient_means(pooled: Pooled) -> GroupMeans:
     for i, mean, n in zip(patient, pooled.mean, pooled.n_tokens, strict=True):
         sums[i] += mean.astype(np.float64) * n
     sums /= n_tokens[:, None]
-    return GroupMeans(patients, n_tokens, sums)
+    return patients, GroupMeans(n_tokens, sums)
