@@ -242,11 +242,7 @@ def open_dataset(
     rate or other channels, or if recordings are missing.
     """
     store = open_store(path, layer)
-    manifest = store.manifest
-    if not manifest:
-        raise UserError(
-            f"{store.folder} does not record where its tokens are from; extract it with minsae"
-        )
+    manifest = store.require_manifest()
     missing = [name for name in ("seq_len", "revin") if name not in manifest.data]
     if missing:
         raise UserError(

@@ -54,5 +54,5 @@ def test_store_without_provenance_is_an_error(trained, tmp_path):
     shutil.copytree(source, tmp_path / "store")
     (manifest,) = (tmp_path / "store").rglob("manifest.json")
     manifest.unlink()
-    with pytest.raises(UserError, match="does not record where its tokens are from"):
+    with pytest.raises(UserError, match="has no manifest with the source of its tokens"):
         open_dataset(tmp_path / "store", -1, trained.encoder, trained.recordings)
