@@ -1,7 +1,7 @@
 """Inputs of an evaluation: members, settings of their runs and stores, each opened once."""
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -294,15 +294,6 @@ def check_encoder(sae: SparseAutoencoder, encoder: BaseEncoder, name: str) -> No
     d_model = encoder.spec.d_model
     if sae.d_model != d_model:
         raise UserError(f"{name} has d_model {sae.d_model}, but the encoder has {d_model}")
-
-
-def check_features(sae: SparseAutoencoder, features: Collection[int], name: str = "it") -> None:
-    """Raise UserError if an SAE does not have one of the features."""
-    for feature in features:
-        if not 0 <= feature < sae.d_sae:
-            raise UserError(
-                f"there is no feature {feature}: {name} has the features 0 to {sae.d_sae - 1}"
-            )
 
 
 def _check_store(members: Sequence[Member], dataset: Dataset, encoder: BaseEncoder | None) -> None:

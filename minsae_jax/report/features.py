@@ -17,12 +17,11 @@ from pathlib import Path
 
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.evaluation.dataset import Dataset, open_dataset
-from minsae_jax.evaluation.inputs import check_features
 from minsae_jax.report.context import Context
 from minsae_jax.report.describe import FeatureCard, describe, describe_all
 from minsae_jax.report.examples import Activity, Tokens, collect
 from minsae_jax.report.excerpts import Example, shown_samples
-from minsae_jax.sae.member import load_sae
+from minsae_jax.sae.member import check_features, load_sae
 
 __all__ = ["Activity", "Dataset", "FeatureCard", "Features", "Tokens", "load_features"]
 COLUMNS = (

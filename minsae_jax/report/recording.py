@@ -20,13 +20,13 @@ from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, check_recording
 from minsae_jax.encoder.compute import Activations
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import TokenPlaces
-from minsae_jax.evaluation.inputs import check_encoder, check_features
+from minsae_jax.evaluation.inputs import check_encoder
 from minsae_jax.evaluation.recordings import open_finite_recording
 from minsae_jax.monitor import progress
 from minsae_jax.report.entries import active_entries
 from minsae_jax.report.examples import batch_tokens
 from minsae_jax.report.excerpts import channel_name
-from minsae_jax.sae.member import SparseAutoencoder
+from minsae_jax.sae.member import SparseAutoencoder, check_features
 
 BATCH_WINDOWS = 16
 

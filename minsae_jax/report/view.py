@@ -19,7 +19,6 @@ from jaxtyping import Float, Int16, UInt8
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.dataset import TokenPlaces
-from minsae_jax.evaluation.inputs import check_features
 from minsae_jax.files import atomic_write, make_folder
 from minsae_jax.json_values import to_json
 from minsae_jax.locks import lock_folder
@@ -37,7 +36,7 @@ from minsae_jax.report.montages import Chain, bipolar_chains
 from minsae_jax.report.naming import LABELS_CSV, Label, read_feature_labels
 from minsae_jax.report.recording import EncodedRecording, FeatureTotals, RecordingEncoder
 from minsae_jax.report.view_config import ViewConfig
-from minsae_jax.sae.member import SparseAutoencoder
+from minsae_jax.sae.member import SparseAutoencoder, check_features
 
 SCRIPTS = ("base.js", "figures.js", "eeg.js", "montage.js", "export.js", "recording.js", "view.js")
 STYLES = ("report.css", "view.css")

@@ -1,7 +1,7 @@
 """A trained sparse autoencoder: `load_sae`, and the files of a member's folder."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -109,10 +109,8 @@ class SparseAutoencoder:
 
         Raises UserError if the last axis of x is not d_model, or if there is no such feature.
         """
-        unknown = [i for i in indices if not 0 <= i < self.d_sae]
-        if unknown:
-            # JAX would return the last feature.
-            raise UserError(f"there is no feature {unknown[0]}: features are 0 to {self.d_sae - 1}")
+        # JAX would return the last feature.
+        check_features(self, indices)
         x = np.asarray(self._to_array(x, self.d_model))
         tokens = x.reshape(-1, self.d_model)
         padded = pad_rows(tokens, power_of_two(len(tokens)))
@@ -127,6 +125,15 @@ class SparseAutoencoder:
         if not shape or shape[-1] != size:
             raise UserError(f"the last axis must have {size} entries, got shape {list(shape)}")
         return jnp.asarray(x, jnp.float32)
+
+
+def check_features(sae: SparseAutoencoder, features: Collection[int], name: str = "it") -> None:
+    """Raise UserError if an SAE does not have one of the features."""
+    for feature in features:
+        if not 0 <= feature < sae.d_sae:
+            raise UserError(
+                f"there is no feature {feature}: {name} has the features 0 to {sae.d_sae - 1}"
+            )
 
 
 # Jitted here and not in a method: all autoencoders of one kind and size share a compilation.

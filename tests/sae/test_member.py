@@ -75,7 +75,7 @@ def test_feature_that_does_not_exist_is_refused():
     sae = SparseAutoencoder(params)
     x = np.ones((3, 8), np.float32)
     for feature in (20, -1):
-        with pytest.raises(UserError, match=rf"no feature {feature}: features are 0 to 19"):
+        with pytest.raises(UserError, match=rf"no feature {feature}: it has the features 0 to 19"):
             sae.encode_features(x, [0, feature])
 
 

@@ -10,7 +10,7 @@ from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import Band, parse_bands
 from minsae_jax.evaluation.dataset import Dataset
-from minsae_jax.evaluation.inputs import EvaluationInputs, check_features, open_inputs
+from minsae_jax.evaluation.inputs import EvaluationInputs, open_inputs
 from minsae_jax.evaluation.members import Member
 from minsae_jax.evaluation.recordings import check_unchanged, open_finite_recording
 from minsae_jax.evaluation.steering.config import SteerConfig
@@ -27,6 +27,7 @@ from minsae_jax.evaluation.steering.probes import (
 from minsae_jax.evaluation.steering.results import Effect, Steering
 from minsae_jax.monitor import progress
 from minsae_jax.sae.config import TrainConfig
+from minsae_jax.sae.member import check_features
 from minsae_jax.settings import did_you_mean, read_json
 
 BATCH_SEQUENCES = 512
