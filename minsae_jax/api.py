@@ -351,10 +351,9 @@ def _encoder_of(
     """Load the encoder that the settings name, or else that of the run; None if there is none."""
     if config.checkpoint_path is not None:
         return load_encoder(config.checkpoint_path, config.config_path)
-    # With --model, the run's checkpoint is the weights of that model.
-    if trained is None or trained.checkpoint_path is None or trained.model is not None:
+    if trained is None or trained.encoder_path is None:
         return None
-    return load_encoder(trained.checkpoint_path, config.config_path or trained.config_path)
+    return load_encoder(trained.encoder_path, config.config_path or trained.config_path)
 
 
 def plot(config: PlotConfig) -> "PlotFiles":

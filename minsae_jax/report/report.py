@@ -23,7 +23,6 @@ from minsae_jax.report.folder import ReportMeta, read_member, write_pages
 from minsae_jax.report.montages import bipolar_chains
 from minsae_jax.report.naming import LABELS_CSV, read_feature_labels
 from minsae_jax.report.pages import Pages, make_pages, shown_features
-from minsae_jax.sae.config import TrainConfig
 
 
 def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
@@ -111,6 +110,8 @@ def _make_meta(
     grid = test.tokens
     assert member.folder is not None  # only baselines have no files
     training = training_of(member.folder)
+    # The encoder that `view` finds without a flag
+    encoder_path = None if training is None else training.encoder_path
     sampling_rate = test.sampling_rate
     names = test.channel_names
     positions = test.positions
@@ -145,14 +146,8 @@ def _make_meta(
         shifted_recordings=int(test.shifted.sum()),
         recordings=str(test.folder.resolve()),
         encoder_flags=_encoder_flags(settings),
-        view_in_python=settings.checkpoint_path is None and not _names_encoder(training),
+        view_in_python=settings.checkpoint_path is None and encoder_path is None,
     )
-
-
-def _names_encoder(training: TrainConfig | None) -> bool:
-    """Return whether `view` finds the encoder in the settings of the member's run."""
-    # With --model, the checkpoint is the weights of that model, which `view` does not load.
-    return training is not None and training.checkpoint_path is not None and training.model is None
 
 
 def _encoder_flags(settings: EvaluateConfig) -> list[str]:

@@ -268,6 +268,12 @@ class TrainConfig(RunFlags, LogFlags, DeviceFlags, RecipeFlags, SweepFlags, Live
             require(not is_given, f"--{name} requires --recipe {' or '.join(recipes)}")
         self._check_kinds()
 
+    @property
+    def encoder_path(self) -> str | None:
+        """The encoder that commands after training load; None if it is unknown, or of --model."""
+        # With --model, the checkpoint is the weights of that model.
+        return self.checkpoint_path if self.model is None else None
+
     def sparsity_setting(self, kind: str) -> str:
         """Return the name of the setting that controls the sparsity of a kind in this run."""
         names = SPARSITY_SETTINGS[kind]
