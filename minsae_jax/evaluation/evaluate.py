@@ -23,9 +23,11 @@ from minsae_jax.evaluation.loss_recovered import (
 )
 from minsae_jax.evaluation.members import Member
 from minsae_jax.evaluation.pca import (
+    COMPONENTS,
     PCA,
     PCA_K,
     PCA_TOKENS,
+    RAW,
     fit_pca,
     pca_autoencoder,
     raw_autoencoder,
@@ -48,10 +50,6 @@ from minsae_jax.files import sha256_of
 from minsae_jax.sae.config import TrainConfig
 from minsae_jax.sae.data import sample_batches
 from minsae_jax.sae.member import WEIGHTS
-
-# Names of the baselines in results and saved files; they differ from those of members and PCAs.
-RAW = "raw"
-COMPONENTS = "pca"
 
 
 def evaluate(

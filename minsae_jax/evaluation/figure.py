@@ -8,6 +8,7 @@ import numpy as np
 
 from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation.control import RANDOM
+from minsae_jax.evaluation.pca import COMPONENTS, RAW
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation, PCAEvaluation
 from minsae_jax.files import atomic_write
 from minsae_jax.sae.figures import KIND_COLOURS, PCA, make_figure, plain_log_ticks, tidy
@@ -18,8 +19,9 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import
 
 RAW_COLOUR = "#b0413e"
 UNKNOWN_COLOUR = "#222222"
+FVU_TITLE = "variance unexplained (FVU)"
+BITS_TITLE = "description, bits per token"
 AUC_TITLE = "AUC of the best feature, mean over events"
-LOG_TITLES = ("variance unexplained (FVU)", "description, bits per token")
 
 
 class Point(NamedTuple):
@@ -85,8 +87,8 @@ def _panels(evaluation: Evaluation) -> dict[str, list[Point]]:
 def _measures(evaluated: MemberEvaluation | PCAEvaluation) -> dict[str, Estimate]:
     """Return the measures by the title of their panel."""
     measures = {
-        "variance unexplained (FVU)": Estimate(evaluated.fvu),
-        "description, bits per token": Estimate(evaluated.description_bits),
+        FVU_TITLE: Estimate(evaluated.fvu),
+        BITS_TITLE: Estimate(evaluated.description_bits),
     }
     if evaluated.loss is not None:
         measures["loss recovered"] = evaluated.loss.loss_recovered
@@ -119,7 +121,7 @@ def _draw_panel(axes: "Axes", title: str, points: Sequence[Point]) -> None:
             )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    if title in LOG_TITLES:
+    if title in (FVU_TITLE, BITS_TITLE):
         axes.set_yscale("log")
         plain_log_ticks(axes.yaxis)
     axes.set_title(title, fontsize=10, loc="left")
@@ -138,8 +140,8 @@ def _bar(measure: Estimate) -> tuple[float, float]:
 def _draw_baselines(axes: "Axes", evaluation: Evaluation) -> None:
     """Draw the mean over kinds of events of all baselines, and of the selected member's control."""
     for name, colour, label in (
-        ("raw", RAW_COLOUR, "best raw dimension"),
-        ("pca", KIND_COLOURS[PCA], "best principal component"),
+        (RAW, RAW_COLOUR, "best raw dimension"),
+        (COMPONENTS, KIND_COLOURS[PCA], "best principal component"),
         (RANDOM, UNKNOWN_COLOUR, f"control of {evaluation.selected}"),
     ):
         if name in evaluation.baseline_events:

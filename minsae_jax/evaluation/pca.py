@@ -11,6 +11,9 @@ from jaxtyping import Float
 
 from minsae_jax.sae.member import SparseAutoencoder
 
+# Names of the baselines in results and saved files; they differ from those of members and PCAs.
+RAW = "raw"
+COMPONENTS = "pca"
 PCA_K = (4, 8, 16, 32)
 PCA_TOKENS = 1_000_000  # from all over a store; with 100,000, FVU on the demo changes by 0.2 %
 

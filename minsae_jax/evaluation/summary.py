@@ -10,6 +10,7 @@ from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation.control import RANDOM
 from minsae_jax.evaluation.event_results import Control, EventScore
 from minsae_jax.evaluation.figure import draw_evaluation
+from minsae_jax.evaluation.pca import COMPONENTS, RAW
 from minsae_jax.evaluation.results import Evaluated, Evaluation
 from minsae_jax.files import atomic_write
 from minsae_jax.monitor import table, wrap
@@ -139,8 +140,8 @@ def _events_table(evaluation: Evaluation) -> str:
     summaries |= {pca.name: pca.event_summary for pca in evaluation.pca}
     baselines = evaluation.baseline_events
     if baselines:
-        summaries["principal components"] = baselines["pca"].summary
-        summaries["raw dimensions"] = baselines["raw"].summary
+        summaries["principal components"] = baselines[COMPONENTS].summary
+        summaries["raw dimensions"] = baselines[RAW].summary
     if RANDOM in baselines:
         summaries["random encoder"] = baselines[RANDOM].summary
     rows = []
@@ -165,8 +166,8 @@ def _scores(evaluation: Evaluation) -> Iterator[tuple[str, str, EventScore]]:
     for kind, score in scores.items():
         baseline = evaluation.baselines[kind]
         yield kind, "SAE", score
-        yield "", "PCA", baseline["pca"]
-        yield "", "raw", baseline["raw"]
+        yield "", "PCA", baseline[COMPONENTS]
+        yield "", "raw", baseline[RAW]
         if RANDOM in baseline:
             yield "", RANDOM, baseline[RANDOM]
 
