@@ -99,7 +99,7 @@ def read_share(
 class ShardGroups:
     """Groups of `size` whole shards in order; shards that do not fill a last group are not used."""
 
-    def __init__(self, source: Source, size: int, share: Share = WHOLE):
+    def __init__(self, source: Source, size: int, share: Share):
         n_shards = len(source.tokens_per_shard)
         if size > n_shards:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Channels: names and their aliases, positions on the head, and frequency bands."""
+"""Channels: names and their aliases, and positions on the head."""
 
 import re
 from collections.abc import Sequence

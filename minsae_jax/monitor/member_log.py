@@ -34,7 +34,7 @@ class MemberLog:
         eval_window: int,
         n_intervals: int,
         hparam_columns: Sequence[str],
-        held_out: Sequence[str] = (),
+        held_out: Sequence[str],
     ):
         self.folder = folder
         make_folder(folder)

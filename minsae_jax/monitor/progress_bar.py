@@ -17,7 +17,7 @@ LINE_SECONDS = 10.0  # from one line to the next
 class Bar:
     """A progress bar: title, percentage, count, time left, rate, and a note if there is one."""
 
-    def __init__(self, title: str, total: int, unit: str, delay: float = 0.0):
+    def __init__(self, title: str, total: int, unit: str, delay: float):
         self._tqdm = tqdm(
             total=total,
             desc=title,
@@ -54,7 +54,7 @@ class _Lines(Bar):
     Rates do not include the first call of `advance`, before which programs are compiled.
     """
 
-    def __init__(self, title: str, total: int, unit: str, delay: float = 0.0):
+    def __init__(self, title: str, total: int, unit: str, delay: float):
         self._title = title
         self._total = total
         self._unit = unit

@@ -133,7 +133,7 @@ class RunLog:
     held_out: names of the metrics on held-out tokens, if there are any.
     """
 
-    def __init__(self, folder: Path, step: int, held_out: Sequence[str] = ()):
+    def __init__(self, folder: Path, step: int, held_out: Sequence[str]):
         self.folder = folder
         self._board = Board(folder, step)
         charts = {"training": _tags("train", COMPARED)}

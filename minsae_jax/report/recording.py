@@ -111,9 +111,9 @@ class RecordingEncoder:
         encoder: BaseEncoder,
         sae: SparseAutoencoder,
         recording: str | Path,
-        layer: int | None = None,
-        allow_mismatch: bool = False,
-        force_revin: bool = False,
+        layer: int | None,
+        allow_mismatch: bool,
+        force_revin: bool,
     ):
         self.layer = _layer_index(encoder, sae, layer)
         self.sae = sae

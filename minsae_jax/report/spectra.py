@@ -56,9 +56,7 @@ class BaseSpectra:
     variance: Float[np.ndarray, " n_vars"] | None
 
 
-def measure_base_spectra(
-    dataset: Dataset, w: int, seed: int, bands: Sequence[Band] = ()
-) -> BaseSpectra:
+def measure_base_spectra(dataset: Dataset, w: int, seed: int, bands: Sequence[Band]) -> BaseSpectra:
     """Return each channel's base rate, over segments as long as those around a feature's tokens.
 
     Frequencies reach to 45 Hz, or to the highest of the bands, if the sampling rate allows it.

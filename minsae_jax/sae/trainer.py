@@ -131,8 +131,8 @@ class Trainer:
         folder: RunFolder,
         data: TrainData,
         checkpoints: Checkpoints,
-        on_step: Callable[[int], None] | None = None,
-        measure_features: MeasureFeatures | None = None,
+        on_step: Callable[[int], None] | None,
+        measure_features: MeasureFeatures | None,
     ):
         self.plan = plan
         self.config = plan.config

@@ -55,7 +55,7 @@ class EegFile:
         return not spellings.isdisjoint(names)
 
 
-def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path] = ()) -> EegFile:
+def open_file(path: Path, wanted: Collection[str], notes: Sequence[Path]) -> EegFile:
     """Open an EEG file.
 
     wanted: canonical names of the channels that will be read. notes: EDF+ files of annotations.
