@@ -30,7 +30,7 @@ def stop_signals(show: Callable[[str], None]) -> Iterator[list[int]]:
         return
 
     def handle(number: int, _: object) -> None:
-        if received and number == signal.SIGINT:
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
 

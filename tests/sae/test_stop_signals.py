@@ -61,6 +61,15 @@ def test_repeated_sigterm_does_not_interrupt_the_save():
     assert signals[0] == signal.SIGUSR1
 
 
+def test_first_ctrl_c_after_sigterm_does_not_interrupt_the_save():
+    with stop_signals(print) as signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signals == [signal.SIGTERM, signal.SIGINT]
+
+
 def test_hangup_stays_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with stop_signals(print) as signals:
