@@ -23,6 +23,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from minsae_jax.evaluation.members import Member
+from minsae_jax.sae.member import unit_rows
 
 MIN_COSINE = 0.7
 CANDIDATES = 32
@@ -153,11 +154,6 @@ def random_directions(
     normal = rng.standard_normal((len(directions), len(scale)), np.float32)
     scale = scale / np.float32(np.sqrt(len(directions)))
     return unit_rows(mean + normal * scale @ basis)
-
-
-def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    """Return rows of L2 norm 1; a row of zeros stays 0."""
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def matched_cosines(

@@ -76,9 +76,7 @@ class SparseAutoencoder:
     @property
     def unit_directions(self) -> Float[np.ndarray, "d_sae d_model"]:
         """Decoder directions of L2 norm 1, so that their products are cosines."""
-        norms = np.linalg.norm(self.decoder_directions, axis=1, keepdims=True)
-        # A row of zeros has no direction and stays 0.
-        return self.decoder_directions / np.maximum(norms, 1e-12)
+        return unit_rows(self.decoder_directions)
 
     def encode(self, x: Array | np.ndarray) -> Float[Array, "*tokens d_sae"]:
         """Return the features of raw activations [..., d_model].
@@ -125,6 +123,11 @@ class SparseAutoencoder:
         if not shape or shape[-1] != size:
             raise UserError(f"the last axis must have {size} entries, got shape {list(shape)}")
         return jnp.asarray(x, jnp.float32)
+
+
+def unit_rows(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Return rows of L2 norm 1; a row of zeros has no direction and stays 0."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def check_features(sae: SparseAutoencoder, features: Collection[int], name: str = "it") -> None:

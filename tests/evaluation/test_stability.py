@@ -14,8 +14,8 @@ from minsae_jax.evaluation.stability import (
     matched_cosines,
     random_directions,
     seed_stability,
-    unit_rows,
 )
+from minsae_jax.sae.member import unit_rows
 
 
 def make_member(name, decoder, seed, k=2.0, encoder=None, folder=None):
