@@ -6,6 +6,7 @@ recordings are shown. They are exact, and earlier tokens come first if two are e
 examples are a uniform sample of the feature's active tokens.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,7 +116,7 @@ def collect(
     counts = _Counts(dataset, sae.d_sae)
     n_sequences = len(dataset.recording)
     at_once = min(max(1, batch_tokens(sae) // n_tokens), n_sequences)
-    pairs = _PairSample(every=max(1, n_sequences * n_tokens // COACTIVE_TOKENS))
+    pairs = _PairSample(n_sequences * n_tokens, n_tokens)
     with progress("find examples", n_sequences, "sequences", delay=2.0) as bar:
         for first in range(0, n_sequences, at_once):
             x = dataset.read(first, first + at_once)
@@ -234,10 +235,15 @@ def _add(
 
 
 class _PairSample:
-    """Every n-th token, to count how often two features are active together."""
+    """Every n-th token, to count how often two features are active together.
 
-    def __init__(self, every: int):
-        self.every = every
+    n has no common divisor with the tokens of a sequence: otherwise, only some of their positions
+    would be in the sample, such as CLS tokens alone.
+    """
+
+    def __init__(self, total_tokens: int, n_tokens: int):
+        self.n_tokens = n_tokens  # of a sequence
+        self.every = _coprime(-(-total_tokens // COACTIVE_TOKENS), n_tokens)
         self.row: list[np.ndarray] = []
         self.feature: list[np.ndarray] = []
 
@@ -258,9 +264,21 @@ class _PairSample:
         feature = np.concatenate(self.feature)
         active = np.bincount(row).astype(np.int64)
         n_pairs = int((active**2).sum())
-        step = max(1, -(-n_pairs // COACTIVE_PAIRS))
+        step = _coprime(max(1, -(-n_pairs // COACTIVE_PAIRS)), self.n_tokens)
         is_used = row % step == 0
         ones = np.ones(int(is_used.sum()), np.int32)
         shape = (len(active), d_sae)
         is_active = csr_array((ones, (row[is_used], feature[is_used])), shape)
         return csr_array(is_active.T @ is_active)
+
+
+def _coprime(least: int, n: int) -> int:
+    """Return the smallest number from `least` on that has no common divisor with n.
+
+    >>> _coprime(10, 37 * 10)
+    11
+    """
+    number = least
+    while math.gcd(number, n) > 1:
+        number += 1
+    return number

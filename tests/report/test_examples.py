@@ -184,10 +184,22 @@ def test_batches_do_not_change_the_result(everything, monkeypatch):
 
 def test_pairs_of_dense_features_are_counted_on_fewer_tokens(everything, monkeypatch):
     dataset, sae, f, _, _ = everything
-    pairs = (np.count_nonzero(f, axis=1) ** 2).sum()
+    pairs = int((np.count_nonzero(f, axis=1) ** 2).sum())
     monkeypatch.setattr(examples, "COACTIVE_PAIRS", pairs // 3)
     together = collect(dataset, sae).together.toarray()
     step = -(-pairs // (pairs // 3))
+    is_active = (f[::step] > 0).astype(int)
+    np.testing.assert_array_equal(together, is_active.T @ is_active)
+
+
+@pytest.mark.parametrize("share", [1, 11, 22])
+def test_pairs_are_counted_on_tokens_of_all_positions(everything, monkeypatch, share):
+    """Also if a whole number of sequences, which have 11 tokens, is from one to the next."""
+    dataset, sae, f, _, token = everything
+    monkeypatch.setattr(examples, "COACTIVE_TOKENS", len(f) // share)
+    together = collect(dataset, sae).together.toarray()
+    step = share if share == 1 else share + 1
+    assert len(set(token[::step].tolist())) == dataset.n_tokens == 11
     is_active = (f[::step] > 0).astype(int)
     np.testing.assert_array_equal(together, is_active.T @ is_active)
 
