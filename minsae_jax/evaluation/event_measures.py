@@ -226,9 +226,14 @@ def _measure_spans(
     # The probe is linear: without feature i its logit is lower by f_i (W_dec,i · w).
     effects = (sae.decoder_directions[ablated] @ probes)[..., i]
     features = spans.chosen.reshape(-1, *ablated.shape)
+    # Without any feature x̂ is b_dec. All such tokens get this logit, since the rounding of the
+    # difference would rank them, which are many if few features are active.
+    logit_of_bias = float(np.asarray(sae.params["b_dec"]) @ probes[:, i])
     drops = []
     for j in range(len(kinds)):
-        without = kind.auc_of_largest(logits - features[:, j] @ effects[j])
+        n_others = spans.n_active - (features[:, j] > 0).sum(axis=1)
+        without = logits - features[:, j] @ effects[j]
+        without = kind.auc_of_largest(np.where(n_others > 0, without, logit_of_bias))
         drops.append(x_hat_probe_auc - without)
     return _SpanMeasures(
         all_aucs=_by_columns(auc, spans.maxima, kind.test.is_event),

@@ -22,7 +22,7 @@ FOLDER = "evaluation"
 # Suffix of a file that is there while a part is saved. It contains the names of the members.
 UNFINISHED = ".unfinished.json"
 # Increment when a measure changes, so that results of earlier versions are not used.
-MEASURES_VERSION = 10
+MEASURES_VERSION = 11
 Arrays = Mapping[str, np.ndarray]
 T = TypeVar("T")
 

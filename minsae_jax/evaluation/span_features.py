@@ -31,6 +31,8 @@ class EncodedSpans(NamedTuple):
     logits: Float[np.ndarray, "tokens kinds"]
     # Of the chosen features
     chosen: Float[np.ndarray, "tokens chosen"]
+    # Number of active features
+    n_active: Int[np.ndarray, " tokens"]
 
 
 def encode_spans(
@@ -44,6 +46,7 @@ def encode_spans(
     maxima = []
     logits = []
     of_chosen = []
+    n_active = []
     sums = np.zeros((2, sae.d_sae))
 
     def run_groups() -> Iterator[tuple[np.ndarray, list[Any]]]:
@@ -58,11 +61,13 @@ def encode_spans(
                 features, *others = _encode(sae.kind, sae.params, *rows, probes, chosen)
             yield group, [start_fetch(features), *others]
 
-    for group, (features, side_sums, group_logits, group_chosen) in fetch_late(run_groups()):
+    for group, encoded in fetch_late(run_groups()):
+        features, side_sums, group_logits, group_chosen, group_active = encoded
         n_tokens = lengths[group].sum()
         maxima.append(max_over_spans(features[:n_tokens], lengths[group]))
         logits.append(group_logits[:n_tokens])
         of_chosen.append(group_chosen[:n_tokens])
+        n_active.append(group_active[:n_tokens])
         sums += side_sums
     is_event = np.repeat(spans.is_event, lengths)
     counts = np.array([is_event.sum(), (~is_event).sum()])
@@ -71,6 +76,7 @@ def encode_spans(
         means=sums / counts[:, None],
         logits=np.concatenate(logits),
         chosen=np.concatenate(of_chosen),
+        n_active=np.concatenate(n_active),
     )
 
 
@@ -82,8 +88,12 @@ def _encode(
     sides: Float[Array, "2 tokens"],
     probes: Float[Array, "d_model kinds"],
     chosen: Int[Array, " chosen"],
-) -> tuple[Array, Array, Array, Array]:
-    """Return features, their sums over each side, the probes on x̂, and the chosen features."""
+) -> tuple[Array, ...]:
+    """Return features, their sums over each side, the probes on x̂, and the chosen features.
+
+    And the number of active features of each token.
+    """
     features = kind.encode(params, x)
     logits = kind.decode(params, features) @ probes
-    return features, sides @ features, logits, features[:, chosen]
+    n_active = (features > 0).sum(axis=1)
+    return features, sides @ features, logits, features[:, chosen], n_active

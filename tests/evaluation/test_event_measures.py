@@ -194,6 +194,18 @@ def test_ablation_runs_the_probe_without_the_features(directions, kinds, score):
         )
 
 
+def test_spans_without_other_features_are_equal_after_an_ablation(directions, kinds, score):
+    """All features are among the five that are ablated: the AUC is 0.5, not of rounding errors."""
+    rng = np.random.default_rng(0)
+    five = rng.normal(size=(5, D_MODEL)) + np.repeat(directions[:1], 5, axis=0)
+    params = {"W_enc": five.T, "b_enc": np.zeros(5), "W_dec": five, "b_dec": np.ones(D_MODEL)}
+    measures = score(SparseAutoencoder(params), kinds)
+    for found in measures.scores.values():
+        expected = found.x_hat_probe_auc.value - 0.5
+        assert found.ablation_drop.value == pytest.approx(expected, abs=1e-9)
+        assert found.ablation_drop_others.value != 0
+
+
 def test_copies_of_a_feature_are_ties(directions, kinds, score):
     sae = autoencoder(directions)
     params = {name: np.array(value) for name, value in sae.params.items()}
