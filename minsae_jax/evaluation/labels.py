@@ -153,11 +153,13 @@ def _patient_label(
         row = _row_of(rows, recording)
         if row is not None and row[column] in texts:
             by_patient.setdefault(patient_of(recording), []).append(row[column])
-    # 0 and 1 are categories: no and yes.
-    if texts and all(map(_is_number, texts)) and not texts <= {"0", "1"}:
-        means = [np.mean([float(text) for text in values]) for values in by_patient.values()]
-        return PatientLabel(column, tuple(by_patient), np.array(means, np.float64), ())
     category_of = {text: text for text in texts}
+    if texts and all(map(_is_number, texts)):
+        if not {float(text) for text in texts} <= {0, 1}:
+            means = [np.mean([float(text) for text in values]) for values in by_patient.values()]
+            return PatientLabel(column, tuple(by_patient), np.array(means, np.float64), ())
+        # 0 and 1 are categories: no and yes. pandas writes 1.0 into columns with empty cells.
+        category_of = {text: str(int(float(text))) for text in texts}
     in_lower_case = {text: text.lower() for text in texts}
     # "Yes" and "yes" are one category; other labels may tell cases apart.
     if any(pair.issuperset(in_lower_case.values()) for pair in BOOLEANS):

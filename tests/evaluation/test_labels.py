@@ -55,6 +55,15 @@ def test_types_and_missing_values(folder):
     assert labels["group"].categories == ("2", "3", "x")
 
 
+def test_0_and_1_with_decimals_are_the_same_two_categories(folder):
+    """pandas writes a column of whole numbers with empty cells as 1.0 and 0.0."""
+    label = read(folder, "patient,epilepsy,seizures\na,1.0,2.0\nb,,1.0\nc,0.0,0.0\ntrain,1,0\n")
+    assert label["epilepsy"].categories == ("0", "1")
+    assert label["epilepsy"].patients == ("a", "c")
+    assert label["epilepsy"].category.tolist() == [1, 0]
+    assert label["seizures"].is_number
+
+
 def test_type_does_not_depend_on_the_recordings(folder):
     text = "patient,group\na,2\nb,3\nc,x\n"
     label = read(folder, text, RECORDINGS[:3])["group"]
