@@ -185,11 +185,14 @@ def draw_spans(
         located += [(recording, event) for event in by_recording.get(name, [])]
     for recording, drawn in groupby(sample(located, max_events, seed=0), itemgetter(0)):
         end = windows_end(dataset, recording)
+        # Some may be missing in a store of another program.
+        sequences = slice(*dataset.sequences_of(recording))
+        windows = np.unique(dataset.window[sequences]).astype(np.int64) * dataset.seq_len
         # is_taken[i + 1] says whether sample i is part of a token that an event touches, so that
         # its cumulative sum counts such samples before each sample. A span is free if it does not
         # grow in it.
         is_taken = np.zeros(end + 1, np.int32)
-        begin, stop = _tokens_between(dataset, end)
+        begin, stop = _tokens_of_windows(dataset, windows)
         # Tokens that begin before each sample, and those that end there or before
         n_begun = np.insert(np.bincount(begin, minlength=end).cumsum(dtype=np.int32), 0, 0)
         n_ended = np.bincount(stop, minlength=end + 1).cumsum(dtype=np.int32)
@@ -199,7 +202,6 @@ def draw_spans(
             last = stop[is_touched].max(initial=event.stop)
             is_taken[first + 1 : last + 1] = 1
         n_taken = np.cumsum(is_taken, dtype=np.int32)
-        windows = np.arange(0, end, dataset.seq_len)
         for _, event in drawn:
             if event.stop > end:
                 continue
@@ -209,7 +211,7 @@ def draw_spans(
             starts = starts[starts <= end - length]
             starts = starts[n_taken[starts] == n_taken[starts + length]]
             n_touched = n_begun[starts + length] - n_ended[starts]
-            # It differs where tokens overlap, or do not fill the window.
+            # It differs where tokens overlap, do not fill the window, or are missing.
             starts = starts[n_touched == n_begun[event.stop] - n_ended[event.start]]
             if len(starts):
                 start = int(rng.choice(starts))
@@ -219,15 +221,17 @@ def draw_spans(
     return spans
 
 
-def _tokens_between(
-    dataset: Dataset, end: int
+def _tokens_of_windows(
+    dataset: Dataset, windows: Int[np.ndarray, " windows"]
 ) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " tokens"]]:
-    """Return first sample, and the one after the last, of the tokens in all windows up to `end`."""
+    """Return first sample, and the one after the last, of the tokens of windows.
+
+    windows: the first sample of each.
+    """
     located = dataset.tokens.located
     first = dataset.tokens.first[located]
     in_window = np.stack([first, first + dataset.lengths(located)])
     distinct = np.unique(in_window, axis=1).astype(np.int64)
-    windows = np.arange(0, end, dataset.seq_len)
     begin, stop = (distinct[:, None, :] + windows[None, :, None]).reshape(2, -1)
     return begin, stop
 

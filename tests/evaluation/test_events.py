@@ -181,6 +181,23 @@ def test_spans_without_an_event_are_drawn_from_all_free_places(noise):
     assert drawn == expected
 
 
+def test_spans_of_a_pair_touch_equally_many_tokens_if_windows_are_missing(tmp_path):
+    """Every third window, as one that another program has rejected, is not in the store."""
+    places = make_places(6, 30)
+    is_there = places.window % 3 > 0
+    arrays = (places.recording[is_there], places.window[is_there], places.channel[is_there])
+    places = Places(places.recordings, *arrays)
+    dataset = write_planted(tmp_path, np.ones((is_there.sum(), 4, 2)), places)
+    rng = np.random.default_rng(6)
+    events = []
+    for name in dataset.recordings:
+        starts = rng.choice(1100, 12, replace=False).tolist()
+        events += [LabelledEvent(name, start, start + 45, (0,)) for start in starts]
+    spans = gather(dataset, draw_spans(dataset, events, seed=0))
+    assert len(spans.lengths) > 50
+    np.testing.assert_array_equal(spans.lengths[spans.is_event], spans.lengths[~spans.is_event])
+
+
 def test_some_of_many_events_are_drawn(noise):
     rng = np.random.default_rng(4)
     events = []
