@@ -27,7 +27,11 @@ patients and measured on test patients. AUC: a span with an event against one
 without. Token AUC and precision: single tokens, of which few are in an event.
 pure: features whose strongest tokens nearly all touch one kind. TPP: drop of
 the AUC of a kind's probe when five features are ablated, less the mean drop of
-the other kinds' probes. [ ]: 95 % intervals over patients."""
+the other kinds' probes. [ ]: 95 % intervals over {units}."""
+OF_PATIENTS = "patients"
+OF_RECORDINGS = (
+    "the recordings of the\nonly test patient, which do not say how other patients differ"
+)
 CONTROL_HINT = """\
 Features of an untrained encoder reach high AUCs too: compare them (--control)."""
 SPANS_NOTE = """\
@@ -60,7 +64,9 @@ def summary(evaluation: Evaluation) -> str:
     if any(member.stability is not None for member in evaluation.members):
         parts += [f"stability over seeds:\n{_stability_table(evaluation)}", STABILITY_NOTE]
     if evaluation.baselines:
-        parts += [f"labelled events:\n{_events_table(evaluation)}", EVENTS_NOTE]
+        is_one = len(set(evaluation.inputs.test.patients)) == 1
+        note = EVENTS_NOTE.format(units=OF_RECORDINGS if is_one else OF_PATIENTS)
+        parts += [f"labelled events:\n{_events_table(evaluation)}", note]
         if evaluation.control is None:
             parts[-1] += f"\n{CONTROL_HINT}"
         title = f"{evaluation.selected} by kind of event"

@@ -385,6 +385,15 @@ def test_summary_of_undefined_loss_recovered(evaluation):
     assert [line.split()[-1] for line in lines[1:3]] == ["undefined", "undefined"]
 
 
+def test_summary_says_of_what_intervals_are(evaluation):
+    """Of a single patient they are over recordings, and too short for other patients."""
+    assert "intervals over patients." in evaluation.summary()
+    test = evaluation.inputs.test
+    names = tuple(f"p_{i}_preprocessed.npy" for i in range(len(test.recordings)))
+    inputs = replace(evaluation.inputs, test=replace(test, recordings=names))
+    assert "over the recordings of the\nonly" in replace(evaluation, inputs=inputs).summary()
+
+
 @pytest.fixture(scope="module")
 def new_recordings(trained, tmp_path_factory):
     """Copies of the test recordings with other names, too few patients for a split, extracted."""

@@ -18,7 +18,7 @@ function scoreTable(groups, firstTitle = null) {
   const all = groups.flatMap((group) => Object.values(group.scores).filter((scores) => scores));
   const measures = MEASURES.filter(({ key }) => all.some((scores) => !missing(scores[key])));
   const head = [...(firstTitle ? [[firstTitle]] : []), ["Best of"], ["", null, "which-title"], ["AUC", "of the largest activation within an event, against spans without one", "num"],
-    ["0.5 to 1", "with a 95 % interval over patients", "plot"], ...measures.map((m) => [m.title, m.hint, "num"])];
+    ["0.5 to 1", `with a 95 % interval over ${meta.n_patients > 1 ? "patients" : "the recordings of the only patient"}`, "plot"], ...measures.map((m) => [m.title, m.hint, "num"])];
   const row = (group, [key, title], i, rows) => {
     const scores = group.scores[key];
     const isLargest = rows.every(([other]) => !(group.scores[other].auc > scores.auc));
