@@ -269,7 +269,7 @@ def _suggest(
     relative = channel_ratio
     n_active = None
     if dataset.has_channels:
-        n_active = int(context.activity.active[feature])
+        n_active = _active_on_channels(context, feature)
     elif channel_ratio.any():
         # Ratios of power: where it rises most, even if it rises everywhere.
         relative = channel_ratio / channel_ratio.mean()
@@ -287,11 +287,28 @@ def _suggest(
         assert positions is not None
         sequences = random.sequence[feature, is_example]
         tokens = random.token[feature, is_example]
-        fits &= fits_region(place, dataset.channels_of(sequences, tokens), positions)
+        channels = dataset.channels_of(sequences, tokens)
+        fits &= fits_region(place, channels, positions)
+        if dataset.has_channels:
+            # The region is that of tokens of single channels: others are not in it.
+            fits &= channels >= 0
     if band in limits:
         ratios = band_ratio(sample.spectrum.hz, sample.ratios, limits[band])
         fits &= ratios > BROADBAND_RATIO
     return name, float(fits.mean())
+
+
+def _active_on_channels(context: Context, feature: int) -> int:
+    """Return the number of active tokens of single channels, of which the region is named.
+
+    Those in recordings with shifted columns are left out by their share of all active tokens.
+    """
+    dataset = context.dataset
+    activity = context.activity
+    has_channel = (dataset.tokens.channel >= 0) | bool((dataset.channel >= 0).any())
+    on_channels = activity.by_token[feature, has_channel].sum()
+    unshifted = activity.by_recording[feature, ~dataset.shifted].sum()
+    return round(on_channels * unshifted / max(1, int(activity.active[feature])))
 
 
 def _patient_shares(context: Context, feature: int) -> list[tuple[str, float]]:

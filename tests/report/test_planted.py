@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from minsae_jax import TokenGrid
+from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.evaluation.dataset import Dataset
 from minsae_jax.report.context import Context
 from minsae_jax.report.describe import FeatureCard, describe_all
@@ -102,6 +103,23 @@ def test_hints_of_tokens_over_all_channels_are_of_the_channel_that_is_shown(tmp_
     # Too few for a sample, which is not a share of 0.
     assert np.isnan(few.artefact)
     assert few.artefact_top == np.mean([bool(example.hints) for example in few.examples[:2]])
+
+
+def test_tokens_over_all_channels_name_no_region(tmp_path):
+    """A window has a token for each of 19 channels, and one over all of them."""
+    places = places_of([-1])
+    channel = np.append(np.arange(19), -1)
+    tokens = TokenGrid(channel, np.zeros(20, int), np.full(20, SEQ_LEN - 1))
+    o1 = CHANNELS.index("O1")
+    activations = np.zeros((len(places.window), 20, 2))
+    activations[:, -1] = 1
+    activations[5, o1, 0] = 1
+    activations[:, o1, 1] = 1
+    once, often = cards_of(plant(tmp_path, activations, tokens, places), 2)
+    # A single token on a channel is chance, however many others are active.
+    assert once.suggestion.startswith("widespread")
+    assert often.suggestion.startswith("posterior")
+    assert often.support == pytest.approx(0.5, abs=0.15)
 
 
 def test_the_spectrum_of_a_long_patch_is_that_of_the_patch(tmp_path):
