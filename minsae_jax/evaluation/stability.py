@@ -75,8 +75,10 @@ def seed_stability(
 ) -> dict[str, Stability]:
     """Return the stability of every member with a partner that differs in the seed only.
 
-    Partners are of the same run. Members without a live feature are left out. Random directions are
-    drawn once for each setting, always the same. is_live: by member's name.
+    Partners are of the same run. Members without a live feature are left out, and so are settings
+    with several members of one seed, such as edited copies of a member, which differ in something
+    else. Random directions are drawn once for each setting, always the same. is_live: by member's
+    name.
     """
     by_setting: dict[tuple, list[Member]] = {}
     for member in members:
@@ -87,7 +89,8 @@ def seed_stability(
             by_setting.setdefault((run, *setting), []).append(member)
     stability: dict[str, Stability] = {}
     for partners in by_setting.values():
-        if len(partners) > 1:
+        seeds = {member.hyper["seed"] for member in partners}
+        if len(seeds) == len(partners) > 1:
             stability |= _setting_stability(partners, is_live)
     return stability
 

@@ -60,6 +60,16 @@ def test_only_members_of_one_run_with_a_known_seed_are_partners():
     assert {name: one.others for name, one in stability.items()} == {"a0": ("a1",), "a1": ("a0",)}
 
 
+def test_copies_of_a_member_are_not_other_seeds():
+    x, y, _ = np.eye(3)
+    folder = Path("imported/m")
+    members = [
+        make_member("original", [x, y], 0, folder=folder),
+        make_member("copy", [x, y], 0, folder=folder),
+    ]
+    assert seed_stability(members, {member.name: np.ones(2, bool) for member in members}) == {}
+
+
 def test_dead_features_neither_count_nor_match():
     x, y, z = np.eye(3)
     members = [make_member("a", [x, y, z], 0), make_member("b", [z, x, y], 1)]
