@@ -27,6 +27,7 @@ BATCH_VALUES = 1 << 23  # values of the features of a batch
 # On CPU: with temporary arrays they fit the cache, and malloc reuses their memory.
 CPU_BATCH_VALUES = 1 << 21
 MAX_BATCH_SEQUENCES = 512
+PRECISION = 2.0**40  # of the values of patients: below it is the rounding of float64
 Pooling = Literal["mean", "maximum", "active"]
 
 
@@ -59,8 +60,14 @@ class Pooled:
     total_squares: Float[np.ndarray, " features"]
 
     def values(self, pooling: Pooling) -> Float[np.ndarray, "recordings features"]:
-        """Return the features pooled in one of the three ways."""
-        return {"mean": self.mean, "maximum": self.maximum, "active": self.active}[pooling]
+        """Return the features pooled in one of the three ways.
+
+        Shares of active tokens are float64, since ranks depend on whether patients are equal.
+        """
+        if pooling == "active":
+            n_tokens = self.n_tokens[:, None].astype(np.float64)
+            return np.rint(self.active * n_tokens) / n_tokens
+        return {"mean": self.mean, "maximum": self.maximum}[pooling]
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,8 @@ def by_patient(
 ) -> PatientValues:
     """Return the mean over the recordings of each patient, which count equally, in float64.
 
-    values: of all recordings, in one or several arrays.
+    Means that differ by rounding only, such as those of 0.1 and 0.2 and of 0.15 and 0.15, are equal
+    for tests by ranks. values: of all recordings, in one or several arrays.
     """
     patients, patient = group_by_patient(recordings)
     total = np.zeros((len(patients), values[0].shape[1]))
@@ -221,7 +229,8 @@ def by_patient(
         total[i] += row
     n_recordings = np.bincount(patient, minlength=len(patients))
     total /= n_recordings[:, None]
-    return PatientValues(patients, total)
+    mantissa, exponent = np.frexp(total)
+    return PatientValues(patients, np.ldexp(np.rint(mantissa * PRECISION) / PRECISION, exponent))
 
 
 def group_by_patient(

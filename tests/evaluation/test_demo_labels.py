@@ -90,7 +90,7 @@ def planted(tmp_path_factory, optimized):
         recordings = folder / name / "tuhab_preprocessed"
         datasets[name] = open_dataset(folder / f"store_{name}", -1, encoder, recordings)
         pooled = pool(datasets[name], sae)
-        values[name] = by_patient(pooled.recordings, pooled.active)
+        values[name] = by_patient(pooled.recordings, pooled.values("active"))
     labels = read_labels(datasets["labelled"].folder, datasets["labelled"].recordings)
     yield Planted(sae, datasets["plain"], values["labelled"], values["plain"], labels)
     shutil.rmtree(folder)  # 0.5 GB

@@ -150,3 +150,20 @@ def test_recordings_of_a_patient_count_equally():
     of_patients = by_patient(recordings, np.array([[1.0], [2.0], [5.0]], np.float32))
     assert of_patients.patients == ("b", "a")
     assert of_patients.values.tolist() == [[1.0], [3.5]]
+
+
+def test_patients_with_equal_shares_of_active_tokens_are_equal(tmp_path):
+    """Of 40 tokens in each of two recordings, 4 and 8 are active, or 6 and 6, or 12 and 0."""
+    places = make_places(6, 5)
+    n_active = {1: (4, 8), 3: (6, 6), 5: (12, 0)}
+    activations = np.zeros((len(places.recording), TOKENS, 1))
+    for patient, counts in n_active.items():
+        recordings = np.unique(places.recording[places.patient == patient])
+        for recording, count in zip(recordings, counts, strict=True):
+            of_recording = np.zeros((places.recording == recording).sum() * TOKENS)
+            of_recording[:count] = 1
+            activations[places.recording == recording, :, 0] = of_recording.reshape(-1, TOKENS)
+    pooled = pool(write_planted(tmp_path, activations, places), true_autoencoder(np.eye(1)))
+    of_patients = by_patient(pooled.recordings, pooled.values("active"))
+    shares = of_patients.of(["p001", "p003", "p005"])[:, 0]
+    assert shares[0] == shares[1] == shares[2] == pytest.approx(0.15)
