@@ -29,6 +29,8 @@ from minsae_jax.files import regular_file
 from minsae_jax.sae.member import SparseAutoencoder
 
 T = TypeVar("T")
+# Of a recording, for each sample: tokens that begin before it, and tokens that end there or before
+TokenCounts = tuple[np.ndarray, np.ndarray]
 # Encoded at a time: malloc reuses the memory of so many features, unlike that of larger arrays.
 BATCH_TOKENS = 2048
 # Why a kind of events is left out, after the patients that it is missing for
@@ -185,17 +187,18 @@ def draw_spans(
         located += [(recording, event) for event in by_recording.get(name, [])]
     for recording, drawn in groupby(sample(located, max_events, seed=0), itemgetter(0)):
         end = windows_end(dataset, recording)
-        # Some may be missing in a store of another program.
         sequences = slice(*dataset.sequences_of(recording))
         windows = np.unique(dataset.window[sequences]).astype(np.int64) * dataset.seq_len
+        # Windows, or channels of some, may be missing in a store of another program.
+        channels = dataset.channel[sequences]
+        is_complete = len(channels) == len(windows) * len(np.unique(channels))
         # is_taken[i + 1] says whether sample i is part of a token that an event touches, so that
         # its cumulative sum counts such samples before each sample. A span is free if it does not
         # grow in it.
         is_taken = np.zeros(end + 1, np.int32)
         begin, stop = _tokens_of_windows(dataset, windows)
-        # Tokens that begin before each sample, and those that end there or before
-        n_begun = np.insert(np.bincount(begin, minlength=end).cumsum(dtype=np.int32), 0, 0)
-        n_ended = np.bincount(stop, minlength=end + 1).cumsum(dtype=np.int32)
+        # Those of a complete recording are the same on all channels.
+        counts: dict[tuple[int, ...] | None, TokenCounts] = {None: _count_tokens(begin, stop, end)}
         for event in by_recording[dataset.recordings[recording]]:
             is_touched = (begin < event.stop) & (stop > event.start)
             first = begin[is_touched].min(initial=event.start)
@@ -205,6 +208,11 @@ def draw_spans(
         for _, event in drawn:
             if event.stop > end:
                 continue
+            key = None if is_complete else event.channels
+            if key not in counts:
+                on_channels = _tokens_on_channels(dataset, recording, end, event.channels)
+                counts[key] = _count_tokens(*on_channels, end)
+            n_begun, n_ended = counts[key]
             length = event.stop - event.start
             offset = event.start % dataset.seq_len % step
             starts = windows[:, None] + np.arange(offset, dataset.seq_len, step)
@@ -234,6 +242,25 @@ def _tokens_of_windows(
     distinct = np.unique(in_window, axis=1).astype(np.int64)
     begin, stop = (distinct[:, None, :] + windows[None, :, None]).reshape(2, -1)
     return begin, stop
+
+
+def _tokens_on_channels(
+    dataset: Dataset, recording: int, end: int, channels: tuple[int, ...]
+) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " tokens"]]:
+    """Return first sample, and the one after the last, of a recording's tokens on some channels."""
+    whole = Span(recording, 0, end, channels, is_event=False)
+    sequences, tokens = tokens_of(dataset, whole)
+    begin = dataset.first_samples(sequences, tokens)
+    return begin, begin + dataset.lengths(tokens)
+
+
+def _count_tokens(
+    begin: Int[np.ndarray, " tokens"], stop: Int[np.ndarray, " tokens"], end: int
+) -> TokenCounts:
+    """Return the number of tokens that begin before each sample up to `end`, and that end by it."""
+    n_begun = np.insert(np.bincount(begin, minlength=end).cumsum(dtype=np.int32), 0, 0)
+    n_ended = np.bincount(stop, minlength=end + 1).cumsum(dtype=np.int32)
+    return n_begun, n_ended
 
 
 def windows_end(dataset: Dataset, recording: int) -> int:

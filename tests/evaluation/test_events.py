@@ -181,18 +181,22 @@ def test_spans_without_an_event_are_drawn_from_all_free_places(noise):
     assert drawn == expected
 
 
-def test_spans_of_a_pair_touch_equally_many_tokens_if_windows_are_missing(tmp_path):
-    """Every third window, as one that another program has rejected, is not in the store."""
+@pytest.mark.parametrize("missing", ["windows", "channels"])
+def test_spans_of_a_pair_touch_equally_many_tokens_if_some_are_missing(missing, tmp_path):
+    """Some windows, or channels of windows, are not in the store, as if they had artefacts."""
+    rng = np.random.default_rng(6)
     places = make_places(6, 30)
     is_there = places.window % 3 > 0
+    if missing == "channels":
+        is_there = rng.random(len(places.window)) < 0.7
     arrays = (places.recording[is_there], places.window[is_there], places.channel[is_there])
     places = Places(places.recordings, *arrays)
     dataset = write_planted(tmp_path, np.ones((is_there.sum(), 4, 2)), places)
-    rng = np.random.default_rng(6)
     events = []
     for name in dataset.recordings:
-        starts = rng.choice(1100, 12, replace=False).tolist()
-        events += [LabelledEvent(name, start, start + 45, (0,)) for start in starts]
+        for start in rng.choice(1100, 12, replace=False).tolist():
+            channels = ((0,), (1,), (0, 1))[start % 3]
+            events.append(LabelledEvent(name, start, start + 45, channels))
     spans = gather(dataset, draw_spans(dataset, events, seed=0))
     assert len(spans.lengths) > 50
     np.testing.assert_array_equal(spans.lengths[spans.is_event], spans.lengths[~spans.is_event])
