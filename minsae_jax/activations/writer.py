@@ -18,7 +18,7 @@ from typing import IO
 import jax
 import ml_dtypes
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 
 from minsae_jax.activations.manifest import (
     MANIFEST,
@@ -28,7 +28,13 @@ from minsae_jax.activations.manifest import (
     parse_shard_entry,
     read_manifest,
 )
-from minsae_jax.activations.shards import PROVENANCE, find_damage, shard_damage, shard_files
+from minsae_jax.activations.shards import (
+    PROVENANCE,
+    find_damage,
+    read_header,
+    shard_damage,
+    shard_files,
+)
 from minsae_jax.activations.tokens import TOKENS, TokenGrid
 from minsae_jax.checksums import SUMS, write_checksums, write_npz
 from minsae_jax.errors import UserError
@@ -201,6 +207,15 @@ class StoreWriter:
                 f"{path} could not be written ({e.strerror or e}); rerun the same command to resume"
             ) from e
         self.done.add(number)
+
+    def read(self, number: int) -> Float[np.ndarray, "_ n_tokens d_model"]:
+        """Return a shard that is written, as float32."""
+        path = self.folder / f"b{number:04d}.npy"
+        header = read_header(path)
+        content = np.fromfile(path, header.dtype, offset=header.offset).reshape(header.shape)
+        if self.identity.dtype == "bfloat16":
+            content = content.view(ml_dtypes.bfloat16)
+        return content.astype(np.float32)
 
     def finish(self, provenance: Mapping[str, np.ndarray], tokens: TokenGrid) -> None:
         """Write the provenance, one entry per sequence in the shards' order, and the manifest.

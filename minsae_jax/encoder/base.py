@@ -30,6 +30,7 @@ from minsae_jax.eeg.montage import canonical
 from minsae_jax.eeg.recordings import WindowShape
 from minsae_jax.errors import UserError
 
+MAX_DEVIATION = 0.02  # of activations that are the same but for rounding, relative to their SD
 Params = Any  # a pytree of arrays, for native encoders nested dicts and lists of float32
 Precision = Literal["float32", "tf32", "bfloat16"]  # of the products in the layers
 # (params, windows [batch, seq_len, n_vars]) -> the activations of each requested layer.
@@ -184,6 +185,8 @@ class BaseEncoder(ABC):
     spec: EncoderSpec
     # Identifies the encoder and its weights; stores, runs and evaluations must match it.
     fingerprint: str
+    # Whether the fingerprint is of a name that the user chose, which does not change with weights.
+    is_named: bool = False
     # First argument of the function; extraction puts them on the devices once.
     params: Params = ()
     # True: `function` returns a host function of NumPy arrays, which is called once per batch.
@@ -297,6 +300,13 @@ def fingerprint_of(architecture: Any, params: Params) -> str:
         digest.update(f"{parameter_path(path)} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def differs(actual: np.ndarray, expected: np.ndarray) -> bool:
+    """Return whether activations differ by more than rounding, also that of half precision."""
+    # Dropout of 1 % exceeds it.
+    deviation = np.sqrt(np.square(actual - expected).mean())
+    return bool(deviation > MAX_DEVIATION * np.std(expected))
 
 
 def parameter_path(keys: tuple[object, ...]) -> str:

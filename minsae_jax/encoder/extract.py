@@ -19,7 +19,7 @@ from minsae_jax.activations.writer import StoreWriter
 from minsae_jax.eeg.recordings import Windows, recordings_folder
 from minsae_jax.eeg.scan import Recordings, warn_of
 from minsae_jax.eeg.splits import Split, patient_of
-from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, EncoderSpec
+from minsae_jax.encoder.base import BaseEncoder, ComputeOptions, EncoderSpec, differs
 from minsae_jax.encoder.compute import Activations, Output
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.plan import SplitPlan, check_free_space, plan_extraction
@@ -64,7 +64,7 @@ def extract(encoder: BaseEncoder, config: ExtractConfig) -> list[ExtractedStore]
             for writer in plan.writers:
                 locks.enter_context(writer)
         for plan in plans:
-            stores += Extraction(compute, config, plan).run()
+            stores += Extraction(compute, config, plan, encoder.is_named).run()
     return stores
 
 
@@ -85,8 +85,11 @@ class Extraction:
     several processes each computes every n-th batch, and the stores are the same.
     """
 
-    def __init__(self, compute: Activations, config: ExtractConfig, plan: SplitPlan):
+    def __init__(
+        self, compute: Activations, config: ExtractConfig, plan: SplitPlan, is_named: bool
+    ):
         self.compute = compute
+        self.is_named = is_named
         self.config = config
         self.plan = plan
         self.windows = plan.windows
@@ -98,6 +101,10 @@ class Extraction:
         """Write the missing shards and return the stores."""
         for writer in self.plan.writers:
             writer.begin()
+        if self.is_named:
+            with barrier(f"compare the encoder with split {self.plan.split}"):
+                if jax.process_index() == 0:
+                    self._compare_with_written()
         was_complete = [writer.finished for writer in self.plan.writers]
         if not all(was_complete):
             self._write_missing_shards()
@@ -123,6 +130,27 @@ class Extraction:
             n_patients=len({patient_of(file) for file in used}),
             was_complete=was_complete,
         )
+
+    def _compare_with_written(self) -> None:
+        """Raise UserError if the encoder returns other activations than a shard in each store.
+
+        It is for encoders whose fingerprint is the same after their weights have changed.
+        """
+        largest = min(self.config.batch_size, len(self.windows))
+        for i, writer in enumerate(self.plan.writers):
+            if not writer.done:
+                continue
+            number = min(writer.done)
+            # The whole batch, since the function may depend on the other windows.
+            x = self.windows.read(*self._bounds(number))
+            output = self.compute.start(x, largest)[i]
+            actual = np.concatenate(self.compute.fetch(output, len(x))).astype(np.float32)
+            if differs(actual, writer.read(number)):
+                raise UserError(
+                    f"{writer.folder} contains other activations than the function returns now, "
+                    "under the same name; if its weights or settings have changed, choose another "
+                    "name and --out, or use --overwrite"
+                )
 
     def _write_missing_shards(self) -> None:
         if jax.process_index() == 0:

@@ -17,15 +17,16 @@ from minsae_jax.encoder.base import (
     EncoderSpec,
     HiddenFunction,
     Params,
+    differs,
     fingerprint_of,
 )
 from minsae_jax.errors import UserError, brief
 
-MAX_DEVIATION = 0.02  # of the activations of one window, relative to their SD
-
 
 class FunctionEncoder(BaseEncoder):
     """An encoder made by `from_function`."""
+
+    is_named = True
 
     def __init__(
         self,
@@ -74,7 +75,8 @@ def from_function(
     all of one shape, are {number: activations}, or a list or tuple of layers from 0 on. A single
     layer has the number 0.
     name: identifies the model and its weights. Stores, runs and evaluations are matched by it (and
-    by `params`), so that another checkpoint needs another name.
+    by `params`), so that another checkpoint needs another name. `extract` compares a batch with
+    each store that exists already.
     seq_len: samples per window. channels: names, or their number if names do not matter.
     tokens: places of the tokens of a window, such as `TokenGrid.patches(10, 200, n_channels=30)`.
     sampling_rate: in Hz; None accepts recordings of any rate.
@@ -220,8 +222,7 @@ def _warn_of_chance(f: Callable[..., Any], params: Params, shape: tuple[int, ...
     for layer, output in alone.items():
         expected = np.asarray(_readable(output), np.float64)[0]
         actual = np.asarray(_readable(beside[layer]), np.float64)[0]
-        # Far above rounding, also of half precision; dropout of 1 % exceeds it.
-        if np.std(actual - expected) > MAX_DEVIATION * np.std(expected):
+        if differs(actual, expected):
             warnings.warn(
                 f"layer {layer} of the function differs each time, or depends on other windows; "
                 "for the activations of a trained model, call model.eval(), and mask nothing",

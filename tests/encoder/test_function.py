@@ -305,6 +305,32 @@ def test_model_in_training_mode_is_reported(part):
     make_encoder(layer, tokens=grid)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_weights_of_the_same_name_are_refused(dtype, described, tmp_path):
+    """As after a model was loaded again, for stores that are complete and for interrupted ones."""
+    settings = ms.ExtractConfig(
+        root_path=str(described.folder),
+        out=str(tmp_path / "store"),
+        split=("test",),
+        batch_size=8,
+        dtype=dtype,
+    )
+    (store,) = ms.extract(make_encoder(), settings)
+    assert ms.extract(make_encoder(), settings)[0].was_complete
+    changed = make_encoder(lambda x: amplitudes(x) + 1)
+    with pytest.raises(ms.UserError, match="contains other activations than the function returns"):
+        ms.extract(changed, settings)
+    store.shards[-1].path.unlink()
+    with pytest.raises(ms.UserError, match="choose another name and --out, or use --overwrite"):
+        ms.extract(changed, settings)
+    assert not ms.extract(make_encoder(), settings)[0].was_complete
+    before = store.read(0)
+    (replaced,) = ms.extract(changed, replace(settings, overwrite=True))
+    np.testing.assert_allclose(
+        replaced.read(0).astype(np.float32), before.astype(np.float32) + 1, rtol=0.01
+    )
+
+
 def test_function_must_return_all_windows(described, tmp_path):
     encoder = make_encoder(lambda x: amplitudes(x[:1]))
     settings = ms.ExtractConfig(
