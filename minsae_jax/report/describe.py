@@ -78,6 +78,12 @@ class FeatureRow:
         return None if self.stability is None else self.stability.found
 
     @property
+    def detects(self) -> list[str]:
+        """The kinds of events with an AUC of at least DETECTS, the best first."""
+        kinds = [event for event in self.events if event.auc >= DETECTS]
+        return [event.kind for event in sorted(kinds, key=lambda event: -event.auc)]
+
+    @property
     def best_event(self) -> FeatureScore | None:
         """The kind of event that the feature detects best, or None if no AUC reaches DETECTS."""
         best = max(self.events, key=lambda event: event.auc, default=None)

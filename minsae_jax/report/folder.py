@@ -49,7 +49,7 @@ PACK = 64  # features in a file
 # Of FeatureRow, in the table of all features
 COLUMNS = (
     "id", "label", "suggestion", "density", "mean", "max", "channel", "band", "patients",
-    "artefact", "artefact_top", "support", "seeds", "event", "event_auc",
+    "artefact", "artefact_top", "support", "seeds", "detects", "event", "event_auc",
 )  # fmt: skip
 
 

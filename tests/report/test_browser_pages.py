@@ -175,6 +175,25 @@ def test_search_and_columns_of_events_and_seeds(page, report):
     assert find(page, "#rows td.seeds .dots i.on")
 
 
+def test_a_feature_of_two_kinds_of_events_is_found_by_both(page, tmp_path):
+    """The kind with the highest AUC need not be the one that the feature is about."""
+    cards = [with_findings(card) for card in make_cards(2)]
+    scores = [make_score(kind, 0, auc) for kind, auc in (("blink", 0.99), ("spike", 0.97))]
+    cards[0] = replace(cards[0], events=[*scores, make_score("muscle", 0, 0.79)])
+    write_pages(tmp_path / "report", make_meta(pages=make_pages(2)), cards)
+    visit(page, tmp_path / "report", "#sort=id")
+    assert texts(page, "#rows td.event")[0] == "blink +1"
+    for kind, found in (("spike", [0]), ("blink", [0, 1]), ("muscle", [])):
+        search = find(page, "#search")[0]
+        search.clear()
+        search.send_keys(kind)
+        assert shown(page) == found
+    visit(page, tmp_path / "report", "#f=0")
+    wait_for_feature(page, 0)
+    badges = texts(page, "#feature .badge")[1:]
+    assert badges == ["blink, AUC 0.990", "spike, AUC 0.970"]
+
+
 def test_filters_and_order_are_in_the_address(page, report):
     visit(page, report)
     find(page, "#search")[0].send_keys("o1")

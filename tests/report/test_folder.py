@@ -46,8 +46,8 @@ def test_files(report):
     assert len(index["meta"]["positions"]) == 19
     cards = zip(index["rows"], make_cards(N, DEAD), read_cards(report), strict=True)
     for row, card, data in cards:
-        assert index["columns"][-4:] == ["seeds", "event", "event_auc", "pack"]
-        assert row == [*(data[name] for name in index["columns"][:-4]), None, "", None, 0]
+        assert index["columns"][-5:] == ["seeds", "detects", "event", "event_auc", "pack"]
+        assert row == [*(data[name] for name in index["columns"][:-5]), None, [], "", None, 0]
         assert len(data["examples"]) == len(card.examples)
         for written, example in zip(data["examples"], card.examples, strict=True):
             assert abs(written["start"] - example.start) < 0.006
@@ -78,6 +78,7 @@ def test_keys_of_the_data_files(report):
         "artefact_top",
         "support",
         "seeds",
+        "detects",
         "event",
         "event_auc",
         "pack",
@@ -101,7 +102,7 @@ def test_findings_of_the_evaluation(tmp_path):
     index = read_script(tmp_path / "report/index_data.js")
     for row, card in zip(index["rows"], cards, strict=True):
         best = max(card.events, key=lambda event: event.auc)
-        assert row[-4:] == [card.stability.found, best.kind, best.auc, 0]
+        assert row[-5:] == [card.stability.found, [best.kind], best.kind, best.auc, 0]
     pages = index["meta"]["pages"]
     assert " ".join(pages) == "recommendation rule members events event_means labels n_seeds"
     assert pages["events"][0]["kind"] == "alpha"
@@ -114,9 +115,12 @@ def test_a_feature_that_separates_nothing_has_no_event():
     weak = [make_score("spike", 0, 0.79), make_score("blink", 0, float("nan"))]
     assert replace(card, events=weak).event == ""
     assert replace(card, events=weak).event_auc is None
+    assert replace(card, events=weak).detects == []
     strong = [*weak, make_score("alpha", 0, 0.8)]
     assert replace(card, events=strong[::-1]).event == "alpha"
     assert replace(card, events=strong).event == "alpha"
+    both = [*strong, make_score("blink", 0, 0.9)]
+    assert replace(card, events=both).detects == ["blink", "alpha"]
 
 
 def test_nothing_is_loaded_from_elsewhere(report):

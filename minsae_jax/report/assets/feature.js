@@ -32,13 +32,13 @@ function showFeature(f) {
   scrollTo(0, 0);
 }
 
-/** Return "found with 3 of 3 seeds" and the kind of event, as links to where they are explained. */
+/** Return "found with 3 of 3 seeds" and the kinds of events, as links to where they are explained. */
 function badges(f) {
   const list = [];
   if (f.stability) list.push(seedBadge(f.stability.found, f.stability.seeds));
-  const best = f.events?.find((event) => event.kind === byId.get(f.id)?.event);
-  if (best) {
-    list.push(html("a", { class: "badge", href: address("event", best.kind) }, swatch(best.kind), `${best.kind}, AUC ${fixed(best.auc)}`));
+  const detects = byId.get(f.id)?.detects ?? [];
+  for (const { kind, auc } of f.events?.filter((event) => detects.includes(event.kind)) ?? []) {
+    list.push(html("a", { class: "badge", href: address("event", kind) }, swatch(kind), `${kind}, AUC ${fixed(auc)}`));
   }
   return list.length ? html("p", { class: "badges" }, list) : null;
 }

@@ -53,7 +53,7 @@ function start(data) {
   features = data.rows.map((row) => Object.fromEntries(data.columns.map((name, i) => [name, row[i]])));
   byDensity = sortRows(features, (f) => f.density, true);
   byId = new Map(features.map((f) => [f.id, f]));
-  for (const f of features) f.words = [f.id, f.label, f.suggestion, f.channel, f.band, f.event].join(" ").toLowerCase();
+  for (const f of features) f.words = [f.id, f.label, f.suggestion, f.channel, f.band, ...f.detects].join(" ").toLowerCase();
   for (const { kind } of meta.pages.events) eventColour(kind);
   drawIndex();
   restoreFilters(new URLSearchParams());
@@ -185,7 +185,7 @@ const COLUMNS = [
   { name: "patients", title: "Patients", hint: "patients with any activation" },
   { name: "artefact", title: "Artefact", hint: "share of sampled examples with the most frequent artefact hint, in %", share: true },
   { name: "seeds", title: "Seeds", hint: "seeds in which the same feature is found" },
-  { name: "event", title: "Event", hint: "kind of event that the feature detects best", words: true },
+  { name: "event", title: "Event", hint: "kind of event with the highest AUC, and the number of others that the feature detects", words: true },
   { name: "event_auc", title: "AUC", hint: "AUC for that kind of event, on test patients" },
 ];
 const ROW = 34; // px, as in report.css
@@ -327,6 +327,9 @@ function drawRows() {
   $("#nothing").hidden = shown.length > 0;
 }
 
+/** Return "+2", with their names in its tooltip, for the kinds of events beside the best one. */
+const otherKinds = ([, ...others]) => (others.length ? html("span", { class: "more", title: others.join(", ") }, ` +${others.length}`) : null);
+
 function tableRow(f) {
   const name = f.label || f.suggestion || (f.density ? "" : "never active");
   const cell = (c) => {
@@ -334,7 +337,7 @@ function tableRow(f) {
     if (c.name === "label") return html("span", { class: f.label ? "" : "suggestion", title: name }, name);
     if (c.name === "seeds") return seedDots(f.seeds, meta.pages.n_seeds);
     if (c.name === "event_auc") return fixed(f.event_auc);
-    if (c.name === "event" && f.event) return [swatch(f.event), f.event];
+    if (c.name === "event" && f.event) return [swatch(f.event), f.event, otherKinds(f.detects)];
     return c.words ? f[c.name] || "–" : c.share ? percent(f[c.name]) : number(f[c.name]);
   };
   const filled = f.density > 0 ? Math.max(2, 100 + 20 * Math.log10(f.density)) : 0; // five decades
