@@ -8,6 +8,7 @@ functions here join them.
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -286,7 +287,7 @@ def evaluate(config: EvaluateConfig, encoder: "BaseEncoder | None" = None) -> "E
         result = evaluation.evaluate(config, encoder, trained)
         if config.report:
             with result.inputs.locked():
-                write_report(config, result)
+                result = replace(result, associations=write_report(config, result))
     return result
 
 

@@ -32,8 +32,14 @@ class LabelAssociation:
     test: LabelTest | None
     # None if there are too few, or no val patients
     probe: LabelProbe | None
-    # Parts that were left out or not measured, with the reason
-    notes: tuple[str, ...]
+    # What was left out, or why there is no test or no probe; may be empty
+    test_note: str
+    probe_note: str
+
+    @property
+    def notes(self) -> list[str]:
+        """Both notes, without empty ones."""
+        return [note for note in (self.test_note, self.probe_note) if note]
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,11 @@ def measure_associations(
         probes = [probe_label(label, features, raw, seed=seed) for label in labels]
     associations = []
     for label, result, probe in zip(labels, results, probes, strict=True):
-        notes = [result.note] if result.note else []
-        fitted = None
         if isinstance(probe, str):
-            notes.append(f"no probe: {probe}")
+            without = LabelAssociation(label, result.test, None, result.note, f"no probe: {probe}")
+            associations.append(without)
         else:
-            fitted = probe
-        associations.append(LabelAssociation(label, result.test, fitted, tuple(notes)))
+            associations.append(LabelAssociation(label, result.test, probe, result.note, ""))
     # A test store of all patients has the val patients' recordings too.
     distinct = tuple(dict.fromkeys(recordings))
     return Associations(variance, tuple(associations), pooling, distinct)

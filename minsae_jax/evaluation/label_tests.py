@@ -8,6 +8,7 @@ statistic. The false discovery rate over the features of a label is controlled b
 Hochberg's method.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.permutations import permutation_p, product_size, share_between
 from minsae_jax.evaluation.pooling import PatientValues
 
+MAX_EXACT = 8  # patients of a category up to which p of Mann-Whitney without ties is exact
 MIN_PATIENTS = 3  # of each category, or of all for a number
 # Patients expected in a category below which their number is not treated as normal (Cochran's
 # rule).
@@ -98,14 +100,32 @@ def compare_labels(pooled: PatientValues, labels: Sequence[PatientLabel]) -> lis
         notes = []
         if label.n_ambiguous:
             n = label.n_ambiguous
-            notes.append(f"{n} patients with recordings of several categories left out")
+            patients = "1 patient" if n == 1 else f"{n} patients"
+            notes.append(f"{patients} with recordings of several categories left out")
         if note:
             notes.append(note)
         test = None
         if usable is not None:
             test = _test(usable, pooled.of(usable.patients))
+            p = smallest_p(test)
+            if p >= LEVEL:
+                notes.append(
+                    f"too few patients for q < {LEVEL}: without ties no p is below {p:.2g}"
+                )
         results.append(LabelResult(label.name, test, "; ".join(notes)))
     return results
+
+
+def smallest_p(test: LabelTest) -> float:
+    """Return the p of a feature that follows the label perfectly, 0 if it is not an exact one.
+
+    No feature without ties has a smaller p.
+    """
+    if test.test == "Spearman" and test.n_patients[0] <= MAX_PERMUTED:
+        return 2 / math.factorial(test.n_patients[0])
+    if test.test == "Mann-Whitney" and min(test.n_patients) <= MAX_EXACT:
+        return 2 / math.comb(sum(test.n_patients), test.n_patients[0])
+    return 0.0
 
 
 def usable_label(
@@ -193,7 +213,7 @@ def _mann_whitney(
     second = values[is_second]
     n_smaller = min(len(first), len(second))
     in_order = np.sort(values, axis=0)
-    is_exact = (n_smaller <= 8) & (np.diff(in_order, axis=0) > 0).all(axis=0)
+    is_exact = (n_smaller <= MAX_EXACT) & (np.diff(in_order, axis=0) > 0).all(axis=0)
     auc = np.empty(values.shape[1])
     p = np.empty(values.shape[1])
     for method, columns in (("exact", is_exact), ("asymptotic", ~is_exact)):

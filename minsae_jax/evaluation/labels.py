@@ -8,6 +8,7 @@ other column is a label: a number if all its values are numbers other than 0 and
 
 import csv
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from minsae_jax.eeg.recordings import LABELS, LENGTHS, read_lengths
 from minsae_jax.eeg.splits import patient_of
-from minsae_jax.errors import UserError, brief
+from minsae_jax.errors import UserError, brief, join_some
 
 MISSING = ("", "n/a", "na", "nan")  # in lower case
 KEYS = ("recording", "patient")
@@ -47,6 +48,20 @@ class PatientLabel:
         """Index into `categories` of every patient."""
         return self.values.astype(np.int64)
 
+    def describe(self, limit: int) -> str:
+        """Return the range of a number, or the patients of each of the first `limit` categories.
+
+        Such as "21 to 83, median 52" or "female 9, male 7".
+        """
+        if len(self.values) == 0:
+            return "none"
+        if self.is_number:
+            low, middle, high = np.quantile(self.values, [0, 0.5, 1])
+            return f"{low:g} to {high:g}, median {middle:g}"
+        counts = np.bincount(self.category, minlength=len(self.categories))
+        texts = [f"{name} {n}" for name, n in zip(self.categories, counts, strict=True)]
+        return join_some(texts, limit=limit)
+
     def select(self, is_selected: Bool[np.ndarray, " patients"]) -> "PatientLabel":
         """Return the label of some of the patients."""
         patients = tuple(self.patients[i] for i in np.flatnonzero(is_selected))
@@ -67,8 +82,9 @@ def read_labels(folder: Path, recordings: Sequence[str]) -> tuple[PatientLabel, 
     """Return the labels of the patients of some recordings, from labels.csv in their folder.
 
     folder: of the recordings and their file_lengths_map.csv. A patient's number is the mean over
-    its recordings. There are no labels if there is no such file. Raises UserError if the file is
-    invalid, or has no row for any recording in the folder.
+    its recordings. There are no labels if there is no such file. Warns of values that look like
+    mistakes. Raises UserError if the file is invalid, or has no row for any recording in the
+    folder.
     """
     path = folder / LABELS
     if not path.is_file():
@@ -83,7 +99,36 @@ def read_labels(folder: Path, recordings: Sequence[str]) -> tuple[PatientLabel, 
             f"{names[0]}, and patients like {patient_of(names[0])}"
         )
     columns = [column for column in next(iter(rows.values())) if column not in KEYS]
+    for column in columns:
+        _warn_of_mistakes(path, column, _values(column, rows))
     return tuple(_patient_label(column, rows, recordings) for column in columns)
+
+
+def _values(column: str, rows: Mapping[tuple[str, str], dict[str, str]]) -> set[str]:
+    """Return the distinct values of a column without the missing ones."""
+    texts = {row[column] for row in rows.values()}
+    return {text for text in texts if text.lower() not in MISSING}
+
+
+def _warn_of_mistakes(path: Path, column: str, texts: set[str]) -> None:
+    """Warn of a few values that make numbers categories, and of "Control" beside "control"."""
+    words = sorted(text for text in texts if not _is_number(text))
+    if 0 < 3 * len(words) < len(texts):
+        warnings.warn(
+            f"{path}: {column} is read as categories and not as a number, because of "
+            f"{join_some(list(map(repr, words)))}; leave a cell empty if the value is missing",
+            stacklevel=3,
+        )
+    spellings: dict[str, list[str]] = {}
+    for text in words:
+        spellings.setdefault(text.lower(), []).append(text)
+    for same in spellings.values():
+        if len(same) > 1 and not _are_booleans(texts):
+            warnings.warn(
+                f"{path}: {column} has categories that differ in upper and lower case only, and "
+                f"are not the same: {join_some(list(map(repr, same)))}",
+                stacklevel=3,
+            )
 
 
 def _read_rows(path: Path) -> dict[tuple[str, str], dict[str, str]]:
@@ -146,8 +191,7 @@ def _patient_label(
 
     Its type depends on all rows, so that it is the same for every set of recordings.
     """
-    texts = {row[column] for row in rows.values()}
-    texts = {text for text in texts if text.lower() not in MISSING}
+    texts = _values(column, rows)
     by_patient: dict[str, list[str]] = {}
     for recording in recordings:
         row = _row_of(rows, recording)
@@ -160,10 +204,9 @@ def _patient_label(
             return PatientLabel(column, tuple(by_patient), np.array(means, np.float64), ())
         # 0 and 1 are categories: no and yes. pandas writes 1.0 into columns with empty cells.
         category_of = {text: str(int(float(text))) for text in texts}
-    in_lower_case = {text: text.lower() for text in texts}
     # "Yes" and "yes" are one category; other labels may tell cases apart.
-    if any(pair.issuperset(in_lower_case.values()) for pair in BOOLEANS):
-        category_of = in_lower_case
+    if _are_booleans(texts):
+        category_of = {text: text.lower() for text in texts}
     categories = tuple(sorted(set(category_of.values())))
     index_of_patient = {}
     for patient, values in by_patient.items():
@@ -174,6 +217,11 @@ def _patient_label(
     indices = np.array(list(index_of_patient.values()), np.float64)
     n_ambiguous = len(by_patient) - len(index_of_patient)
     return PatientLabel(column, tuple(index_of_patient), indices, categories, n_ambiguous)
+
+
+def _are_booleans(texts: set[str]) -> bool:
+    in_lower_case = {text.lower() for text in texts}
+    return any(pair.issuperset(in_lower_case) for pair in BOOLEANS)
 
 
 def _is_number(text: str) -> bool:

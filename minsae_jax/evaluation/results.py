@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 
 from minsae_jax.estimates import Estimate, Interval
+from minsae_jax.evaluation.associations import Associations
 from minsae_jax.evaluation.event_results import Control, EventEvaluation, EventScore, EventSummary
 from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.loss_recovered import LossRecovered, SubstitutionErrors
@@ -217,6 +218,8 @@ class Evaluation:
     baseline_events: Mapping[str, EventEvaluation]
     # None without --control, or without labelled events
     control: Control | None = None
+    # Of the features of the selected member with labels; None without a report
+    associations: Associations | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inputs.run}, {len(self.members)} members)"

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 
 from minsae_jax.checksums import update_checksums
 from minsae_jax.estimates import Estimate
+from minsae_jax.evaluation.associations import Associations
 from minsae_jax.evaluation.control import RANDOM
 from minsae_jax.evaluation.event_results import Control, EventScore
 from minsae_jax.evaluation.figure import draw_evaluation
+from minsae_jax.evaluation.label_tests import LEVEL
 from minsae_jax.evaluation.pca import COMPONENTS, RAW
 from minsae_jax.evaluation.results import Evaluated, Evaluation
 from minsae_jax.files import atomic_write
@@ -17,6 +19,7 @@ from minsae_jax.monitor import table, wrap
 from minsae_jax.sae.hyper import SYMBOLS
 
 FEW_PATIENTS = 3
+LISTED = 3  # categories of a label
 PCA_NOTE = """\
 pca: principal components of fewer than three val patients, since there is no
 train store. Where the test patients differ from them, PCA looks worse than it
@@ -45,6 +48,9 @@ Of the same features. chance: the precision of random tokens."""
 CONTROL_NOTE = """\
 random: {member}, trained on the encoder with random weights.
 gain: AUC of the SAE's best feature less that of the control's."""
+LABELS_HINT = """\
+Train patients can be tested too, since SAEs are trained without labels: extract
+--split all, then evaluate --store (docs/labels.md)."""
 STABILITY_NOTE = """\
 stability: share of the features that other seeds find again. weighted: by their
 part in x̂."""
@@ -78,6 +84,9 @@ def summary(evaluation: Evaluation) -> str:
         if evaluation.control is not None:
             note = CONTROL_NOTE.format(member=evaluation.selected)
             parts += [f"{title}, above the control:\n{_gains_table(evaluation.control)}", note]
+    associations = evaluation.associations
+    if associations is not None and associations.labels:
+        parts += _labels_parts(evaluation, associations)
     verdict = [f"recommended: {recommendation.member}", f"reason: {recommendation.reason}"]
     if recommendation.runners_up:
         verdict.append(f"runners-up: {'; '.join(recommendation.runners_up)}")
@@ -213,6 +222,29 @@ def _tokens_table(scores: Sequence[tuple[str, str, EventScore]]) -> str:
 def _gains_table(control: Control) -> str:
     gains = [*control.auc_gain.items(), ("mean", control.mean_auc_gain)]
     return table(["event", "gain"], [[kind, _cell(gain, ".3f")] for kind, gain in gains])
+
+
+def _labels_parts(evaluation: Evaluation, associations: Associations) -> list[str]:
+    """Return the table of the labels, then what was left out of it."""
+    rows = []
+    notes = []
+    for association in associations.labels:
+        label = association.label
+        test = association.test
+        found = "not tested"
+        if test is not None:
+            found = f"{len(test.significant())} of {test.n_tested}"
+        rows.append([label.name, str(len(label.patients)), found, label.describe(LISTED)])
+        if association.test_note:
+            notes.append(wrap(f"{label.name}: {association.test_note}"))
+    columns = ["label", "patients", f"q < {LEVEL}", "values"]
+    parts = [f"features of {evaluation.selected} by label:\n{table(columns, rows)}"]
+    manifest = evaluation.inputs.test.store.require_manifest()
+    if notes and manifest.data.get("split") != "all":
+        notes.append(LABELS_HINT)
+    if notes:
+        parts.append("\n".join(notes))
+    return parts
 
 
 def write_files(evaluation: Evaluation) -> None:

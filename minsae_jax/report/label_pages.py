@@ -9,9 +9,9 @@ from minsae_jax.eeg.splits import patient_of
 from minsae_jax.evaluation.associations import Associations, LabelAssociation, LabelledFeature
 from minsae_jax.evaluation.label_probes import LabelProbe
 from minsae_jax.evaluation.label_tests import LabelTest
-from minsae_jax.evaluation.labels import PatientLabel
 
 RANKED = 50  # features in the table of a label
+LISTED = 20  # categories of a label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def label_page(association: LabelAssociation, associations: Associations) -> Lab
         type="number" if label.is_number else "categories",
         patients=len(set(map(patient_of, recordings))),
         recordings=len(recordings),
-        values=_values(label),
+        values=label.describe(LISTED),
         pooling=associations.pooling,
         probe=association.probe,
         notes=association.notes,
@@ -67,16 +67,6 @@ def label_page(association: LabelAssociation, associations: Associations) -> Lab
         n_significant=len(test.significant()),
         features=[associations.of_feature(test, feature) for feature in order.tolist()],
     )
-
-
-def _values(label: PatientLabel) -> str:
-    if len(label.values) == 0:
-        return "none"
-    if label.is_number:
-        low, middle, high = np.quantile(label.values, [0, 0.5, 1])
-        return f"{low:g} to {high:g}, median {middle:g}"
-    counts = np.bincount(label.category, minlength=len(label.categories))
-    return ", ".join(f"{name} {n}" for name, n in zip(label.categories, counts, strict=True))
 
 
 def _effect_hint(test: LabelTest) -> str:

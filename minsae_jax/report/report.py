@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minsae_jax.evaluation.associations import measure_associations
+from minsae_jax.evaluation.associations import Associations, measure_associations
 from minsae_jax.evaluation.config import EvaluateConfig, parse_bands
 from minsae_jax.evaluation.members import Member, training_of
 from minsae_jax.evaluation.results import Evaluation, MemberEvaluation
@@ -25,10 +25,11 @@ from minsae_jax.report.naming import LABELS_CSV, read_feature_labels
 from minsae_jax.report.pages import Pages, make_pages, shown_features
 
 
-def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
-    """Write report/ of the recommended member, or of --member, and return its index.html.
+def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Associations:
+    """Write report/ of the recommended member, or of --member.
 
-    Raises UserError if labels.csv is invalid or report/ contains other files and no report.
+    Returns the associations of its features with labels. Raises UserError if labels.csv is invalid
+    or report/ contains other files and no report.
     """
     inputs = evaluation.inputs
     member = next(m for m in inputs.members if m.name == evaluation.selected)
@@ -81,7 +82,7 @@ def write_report(settings: EvaluateConfig, evaluation: Evaluation) -> Path:
         describe_all(context, chosen),
         (feature_row(context, feature) for feature in others),
     )
-    return folder / "index.html"
+    return associations
 
 
 def _steer(settings: EvaluateConfig, evaluation: Evaluation, member: Member) -> dict[str, Steering]:

@@ -21,14 +21,19 @@ from minsae_jax.encoder.extract import extract
 from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation import feature_measures, figure, inputs, saved, summary
 from minsae_jax.evaluation import members as evaluation_members
+from minsae_jax.evaluation.associations import Associations, LabelAssociation
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import open_dataset
 from minsae_jax.evaluation.evaluate import evaluate
 from minsae_jax.evaluation.events import event_share, read_events
 from minsae_jax.evaluation.inputs import open_inputs
+from minsae_jax.evaluation.label_tests import compare_labels
+from minsae_jax.evaluation.labels import PatientLabel
 from minsae_jax.evaluation.loss_recovered import substitution_errors
+from minsae_jax.evaluation.pooling import PatientValues
 from minsae_jax.evaluation.recordings import check_unchanged
 from minsae_jax.evaluation.token_pass import read_features
+from minsae_jax.evaluation.variance import VarianceShares
 from minsae_jax.json_values import to_json
 from minsae_jax.report.event_pages import event_pages
 from minsae_jax.sae.config import load_run_config
@@ -325,6 +330,27 @@ def test_summary_says_that_components_are_of_few_patients(evaluation):
     several = replace(evaluation.inputs, val=replace(val, recordings=names))
     assert note not in replace(evaluation, inputs=several).summary()
     assert note not in replace(evaluation, pca=()).summary()
+
+
+def test_summary_of_labels(evaluation):
+    patients = tuple(f"p{i}" for i in range(10))
+    group = PatientLabel("group", patients, np.arange(10) % 2.0, ("control", "epilepsy"))
+    site = PatientLabel("site", patients[:2], np.zeros(2), ("a",))
+    values = np.random.default_rng(0).normal(size=(10, 4))
+    values[:, 2] = group.values
+    labels = []
+    for result in compare_labels(PatientValues(patients, values), [group, site]):
+        label = group if result.label == "group" else site
+        labels.append(LabelAssociation(label, result.test, None, result.note, "no probe"))
+    shares = VarianceShares(*np.zeros((4, 4)), ("p0",) * 4, np.zeros(4))
+    associations = Associations(shares, tuple(labels), "active", patients)
+    text = replace(evaluation, associations=associations).summary()
+    assert f"features of {evaluation.selected} by label:\n" in text
+    assert "group        10      1 of 4  control 5, epilepsy 5\n" in text
+    assert "site          2  not tested                    a 2\n" in text
+    assert "site: not tested: fewer than two categories with 3 patients: a (2)\n" in text
+    assert "Train patients can be tested too" in text
+    assert "no probe" not in text
 
 
 def test_components_are_those_of_the_train_store(trained, evaluation, settings, tmp_path):

@@ -338,6 +338,29 @@ def test_too_few_patients_are_a_note(label, note):
     assert note in result.note
 
 
+@pytest.mark.parametrize(
+    ("label", "note"),
+    [
+        (number_label([1, 2, 3]), "too few patients for q < 0.05: without ties no p is below 0.33"),
+        (number_label([1, 2, 3, 4, 5]), ""),
+        (
+            category_label([0, 0, 0, 1, 1, 1, 1]),
+            "too few patients for q < 0.05: without ties no p is below 0.057",
+        ),
+        (category_label([0, 0, 0, 0, 1, 1, 1, 1]), ""),
+    ],
+)
+def test_patients_too_few_for_any_association_are_a_note(label, note):
+    """The p of a feature that follows the label perfectly, which is the smallest."""
+    n = len(label.patients)
+    pooled = PatientValues(patients_named(n), np.arange(float(n))[:, None])
+    (result,) = compare_labels(pooled, [label])
+    assert result.note == note
+    assert (result.test.p[0] >= 0.05) == bool(note)
+    if note:
+        assert note.endswith(f"{result.test.p[0]:.2g}")
+
+
 @pytest.mark.slow
 def test_random_labels_are_found_at_the_nominal_rate():
     """The share of labels with any feature at q < 0.05, over labels of all three types."""

@@ -64,6 +64,22 @@ def test_0_and_1_with_decimals_are_the_same_two_categories(folder):
     assert label["seizures"].is_number
 
 
+def test_values_that_look_like_mistakes_are_reported(folder):
+    ages = "".join(f"train{i},{30 + i},a,yes\n" for i in range(4))
+    text = f"patient,age,group,epilepsy\na,61 y,A,Yes\n{ages}"
+    with pytest.warns(UserWarning, match="labels.csv: ") as caught:
+        labels = read(folder, text)
+    assert [str(each.message).removeprefix(f"{folder / 'labels.csv'}: ") for each in caught] == [
+        "age is read as categories and not as a number, because of '61 y'; leave a cell empty if "
+        "the value is missing",
+        "group has categories that differ in upper and lower case only, and are not the same: "
+        "'A', 'a'",
+    ]
+    assert labels["age"].categories == ("30", "31", "32", "33", "61 y")
+    assert labels["group"].categories == ("A", "a")
+    assert labels["epilepsy"].categories == ("yes",)
+
+
 def test_type_does_not_depend_on_the_recordings(folder):
     text = "patient,group\na,2\nb,3\nc,x\n"
     label = read(folder, text, RECORDINGS[:3])["group"]
@@ -87,6 +103,15 @@ def test_rows_of_recordings_come_before_those_of_patients(folder):
     assert labels["drug"].patients == ("b", "c")
     assert labels["drug"].categories == ("AED", "none")
     assert labels["drug"].n_ambiguous == 1
+
+
+def test_description(folder):
+    text = "patient,age,sex,epilepsy\na,30,f,\nb,40.5,m,\nc,60,f,\n"
+    labels = read(folder, text)
+    assert labels["age"].describe(1) == "30 to 60, median 40.5"
+    assert labels["sex"].describe(2) == "f 2, m 1"
+    assert labels["sex"].describe(1) == "f 2, and 1 more"
+    assert labels["epilepsy"].describe(1) == "none"
 
 
 def test_column_without_values(folder):
