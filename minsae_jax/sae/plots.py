@@ -11,7 +11,7 @@ import numpy as np
 from minsae_jax.errors import UserError
 from minsae_jax.files import atomic_write, make_folder
 from minsae_jax.locks import lock_folder
-from minsae_jax.sae.config import PlotConfig, load_run_config
+from minsae_jax.sae.config import PlotConfig, TrainConfig, load_run_config
 from minsae_jax.sae.figures import STYLES, make_figure, tidy
 from minsae_jax.sae.history import Densities, MemberHistory, read_densities, read_histories
 from minsae_jax.sae.hyper import SPARSITY, Hyper, hyper_label, varied_names
@@ -50,11 +50,10 @@ def plot(settings: PlotConfig) -> PlotFiles:
     run = Path(settings.run)
     if not (run / "config.yaml").is_file() or not (run / "members").is_dir():
         raise UserError(f"{run} is not a run: it needs config.yaml and members/")
-    # The PyTorch minSAE logs the L1 penalty with its weight.
-    l1_title = "λ · L1" if load_run_config(run).recipe == "minsae" else "L1"
     histories = read_histories(run)
     if not histories:
         raise UserError(f"{run} has no metrics: the first are written after --eval_window steps")
+    l1_title = penalty_title(load_run_config(run), [history.hyper for history in histories])
     densities = read_densities(histories)
     out = Path(settings.out) if settings.out else run / "plots"
     make_folder(out)
@@ -63,6 +62,18 @@ def plot(settings: PlotConfig) -> PlotFiles:
         _draw_metrics(files.metrics, histories, l1_title, run.resolve().name)
         _animate_densities(files.densities, histories, densities, run.resolve().name)
     return files
+
+
+def penalty_title(config: TrainConfig, hypers: Sequence[Hyper]) -> str:
+    """Return what the column l1 of metrics.csv contains, which depends on the kind."""
+    # The PyTorch minSAE logs the L1 penalty with its weight.
+    of_relu = "λ · L1" if config.recipe == "minsae" else "L1"
+    kinds = {hyper.get("kind", "relu") for hyper in hypers}
+    if "jumprelu" not in kinds:
+        return of_relu
+    has_target = any("target_l0" in hyper for hyper in hypers)
+    of_jumprelu = "L0" if has_target or config.jumprelu_penalty == "step" else "penalty"
+    return f"{of_relu}, of jumprelu {of_jumprelu}" if "relu" in kinds else of_jumprelu
 
 
 def _member_labels(histories: Sequence[MemberHistory]) -> list[str]:

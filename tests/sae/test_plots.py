@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from minsae_jax import UserError
-from minsae_jax.sae.config import PlotConfig
-from minsae_jax.sae.plots import member_styles, plot
+from minsae_jax.sae.config import PlotConfig, TrainConfig
+from minsae_jax.sae.plots import member_styles, penalty_title, plot
 
 
 @pytest.mark.slow
@@ -37,6 +37,26 @@ def test_members_without_an_l1_get_no_plot_of_it(plain_run):
         path.write_text("\n".join(rows) + "\n")
     with Image.open(plot(PlotConfig(run=str(plain_run))).metrics) as picture:
         assert picture.width == 780
+
+
+@pytest.mark.parametrize(
+    ("kinds", "settings", "title"),
+    [
+        (["relu"], {}, "L1"),
+        (["relu"], {"recipe": "minsae"}, "λ · L1"),
+        (["topk", "relu"], {}, "L1"),
+        (["jumprelu", "topk"], {}, "L0"),
+        (["jumprelu", "relu"], {}, "L1, of jumprelu L0"),
+        (["jumprelu"], {"lambda_sparsity": (1.0,), "jumprelu_penalty": "step"}, "L0"),
+        (["jumprelu"], {"lambda_sparsity": (1.0,)}, "penalty"),
+    ],
+)
+def test_title_of_the_penalty(kinds, settings, title):
+    """The column l1 of metrics.csv has another content for jumprelu (docs/train.md)."""
+    hypers = [{"kind": kind} for kind in kinds]
+    if "jumprelu" in kinds and "lambda_sparsity" not in settings:
+        hypers[0]["target_l0"] = 16.0
+    assert penalty_title(TrainConfig(**settings), hypers) == title
 
 
 def test_members_of_one_colour_have_different_dashes():
