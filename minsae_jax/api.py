@@ -354,7 +354,12 @@ def _encoder_of(
         return load_encoder(config.checkpoint_path, config.config_path)
     if trained is None or trained.encoder_path is None:
         return None
-    return load_encoder(trained.encoder_path, config.config_path or trained.config_path)
+    checkpoint = trained.encoder_path
+    require(
+        Path(checkpoint).exists(),
+        f"the run's encoder {checkpoint} does not exist; if it was moved, set --checkpoint_path",
+    )
+    return load_encoder(checkpoint, config.config_path or trained.config_path)
 
 
 def plot(config: PlotConfig) -> "PlotFiles":

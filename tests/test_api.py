@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -121,13 +122,18 @@ def test_extract_and_train(encoder, demo_folder, tmp_path, live):
     assert sae.config["encoder_fingerprint"] == encoder.fingerprint
 
 
-def test_another_encoder_is_loaded_without_the_settings_of_the_run(monkeypatch):
+def test_another_encoder_is_loaded_without_the_settings_of_the_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("old.pth").touch()
     loaded = []
     monkeypatch.setattr(api, "load_encoder", lambda *paths: loaded.append(paths))
     trained = ms.TrainConfig(checkpoint_path="old.pth", config_path="old.yaml")
     for changes in ({}, {"config_path": "new.yaml"}, {"checkpoint_path": "new"}):
         api._encoder_of(ms.EvaluateConfig(run="run", root_path="eeg", **changes), trained)
     assert loaded == [("old.pth", "old.yaml"), ("old.pth", "new.yaml"), ("new", None)]
+    Path("old.pth").unlink()
+    with pytest.raises(ms.UserError, match=r"old\.pth does not exist; if it was moved"):
+        api._encoder_of(ms.EvaluateConfig(run="run", root_path="eeg"), trained)
 
 
 def test_store_of_another_encoder_is_refused(encoder, demo_folder, tmp_path):

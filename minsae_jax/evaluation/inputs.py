@@ -145,8 +145,11 @@ def open_inputs(
     layer = members[0].sae.config.get("layer") if first is None else first.cache_layer
     test = _open_split(settings, first, layer, encoder, "test", settings.store)
     if test is None:
+        default = None if first is None else _default_store(first, "test")
+        place = "" if default is None else f" at {default}"
         raise UserError(
-            "there is no store of the test patients; set --store, or run extract with --split test"
+            f"there is no store of the test patients{place}; set --store, or run extract with "
+            "--split test"
         )
     val = _open_split(settings, first, layer, encoder, "val", settings.val_store)
     datasets = [test] if val is None else [test, val]

@@ -921,6 +921,8 @@ def test_without_a_val_store_events_are_not_evaluated(trained, settings, tmp_pat
         report=True,
         checkpoint_path=str(trained.encoder_folder),
     )
+    with pytest.raises(UserError, match=f"no store of the test patients at {moved}_test; set"):
+        ms.evaluate(replace(changed, store=None), trained.encoder)
     with pytest.warns(UserWarning, match=r"events.csv are not evaluated, since there is no store"):
         result = ms.evaluate(changed, trained.encoder)
     assert result.members[0].events is None
