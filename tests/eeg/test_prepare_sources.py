@@ -340,6 +340,17 @@ def test_recordings_without_a_row_of_labels_are_reported(tmp_path):
     assert line.format(2) in run(root, tmp_path / "out", labels=str(labels)).findings()
 
 
+def test_recordings_without_events_are_reported_if_others_have_some(tmp_path):
+    root = write_bids(tmp_path / "bids")
+    first, second = sorted(root.rglob("*_events.tsv"))
+    line = "recordings without events (1): 02_s001_t000_preprocessed.npy"
+    assert not any("without events" in each for each in run(root, tmp_path / "both").findings())
+    second.write_text("onset\tduration\ttrial_type\n")
+    assert line in run(root, tmp_path / "one").findings()
+    first.write_text("onset\tduration\ttrial_type\n")
+    assert not any("without events" in each for each in run(root, tmp_path / "none").findings())
+
+
 def test_copies_with_another_header_are_found(tmp_path):
     """Their patients, who are one person, could be in train and test."""
     path = write_file(make_raw(), tmp_path / "eeg/smith.edf")

@@ -71,6 +71,10 @@ class Prepared:
         if self.unlabelled:
             listed = join_some(self.unlabelled, limit=3)
             lines.append(f"recordings without a row in the table of labels: {listed}")
+        silent = [record.name for record in self.records if not record.events]
+        # As if the file of their events was missing.
+        if 0 < len(silent) < len(self.records):
+            lines.append(f"recordings without events ({len(silent)}): {join_some(silent, limit=3)}")
         lines += [f"left out: {each.source.path} {each.reason}" for each in self.rejected]
         return lines
 
