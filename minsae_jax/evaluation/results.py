@@ -131,6 +131,9 @@ class MemberEvaluation(Evaluated):
     stability: Stability | None
     weighted_stability: float | None
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.member}, L0 {self.tokens.l0:.1f}, FVU {self.fvu:.4f})"
+
     @property
     def fvu(self) -> float:
         return self.tokens.fvu

@@ -137,6 +137,11 @@ class FeatureCard(FeatureRow):
     # By q, the smallest first; empty without labels of recordings
     labels: Sequence[LabelledFeature] = ()
 
+    def __repr__(self) -> str:
+        # Without the EEG of the examples, which a notebook would print in full.
+        name = self.label or self.suggestion or "no label"
+        return f"{type(self).__name__}({self.id}, {name}, {len(self.examples)} examples)"
+
 
 def describe(context: Context, feature: int) -> FeatureCard:
     """Return the card of one feature."""

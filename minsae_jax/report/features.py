@@ -48,6 +48,11 @@ class Features:
     activity: Activity
     context: Context
 
+    def __repr__(self) -> str:
+        # Without the arrays, which a notebook would print in full.
+        d_sae = self.context.sae.d_sae
+        return f"{type(self).__name__}({d_sae} features, {self.activity.n_tokens} tokens)"
+
     def describe(self, feature: int) -> FeatureCard:
         """Return the card of one feature: its examples with EEG, spectrum, channels and so on.
 

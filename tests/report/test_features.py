@@ -17,6 +17,8 @@ def test_load_features(trained):
         member, store, trained.recordings, trained.encoder, layer=-1, w=1, top=4
     )
     rows = features.table()
+    n_tokens = features.activity.n_tokens
+    assert repr(features) == f"Features(64 features, {n_tokens} tokens)"  # no arrays, in a notebook
     assert len(rows) == 64
     assert tuple(rows[0]) == COLUMNS
     density = [row["density"] for row in rows]
@@ -24,6 +26,8 @@ def test_load_features(trained):
     assert features.activity.top.activation.shape == (64, 4)
     best = rows[0]["id"]
     examples = features.describe(best).examples
+    described = f"FeatureCard({best}, {rows[0]['suggestion']}, {len(examples)} examples)"
+    assert repr(features.describe(best)) == described
     strongest = examples[0].activation
     assert rows[0]["max"] == features.activity.top.activation[best, 0] == strongest
     share = features.activity.active[best] / features.activity.n_tokens
