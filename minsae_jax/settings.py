@@ -13,6 +13,7 @@ import difflib
 import json
 import math
 import os
+import re
 import reprlib
 import types
 from collections.abc import Iterable, Mapping
@@ -293,7 +294,16 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     options = [option for option in options if option is not types.NoneType]
     if get_origin(options[0]) is tuple:
         values = value if isinstance(value, list | tuple) else [value]
-        return tuple(_coerce(each, get_args(options[0])[0], name) for each in values)
+        of_one = get_args(options[0])[0]
+        for each in values:
+            is_text = of_one is str or not isinstance(each, str)
+            if not is_text and re.fullmatch(r"[-+.\de]+(,[-+.\de]+)+", each):
+                words = each.split(",")
+                raise UserError(
+                    f"values of {name} must be separated by spaces ({' '.join(words)}) or, in "
+                    f"YAML, be a list ([{', '.join(words)}]), got {shown(each)}"
+                )
+        return tuple(_coerce(each, of_one, name) for each in values)
     expected = []
     words: list[str] = []
     for option in options:

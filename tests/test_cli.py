@@ -57,6 +57,8 @@ def help_of(capsys, main, *args: str) -> str:
         (["train", "--lamda=3"], "unknown flag --lamda; did you mean '--lambda_sparsity'?"),
         (["train", "--num", "3"], "unknown flag --num"),  # no abbreviations
         (["train", "3"], "unexpected argument '3' (see minsae train --help)"),
+        (["train", "--layer", "0", "-1"], "unexpected argument '-1' (see minsae train --help)"),
+        (["train", "--k", "4,8"], "separated by spaces (4 8) or, in YAML, be a list ([4, 8])"),
         (["train", "--lr", "x"], "lr must be a number or auto, got 'x'"),
         (["train", "--d_sae", "64"], "--d_sae; did you mean '--feature_dim_factor'?"),
         (["train", "--learning-rate", "1"], "did you mean '--lr'?"),

@@ -66,6 +66,7 @@ def test_each_verb_has_a_section(load):
             "x.yaml, section train: unknown key 'lamda_sparsity'; did you mean 'lambda_sparsity'?",
         ),
         ("train: {num_steps: 1.5}", "num_steps must be a whole number, got 1.5"),
+        ("train: {seed: '0,1'}", "values of seed must be separated by spaces (0 1) or, in YAML"),
         ("train: {num_steps: true}", "num_steps must be a whole number, got True"),
         ("train: {lr: fast}", "lr must be a number or auto, got 'fast'"),
         ("train: {lr: '1e-3'}", "lr must be a number or auto, got '1e-3'"),

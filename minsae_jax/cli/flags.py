@@ -194,7 +194,8 @@ def _normalised(word: str) -> str:
 
 
 def _unknown_argument(word: str, cls: type) -> str:
-    if not word.startswith("-"):
+    # A second value of a flag that takes one can be a negative number.
+    if not word.startswith("-") or re.fullmatch(r"-[.\d].*", word):
         return f"unexpected argument {shown(word)}"
     flag = word.partition("=")[0]
     known = [field.name for field in dataclasses.fields(cls)]
