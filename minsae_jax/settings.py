@@ -298,10 +298,10 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         for each in values:
             is_text = of_one is str or not isinstance(each, str)
             if not is_text and re.fullmatch(r"[-+.\de]+(,[-+.\de]+)+", each):
-                words = each.split(",")
+                numbers = each.split(",")
                 raise UserError(
-                    f"values of {name} must be separated by spaces ({' '.join(words)}) or, in "
-                    f"YAML, be a list ([{', '.join(words)}]), got {shown(each)}"
+                    f"values of {name} must be separated by spaces ({' '.join(numbers)}) or, in "
+                    f"YAML, be a list ([{', '.join(numbers)}]), got {shown(each)}"
                 )
         return tuple(_coerce(each, of_one, name) for each in values)
     expected = []
