@@ -8,8 +8,7 @@ from pathlib import Path
 
 from minsae_jax.checksums import read_npz
 from minsae_jax.errors import UserError, join_some, reading
-from minsae_jax.evaluation.bootstrap import DIFFERENCE, estimate
-from minsae_jax.evaluation.event_results import Control, EventEvaluation
+from minsae_jax.evaluation.event_results import EventEvaluation
 from minsae_jax.evaluation.feature_measures import FeatureResult
 from minsae_jax.evaluation.members import Member
 from minsae_jax.evaluation.saved import part_file
@@ -56,21 +55,3 @@ def read_control(
             )
         controls[member.name] = control
     return controls
-
-
-def compare_with_control(
-    folder: Path, control: EventEvaluation, events: EventEvaluation
-) -> Control:
-    """Return the control of a member, with the gains of the member over it.
-
-    folder: of the control. events: those of the member, on the same resamples.
-    """
-    own = events.resampled
-    gains = own.aucs - control.resampled.aucs
-    *n_of_kinds, n_patients = own.n_patients.tolist()
-    auc_gain = {
-        kind: estimate(gain, n, DIFFERENCE)
-        for kind, gain, n in zip(events.scores, gains, n_of_kinds, strict=True)
-    }
-    mean = estimate(gains.mean(axis=0), n_patients, DIFFERENCE)
-    return Control(folder, control, auc_gain, mean)

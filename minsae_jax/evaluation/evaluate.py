@@ -10,8 +10,9 @@ from pathlib import Path
 from minsae_jax.encoder.base import BaseEncoder
 from minsae_jax.errors import UserError
 from minsae_jax.evaluation.config import EvaluateConfig
-from minsae_jax.evaluation.control import RANDOM, compare_with_control, read_control
+from minsae_jax.evaluation.control import RANDOM, read_control
 from minsae_jax.evaluation.dataset import Dataset
+from minsae_jax.evaluation.event_measures import gain_over
 from minsae_jax.evaluation.event_results import EventEvaluation
 from minsae_jax.evaluation.feature_measures import FeatureResult, measure_features, source_of
 from minsae_jax.evaluation.inputs import EvaluationInputs, open_inputs
@@ -123,10 +124,11 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
     recommendation = recommend(evaluations, pca_evaluations, inputs.test.store.d_model)
     selected = settings.member or recommendation.member
     events = features[selected].events
-    control = None
-    if settings.control is not None and events is not None:
-        control = compare_with_control(Path(settings.control), controls[selected], events)
-        baseline_events[RANDOM] = control.events
+    if selected in controls:
+        baseline_events[RANDOM] = controls[selected]
+    gains = {}
+    if events is not None:
+        gains = {name: gain_over(others, events) for name, others in baseline_events.items()}
     evaluation = Evaluation(
         inputs=inputs,
         members=tuple(evaluations),
@@ -137,7 +139,8 @@ def _evaluate(settings: EvaluateConfig, inputs: EvaluationInputs) -> Evaluation:
         substitution=next(iter(errors.values()), None),
         mask_ratio=settings.mask_ratio,
         baseline_events=baseline_events,
-        control=control,
+        gains=gains,
+        control=settings.control,
     )
     write_files(evaluation)
     return evaluation

@@ -23,6 +23,7 @@ from minsae_jax.evaluation.event_results import (
     EventScore,
     EventSummary,
     FeatureEvents,
+    Gain,
     ResampledAUCs,
 )
 from minsae_jax.evaluation.events import LabelledEvent, SpanActivations, max_over_spans
@@ -209,6 +210,18 @@ def score_events(
         test.store.require_manifest().encoder,
     )
     return EventEvaluation(scores, summary, features, resampled)
+
+
+def gain_over(others: EventEvaluation, events: EventEvaluation) -> Gain:
+    """Return the gain of features over others that were measured on the same resamples."""
+    own = events.resampled
+    gains = own.aucs - others.resampled.aucs
+    *n_of_kinds, n_patients = own.n_patients.tolist()
+    auc_gain = {
+        kind: estimate(gain, n, DIFFERENCE)
+        for kind, gain, n in zip(events.scores, gains, n_of_kinds, strict=True)
+    }
+    return Gain(auc_gain, estimate(gains.mean(axis=0), n_patients, DIFFERENCE))
 
 
 def _measure_spans(

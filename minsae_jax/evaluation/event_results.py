@@ -5,7 +5,6 @@ A set of features is that of a member, of principal components, or of raw dimens
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -148,13 +147,13 @@ class EventEvaluation:
     resampled: ResampledAUCs
 
 
-@dataclass(frozen=True)
-class Control:
-    """The member of the same name as the selected one, of the encoder with random weights."""
+class Gain(NamedTuple):
+    """AUC of the best feature of one set of features less that of the best of another set.
 
-    folder: Path
-    events: EventEvaluation
-    # AUC of the selected member's best feature less that of the control's, by kind of event and
-    # for the mean over kinds; intervals are over patients, who are drawn for both at once
+    Intervals are over patients, who are drawn for both at once.
+    """
+
+    # By kind of event
     auc_gain: Mapping[str, Estimate]
+    # Mean over the kinds
     mean_auc_gain: Estimate

@@ -6,7 +6,7 @@ from dataclasses import dataclass, is_dataclass
 
 from minsae_jax.estimates import Estimate, Interval
 from minsae_jax.evaluation.associations import Associations
-from minsae_jax.evaluation.event_results import Control, EventEvaluation, EventScore, EventSummary
+from minsae_jax.evaluation.event_results import EventEvaluation, EventScore, EventSummary, Gain
 from minsae_jax.evaluation.inputs import EvaluationInputs
 from minsae_jax.evaluation.loss_recovered import LossRecovered, SubstitutionErrors
 from minsae_jax.evaluation.stability import Stability
@@ -219,8 +219,10 @@ class Evaluation:
     # signs, and with --control the features of the selected member's control ("random"); empty
     # without labelled events
     baseline_events: Mapping[str, EventEvaluation]
-    # None without --control, or without labelled events
-    control: Control | None = None
+    # Of the selected member over each of `baseline_events`
+    gains: Mapping[str, Gain]
+    # Folder of --control
+    control: str | None = None
     # Of the features of the selected member with labels; None without a report
     associations: Associations | None = None
 
@@ -270,15 +272,12 @@ class Evaluation:
             "recommendation": self.recommendation,
             "baselines": baselines,
             "baseline_summaries": summaries,
+            "gains": {name: gain._asdict() for name, gain in self.gains.items()},
             "members": [member.to_record() for member in self.members],
             "pca": [components.to_record() for components in self.pca],
         }
         if self.control is not None:
-            record["control"] = {
-                "folder": str(self.control.folder),
-                "mean_auc_gain": self.control.mean_auc_gain,
-                "auc_gain": dict(self.control.auc_gain),
-            }
+            record["control"] = self.control
         return to_json(record)
 
     def _substitution_record(self) -> JsonObject | str:

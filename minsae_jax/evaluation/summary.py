@@ -3,13 +3,13 @@
 import csv
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from minsae_jax.checksums import update_checksums
 from minsae_jax.estimates import Estimate
 from minsae_jax.evaluation.associations import Associations
 from minsae_jax.evaluation.control import RANDOM
-from minsae_jax.evaluation.event_results import Control, EventScore
+from minsae_jax.evaluation.event_results import EventScore
 from minsae_jax.evaluation.figure import draw_evaluation
 from minsae_jax.evaluation.label_tests import LEVEL
 from minsae_jax.evaluation.pca import COMPONENTS, RAW
@@ -45,9 +45,11 @@ NO_TIES_NOTE = """\
 ties "-": not known, since fewer than three val patients have such events."""
 TOKENS_NOTE = """\
 Of the same features. chance: the precision of random tokens."""
+GAINS_NOTE = """\
+gain: AUC of the SAE's best feature less that of the best principal component or
+raw dimension, on the same patients."""
 CONTROL_NOTE = """\
-random: {member}, trained on the encoder with random weights.
-gain: AUC of the SAE's best feature less that of the control's."""
+random: {member}, trained on the encoder with random weights."""
 LABELS_HINT = """\
 Train patients can be tested too, since SAEs are trained without labels: extract
 --split all, then evaluate --store (docs/labels.md)."""
@@ -81,15 +83,23 @@ def summary(evaluation: Evaluation) -> str:
         if any(score.n_ties is None for _, _, score in scores):
             parts[-1] += f"\n{NO_TIES_NOTE}"
         parts += [f"{title}, tokens:\n{_tokens_table(scores)}", TOKENS_NOTE]
+        of_baselines = {"over PCA": COMPONENTS, "over raw": RAW}
+        parts += [
+            f"{title}, gain over baselines:\n{_gains_table(evaluation, of_baselines)}",
+            GAINS_NOTE,
+        ]
         if evaluation.control is not None:
+            of_control = _gains_table(evaluation, {"over random": RANDOM})
             note = CONTROL_NOTE.format(member=evaluation.selected)
-            parts += [f"{title}, above the control:\n{_gains_table(evaluation.control)}", note]
+            parts += [f"{title}, gain over the control:\n{of_control}", note]
     associations = evaluation.associations
     if associations is not None and associations.labels:
         parts += _labels_parts(evaluation, associations)
     verdict = [f"recommended: {recommendation.member}", f"reason: {recommendation.reason}"]
     if recommendation.runners_up:
         verdict.append(f"runners-up: {'; '.join(recommendation.runners_up)}")
+    if as_good := _as_good(evaluation):
+        verdict.append(as_good)
     verdict.append(f"rule: {evaluation.rule}")
     for member, warnings in recommendation.warnings.items():
         verdict.append(f"warning: {member}: {'; '.join(warnings)}")
@@ -219,9 +229,35 @@ def _tokens_table(scores: Sequence[tuple[str, str, EventScore]]) -> str:
     return table(["event", "of", "token AUC", "precision", "chance", "pure"], rows)
 
 
-def _gains_table(control: Control) -> str:
-    gains = [*control.auc_gain.items(), ("mean", control.mean_auc_gain)]
-    return table(["event", "gain"], [[kind, _cell(gain, ".3f")] for kind, gain in gains])
+def _gains_table(evaluation: Evaluation, columns: Mapping[str, str]) -> str:
+    """Return the gains over some of the baselines; columns: their names by title."""
+    gains = [evaluation.gains[name] for name in columns.values()]
+    rows = [
+        [kind, *(_cell(gain.auc_gain[kind], ".3f") for gain in gains)]
+        for kind in evaluation.baselines
+    ]
+    rows.append(["mean", *(_cell(gain.mean_auc_gain, ".3f") for gain in gains)])
+    return table(["event", *columns], rows)
+
+
+def _as_good(evaluation: Evaluation) -> str | None:
+    """Return a warning of other features that the selected member is not clearly better than."""
+    names = {
+        COMPONENTS: "the best principal component",
+        RAW: "the best raw dimension",
+        RANDOM: "its control",
+    }
+    others = []
+    for name, gain in evaluation.gains.items():
+        ends = gain.mean_auc_gain.interval
+        if ends is None or ends.low <= 0:
+            others.append(f"{names[name]} ({_cell(gain.mean_auc_gain, '.3f')})")
+    if not others:
+        return None
+    return (
+        f"events: {evaluation.selected} is not clearly better than {' or '.join(others)}, by the "
+        "mean gain in AUC"
+    )
 
 
 def _labels_parts(evaluation: Evaluation, associations: Associations) -> list[str]:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minsae_jax.estimates import Estimate
+from minsae_jax.evaluation.control import RANDOM
 from minsae_jax.evaluation.event_results import EventScore, EventSummary, FeatureScore
 from minsae_jax.evaluation.results import Evaluation
 from minsae_jax.evaluation.steering.results import Steering
@@ -65,6 +66,7 @@ def event_pages(evaluation: Evaluation, steering: Mapping[str, Steering]) -> lis
     if events is None:
         return []
     pages = []
+    over_control = evaluation.gains.get(RANDOM)
     for i, (kind, score) in enumerate(events.scores.items()):
         order = np.argsort(-events.features.val_auc[i], kind="stable")
         # Features that are never active have an AUC of 0.5, above that of many others.
@@ -76,7 +78,7 @@ def event_pages(evaluation: Evaluation, steering: Mapping[str, Steering]) -> lis
             scores={"sae": score} | evaluation.baselines[kind],
             features=[events.features.score(kind, feature) for feature in order.tolist()],
             steering=_steering_result(steering[kind]) if kind in steering else None,
-            auc_gain=None if evaluation.control is None else evaluation.control.auc_gain[kind],
+            auc_gain=None if over_control is None else over_control.auc_gain[kind],
         )
         pages.append(page)
     return pages

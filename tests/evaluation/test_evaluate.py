@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,14 @@ from minsae_jax.checksums import read_npz, write_npz
 from minsae_jax.eeg.montage import CHANNELS
 from minsae_jax.encoder.config import ExtractConfig
 from minsae_jax.encoder.extract import extract
-from minsae_jax.estimates import Estimate
+from minsae_jax.estimates import Estimate, Interval
 from minsae_jax.evaluation import feature_measures, figure, inputs, saved, summary
 from minsae_jax.evaluation import members as evaluation_members
 from minsae_jax.evaluation.associations import Associations, LabelAssociation
 from minsae_jax.evaluation.config import EvaluateConfig
 from minsae_jax.evaluation.dataset import open_dataset
 from minsae_jax.evaluation.evaluate import evaluate
+from minsae_jax.evaluation.event_results import Gain
 from minsae_jax.evaluation.events import event_share, read_events
 from minsae_jax.evaluation.inputs import open_inputs
 from minsae_jax.evaluation.label_tests import compare_labels
@@ -149,7 +151,7 @@ def test_keys_of_evaluation_json(evaluation):
     record = evaluation.to_record()
     assert " ".join(record) == (
         "rule run folders store tokens substitution recommended recommendation baselines "
-        "baseline_summaries members pca"
+        "baseline_summaries gains members pca"
     )
     assert " ".join(record["substitution"]) == (
         "windows untouched mean_ablation zero_ablation mask_ratio"
@@ -200,25 +202,45 @@ def test_control_is_a_row_beside_the_baselines(trained, evaluation, settings, tm
     for kind, scores in result.baselines.items():
         assert scores["random"] == other.events[kind]
     selected = result.find(result.selected)
-    gains = result.control.auc_gain
-    for kind, gain in gains.items():
-        difference = selected.events[kind].auc.value - other.events[kind].auc.value
-        assert gain.value == pytest.approx(difference)
-        if gain.interval is not None:
-            assert gain.interval.low <= gain.value <= gain.interval.high
+    assert list(result.gains) == ["raw", "pca", "random"]
+    for name, (gains, mean) in result.gains.items():
+        for kind, gain in gains.items():
+            difference = selected.events[kind].auc.value - result.baselines[kind][name].auc.value
+            assert gain.value == pytest.approx(difference)
+            if gain.interval is not None:
+                assert gain.interval.low <= gain.value <= gain.interval.high
+        assert mean.value == pytest.approx(np.mean([gain.value for gain in gains.values()]))
     record = result.to_record()
-    assert record["control"]["mean_auc_gain"] == pytest.approx(
-        np.mean([gain.value for gain in gains.values()])
-    )
-    assert record["control"]["auc_gain"] == to_json(gains)
+    assert record["control"] == settings.control
+    assert record["gains"] == {n: to_json(gain._asdict()) for n, gain in result.gains.items()}
     assert record["baseline_summaries"]["random"] == to_json(other.event_summary)
     text = result.summary()
     (row,) = (line for line in text.splitlines() if line.startswith("random encoder "))
     assert f" {other.event_summary.auc.value:.3f} " in row
     assert f"random: {result.selected}, trained on" in text
-    assert "above the control:" in text
+    assert re.search(r"^event +over PCA +over raw$", text, re.M)
+    assert re.search(r"^event +over random$", text, re.M)
+    means = [float(line.split()[1]) for line in text.splitlines() if line.startswith("mean ")]
+    expected = [result.gains[name].mean_auc_gain.value for name in ("pca", "random")]
+    assert means == pytest.approx(expected, abs=5e-4)
     pages = event_pages(result, {})
     assert all(page.scores["random"] == other.events[page.kind] for page in pages)
+
+
+@pytest.mark.parametrize(
+    ("low", "words"),
+    [(0.01, None), (0.0, "the best raw dimension (0.020 [0.000, 0.030]), by the mean")],
+)
+def test_features_that_others_equal_are_named(evaluation, low, words):
+    gains = {
+        "raw": Gain({}, Estimate(0.02, Interval(low, 0.03))),
+        "pca": Gain({}, Estimate(0.02, Interval(0.01, 0.03))),
+    }
+    empty = replace(evaluation, gains=gains, baseline_events={})
+    text = " ".join(empty.summary().split())
+    sentence = f"events: {evaluation.selected} is not clearly better than"
+    assert (sentence in text) == (words is not None)
+    assert words is None or f"{sentence} {words} gain in AUC" in text
 
 
 def test_legend_with_a_control_fits_the_figure(
@@ -307,9 +329,8 @@ def test_summary(evaluation):
     tables = [part.splitlines() for part in text.split("\n\n")]
     assert max(len(line) for table in tables[:-1] for line in table) <= 80
     by_kind = [table for table in tables if "by kind of event" in table[0]]
-    assert len(by_kind) == 2
-    for table in by_kind:
-        assert len(table) == 2 + 3 * len(evaluation.baselines)
+    n_kinds = len(evaluation.baselines)
+    assert [len(table) - 2 for table in by_kind] == [3 * n_kinds, 3 * n_kinds, n_kinds + 1]
     assert max(map(len, tables[-1])) <= 100
     words = " ".join(text.split())
     assert f"reason: {evaluation.recommendation.reason}" in words

@@ -1,7 +1,5 @@
 """Measures of events on planted activations, where the truth is known, and by brute force."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -9,10 +7,10 @@ from scipy.stats import mannwhitneyu, norm, t
 
 from minsae_jax import SparseAutoencoder
 from minsae_jax.evaluation.bootstrap import Resamples, draw_weights
-from minsae_jax.evaluation.control import compare_with_control
 from minsae_jax.evaluation.event_measures import (
     EventKind,
     choose_features,
+    gain_over,
     probe_recovered,
     score_events,
 )
@@ -253,7 +251,7 @@ def test_interval_of_the_gain_is_of_differences(directions, kinds, score):
     noise = 0.3 * np.random.default_rng(1).normal(size=directions.shape)
     other = autoencoder((directions + noise).astype(np.float32))
     member, control = score(sae, kinds), score(other, kinds)
-    compared = compare_with_control(Path("control"), control, member)
+    over_control = gain_over(control, member)
     differences = []
     for kind in kinds:
         aucs = []
@@ -261,11 +259,11 @@ def test_interval_of_the_gain_is_of_differences(directions, kinds, score):
             best = scores.scores[kind.name].feature
             aucs.append(resampled_aucs(span_maxima(each, kind.test)[:, best], kind.test))
         differences.append(aucs[0] - aucs[1])
-        gain = compared.auc_gain[kind.name]
+        gain = over_control.auc_gain[kind.name]
         assert tuple(gain.interval) == limits(differences[-1])
         low, high = gain.interval
         assert low < gain.value < high
-    assert tuple(compared.mean_auc_gain.interval) == limits(np.mean(differences, axis=0))
+    assert tuple(over_control.mean_auc_gain.interval) == limits(np.mean(differences, axis=0))
 
 
 def test_interval_of_a_sparse_probe_keeps_the_probe(directions, kinds, score):
