@@ -25,15 +25,16 @@ pca: principal components of fewer than three val patients, since there is no
 train store. Where the test patients differ from them, PCA looks worse than it
 is."""
 EVENTS_NOTE = """\
-Means over the kinds of events, of the best feature for each, chosen on val
-patients and measured on test patients. AUC: a span with an event against one
-without. Token AUC and precision: single tokens, of which few are in an event.
-pure: features whose strongest tokens nearly all touch one kind. TPP: drop of
-the AUC of a kind's probe when five features are ablated, less the mean drop of
-the other kinds' probes. [ ]: 95 % intervals over {units}."""
+Means over the kinds of events, of the best feature for each, chosen on
+{val} and measured on {test}.
+AUC: a span with an event against one without. Token AUC and precision: single
+tokens, of which few are in an event. pure: features whose strongest tokens
+nearly all touch one kind. TPP: drop of the AUC of a kind's probe when five
+features are ablated, less the mean drop of the other kinds' probes. [ ]: 95 %
+intervals over {units}."""
 OF_PATIENTS = "patients"
 OF_RECORDINGS = (
-    "the recordings of the\nonly test patient, which do not say how other patients differ"
+    "the recordings of the only test patient, which do not say\nhow other patients differ"
 )
 CONTROL_HINT = """\
 Features of an untrained encoder reach high AUCs too: compare them (--control)."""
@@ -72,8 +73,13 @@ def summary(evaluation: Evaluation) -> str:
     if any(member.stability is not None for member in evaluation.members):
         parts += [f"stability over seeds:\n{_stability_table(evaluation)}", STABILITY_NOTE]
     if evaluation.baselines:
-        is_one = len(set(evaluation.inputs.test.patients)) == 1
-        note = EVENTS_NOTE.format(units=OF_RECORDINGS if is_one else OF_PATIENTS)
+        assert val is not None  # on which features were chosen
+        n_test = len(set(evaluation.inputs.test.patients))
+        note = EVENTS_NOTE.format(
+            val=_count(len(set(val.patients)), "val patient"),
+            test=_count(n_test, "test patient"),
+            units=OF_RECORDINGS if n_test == 1 else OF_PATIENTS,
+        )
         parts += [f"labelled events:\n{_events_table(evaluation)}", note]
         if evaluation.control is None:
             parts[-1] += f"\n{CONTROL_HINT}"
@@ -105,6 +111,10 @@ def summary(evaluation: Evaluation) -> str:
         verdict.append(f"warning: {member}: {'; '.join(warnings)}")
     parts.append("\n".join(map(wrap, verdict)))
     return "\n\n".join(parts)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _members_table(evaluation: Evaluation) -> str:

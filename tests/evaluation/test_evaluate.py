@@ -438,7 +438,7 @@ def test_summary_says_of_what_intervals_are(evaluation):
     test = evaluation.inputs.test
     names = tuple(f"p_{i}_preprocessed.npy" for i in range(len(test.recordings)))
     inputs = replace(evaluation.inputs, test=replace(test, recordings=names))
-    assert "over the recordings of the\nonly" in replace(evaluation, inputs=inputs).summary()
+    assert "over the recordings of the only" in replace(evaluation, inputs=inputs).summary()
 
 
 @pytest.fixture(scope="module")
