@@ -75,12 +75,14 @@ def probe_label(
     Patients without a value are left out, and categories with fewer than three val patients or two
     test patients. seed: of the permutations.
     """
-    val_label, note = usable_label(label, features.val.patients, MIN_VAL_PATIENTS)
+    val_label, note = usable_label(label, features.val.patients, MIN_VAL_PATIENTS, "val patients")
     if val_label is None:
-        return f"val patients: {note}"
-    test_label, note = usable_label(label, features.test.patients, MIN_TEST_PATIENTS)
+        return note
+    test_label, note = usable_label(
+        label, features.test.patients, MIN_TEST_PATIENTS, "test patients"
+    )
     if test_label is None:
-        return f"test patients: {note}"
+        return note
     common = [name for name in val_label.categories if name in test_label.categories]
     if not label.is_number and len(common) < 2:
         return "fewer than two categories have enough val patients and enough test patients"

@@ -97,6 +97,8 @@ def compare_labels(pooled: PatientValues, labels: Sequence[PatientLabel]) -> lis
     results = []
     for label in labels:
         usable, note = usable_label(label, pooled.patients, MIN_PATIENTS)
+        if usable is None:
+            note = f"not tested: {note}"
         notes = []
         if label.n_ambiguous:
             n = label.n_ambiguous
@@ -129,33 +131,32 @@ def smallest_p(test: LabelTest) -> float:
 
 
 def usable_label(
-    label: PatientLabel, patients: Sequence[str], min_patients: int
+    label: PatientLabel, patients: Sequence[str], min_patients: int, who: str = "patients"
 ) -> tuple[PatientLabel | None, str]:
     """Return a label of some of the patients without small categories, and a note on omissions.
 
     None if fewer than two categories have min_patients patients; a number needs as many patients,
-    and two different values.
+    and two different values. who: the patients in the note.
     """
     among = set(patients)
     is_among = [patient in among for patient in label.patients]
     label = label.select(np.array(is_among, bool))
     if label.is_number:
-        note = f"not tested: patients with a value: {len(label.patients)}"
-        if len(label.patients) < min_patients:
-            return None, note
+        n = len(label.patients)
+        if n < min_patients:
+            return None, f"{who} with a value: {n}, at least {min_patients} needed"
         if len(set(label.values)) == 1:
-            return None, f"{note}, which is the same for all"
+            return None, f"{who} with a value: {n}, which is the same for all"
         return label, ""
     counts = np.bincount(label.category, minlength=len(label.categories))
     sizes = [f"{name} ({n})" for name, n in zip(label.categories, counts, strict=True)]
     is_large = counts >= min_patients
     if is_large.sum() < 2:
-        reason = f"fewer than two categories with {min_patients} patients: {join_some(sizes)}"
-        return None, f"not tested: {reason}"
+        return None, f"fewer than two categories with {min_patients} {who}: {join_some(sizes)}"
     note = ""
     if not is_large.all():
         small = [sizes[i] for i in np.flatnonzero(~is_large)]
-        note = f"categories with fewer than {min_patients} patients left out: {join_some(small)}"
+        note = f"categories with fewer than {min_patients} {who} left out: {join_some(small)}"
     large = [label.categories[i] for i in np.flatnonzero(is_large)]
     return label.only(large), note
 

@@ -114,7 +114,7 @@ def test_too_few_patients_are_a_reason():
     rng = np.random.default_rng(5)
     names, _, splits = make_splits(rng, n_val=4, n_test=8)
     label = PatientLabel("group", names, np.arange(12.0) % 2, ("no", "yes"))
-    assert "val patients: not tested: fewer than two" in probe_label(label, splits, splits)
+    assert "fewer than two categories with 3 val patients" in probe_label(label, splits, splits)
     number = PatientLabel("age", names[:5], np.arange(5.0), ())
     reason = probe_label(number, splits, splits)
-    assert reason == "test patients: not tested: patients with a value: 1"
+    assert reason == "test patients with a value: 1, at least 2 needed"

@@ -326,9 +326,9 @@ def test_small_categories_are_left_out_with_a_note():
     [
         (category_label([0, 0, 0, 1, 1]), "with 3 patients: no (3), yes (2)"),
         (category_label([0, 0, 0, 0], ("no",)), "with 3 patients: no (4)"),
-        (number_label([30, 40]), "patients with a value: 2"),
+        (number_label([30, 40]), "patients with a value: 2, at least 3 needed"),
         (number_label([30, 30, 30, 30]), "patients with a value: 4, which is the same for all"),
-        (number_label([]), "patients with a value: 0"),
+        (number_label([]), "patients with a value: 0, at least 3 needed"),
     ],
 )
 def test_too_few_patients_are_a_note(label, note):

@@ -55,7 +55,7 @@ def test_pages_of_labels_without_values_and_of_ambiguous_patients(tmp_path):
     for name in ("empty", "other"):
         page = page_of(tmp_path, dictionary, dataset, name)
         assert (page.patients, page.recordings, page.values) == (0, 0, "none")
-        assert page.notes[0] == "not tested: patients with a value: 0"
+        assert page.notes[0] == "not tested: patients with a value: 0, at least 3 needed"
     drug = page_of(tmp_path, dictionary, dataset, "drug")
     assert drug.values == "a 2, b 0, c 0"
     assert sum("several categories" in note for note in drug.notes) == 1

@@ -218,7 +218,7 @@ function showLabel(name) {
   const rows = [["type", label.type], ["values", label.values], ["patients", label.patients], ["recordings", label.recordings]]
     .filter(([, value]) => !missing(value));
   showPage(`Label: ${name}`, navigation,
-    html("header", {}, html("p", { class: "eyebrow" }, "Label of recordings"), html("h1", {}, name),
+    html("header", {}, html("p", { class: "eyebrow" }, "Label of patients"), html("h1", {}, name),
       html("p", { class: "lead" }, labelSentence(label)),
       factList(rows),
       (label.notes ?? []).map((note) => html("p", { class: "note" }, `${note}.`))),
