@@ -45,6 +45,9 @@ from minsae_jax.sae.member import load_sae, save_member
 from tests.evaluation import planted
 from tests.report.reading import read_script
 
+# Every evaluation runs an encoder, which takes longer than optimizing it.
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(scope="module")
 def settings(trained):
