@@ -104,8 +104,8 @@ def summary(evaluation: Evaluation) -> str:
     verdict = [f"recommended: {recommendation.member}", f"reason: {recommendation.reason}"]
     if recommendation.runners_up:
         verdict.append(f"runners-up: {'; '.join(recommendation.runners_up)}")
-    if as_good := _as_good(evaluation):
-        verdict.append(as_good)
+    if sentence := as_good(evaluation):
+        verdict.append(f"events: {sentence}")
     verdict.append(f"rule: {evaluation.rule}")
     for member, warnings in recommendation.warnings.items():
         verdict.append(f"warning: {member}: {'; '.join(warnings)}")
@@ -250,8 +250,8 @@ def _gains_table(evaluation: Evaluation, columns: Mapping[str, str]) -> str:
     return table(["event", *columns], rows)
 
 
-def _as_good(evaluation: Evaluation) -> str | None:
-    """Return a warning of other features that the selected member is not clearly better than."""
+def as_good(evaluation: Evaluation) -> str:
+    """Return which other features may detect events as well as the selected member; "" if none."""
     names = {
         COMPONENTS: "the best principal component",
         RAW: "the best raw dimension",
@@ -261,13 +261,11 @@ def _as_good(evaluation: Evaluation) -> str | None:
     for name, gain in evaluation.gains.items():
         ends = gain.mean_auc_gain.interval
         if ends is None or ends.low <= 0:
-            others.append(f"{names[name]} ({_cell(gain.mean_auc_gain, '.3f')})")
+            size = _cell(gain.mean_auc_gain, ".3f")
+            others.append(f"{names[name]} (mean gain in AUC {size})")
     if not others:
-        return None
-    return (
-        f"events: {evaluation.selected} is not clearly better than {' or '.join(others)}, by the "
-        "mean gain in AUC"
-    )
+        return ""
+    return f"{evaluation.selected} does not clearly detect them better than {' or '.join(others)}"
 
 
 def _labels_parts(evaluation: Evaluation, associations: Associations) -> list[str]:

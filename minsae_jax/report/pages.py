@@ -21,6 +21,7 @@ from minsae_jax.evaluation.results import (
     TokenMeasures,
 )
 from minsae_jax.evaluation.steering.results import Steering
+from minsae_jax.evaluation.summary import as_good
 from minsae_jax.report.event_pages import EventPage, event_means, event_pages
 from minsae_jax.report.label_pages import LabelPage, label_page
 from minsae_jax.sae.figures import PCA
@@ -58,6 +59,8 @@ class Pages:
     recommendation: Recommendation | None = None
     # By which members are ranked
     rule: str = ""
+    # Which other features detect events as well; empty if none
+    as_good: str = ""
     members: Sequence[MemberRow] = ()
     events: Sequence[EventPage] = ()
     # Means over the kinds of event, with the keys of `EventPage.scores`
@@ -90,6 +93,7 @@ def make_pages(
     return Pages(
         recommendation=evaluation.recommendation,
         rule=evaluation.rule,
+        as_good=as_good(evaluation),
         members=members + [_pca_row(pca) for pca in evaluation.pca],
         events=event_pages(evaluation, steering),
         event_means=event_means(evaluation),

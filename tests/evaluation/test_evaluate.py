@@ -232,7 +232,7 @@ def test_control_is_a_row_beside_the_baselines(trained, evaluation, settings, tm
 
 @pytest.mark.parametrize(
     ("low", "words"),
-    [(0.01, None), (0.0, "the best raw dimension (0.020 [0.000, 0.030]), by the mean")],
+    [(0.01, None), (0.0, "the best raw dimension (mean gain in AUC 0.020 [0.000, 0.030])")],
 )
 def test_features_that_others_equal_are_named(evaluation, low, words):
     gains = {
@@ -241,9 +241,9 @@ def test_features_that_others_equal_are_named(evaluation, low, words):
     }
     empty = replace(evaluation, gains=gains, baseline_events={})
     text = " ".join(empty.summary().split())
-    sentence = f"events: {evaluation.selected} is not clearly better than"
+    sentence = f"events: {evaluation.selected} does not clearly detect them better than"
     assert (sentence in text) == (words is not None)
-    assert words is None or f"{sentence} {words} gain in AUC" in text
+    assert words is None or f"{sentence} {words} rule:" in text
 
 
 def test_legend_with_a_control_fits_the_figure(

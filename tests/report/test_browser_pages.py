@@ -96,7 +96,7 @@ def test_overview_shows_the_recommendation(page, report):
     pages = make_pages(N)
     recommendation = pages.recommendation
     text = find(page, "#recommended")[0].text
-    for words in (recommendation.reason, pages.rule, *recommendation.runners_up):
+    for words in (recommendation.reason, pages.rule, pages.as_good, *recommendation.runners_up):
         assert words in text
     assert recommendation.warnings[recommendation.member][0] in text
     assert "This report is about" not in text

@@ -104,7 +104,9 @@ def test_findings_of_the_evaluation(tmp_path):
         best = max(card.events, key=lambda event: event.auc)
         assert row[-5:] == [card.stability.found, [best.kind], best.kind, best.auc, 0]
     pages = index["meta"]["pages"]
-    assert " ".join(pages) == "recommendation rule members events event_means labels n_seeds"
+    assert (
+        " ".join(pages) == "recommendation rule as_good members events event_means labels n_seeds"
+    )
     assert pages["events"][0]["kind"] == "alpha"
     assert pages["events"][0]["steering"]["effects"][1]["scale"] == 2
     assert pages["members"][0]["loss"]["loss_recovered_interval"] == [0.9275, 0.9455]

@@ -221,7 +221,7 @@ function drawIndex() {
 
 /** Draw the recommendation: one sentence, the runners-up and the warnings. */
 function drawRecommended() {
-  const { recommendation, rule } = meta.pages;
+  const { recommendation, rule, as_good: events } = meta.pages;
   $("#recommended").hidden = !recommendation;
   if (!recommendation) return;
   const { member, reason, runners_up: next } = recommendation;
@@ -229,6 +229,7 @@ function drawRecommended() {
     member === meta.member ? [] : ["This report is about", meta.member],
     some(next) ? ["Runners-up", next.join(" · ")] : [],
     some(warningsOf(member)) ? ["Warnings", warningsOf(member).join("; ")] : [],
+    some(events) ? ["Events", events] : [],
     rule ? ["Rule", rule] : [],
   ].filter(some);
   $("#recommended").append(html("h2", {}, "Recommended"), html("p", {}, reason),
