@@ -163,11 +163,12 @@ def _cell(measure: Estimate, digits: str, undefined: str = "") -> str:
     if measure.interval is None:
         return value
     low, high = measure.interval
-    return f"{value} [{low:{digits}}, {high:{digits}}]"
+    return f"{value} [{low:z{digits}}, {high:z{digits}}]"
 
 
 def _number(value: float, digits: str, undefined: str = "") -> str:
-    return undefined if math.isnan(value) else f"{value:{digits}}"
+    # z: no minus sign in front of 0.000
+    return undefined if math.isnan(value) else f"{value:z{digits}}"
 
 
 def _events_table(evaluation: Evaluation) -> str:
