@@ -78,16 +78,20 @@ class FeatureRow:
         return None if self.stability is None else self.stability.found
 
     @property
+    def detected(self) -> list[FeatureScore]:
+        """The scores with an AUC of at least DETECTS, the best first."""
+        scores = [score for score in self.events if score.auc >= DETECTS]
+        return sorted(scores, key=lambda score: -score.auc)
+
+    @property
     def detects(self) -> list[str]:
-        """The kinds of events with an AUC of at least DETECTS, the best first."""
-        kinds = [event for event in self.events if event.auc >= DETECTS]
-        return [event.kind for event in sorted(kinds, key=lambda event: -event.auc)]
+        """The kinds of events that the feature detects, the best first."""
+        return [score.kind for score in self.detected]
 
     @property
     def best_event(self) -> FeatureScore | None:
-        """The kind of event that the feature detects best, or None if no AUC reaches DETECTS."""
-        best = max(self.events, key=lambda event: event.auc, default=None)
-        return None if best is None or best.auc < DETECTS else best
+        """The kind of event that the feature detects best; None if it detects none."""
+        return next(iter(self.detected), None)
 
     @property
     def event(self) -> str:

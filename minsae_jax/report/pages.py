@@ -59,7 +59,7 @@ class Pages:
     recommendation: Recommendation | None = None
     # By which members are ranked
     rule: str = ""
-    # Which other features detect events as well; empty if none
+    # Which baselines the selected member is not clearly better than; empty if none
     as_good: str = ""
     members: Sequence[MemberRow] = ()
     events: Sequence[EventPage] = ()
